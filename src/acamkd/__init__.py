@@ -1,0 +1,28 @@
+"""acamkd: knowledge distillation for object detectors and semantic segmenters."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from acamkd.distiller import Distiller
+    from acamkd.features import FeatureTap
+    from acamkd.methods import METHODS, build_distiller
+
+__version__ = "0.1.0"
+__all__ = ["METHODS", "Distiller", "FeatureTap", "build_distiller"]
+
+_HOMES = {
+    "Distiller": "acamkd.distiller",
+    "FeatureTap": "acamkd.features",
+    "METHODS": "acamkd.methods",
+    "build_distiller": "acamkd.methods",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that neither the command line nor `acamkd.config` waits for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'acamkd' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,330 @@
+"""Recipes: what a YAML file may say. Imports no torch, so that the command line answers at once."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from acamkd.errors import AcamkdError, nearest
+
+Size: TypeAlias = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
+"""(height, width) in pixels."""
+
+Positive: TypeAlias = Annotated[int, Field(gt=0)]
+Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A mapping in a recipe; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Split(Section):
+    """Where one split of a data set lies; paths are relative to `data.root`."""
+
+    images: Path
+    """Folder of pictures."""
+    masks: Path | None = None
+    """Segmentation: folder of PNG masks, one per picture, of the same name."""
+    annotations: Path | None = None
+    """Detection: COCO JSON."""
+
+
+class Augmentation(Section):
+    """Random changes of the training pictures, in the pictures' own pixels, before `data.resize`."""
+
+    scale: tuple[float, float] | None = None
+    """Range of a random factor on both sides, drawn evenly."""
+    crop: Size | None = None
+    """(height, width) of a random crop; smaller pictures are padded."""
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    photometric: bool = False
+    """Random brightness, contrast, saturation and hue."""
+
+
+class ShortLong(Section):
+    """Resize so that the short side has `short` pixels, unless the long side would pass `long`."""
+
+    short: Positive
+    long: Positive
+
+
+class Data(Section):
+    """Pictures and targets."""
+
+    format: Literal["coco", "masks"]
+    """`coco`: pictures and a COCO JSON. `masks`: pictures and 8-bit masks."""
+    root: Path = Path()
+    """Folder that the splits' paths are relative to."""
+    train: Split
+    val: Split
+    classes: tuple[str, ...] | None = None
+    """Class names in the order of their ids. Needed for masks; COCO files bring their own."""
+    ignore_index: Annotated[int, Field(ge=0, le=255)] = 255
+    """Segmentation: mask value that neither trains nor counts."""
+    resize: Size | ShortLong | None = None
+    """What the networks see: (height, width), or {short, long}; nothing = the pictures' own size."""
+    augment: Augmentation = Augmentation()
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that load pictures."""
+    check: Literal["full", "headers"] = "full"
+    """Before training, decode every picture (full) or only read its header (headers)."""
+
+
+class Model(Section):
+    """One network."""
+
+    arch: str
+    """Detection: retinanet, fcos, faster_rcnn. Segmentation: an architecture of segmentation_models_pytorch
+    (deeplabv3plus, fpn, unet, ...) or `torchvision/NAME`. Anything: `package.module:factory`."""
+    backbone: str = "resnet50"
+    """A timm name, or `torchvision/NAME`; for segmentation architectures any smp encoder name (`tu-NAME`: timm)."""
+    weights: str | None = None
+    """The whole network: a .safetensors or .pth file, or a torchvision weights name (`..._Weights.COCO_V1`)."""
+    backbone_weights: str | None = "imagenet"
+    """The backbone alone: `imagenet` (the framework's own), a file, or nothing."""
+    fpn_channels: Positive = 256
+    """Detection: width of the feature pyramid and of the heads."""
+    options: dict[str, Any] = {}
+    """Further arguments of the architecture's constructor."""
+    inherit: tuple[str, ...] = ()
+    """Student only: parts (such as `head` or `backbone.fpn`) that start from the teacher's tensors."""
+    mean: tuple[float, float, float] | None = None
+    """Mean colour; nothing = what the backbone was pretrained with."""
+    std: tuple[float, float, float] | None = None
+    """Standard deviation of the colours, likewise."""
+
+
+class Loss(BaseModel):
+    """One method at one or more pairs of layers; every other key is an option of the method itself."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+    """See `acamkd methods`."""
+    pairs: tuple[str | tuple[str, str], ...] = ()
+    """Layers: `student_layer`, the same in both, or [student_layer, teacher_layer]. Grammar: `layer`, `layer:key` for
+    one entry of a dict or tuple output, `layer:*` for all of them, `layer@2` for the third call."""
+    preset: str | None = None
+    """A published setting by name; options given here win over it."""
+    ramp_epochs: Annotated[float, Field(ge=0)] = 0
+    """The weight rises linearly from 0 to its value over this many epochs."""
+    stop_epoch: Annotated[float, Field(gt=0)] | None = None
+    """The loss is switched off from this epoch on."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's own options, as written in the recipe."""
+        return dict(self.model_extra or {})
+
+
+class Optimizer(Section):
+    """The optimizer; the losses' own parameters form a group of their own."""
+
+    name: Literal["sgd", "adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate of the network; the peak where the schedule has one."""
+    losses_lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the losses' own parameters; nothing = the network's."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    momentum: Fraction = 0.9
+    """SGD only."""
+
+
+class Schedule(Section):
+    """How the learning rate moves, per optimisation step."""
+
+    name: Literal["constant", "step", "polynomial", "one_cycle"] = "one_cycle"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Linear warm-up; one_cycle has one of its own (`pct_start`)."""
+    milestones: tuple[Positive, ...] = ()
+    """step: epochs at whose end the rate is multiplied by `gamma`."""
+    gamma: Fraction = 0.1
+    power: Annotated[float, Field(gt=0)] = 0.9
+    """polynomial: exponent."""
+    pct_start: Fraction = 0.3
+    """one_cycle: share of the steps that rise."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Schedule:
+        if self.name == "one_cycle" and self.warmup_steps:
+            raise ValueError("one_cycle brings its own warm-up: set pct_start, and leave warmup_steps out")
+        if self.name == "step" and not self.milestones:
+            raise ValueError("step needs milestones, such as [16, 22]")
+        return self
+
+
+class Train(Section):
+    """One training run."""
+
+    epochs: Positive
+    batch_size: Positive = 8
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
+    accumulate: Positive = 1
+    """Batches per optimisation step."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the whole gradient."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    eval_every: Positive = 1
+    """Epochs between two evaluations; must divide `epochs`, so that the last one is evaluated."""
+    accelerator: str = "auto"
+    devices: int | Literal["auto"] = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> Train:
+        if self.epochs % self.eval_every:
+            raise ValueError(f"eval_every {self.eval_every} does not divide epochs {self.epochs}")
+        return self
+
+
+class Recipe(Section):
+    """Everything that a run depends on."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    """Runs go to `runs/NAME/`; nothing = the recipe file's name."""
+    task: Literal["detection", "segmentation"]
+    data: Data
+    teacher: Model | None = None
+    student: Model
+    losses: tuple[Loss, ...] = ()
+    train: Train
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        data = self.data
+        expected = {"detection": "coco", "segmentation": "masks"}[self.task]
+        if data.format != expected:
+            raise ValueError(f"task {self.task} needs data.format: {expected}, not {data.format}")
+        source = {"coco": "annotations", "masks": "masks"}[data.format]
+        for name in ("train", "val"):
+            if getattr(getattr(data, name), source) is None:
+                raise ValueError(f"data.{name}.{source} is missing: data.format {data.format} needs it")
+        if data.format == "masks" and not data.classes:
+            raise ValueError("data.classes is missing: masks hold ids only, so the recipe lists the class names")
+        return self
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: YAML file.
+        overrides: `key=value` assignments, such as `losses.0.weight=2`; values are YAML. Another `losses.N.name`
+            also drops the options of the method that stood there, since they are not the new one's.
+
+    Raises:
+        AcamkdError: The file cannot be read, or does not fit; the message names every bad key.
+    """
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise AcamkdError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise AcamkdError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise AcamkdError(f"{path} must hold a mapping with the keys {', '.join(Recipe.model_fields)}")
+    raw.setdefault("name", path.stem)
+    for assignment in overrides:
+        _assign(raw, assignment)
+    return parse(raw, source=str(path))
+
+
+def parse(raw: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """Validate a mapping as a recipe; raises AcamkdError that names every bad key."""
+    try:
+        # JSON mode is strict about types and still takes lists for tuples and strings for paths.
+        return Recipe.model_validate_json(json.dumps(raw), strict=True)
+    except ValidationError as error:
+        lines = [_explain(entry) for entry in error.errors()]
+        raise AcamkdError("\n  ".join([f"{source} does not fit:", *lines])) from error
+    except TypeError as error:  # a YAML date, say
+        raise AcamkdError(f"{source}: {error}; write it in quotes if it is meant as text") from error
+
+
+def dump(recipe: Recipe) -> str:
+    """Write a recipe as YAML, every default spelled out; `load` reads it back to an equal recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that also reads 1e-3 as a number, as YAML 1.2 and every user do."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _assign(raw: dict[str, Any], assignment: str) -> None:
+    """Carry out one `key=value` in the raw mapping."""
+    key, separator, text = assignment.partition("=")
+    if not separator or not key:
+        raise AcamkdError(f"--set {assignment}: write key=value, such as train.epochs=20")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise AcamkdError(f"--set {assignment}: the value is not valid YAML: {error}") from error
+    node: Any = raw
+    *parents, last = key.split(".")
+    for name in parents:
+        node = _child(node, name, key)
+    if isinstance(node, list):
+        _child(node, last, key)
+        node[int(last)] = value
+        return
+    if not isinstance(node, dict):
+        raise AcamkdError(f"--set {key}: {'.'.join(parents)} is a single value and has no key {last}")
+    if parents[:1] == ["losses"] and last == "name" and node.get("name") != value:
+        for option in set(node) - set(Loss.model_fields) | ({"preset"} & set(node)):
+            del node[option]
+    node[last] = value
+
+
+def _child(node: Any, name: str, key: str) -> Any:
+    """The entry of a list, or of a mapping (where it is made if need be), on the way to `key`."""
+    if isinstance(node, list):
+        if not name.isdecimal() or int(name) >= len(node):
+            raise AcamkdError(f"--set {key}: there is no entry {name}, the list has {len(node)} (counted from 0)")
+        return node[int(name)]
+    if not isinstance(node, dict):
+        raise AcamkdError(f"--set {key}: {name} would lie below a single value")
+    if node.get(name) is None:
+        node[name] = {}
+    return node[name]
+
+
+def _explain(entry: Mapping[str, Any]) -> str:
+    """One line for one validation error."""
+    location = [str(part) for part in entry["loc"]]
+    key = ".".join(part for part in location if part not in ("ShortLong", "Model"))
+    if entry["type"] == "extra_forbidden":
+        return f"{key}: unknown key; {nearest(location[-1], _fields_at(location[:-1]))}"
+    if entry["type"] == "missing":
+        return f"{key}: missing"
+    message = entry["msg"].removeprefix("Value error, ")
+    given = "" if entry["type"] == "value_error" else f" (given: {entry['input']!r})"
+    return f"{key}: {message}{given}" if key else message
+
+
+def _fields_at(location: Sequence[str]) -> list[str]:
+    """Legal keys of the section at a location of the recipe."""
+    section: type[BaseModel] = Recipe
+    for part in location:
+        field = section.model_fields.get(part)
+        if field is None:
+            continue
+        candidates = [field.annotation, *get_args(field.annotation)]
+        for candidate in candidates:
+            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+                section = candidate
+    return list(section.model_fields)

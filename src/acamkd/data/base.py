@@ -1,0 +1,222 @@
+"""PictureDataset: pictures with targets, seeded by (seed, epoch, index), and the check before they are used."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor, distributed
+from torch.utils.data import Dataset, Sampler
+from torchvision import tv_tensors
+
+from acamkd.errors import AcamkdError
+from acamkd.models.base import PixelSize, Target
+
+log = logging.getLogger(__name__)
+
+Sample: TypeAlias = tuple[Tensor, Target]
+"""A picture, (3, H, W) uint8 RGB, and what is known of it."""
+
+Transform: TypeAlias = Callable[[Tensor, Target], Sample]
+"""A joint change of picture and target (tv_tensors); draws from torch's default CPU generator only."""
+
+LISTED_PROBLEMS = 10
+"""An error lists this many problems and counts the others."""
+
+
+def seed_of(*parts: object) -> int:
+    """A 64-bit seed that is a function of the parts alone, such as (seed, epoch, index)."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
+
+
+class PictureDataset(Dataset[Sample], ABC):
+    """Pictures and their targets.
+
+    An item's key is `epoch * len(dataset) + index`, so that the order of reading, the number of workers and a resumed
+    run change nothing about what epoch 3 does to picture 7. What is wrong with the annotations is collected while they
+    are read; `check` reports it together with what is wrong with the files.
+
+    Args:
+        files: Pictures.
+        annotation_files: Every file that the targets come from.
+        classes: Class names, background and void not counted.
+        transform: Random changes, None for the pictures as they are.
+        seed: Of the random changes.
+
+    Attributes:
+        problems: What makes the annotations unusable, one sentence per entry.
+        warnings: What is legitimate but worth knowing.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        annotation_files: Sequence[Path],
+        classes: Sequence[str],
+        *,
+        transform: Transform | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.files = list(files)
+        self.annotation_files = list(annotation_files)
+        self.classes = tuple(classes)
+        self.transform = transform
+        self.seed = seed
+        self.problems: list[str] = []
+        self.warnings: list[str] = []
+
+    @abstractmethod
+    def target(self, index: int, size: PixelSize) -> Target:
+        """What is known of one picture of this (height, width), as tv_tensors where torchvision has a type for it."""
+
+    @abstractmethod
+    def inspect(self, index: int, size: PixelSize, *, decode: bool) -> list[str]:
+        """Problems of one entry whose picture has this (height, width); `decode` also looks at every pixel."""
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: int) -> Sample:
+        epoch, index = divmod(key, len(self))
+        image: Tensor = tv_tensors.Image(read_picture(self.files[index]))
+        target = self.target(index, (image.shape[-2], image.shape[-1]))
+        if self.transform is not None:
+            with torch.random.fork_rng(devices=[]):
+                # torch.manual_seed would also reseed the GPUs, and fork_rng restores only the CPU here.
+                torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
+                image, target = self.transform(image, target)
+        return image.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
+
+    def __iter__(self) -> Iterator[Sample]:
+        # Every key is valid, so Python's own iteration by index would never end.
+        return (self[index] for index in range(len(self)))
+
+    def fingerprint(self) -> str:
+        """Short name of the data's content: class names, names and sizes of the pictures, bytes of the annotations."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for file in self.files:
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        for file in self.annotation_files:
+            digest.update(file.read_bytes())
+        return digest.hexdigest()[:16]
+
+
+class SeededSampler(Sampler[int]):
+    """Shuffled keys of one epoch, a function of (seed, epoch) alone.
+
+    In a distributed run every process takes its own equal share of the common order; Lightning must not shard it once
+    more (`Trainer(use_distributed_sampler=False)`), because its wrapper keeps `set_epoch` from arriving here.
+
+    Args:
+        n: Length of the data set.
+        seed: Of the order.
+    """
+
+    def __init__(self, n: int, seed: int) -> None:
+        self.n = n
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration belongs to; Lightning calls it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.n // _process()[1]
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(seed_of("order", self.seed, self.epoch))
+        keys: list[int] = (self.epoch * self.n + torch.randperm(self.n, generator=generator)).tolist()
+        rank, processes = _process()
+        return iter(keys[rank : len(self) * processes : processes])
+
+
+def check(dataset: PictureDataset, mode: Literal["full", "headers"]) -> list[str]:
+    """Look at every picture and target before they are used.
+
+    Args:
+        dataset: What `build` returned.
+        mode: `full` decodes every picture and mask, `headers` only reads their sizes.
+
+    Returns:
+        Warnings: what is legitimate but worth knowing.
+
+    Raises:
+        AcamkdError: Something cannot be used; lists the first problems with file and entry, and counts them all.
+    """
+    log.info("checking %d pictures (%s)", len(dataset), mode)
+    with ThreadPoolExecutor() as pool:  # decoders release the interpreter's lock
+        found = pool.map(partial(_problems_of, dataset, decode=mode == "full"), range(len(dataset)))
+        refuse([*dataset.problems, *(problem for problems in found for problem in problems)])
+    return list(dataset.warnings)
+
+
+def check_same_classes(train: PictureDataset, val: PictureDataset) -> None:
+    """Raise AcamkdError unless label k means the same in both splits."""
+    if train.classes != val.classes:
+        raise AcamkdError(
+            f"train and val must list the same classes in the same order, but train has {', '.join(train.classes)} "
+            f"and val has {', '.join(val.classes)}: give both annotation files the same categories"
+        )
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise one AcamkdError that lists the first problems and counts them all; return if there are none."""
+    if not problems:
+        return
+    lines = [f"the data cannot be used, {len(problems)} problem{'s' if len(problems) > 1 else ''}:"]
+    lines += problems[:LISTED_PROBLEMS]
+    if len(problems) > LISTED_PROBLEMS:
+        lines.append(f"... and {len(problems) - LISTED_PROBLEMS} more")
+    raise AcamkdError("\n  ".join(lines))
+
+
+def read_picture(file: Path) -> Tensor:
+    """Decode a picture of any 8-bit mode to (3, H, W) uint8 RGB, rotated as its EXIF orientation says."""
+    with Image.open(file) as image:
+        if image.mode[0] in "IF":  # Pillow would clip them to white without a word
+            raise AcamkdError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
+        pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def read_size(file: Path) -> PixelSize:
+    """(height, width) after EXIF rotation, from the file's header."""
+    with Image.open(file) as image:
+        width, height = image.size
+        # Without this question Pillow would decode a whole PNG in search of an entry after its pixels.
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in image.info else 1
+    return (width, height) if orientation >= 5 else (height, width)
+
+
+def describe(size: Sequence[int]) -> str:
+    """(height, width) in the order and words that users know."""
+    return f"{size[1]} x {size[0]} pixels"
+
+
+def _problems_of(dataset: PictureDataset, index: int, *, decode: bool) -> list[str]:
+    file = dataset.files[index]
+    if not file.is_file():
+        return [f"{file}: there is no such picture"]
+    size: Any
+    try:
+        size = read_picture(file).shape[-2:] if decode else read_size(file)
+    except Exception as error:  # decoders of broken files raise whatever they meet first
+        return [f"{file}: the picture cannot be read: {error}"]
+    return dataset.inspect(index, tuple(size), decode=decode)
+
+
+def _process() -> tuple[int, int]:
+    """Rank of this process and number of processes."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1

@@ -1,0 +1,246 @@
+"""Distiller: a student, a frozen teacher, and the losses between their layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from acamkd.errors import AcamkdError
+from acamkd.features import FeatureTap
+from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
+from acamkd.models.base import Batch, TaskModel
+
+Pair: TypeAlias = tuple[str, str]
+"""(student layer, teacher layer), in FeatureTap's grammar."""
+
+AUDITED_STEPS = 20
+
+
+@dataclass(frozen=True)
+class WeightSchedule:
+    """Factor of a loss by step: a linear ramp from 0 to 1 over `ramp_steps`, and 0 from `stop_step` on."""
+
+    ramp_steps: int = 0
+    stop_step: int | None = None
+
+    def __call__(self, step: int) -> float:
+        """The factor at one step."""
+        if self.stop_step is not None and step >= self.stop_step:
+            return 0.0
+        return min(1.0, (step + 1) / self.ramp_steps) if self.ramp_steps else 1.0
+
+
+class Distiller(nn.Module):
+    """Task loss of a student plus its distillation losses against a frozen teacher.
+
+    The losses are sub-modules, the student too; the teacher is none: it is absent from `parameters()`, `state_dict()`
+    and DDP, stays in eval mode whatever `train()` says, receives no gradient, and still follows `to()`. Its forward
+    ends at the last layer that a loss needs.
+
+    For the first 20 steps with distillation, the Distiller watches whether it reaches the student: a total that stays
+    exactly zero, or a student parameter below a tapped layer that never receives a distillation gradient, is an error.
+
+    Args:
+        student: The network to train.
+        teacher: The network to imitate; None (with no losses) trains the student alone.
+        pairs: The layers that each loss compares; None for a HeadLoss, which names its own.
+        losses: One per pair.
+        schedules: A factor by step for each loss; 1 throughout where not given.
+    """
+
+    def __init__(
+        self,
+        student: TaskModel,
+        teacher: TaskModel | None = None,
+        pairs: Sequence[Pair | None] = (),
+        losses: Sequence[FeatureLoss | HeadLoss] = (),
+        schedules: Sequence[Callable[[int], float]] | None = None,
+    ) -> None:
+        super().__init__()
+        if len(pairs) != len(losses):
+            raise AcamkdError(f"there must be one loss per pair of layers, not {len(losses)} for {len(pairs)}")
+        if losses and teacher is None:
+            raise AcamkdError("distillation losses need a teacher")
+        self.student = student
+        self.losses = nn.ModuleList(losses)
+        self.pairs = list(pairs)
+        self.schedules = list(schedules) if schedules is not None else [WeightSchedule()] * len(losses)
+        self._teacher = () if teacher is None else (teacher.eval().requires_grad_(False),)  # a tuple hides the module
+        self._keys = [
+            f"{'head' if pair is None else pair[0]}/{type(loss).__name__.lower()}"
+            for pair, loss in zip(self.pairs, losses, strict=True)
+        ]
+        if len(set(self._keys)) < len(self._keys):
+            raise AcamkdError(f"the same method stands twice at one layer: {', '.join(sorted(self._keys))}")
+        self._audit = _Audit()
+
+    @property
+    def teacher(self) -> TaskModel:
+        """The frozen teacher."""
+        if not self._teacher:
+            raise AcamkdError("this Distiller has no teacher: it trains the student alone")
+        return self._teacher[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
+        for teacher in self._teacher:
+            teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def forward(self, batch: Batch, step: int = 0) -> dict[str, Tensor]:
+        """Run both networks on one batch.
+
+        Args:
+            batch: What the student's `prepare` made of pictures and targets.
+            step: Optimisation step, from 0.
+
+        Returns:
+            Scalar terms, `task/TERM` and `LAYER/METHOD/TERM`; their sum is the training loss.
+
+        Raises:
+            AcamkdError: A term is not finite, a tap did not fire, or the distillation does not reach the student.
+        """
+        factors = [schedule(step) for schedule in self.schedules]
+        active = [index for index, factor in enumerate(factors) if factor > 0]
+        layers = [self._layers(index) for index in active]
+        with ExitStack() as stack:
+            student_tap = stack.enter_context(FeatureTap(self.student.net, _flat(pair[0] for pair in layers)))
+            teacher_maps: dict[str, Tensor] = {}
+            if active:
+                teacher_maps = self._teacher_maps(batch, _flat(pair[1] for pair in layers))
+            outputs = self.student(batch)
+            terms = {f"task/{name}": term for name, term in self.student.loss(outputs, batch).items()}
+            context = DistillationContext(step, batch.input_size, _boxes(batch))
+            distillation: dict[str, Tensor] = {}
+            for index in active:
+                for name, term in self._compare(index, student_tap, teacher_maps, batch, context).items():
+                    distillation[f"{self._keys[index]}/{name}"] = factors[index] * term
+            _check_finite(terms | distillation, step)
+            if distillation and self.training and torch.is_grad_enabled():
+                self._audit(self.student.net, student_tap.features(), distillation)
+        return terms | distillation
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What the losses want logged of the last forward, `LAYER/METHOD/NAME`."""
+        return {
+            f"{key}/{name}": value
+            for key, loss in zip(self._keys, self.losses, strict=True)
+            for name, value in getattr(loss, "statistics", {}).items()
+        }
+
+    def _layers(self, index: int) -> tuple[list[str], list[str]]:
+        """Layers of student and teacher that one loss needs."""
+        pair, loss = self.pairs[index], self.losses[index]
+        if isinstance(loss, HeadLoss):
+            return loss.layers(self.student, self.teacher)
+        assert pair is not None
+        return [pair[0]], [pair[1]]
+
+    def _teacher_maps(self, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
+        # Not inference_mode: its tensors cannot enter a trainable projection.
+        with torch.no_grad(), FeatureTap(self.teacher.net, names) as tap:
+            with tap.early_stop():
+                self.teacher(batch)
+            return tap.features()
+
+    def _compare(
+        self,
+        index: int,
+        student_tap: FeatureTap,
+        teacher_maps: Mapping[str, Tensor],
+        batch: Batch,
+        context: DistillationContext,
+    ) -> dict[str, Tensor]:
+        pair, loss = self.pairs[index], self.losses[index]
+        if isinstance(loss, HeadLoss):
+            return loss(self.student, self.teacher, student_tap.features(), teacher_maps, batch)  # type: ignore[no-any-return]
+        assert pair is not None
+        return loss(student_tap[pair[0]], teacher_maps[pair[1]], context)  # type: ignore[no-any-return]
+
+
+class _Audit:
+    """Watches over the first steps whether the distillation reaches what it should."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._zero = True
+        self._unreached: dict[str, nn.Parameter] | None = None
+
+    def __call__(self, net: nn.Module, maps: Mapping[str, Tensor], terms: Mapping[str, Tensor]) -> None:
+        if self._steps == AUDITED_STEPS or not (self._zero or self._unreached is None or self._unreached):
+            return
+        self._steps += 1
+        total = torch.stack(list(terms.values())).sum()
+        self._zero = self._zero and total.item() == 0
+        if self._unreached is None:
+            below = _parameters_below(maps.values())
+            self._unreached = {name: parameter for name, parameter in net.named_parameters() if id(parameter) in below}
+            if not self._unreached:
+                raise AcamkdError(
+                    f"no trainable student parameter lies below {', '.join(maps)}: nothing can be distilled"
+                )
+        if self._unreached and total.requires_grad:
+            names = list(self._unreached)
+            gradients = torch.autograd.grad(
+                total, [self._unreached[name] for name in names], retain_graph=True, allow_unused=True
+            )
+            for name, gradient in zip(names, gradients, strict=True):
+                if gradient is not None and gradient.count_nonzero() > 0:
+                    del self._unreached[name]
+        if self._steps == AUDITED_STEPS:
+            self._conclude()
+
+    def _conclude(self) -> None:
+        if self._zero:
+            raise AcamkdError(
+                f"the distillation total was exactly 0 in each of the first {AUDITED_STEPS} steps: "
+                "check that teacher and student differ and that the loss weights are not 0"
+            )
+        if self._unreached:
+            names = list(self._unreached)
+            raise AcamkdError(
+                f"in the first {AUDITED_STEPS} steps no distillation gradient reached {len(names)} student parameters "
+                f"below the tapped layers: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}; "
+                "tap a layer behind them, or freeze them if they are meant to stay"
+            )
+
+
+def _parameters_below(maps: Iterable[Tensor]) -> set[int]:
+    """Identities of the parameters that some maps were computed from, read off the autograd graph."""
+    found: set[int] = set()
+    seen: set[Any] = set()
+    pending = [tensor.grad_fn for tensor in maps if tensor.grad_fn is not None]
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        pending.extend(following for following, _ in node.next_functions if following is not None)
+    return found
+
+
+def _flat(names: Iterable[Sequence[str]]) -> list[str]:
+    return list(dict.fromkeys(name for group in names for name in group))
+
+
+def _boxes(batch: Batch) -> list[Tensor] | None:
+    if batch.targets is None or any("boxes" not in target for target in batch.targets):
+        return None
+    return [target["boxes"] for target in batch.targets]
+
+
+def _check_finite(terms: Mapping[str, Tensor], step: int) -> None:
+    values = torch.stack([term.detach().float() for term in terms.values()])
+    if not values.isfinite().all():
+        bad = [f"{name} is {x}" for name, x in zip(terms, values.tolist(), strict=True) if not isfinite(x)]
+        raise AcamkdError(
+            f"step {step}: the loss is not finite, {', '.join(bad)}: "
+            "lower the learning rate or the loss's weight, or clip the gradient (train.clip)"
+        )

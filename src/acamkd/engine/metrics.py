@@ -1,0 +1,101 @@
+"""mAP and mIoU over a whole data set, by torchmetrics."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassJaccardIndex
+from torchmetrics.detection import MeanAveragePrecision
+
+from acamkd.models.base import VOID, Prediction, Target, Task, TaskModel
+
+METRICS: Mapping[Task, str] = {"detection": "mAP", "segmentation": "mIoU"}
+"""The one figure that decides, per task."""
+
+_COCO_NAMES = {
+    "mAP": "map", "AP50": "map_50", "AP75": "map_75", "AP_s": "map_small", "AP_m": "map_medium", "AP_l": "map_large",
+}  # fmt: skip
+
+
+class Scorer(nn.Module):
+    """Collects predictions over a data set and turns them into the task's metrics, in percent.
+
+    Detection: COCO's mAP, AP50, AP75, AP by object size (small below 32^2, large above 96^2 pixels of the picture as
+    it lies on disk) and `AP/CLASS`. Segmentation: mIoU from one confusion matrix over the whole set, and `IoU/CLASS`.
+    A figure that has no basis (no such object in the set) is NaN and does not enter a mean.
+
+    Args:
+        task: `detection` or `segmentation`.
+        classes: Class names in the order of their ids.
+    """
+
+    def __init__(self, task: Task, classes: Sequence[str]) -> None:
+        super().__init__()
+        self.task: Task = task
+        self.classes = tuple(classes)
+        if task == "detection":
+            self.metric: Metric = MeanAveragePrecision(backend="faster_coco_eval", class_metrics=True)
+        else:
+            self.metric = MulticlassJaccardIndex(
+                num_classes=len(classes), ignore_index=VOID, average="none", zero_division=math.nan
+            )
+
+    def update(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> None:
+        """Add some pictures, both sides in each picture's own pixels."""
+        if self.task == "detection":
+            self.metric.update(list(predictions), list(targets))
+            return
+        for prediction, target in zip(predictions, targets, strict=True):
+            self.metric.update(prediction["mask"].unsqueeze(0), target["mask"].unsqueeze(0))
+
+    def compute(self) -> dict[str, float]:
+        """Return every figure by name, in percent, and start anew."""
+        result = self.metric.compute()
+        self.metric.reset()
+        if self.task == "segmentation":
+            per_class = dict(zip(self.classes, result, strict=True))
+            return {
+                "mIoU": 100 * float(result.nanmean()),
+                **{f"IoU/{name}": 100 * float(value) for name, value in per_class.items()},
+            }
+        scores = {name: _percent(result[key]) for name, key in _COCO_NAMES.items()}
+        found = dict(zip(result["classes"].reshape(-1).tolist(), result["map_per_class"].reshape(-1), strict=True))
+        for label, name in enumerate(self.classes, start=1):
+            scores[f"AP/{name}"] = _percent(found[label]) if label in found else math.nan
+        return scores
+
+
+@torch.no_grad()
+def score(
+    model: TaskModel, batches: Iterable[tuple[Sequence[Tensor], Sequence[Target]]], scorer: Scorer
+) -> dict[str, float]:
+    """Score a network on pictures.
+
+    Args:
+        model: The network; its mode is restored afterwards.
+        batches: (images, targets) each.
+        scorer: Fresh, or computed before.
+    """
+    training = model.training
+    device = model.mean.device
+    model.eval()
+    scorer.to(device)
+    for images, targets in batches:
+        scorer.update(
+            model.predict([image.to(device) for image in images]),
+            [{name: value.to(device) for name, value in target.items()} for target in targets],
+        )
+    model.train(training)
+    return scorer.compute()
+
+
+def _percent(value: Tensor) -> float:
+    return 100 * float(value) if value >= 0 else math.nan  # pycocotools' -1: nothing to find
+
+
+logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)

@@ -1,0 +1,95 @@
+"""The Lightning module: one training step, one validation step, one optimizer."""
+
+from __future__ import annotations
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import lr_scheduler
+
+from acamkd.config import Train
+from acamkd.data.base import seed_of
+from acamkd.distiller import Distiller
+from acamkd.engine.metrics import Scorer
+from acamkd.models.base import Target
+
+
+class TrainingModule(L.LightningModule):
+    """Trains a Distiller's student, with or without distillation.
+
+    Logs every loss term and statistic by step, and after each validation the scorer's figures.
+
+    Args:
+        distiller: The student and whatever it learns from.
+        config: The recipe's `train`.
+        scorer: Collects the validation metric.
+    """
+
+    def __init__(self, distiller: Distiller, config: Train, scorer: Scorer) -> None:
+        super().__init__()
+        self.distiller = distiller
+        self.config = config
+        self.scorer = scorer
+        self.scores: dict[str, float] = {}
+        """Figures of the last validation."""
+
+    def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
+        """Return the training loss of one batch."""
+        # Every draw inside a step (dropout, a random mask, sampled boxes) is a function of the seed and the position.
+        position = self.trainer.fit_loop.total_batch_idx
+        torch.manual_seed(seed_of(self.config.seed, position, self.global_rank))
+        images, targets = batch
+        prepared = self.distiller.student.prepare(images, targets)
+        terms: dict[str, Tensor] = self.distiller(prepared, self.global_step)
+        total = torch.stack(list(terms.values())).sum()
+        self.log_dict(
+            {f"loss/{name}": value.detach() for name, value in terms.items()} | self.distiller.statistics(),
+            on_step=True, on_epoch=True, batch_size=len(images),
+        )  # fmt: skip
+        self.log("loss", total.detach(), on_step=True, on_epoch=True, batch_size=len(images), prog_bar=True)
+        return total
+
+    def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> None:
+        """Collect the predictions of one batch."""
+        images, targets = batch
+        self.scorer.update(self.distiller.student.predict(images), targets)
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep and log the metrics."""
+        self.scores = self.scorer.compute()
+        self.log_dict(self.scores)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Student and loss parameters in groups of their own; the schedule moves by step."""
+        config = self.config.optimizer
+        groups = [
+            {"params": [p for p in self.distiller.student.parameters() if p.requires_grad], "lr": config.lr},
+            {"params": [p for p in self.distiller.losses.parameters() if p.requires_grad],
+             "lr": config.losses_lr or config.lr},
+        ]  # fmt: skip
+        groups = [group for group in groups if group["params"]]
+        optimizer: torch.optim.Optimizer
+        if config.name == "sgd":
+            optimizer = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+        else:
+            optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        scheduler = self._schedule(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
+        config = self.config.schedule
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        steps_per_epoch = total_steps // self.config.epochs
+        if config.name == "one_cycle":
+            peaks = [group["lr"] for group in optimizer.param_groups]
+            return lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=total_steps, pct_start=config.pct_start)
+        parts: list[lr_scheduler.LRScheduler] = []
+        if config.warmup_steps:
+            parts.append(lr_scheduler.LinearLR(optimizer, start_factor=1e-3, total_iters=config.warmup_steps))
+        if config.name == "step":
+            milestones = [epoch * steps_per_epoch for epoch in config.milestones]
+            parts.append(lr_scheduler.MultiStepLR(optimizer, milestones, gamma=config.gamma))
+        elif config.name == "polynomial":
+            parts.append(lr_scheduler.PolynomialLR(optimizer, total_iters=total_steps, power=config.power))
+        return lr_scheduler.ChainedScheduler(parts or [lr_scheduler.ConstantLR(optimizer, factor=1.0)], optimizer)

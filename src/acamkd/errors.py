@@ -1,0 +1,20 @@
+"""The one exception that users are meant to see."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class AcamkdError(ValueError):
+    """Something that the user gave cannot be used; the message says what, what is allowed and what to do.
+
+    The command line prints the message alone and exits with 1; any other exception is a bug and keeps its traceback.
+    """
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Say which known words come closest, "did you mean a, b?"; list them where none is close, at most 20."""
+    words = sorted(known)
+    close = difflib.get_close_matches(word, words, n=3, cutoff=0.5)
+    if close:
+        return f"did you mean {', '.join(close)}?"
+    return f"known: {', '.join(words[:20])}" + (f" and {len(words) - 20} more" if len(words) > 20 else "")

@@ -1,0 +1,198 @@
+"""FeatureTap: named intermediate outputs of any module."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from acamkd.errors import AcamkdError, nearest
+
+_GRAMMAR = re.compile(r"(?P<layer>[^:@]*)(:(?P<key>[^@]+))?(@(?P<call>\d+|\*))?")
+
+
+class _Request(NamedTuple):
+    """One parsed name; `*` stands for all keys or all calls."""
+
+    layer: str
+    key: str | None
+    call: str | None
+
+
+class _Complete(Exception):  # noqa: N818 (no error, it only ends a forward)
+    """Ends a forward whose remaining layers nobody needs."""
+
+
+class FeatureTap:
+    """Record what named layers put out, while the context lasts.
+
+        with FeatureTap(net, ["layer3", "layer4"]) as tap:
+            net(images)
+            tap["layer4"]                   # (N, C, H, W), with its graph
+
+    Names: `layer` is a module's dotted path; `layer:key` one entry of its dict, list or tuple output (an FPN's levels)
+    and `layer:*` all of them; `layer@2` the third call of a layer that runs several times in one forward (a detection
+    head, once per level) and `layer@*` all calls. On leaving, the hooks are removed and the tensors dropped.
+
+    Args:
+        net: Any module.
+        names: What to record.
+        edit: Called with the name and the tensor of every recorded output; what it returns takes the output's place in
+            the rest of the network. The tap keeps what was there before.
+
+    Raises:
+        AcamkdError: There is no such layer (the nearest names are listed); or, on leaving or on access, an output was
+            asked for that the forward did not produce.
+    """
+
+    def __init__(
+        self, net: nn.Module, names: Sequence[str], edit: Callable[[str, Tensor], Tensor] | None = None
+    ) -> None:
+        self._requests = {name: _parse(name) for name in names}
+        self._edit = edit
+        modules = dict(net.named_modules())
+        for name, request in self._requests.items():
+            if request.layer not in modules:
+                raise AcamkdError(f"there is no layer {request.layer!r} to tap ({name}); "
+                                  f"{nearest(request.layer, filter(None, modules))}")  # fmt: skip
+        self._modules = {request.layer: modules[request.layer] for request in self._requests.values()}
+        self._handles: list[RemovableHandle] = []
+        self._outputs: dict[str, list[dict[str, Tensor]]] = {}  # layer -> per call: key ("" for a plain tensor) -> map
+        self._stop_when_complete = False
+
+    def __enter__(self) -> FeatureTap:
+        self._outputs = {layer: [] for layer in self._modules}
+        self._handles = [
+            module.register_forward_hook(lambda _module, _inputs, output, layer=layer: self._record(layer, output))
+            for layer, module in self._modules.items()
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        try:
+            if error is None:
+                self.features()
+        finally:
+            self._outputs = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The output of one requested name, or of one that a requested `*` stands for."""
+        features = self.features()
+        if name not in features:
+            raise AcamkdError(f"{name} is not among the tapped outputs; {nearest(name, features)}")
+        return features[name]
+
+    def features(self) -> dict[str, Tensor]:
+        """Every recorded output by name, in the order of the request, `*` expanded."""
+        return {name: output for request in self._requests.values() for name, output in self._resolve(request).items()}
+
+    @contextmanager
+    def early_stop(self) -> Iterator[None]:
+        """Within, a forward ends as soon as everything asked for is there; it returns nothing then."""
+        self._stop_when_complete = True
+        try:
+            yield
+        except _Complete:
+            pass
+        finally:
+            self._stop_when_complete = False
+
+    def _record(self, layer: str, output: Any) -> Any:
+        """Keep a layer's output and hand a copy on, so that an in-place operation behind the tap cannot reach it."""
+        call = len(self._outputs[layer])
+        kept: dict[str, Tensor] = {}
+        onward: dict[str, Tensor] = {}
+        for key, tensor in _entries(output).items():
+            for request in self._requests.values():
+                if request.layer == layer and _covers(request, key, call):
+                    kept[key] = tensor
+                    name = _name(layer, key, None if request.call is None else call)
+                    onward[key] = self._edit(name, tensor) if self._edit else tensor.clone()
+                    break
+        self._outputs[layer].append(kept)
+        if self._stop_when_complete and all(self._is_complete(request) for request in self._requests.values()):
+            raise _Complete
+        return _replaced(output, onward)
+
+    def _is_complete(self, request: _Request) -> bool:
+        return request.call != "*" and len(self._outputs[request.layer]) > int(request.call or 0)
+
+    def _resolve(self, request: _Request) -> dict[str, Tensor]:
+        calls = self._outputs.get(request.layer, [])
+        shown = _name(request.layer, request.key or "", request.call)
+        if not calls:
+            raise AcamkdError(f"the tap {shown} did not fire: the forward did not run this layer")
+        if request.call is None and len(calls) > 1:
+            raise AcamkdError(
+                f"the layer {request.layer} ran {len(calls)} times in one forward: "
+                f"name one call ({shown}@0 ... {shown}@{len(calls) - 1}) or all ({shown}@*)"
+            )
+        wanted = range(len(calls)) if request.call == "*" else [int(request.call or 0)]
+        if max(wanted) >= len(calls):
+            raise AcamkdError(f"the tap {shown} did not fire: the layer ran {len(calls)} times (calls count from 0)")
+        found = {
+            _name(request.layer, key, None if request.call is None else index): output
+            for index in wanted
+            for key, output in calls[index].items()
+            if _covers(request, key, index)
+        }
+        if not found:
+            raise AcamkdError(
+                f"the tap {shown} did not fire: the layer's output has no such entry; a plain tensor is tapped by "
+                f"{request.layer!r} alone, the entries of a dict, list or tuple by {request.layer + ':*'!r}"
+            )
+        return found
+
+
+def _parse(name: str) -> _Request:
+    match = _GRAMMAR.fullmatch(name)
+    if match is None:
+        raise AcamkdError(f"{name!r} is not a tap: write layer, layer:key, layer:*, layer@call or layer:key@call")
+    return _Request(match["layer"], match["key"], match["call"])
+
+
+def _name(layer: str, key: str, call: int | str | None) -> str:
+    return layer + (f":{key}" if key else "") + (f"@{call}" if call is not None else "")
+
+
+def _covers(request: _Request, key: str, call: int) -> bool:
+    """Whether a request asks for this entry of this call."""
+    key_fits = key != "" if request.key == "*" else key == (request.key or "")
+    return key_fits and request.call in (None, "*", str(call))
+
+
+def _entries(output: Any) -> dict[str, Tensor]:
+    """Tensors in a layer's output by key; a plain tensor has the empty key."""
+    if isinstance(output, Tensor):
+        return {"": output}
+    if isinstance(output, Mapping):
+        return {str(key): value for key, value in output.items() if isinstance(value, Tensor)}
+    if isinstance(output, (list, tuple)):
+        return {str(index): value for index, value in enumerate(output) if isinstance(value, Tensor)}
+    return {}
+
+
+def _replaced(output: Any, entries: Mapping[str, Tensor]) -> Any:
+    """The same kind of output with some of its tensors replaced."""
+    if not entries:
+        return output
+    if isinstance(output, Tensor):
+        return entries[""]
+    if isinstance(output, Mapping):
+        result: Any = copy.copy(output)
+        for key in output:
+            if str(key) in entries:
+                result[key] = entries[str(key)]
+        return result
+    items = [entries.get(str(index), value) for index, value in enumerate(output)]
+    return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)

@@ -1,0 +1,271 @@
+"""ACAM-KD: student and teacher decide together, anew at every step, where the student imitates the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acamkd.losses.base import DistillationContext, FeatureLoss
+from acamkd.losses.functional import (
+    align_layer,
+    check_choice,
+    dice_overlap,
+    freeze_tokens,
+    masked_channel_loss,
+    masked_spatial_loss,
+)
+
+KINDS = ("channel", "spatial")
+
+
+class Masks(NamedTuple):
+    """The masks of one level; a kind that is not in use is None."""
+
+    channel: Tensor | None
+    """(N, M, C), in (0, 1)."""
+    spatial: Tensor | None
+    """(N, M, H, W), in (0, 1)."""
+
+
+def cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """A V with A = softmax(Q^T K / sqrt(C_q)) over the key positions, without ever holding A.
+
+    Args:
+        query: (N, C_q, H, W).
+        key: (N, C_q, H_k, W_k).
+        value: (N, C, H_k, W_k), C >= C_q.
+
+    Returns:
+        (N, C, H, W).
+    """
+    # The fused kernels want one width for all three, and torch silently builds the dense map otherwise. Zero channels
+    # add nothing to Q^T K, so padding is exact, once the scale is that of the true width.
+    widening = value.shape[1] - query.shape[1]
+    query_rows, key_rows = (
+        F.pad(x.flatten(2).transpose(1, 2), (0, widening)) for x in (query, key)
+    )  # (N, HW, C), (N, H_k W_k, C)
+    value_rows = value.flatten(2).transpose(1, 2)
+    fused = F.scaled_dot_product_attention(  # one head: (N, 1, positions, C)
+        query_rows.unsqueeze(1), key_rows.unsqueeze(1), value_rows.unsqueeze(1), scale=query.shape[1] ** -0.5
+    )
+    return fused.squeeze(1).transpose(1, 2).reshape(len(query), -1, *query.shape[-2:])
+
+
+class STCAFF(nn.Module):
+    """Student-teacher cross-attention feature fusion: one network asks, the other answers.
+
+    Args:
+        channels: C, of both maps.
+        kv_stride: Keys and values are averaged over windows of this side length; 1 is the paper.
+    """
+
+    def __init__(self, channels: int, kv_stride: int = 1) -> None:
+        super().__init__()
+        self.kv_stride = kv_stride
+        query_channels = max(1, channels // 2)
+        self.query = nn.Conv2d(channels, query_channels, kernel_size=1)
+        self.key = nn.Conv2d(channels, query_channels, kernel_size=1)
+        self.value = nn.Conv2d(channels, channels, kernel_size=1)
+
+    def forward(self, asking: Tensor, answering: Tensor) -> Tensor:
+        """Fuse two maps of (N, C, H, W) into one."""
+        if self.kv_stride > 1:  # before the projections: they are linear, so the result is the same and costs less
+            answering = F.avg_pool2d(answering, self.kv_stride, ceil_mode=True)
+        return cross_attention(self.query(asking), self.key(answering), self.value(answering))
+
+
+class ASCM(nn.Module):
+    """Adaptive spatial-channel masking: M learnable selection units of each kind turn the fused map into masks.
+
+    Args:
+        channels: C.
+        num_masks: M.
+        kinds: Which of `channel` and `spatial`; only these get units.
+    """
+
+    def __init__(self, channels: int, num_masks: int, kinds: Sequence[str] = KINDS) -> None:
+        super().__init__()
+        # Unit-variance logits for unit-variance features: the masks start around 0.5 and differ from each other.
+        self.channel = nn.Parameter(torch.randn(num_masks, 1)) if "channel" in kinds else None
+        self.spatial = nn.Parameter(torch.randn(num_masks, channels) * channels**-0.5) if "spatial" in kinds else None
+
+    def forward(self, fused: Tensor) -> Masks:
+        """Masks from the fused map (N, C, H, W)."""
+        channel = spatial = None
+        if self.channel is not None:
+            pooled = fused.mean(dim=(2, 3)).unsqueeze(1)  # v, (N, 1, C)
+            channel = torch.sigmoid(self.channel * pooled)  # (N, M, C)
+        if self.spatial is not None:
+            spatial = torch.sigmoid(torch.einsum("mc,nchw->nmhw", self.spatial, fused))
+        return Masks(channel, spatial)
+
+
+class ACAM(FeatureLoss):
+    """Masked imitation where cross-attention between student and teacher decides the masks.
+
+    Paper: Lan and Tian, ACAM-KD: Adaptive and Cooperative Attention Masking for Knowledge Distillation, ICCV 2025.
+
+    With the teacher's map T, the aligned student's S' = f(S), both (C, H, W), and D = (T - S')^2:
+
+        STCA-FF   Q = W_q T, K = W_k S', V = W_v S', F = softmax(Q^T K / sqrt(C_q)) V
+        ASCM      M^c = sigmoid(m_c v), v the average of F over positions;  M^s = sigmoid(m_s F)
+        channel   L_c = 1/M sum_m sum_{k,p} (M^c_{m,k})^2 D_{k,p} / (HW sum_k M^c_{m,k})
+        spatial   L_s = 1/M sum_m sum_{k,p} (M^s_{m,p})^2 D_{k,p} / (C sum_p M^s_{m,p})
+        diversity L_div = Dice overlap between different masks of one kind, summed over the kinds
+        total     weight (L_c + L_s) + diversity_weight L_div
+
+    All three are means over the images. Nothing of this remains at inference.
+
+    The paper leaves open, and here is done:
+        - The normaliser of L_c and L_s is read as a fraction (MasKD's code has the same form); the only other reading,
+          a factor, would be of the order of 1e4 to 1e7 beside a detection loss of order 1.
+        - Diversity: `literal` is the formula as typeset, in [0, M - 1]; `pairwise` is MasKD's mean over pairs, in
+          [0, 1], which keeps diversity_weight = 1 comparable for every M.
+        - C_q = C // 2, at least 1; the 1x1 convolutions have a bias; the units start from N(0, 1) (channel) and
+          N(0, 1/C) (spatial), so that masks of normalised features start around 0.5 and unequal.
+        - Denominators are clamped to the smallest normal number; the paper names no epsilon.
+        - MasKD's softmax weighting of the masks is left out: nothing in the paper speaks of it.
+        - `query="student"`: Q from the student, K and V from the teacher.
+
+    A warning: with mask_grad="joint", the method as published, both terms shrink with the masks and nothing holds the
+    masks up, so that long training can drive them to zero and the distillation with them.
+
+    Args:
+        student_channels: C_s.
+        teacher_channels: C_t; masks and comparison live in the teacher's channels.
+        num_masks: M. The paper takes 6 for detection and the number of classes for segmentation.
+        weight: alpha, factor of L_c and L_s.
+        diversity_weight: lambda, factor of L_div.
+        query: Who asks in the fusion: `teacher` (the paper's choice) or `student`.
+        masks: `both`, `channel` or `spatial`; or a list of the latter two.
+        mask_source: What the masks come from. `cooperative`: the method. `teacher`: Q, K and V all from the teacher.
+            `fixed`: frozen tokens, learnt beforehand, on the teacher's map without fusion.
+            `random`: the method with everything that makes masks untrained and frozen. `uniform`: all-ones masks, so
+            that each term is the plain mean squared error, and no diversity.
+        mask_grad: `joint`: the distillation terms train the masks (the method). `detached`: they do not, and the masks
+            learn from the diversity alone.
+        diversity: `pairwise` or `literal`.
+        tokens: With mask_source="fixed": learnt state of `selection`; in a recipe the file that `acamkd tokens` wrote.
+            Without it the tokens stay random.
+        kv_stride: Side of the windows that keys and values are averaged over; 1 is exact.
+        align: Project the student even where the channels agree.
+    """
+
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "paper": {
+            "num_masks": 6, "weight": 1.0, "diversity_weight": 1.0, "query": "teacher", "masks": "both",
+            "mask_source": "cooperative", "mask_grad": "joint", "diversity": "literal", "kv_stride": 1,
+        }
+    }  # fmt: skip
+
+    def __init__(
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        *,
+        num_masks: int = 6,
+        weight: float = 1.0,
+        diversity_weight: float = 1.0,
+        query: Literal["teacher", "student"] = "teacher",
+        masks: Literal["both", "channel", "spatial"] | Sequence[str] = "both",
+        mask_source: Literal["cooperative", "teacher", "fixed", "random", "uniform"] = "cooperative",
+        mask_grad: Literal["joint", "detached"] = "joint",
+        diversity: Literal["pairwise", "literal"] = "pairwise",
+        tokens: Mapping[str, Tensor] | None = None,
+        kv_stride: int = 1,
+        align: bool = False,
+    ) -> None:
+        super().__init__(student_channels, teacher_channels)
+        self.kinds = _kinds(masks)
+        for option, value, allowed in (
+            ("query", query, ("teacher", "student")),
+            ("mask_source", mask_source, ("cooperative", "teacher", "fixed", "random", "uniform")),
+            ("mask_grad", mask_grad, ("joint", "detached")),
+            ("diversity", diversity, ("pairwise", "literal")),
+        ):
+            check_choice(option, value, allowed)
+        if tokens is not None and mask_source != "fixed":
+            raise ValueError(f"tokens belong to mask_source='fixed', not to {mask_source!r}")
+        if min(num_masks, kv_stride) < 1:
+            raise ValueError(f"num_masks and kv_stride must be at least 1, not {num_masks} and {kv_stride}")
+        self.num_masks = num_masks
+        self.weight = weight
+        self.diversity_weight = diversity_weight
+        self.query = query
+        self.mask_source = mask_source
+        self.mask_grad = mask_grad
+        self.diversity = diversity
+        self.align = align_layer(student_channels, teacher_channels, align)
+        if mask_source not in ("fixed", "uniform"):
+            self.fusion = STCAFF(teacher_channels, kv_stride)
+        if mask_source != "uniform":
+            self.selection = ASCM(teacher_channels, num_masks, self.kinds)
+        if mask_source == "fixed":
+            freeze_tokens(self.selection, tokens)
+        if mask_source == "random":
+            self.requires_grad_(False)
+            self.align.requires_grad_(True)
+
+    @property
+    def frozen_masks(self) -> bool:
+        """Whether nothing that makes the masks learns; they are constants of the loss then."""
+        return self.mask_source in ("fixed", "random")
+
+    def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
+        """Return `channel`, `spatial` and `diversity`, as far as they are in use: see the class."""
+        student = self.align(student)
+        masks = self._masks(student, teacher)
+        self.statistics = {
+            f"{kind}_mask": x.detach().mean() for kind, x in zip(KINDS, masks, strict=True) if x is not None
+        }
+        selecting = masks if self.mask_grad == "joint" else Masks(*(x if x is None else x.detach() for x in masks))
+        squared = (teacher - student).square()
+        terms = {}
+        if selecting.channel is not None:
+            terms["channel"] = self.weight * masked_channel_loss(squared, selecting.channel).mean()
+        if selecting.spatial is not None:
+            terms["spatial"] = self.weight * masked_spatial_loss(squared, selecting.spatial).mean()
+        if self.mask_source != "uniform":
+            overlaps = [dice_overlap(x.flatten(2), self.diversity) for x in masks if x is not None]
+            terms["diversity"] = self.diversity_weight * torch.stack(overlaps).sum()
+        return terms
+
+    @torch.no_grad()
+    def masks_of(self, student: Tensor, teacher: Tensor) -> Masks:
+        """The masks of two maps, (N, C_s, H_s, W_s) and (N, C_t, H, W), for pictures and statistics."""
+        student, teacher = self._to_common_form(student, teacher)
+        return self._masks(self.align(student), teacher)
+
+    def _masks(self, student: Tensor, teacher: Tensor) -> Masks:
+        """Masks from the aligned student's map and the teacher's, both (N, C, H, W)."""
+        if self.mask_source == "uniform":
+            images, channels, height, width = teacher.shape
+            return Masks(
+                teacher.new_ones(images, self.num_masks, channels) if "channel" in self.kinds else None,
+                teacher.new_ones(images, self.num_masks, height, width) if "spatial" in self.kinds else None,
+            )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_masks):
+            masks: Masks = self.selection(self._fused(student, teacher))
+        return masks
+
+    def _fused(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The map that the units read, (N, C, H, W)."""
+        if self.mask_source == "fixed":
+            return teacher
+        if self.mask_source == "teacher":
+            student = teacher
+        asking, answering = (teacher, student) if self.query == "teacher" else (student, teacher)
+        fused: Tensor = self.fusion(asking, answering)
+        return fused
+
+
+def _kinds(masks: str | Sequence[str]) -> tuple[str, ...]:
+    given = (masks,) if isinstance(masks, str) else tuple(masks)
+    kinds = KINDS if given == ("both",) else given
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise ValueError(f"masks must be 'both', 'channel' or 'spatial', or a list of the latter two, not {masks!r}")
+    return kinds

@@ -1,0 +1,124 @@
+"""Pure functions that more than one method uses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+
+def check_choice(option: str, value: object, allowed: Sequence[object]) -> None:
+    """Refuse an option's value that is not among the allowed ones, naming both."""
+    if value not in allowed:
+        raise ValueError(f"{option} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+
+
+def resample(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bring a map to another spatial size: (N, C, H, W) -> (N, C, *size).
+
+    Area averaging where every side shrinks, since bilinear sampling would skip positions; bilinear otherwise.
+    """
+    height, width = size
+    if height <= x.shape[-2] and width <= x.shape[-1]:
+        return F.adaptive_avg_pool2d(x, (height, width))
+    return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
+
+
+def align_layer(student_channels: int, teacher_channels: int, align: bool = False) -> nn.Module:
+    """The student's projection to the teacher's channels, (N, C_s, H, W) -> (N, C_t, H, W).
+
+    A 1x1 convolution with bias where the channels differ or `align` asks for one, the identity otherwise.
+    """
+    if student_channels == teacher_channels and not align:
+        return nn.Identity()
+    return nn.Conv2d(student_channels, teacher_channels, kernel_size=1)
+
+
+def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Quotient whose non-negative denominator is clamped away from zero by the smallest normal number of its type."""
+    return numerator / denominator.clamp_min(torch.finfo(denominator.dtype).tiny)
+
+
+def masked_channel_loss(squared: Tensor, mask: Tensor) -> Tensor:
+    """Channel-masked squared error of every image and mask.
+
+    sum_{c,p} (M_{m,c} d_{c,p})^2 / (HW sum_c M_{m,c}). The squared difference is reduced over positions first, so that
+    no (N, M, C, H, W) tensor exists.
+
+    Args:
+        squared: d^2, (N, C, H, W).
+        mask: (N, M, C), non-negative.
+
+    Returns:
+        (N, M).
+    """
+    error = squared.mean(dim=(2, 3))  # (N, C)
+    return safe_divide(torch.einsum("nmc,nc->nm", mask.square(), error), mask.sum(dim=2))
+
+
+def masked_spatial_loss(squared: Tensor, mask: Tensor) -> Tensor:
+    """Spatially masked squared error of every image and mask.
+
+    sum_{c,p} (M_{m,p} d_{c,p})^2 / (C sum_p M_{m,p}), the squared difference reduced over channels first.
+
+    Args:
+        squared: d^2, (N, C, H, W).
+        mask: (N, M, H, W), non-negative.
+
+    Returns:
+        (N, M).
+    """
+    error = squared.mean(dim=1)  # (N, H, W)
+    return safe_divide(torch.einsum("nmhw,nhw->nm", mask.square(), error), mask.sum(dim=(2, 3)))
+
+
+def dice_overlap(masks: Tensor, form: str = "pairwise") -> Tensor:
+    """Dice overlap between the masks of one image, averaged over images; 0 where there is only one mask.
+
+    `pairwise` (MasKD): mean over ordered pairs i != j of 2 <M_i, M_j> / (|M_i|^2 + |M_j|^2), in [0, 1].
+    `literal` (ACAM-KD as typeset): sum_{i != j} <M_i, M_j> / sum_i |M_i|^2, in [0, M - 1].
+
+    Args:
+        masks: (N, M, K), non-negative, K positions or channels.
+        form: `pairwise` or `literal`.
+    """
+    count = masks.shape[1]
+    if count == 1:
+        return masks.new_zeros(())
+    inner = masks @ masks.transpose(1, 2)  # (N, M, M)
+    norms = inner.diagonal(dim1=1, dim2=2)  # (N, M)
+    off_diagonal = ~torch.eye(count, dtype=torch.bool, device=masks.device)
+    if form == "literal":
+        return safe_divide(inner[:, off_diagonal].sum(dim=1), norms.sum(dim=1)).mean()
+    pair_norms = norms.unsqueeze(2) + norms.unsqueeze(1)  # (N, M, M)
+    return safe_divide(2 * inner, pair_norms)[:, off_diagonal].mean()
+
+
+def freeze_tokens(module: nn.Module, state: Mapping[str, Tensor] | None) -> None:
+    """Load learned tokens into a token module and freeze it.
+
+    Args:
+        module: Token module of one level.
+        state: Its learned state; None leaves the tokens random, which the log warns of.
+
+    Raises:
+        ValueError: The state is of another number of tokens, channels or kind.
+    """
+    module.requires_grad_(False)
+    if state is None:
+        log.warning(
+            "%s are untrained: no `tokens` were given. Learn them first: acamkd tokens RECIPE", type(module).__name__
+        )
+        return
+    given, needed = ({name: tuple(x.shape) for name, x in tensors.items()} for tensors in (state, module.state_dict()))
+    if given != needed:
+        raise ValueError(
+            f"the tokens given are {given}, but must be {needed}: learn them for this teacher and layer "
+            "(acamkd tokens RECIPE), and give the loss the options that they were learned with"
+        )
+    module.load_state_dict(state)

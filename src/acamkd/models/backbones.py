@@ -1,0 +1,118 @@
+"""Backbones with a feature pyramid, for detectors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import timm
+import torchvision
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, FeaturePyramidNetwork
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from acamkd.config import Model
+from acamkd.errors import AcamkdError, nearest
+from acamkd.models.weights import hub_errors
+
+log = logging.getLogger(__name__)
+
+TORCHVISION = "torchvision/"
+"""Prefix of names that mean torchvision's own modules."""
+
+
+class TimmWithFPN(nn.Module):
+    """A timm backbone under a feature pyramid, laid out as torchvision's BackboneWithFPN: `body`, `fpn`.
+
+    Args:
+        body: Made by `timm.create_model(..., features_only=True)`.
+        strides: Strides of the maps that feed the pyramid, such as (8, 16, 32).
+        channels: Width of the pyramid.
+        top: What adds coarser levels.
+    """
+
+    def __init__(self, body: Any, strides: Sequence[int], channels: int, top: ExtraFPNBlock) -> None:
+        super().__init__()
+        reductions = body.feature_info.reduction()
+        self.picks = [reductions.index(stride) for stride in strides]
+        self.channels_last = getattr(body, "output_fmt", "NCHW") == "NHWC"
+        self.body = body
+        widths = body.feature_info.channels()
+        self.fpn = FeaturePyramidNetwork([widths[pick] for pick in self.picks], channels, top)
+        self.out_channels = channels
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """(N, 3, H, W) -> levels "0", "1", ... from fine to coarse, then the top's, each (N, channels, h, w)."""
+        maps = self.body(pixels)
+        picked = [maps[pick] for pick in self.picks]
+        if self.channels_last:
+            picked = [x.permute(0, 3, 1, 2) for x in picked]
+        levels: dict[str, Tensor] = self.fpn({str(level): x for level, x in enumerate(picked)})
+        return levels
+
+
+def build_backbone(model: Model, strides: Sequence[int], top: ExtraFPNBlock) -> tuple[nn.Module, Any, Any]:
+    """Build the backbone and the pyramid that a recipe names.
+
+    A timm name gives TimmWithFPN, whose batch norm trains. `torchvision/NAME` gives torchvision's ResNets as its own
+    detectors build them: with pretrained weights of any kind, batch norm, the stem and the first stage are frozen;
+    without, everything trains.
+
+    Args:
+        model: The recipe's section.
+        strides: Strides of the maps that feed the pyramid.
+        top: What adds coarser levels.
+
+    Returns:
+        The backbone, and the mean and the standard deviation of the colours that it was pretrained with.
+
+    Raises:
+        AcamkdError: The name is unknown, the backbone has no such strides, or the weights cannot be had.
+    """
+    if model.backbone.startswith(TORCHVISION):
+        return _resnet(model, strides, top), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    name = model.backbone
+    if not timm.is_model(name):
+        raise AcamkdError(f"timm has no backbone {name}; {nearest(name, timm.list_models())}")
+    pretrained = model.backbone_weights == "imagenet"
+    with hub_errors(name) if pretrained else nullcontext():
+        try:
+            body: Any = timm.create_model(name, pretrained=pretrained, features_only=True)
+        except AttributeError as error:  # timm's answer for models without feature extraction
+            raise AcamkdError(f"timm's {name} cannot give feature maps; take another backbone") from error
+    reductions = body.feature_info.reduction()
+    if not set(strides) <= set(reductions):
+        raise AcamkdError(
+            f"timm's {name} gives maps of strides {reductions}, but {model.arch} needs {list(strides)}; "
+            f"take another backbone"
+        )
+    cfg: Any = timm.get_pretrained_cfg(name)
+    return TimmWithFPN(body, strides, model.fpn_channels, top), cfg.mean, cfg.std
+
+
+def _resnet(model: Model, strides: Sequence[int], top: ExtraFPNBlock) -> nn.Module:
+    name = model.backbone.removeprefix(TORCHVISION)
+    known = torchvision.models.list_models(module=torchvision.models, include=["resne*", "wide_resnet*"])
+    if name not in known:
+        raise AcamkdError(
+            f"{model.backbone}: of torchvision's backbones, detectors take the ResNets; {nearest(name, known)}. "
+            f"timm has the others, without the prefix {TORCHVISION}"
+        )
+    pretrained = model.backbone_weights == "imagenet"
+    frozen = model.weights is not None or model.backbone_weights is not None
+    with hub_errors(name) if pretrained else nullcontext():
+        resnet = torchvision.models.get_model(
+            name, weights="DEFAULT" if pretrained else None, norm_layer=FrozenBatchNorm2d if frozen else nn.BatchNorm2d
+        )
+    if frozen:
+        log.info("%s: batch norm, stem and first stage are frozen, as torchvision does", model.backbone)
+        for part in (resnet.conv1, resnet.bn1, resnet.layer1):
+            part.requires_grad_(False)
+    stages = [{4: 1, 8: 2, 16: 3, 32: 4}[stride] for stride in strides]
+    widths = [resnet.inplanes // 8 * 2 ** (stage - 1) for stage in stages]
+    outputs = {f"layer{stage}": str(level) for level, stage in enumerate(stages)}
+    return BackboneWithFPN(resnet, outputs, widths, model.fpn_channels, extra_blocks=top)  # type: ignore[no-any-return]

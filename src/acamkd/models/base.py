@@ -1,0 +1,112 @@
+"""TaskModel: a detector or segmenter of any framework, behind four calls."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Task: TypeAlias = Literal["detection", "segmentation"]
+
+Target: TypeAlias = dict[str, Tensor]
+"""What is known of one picture, in its own pixels. Detection: `boxes` (K, 4) float x1 y1 x2 y2, `labels` (K,) int64
+from 1 (0 is background, torchvision's convention), `iscrowd` (K,) int64. Segmentation: `mask` (H, W) int64, VOID where
+nothing is known."""
+
+Prediction: TypeAlias = dict[str, Tensor]
+"""What a network says of one picture, in the picture's own pixels. Detection: `boxes` (K, 4), `scores` (K,), `labels`
+(K,) from 1. Segmentation: `mask` (H, W) int64."""
+
+Outputs: TypeAlias = Mapping[str, Any]
+"""Raw head outputs of one network; only the network's own `loss` and `decode` look inside."""
+
+VOID = 255
+"""Mask value of pixels that neither train nor count."""
+
+PixelSize: TypeAlias = tuple[int, int]
+"""(height, width)."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch in the networks' common input frame; made once by the student's `prepare` and seen by both networks.
+
+    Attributes:
+        pixels: (N, 3, H, W) in [0, 1], not yet normalised; padding has the preparing network's mean colour.
+        sizes: (height, width) of each picture inside the frame, without padding.
+        original_sizes: (height, width) of each picture as it was given to `prepare`.
+        targets: One per picture, in the input frame (masks padded with VOID); None at prediction.
+    """
+
+    pixels: Tensor
+    sizes: list[PixelSize]
+    original_sizes: list[PixelSize]
+    targets: list[Target] | None = None
+
+    @property
+    def input_size(self) -> PixelSize:
+        """(height, width) of the common frame."""
+        return (self.pixels.shape[-2], self.pixels.shape[-1])
+
+
+class TaskModel(nn.Module, ABC):
+    """A network together with its task: what turns pictures into pixels, outputs, a loss and predictions.
+
+    Args:
+        net: The framework's own module. Only its `state_dict` is saved, so that the framework alone can load it.
+        num_classes: Number of classes of the task, background and void not counted.
+        mean: Mean colour that the network expects, RGB in [0, 1].
+        std: Standard deviation of the colours, likewise.
+    """
+
+    task: ClassVar[Task]
+
+    def __init__(self, net: nn.Module, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.net = net
+        self.num_classes = num_classes
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The part that image-classification weights belong to."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which part of its network is the backbone")
+
+    def normalize(self, batch: Batch) -> Tensor:
+        """Pixels as this network expects them, (N, 3, H, W); teacher and student may expect different ones."""
+        pixels: Tensor = (batch.pixels - self.mean) / self.std
+        return pixels
+
+    @abstractmethod
+    def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
+        """Resize, pad and stack pictures and their targets.
+
+        Args:
+            images: (3, H, W) each, uint8, or float in [0, 1]; sizes may differ.
+            targets: One per picture, or None.
+        """
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Outputs:
+        """Run the network to its raw outputs."""
+
+    @abstractmethod
+    def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Task terms, scalars; also callable while the network is in eval mode."""
+
+    @abstractmethod
+    def decode(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
+        """Turn raw outputs into predictions in each picture's own pixels."""
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[Tensor]) -> list[Prediction]:
+        """Pictures in, predictions out; the network should be in eval mode."""
+        batch = self.prepare(images)
+        return self.decode(self(batch), batch)

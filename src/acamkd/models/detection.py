@@ -1,0 +1,314 @@
+"""torchvision's detectors behind TaskModel: RetinaNet, FCOS and Faster R-CNN over any backbone."""
+
+from __future__ import annotations
+
+import inspect
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.models.detection.rpn import concat_box_prediction_layers
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from torchvision.transforms.v2.functional import to_dtype
+
+from acamkd.config import Model, ShortLong
+from acamkd.errors import AcamkdError, nearest
+from acamkd.models.backbones import build_backbone
+from acamkd.models.base import Batch, Outputs, PixelSize, Prediction, Target, TaskModel
+
+
+class Detector(TaskModel):
+    """A torchvision detector; losses and detections are those of `net(images, targets)` and `net(images)`.
+
+    Raw outputs hold `features` (the pyramid's levels by name), what the heads say in float32, and `anchors` (one
+    tensor per picture). Crowd boxes stay in the targets but do not train. Detections labelled 0 (background), which
+    torchvision's dense detectors may give, are dropped.
+
+    Args:
+        net: The torchvision module; its transform says the input size, mean and standard deviation.
+        num_classes: Without background; the net has one output more.
+    """
+
+    task = "detection"
+    net: Any
+
+    def __init__(self, net: nn.Module, num_classes: int) -> None:
+        transform: Any = net.transform
+        super().__init__(net, num_classes, transform.image_mean, transform.image_std)
+        if self.net_classes != num_classes + 1:
+            raise AcamkdError(
+                f"{type(net).__name__} has {self.net_classes} classes with background, but the task has {num_classes} "
+                f"without: build it with num_classes={num_classes + 1}"
+            )
+
+    @property
+    @abstractmethod
+    def net_classes(self) -> int:
+        """Number of the net's classes, with background."""
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The backbone, without its pyramid where it has one."""
+        body: nn.Module = getattr(self.net.backbone, "body", self.net.backbone)
+        return body
+
+    def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
+        """Resize, pad and stack by the net's own transform, which normalises; the pixels are turned back."""
+        floats = [to_dtype(image, torch.float32, scale=True) for image in images]
+        frame, moved = self.net.transform(floats, targets)
+        return Batch(
+            pixels=frame.tensors * self.std + self.mean,
+            sizes=frame.image_sizes,
+            original_sizes=[(image.shape[-2], image.shape[-1]) for image in images],
+            targets=moved,
+        )
+
+    def decode(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
+        """Thresholded detections after non-maximum suppression, best first."""
+        detections = self._detect(outputs, batch)
+        for detection, size, original in zip(detections, batch.sizes, batch.original_sizes, strict=True):
+            detection["boxes"] = resize_boxes(detection["boxes"], size, original)
+        return detections
+
+    @abstractmethod
+    def _detect(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
+        """Detections in the input frame."""
+
+    def _features(self, batch: Batch) -> dict[str, Tensor]:
+        """Maps by level, from fine to coarse; a backbone of one level gives its map alone."""
+        features = self.net.backbone(self.normalize(batch))
+        return {"0": features} if isinstance(features, Tensor) else features
+
+    def _anchors(self, generator: AnchorGenerator, features: Mapping[str, Tensor], batch: Batch) -> list[Tensor]:
+        # The generator takes its type from the maps, and half precision cannot tell far pixels apart under autocast.
+        maps = [batch.pixels.new_empty(()).expand(level.shape) for level in features.values()]
+        anchors: list[Tensor] = generator(ImageList(batch.pixels, batch.sizes), maps)
+        return anchors
+
+
+class DenseDetector(Detector):
+    """A detector whose shared head runs once over each level of the pyramid."""
+
+    @property
+    def net_classes(self) -> int:
+        """Number of the net's classes, with background."""
+        return int(self.net.head.classification_head.num_classes)
+
+    def forward(self, batch: Batch) -> Outputs:
+        """Give `cls_logits` (N, A, K + 1), `bbox_regression` (N, A, 4) and, for FCOS, `bbox_ctrness` (N, A, 1)."""
+        features = self._features(batch)
+        head = {name: output.float() for name, output in self.net.head(list(features.values())).items()}
+        return {"features": features, "anchors": self._anchors(self.net.anchor_generator, features, batch), **head}
+
+    def _detect(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
+        counts = self._anchors_per_level(outputs)
+        anchors = [list(torch.split(image, counts)) for image in outputs["anchors"]]
+        head = {name: list(torch.split(output, counts, dim=1)) for name, output in _head(outputs).items()}
+        detections = self.net.postprocess_detections(head, anchors, batch.sizes)
+        # The heads have an output for background, which is never a box's label but can pass an untrained threshold.
+        return [{name: x[found["labels"] > 0] for name, x in found.items()} for found in detections]
+
+    def _anchors_per_level(self, outputs: Outputs) -> list[int]:
+        per_place = self.net.anchor_generator.num_anchors_per_location()
+        return [x.shape[-2] * x.shape[-1] * n for x, n in zip(outputs["features"].values(), per_place, strict=True)]
+
+
+class RetinaNetDetector(DenseDetector):
+    """torchvision's RetinaNet."""
+
+    def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Return `classification` (focal) and `bbox_regression` (L1)."""
+        terms: dict[str, Tensor] = self.net.compute_loss(_trained(batch), _head(outputs), outputs["anchors"])
+        return terms
+
+
+class FCOSDetector(DenseDetector):
+    """torchvision's FCOS."""
+
+    def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Return `classification` (focal), `bbox_regression` (GIoU) and `bbox_ctrness`."""
+        terms: dict[str, Tensor] = self.net.compute_loss(
+            _trained(batch), _head(outputs), outputs["anchors"], self._anchors_per_level(outputs)
+        )
+        return terms
+
+
+class FasterRCNNDetector(Detector):
+    """torchvision's Faster R-CNN.
+
+    `forward` ends with the proposals. The box head runs within `loss` (on sampled proposals) and within `decode` (on
+    all of them), because its input depends on the targets.
+    """
+
+    @property
+    def net_classes(self) -> int:
+        """Number of the net's classes, with background."""
+        return int(self.net.roi_heads.box_predictor.cls_score.out_features)
+
+    def forward(self, batch: Batch) -> Outputs:
+        """Give `objectness` (N * A, 1), `rpn_deltas` (N * A, 4) and `proposals`, (P, 4) per picture."""
+        rpn = self.net.rpn
+        features = self._features(batch)
+        per_level, deltas = rpn.head(list(features.values()))
+        counts = [level[0].numel() for level in per_level]
+        objectness, deltas = (x.float() for x in concat_box_prediction_layers(per_level, deltas))
+        anchors = self._anchors(rpn.anchor_generator, features, batch)
+        boxes = rpn.box_coder.decode(deltas.detach(), anchors).view(len(anchors), -1, 4)
+        proposals, _ = rpn.filter_proposals(boxes, objectness, batch.sizes, counts)
+        return {
+            "features": features,
+            "anchors": anchors,
+            "objectness": objectness,
+            "rpn_deltas": deltas,
+            "proposals": proposals,
+        }
+
+    def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Return `loss_classifier`, `loss_box_reg`, `loss_objectness` and `loss_rpn_box_reg`."""
+        rpn, targets = self.net.rpn, _trained(batch)
+        labels, matched = rpn.assign_targets_to_anchors(outputs["anchors"], targets)
+        wanted = rpn.box_coder.encode(matched, outputs["anchors"])
+        objectness, rpn_box = rpn.compute_loss(outputs["objectness"], outputs["rpn_deltas"], labels, wanted)
+        # A copy of the list, in which the sampler replaces the proposals.
+        sampled, _, classes, wanted = self.net.roi_heads.select_training_samples(list(outputs["proposals"]), targets)
+        classifier, box = fastrcnn_loss(*self._classify(outputs, sampled, batch), classes, wanted)
+        return {
+            "loss_classifier": classifier,
+            "loss_box_reg": box,
+            "loss_objectness": objectness,
+            "loss_rpn_box_reg": rpn_box,
+        }
+
+    def _detect(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
+        proposals = outputs["proposals"]
+        found = self.net.roi_heads.postprocess_detections(
+            *self._classify(outputs, proposals, batch), proposals, batch.sizes
+        )
+        return [{"boxes": b, "scores": s, "labels": k} for b, s, k in zip(*found, strict=True)]
+
+    def _classify(self, outputs: Outputs, proposals: list[Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        """Class logits (P, K + 1) and box deltas (P, 4 (K + 1)) of all pictures' proposals."""
+        heads = self.net.roi_heads
+        features = {name: level.float() for name, level in outputs["features"].items()}
+        logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, proposals, batch.sizes)))
+        return logits.float(), deltas.float()
+
+
+WRAPPERS: Mapping[type[Any], type[Detector]] = {
+    RetinaNet: RetinaNetDetector,
+    FCOS: FCOSDetector,
+    FasterRCNN: FasterRCNNDetector,
+}
+"""torchvision's class -> ours."""
+
+ARCHITECTURES: Mapping[str, type[nn.Module]] = {"retinanet": RetinaNet, "fcos": FCOS, "faster_rcnn": FasterRCNN}
+
+
+def build_detector(model: Model, num_classes: int, resize: PixelSize | ShortLong | None) -> Detector:
+    """Build one of torchvision's detectors over a backbone with a pyramid of `model.fpn_channels`.
+
+    `model.options` are numbers of torchvision's constructor (`score_thresh`, `box_detections_per_img`, ...) and, for
+    RetinaNet and Faster R-CNN, `anchor_sizes`: the smallest anchor of each of the five levels, in pixels.
+
+    Raises:
+        AcamkdError: Something named in the recipe does not exist.
+    """
+    if model.arch not in ARCHITECTURES:
+        raise AcamkdError(
+            f"unknown detector {model.arch}; {nearest(model.arch, ARCHITECTURES)}, or package.module:factory"
+        )
+    kind = ARCHITECTURES[model.arch]
+    if kind is FCOS and model.fpn_channels % 32:
+        raise AcamkdError(
+            f"fpn_channels {model.fpn_channels}: fcos has heads with group norm of 32 groups; give a multiple of 32"
+        )
+    options = _constructor_options(model, kind)
+    if kind is FasterRCNN:
+        backbone, mean, std = build_backbone(model, (4, 8, 16, 32), LastLevelMaxPool())
+    else:
+        width = model.fpn_channels
+        backbone, mean, std = build_backbone(model, (8, 16, 32), LastLevelP6P7(width, width))
+    net = kind(backbone, num_classes=num_classes + 1, **options)
+    return wrap_detector(net, num_classes, resize, model.mean or mean, model.std or std)
+
+
+def wrap_detector(
+    net: Any,
+    num_classes: int,
+    resize: PixelSize | ShortLong | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Detector:
+    """Put a torchvision detector behind TaskModel.
+
+    Its transform is replaced, so that the net alone resizes and normalises as it was trained to.
+
+    Args:
+        net: An instance of one of WRAPPERS.
+        num_classes: Without background.
+        resize: (height, width) of the frame, or its short and long side; None = each picture's own size.
+        mean: Mean colour; None = the net's own.
+        std: Standard deviation of the colours, likewise.
+    """
+    colours = list(mean or net.transform.image_mean), list(std or net.transform.image_std)
+    if resize is None:
+        net.transform = _OwnSize(1, 1, *colours)
+    elif isinstance(resize, ShortLong):
+        net.transform = GeneralizedRCNNTransform(resize.short, resize.long, *colours)
+    else:
+        height, width = resize
+        net.transform = GeneralizedRCNNTransform(height, width, *colours, fixed_size=(width, height))
+    wrapper = next(wrapper for framework, wrapper in WRAPPERS.items() if isinstance(net, framework))
+    return wrapper(net, num_classes)
+
+
+class _OwnSize(GeneralizedRCNNTransform):  # type: ignore[misc]
+    """No resizing; torchvision's own switch for this only holds in training mode."""
+
+    def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
+        return image, target
+
+
+def _constructor_options(model: Model, kind: type[nn.Module]) -> dict[str, Any]:
+    """The recipe's options as constructor arguments; torchvision itself would swallow a misspelt one."""
+    numbers = {
+        name
+        for name, parameter in inspect.signature(kind).parameters.items()
+        if isinstance(parameter.default, (int, float)) and name not in ("min_size", "max_size")
+    }
+    anchors = {RetinaNet: "anchor_generator", FasterRCNN: "rpn_anchor_generator"}.get(kind)
+    allowed = numbers | ({"anchor_sizes"} if anchors else set())
+    options = dict(model.options)
+    for name in options:
+        if name not in allowed:
+            raise AcamkdError(f"{model.arch} has no option {name}; {nearest(name, allowed)}")
+    if anchors and "anchor_sizes" in options:
+        sizes = options.pop("anchor_sizes")
+        if not isinstance(sizes, Sequence) or len(sizes) != 5:
+            raise AcamkdError(f"anchor_sizes must be five numbers, one per level of the pyramid, not {sizes}")
+        octave = (1, 2 ** (1 / 3), 2 ** (2 / 3)) if kind is RetinaNet else (1,)
+        levels = tuple(tuple(int(size * factor) for factor in octave) for size in sizes)
+        options[anchors] = AnchorGenerator(levels, ((0.5, 1.0, 2.0),) * 5)
+    return options
+
+
+def _head(outputs: Outputs) -> dict[str, Tensor]:
+    return {name: outputs[name] for name in ("cls_logits", "bbox_regression", "bbox_ctrness") if name in outputs}
+
+
+def _trained(batch: Batch) -> list[Target]:
+    """The targets without crowds."""
+    if batch.targets is None:
+        raise ValueError("the batch has no targets: give them to prepare")
+    kept = []
+    for target in batch.targets:
+        single = target.get("iscrowd", torch.zeros_like(target["labels"])) == 0
+        kept.append({"boxes": target["boxes"][single], "labels": target["labels"][single]})
+    return kept

@@ -1,0 +1,210 @@
+"""Segmenters of segmentation_models_pytorch, torchvision or anybody behind TaskModel."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import to_dtype
+
+from acamkd.config import Model, ShortLong
+from acamkd.errors import AcamkdError, nearest
+from acamkd.models.backbones import TORCHVISION
+from acamkd.models.base import VOID, Batch, Outputs, PixelSize, Prediction, Target, TaskModel
+from acamkd.models.weights import hub_errors
+
+STRIDE = 32
+"""Frames are padded to multiples of this; the coarsest map of the usual encoders is 32 times smaller."""
+
+AUXILIARY_WEIGHT = 0.4
+
+
+class Segmenter(TaskModel):
+    """A network that turns pixels into logits at their size, or into a dict with them under `out` (and `aux`).
+
+    Args:
+        net: (N, 3, H, W) -> (N, K, H, W), H and W multiples of 32.
+        num_classes: K.
+        mean: Mean colour that the network expects, RGB in [0, 1].
+        std: Standard deviation of the colours, likewise.
+        resize: (height, width) of the frame, or its short and long side; None = each picture's own size.
+    """
+
+    task = "segmentation"
+    net: Any
+
+    def __init__(
+        self,
+        net: nn.Module,
+        num_classes: int,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
+        resize: PixelSize | ShortLong | None = None,
+    ) -> None:
+        super().__init__(net, num_classes, mean, std)
+        self.resize = resize
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The encoder of smp (inside a `tu-` one: timm's own model), or `net.backbone`."""
+        encoder: nn.Module | None = getattr(self.net, "encoder", None) or getattr(self.net, "backbone", None)
+        if encoder is None:
+            raise AcamkdError(f"{type(self.net).__name__} has neither encoder nor backbone: no backbone_weights fit")
+        return encoder.model if isinstance(encoder, smp.encoders.TimmUniversalEncoder) else encoder
+
+    def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
+        """Resize, then pad with the mean colour and VOID on the right and at the bottom."""
+        originals = [(image.shape[-2], image.shape[-1]) for image in images]
+        sizes = [frame_size(original, self.resize) for original in originals]
+        height, width = (-(-max(side) // STRIDE) * STRIDE for side in zip(*sizes, strict=True))
+        pixels = self.mean.expand(len(images), 3, height, width).clone()
+        for canvas, image, (h, w) in zip(pixels, images, sizes, strict=True):
+            picture = to_dtype(image, torch.float32, scale=True)[None]
+            if picture.shape[-2:] != (h, w):
+                picture = F.interpolate(picture, size=(h, w), mode="bilinear", antialias=True)
+            canvas[:, :h, :w] = picture[0]
+        masks = None
+        if targets is not None:
+            masks = [_fit_mask(t["mask"], size, (height, width)) for t, size in zip(targets, sizes, strict=True)]
+        return Batch(pixels, sizes, originals, [{"mask": mask} for mask in masks] if masks is not None else None)
+
+    def forward(self, batch: Batch) -> Outputs:
+        """Give `out`, the logits (N, K, H, W), and `aux` where the network has an auxiliary head."""
+        raw = self.net(self.normalize(batch))
+        outputs = {name: logits.float() for name, logits in (raw if isinstance(raw, dict) else {"out": raw}).items()}
+        expected = (len(batch.pixels), self.num_classes, *batch.input_size)
+        if outputs["out"].shape != expected:
+            raise AcamkdError(
+                f"{type(self.net).__name__} gives logits {tuple(outputs['out'].shape)}, but must give {expected}: one "
+                f"channel per class, at the input's size"
+            )
+        return outputs
+
+    def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Return `cross_entropy`, the mean over the batch's pixels that are not void, and `aux_cross_entropy`."""
+        if batch.targets is None:
+            raise ValueError("the batch has no targets: give them to prepare")
+        mask = torch.stack([target["mask"] for target in batch.targets])  # (N, H, W)
+        terms = {"cross_entropy": _cross_entropy(outputs["out"], mask)}
+        if "aux" in outputs:
+            terms["aux_cross_entropy"] = AUXILIARY_WEIGHT * _cross_entropy(outputs["aux"], mask)
+        return terms
+
+    def decode(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
+        """Best class of every pixel; logits are brought to the picture's size first."""
+        predictions = []
+        for logits, (h, w), original in zip(outputs["out"], batch.sizes, batch.original_sizes, strict=True):
+            logits = logits[None, :, :h, :w]
+            if (h, w) != original:
+                logits = F.interpolate(logits, size=original, mode="bilinear", align_corners=False)
+            predictions.append({"mask": logits[0].argmax(dim=0)})
+        return predictions
+
+
+def frame_size(size: PixelSize, resize: PixelSize | ShortLong | None) -> PixelSize:
+    """(height, width) of a picture after resizing."""
+    if resize is None:
+        return size
+    if not isinstance(resize, ShortLong):
+        return resize
+    scale = min(resize.short / min(size), resize.long / max(size))
+    return (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+
+
+def build_segmenter(model: Model, num_classes: int, resize: PixelSize | ShortLong | None) -> Segmenter:
+    """Build an architecture of segmentation_models_pytorch over `model.backbone`, or `torchvision/NAME` as it is.
+
+    `model.options` are further arguments of the constructor (`decoder_channels`, `aux_loss`, ...); those that an smp
+    architecture does not know go to timm where the encoder is a `tu-` one.
+
+    Raises:
+        AcamkdError: Something named in the recipe does not exist.
+    """
+    framework = _torchvision if model.arch.startswith(TORCHVISION) else _smp
+    net, mean, std = framework(model, num_classes)
+    return Segmenter(net, num_classes, model.mean or mean, model.std or std, resize)
+
+
+def _smp(model: Model, num_classes: int) -> tuple[nn.Module, Any, Any]:
+    known = smp.MODEL_ARCHITECTURES_MAPPING
+    if model.arch not in known:
+        raise AcamkdError(
+            f"unknown segmenter {model.arch}; {nearest(model.arch, known)}, torchvision/NAME or package.module:factory"
+        )
+    encoder, from_timm = model.backbone, model.backbone.startswith("tu-")
+    names = [*smp.encoders.get_encoder_names(), *(f"tu-{name}" for name in timm.list_models())]
+    if not (timm.is_model(encoder.removeprefix("tu-")) if from_timm else encoder in names):
+        raise AcamkdError(f"unknown encoder {encoder}; {nearest(encoder, names)}")
+    if not from_timm:
+        _check_options(model, set(inspect.signature(known[model.arch]).parameters) - _NOT_OPTIONS)
+    mean: Any = IMAGENET_DEFAULT_MEAN
+    std: Any = IMAGENET_DEFAULT_STD
+    if from_timm:
+        cfg: Any = timm.get_pretrained_cfg(encoder.removeprefix("tu-"))
+        mean, std = cfg.mean, cfg.std
+    pretrained = model.backbone_weights == "imagenet"
+    with hub_errors(encoder) if pretrained else nullcontext():
+        weights = (True if from_timm else "imagenet") if pretrained else None
+        try:
+            net = smp.create_model(
+                model.arch, encoder_name=encoder, encoder_weights=weights, classes=num_classes, **model.options
+            )
+        except OSError:  # a download's; some of them are ValueErrors as well
+            raise
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise AcamkdError(f"{model.arch} cannot be built over {encoder} with {model.options}: {error}") from error
+        if pretrained and not from_timm:
+            published = smp.encoders.get_preprocessing_params(encoder)
+            mean, std = published["mean"], published["std"]
+    return net, mean, std
+
+
+_NOT_OPTIONS = {"encoder_name", "encoder_weights", "in_channels", "classes", "activation", "aux_params", "kwargs"}
+"""What the recipe says elsewhere, or what would change the form of the output."""
+
+
+def _torchvision(model: Model, num_classes: int) -> tuple[nn.Module, Any, Any]:
+    name = model.arch.removeprefix(TORCHVISION)
+    known = torchvision.models.list_models(module=torchvision.models.segmentation)
+    if name not in known:
+        raise AcamkdError(f"torchvision has no segmenter {name}; {nearest(name, known)}")
+    _check_options(model, {"aux_loss"})
+    pretrained = model.backbone_weights == "imagenet"
+    with hub_errors(name) if pretrained else nullcontext():
+        net = torchvision.models.get_model(
+            name,
+            weights=None,
+            weights_backbone="DEFAULT" if pretrained else None,
+            num_classes=num_classes,
+            **model.options,
+        )
+    return net, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+
+def _check_options(model: Model, allowed: set[str]) -> None:
+    """Both frameworks swallow a misspelt option."""
+    for name in model.options:
+        if name not in allowed:
+            raise AcamkdError(f"{model.arch} has no option {name}; {nearest(name, allowed)}")
+
+
+def _fit_mask(mask: Tensor, size: PixelSize, frame: PixelSize) -> Tensor:
+    """(H, W) -> frame: nearest neighbour to `size`, VOID beyond."""
+    if mask.shape != size:
+        mask = F.interpolate(mask[None, None].float(), size=size, mode="nearest-exact")[0, 0].long()
+    return F.pad(mask, (0, frame[1] - size[1], 0, frame[0] - size[0]), value=VOID)
+
+
+def _cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the pixels that are not void; zero where all are, and still part of the graph."""
+    total = F.cross_entropy(logits, mask, ignore_index=VOID, reduction="sum")
+    return total / (mask != VOID).sum().clamp(min=1)

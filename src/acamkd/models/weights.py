@@ -1,0 +1,251 @@
+"""Weights: read from a file or from torchvision, matched by name and shape, with an account of what fitted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from acamkd.errors import AcamkdError, nearest
+from acamkd.models.base import TaskModel
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the tensors of a file and of a network; batch norm's step counters are left out of the account.
+
+    Attributes:
+        what: The network or part that was filled.
+        source: The file, or torchvision's name of the weights.
+        matched: Tensors that were taken over.
+        missing: Tensors of the network that the file lacks.
+        unexpected: Tensors of the file that the network lacks.
+        mismatched: (name, shape in the file, shape in the network).
+    """
+
+    what: str
+    source: str
+    matched: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+
+    @property
+    def total(self) -> int:
+        """Number of tensors of the network."""
+        return len(self.matched) + len(self.missing) + len(self.mismatched)
+
+    def __str__(self) -> str:
+        shapes = [f"{name} {theirs} in the file, {ours} in the network" for name, theirs, ours in self.mismatched]
+        parts = [f"{self.what} from {self.source}: {len(self.matched)} of {self.total} tensors matched"]
+        for word, names in (("missing", self.missing), ("left over", self.unexpected), ("of wrong shape", shapes)):
+            if names:
+                parts.append(f"{len(names)} {word} ({_first(names)})")
+        return "; ".join(parts)
+
+
+def load_weights(module: nn.Module, source: str, *, strict: bool, what: str) -> LoadReport:
+    """Fill a module from a file or from torchvision's weights.
+
+    Args:
+        module: Filled in place.
+        source: A .safetensors, .pth or .pt file, or a torchvision name such as `ResNet50_Weights.IMAGENET1K_V2`.
+            Containers (`state_dict`, `model`) and a prefix that all names share (`module.`, `net.`) are unwrapped.
+        strict: Every tensor of the module must be found in its shape; otherwise half of them must.
+        what: Name of the module in messages.
+
+    Raises:
+        AcamkdError: The source cannot be read, or does not fit.
+    """
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    state = _adapt_names(read_tensors(source, own), own)
+    mismatched = {
+        name: (tuple(tensor.shape), own[name])
+        for name, tensor in state.items()
+        if name in own and tuple(tensor.shape) != own[name]
+    }
+    try:
+        # Not a plain comparison of names: modules may still convert older names of theirs while they load.
+        result = module.load_state_dict({n: t for n, t in state.items() if n not in mismatched}, strict=False)
+    except RuntimeError as error:
+        raise AcamkdError(f"{source} does not fit {what}: {error}") from error
+    missing = [name for name in result.missing_keys if name not in mismatched and not _is_counter(name)]
+    unmatched = {*missing, *mismatched}
+    report = LoadReport(
+        what=what,
+        source=source,
+        matched=tuple(name for name in own if name not in unmatched and not _is_counter(name)),
+        missing=tuple(missing),
+        unexpected=tuple(name for name in result.unexpected_keys if not _is_counter(name)),
+        mismatched=tuple((name, *shapes) for name, shapes in mismatched.items()),
+    )
+    if strict and unmatched:
+        raise AcamkdError(
+            f"{report}\n  every tensor is needed here: check arch, backbone, fpn_channels, options and the classes"
+        )
+    if 2 * len(report.matched) < report.total:
+        raise AcamkdError(
+            f"{source} matched almost nothing of {what}: {len(report.matched)} of {report.total} tensors; "
+            f"the file has {_first(state)}, the network {_first(own)}"
+        )
+    return report
+
+
+def save_weights(net: nn.Module, path: Path) -> None:
+    """Write a network's state dict as safetensors; the file appears whole or not at all."""
+    # Clones, since safetensors refuses tensors that share memory, and every name must be in the file.
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in net.state_dict().items()}
+    unfinished = path.with_name(path.name + ".tmp")
+    save_file(state, unfinished)
+    unfinished.replace(path)
+
+
+def inherit(student: TaskModel, teacher: TaskModel, parts: Sequence[str]) -> None:
+    """Start parts of the student's network from the teacher's tensors.
+
+    Args:
+        student: Changed in place.
+        teacher: Has modules of the same names and shapes.
+        parts: Names of sub-modules of `net`, such as `head` or `backbone.fpn`.
+
+    Raises:
+        AcamkdError: A part does not exist in one of the networks, or a tensor has another shape.
+    """
+    for part in parts:
+        ours, theirs = _part("student", student.net, part), _part("teacher", teacher.net, part).state_dict()
+        for name, tensor in ours.state_dict().items():
+            if _is_counter(name):
+                continue
+            if name not in theirs:
+                raise AcamkdError(f"inherit {part}: the teacher has no tensor {part}.{name}")
+            if tensor.shape != theirs[name].shape:
+                raise AcamkdError(
+                    f"inherit {part}: {part}.{name} is {tuple(tensor.shape)} in the student and "
+                    f"{tuple(theirs[name].shape)} in the teacher; only equal shapes can be inherited"
+                )
+        ours.load_state_dict(theirs, strict=False)
+
+
+@contextmanager
+def hub_errors(what: str, key: str = "backbone_weights") -> Iterator[None]:
+    """Turn whatever a download raises (each framework has errors of its own) into advice on the recipe's `key`."""
+    try:
+        yield
+    except AcamkdError:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise AcamkdError(
+            f"cannot get the pretrained weights of {what} ({type(error).__name__}: {reason}); give a local file "
+            f"({key}: FILE), or {key}: null to start without"
+        ) from error
+
+
+def _part(who: str, net: nn.Module, name: str) -> nn.Module:
+    modules: dict[str, nn.Module] = dict(net.named_modules())
+    if name not in modules:
+        raise AcamkdError(f"inherit {name}: the {who}'s network has no such part; {nearest(name, modules)}")
+    return modules[name]
+
+
+def _first(names: Iterable[str], count: int = 3) -> str:
+    names = list(names)
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def _is_counter(name: str) -> bool:
+    return name.endswith("num_batches_tracked")
+
+
+def _adapt_names(state: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+    """Drop a common prefix, and follow timm, whose `features_only` renames `stages.0` to `stages_0`."""
+    roots = {name.partition(".")[0] for name in own}
+    while len(first := {name.partition(".")[0] for name in state}) == 1 and not first & roots:
+        state = {name.partition(".")[2]: tensor for name, tensor in state.items()}
+    flat = {name.replace(".", "_"): name for name in own}
+    return {flat.get(name.replace(".", "_"), name): tensor for name, tensor in state.items()}
+
+
+def read_tensors(source: str, own: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
+    """Tensors of a file or of torchvision; `own` holds the shapes that the network expects, for the latter."""
+    if re.fullmatch(r"\w+_Weights\.\w+", source):
+        return _read_torchvision(source, own or {})
+    path = Path(source)
+    if path.suffix not in (".safetensors", ".pth", ".pt"):
+        raise AcamkdError(
+            f"weights {source}: give a .safetensors, .pth or .pt file, or a torchvision name such as "
+            f"RetinaNet_ResNet50_FPN_Weights.COCO_V1"
+        )
+    if not path.is_file():
+        raise AcamkdError(f"weights {source}: there is no such file")
+    if path.suffix == ".safetensors":
+        try:
+            return dict(load_file(path))
+        except SafetensorError as error:
+            raise AcamkdError(f"weights {source}: the file is damaged ({error}); copy it again") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can raise nearly anything
+        if not re.search("Unsupported (global|class)", str(error)):
+            raise AcamkdError(f"weights {source}: the file is damaged, or no PyTorch file; copy it again") from error
+        raise AcamkdError(
+            f"weights {source}: the file holds Python objects beside tensors, and reading those can run any code. If "
+            f"you trust it, convert it once: torch.save(torch.load(OLD, weights_only=False)['state_dict'], NEW)"
+        ) from error
+    return _unwrap(content, source)
+
+
+def _unwrap(content: Any, source: str) -> dict[str, Tensor]:
+    """Find the tensors by name in what a file holds."""
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if not tensors:
+        raise AcamkdError(f"weights {source}: no state dict in it; save one by torch.save(net.state_dict(), FILE)")
+    return tensors
+
+
+def _read_torchvision(source: str, own: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    try:
+        weights = torchvision.models.get_weight(source)
+    except (ValueError, KeyError) as error:
+        models = torchvision.models
+        known = [str(weights) for name in models.list_models() for weights in models.get_model_weights(name)]
+        raise AcamkdError(f"torchvision has no weights {source}; {nearest(source, known)}") from error
+    with hub_errors(source, "weights"):
+        state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+    return _drop_unused_classes(state, own, weights.meta.get("categories", ()))
+
+
+def _drop_unused_classes(
+    state: Mapping[str, Tensor], own: Mapping[str, tuple[int, ...]], categories: Sequence[str]
+) -> dict[str, Tensor]:
+    """Leave out the rows of classes that exist in name only, where the network does not have them.
+
+    torchvision's COCO detectors count 91 classes, of which 10 are called N/A, so that labels equal COCO's category
+    ids; data sets number the 80 real ones without gaps.
+    """
+    if "N/A" not in categories:
+        return dict(state)
+    kept = [index for index, category in enumerate(categories) if category != "N/A"]
+    state = dict(state)
+    for name, tensor in state.items():
+        layer = name.split(".")[-2] if "." in name else ""
+        if layer not in ("cls_logits", "cls_score", "bbox_pred") or name not in own or len(tensor) == own[name][0]:
+            continue
+        # Rows are (classes, 4 sides) in Faster R-CNN's box_pred and (anchors, classes) everywhere else.
+        lead = 1 if layer == "bbox_pred" else len(tensor) // len(categories)
+        rows = tensor.reshape(lead, len(categories), -1, *tensor.shape[1:])[:, kept].flatten(0, 2)
+        if tuple(rows.shape) == own[name]:
+            state[name] = rows
+    return state

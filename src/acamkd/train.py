@@ -1,0 +1,210 @@
+"""The main jobs: train a network alone, or distil a student from a teacher."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import platform
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from acamkd import config, data, models
+from acamkd.distiller import Distiller
+from acamkd.engine import METRICS, Recorder, Scorer, TrainingModule, build_trainer, score
+from acamkd.errors import AcamkdError
+from acamkd.methods import build_distiller
+from acamkd.models.base import TaskModel
+from acamkd.runs import Role, Run
+
+log = logging.getLogger(__name__)
+
+LIBRARIES = ("acamkd", "torch", "torchvision", "lightning", "timm", "segmentation-models-pytorch")
+
+
+def train(
+    recipe: config.Recipe,
+    role: Role = "student",
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train one network of a recipe without distillation.
+
+    Args:
+        recipe: What to train on what.
+        role: `student`, or `teacher`, where `distill` then finds it.
+        out: Run folder; `runs/NAME/alone` or `runs/NAME/teacher` where not given.
+        resume: Continue the run that the folder holds.
+        overwrite: Replace it.
+
+    Returns:
+        What `metrics.json` in the run folder holds.
+
+    Raises:
+        AcamkdError: Something that was given cannot be used; nothing is written then.
+    """
+    section = recipe.teacher if role == "teacher" else recipe.student
+    if section is None:
+        raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
+    batches = _Batches(recipe)
+    model = _build(recipe, section, batches.classes)
+    folder = out or default_folder(recipe, "teacher" if role == "teacher" else "alone")
+    run = Run(folder, batches.resolved, role)
+    return _fit(run, Distiller(model), batches, {}, resume=resume, overwrite=overwrite)
+
+
+def distill(
+    recipe: config.Recipe, *, out: Path | None = None, resume: bool = False, overwrite: bool = False
+) -> dict[str, Any]:
+    """Train a recipe's student with its losses against its teacher.
+
+    The teacher's weights are the recipe's `teacher.weights`, or what `train(recipe, "teacher")` left behind. It is
+    scored on the validation pictures before the first epoch.
+
+    Args, returns and raises: as `train`; the run folder is `runs/NAME/distilled` where not given.
+    """
+    if recipe.teacher is None or not recipe.losses:
+        raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section and `losses` to distil")
+    batches = _Batches(recipe)
+    teacher = _build(recipe, teacher_section(recipe), batches.classes, teacher=True)
+    student = _build(recipe, recipe.student, batches.classes)
+    if recipe.student.inherit:
+        models.inherit(student, teacher, recipe.student.inherit)
+    distiller = build_distiller(student, teacher, recipe.losses, batches.steps_per_epoch)
+    run = Run(out or default_folder(recipe, "distilled"), batches.resolved, "student")
+    return _fit(run, distiller, batches, _score_teacher(teacher, batches), resume=resume, overwrite=overwrite)
+
+
+def default_folder(recipe: config.Recipe, job: str) -> Path:
+    """Where a recipe's `teacher`, `alone` and `distilled` runs go."""
+    return Path("runs") / recipe.name / job
+
+
+def teacher_section(recipe: config.Recipe) -> config.Model:
+    """The recipe's teacher with the weights it is to be loaded from.
+
+    Raises:
+        AcamkdError: There are none.
+    """
+    assert recipe.teacher is not None
+    trained = default_folder(recipe, "teacher") / "teacher.safetensors"
+    if recipe.teacher.weights is not None or ":" in recipe.teacher.arch:  # a factory may bring weights of its own
+        return recipe.teacher
+    if not trained.is_file():
+        raise AcamkdError(
+            f"the teacher has no weights: set teacher.weights, or train it first (acamkd train RECIPE --model teacher "
+            f"writes {trained})"
+        )
+    return recipe.teacher.model_copy(update={"weights": str(trained)})
+
+
+class _Batches:
+    """A recipe's data, checked and ready to be read."""
+
+    def __init__(self, recipe: config.Recipe) -> None:
+        seed, size, workers = recipe.train.seed, recipe.train.batch_size, recipe.data.workers
+        splits = {
+            split: data.build(recipe.data, recipe.task, split, seed=seed, augment=split == "train")
+            for split in ("train", "val")
+        }
+        for name, split in splits.items():
+            for warning in data.check(split, recipe.data.check):
+                log.warning("%s data: %s", name, warning)
+        data.check_same_classes(splits["train"], splits["val"])
+        self.classes = splits["train"].classes
+        self.fingerprint = {name: split.fingerprint() for name, split in splits.items()}
+        self.train: DataLoader[Any] = data.loader(splits["train"], size, workers, shuffle=True, seed=seed)
+        self.val: DataLoader[Any] = data.loader(splits["val"], size, workers, shuffle=False, seed=seed)
+        self.steps_per_epoch = -(-len(self.train) // recipe.train.accumulate)
+        self.scorer = Scorer(recipe.task, self.classes)
+        self.resolved = recipe.model_copy(update={"data": recipe.data.model_copy(update={"classes": self.classes})})
+        log.info("%d training and %d validation pictures, %d classes",
+                 len(splits["train"]), len(splits["val"]), len(self.classes))  # fmt: skip
+
+
+def _build(
+    recipe: config.Recipe, section: config.Model, classes: tuple[str, ...], *, teacher: bool = False
+) -> TaskModel:
+    # Seeded anew for each network, so that a student starts the same with and without a teacher beside it.
+    torch.manual_seed(recipe.train.seed)
+    return models.build(section, recipe.task, len(classes), recipe.data.resize, teacher=teacher)
+
+
+def _score_teacher(teacher: TaskModel, batches: _Batches) -> dict[str, float]:
+    log.info("scoring the teacher on the validation pictures")
+    scores = score(teacher, batches.val, batches.scorer)
+    metric = METRICS[batches.resolved.task]
+    log.info("teacher: %s %.2f", metric, scores[metric])
+    return scores
+
+
+def _fit(
+    run: Run,
+    distiller: Distiller,
+    batches: _Batches,
+    teacher_scores: Mapping[str, float],
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Train into the run folder and describe the outcome."""
+    recipe, metric = run.recipe, METRICS[run.recipe.task]
+    goes_on = run.create(resume=resume, overwrite=overwrite)
+    handler = logging.FileHandler(run.folder / "log.txt", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger("acamkd").addHandler(handler)
+    try:
+        if resume and not goes_on:
+            log.warning("%s has no finished epoch to resume from: it starts anew", run.folder)
+        teacher_hash = _hash(distiller.teacher.net) if distiller.losses else None
+        recorder = Recorder(run.folder, run.weights.name, metric)
+        trainer = build_trainer(recipe.train, recorder, progress=sys.stderr.isatty())
+        torch.manual_seed(recipe.train.seed)
+        module = TrainingModule(distiller, recipe.train, batches.scorer)
+        trainer.fit(module, batches.train, batches.val, ckpt_path=run.checkpoint if goes_on else None)
+        if distiller.losses and _hash(distiller.teacher.net) != teacher_hash:
+            raise RuntimeError("the teacher changed during training")
+        metrics = {
+            "task": recipe.task,
+            "metric": metric,
+            "best_epoch": recorder.best_epoch,
+            run.role: recorder.best,
+            **({"teacher": dict(teacher_scores), "teacher_sha256": teacher_hash} if teacher_hash else {}),
+            "parameters": count_parameters(distiller.student.net),
+            "seconds": round(recorder.seconds, 1),
+            "seed": recipe.train.seed,
+            "data": batches.fingerprint,
+            "device": str(module.device),
+            "machine": platform.processor() or platform.machine(),
+            "versions": {name: version(name) for name in LIBRARIES},
+        }
+        run.write_metrics(metrics)
+        log.info("%s: best %s %.2f at epoch %d, in %s",
+                 run.folder, metric, recorder.best[metric], recorder.best_epoch, run.weights.name)  # fmt: skip
+        return metrics
+    finally:
+        logging.getLogger("acamkd").removeHandler(handler)
+        handler.close()
+
+
+def count_parameters(net: nn.Module) -> int:
+    """Number of parameters of a network."""
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def _hash(net: nn.Module) -> str:
+    """sha256 of every tensor of a network, buffers included."""
+    digest = hashlib.sha256()
+    tensors: dict[str, Tensor] = net.state_dict()
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

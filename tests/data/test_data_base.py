@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from acamkd import config, data
+from acamkd.data.base import LISTED_PROBLEMS, read_picture, read_size, seed_of
+from acamkd.errors import AcamkdError
+
+
+def _write(file: Path, image: Image.Image) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.save(file)
+
+
+def _masks(root: Path, *, pictures: int = 5) -> config.Data:
+    """Tiny segmentation data: noise, with masks of two classes."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for number in range(pictures):
+            _write(
+                root / split / "images" / f"{number}.png", Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
+            )
+            _write(root / split / "masks" / f"{number}.png", Image.fromarray(rng.integers(0, 2, (12, 16), np.uint8)))
+    train, val = (config.Split(images=Path(split, "images"), masks=Path(split, "masks")) for split in ("train", "val"))
+    changes = config.Augmentation(scale=(0.5, 2), crop=(10, 10), photometric=True)
+    return config.Data(format="masks", root=root, train=train, val=val, classes=("sky", "road"), augment=changes)
+
+
+def _train(root: Path, *, seed: int = 0) -> data.PictureDataset:
+    return data.build(_masks(root), "segmentation", "train", seed=seed, augment=True)
+
+
+def test_same_key_same_item_in_any_order(tmp_path: Path) -> None:
+    dataset = _train(tmp_path)
+    forwards = [dataset[key] for key in range(10)]
+    backwards = [dataset[key] for key in reversed(range(10))][::-1]
+    for (image, target), (again, target_again) in zip(forwards, backwards, strict=True):
+        assert torch.equal(image, again)
+        assert torch.equal(target["mask"], target_again["mask"])
+
+
+def test_seed_epoch_and_index_each_change_the_draws(tmp_path: Path) -> None:
+    image, _ = _train(tmp_path)[0]
+    assert not torch.equal(_train(tmp_path)[5][0], image)  # the same picture in epoch 1
+    assert not torch.equal(_train(tmp_path, seed=1)[0][0], image)
+    assert len({seed_of(0, epoch, index) for epoch in range(20) for index in range(20)}) == 400
+
+
+def test_items_leave_the_global_generator_alone(tmp_path: Path) -> None:
+    dataset = _train(tmp_path)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    for _ in data.loader(dataset, 2, 0, shuffle=True, seed=0):
+        pass
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_items_are_plain_tensors_of_the_agreed_types(tmp_path: Path) -> None:
+    image, target = _train(tmp_path)[0]
+    assert type(image) is torch.Tensor
+    assert (image.dtype, image.shape) == (torch.uint8, (3, 10, 10))
+    assert set(target) == {"mask"}
+    assert type(target["mask"]) is torch.Tensor
+    assert (target["mask"].dtype, target["mask"].shape) == (torch.int64, (10, 10))
+
+
+def test_iteration_ends_after_one_epoch(tmp_path: Path) -> None:
+    assert len(list(_train(tmp_path))) == 5
+
+
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    batches = []
+    for workers in (0, 2):
+        loader = data.loader(_train(tmp_path), 2, workers, shuffle=True, seed=4)
+        assert isinstance(loader.sampler, data.SeededSampler)
+        for epoch in (0, 1):
+            loader.sampler.set_epoch(epoch)
+            batches.append([image for images, _ in loader for image in images])
+    for here, there in zip([*batches[0], *batches[1]], [*batches[2], *batches[3]], strict=True):
+        assert torch.equal(here, there)
+
+
+def test_sampler_permutes_as_a_function_of_seed_and_epoch() -> None:
+    sampler = data.SeededSampler(50, seed=1)
+    first = list(sampler)
+    assert sorted(first) == list(range(50))
+    assert first == list(sampler) != list(range(50))
+    sampler.set_epoch(3)
+    later = list(sampler)
+    assert sorted(later) == list(range(150, 200))
+    assert [key - 150 for key in later] != first
+    assert list(data.SeededSampler(50, seed=2)) != first
+
+
+def test_processes_share_an_epoch_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = data.SeededSampler(11, seed=0)
+    whole = list(sampler)
+    monkeypatch.setattr("acamkd.data.base._process", lambda: (1, 3))
+    assert list(sampler) == whole[1:9:3]
+    assert len(sampler) == 3
+
+
+def test_loader_drops_the_incomplete_batch_only_when_shuffled(tmp_path: Path) -> None:
+    dataset = _train(tmp_path)
+    assert [len(images) for images, _ in data.loader(dataset, 2, 0, shuffle=True, seed=0)] == [2, 2]
+    assert [len(images) for images, _ in data.loader(dataset, 2, 0, shuffle=False, seed=0)] == [2, 2, 1]
+    assert [len(images) for images, _ in data.loader(dataset, 9, 0, shuffle=True, seed=0)] == [5]
+
+
+def test_unshuffled_pictures_come_unchanged_in_order(tmp_path: Path) -> None:
+    dataset = data.build(_masks(tmp_path), "segmentation", "val", seed=0, augment=False)
+    images = [image for batch, _ in data.loader(dataset, 2, 0, shuffle=False, seed=0) for image in batch]
+    for image, file in zip(images, sorted((tmp_path / "val" / "images").iterdir()), strict=True):
+        assert torch.equal(image, torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1))
+
+
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+    pixels = np.zeros((8, 24, 3), np.uint8)
+    pixels[:, :8] = 255  # white on the left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: left becomes top
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=100)
+    picture = read_picture(tmp_path / "a.jpg")
+    assert picture.shape == (3, 24, 8)
+    assert read_size(tmp_path / "a.jpg") == (24, 8)
+    assert picture[:, :8].min() > 250
+    assert picture[:, 8:].max() < 5
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_every_8_bit_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    file = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    Image.new("RGB", (6, 4), (255, 255, 255)).convert(mode).save(file)
+    assert torch.equal(read_picture(file), torch.full((3, 4, 6), 255, dtype=torch.uint8))
+
+
+def test_16_bit_pictures_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 3000, np.uint16)).save(tmp_path / "a.png")
+    with pytest.raises(AcamkdError, match="8 bits per channel"):
+        read_picture(tmp_path / "a.png")
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-80])
+
+
+def _replace(file: Path) -> None:
+    file.write_text("<html>not found</html>")
+
+
+@pytest.mark.parametrize("harm", [_truncate, _replace])
+def test_check_finds_broken_pictures(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+    dataset = _train(tmp_path)
+    assert data.check(dataset, "full") == []
+    harm(tmp_path / "train" / "images" / "3.png")
+    with pytest.raises(AcamkdError, match=r"1 problem:\n.*3\.png: the picture cannot be read"):
+        data.check(dataset, "full")
+
+
+def test_headers_mode_decodes_nothing(tmp_path: Path) -> None:
+    dataset = _train(tmp_path)
+    _truncate(tmp_path / "train" / "images" / "3.png")
+    assert data.check(dataset, "headers") == []
+
+
+def test_truncated_jpeg_is_found(tmp_path: Path) -> None:
+    dataset = _train(tmp_path)
+    rng = np.random.default_rng(0)
+    file = tmp_path / "train" / "images" / "3.png"
+    Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).save(file, format="JPEG")
+    assert data.check(dataset, "full") == []
+    _truncate(file)
+    with pytest.raises(AcamkdError, match=r"3\.png: the picture cannot be read: .*truncated"):
+        data.check(dataset, "full")
+
+
+def test_missing_pictures_are_listed_and_counted(tmp_path: Path) -> None:
+    _masks(tmp_path, pictures=LISTED_PROBLEMS + 3)
+    dataset = data.build(_masks(tmp_path), "segmentation", "train", seed=0, augment=False)
+    for file in dataset.files:
+        file.unlink()
+    with pytest.raises(AcamkdError) as caught:
+        data.check(dataset, "full")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "the data cannot be used, 13 problems:"
+    assert lines[1].endswith("0.png: there is no such picture")
+    assert len(lines) == LISTED_PROBLEMS + 2
+    assert lines[-1].strip() == "... and 3 more"
+
+
+def test_loader_refuses_unchecked_problems(tmp_path: Path) -> None:
+    dataset = _train(tmp_path)
+    dataset.problems.append("something is wrong")
+    with pytest.raises(AcamkdError, match="something is wrong"):
+        data.loader(dataset, 2, 0, shuffle=True, seed=0)
+
+
+def test_classes_of_the_splits_must_agree(tmp_path: Path) -> None:
+    train, val = _train(tmp_path), _train(tmp_path)
+    data.check_same_classes(train, val)
+    val.classes = ("road", "sky")
+    with pytest.raises(AcamkdError, match="train has sky, road and val has road, sky"):
+        data.check_same_classes(train, val)
+
+
+def test_fingerprint_follows_content_but_not_place(tmp_path: Path) -> None:
+    here, there = _train(tmp_path / "a").fingerprint(), _train(tmp_path / "b").fingerprint()
+    assert here == there
+    assert len(here) == 16
+    mask = tmp_path / "b" / "train" / "masks" / "0.png"
+    Image.fromarray(np.zeros((12, 16), np.uint8)).save(mask)
+    dataset = data.MaskFolder(tmp_path / "b" / "train" / "images", mask.parent, ("sky", "road"))
+    assert dataset.fingerprint() != here
+    other_names = data.MaskFolder(tmp_path / "a" / "train" / "images", tmp_path / "a" / "train" / "masks", ("a", "b"))
+    assert other_names.fingerprint() != here
