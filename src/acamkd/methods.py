@@ -178,7 +178,7 @@ def describe(name: str) -> dict[str, Any]:
     """
     method = find(name)
     text = inspect.getdoc(method) or ""
-    paper = re.findall(r"^Paper: (.+?)\.$", text, flags=re.MULTILINE)[0]
+    paper = " ".join(re.findall(r"^Paper: (.+?)\.\n\n", text, flags=re.MULTILINE | re.DOTALL)[0].split())
     helps = {entry.arg_name: entry.description or "" for entry in docstring_parser.parse(text).params}
     signature = inspect.signature(method)
     description: dict[str, Any] = {
