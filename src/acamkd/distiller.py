@@ -43,6 +43,9 @@ class Distiller(nn.Module):
     and DDP, stays in eval mode whatever `train()` says, receives no gradient, and still follows `to()`. Its forward
     ends at the last layer that a loss needs.
 
+    A loss whose `teacher_task` is true (ACAM with mask_grad="task") learns its masks from the teacher's own loss: the
+    teacher runs a second time, with the loss's `masked(student_map, teacher_map)` in the place of the tapped map.
+
     For the first 20 steps with distillation, the Distiller watches whether it reaches the student: a total that stays
     exactly zero, or a student parameter below a tapped layer that never receives a distillation gradient, is an error.
 
@@ -100,7 +103,8 @@ class Distiller(nn.Module):
             step: Optimisation step, from 0.
 
         Returns:
-            Scalar terms, `task/TERM` and `LAYER/METHOD/TERM`; their sum is the training loss.
+            Scalar terms, `task/TERM`, `LAYER/METHOD/TERM` and, where masks learn from the teacher's own loss,
+            `teacher/TERM`; their sum is the training loss.
 
         Raises:
             AcamkdError: A term is not finite, a tap did not fire, or the distillation does not reach the student.
@@ -120,6 +124,7 @@ class Distiller(nn.Module):
             for index in active:
                 for name, term in self._compare(index, student_tap, teacher_maps, batch, context).items():
                     distillation[f"{self._keys[index]}/{name}"] = factors[index] * term
+            terms |= self._teacher_task(active, student_tap, batch)
             _check_finite(terms | distillation, step)
             if distillation and self.training and torch.is_grad_enabled():
                 self._audit(self.student.net, student_tap.features(), distillation)
@@ -147,6 +152,26 @@ class Distiller(nn.Module):
             with tap.early_stop():
                 self.teacher(batch)
             return tap.features()
+
+    def _teacher_task(self, active: Sequence[int], student_tap: FeatureTap, batch: Batch) -> dict[str, Tensor]:
+        """The teacher's own loss on masked maps; the gradient runs through the teacher to the masks."""
+        masking: list[tuple[Pair, Any]] = [
+            (pair, loss)
+            for index in active
+            if getattr(loss := self.losses[index], "teacher_task", False) and (pair := self.pairs[index])
+        ]
+        if not masking:
+            return {}
+
+        def masked(name: str, teacher_map: Tensor) -> Tensor:
+            for (student_layer, teacher_layer), loss in masking:
+                if teacher_layer == name:
+                    teacher_map = loss.masked(student_tap[student_layer], teacher_map)
+            return teacher_map
+
+        with FeatureTap(self.teacher.net, _flat((pair[1],) for pair, _ in masking), edit=masked):
+            terms = self.teacher.loss(self.teacher(batch), batch)
+        return {f"teacher/{name}": term for name, term in terms.items()}
 
     def _compare(
         self,

@@ -110,7 +110,7 @@ def test_unknown_module() -> None:
 def test_a_teacher_without_weights_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     section = Model(arch="retinanet", backbone="mobilenetv3_small_050", backbone_weights=None, fpn_channels=8)
     build(section, "detection", 3, teacher=True)
-    assert "the teacher (retinanet) has no `weights`" in caplog.text
+    assert "the teacher, retinanet on mobilenetv3_small_050, has no `weights`" in caplog.text
 
 
 def test_whole_weights_replace_the_backbones(tmp_path: Path) -> None:

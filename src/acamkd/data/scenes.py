@@ -85,10 +85,10 @@ def draw_scene(size: PixelSize, *, seed: int, split: str, index: int) -> Scene:
         alpha, _, window = _stamp(rng, size, str(rng.choice(CLASSES)), rng.uniform(4, 20) * unit)
         canvas[window] += alpha[..., None] * (_colour(rng) - canvas[window]) * 0.4
     owners = np.full(size, -1)
-    names = [str(rng.choice(CLASSES)) for _ in range(rng.integers(3, 9))]
+    names = [str(rng.choice(CLASSES)) for _ in range(rng.integers(3, 7))]
     areas = []
     for number, name in enumerate(names):
-        radius = np.exp(rng.uniform(np.log(5), np.log(32))) * unit  # small ones are common
+        radius = np.exp(rng.uniform(np.log(8), np.log(36))) * unit  # small ones are common
         alpha, texture, window = _stamp(rng, size, name, radius)
         first = _colour(rng)
         second = np.clip(first + rng.choice([-1, 1]) * rng.uniform(70, 140), 0, 255)

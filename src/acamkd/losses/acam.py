@@ -31,6 +31,22 @@ class Masks(NamedTuple):
     """(N, M, H, W), in (0, 1)."""
 
 
+def apply_masks(masks: Masks, x: Tensor) -> Tensor:
+    """A map seen through its masks, mean_m M^s_m M^c_m X, (N, C, H, W); a kind that is not in use counts as 1."""
+    channel, spatial = masks
+    if channel is not None and spatial is not None:
+        return torch.einsum("nmc,nmhw->nchw", channel, spatial) / channel.shape[1] * x
+    if channel is not None:
+        return channel.mean(dim=1)[:, :, None, None] * x
+    assert spatial is not None
+    return spatial.mean(dim=1, keepdim=True) * x
+
+
+def mask_overlap(masks: Masks, form: str = "pairwise") -> Tensor:
+    """Dice overlap of the masks of each kind, summed over the kinds."""
+    return torch.stack([dice_overlap(x.flatten(2), form) for x in masks if x is not None]).sum()
+
+
 def cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """A V with A = softmax(Q^T K / sqrt(C_q)) over the key positions, without ever holding A.
 
@@ -42,17 +58,19 @@ def cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     Returns:
         (N, C, H, W).
     """
-    # The fused kernels want one width for all three, and torch silently builds the dense map otherwise. Zero channels
-    # add nothing to Q^T K, so padding is exact, once the scale is that of the true width.
-    widening = value.shape[1] - query.shape[1]
-    query_rows, key_rows = (
-        F.pad(x.flatten(2).transpose(1, 2), (0, widening)) for x in (query, key)
-    )  # (N, HW, C), (N, H_k W_k, C)
-    value_rows = value.flatten(2).transpose(1, 2)
-    fused = F.scaled_dot_product_attention(  # one head: (N, 1, positions, C)
-        query_rows.unsqueeze(1), key_rows.unsqueeze(1), value_rows.unsqueeze(1), scale=query.shape[1] ** -0.5
+    # Without one width for all three, a multiple of 4 of it, and channels side by side in memory, torch has no fused
+    # kernel and silently builds the dense map. Zero channels add nothing to Q^T K nor to the result, so padding is
+    # exact, once the scale is that of the true width.
+    channels = value.shape[1]
+    width = -(-channels // 4) * 4
+    fused = F.scaled_dot_product_attention(  # one head: (N, 1, positions, width)
+        *(
+            F.pad(x.flatten(2).transpose(1, 2), (0, width - x.shape[1])).contiguous().unsqueeze(1)
+            for x in (query, key, value)
+        ),
+        scale=query.shape[1] ** -0.5,
     )
-    return fused.squeeze(1).transpose(1, 2).reshape(len(query), -1, *query.shape[-2:])
+    return fused[:, 0, :, :channels].transpose(1, 2).unflatten(2, query.shape[-2:])
 
 
 class STCAFF(nn.Module):
@@ -103,6 +121,11 @@ class ASCM(nn.Module):
             spatial = torch.sigmoid(torch.einsum("mc,nchw->nmhw", self.spatial, fused))
         return Masks(channel, spatial)
 
+    def masked(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What fixed masks are learned from: a map (N, C, H, W) under its own masks, and the overlap of these."""
+        masks = self(x)
+        return apply_masks(masks, x), mask_overlap(masks)
+
 
 class ACAM(FeatureLoss):
     """Masked imitation where cross-attention between student and teacher decides the masks.
@@ -147,7 +170,9 @@ class ACAM(FeatureLoss):
             `random`: the method with everything that makes masks untrained and frozen. `uniform`: all-ones masks, so
             that each term is the plain mean squared error, and no diversity.
         mask_grad: `joint`: the distillation terms train the masks (the method). `detached`: they do not, and the masks
-            learn from the diversity alone.
+            learn from the diversity alone. `task`: they learn from the diversity and from the frozen teacher's own
+            loss on the map that they mask, mean_m M^s_m M^c_m T; the student only feels the finished masks. This costs
+            a second forward of the teacher, and a backward through it, per step.
         diversity: `pairwise` or `literal`.
         tokens: With mask_source="fixed": learnt state of `selection`; in a recipe the file that `acamkd tokens` wrote.
             Without it the tokens stay random.
@@ -173,7 +198,7 @@ class ACAM(FeatureLoss):
         query: Literal["teacher", "student"] = "teacher",
         masks: Literal["both", "channel", "spatial"] | Sequence[str] = "both",
         mask_source: Literal["cooperative", "teacher", "fixed", "random", "uniform"] = "cooperative",
-        mask_grad: Literal["joint", "detached"] = "joint",
+        mask_grad: Literal["joint", "detached", "task"] = "joint",
         diversity: Literal["pairwise", "literal"] = "pairwise",
         tokens: Mapping[str, Tensor] | None = None,
         kv_stride: int = 1,
@@ -184,7 +209,7 @@ class ACAM(FeatureLoss):
         for option, value, allowed in (
             ("query", query, ("teacher", "student")),
             ("mask_source", mask_source, ("cooperative", "teacher", "fixed", "random", "uniform")),
-            ("mask_grad", mask_grad, ("joint", "detached")),
+            ("mask_grad", mask_grad, ("joint", "detached", "task")),
             ("diversity", diversity, ("pairwise", "literal")),
         ):
             check_choice(option, value, allowed)
@@ -192,6 +217,8 @@ class ACAM(FeatureLoss):
             raise ValueError(f"tokens belong to mask_source='fixed', not to {mask_source!r}")
         if min(num_masks, kv_stride) < 1:
             raise ValueError(f"num_masks and kv_stride must be at least 1, not {num_masks} and {kv_stride}")
+        if mask_grad == "task" and mask_source not in ("cooperative", "teacher"):
+            raise ValueError(f"mask_grad='task' trains the masks, but those of mask_source={mask_source!r} do not learn")
         self.num_masks = num_masks
         self.weight = weight
         self.diversity_weight = diversity_weight
@@ -218,7 +245,7 @@ class ACAM(FeatureLoss):
     def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
         """Return `channel`, `spatial` and `diversity`, as far as they are in use: see the class."""
         student = self.align(student)
-        masks = self._masks(student, teacher)
+        masks = self._masks(student.detach() if self.teacher_task else student, teacher)
         self.statistics = {
             f"{kind}_mask": x.detach().mean() for kind, x in zip(KINDS, masks, strict=True) if x is not None
         }
@@ -230,9 +257,24 @@ class ACAM(FeatureLoss):
         if selecting.spatial is not None:
             terms["spatial"] = self.weight * masked_spatial_loss(squared, selecting.spatial).mean()
         if self.mask_source != "uniform":
-            overlaps = [dice_overlap(x.flatten(2), self.diversity) for x in masks if x is not None]
-            terms["diversity"] = self.diversity_weight * torch.stack(overlaps).sum()
+            terms["diversity"] = self.diversity_weight * mask_overlap(masks, self.diversity)
         return terms
+
+    @property
+    def teacher_task(self) -> bool:
+        """Whether the Distiller is to add the teacher's own loss on `masked` features."""
+        return self.mask_grad == "task"
+
+    def masked(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The teacher's map under the masks, for its own loss; the gradient reaches nothing but the masks' parts.
+
+        Args:
+            student: (N, C_s, H_s, W_s).
+            teacher: (N, C_t, H, W).
+        """
+        with torch.autocast(teacher.device.type, enabled=False):
+            aligned, target = self._to_common_form(student.detach(), teacher)
+            return apply_masks(self._masks(self.align(aligned).detach(), target), target).to(teacher.dtype)
 
     @torch.no_grad()
     def masks_of(self, student: Tensor, teacher: Tensor) -> Masks:

@@ -55,7 +55,7 @@ def build(
         built = build_detector(model, num_classes, resize)
     else:
         built = build_segmenter(model, num_classes, resize)
-    who = f"{'teacher' if teacher else 'student'} ({model.arch})"
+    who = f"{model.arch} on {model.backbone}"
     if model.weights is not None:
         log.info("%s", load_weights(built.net, model.weights, strict=teacher, what=who))
         if model.weights.startswith(_WITHOUT_EPSILON):
@@ -63,7 +63,7 @@ def build(
     elif model.backbone_weights not in (None, "imagenet"):
         log.info("%s", load_weights(built.backbone, model.backbone_weights, strict=False, what=f"{who}, backbone"))
     elif teacher and ":" not in model.arch:
-        log.warning("the %s has no `weights`: nothing was trained but, at most, its backbone", who)
+        log.warning("the teacher, %s, has no `weights`: nothing was trained but, at most, its backbone", who)
     return built
 
 

@@ -1,0 +1,433 @@
+"""ACAM against a dense version written from the paper: an explicit softmax map, (N, M, C, H, W) norms, loops over pairs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from acamkd.losses.acam import ACAM, ASCM
+
+SHAPES = [(1, 3, 3, 5, 7), (3, 4, 6, 5, 3), (3, 1, 1, 4, 3), (2, 2, 1, 1, 5)]
+"""(N, C_s, C_t, H, W)."""
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"num_masks": 1},
+    {"num_masks": 3, "weight": 2.5, "diversity_weight": 0.3},
+    {"align": True},
+    {"query": "student"},
+    {"masks": "channel"},
+    {"masks": "spatial"},
+    {"masks": ["spatial", "channel"], "diversity": "literal"},
+    {"mask_source": "teacher"},
+    {"mask_source": "teacher", "query": "student", "kv_stride": 2},
+    {"mask_source": "random"},
+    {"mask_source": "random", "mask_grad": "detached"},
+    {"mask_source": "uniform"},
+    {"mask_source": "uniform", "masks": "spatial", "weight": 3.0},
+    {"mask_grad": "detached"},
+    {"mask_grad": "detached", "diversity": "literal", "masks": "spatial"},
+    {"diversity": "literal", "num_masks": 4},
+    {"kv_stride": 2},
+    {"kv_stride": 3, "query": "student"},
+    ACAM.PRESETS["paper"],
+]
+
+
+def maps(
+    n: int, c_s: int, c_t: int, height: int, width: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
+    student = torch.randn(n, c_s, height, width, dtype=dtype, requires_grad=True)
+    return student, torch.randn(n, c_t, height, width, dtype=dtype)
+
+
+def projected(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """A 1x1 convolution: (N, C, H, W) -> (N, C', H, W)."""
+    return torch.einsum("oc,nchw->nohw", weight[:, :, 0, 0], x) + bias[:, None, None]
+
+
+def windows(x: Tensor, stride: int) -> Tensor:
+    """Means over windows; those at the right and bottom may be smaller."""
+    rows = [
+        torch.stack(
+            [x[..., i : i + stride, j : j + stride].mean(dim=(2, 3)) for j in range(0, x.shape[-1], stride)], dim=-1
+        )
+        for i in range(0, x.shape[-2], stride)
+    ]
+    return torch.stack(rows, dim=-2)
+
+
+def overlap(masks: Tensor, form: str) -> Tensor:
+    """Dice overlap of (N, M, K), pair by pair."""
+    count, per_image = masks.shape[1], []
+    pairs = [(i, j) for i in range(count) for j in range(count) if i != j]
+    for image in masks:
+        if form == "literal":
+            inner = [image[i] @ image[j] for i, j in pairs]
+            per_image.append(sum(inner, image.new_zeros(())) / sum(row @ row for row in image))
+        else:
+            dice = [2 * image[i] @ image[j] / (image[i] @ image[i] + image[j] @ image[j]) for i, j in pairs]
+            per_image.append(sum(dice, image.new_zeros(())) / max(1, len(pairs)))
+    return torch.stack(per_image).mean()
+
+
+def textbook(
+    parameters: Mapping[str, Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    num_masks: int = 6,
+    weight: float = 1.0,
+    diversity_weight: float = 1.0,
+    query: str = "teacher",
+    masks: str | list[str] = "both",
+    mask_source: str = "cooperative",
+    mask_grad: str = "joint",
+    diversity: str = "pairwise",
+    kv_stride: int = 1,
+    align: bool = False,
+    tokens: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The class's docstring, literally; `parameters` are the module's own by name."""
+    p = parameters
+    if align or student.shape[1] != teacher.shape[1]:
+        student = projected(p["align.weight"], p["align.bias"], student)
+    n, channels, height, width = teacher.shape
+    kinds = ["channel", "spatial"] if masks == "both" else [masks] if isinstance(masks, str) else masks
+
+    made: dict[str, Tensor] = {}
+    if mask_source == "uniform":
+        made = {
+            "channel": teacher.new_ones(n, num_masks, channels),
+            "spatial": teacher.new_ones(n, num_masks, height * width),
+        }
+    else:
+        if mask_source == "fixed":
+            fused = teacher.flatten(2)
+        else:
+            partner = teacher if mask_source == "teacher" else student
+            asking, answering = (teacher, partner) if query == "teacher" else (partner, teacher)
+            answering = windows(answering, kv_stride)
+            q = projected(p["fusion.query.weight"], p["fusion.query.bias"], asking).flatten(2)
+            k = projected(p["fusion.key.weight"], p["fusion.key.bias"], answering).flatten(2)
+            v = projected(p["fusion.value.weight"], p["fusion.value.bias"], answering).flatten(2)
+            attention = (q.transpose(1, 2) @ k / q.shape[1] ** 0.5).softmax(dim=2)  # (N, HW, H_k W_k)
+            fused = (attention @ v.transpose(1, 2)).transpose(1, 2)  # (N, C, HW)
+        if mask_source in ("fixed", "random"):
+            fused = fused.detach()
+        if "channel" in kinds:
+            made["channel"] = torch.sigmoid(p["selection.channel"] @ fused.mean(dim=2).unsqueeze(1))
+        if "spatial" in kinds:
+            made["spatial"] = torch.sigmoid(p["selection.spatial"] @ fused)
+
+    difference = (teacher - student).unsqueeze(1)  # (N, 1, C, H, W)
+    shapes = {"channel": (n, num_masks, channels, 1, 1), "spatial": (n, num_masks, 1, height, width)}
+    complement = {"channel": height * width, "spatial": channels}
+    terms = {}
+    for kind in ("channel", "spatial"):
+        if kind in kinds:
+            mask = made[kind].detach() if mask_grad == "detached" else made[kind]
+            norms = (mask.view(shapes[kind]) * difference).square().sum(dim=(2, 3, 4))  # (N, M)
+            terms[kind] = weight * (norms / (complement[kind] * mask.sum(dim=2))).mean()
+    if mask_source != "uniform":
+        overlaps = [overlap(mask, diversity) for mask in made.values()]
+        terms["diversity"] = diversity_weight * sum(overlaps, teacher.new_zeros(()))
+    return terms
+
+
+def compare(loss: ACAM, options: Mapping[str, Any], student: Tensor, teacher: Tensor, resized: Tensor) -> None:
+    """Values and gradients of every term; `resized` is what the dense version takes for the student's map."""
+    parameters = dict(loss.named_parameters())
+    terms = loss(student, teacher)
+    expected = textbook(parameters, resized, teacher, **options)
+    assert set(terms) == set(expected)
+    learned = [student, *(parameter for parameter in parameters.values() if parameter.requires_grad)]
+    for name, term in terms.items():
+        torch.testing.assert_close(term, expected[name], rtol=1e-10, atol=1e-12)
+        gradients = gradients_of(term, learned)
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        torch.testing.assert_close(gradients, gradients_of(expected[name], learned), rtol=1e-10, atol=1e-12)
+
+
+def gradients_of(term: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+    """Gradient of one term; zero where it depends on nothing."""
+    if not term.requires_grad:
+        return [torch.zeros_like(tensor) for tensor in tensors]
+    return list(torch.autograd.grad(term, tensors, retain_graph=True, materialize_grads=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_values_and_gradients_are_those_of_the_dense_version(options: dict[str, Any], shape: tuple[int, ...]) -> None:
+    n, c_s, c_t, height, width = shape
+    student, teacher = maps(n, c_s, c_t, height, width)
+    compare(ACAM(c_s, c_t, **options).double(), options, student, teacher, student)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("masks", ["both", "channel", "spatial"])
+def test_fixed_masks_come_from_the_tokens_given(shape: tuple[int, ...], masks: Any) -> None:
+    n, c_s, c_t, height, width = shape
+    student, teacher = maps(n, c_s, c_t, height, width)
+    kinds = ("channel", "spatial") if masks == "both" else (masks,)
+    tokens = ASCM(c_t, 4, kinds).double().state_dict()
+    options = {"mask_source": "fixed", "num_masks": 4, "masks": masks, "tokens": tokens}
+    loss = ACAM(c_s, c_t, **options).double()
+    # Tokens are loaded into float32 and then widened: the same numbers on both sides of the comparison.
+    for name, tensor in tokens.items():
+        torch.testing.assert_close(loss.selection.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
+    compare(loss, options, student, teacher, student)
+    assert not any(parameter.requires_grad for parameter in loss.selection.parameters())
+
+
+@pytest.mark.parametrize(("student_size", "teacher_size"), [((9, 7), (5, 4)), ((3, 4), (5, 7)), ((3, 9), (5, 4))])
+def test_the_student_is_resampled_to_the_teachers_size(
+    student_size: tuple[int, int], teacher_size: tuple[int, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    student = torch.randn(2, 3, *student_size, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 4, *teacher_size, dtype=torch.float64)
+    shrinks = student_size[0] >= teacher_size[0] and student_size[1] >= teacher_size[1]
+    resized = (
+        F.adaptive_avg_pool2d(student, teacher_size)
+        if shrinks
+        else F.interpolate(student, teacher_size, mode="bilinear", align_corners=False)
+    )
+    loss = ACAM(3, 4, kv_stride=2).double()
+    with caplog.at_level(logging.INFO, logger="acamkd"):
+        compare(loss, {"kv_stride": 2}, student, teacher, resized)
+        loss(student, teacher)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"ACAM: student map {student_size} is resampled to the teacher's {teacher_size}"]
+    assert [x.shape[2:] for x in loss.masks_of(student, teacher) if x is not None] == [(4,), teacher_size]
+
+
+def test_uniform_masks_are_two_mean_squared_errors() -> None:
+    student, teacher = maps(2, 3, 3, 5, 4)
+    terms = ACAM(3, 3, mask_source="uniform", weight=2.0)(student, teacher)
+    expected = 2 * F.mse_loss(student, teacher)
+    assert list(terms) == ["channel", "spatial"]
+    for term in terms.values():
+        torch.testing.assert_close(term, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, {"fusion", "channel", "spatial"}),
+        ({"align": True}, {"align", "fusion", "channel", "spatial"}),
+        ({"masks": "channel"}, {"fusion", "channel"}),
+        ({"masks": ["spatial"]}, {"fusion", "spatial"}),
+        ({"mask_source": "teacher", "masks": "spatial"}, {"fusion", "spatial"}),
+        ({"mask_source": "random"}, {"fusion", "channel", "spatial"}),
+        ({"mask_source": "fixed"}, {"channel", "spatial"}),
+        ({"mask_source": "uniform"}, set()),
+        ({"mask_source": "uniform", "align": True}, {"align"}),
+        (ACAM.PRESETS["paper"], {"fusion", "channel", "spatial"}),
+    ],
+    ids=str,
+)
+def test_only_the_parameters_in_use_exist(options: dict[str, Any], expected: set[str]) -> None:
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
+        "align": {"align.weight": (8, 8, 1, 1), "align.bias": (8,)},
+        "fusion": {
+            "fusion.query.weight": (4, 8, 1, 1), "fusion.query.bias": (4,),
+            "fusion.key.weight": (4, 8, 1, 1), "fusion.key.bias": (4,),
+            "fusion.value.weight": (8, 8, 1, 1), "fusion.value.bias": (8,),
+        },
+        "channel": {"selection.channel": (6, 1)},
+        "spatial": {"selection.spatial": (6, 8)},
+    }  # fmt: skip
+    wanted = {name: shape for part in expected for name, shape in shapes[part].items()}
+    assert {name: tuple(tensor.shape) for name, tensor in ACAM(8, 8, **options).state_dict().items()} == wanted
+
+
+def test_unequal_channels_are_aligned() -> None:
+    assert tuple(ACAM(3, 8).state_dict()["align.weight"].shape) == (8, 3, 1, 1)
+    assert tuple(ACAM(3, 1).state_dict()["fusion.query.weight"].shape) == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("source", ["cooperative", "teacher", "fixed", "random", "uniform"])
+def test_frozen_masks_leave_only_the_projection_to_learn(source: Any) -> None:
+    learned = {name for name, parameter in ACAM(3, 4, mask_source=source).named_parameters() if parameter.requires_grad}
+    assert {"align.weight", "align.bias"} <= learned
+    assert (learned == {"align.weight", "align.bias"}) == (source in ("fixed", "random", "uniform"))
+
+
+def test_the_paper_preset_is_the_literal_method() -> None:
+    assert ACAM.PRESETS["paper"] == {
+        "num_masks": 6, "weight": 1.0, "diversity_weight": 1.0, "query": "teacher", "masks": "both",
+        "mask_source": "cooperative", "mask_grad": "joint", "diversity": "literal", "kv_stride": 1,
+    }  # fmt: skip
+
+
+def test_identical_masks_have_the_largest_overlap() -> None:
+    student, teacher = maps(2, 3, 3, 4, 4)
+    for form, largest in (("pairwise", 1.0), ("literal", 4.0)):
+        loss = ACAM(3, 3, num_masks=5, diversity=form).double()  # type: ignore[arg-type]
+        for units in loss.selection.parameters():
+            torch.nn.init.constant_(units, 0.3)
+        assert loss(student, teacher)["diversity"].item() == pytest.approx(2 * largest)  # both kinds
+
+
+def with_logits(value: float, dtype: torch.dtype, **options: Any) -> ACAM:
+    """A loss all of whose masks are sigmoid(value): the attention averages values that are 1 everywhere."""
+    loss = ACAM(4, 4, **options).to(dtype)
+    torch.nn.init.zeros_(loss.fusion.value.weight)
+    torch.nn.init.ones_(loss.fusion.value.bias)  # type: ignore[arg-type]
+    with torch.no_grad():
+        loss.selection.channel.fill_(value)  # type: ignore[union-attr]
+        loss.selection.spatial.fill_(value / 4)  # type: ignore[union-attr]
+    return loss
+
+
+@pytest.mark.parametrize("diversity", ["pairwise", "literal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [-20.0, -44.0, -60.0, -88.0, -200.0, 200.0])
+def test_vanishing_masks_stay_finite(value: float, dtype: torch.dtype, diversity: str) -> None:
+    loss = with_logits(value, dtype, diversity=diversity)
+    student, teacher = maps(2, 4, 4, 3, 5, dtype)
+    terms = loss(student, teacher)
+    torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
+    assert all(term.isfinite() for term in terms.values())
+    assert terms["channel"].item() <= 1.01 * F.mse_loss(student, teacher).item() / (1 + torch.tensor(-value).exp())
+    for gradient in (student.grad, *(parameter.grad for parameter in loss.parameters())):
+        assert gradient is not None
+        assert gradient.isfinite().all()
+
+
+def test_terms_are_linear_in_their_weights() -> None:
+    student, teacher = maps(2, 3, 3, 5, 4)
+    one, other = ACAM(3, 3), ACAM(3, 3, weight=2.5, diversity_weight=0.25)
+    other.load_state_dict(one.state_dict())
+    first, second = one.double()(student, teacher), other.double()(student, teacher)
+    for name, factor in (("channel", 2.5), ("spatial", 2.5), ("diversity", 0.25)):
+        torch.testing.assert_close(second[name], factor * first[name], rtol=1e-12, atol=0)
+
+
+def test_autocast_computes_in_float32() -> None:
+    student, teacher = maps(2, 3, 4, 5, 7, torch.bfloat16)
+    loss = ACAM(3, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = loss(student, teacher)
+    plain = loss(student.float(), teacher.float())
+    for name, term in terms.items():
+        assert term.dtype == torch.float32
+        assert term.item() == plain[name].item()
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operator gives, backward included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, *(x.numel() for x in _tensors(result)), 0)
+        return result
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    for each in result if isinstance(result, (list, tuple)) else (result,):
+        if isinstance(each, Tensor):
+            yield each
+
+
+@pytest.mark.parametrize("options", [{}, {"kv_stride": 2}, {"query": "student"}], ids=str)
+def test_nothing_is_ever_as_large_as_the_dense_maps(options: dict[str, Any]) -> None:
+    n, channels, side = 2, 32, 60
+    student, teacher = maps(n, channels, channels, side, side, torch.float32)
+    loss, saved = ACAM(channels, channels, **options), [0]
+
+    def pack(x: Tensor) -> Tensor:
+        saved.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), _Largest() as largest:
+        torch.stack(list(loss(student, teacher).values())).sum().backward()  # type: ignore[no-untyped-call]
+    one_map = n * channels * side**2
+    assert max(saved) <= one_map
+    assert largest.numel <= 2 * one_map  # 1/56 of the attention map, and 1/3 of one (N, M, C, H, W)
+    assert 2 * one_map < min(n * (side**2) ** 2 // 50, n * 6 * channels * side**2 // 2)
+
+
+def test_masks_of_gives_probabilities_without_gradient() -> None:
+    student, teacher = maps(2, 3, 4, 6, 5)
+    channel, spatial = ACAM(3, 4, num_masks=5).double().masks_of(student, teacher)
+    assert channel is not None
+    assert spatial is not None
+    assert channel.shape == (2, 5, 4)
+    assert spatial.shape == (2, 5, 6, 5)
+    for masks in (channel, spatial):
+        assert not masks.requires_grad
+        assert ((masks > 0) & (masks < 1)).all()
+    assert ACAM(3, 4, masks="channel").double().masks_of(student, teacher).spatial is None
+    uniform = ACAM(3, 4, mask_source="uniform", masks="spatial", num_masks=2).double().masks_of(student, teacher)
+    assert uniform.channel is None
+    assert torch.equal(uniform.spatial, torch.ones(2, 2, 6, 5, dtype=torch.float64))  # type: ignore[arg-type]
+
+
+def test_statistics_are_the_means_of_the_masks() -> None:
+    student, teacher = maps(2, 3, 4, 6, 5)
+    loss = ACAM(3, 4).double()
+    loss(student, teacher)
+    expected = {f"{kind}_mask": x.mean() for kind, x in loss.masks_of(student, teacher)._asdict().items()}
+    assert set(loss.statistics) == set(expected)
+    for name, value in loss.statistics.items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def test_the_student_takes_part_in_its_masks() -> None:
+    student, teacher = maps(2, 3, 3, 6, 5)
+    other = torch.randn_like(student)
+    for source, depends in (("cooperative", True), ("random", True), ("teacher", False), ("fixed", False)):
+        loss = ACAM(3, 3, mask_source=source).double()  # type: ignore[arg-type]
+        first, second = loss.masks_of(student, teacher), loss.masks_of(other, teacher)
+        assert all(torch.equal(x, y) != depends for x, y in zip(first, second, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"query": "both"}, "query must be one of 'teacher', 'student', not 'both'"),
+        ({"mask_source": "none"}, "mask_source must be one of 'cooperative', .* not 'none'"),
+        ({"mask_grad": "task"}, "mask_grad must be one of 'joint', 'detached', not 'task'"),
+        ({"diversity": "dice"}, "diversity must be one of 'pairwise', 'literal', not 'dice'"),
+        ({"masks": "position"}, "masks must be 'both', 'channel' or 'spatial', .* not 'position'"),
+        ({"masks": ["channel", "both"]}, r"masks must be 'both', .* not \['channel', 'both'\]"),
+        ({"masks": []}, r"masks must be 'both', .* not \[\]"),
+        ({"num_masks": 0}, "num_masks and kv_stride must be at least 1, not 0 and 1"),
+        ({"kv_stride": 0}, "num_masks and kv_stride must be at least 1, not 6 and 0"),
+        ({"tokens": {}}, "tokens belong to mask_source='fixed', not to 'cooperative'"),
+        (
+            {"mask_source": "fixed", "masks": "channel", "tokens": {"channel": torch.zeros(3, 1)}},
+            r"the tokens given are \{'channel': \(3, 1\)\}, but must be \{'channel': \(6, 1\)\}",
+        ),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ACAM(4, 4, **options)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        ((2, 5, 4, 4), (2, 4, 4, 4), r"the student's map is \(2, 5, 4, 4\), but must be \(N, 3, H, W\)"),
+        ((2, 3, 4, 4), (2, 3, 4, 4), r"the teacher's map is \(2, 3, 4, 4\), but must be \(N, 4, H, W\)"),
+        ((2, 3, 4), (2, 4, 4, 4), r"the student's map is \(2, 3, 4\)"),
+        ((2, 3, 4, 4), (1, 4, 4, 4), "batch sizes differ, student 2, teacher 1"),
+    ],
+)
+def test_maps_that_do_not_fit_are_refused(student: tuple[int, ...], teacher: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ACAM(3, 4)(torch.zeros(student), torch.zeros(teacher))
