@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from acamkd import __version__
 from acamkd.errors import AcamkdError
@@ -29,10 +32,22 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the recipe; may be repeated."),
 ]
+Losses = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True, dir_okay=False,
+        help="YAML list of losses in the place of the recipe's; see the folder recipes/combinations/.",
+    ),
+]  # fmt: skip
 Out = Annotated[Path | None, typer.Option(help="Run folder, instead of runs/NAME/JOB.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run that the folder holds.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _overrides(losses: Path | None, assignments: list[str] | None) -> list[str]:
+    """Both as assignments, the list of losses first, so that `--set losses.0.weight=2` can change it."""
+    return [*([f"losses={losses.read_text(encoding='utf-8')}"] if losses else []), *(assignments or [])]
 
 
 def _examples(*lines: str) -> str:
@@ -41,7 +56,7 @@ def _examples(*lines: str) -> str:
 
 @app.command(
     epilog=_examples(
-        "acamkd train recipes/camvid.yaml --model teacher --set data.root=~/camvid",
+        "acamkd train recipes/camvid.yaml --model teacher --set data.root=/data/camvid",
         "acamkd train recipes/camvid.yaml --set train.seed=1 --out runs/camvid/alone-1",
     )
 )
@@ -62,13 +77,15 @@ def train(
 
 @app.command(
     epilog=_examples(
-        "acamkd distill recipes/camvid.yaml --set data.root=~/camvid",
+        "acamkd distill recipes/camvid.yaml --set data.root=/data/camvid",
         "acamkd distill recipes/camvid.yaml --set losses.0.name=fitnet --out runs/camvid/fitnet",
+        "acamkd distill recipes/camvid.yaml --losses recipes/combinations/mgd_segmentation.yaml",
         "acamkd distill recipes/camvid.yaml --set teacher.weights=teacher.safetensors --resume",
     )
 )
 def distill(
     recipe: RecipeFile,
+    losses: Losses = None,
     set_: Overrides = None,
     out: Out = None,
     resume: Resume = False,
@@ -78,12 +95,38 @@ def distill(
     from acamkd import config
     from acamkd.train import distill as job
 
-    job(config.load(recipe, set_ or ()), out=out, resume=resume, overwrite=overwrite)
+    job(config.load(recipe, _overrides(losses, set_)), out=out, resume=resume, overwrite=overwrite)
 
 
 @app.command(
     epilog=_examples(
-        "acamkd evaluate runs/camvid/distilled", "acamkd evaluate runs/camvid/distilled --set data.root=~/camvid --json"
+        "acamkd tokens recipes/camvid.yaml --set losses.0.name=maskd --set losses.0.preset=segmentation",
+        "acamkd distill recipes/camvid.yaml --set losses.0.name=maskd --set losses.0.preset=segmentation "
+        "--set losses.0.tokens=runs/camvid/tokens.safetensors",
+    )
+)
+def tokens(
+    recipe: RecipeFile,
+    losses: Losses = None,
+    set_: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="File to write, instead of runs/NAME/tokens.safetensors.")] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Number of batches.")] = 2000,
+    lr: Annotated[float, typer.Option(min=0, help="Learning rate at the start; a cosine takes it to 1e-6.")] = 0.01,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Learn the tokens of maskd, freekd or acam (mask_source: fixed) on a recipe's teacher, before distilling."""
+    from acamkd import config
+    from acamkd.tokens import learn_tokens
+
+    learn_tokens(
+        config.load(recipe, _overrides(losses, set_)), out=out, iterations=iterations, lr=lr, overwrite=overwrite
+    )
+
+
+@app.command(
+    epilog=_examples(
+        "acamkd evaluate runs/camvid/distilled",
+        "acamkd evaluate runs/camvid/distilled --set data.root=/data/camvid --json",
     )
 )
 def evaluate(
@@ -103,6 +146,66 @@ def evaluate(
     for name, value in scores.items():
         table.add_row(name, f"{value:.2f}")
     Console().print(table)
+
+
+@app.command(
+    epilog=_examples(
+        "acamkd export runs/camvid/distilled",
+        "acamkd export runs/bccd/distilled --with-nms --out build/bccd",
+    )
+)
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    set_: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Where to, instead of RUN/export.")] = None,
+    with_nms: Annotated[
+        bool,
+        typer.Option("--with-nms", help="Detection: the full graph with its suppression, for single pictures."),
+    ] = False,
+) -> None:
+    """Export a run's network to ONNX, checked against PyTorch, with a model card."""
+    from acamkd.export import export as job
+    from acamkd.runs import open_run
+
+    job(open_run(run, set_ or ()), out=out, with_nms=with_nms)
+
+
+@app.command(
+    epilog=_examples(
+        "acamkd predict runs/camvid/distilled pictures/",
+        "acamkd predict runs/bccd/distilled/export/student.onnx cell.jpg --score 0.5 --out found",
+    )
+)
+def predict(
+    model: Annotated[Path, typer.Argument(metavar="RUN|FILE.onnx", help="Run folder or exported file.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A picture, or a folder of pictures.")],
+    out: Annotated[Path | None, typer.Option(help="Where to, instead of `predictions` beside the model.")] = None,
+    score: Annotated[float, typer.Option(min=0, max=1, help="Leave out detections below it.")] = 0.3,
+) -> None:
+    """Predict on pictures: overlays, and boxes as JSON or masks as PNG. Exported files need no torch."""
+    from acamkd.predict import predict as job
+
+    job(model, source, out=out, score=score)
+
+
+@app.command(
+    epilog=_examples(
+        "acamkd report runs/camvid/distilled",
+        "acamkd report runs/camvid/distilled --alone runs/camvid/alone-1 --set data.root=/data/camvid",
+    )
+)
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    alone: Annotated[
+        Path | None, typer.Option(help="Run of the student alone, instead of the folder `alone` beside RUN.")
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """Write a run's report.html anew: figures, masks over the epochs, and where the gain came from."""
+    from acamkd.report import write_report
+    from acamkd.runs import open_run
+
+    write_report(open_run(run, set_ or ()), open_run(alone) if alone else None)
 
 
 @app.command(epilog=_examples("acamkd methods", "acamkd methods acam", "acamkd methods --json"))
@@ -130,13 +233,13 @@ def methods(
         console.print("parameters: learnable ones of one level at 256 channels on both sides")
         return
     description = describe(name)
-    console.print(f"[bold]{name}[/bold]: {description['summary']}\n{description['paper']}\n")
+    console.print(f"[bold]{name}[/bold]: {escape(description['summary'])}\n{escape(description['paper'])}\n")
     table = Table("option", "type", "default", "meaning")
     for option in description["options"]:
-        table.add_row(option["name"], option["type"], str(option["default"]), option["help"])
+        table.add_row(*(escape(str(option[column])) for column in ("name", "type", "default", "help")))
     console.print(table)
     for preset, values in description["presets"].items():
-        console.print(f"preset [bold]{preset}[/bold]: {values}")
+        console.print(f"preset [bold]{preset}[/bold]: {escape(str(values))}")
 
 
 @app.command(epilog=_examples("acamkd demo", "acamkd demo --task segmentation --out /tmp/demo"))
@@ -170,11 +273,18 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    from rich.logging import RichHandler
-
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False, log_time_format="%H:%M:%S")
     logging.getLogger("acamkd").setLevel(logging.INFO)
-    logging.getLogger("acamkd").handlers = [handler]
+    logging.getLogger("acamkd").handlers = [_Lines()]
+
+
+class _Lines(logging.Handler):
+    """One line on stderr per message, above the progress bar where there is one; terminals wrap, files do not."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        warning = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(f"{time.strftime('%H:%M:%S')} {warning}{self.format(record)}", file=sys.stderr)
 
 
 def main() -> None:
@@ -182,7 +292,7 @@ def main() -> None:
     try:
         app()
     except AcamkdError as error:
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         sys.exit(1)
 
 

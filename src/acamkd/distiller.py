@@ -79,9 +79,10 @@ class Distiller(nn.Module):
             f"{'head' if pair is None else pair[0]}/{type(loss).__name__.lower()}"
             for pair, loss in zip(self.pairs, losses, strict=True)
         ]
-        if len(set(self._keys)) < len(self._keys):
-            raise AcamkdError(f"the same method stands twice at one layer: {', '.join(sorted(self._keys))}")
+        if twice := {key for key in self._keys if self._keys.count(key) > 1}:
+            raise AcamkdError(f"the same method stands twice at one layer: {', '.join(sorted(twice))}")
         self._audit = _Audit()
+        self._active: list[int] = []
 
     @property
     def teacher(self) -> TaskModel:
@@ -110,7 +111,7 @@ class Distiller(nn.Module):
             AcamkdError: A term is not finite, a tap did not fire, or the distillation does not reach the student.
         """
         factors = [schedule(step) for schedule in self.schedules]
-        active = [index for index, factor in enumerate(factors) if factor > 0]
+        active = self._active = [index for index, factor in enumerate(factors) if factor > 0]
         layers = [self._layers(index) for index in active]
         with ExitStack() as stack:
             student_tap = stack.enter_context(FeatureTap(self.student.net, _flat(pair[0] for pair in layers)))
@@ -134,7 +135,7 @@ class Distiller(nn.Module):
         """What the losses want logged of the last forward, `LAYER/METHOD/NAME`."""
         return {
             f"{key}/{name}": value
-            for key, loss in zip(self._keys, self.losses, strict=True)
+            for key, loss in ((self._keys[index], self.losses[index]) for index in self._active)
             for name, value in getattr(loss, "statistics", {}).items()
         }
 
@@ -157,8 +158,8 @@ class Distiller(nn.Module):
         """The teacher's own loss on masked maps; the gradient runs through the teacher to the masks."""
         masking: list[tuple[Pair, Any]] = [
             (pair, loss)
-            for index in active
-            if getattr(loss := self.losses[index], "teacher_task", False) and (pair := self.pairs[index])
+            for pair, loss in ((self.pairs[index], self.losses[index]) for index in active)
+            if pair is not None and getattr(loss, "teacher_task", False)
         ]
         if not masking:
             return {}

@@ -120,8 +120,10 @@ def _build(
     tokens = read_tensors(checked["tokens"]) if checked.get("tokens") else None
     if issubclass(method, HeadLoss):
         if entry.pairs:
-            raise AcamkdError("this method works on the heads and names its layers itself: leave `pairs` out")
-        return [(None, method(**checked))]
+            log.warning("%s works on the heads and names its layers itself: `pairs` is not used", entry.name)
+        loss = method(**checked)
+        loss.layers(student, teacher)  # refuses networks that it cannot work on
+        return [(None, loss)]
     if "boxes" in method.needs and student.task != "detection":
         raise AcamkdError(f"this method needs boxes, and {student.task} has none")
     if not entry.pairs:

@@ -19,6 +19,7 @@ Role: TypeAlias = Literal["teacher", "student"]
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.json"
+LOG = "log.txt"
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,12 @@ class Run:
 
         Raises:
             AcamkdError: There is a run already and neither `resume` nor `overwrite` is set, the run to resume had
-                another recipe, or the folder cannot be written.
+                another recipe, or the folder holds something else or cannot be written.
         """
         text = config.dump(self.recipe)
         try:
-            if (self.folder / RECIPE).exists():
+            # Both, because a folder with a recipe.yaml of the user's own must never be replaced.
+            if (self.folder / RECIPE).is_file() and (self.folder / LOG).is_file():
                 if not (resume or overwrite):
                     raise AcamkdError(
                         f"{self.folder} already holds a run: --resume continues it, --overwrite replaces it, "
@@ -69,7 +71,7 @@ class Run:
                     )
                 if resume and (self.folder / RECIPE).read_text(encoding="utf-8") != text:
                     raise AcamkdError(
-                        f"{self.folder} was made by another recipe (compare {RECIPE} in it): "
+                        f"{self.folder} was made by another recipe or command (compare {RECIPE} in it): "
                         "resume with the same recipe and overrides, or write elsewhere with --out"
                     )
                 if not resume:
@@ -77,6 +79,7 @@ class Run:
             elif self.folder.exists() and any(self.folder.iterdir()):
                 raise AcamkdError(f"{self.folder} exists and is not a run: choose another folder with --out")
             self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / LOG).touch()
             write_text(self.folder / RECIPE, text)
         except OSError as error:
             raise AcamkdError(f"cannot write the run folder {self.folder}: {error.strerror or error}") from error

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import platform
+import signal
 import sys
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from acamkd import config, data, models
+from acamkd import __version__, config, data, models
 from acamkd.distiller import Distiller
-from acamkd.engine import METRICS, Recorder, Scorer, TrainingModule, build_trainer, score
+from acamkd.engine import METRICS, Recorder, Replay, Scorer, TrainingModule, build_trainer, score
 from acamkd.errors import AcamkdError
 from acamkd.methods import build_distiller
 from acamkd.models.base import TaskModel
-from acamkd.runs import Role, Run
+from acamkd.report import write_report
+from acamkd.runs import LOG, Role, Run
 
 log = logging.getLogger(__name__)
 
-LIBRARIES = ("acamkd", "torch", "torchvision", "lightning", "timm", "segmentation-models-pytorch")
+LIBRARIES = ("torch", "torchvision", "lightning", "timm", "segmentation-models-pytorch")
 
 
 def train(
@@ -54,11 +55,13 @@ def train(
     section = recipe.teacher if role == "teacher" else recipe.student
     if section is None:
         raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
-    batches = _Batches(recipe)
-    model = _build(recipe, section, batches.classes)
+    batches = Batches(recipe)
+    model = build_network(recipe, section, batches.classes)
     folder = out or default_folder(recipe, "teacher" if role == "teacher" else "alone")
-    run = Run(folder, batches.resolved, role)
-    return _fit(run, Distiller(model), batches, {}, resume=resume, overwrite=overwrite)
+    # Only what the run depends on, so that --resume tells it from a distillation.
+    used: dict[str, Any] = {"losses": ()} if role == "teacher" else {"losses": (), "teacher": None}
+    run = Run(folder, batches.resolved.model_copy(update=used), role)
+    return _fit(run, Distiller(model), batches, resume=resume, overwrite=overwrite)
 
 
 def distill(
@@ -73,14 +76,16 @@ def distill(
     """
     if recipe.teacher is None or not recipe.losses:
         raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section and `losses` to distil")
-    batches = _Batches(recipe)
-    teacher = _build(recipe, teacher_section(recipe), batches.classes, teacher=True)
-    student = _build(recipe, recipe.student, batches.classes)
+    batches = Batches(recipe)
+    section = teacher_section(recipe)
+    teacher = build_network(recipe, section, batches.classes, teacher=True)
+    student = build_network(recipe, recipe.student, batches.classes)
     if recipe.student.inherit:
         models.inherit(student, teacher, recipe.student.inherit)
     distiller = build_distiller(student, teacher, recipe.losses, batches.steps_per_epoch)
-    run = Run(out or default_folder(recipe, "distilled"), batches.resolved, "student")
-    return _fit(run, distiller, batches, _score_teacher(teacher, batches), resume=resume, overwrite=overwrite)
+    resolved = batches.resolved.model_copy(update={"teacher": section})
+    run = Run(out or default_folder(recipe, "distilled"), resolved, "student")
+    return _fit(run, distiller, batches, resume=resume, overwrite=overwrite)
 
 
 def default_folder(recipe: config.Recipe, job: str) -> Path:
@@ -106,7 +111,7 @@ def teacher_section(recipe: config.Recipe) -> config.Model:
     return recipe.teacher.model_copy(update={"weights": str(trained)})
 
 
-class _Batches:
+class Batches:
     """A recipe's data, checked and ready to be read."""
 
     def __init__(self, recipe: config.Recipe) -> None:
@@ -130,15 +135,16 @@ class _Batches:
                  len(splits["train"]), len(splits["val"]), len(self.classes))  # fmt: skip
 
 
-def _build(
+def build_network(
     recipe: config.Recipe, section: config.Model, classes: tuple[str, ...], *, teacher: bool = False
 ) -> TaskModel:
+    """Build one of a recipe's networks; `section` is its description, with the weights to load."""
     # Seeded anew for each network, so that a student starts the same with and without a teacher beside it.
     torch.manual_seed(recipe.train.seed)
     return models.build(section, recipe.task, len(classes), recipe.data.resize, teacher=teacher)
 
 
-def _score_teacher(teacher: TaskModel, batches: _Batches) -> dict[str, float]:
+def _score_teacher(teacher: TaskModel, batches: Batches) -> dict[str, float]:
     log.info("scoring the teacher on the validation pictures")
     scores = score(teacher, batches.val, batches.scorer)
     metric = METRICS[batches.resolved.task]
@@ -146,30 +152,34 @@ def _score_teacher(teacher: TaskModel, batches: _Batches) -> dict[str, float]:
     return scores
 
 
-def _fit(
-    run: Run,
-    distiller: Distiller,
-    batches: _Batches,
-    teacher_scores: Mapping[str, float],
-    *,
-    resume: bool,
-    overwrite: bool,
-) -> dict[str, Any]:
+def _fit(run: Run, distiller: Distiller, batches: Batches, *, resume: bool, overwrite: bool) -> dict[str, Any]:
     """Train into the run folder and describe the outcome."""
     recipe, metric = run.recipe, METRICS[run.recipe.task]
     goes_on = run.create(resume=resume, overwrite=overwrite)
-    handler = logging.FileHandler(run.folder / "log.txt", encoding="utf-8")
+    handler = logging.FileHandler(run.folder / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger("acamkd").addHandler(handler)
+    package = logging.getLogger("acamkd")
+    level = package.level
+    package.setLevel(logging.INFO)  # the file is to be complete, whatever a program around this wants on its screen
+    package.addHandler(handler)
     try:
         if resume and not goes_on:
             log.warning("%s has no finished epoch to resume from: it starts anew", run.folder)
+        teacher_scores = _score_teacher(distiller.teacher, batches) if distiller.losses else {}
         teacher_hash = _hash(distiller.teacher.net) if distiller.losses else None
         recorder = Recorder(run.folder, run.weights.name, metric)
-        trainer = build_trainer(recipe.train, recorder, progress=sys.stderr.isatty())
+        watching = [Replay(run.folder, batches.val.dataset)] if distiller.losses else []  # type: ignore[arg-type]
+        trainer = build_trainer(recipe.train, recorder, progress=sys.stdout.isatty(), callbacks=watching)
         torch.manual_seed(recipe.train.seed)
         module = TrainingModule(distiller, recipe.train, batches.scorer)
-        trainer.fit(module, batches.train, batches.val, ckpt_path=run.checkpoint if goes_on else None)
+        on_interrupt = signal.getsignal(signal.SIGINT)
+        try:
+            trainer.fit(module, batches.train, batches.val, ckpt_path=run.checkpoint if goes_on else None)
+        except SystemExit:  # Lightning's answer to Ctrl-C, which it ignores from then on
+            signal.signal(signal.SIGINT, on_interrupt)
+            done = len(recorder.history)
+            log.warning("%s: interrupted; --resume goes on after epoch %d of %d", run.folder, done, recipe.train.epochs)
+            raise KeyboardInterrupt from None
         if distiller.losses and _hash(distiller.teacher.net) != teacher_hash:
             raise RuntimeError("the teacher changed during training")
         metrics = {
@@ -177,21 +187,24 @@ def _fit(
             "metric": metric,
             "best_epoch": recorder.best_epoch,
             run.role: recorder.best,
-            **({"teacher": dict(teacher_scores), "teacher_sha256": teacher_hash} if teacher_hash else {}),
+            **({"teacher": teacher_scores, "teacher_sha256": teacher_hash} if teacher_hash else {}),
             "parameters": count_parameters(distiller.student.net),
             "seconds": round(recorder.seconds, 1),
             "seed": recipe.train.seed,
             "data": batches.fingerprint,
             "device": str(module.device),
             "machine": platform.processor() or platform.machine(),
-            "versions": {name: version(name) for name in LIBRARIES},
+            "versions": {"acamkd": __version__, **{name: version(name) for name in LIBRARIES}},
         }
         run.write_metrics(metrics)
         log.info("%s: best %s %.2f at epoch %d, in %s",
                  run.folder, metric, recorder.best[metric], recorder.best_epoch, run.weights.name)  # fmt: skip
+        if trainer.is_global_zero:
+            write_report(run)
         return metrics
     finally:
-        logging.getLogger("acamkd").removeHandler(handler)
+        package.removeHandler(handler)
+        package.setLevel(level)
         handler.close()
 
 

@@ -1,4 +1,4 @@
-"""ACAM against a dense version written from the paper: an explicit softmax map, (N, M, C, H, W) norms, loops over pairs."""
+"""ACAM against a dense version from the paper: an explicit softmax map, (N, M, C, H, W) norms, loops over pairs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from acamkd.losses.acam import ACAM, ASCM
+from acamkd.losses.acam import ACAM, ASCM, Masks, apply_masks, mask_overlap
 
 SHAPES = [(1, 3, 3, 5, 7), (3, 4, 6, 5, 3), (3, 1, 1, 4, 3), (2, 2, 1, 1, 5)]
 """(N, C_s, C_t, H, W)."""
 
-OPTIONS: list[dict[str, Any]] = [
+OPTIONS: list[Mapping[str, Any]] = [
     {},
     {"num_masks": 1},
     {"num_masks": 3, "weight": 2.5, "diversity_weight": 0.3},
@@ -34,6 +34,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"mask_source": "uniform", "masks": "spatial", "weight": 3.0},
     {"mask_grad": "detached"},
     {"mask_grad": "detached", "diversity": "literal", "masks": "spatial"},
+    {"mask_grad": "task", "masks": "channel"},
+    {"mask_grad": "task", "query": "student", "kv_stride": 2},
     {"diversity": "literal", "num_masks": 4},
     {"kv_stride": 2},
     {"kv_stride": 3, "query": "student"},
@@ -112,7 +114,7 @@ def textbook(
         if mask_source == "fixed":
             fused = teacher.flatten(2)
         else:
-            partner = teacher if mask_source == "teacher" else student
+            partner = teacher if mask_source == "teacher" else student.detach() if mask_grad == "task" else student
             asking, answering = (teacher, partner) if query == "teacher" else (partner, teacher)
             answering = windows(answering, kv_stride)
             q = projected(p["fusion.query.weight"], p["fusion.query.bias"], asking).flatten(2)
@@ -130,10 +132,10 @@ def textbook(
     difference = (teacher - student).unsqueeze(1)  # (N, 1, C, H, W)
     shapes = {"channel": (n, num_masks, channels, 1, 1), "spatial": (n, num_masks, 1, height, width)}
     complement = {"channel": height * width, "spatial": channels}
-    terms = {}
+    terms: dict[str, Tensor] = {}
     for kind in ("channel", "spatial"):
         if kind in kinds:
-            mask = made[kind].detach() if mask_grad == "detached" else made[kind]
+            mask = made[kind] if mask_grad == "joint" else made[kind].detach()
             norms = (mask.view(shapes[kind]) * difference).square().sum(dim=(2, 3, 4))  # (N, M)
             terms[kind] = weight * (norms / (complement[kind] * mask.sum(dim=2))).mean()
     if mask_source != "uniform":
@@ -165,7 +167,9 @@ def gradients_of(term: Tensor, tensors: list[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_values_and_gradients_are_those_of_the_dense_version(options: dict[str, Any], shape: tuple[int, ...]) -> None:
+def test_values_and_gradients_are_those_of_the_dense_version(
+    options: Mapping[str, Any], shape: tuple[int, ...]
+) -> None:
     n, c_s, c_t, height, width = shape
     student, teacher = maps(n, c_s, c_t, height, width)
     compare(ACAM(c_s, c_t, **options).double(), options, student, teacher, student)
@@ -289,10 +293,10 @@ def with_logits(value: float, dtype: torch.dtype, **options: Any) -> ACAM:
 
 @pytest.mark.parametrize("diversity", ["pairwise", "literal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("value", [-20.0, -44.0, -60.0, -88.0, -200.0, 200.0])
+@pytest.mark.parametrize("value", [-20.0, -44.0, -45.2, -60.0, -88.0, -200.0, 200.0])
 def test_vanishing_masks_stay_finite(value: float, dtype: torch.dtype, diversity: str) -> None:
     loss = with_logits(value, dtype, diversity=diversity)
-    student, teacher = maps(2, 4, 4, 3, 5, dtype)
+    student, teacher = maps(1, 4, 4, 3, 5, dtype)
     terms = loss(student, teacher)
     torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
     assert all(term.isfinite() for term in terms.values())
@@ -322,11 +326,11 @@ def test_autocast_computes_in_float32() -> None:
         assert term.item() == plain[name].item()
 
 
-class _Largest(TorchDispatchMode):
+class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Remembers the number of elements of the largest tensor that any operator gives, backward included."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.numel = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -375,6 +379,40 @@ def test_masks_of_gives_probabilities_without_gradient() -> None:
     assert torch.equal(uniform.spatial, torch.ones(2, 2, 6, 5, dtype=torch.float64))  # type: ignore[arg-type]
 
 
+def test_a_map_through_its_masks_is_their_mean_times_the_map() -> None:
+    x, channel, spatial = torch.randn(2, 3, 4, 5), torch.rand(2, 6, 3), torch.rand(2, 6, 4, 5)
+    by_channel, by_position = channel[..., None, None] * x.unsqueeze(1), spatial.unsqueeze(2) * x.unsqueeze(1)
+    torch.testing.assert_close(apply_masks(Masks(channel, None), x), by_channel.mean(dim=1))
+    torch.testing.assert_close(apply_masks(Masks(None, spatial), x), by_position.mean(dim=1))
+    both = (spatial.unsqueeze(2) * by_channel).mean(dim=1)
+    torch.testing.assert_close(apply_masks(Masks(channel, spatial), x), both)
+    expected = overlap(channel, "literal") + overlap(spatial.flatten(2), "literal")
+    torch.testing.assert_close(mask_overlap(Masks(channel, spatial), "literal"), expected)
+
+
+@pytest.mark.parametrize("kinds", [("channel", "spatial"), ("channel",), ("spatial",)])
+def test_the_token_stage_masks_the_map_and_measures_the_overlap(kinds: tuple[str, ...]) -> None:
+    units, x = ASCM(3, 4, kinds), torch.randn(2, 3, 5, 4)
+    rebuilt, measured = units.masked(x)
+    masks = units(x)
+    torch.testing.assert_close(rebuilt, apply_masks(masks, x))
+    torch.testing.assert_close(measured, mask_overlap(masks))
+    (rebuilt.sum() + measured).backward()  # type: ignore[no-untyped-call]
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in units.parameters())
+
+
+def test_task_gradients_reach_what_makes_the_masks_and_nothing_else() -> None:
+    student, teacher = maps(2, 3, 4, 6, 5)
+    loss = ACAM(3, 4, mask_grad="task").double()
+    seen = loss.masked(student, teacher)
+    assert loss.teacher_task
+    torch.testing.assert_close(seen, apply_masks(loss.masks_of(student, teacher), teacher))
+    seen.square().sum().backward()  # type: ignore[no-untyped-call]
+    reached = {name for name, parameter in loss.named_parameters() if parameter.grad is not None}
+    assert reached == {name for name, _ in loss.named_parameters() if not name.startswith("align")}
+    assert student.grad is None
+
+
 def test_statistics_are_the_means_of_the_masks() -> None:
     student, teacher = maps(2, 3, 4, 6, 5)
     loss = ACAM(3, 4).double()
@@ -399,7 +437,9 @@ def test_the_student_takes_part_in_its_masks() -> None:
     [
         ({"query": "both"}, "query must be one of 'teacher', 'student', not 'both'"),
         ({"mask_source": "none"}, "mask_source must be one of 'cooperative', .* not 'none'"),
-        ({"mask_grad": "task"}, "mask_grad must be one of 'joint', 'detached', not 'task'"),
+        ({"mask_grad": "none"}, "mask_grad must be one of 'joint', 'detached', 'task', not 'none'"),
+        ({"mask_grad": "task", "mask_source": "uniform"}, "mask_source='uniform' has none"),
+        ({"mask_grad": "task", "mask_source": "random"}, "mask_source='random' has none"),
         ({"diversity": "dice"}, "diversity must be one of 'pairwise', 'literal', not 'dice'"),
         ({"masks": "position"}, "masks must be 'both', 'channel' or 'spatial', .* not 'position'"),
         ({"masks": ["channel", "both"]}, r"masks must be 'both', .* not \['channel', 'both'\]"),

@@ -62,7 +62,8 @@ def test_weighting_averages_the_tokens_errors() -> None:
 
 def test_masks_of_are_the_teachers() -> None:
     student, teacher = maps()
-    torch.testing.assert_close(one_token().masks_of(student, teacher), torch.tensor([0.75, 0.5]).view(1, 1, 1, 2))
+    masks = one_token().masks_of(student, teacher)["spatial"]
+    torch.testing.assert_close(masks, torch.tensor([0.75, 0.5]).view(1, 1, 1, 2))
 
 
 def test_masked_map_of_the_token_stage() -> None:

@@ -245,7 +245,10 @@ def test_anchor_sizes(arch: str, expected: list[tuple[int, ...]]) -> None:
         ({"backbone": "resnett18"}, "timm has no backbone resnett18; did you mean resnet18"),
         ({"backbone": "vit_tiny_patch16_224"}, r"strides \[16, 16, 16\], but retinanet needs \[8, 16, 32\]"),
         ({"backbone": "torchvision/resnet19"}, "did you mean resnet1"),
-        ({"backbone": "torchvision/vgg16"}, "detectors take the ResNets"),
+        (
+            {"backbone": "torchvision/swin_t"},
+            "swin_t gives maps of strides \\[\\], but retinanet needs \\[8, 16, 32\\]",
+        ),
         ({"options": {"score_tresh": 0.1}}, "retinanet has no option score_tresh; did you mean score_thresh"),
         ({"options": {"anchor_sizes": [8, 16]}}, "anchor_sizes must be five numbers"),
         ({"arch": "fcos", "options": {"anchor_sizes": [8]}}, "fcos has no option anchor_sizes"),
@@ -261,3 +264,11 @@ def test_a_channels_last_backbone_feeds_the_pyramid() -> None:
     model = detector("retinanet", backbone="mambaout_femto", fpn_channels=8).eval()
     outputs = model(model.prepare(pictures()))
     assert [tuple(x.shape[1:]) for x in outputs["features"].values()][:2] == [(8, 8, 12), (8, 4, 6)]
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v3_large", "efficientnet_b0", "convnext_tiny"])
+def test_torchvisions_other_backbones_feed_the_pyramid_at_the_usual_strides(backbone: str) -> None:
+    model = detector("retinanet", backbone=f"torchvision/{backbone}").eval()
+    levels = model.net.backbone(model.prepare([torch.rand(3, 64, 64)]).pixels)
+    assert [tuple(x.shape[-2:]) for x in levels.values()] == [(8, 8), (4, 4), (2, 2), (1, 1), (1, 1)]
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -48,11 +48,11 @@ SHAPES: Mapping[str, Pattern] = {
 }
 
 TEXTURES: Mapping[str, Pattern] = {
-    "disc": lambda u, v: _cells(3 * v),  # striped
-    "square": lambda u, v: _cells(2.5 * u, 2.5 * v),  # checkered
-    "triangle": lambda u, v: np.hypot((3 * u) % 1 - 0.5, (3 * v) % 1 - 0.5) < 0.32,  # dotted
-    "ring": lambda u, v: _cells(np.arctan2(v, u) * 5 / np.pi),  # spokes
-    "cross": lambda u, v: _cells(4 * np.hypot(u, v)),  # concentric
+    "disc": lambda u, v: _cells(2.5 * v),  # striped
+    "square": lambda u, v: _cells(2 * u, 2 * v),  # checkered
+    "triangle": lambda u, v: np.hypot((2.5 * u) % 1 - 0.5, (2.5 * v) % 1 - 0.5) < 0.32,  # dotted
+    "ring": lambda u, v: _cells(np.arctan2(v, u) * 4 / np.pi),  # spokes
+    "cross": lambda u, v: _cells(3.5 * np.hypot(u, v)),  # concentric
 }
 
 CLASSES = tuple(SHAPES)
@@ -81,14 +81,14 @@ def draw_scene(size: PixelSize, *, seed: int, split: str, index: int) -> Scene:
     rng = np.random.default_rng(seed_of("scene", seed, split, index))
     unit = min(size) / 128
     canvas = _background(rng, size)
-    for _ in range(rng.integers(1, 5)):  # the same shapes without texture belong to the background
+    for _ in range(rng.integers(1, 4)):  # the same shapes without texture belong to the background
         alpha, _, window = _stamp(rng, size, str(rng.choice(CLASSES)), rng.uniform(4, 20) * unit)
         canvas[window] += alpha[..., None] * (_colour(rng) - canvas[window]) * 0.4
     owners = np.full(size, -1)
     names = [str(rng.choice(CLASSES)) for _ in range(rng.integers(3, 7))]
     areas = []
     for number, name in enumerate(names):
-        radius = np.exp(rng.uniform(np.log(8), np.log(36))) * unit  # small ones are common
+        radius = np.exp(rng.uniform(np.log(10), np.log(36))) * unit  # small ones are common
         alpha, texture, window = _stamp(rng, size, name, radius)
         first = _colour(rng)
         second = np.clip(first + rng.choice([-1, 1]) * rng.uniform(70, 140), 0, 255)

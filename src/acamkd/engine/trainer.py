@@ -8,6 +8,7 @@ import math
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ CHECKPOINT = "last.ckpt"
 for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
 warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
 
 
@@ -48,6 +50,7 @@ class Recorder(Callback):
         self.best_epoch = 0
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
+        self._steps = _rows(folder / "logs/metrics.csv")  # now, because Lightning's logger deletes the file
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on."""
@@ -58,9 +61,16 @@ class Recorder(Callback):
         for name, value in state_dict.items():
             setattr(self, name, value)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock where a resumed run left it."""
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock and the log of the steps where a resumed run's last finished epoch left them."""
         self._started = time.monotonic() - self.seconds
+        for row in self._steps:
+            if int(row["epoch"]) < len(self.history):
+                trainer.loggers[0].log_metrics({k: v for k, v in row.items() if v}, int(row["step"]))  # type: ignore[misc]
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Forget the last epoch's figures; a loss that has stopped would keep them otherwise."""
+        trainer.callback_metrics.clear()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the best network and write one row; validation has run by now, if it was due."""
@@ -92,35 +102,64 @@ class Recorder(Callback):
         os.replace(temporary, self.folder / "history.csv")
 
     def _say(self, epoch: int, epochs: int, losses: dict[str, float], scores: dict[str, float]) -> None:
-        task = sum(value for name, value in losses.items() if name.startswith("loss/task/"))
-        distillation = losses["loss"] - task
+        sums: dict[str, float] = {}
+        for name, value in losses.items():
+            _, _, term = name.partition("loss/")
+            kind = term.partition("/")[0]
+            if kind:
+                kind = kind if kind in ("task", "teacher") else "distillation"
+                sums[kind] = sums.get(kind, 0.0) + value
         left = timedelta(seconds=round(self.seconds / epoch * (epochs - epoch)))
-        parts = [f"epoch {epoch}/{epochs}", f"task loss {task:.3f}"]
-        if abs(distillation) > 1e-9:
-            parts.append(f"distillation {distillation:.3f}")
+        parts = [f"epoch {epoch}/{epochs}", f"task loss {sums['task']:.3f}"]
+        if "distillation" in sums:
+            parts.append(f"distillation {sums['distillation']:.3f}")
         if scores:
             parts.append(f"{self.metric} {scores[self.metric]:.2f} (best {self.best[self.metric]:.2f})")
         log.info("%s, %s left", ", ".join(parts), left)
 
 
-def build_trainer(config: Train, recorder: Recorder, *, progress: bool) -> L.Trainer:
+class _Bar(TQDMProgressBar):
+    """Lightning's bar, with epochs counted from 1 as everywhere else, and the loss alone beside it."""
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        return (
+            {"loss": trainer.progress_bar_metrics["loss_step"]} if "loss_step" in trainer.progress_bar_metrics else {}
+        )
+
+
+def _rows(file: Path) -> list[dict[str, str]]:
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def build_trainer(
+    config: Train, recorder: Recorder, *, progress: bool, callbacks: Sequence[Callback] = ()
+) -> L.Trainer:
     """A Lightning trainer that writes into the recorder's run folder.
 
     Args:
         config: The recipe's `train`.
         recorder: Keeps the best network and the history.
         progress: Whether to draw a bar.
+        callbacks: More of them, called after the recorder and before the checkpoint is written.
     """
     folder = recorder.folder
-    callbacks: list[Callback] = [
+    all_callbacks: list[Callback] = [
         recorder,
+        *callbacks,
         ModelCheckpoint(
             folder, Path(CHECKPOINT).stem, save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True,
             enable_version_counter=False,
         ),
     ]  # fmt: skip
     if progress:
-        callbacks.append(TQDMProgressBar(leave=False))
+        all_callbacks.append(_Bar())
     return L.Trainer(
         accelerator=config.accelerator,
         devices=config.devices,
@@ -132,7 +171,7 @@ def build_trainer(config: Train, recorder: Recorder, *, progress: bool) -> L.Tra
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         logger=CSVLogger(folder, name=None, version="logs", flush_logs_every_n_steps=20),
-        callbacks=callbacks,
+        callbacks=all_callbacks,
         enable_progress_bar=progress,
         enable_model_summary=False,
         use_distributed_sampler=False,  # the seeded sampler takes its own share

@@ -63,14 +63,12 @@ def cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     # exact, once the scale is that of the true width.
     channels = value.shape[1]
     width = -(-channels // 4) * 4
-    fused = F.scaled_dot_product_attention(  # one head: (N, 1, positions, width)
-        *(
-            F.pad(x.flatten(2).transpose(1, 2), (0, width - x.shape[1])).contiguous().unsqueeze(1)
-            for x in (query, key, value)
-        ),
-        scale=query.shape[1] ** -0.5,
-    )
-    return fused[:, 0, :, :channels].transpose(1, 2).unflatten(2, query.shape[-2:])
+    query_rows, key_rows, value_rows = (
+        F.pad(x.flatten(2).transpose(1, 2), (0, width - x.shape[1])).contiguous().unsqueeze(1)
+        for x in (query, key, value)
+    )  # one head each: (N, 1, positions, width)
+    fused = F.scaled_dot_product_attention(query_rows, key_rows, value_rows, scale=query.shape[1] ** -0.5)
+    return fused[:, 0, :, :channels].transpose(1, 2).reshape(len(query), channels, *query.shape[-2:])
 
 
 class STCAFF(nn.Module):
@@ -150,12 +148,13 @@ class ACAM(FeatureLoss):
           [0, 1], which keeps diversity_weight = 1 comparable for every M.
         - C_q = C // 2, at least 1; the 1x1 convolutions have a bias; the units start from N(0, 1) (channel) and
           N(0, 1/C) (spatial), so that masks of normalised features start around 0.5 and unequal.
-        - Denominators are clamped to the smallest normal number; the paper names no epsilon.
+        - Denominators are clamped to 1e-31 (float32); the paper names no epsilon.
         - MasKD's softmax weighting of the masks is left out: nothing in the paper speaks of it.
         - `query="student"`: Q from the student, K and V from the teacher.
 
     A warning: with mask_grad="joint", the method as published, both terms shrink with the masks and nothing holds the
-    masks up, so that long training can drive them to zero and the distillation with them.
+    masks up, so that long training can drive them to zero and the distillation with them. mask_grad="task" holds them
+    up: a teacher whose features are masked away loses its own task.
 
     Args:
         student_channels: C_s.
@@ -166,7 +165,8 @@ class ACAM(FeatureLoss):
         query: Who asks in the fusion: `teacher` (the paper's choice) or `student`.
         masks: `both`, `channel` or `spatial`; or a list of the latter two.
         mask_source: What the masks come from. `cooperative`: the method. `teacher`: Q, K and V all from the teacher.
-            `fixed`: frozen tokens, learnt beforehand, on the teacher's map without fusion.
+            `fixed`: frozen tokens, learnt beforehand (`acamkd tokens RECIPE`, by the teacher's own loss on
+            mean_m M^s_m M^c_m T), on the teacher's map without fusion.
             `random`: the method with everything that makes masks untrained and frozen. `uniform`: all-ones masks, so
             that each term is the plain mean squared error, and no diversity.
         mask_grad: `joint`: the distillation terms train the masks (the method). `detached`: they do not, and the masks
@@ -218,7 +218,7 @@ class ACAM(FeatureLoss):
         if min(num_masks, kv_stride) < 1:
             raise ValueError(f"num_masks and kv_stride must be at least 1, not {num_masks} and {kv_stride}")
         if mask_grad == "task" and mask_source not in ("cooperative", "teacher"):
-            raise ValueError(f"mask_grad='task' trains the masks, but those of mask_source={mask_source!r} do not learn")
+            raise ValueError(f"mask_grad='task' needs masks that learn, and mask_source={mask_source!r} has none")
         self.num_masks = num_masks
         self.weight = weight
         self.diversity_weight = diversity_weight
@@ -236,11 +236,6 @@ class ACAM(FeatureLoss):
         if mask_source == "random":
             self.requires_grad_(False)
             self.align.requires_grad_(True)
-
-    @property
-    def frozen_masks(self) -> bool:
-        """Whether nothing that makes the masks learns; they are constants of the loss then."""
-        return self.mask_source in ("fixed", "random")
 
     def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
         """Return `channel`, `spatial` and `diversity`, as far as they are in use: see the class."""
@@ -290,7 +285,8 @@ class ACAM(FeatureLoss):
                 teacher.new_ones(images, self.num_masks, channels) if "channel" in self.kinds else None,
                 teacher.new_ones(images, self.num_masks, height, width) if "spatial" in self.kinds else None,
             )
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_masks):
+        frozen = self.mask_source in ("fixed", "random")  # constants of the loss, without gradient to the student too
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             masks: Masks = self.selection(self._fused(student, teacher))
         return masks
 

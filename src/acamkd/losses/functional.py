@@ -40,8 +40,12 @@ def align_layer(student_channels: int, teacher_channels: int, align: bool = Fals
 
 
 def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Quotient whose non-negative denominator is clamped away from zero by the smallest normal number of its type."""
-    return numerator / denominator.clamp_min(torch.finfo(denominator.dtype).tiny)
+    """Quotient whose non-negative denominator is clamped away from zero, to 1e-31 in float32.
+
+    The smallest normal number would do for the quotient but not for its gradient, quotient / denominator.
+    """
+    limits = torch.finfo(denominator.dtype)
+    return numerator / denominator.clamp_min(limits.tiny / limits.eps)
 
 
 def masked_channel_loss(squared: Tensor, mask: Tensor) -> Tensor:

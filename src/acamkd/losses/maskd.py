@@ -127,7 +127,6 @@ class MasKD(FeatureLoss):
         return {"masked": self.weight * mean}
 
     @torch.no_grad()
-    def masks_of(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The teacher's masks, (N, T, H, W); they do not depend on the student."""
-        masks: Tensor = self.token_module(teacher)[0]
-        return masks
+    def masks_of(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """The teacher's masks, `spatial` (N, T, H, W); they do not depend on the student."""
+        return {"spatial": self.token_module(teacher)[0]}

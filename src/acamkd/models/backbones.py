@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import timm
+import torch
 import torchvision
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -60,7 +61,8 @@ def build_backbone(model: Model, strides: Sequence[int], top: ExtraFPNBlock) -> 
 
     A timm name gives TimmWithFPN, whose batch norm trains. `torchvision/NAME` gives torchvision's ResNets as its own
     detectors build them: with pretrained weights of any kind, batch norm, the stem and the first stage are frozen;
-    without, everything trains.
+    without, everything trains. Torchvision's other convolutional networks (MobileNets, EfficientNets, ConvNeXts, ...)
+    train throughout.
 
     Args:
         model: The recipe's section.
@@ -74,7 +76,7 @@ def build_backbone(model: Model, strides: Sequence[int], top: ExtraFPNBlock) -> 
         AcamkdError: The name is unknown, the backbone has no such strides, or the weights cannot be had.
     """
     if model.backbone.startswith(TORCHVISION):
-        return _resnet(model, strides, top), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+        return _torchvision(model, strides, top), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     name = model.backbone
     if not timm.is_model(name):
         raise AcamkdError(f"timm has no backbone {name}; {nearest(name, timm.list_models())}")
@@ -94,25 +96,45 @@ def build_backbone(model: Model, strides: Sequence[int], top: ExtraFPNBlock) -> 
     return TimmWithFPN(body, strides, model.fpn_channels, top), cfg.mean, cfg.std
 
 
-def _resnet(model: Model, strides: Sequence[int], top: ExtraFPNBlock) -> nn.Module:
+def _torchvision(model: Model, strides: Sequence[int], top: ExtraFPNBlock) -> nn.Module:
     name = model.backbone.removeprefix(TORCHVISION)
-    known = torchvision.models.list_models(module=torchvision.models, include=["resne*", "wide_resnet*"])
+    known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
-        raise AcamkdError(
-            f"{model.backbone}: of torchvision's backbones, detectors take the ResNets; {nearest(name, known)}. "
-            f"timm has the others, without the prefix {TORCHVISION}"
-        )
+        raise AcamkdError(f"torchvision has no backbone {name}; {nearest(name, known)}")
     pretrained = model.backbone_weights == "imagenet"
-    frozen = model.weights is not None or model.backbone_weights is not None
+    is_resnet = name in torchvision.models.list_models(module=torchvision.models, include=["resne*", "wide_resnet*"])
+    frozen = is_resnet and (model.weights is not None or model.backbone_weights is not None)
     with hub_errors(name) if pretrained else nullcontext():
-        resnet = torchvision.models.get_model(
-            name, weights="DEFAULT" if pretrained else None, norm_layer=FrozenBatchNorm2d if frozen else nn.BatchNorm2d
-        )
+        options = {"norm_layer": FrozenBatchNorm2d} if frozen else {}
+        network = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
     if frozen:
         log.info("%s: batch norm, stem and first stage are frozen, as torchvision does", model.backbone)
-        for part in (resnet.conv1, resnet.bn1, resnet.layer1):
+        for part in (network.conv1, network.bn1, network.layer1):
             part.requires_grad_(False)
-    stages = [{4: 1, 8: 2, 16: 3, 32: 4}[stride] for stride in strides]
-    widths = [resnet.inplanes // 8 * 2 ** (stage - 1) for stage in stages]
-    outputs = {f"layer{stage}": str(level) for level, stage in enumerate(stages)}
-    return BackboneWithFPN(resnet, outputs, widths, model.fpn_channels, extra_blocks=top)  # type: ignore[no-any-return]
+    body = network if is_resnet else getattr(network, "features", nn.Identity())
+    stages = _resnet_stages(network) if is_resnet else _last_of_each_stride(body)
+    if not set(strides) <= set(stages):
+        raise AcamkdError(
+            f"torchvision's {name} gives maps of strides {sorted(stages)}, but {model.arch} needs {list(strides)}; "
+            f"take another backbone"
+        )
+    outputs = {stages[stride][0]: str(level) for level, stride in enumerate(strides)}
+    widths = [stages[stride][1] for stride in strides]
+    return BackboneWithFPN(body, outputs, widths, model.fpn_channels, extra_blocks=top)  # type: ignore[no-any-return]
+
+
+def _resnet_stages(network: Any) -> dict[int, tuple[str, int]]:
+    """Stride -> name and width of a ResNet's stages."""
+    return {2 ** (stage + 1): (f"layer{stage}", network.inplanes // 8 * 2 ** (stage - 1)) for stage in (1, 2, 3, 4)}
+
+
+@torch.no_grad()
+def _last_of_each_stride(features: nn.Module) -> dict[int, tuple[str, int]]:
+    """Stride -> name and width of the last child that puts out such a map, from one run over a blank picture."""
+    x, stages = torch.zeros(1, 3, 64, 64), {}
+    for name, child in features.eval().named_children():
+        x = child(x)
+        if x.shape[-1] <= 64:  # transformers put their channels last
+            stages[64 // x.shape[-1]] = (name, x.shape[1])
+    features.train()
+    return stages

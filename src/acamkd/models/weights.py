@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torchvision
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from acamkd.errors import AcamkdError, nearest
@@ -105,7 +105,7 @@ def save_weights(net: nn.Module, path: Path) -> None:
     # Clones, since safetensors refuses tensors that share memory, and every name must be in the file.
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in net.state_dict().items()}
     unfinished = path.with_name(path.name + ".tmp")
-    save_file(state, unfinished)
+    unfinished.write_bytes(save(state))  # save_file would make it unreadable to everybody else
     unfinished.replace(path)
 
 

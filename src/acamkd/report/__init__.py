@@ -1,0 +1,224 @@
+"""The report of a run: one HTML file that opens anywhere, without a network."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from acamkd import config, data, models
+from acamkd.data import PictureDataset
+from acamkd.engine import METRICS, REPLAY
+from acamkd.engine.replay import spread
+from acamkd.errors import AcamkdError
+from acamkd.models.base import TaskModel
+from acamkd.report.charts import Chart, curve, draw, loss_charts, read_history
+from acamkd.report.cost import Cost, cost, threads
+from acamkd.report.gain import PICTURES, compare, rows
+from acamkd.report.masks import load_replay
+from acamkd.report.pictures import colour, embed
+from acamkd.runs import METRICS as METRICS_FILE
+from acamkd.runs import RECIPE, Run, open_run, write_text
+
+log = logging.getLogger(__name__)
+
+REPORT = "report.html"
+TEACHER, ALONE, DISTILLED = "teacher", "student alone", "distilled"
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network of the report.
+
+    Attributes:
+        name: TEACHER, ALONE or DISTILLED.
+        architecture: Its section of the recipe, in words.
+        scores: Every metric by name, in percent.
+        model: In eval mode on the CPU; None where its weights are gone.
+        cost: Of one prediction; None likewise.
+    """
+
+    name: str
+    architecture: str
+    scores: dict[str, Any]
+    model: TaskModel | None
+    cost: Cost | None
+
+
+def write_report(run: Run, alone: Run | None = None) -> Path:
+    """Write a run's report.html.
+
+    Args:
+        run: A finished run.
+        alone: A run of the same student without distillation; the folder `alone` beside the run where not given.
+
+    Returns:
+        The file.
+
+    Raises:
+        AcamkdError: A run is not finished, its weights or pictures are gone, or the two saw other validation pictures.
+    """
+    recipe, metrics = run.recipe, _metrics(run)
+    metric = METRICS[recipe.task]
+    pictures = data.build(recipe.data, recipe.task, "val", seed=recipe.train.seed, augment=False)
+    if pictures.fingerprint() != metrics["data"]["val"]:
+        raise AcamkdError(
+            f"the validation pictures in {recipe.data.root} are not those that {run.folder} was scored on: "
+            "point data.root to them (--set data.root=FOLDER)"
+        )
+    alone = _baseline(run, metrics, alone)
+    own = _own_name(run)
+    networks = _networks(run, alone, pictures, own)
+    after = networks[own]
+    before = networks.get(ALONE, networks.get(TEACHER)) if own == DISTILLED else None
+    history = read_history(run.folder / "history.csv")
+    replay = load_replay(run.folder / REPLAY) if (run.folder / REPLAY).is_file() else None
+    compared = before is not None and before.model is not None and after.model is not None
+    page = _environment().get_template("report.html.jinja").render(
+        run=run,
+        recipe=recipe,
+        recipe_text=(run.folder / RECIPE).read_text(encoding="utf-8"),
+        metrics=metrics,
+        metric=metric,
+        networks=networks,
+        own=own,
+        before=before,
+        after=after,
+        threads=threads(),
+        metric_chart=_metric_chart(metric, own, history, alone, networks),
+        loss_charts=loss_charts(history),
+        rows=rows(before.scores if before else {}, after.scores),
+        gain=_compare(pictures, before, after) if compared else None,
+        compared_all=len(pictures) <= PICTURES,
+        count=len(pictures),
+        replay=replay,
+        viewer=_viewer(replay.data, replay.pictures, pictures) if replay else None,
+        legend=[(name, colour(k + (recipe.task == "detection"))) for k, name in enumerate(pictures.classes)
+                if name != "background"],
+    )  # fmt: skip
+    file = run.folder / REPORT
+    write_text(file, page)
+    log.info("%s: the report, %.1f MB", file, len(page) / 1e6)
+    return file
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("acamkd.report", "."), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["signed"] = lambda value: f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+    environment.filters["si"] = _si
+    return environment
+
+
+def _si(count: float) -> str:
+    """A number with three digits and a unit: 1.23 M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.3g}"
+
+
+def _metrics(run: Run) -> dict[str, Any]:
+    file = run.folder / METRICS_FILE
+    if not file.is_file():
+        raise AcamkdError(f"{run.folder} has no {METRICS_FILE}: its training has not ended (--resume continues it)")
+    metrics: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return metrics
+
+
+def _own_name(run: Run) -> str:
+    if run.role == "teacher":
+        return TEACHER
+    return DISTILLED if run.recipe.losses else ALONE
+
+
+def _baseline(run: Run, metrics: dict[str, Any], given: Run | None) -> Run | None:
+    """The student alone, where it is known and was scored on the same pictures."""
+    if _own_name(run) != DISTILLED:
+        if given is not None:
+            raise AcamkdError(f"{run.folder} is no distillation: there is nothing to compare with {given.folder}")
+        return None
+    beside = run.folder.parent / "alone"
+    try:
+        alone = given or open_run(beside)
+        if _own_name(alone) != ALONE:
+            raise AcamkdError(f"{alone.folder} is no run of a student alone")
+        if _metrics(alone)["data"]["val"] != metrics["data"]["val"]:
+            raise AcamkdError(f"{alone.folder} and {run.folder} were scored on different validation pictures")
+    except AcamkdError as error:
+        if given is not None:
+            raise
+        if beside.exists():
+            log.warning("the report compares with the teacher only: %s", error)
+        return None
+    return alone
+
+
+def _networks(run: Run, alone: Run | None, pictures: PictureDataset, own: str) -> dict[str, Network]:
+    """Teacher, student alone and distilled student, as far as they are known, in this order."""
+    picture, metrics, recipe = pictures[0][0], _metrics(run), run.recipe
+
+    def network(name: str, section: config.Model, scores: dict[str, Any], model: TaskModel | None) -> Network:
+        spent = cost(model, picture) if model else None
+        return Network(name, f"{section.arch} on {section.backbone}", scores, model, spent)
+
+    networks = {}
+    if own == DISTILLED:
+        assert recipe.teacher is not None
+        networks[TEACHER] = network(
+            TEACHER, recipe.teacher, metrics["teacher"], _teacher(recipe, len(pictures.classes))
+        )
+    if alone is not None:
+        networks[ALONE] = network(ALONE, alone.recipe.student, _metrics(alone)["student"], alone.load())
+    section = recipe.teacher if run.role == "teacher" else recipe.student
+    assert section is not None
+    networks[own] = network(own, section, metrics[run.role], run.load())
+    return networks
+
+
+def _teacher(recipe: config.Recipe, classes: int) -> TaskModel | None:
+    assert recipe.teacher is not None
+    try:
+        return models.build(recipe.teacher, recipe.task, classes, recipe.data.resize, teacher=True).eval()
+    except AcamkdError as error:
+        log.warning("the report says nothing of the teacher's cost: %s", error)
+        return None
+
+
+def _metric_chart(
+    metric: str, own: str, history: list[dict[str, float]], alone: Run | None, networks: dict[str, Network]
+) -> Chart:
+    curves = {own: curve(history, metric)}
+    if alone is not None:
+        curves[ALONE] = curve(read_history(alone.folder / "history.csv"), metric)
+    level = (TEACHER, networks[TEACHER].scores[metric]) if own == DISTILLED else None
+    return draw(f"{metric} on the validation pictures, percent", curves, level=level)
+
+
+def _compare(pictures: PictureDataset, before: Network, after: Network) -> Any:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert before.model is not None
+    assert after.model is not None
+    sides = [(network.name, network.model.to(device)) for network in (before, after) if network.model]
+    log.info("comparing %d pictures one by one", min(PICTURES, len(pictures)))
+    return compare(pictures, spread(len(pictures), PICTURES), *sides)
+
+
+def _viewer(replay: dict[str, Any], indices: list[int], pictures: PictureDataset) -> dict[str, Any]:
+    """The replay with its pictures."""
+    shown = [pictures[index][0] for index in indices]
+    return {
+        **replay,
+        "pictures": [
+            {"name": pictures.files[index].name, "source": embed(image),
+             "width": image.shape[-1], "height": image.shape[-2]}
+            for index, image in zip(indices, shown, strict=True)
+        ],
+    }  # fmt: skip

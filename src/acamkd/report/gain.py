@@ -1,0 +1,142 @@
+"""Where a gain came from: by class, by object size, by picture."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from acamkd.data import PictureDataset
+from acamkd.engine import METRICS, Scorer
+from acamkd.models.base import Prediction, TaskModel
+from acamkd.report.pictures import Panel, embed, prediction_panel, truth_panel
+
+PICTURES = 200
+"""At most this many are compared one by one."""
+EXAMPLES = 4
+"""So many of the most improved, and of the most harmed, are drawn."""
+SIZES = {"AP_s": "small objects", "AP_m": "medium objects", "AP_l": "large objects"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One class or size, before and after; None where the set has no such object."""
+
+    name: str
+    before: float | None
+    after: float | None
+
+    @property
+    def gain(self) -> float:
+        """Points gained; 0 where nothing can be said."""
+        return 0.0 if self.before is None or self.after is None else self.after - self.before
+
+
+@dataclass(frozen=True)
+class Change:
+    """One picture: its number in the validation set, and the metric on it alone, before and after."""
+
+    index: int
+    name: str
+    before: float
+    after: float
+
+    @property
+    def gain(self) -> float:
+        """Points gained."""
+        return self.after - self.before
+
+
+@dataclass(frozen=True)
+class Example:
+    """One drawn picture."""
+
+    change: Change
+    source: str
+    width: int
+    height: int
+    panels: tuple[Panel, ...]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What became of some pictures.
+
+    Attributes:
+        changes: One per compared picture that has a figure on both sides, best first.
+        improved: The most improved, drawn.
+        harmed: The most harmed, drawn.
+    """
+
+    changes: list[Change]
+    improved: list[Example]
+    harmed: list[Example]
+
+    @property
+    def better(self) -> int:
+        """Number of pictures that gained."""
+        return sum(change.gain > 0 for change in self.changes)
+
+    @property
+    def worse(self) -> int:
+        """Number of pictures that lost."""
+        return sum(change.gain < 0 for change in self.changes)
+
+    @property
+    def median(self) -> float:
+        """Median change, in points."""
+        return statistics.median(change.gain for change in self.changes)
+
+
+def rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
+    """Figures by class, most improved first, and by object size, of two sets of scores."""
+    classes = [Row(name.partition("/")[2], before.get(name), value) for name, value in after.items() if "/" in name]
+    sizes = [Row(words, before.get(name), after[name]) for name, words in SIZES.items() if name in after]
+    return sorted(classes, key=lambda row: -row.gain), sizes
+
+
+def compare(
+    pictures: PictureDataset, indices: list[int], before: tuple[str, TaskModel], after: tuple[str, TaskModel]
+) -> Gain:
+    """Score two networks on each of some pictures alone, and draw where they differ most.
+
+    Args:
+        pictures: The validation set.
+        indices: Which of them.
+        before: Name of a network, and the network in eval mode.
+        after: Likewise.
+    """
+    scorer = Scorer(after[1].task, pictures.classes)
+    changes = []
+    for index in indices:
+        image, target = pictures[index]
+        figures = []
+        for _, model in (before, after):
+            scorer.update([_predict(model, image)], [target])
+            figures.append(scorer.compute()[METRICS[model.task]])
+        if not any(map(math.isnan, figures)):  # a picture without objects
+            changes.append(Change(index, pictures.files[index].name, *figures))
+    changes.sort(key=lambda change: -change.gain)
+
+    def example(change: Change) -> Example:
+        image, target = pictures[change.index]
+        panels = [truth_panel(target, pictures.classes)]
+        panels += [
+            prediction_panel(name, _predict(model, image), target, pictures.classes) for name, model in (before, after)
+        ]
+        return Example(change, embed(image), image.shape[-1], image.shape[-2], tuple(panels))
+
+    return Gain(
+        changes,
+        [example(change) for change in changes[:EXAMPLES] if change.gain > 0],
+        [example(change) for change in changes[: -EXAMPLES - 1 : -1] if change.gain < 0],
+    )
+
+
+def _predict(model: TaskModel, image: torch.Tensor) -> Prediction:
+    [prediction] = model.predict([image.to(model.mean.device)])
+    return {name: value.cpu() for name, value in prediction.items()}

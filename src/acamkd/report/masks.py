@@ -1,0 +1,107 @@
+"""What the masks did: the replay as data for the page, and whether they collapsed, in words."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from acamkd.report.charts import Chart, Points, draw
+
+CLOSED, OPEN, FLAT = 0.1, 0.9, 0.02
+"""Masks have collapsed below or above these means, or below this standard deviation over positions."""
+
+LEARNT = ("spatial", "channel")
+"""Masks with values in (0, 1) that may collapse; those of other names are given, such as FGD's of the boxes."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One level's masks of one kind, judged at the last moment."""
+
+    layer: str
+    kind: str
+    collapsed: bool
+    words: str
+
+
+def reason(mean: float, spread: float) -> str:
+    """Why masks with these figures have collapsed; nothing if they have not."""
+    if mean < CLOSED:
+        return f"their mean is {mean:.2f}, below {CLOSED}: hardly anything is distilled any more"
+    if mean > OPEN:
+        return f"their mean is {mean:.2f}, above {OPEN}: everything is imitated alike, as if there were no masks"
+    if spread < FLAT:
+        return f"they vary by {spread:.3f} only, less than {FLAT}: they no longer choose anything"
+    return ""
+
+
+def judge(layer: str, kind: str, epochs: Sequence[int], figures: npt.NDArray[Any]) -> Verdict:
+    """Judge masks by their figures (E, 3), mean, standard deviation and overlap, at these epochs."""
+    reasons = [reason(mean, spread) for mean, spread, _ in figures.tolist()]
+    if reasons[-1]:
+        sound = [index for index, why in enumerate(reasons) if not why]
+        since = f"since epoch {epochs[sound[-1] + 1]}" if sound else "from the start"
+        return Verdict(layer, kind, True, f"collapsed {since}: {reasons[-1]}")
+    mean, spread, overlap = figures[-1]
+    words = f"alive: mean {mean:.2f}, varying by {spread:.3f}, diversity {1 - overlap:.2f}"
+    bad = [str(epoch) for epoch, why in zip(epochs, reasons, strict=True) if why]
+    return Verdict(layer, kind, False, words + (f"; had collapsed at epoch {', '.join(bad)}" if bad else ""))
+
+
+@dataclass(frozen=True)
+class MaskReplay:
+    """A run's replay.npz.
+
+    Attributes:
+        data: For the page's script: epochs, and per layer and method the maps and masks, base64 of uint8.
+        pictures: Indices of the pictures in the validation set.
+        verdicts: On every learnt mask.
+        charts: Mean, variation and diversity over the epochs.
+    """
+
+    data: dict[str, Any]
+    pictures: list[int]
+    verdicts: list[Verdict]
+    charts: list[Chart]
+
+
+def load_replay(file: Path) -> MaskReplay:
+    """Read what the training has recorded."""
+    with np.load(file) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    epochs = arrays["epoch"].tolist()
+    levels: dict[str, dict[str, Any]] = {}
+    verdicts: list[Verdict] = []
+    curves: dict[str, dict[str, Points]] = {}
+    for name, array in arrays.items():
+        if name.count("/") != 2:  # epoch, pictures, figures
+            continue
+        layer, method, what = name.split("/")
+        level = levels.setdefault(f"{layer}/{method}", {"layer": layer, "method": method, "maps": {}, "masks": {}})
+        packed: dict[str, Any] = {"shape": array.shape[1:], "bytes": base64.b64encode(array.tobytes()).decode("ascii")}
+        if what in ("student", "teacher"):
+            level["maps"][what] = packed
+            continue
+        level["masks"][what] = packed
+        if what in LEARNT:
+            figures = arrays[f"{name}/figures"]
+            verdicts.append(judge(layer, what, epochs, figures))
+            packed["collapsed"] = [bool(reason(mean, spread)) for mean, spread, _ in figures.tolist()]
+            packed["figures"] = figures.round(4).tolist()
+            for title, values in (("mean", figures[:, 0]), ("variation", figures[:, 1]),
+                                  ("diversity", 1 - figures[:, 2])):  # fmt: skip
+                curves.setdefault(f"{what} masks: {title}", {})[layer] = list(zip(epochs, values.tolist(), strict=True))
+    charts = [
+        draw(title, lines, limits=(0, 1), bands=((0, CLOSED), (OPEN, 1)))
+        if title.endswith("mean")
+        else draw(title, lines)
+        for title, lines in curves.items()
+    ]
+    data = {"epochs": epochs, "levels": list(levels.values())}
+    return MaskReplay(data, arrays["pictures"].tolist(), verdicts, charts)

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from acamkd import config
+from acamkd.distiller import Distiller
+from acamkd.engine import Recorder, Scorer, TrainingModule, build_trainer
+from acamkd.methods import build_distiller
+from acamkd.models.base import Target
+from acamkd.models.segmentation import Segmenter
+from tiny import rows
+
+Batch = tuple[list[Tensor], list[Target]]
+
+
+def _model(seed: int = 0) -> Segmenter:
+    torch.manual_seed(seed)
+    return Segmenter(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)), 2, (0.5,) * 3, (0.2,) * 3, None)
+
+
+def _batches(count: int, seed: int = 0) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            [torch.rand(3, 8, 8, generator=generator)],
+            [{"mask": torch.randint(0, 2, (8, 8), generator=generator)}],
+        )
+        for _ in range(count)
+    ]
+
+
+def _loader(batches: list[Batch]) -> DataLoader[Batch]:
+    return DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
+
+
+class _Scripted(Scorer):
+    """Gives the figures that a test wants."""
+
+    def __init__(self, *figures: float) -> None:
+        super().__init__("segmentation", ("a", "b"))
+        self.figures = list(figures)
+
+    def compute(self) -> dict[str, float]:
+        return {"mIoU": self.figures.pop(0)}
+
+
+class _Watch(Callback):
+    """Learning rates before every step and weights after every epoch."""
+
+    def __init__(self) -> None:
+        self.rates: list[list[float]] = []
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self.rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        self.weights.append({k: v.clone() for k, v in pl_module.distiller.student.net.state_dict().items()})
+
+
+def _fit(
+    folder: Path, batches: list[Batch], distiller: Distiller | None = None, scorer: Scorer | None = None, **train: Any
+) -> tuple[L.Trainer, TrainingModule, _Watch]:
+    section = config.Train(**{"accelerator": "cpu", "epochs": 1, "schedule": config.Schedule(name="constant"), **train})
+    trainer = build_trainer(section, Recorder(folder, "student.safetensors", "mIoU"), progress=False)
+    watch = _Watch()
+    trainer.callbacks.insert(0, watch)  # type: ignore[attr-defined]
+    module = TrainingModule(distiller or Distiller(_model()), section, scorer or Scorer("segmentation", ("a", "b")))
+    trainer.fit(module, _loader(batches), _loader(_batches(1, seed=9)))
+    return trainer, module, watch
+
+
+def _rates(folder: Path, epochs: int, steps: int, schedule: config.Schedule, **train: Any) -> list[float]:
+    optimizer = config.Optimizer(lr=0.5)
+    _, _, watch = _fit(folder, _batches(steps), epochs=epochs, schedule=schedule, optimizer=optimizer, **train)
+    return [rates[0] for rates in watch.rates]
+
+
+def test_constant_with_warm_up(tmp_path: Path) -> None:
+    found = _rates(tmp_path, 2, 4, config.Schedule(name="constant", warmup_steps=4))
+    assert found == pytest.approx([0.5 * (1e-3 + (1 - 1e-3) * min(step / 4, 1)) for step in range(8)])
+
+
+def test_step_falls_at_the_end_of_its_epochs(tmp_path: Path) -> None:
+    schedule = config.Schedule(name="step", milestones=(1, 3), gamma=0.1, warmup_steps=1)
+    found = _rates(tmp_path, 4, 2, schedule)
+    assert found == pytest.approx([0.0005, 0.5, 0.05, 0.05, 0.05, 0.05, 0.005, 0.005])
+
+
+def test_polynomial(tmp_path: Path) -> None:
+    found = _rates(tmp_path, 2, 4, config.Schedule(name="polynomial", power=0.9))
+    assert found == pytest.approx([0.5 * (1 - step / 8) ** 0.9 for step in range(8)])
+
+
+def test_one_cycle(tmp_path: Path) -> None:
+    found = _rates(tmp_path, 2, 5, config.Schedule(name="one_cycle", pct_start=0.3))
+    low, end = 0.5 / 25, 0.5 / 25 / 1e4
+    rise = [low + (0.5 - low) * (1 - math.cos(math.pi * step / 2)) / 2 for step in range(3)]
+    fall = [end + (0.5 - end) * (1 + math.cos(math.pi * step / 7)) / 2 for step in range(1, 8)]
+    assert found == pytest.approx(rise + fall)
+
+
+def test_the_schedule_counts_steps_rather_than_batches(tmp_path: Path) -> None:
+    found = _rates(tmp_path, 2, 5, config.Schedule(name="polynomial", power=1), accumulate=2)
+    per_step = [0.5 * (1 - step / 6) for step in range(6)]  # 5 batches are 3 steps
+    assert found == pytest.approx([per_step[step] for step in (0, 0, 1, 1, 2, 3, 3, 4, 4, 5)])
+
+
+def test_student_and_losses_have_groups_of_their_own(tmp_path: Path) -> None:
+    student = _model()
+    student.net[0].requires_grad_(False)  # type: ignore[operator]
+    entry = config.Loss(name="acam", pairs=("1",), num_masks=2)
+    distiller = build_distiller(student, _model(1), [entry])
+    optimizer = config.Optimizer(lr=0.1, losses_lr=0.2, weight_decay=0.3)
+    trainer, _, _ = _fit(tmp_path, _batches(1), distiller, optimizer=optimizer)
+    groups = trainer.optimizers[0].param_groups
+    assert isinstance(trainer.optimizers[0], torch.optim.AdamW)
+    assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.1, 0.3), (0.2, 0.3)]
+    wanted = [student.net[1].parameters(), distiller.losses.parameters()]  # type: ignore[operator]
+    for group, parameters in zip(groups, wanted, strict=True):
+        assert {id(p) for p in group["params"]} == {id(p) for p in parameters}
+
+
+def test_accumulation_steps_with_the_mean_gradient_and_never_drops_the_last_batch(tmp_path: Path) -> None:
+    optimizer = config.Optimizer(name="sgd", lr=0.1, momentum=0, weight_decay=0)
+    model, batches = _model(), _batches(2)
+    total = torch.stack([model.loss(model(b), b)["cross_entropy"] for b in (model.prepare(*x) for x in batches)]).mean()
+    gradients = torch.autograd.grad(total, list(model.net.parameters()))
+    expected = [p - 0.1 * g for p, g in zip(model.net.parameters(), gradients, strict=True)]
+    trainer, module, _ = _fit(tmp_path, batches, Distiller(model), optimizer=optimizer, accumulate=2)
+    assert trainer.global_step == 1
+    for found, wanted in zip(module.distiller.student.net.parameters(), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert _fit(tmp_path, _batches(3), optimizer=optimizer, accumulate=2)[0].global_step == 2
+
+
+def test_clipping_bounds_the_whole_gradient(tmp_path: Path) -> None:
+    model = _model()
+    before = torch.cat([p.detach().clone().flatten() for p in model.net.parameters()])
+    optimizer = config.Optimizer(name="sgd", lr=10.0, momentum=0, weight_decay=0)
+    _fit(tmp_path, _batches(1), Distiller(model), optimizer=optimizer, clip=1e-3)
+    after = torch.cat([p.detach().flatten() for p in model.net.parameters()])
+    assert (after - before).norm().item() == pytest.approx(10 * 1e-3, rel=1e-3)
+
+
+def test_bf16_runs_the_network_in_bf16_and_keeps_float32_weights(tmp_path: Path) -> None:
+    model, seen = _model(), []
+    model.net.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    distiller = build_distiller(model, _model(1), [config.Loss(name="acam", pairs=("1",), num_masks=2)])
+    seen.clear()
+    _fit(tmp_path, _batches(2), distiller, precision="bf16-mixed")
+    assert set(seen) == {torch.bfloat16}
+    assert {p.dtype for p in distiller.parameters()} == {torch.float32}
+    assert math.isfinite(float(rows(tmp_path / "history.csv")[0]["loss/1/acam/channel"]))
+
+
+def test_every_term_and_mask_mean_is_in_both_tables_from_the_first_step(tmp_path: Path) -> None:
+    entries = [config.Loss(name="acam", pairs=("0", "1"), num_masks=2), config.Loss(name="fitnet", pairs=("1",))]
+    distiller = build_distiller(_model(), _model(1), entries)
+    _fit(tmp_path, _batches(3), distiller, epochs=2)
+    terms = [f"loss/{layer}/acam/{term}" for layer in (0, 1) for term in ("channel", "spatial", "diversity")]
+    terms += ["loss/1/fitnet/feature", "loss/task/cross_entropy"]
+    masks = [f"{layer}/acam/{kind}_mask" for layer in (0, 1) for kind in ("channel", "spatial")]
+    history = rows(tmp_path / "history.csv")
+    assert [(row["epoch"], row["step"]) for row in history] == [("1", "3"), ("2", "6")]
+    assert set(history[0]) == {"epoch", "step", "mIoU", "IoU/a", "IoU/b", "loss", *terms, *masks}
+    steps = [row for row in rows(tmp_path / "logs" / "metrics.csv") if row["loss_step"]]
+    assert [row["step"] for row in steps] == ["0", "1", "2", "3", "4", "5"]
+    assert all(float(row[f"{name}_step"]) > 0 for row in steps for name in [*terms, *masks])
+    for row in steps:
+        assert float(row["loss_step"]) == pytest.approx(sum(float(row[f"{name}_step"]) for name in terms))
+    for name in [*terms, *masks, "loss"]:  # history has the mean over the epoch's steps
+        mean = sum(float(row[f"{name}_step"]) for row in steps[:3]) / 3
+        assert float(history[0][name]) == pytest.approx(mean, rel=1e-5)
+
+
+def test_a_weight_rises_over_its_epochs_and_stops(tmp_path: Path) -> None:
+    entry = config.Loss(name="acam", pairs=("1",), num_masks=2, ramp_epochs=2, stop_epoch=3)
+    distiller = build_distiller(_model(), _model(1), [entry], steps_per_epoch=2)
+    still = config.Optimizer(lr=1e-12, weight_decay=0)
+    _fit(tmp_path, _batches(1) * 2, distiller, epochs=4, optimizer=still)
+    steps = [row for row in rows(tmp_path / "logs" / "metrics.csv") if row["loss_step"]]
+    found = [float(row["loss/1/acam/channel_step"] or 0) for row in steps]
+    full = found[3]
+    assert [value / full for value in found] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0, 0], abs=1e-5)
+    history = rows(tmp_path / "history.csv")
+    assert float(history[1]["loss/1/acam/channel"]) == pytest.approx(0.875 * full, rel=1e-5)
+    assert [history[3][name] for name in ("loss/1/acam/channel", "1/acam/channel_mask")] == ["", ""]  # no stale figures
+    assert history[3]["loss"] == history[3]["loss/task/cross_entropy"]
+
+
+def test_the_best_network_is_kept_rather_than_the_last(tmp_path: Path) -> None:
+    _, _, watch = _fit(tmp_path, _batches(2), scorer=_Scripted(10.0, 30.0, 20.0), epochs=3)
+    kept = load_file(tmp_path / "student.safetensors")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in watch.weights[1].items())
+    assert not torch.equal(kept["0.weight"], watch.weights[2]["0.weight"])
+
+
+def test_evaluation_only_where_it_is_due(tmp_path: Path) -> None:
+    _, _, watch = _fit(tmp_path, _batches(2), scorer=_Scripted(10.0, 5.0), epochs=4, eval_every=2)
+    assert [row["mIoU"] for row in rows(tmp_path / "history.csv")] == ["", "10.0", "", "5.0"]
+    kept = load_file(tmp_path / "student.safetensors")
+    assert torch.equal(kept["0.weight"], watch.weights[1]["0.weight"])
+
+
+def test_a_figure_without_basis_still_leaves_a_network(tmp_path: Path) -> None:
+    _fit(tmp_path, _batches(1), scorer=_Scripted(math.nan, math.nan), epochs=2)
+    assert (tmp_path / "student.safetensors").is_file()
+
+
+def test_nothing_is_printed_by_the_framework(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    _fit(tmp_path, _batches(1))
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acamkd.losses.functional import (
+    align_layer,
+    check_choice,
+    dice_overlap,
+    freeze_tokens,
+    masked_channel_loss,
+    masked_spatial_loss,
+    resample,
+    safe_divide,
+)
+
+ROWS = torch.tensor([[[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]]])
+"""(1, 3, 2): squared norms 1, 2, 4; inner products 1 (first and second), 0 (first and third), 2."""
+
+
+def test_check_choice_names_what_is_allowed() -> None:
+    check_choice("mode", "b", ("a", "b"))
+    with pytest.raises(ValueError, match="mode must be one of 'a', 'b', not 'c'"):
+        check_choice("mode", "c", ("a", "b"))
+
+
+def test_resample_averages_where_the_map_shrinks() -> None:
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    torch.testing.assert_close(resample(x, (2, 2)).flatten(), torch.tensor([2.5, 4.5, 10.5, 12.5]))
+    torch.testing.assert_close(resample(x, (4, 1)).flatten(), torch.tensor([1.5, 5.5, 9.5, 13.5]))
+    assert torch.equal(resample(x, (4, 4)), x)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (2, 8), (7, 3)])
+def test_resample_is_bilinear_where_any_side_grows(size: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, 4, 5)
+    expected = F.interpolate(x, size, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(resample(x, size), expected, rtol=0, atol=0)
+
+
+def test_align_layer_is_there_only_where_needed() -> None:
+    assert isinstance(align_layer(4, 4), nn.Identity)
+    for layer in (align_layer(4, 6), align_layer(6, 6, align=True)):
+        assert isinstance(layer, nn.Conv2d)
+        assert layer.kernel_size == (1, 1)
+        assert layer.bias is not None
+        assert layer.out_channels == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_safe_divide(dtype: torch.dtype) -> None:
+    assert safe_divide(torch.tensor(3.0, dtype=dtype), torch.tensor(4.0, dtype=dtype)).item() == 0.75
+    for smallness in (0.0, 5e-324, *(10.0**-exponent for exponent in range(20, 45))):
+        denominator = torch.tensor(smallness, dtype=dtype, requires_grad=True)
+        quotient = safe_divide(5 * denominator, denominator)
+        quotient.backward()  # type: ignore[no-untyped-call]
+        assert 0 <= quotient.item() <= 5 + 1e-6
+        assert denominator.grad is not None
+        assert denominator.grad.isfinite()
+
+
+def test_masked_losses_are_the_norms_of_the_masked_difference() -> None:
+    n, m, channels, height, width = 2, 3, 4, 5, 6
+    difference = torch.randn(n, channels, height, width, dtype=torch.float64)
+    over_channels = torch.rand(n, m, channels, dtype=torch.float64)
+    over_positions = torch.rand(n, m, height, width, dtype=torch.float64)
+
+    def norm(mask: Tensor) -> Tensor:
+        return (mask * difference.unsqueeze(1)).square().sum(dim=(2, 3, 4))
+
+    torch.testing.assert_close(
+        masked_channel_loss(difference.square(), over_channels),
+        norm(over_channels[..., None, None]) / (height * width * over_channels.sum(dim=2)),
+        rtol=1e-12,
+        atol=0,
+    )
+    torch.testing.assert_close(
+        masked_spatial_loss(difference.square(), over_positions),
+        norm(over_positions.unsqueeze(2)) / (channels * over_positions.sum(dim=(2, 3))),
+        rtol=1e-12,
+        atol=0,
+    )
+
+
+def test_masked_losses_under_a_constant_mask_are_that_share_of_the_mean() -> None:
+    squared = torch.rand(2, 4, 3, 3)
+    expected = (squared.mean(dim=(1, 2, 3)) / 4).unsqueeze(1)
+    torch.testing.assert_close(masked_channel_loss(squared, torch.full((2, 1, 4), 0.25)), expected)
+    torch.testing.assert_close(masked_spatial_loss(squared, torch.full((2, 1, 3, 3), 0.25)), expected)
+
+
+def test_dice_overlap_by_hand() -> None:
+    pairs = (2 * 1 / (1 + 2) + 0 + 2 * 2 / (2 + 4)) / 3
+    assert dice_overlap(ROWS).item() == pytest.approx(pairs)
+    assert dice_overlap(ROWS, "literal").item() == pytest.approx(2 * (1 + 0 + 2) / (1 + 2 + 4))
+    both = torch.cat([ROWS, torch.ones(1, 3, 2)])
+    assert dice_overlap(both).item() == pytest.approx((pairs + 1) / 2)
+    assert dice_overlap(torch.ones(1, 6, 5), "literal").item() == pytest.approx(5)
+
+
+@pytest.mark.parametrize("form", ["pairwise", "literal"])
+def test_dice_overlap_of_one_mask_or_none_at_all_is_zero(form: str) -> None:
+    assert dice_overlap(torch.rand(2, 1, 5), form).item() == 0
+    nothing = torch.zeros(2, 3, 5, requires_grad=True)
+    overlap = dice_overlap(nothing, form)
+    overlap.backward()  # type: ignore[no-untyped-call]
+    assert overlap.item() == 0
+    assert torch.equal(nothing.grad, torch.zeros_like(nothing))  # type: ignore[arg-type]
+
+
+def test_freeze_tokens(caplog: pytest.LogCaptureFixture) -> None:
+    learned, module = nn.Linear(3, 2), nn.Linear(3, 2)
+    with caplog.at_level(logging.WARNING, logger="acamkd"):
+        freeze_tokens(module, learned.state_dict())
+        assert not caplog.records
+        freeze_tokens(nn.Linear(3, 2), None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "Linear are untrained: no `tokens` were given. Learn them first: acamkd tokens RECIPE"
+    ]
+    assert torch.equal(module.weight, learned.weight)
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+    with pytest.raises(ValueError, match=r"the tokens given are \{'weight': \(2, 4\), 'bias': \(2,\)\}, but must be"):
+        freeze_tokens(module, nn.Linear(4, 2).state_dict())
+    with pytest.raises(ValueError, match="learn them for this teacher and layer"):
+        freeze_tokens(module, {"weight": torch.zeros(2, 3)})

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from acamkd import config
+from acamkd.errors import AcamkdError
+
+RECIPE = """
+task: detection
+data:
+  format: coco
+  root: data
+  train: {images: images/train, annotations: train.json}
+  val: {images: images/val, annotations: val.json}
+  resize: {short: 320, long: 533}
+  augment: {scale: [0.5, 2.0], crop: [64, 96]}
+teacher: {arch: retinanet, backbone: resnet101, weights: teacher.pth}
+student: {arch: retinanet, backbone: resnet18, options: {anchor_sizes: [8, 16]}}
+losses:
+- name: acam
+  preset: paper
+  pairs: ["backbone:*", [layer3, layer4]]
+  ramp_epochs: 0.5
+  num_masks: 4
+  weight: 1e-3
+- {name: pkd, pairs: [backbone:0]}
+train:
+  epochs: 4
+  optimizer: {name: sgd, lr: 2e-2, weight_decay: 1E-4}
+  schedule: {name: step, milestones: [2, 3]}
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "boxes.yaml"
+    file.write_text(RECIPE, encoding="utf-8")
+    return file
+
+
+def changed(**sections: Any) -> dict[str, Any]:
+    """The recipe as a mapping, with some of its sections replaced."""
+    raw: dict[str, Any] = yaml.safe_load(
+        RECIPE.replace("1e-3", "0.001").replace("2e-2", "0.02").replace("1E-4", "1.e-4")
+    )
+    return {"name": "boxes", **raw, **sections}
+
+
+def test_a_recipe_is_read(path: Path) -> None:
+    recipe = config.load(path)
+    assert recipe.name == "boxes"
+    assert recipe.data.train.annotations == Path("train.json")
+    assert recipe.data.resize == config.ShortLong(short=320, long=533)
+    assert recipe.data.augment.crop == (64, 96)
+    assert recipe.teacher is not None
+    assert recipe.teacher.fpn_channels == 256
+    assert recipe.student.options == {"anchor_sizes": [8, 16]}
+    acam, pkd = recipe.losses
+    assert acam.pairs == ("backbone:*", ("layer3", "layer4"))
+    assert acam.options == {"num_masks": 4, "weight": 0.001}
+    assert (acam.preset, acam.ramp_epochs, acam.stop_epoch) == ("paper", 0.5, None)
+    assert pkd.options == {}
+    assert recipe.train.optimizer.lr == 0.02
+    assert recipe.train.optimizer.weight_decay == 1e-4
+    assert recipe.train.schedule.milestones == (2, 3)
+
+
+@pytest.mark.parametrize(("text", "value"), [
+    ("1e-3", 1e-3), ("1E+2", 100.0), ("-2.5e-1", -0.25), ("+.5e1", 5.0), ("1.e4", 1e4), ("0.1", 0.1),
+])  # fmt: skip
+def test_numbers_with_an_exponent_are_numbers(path: Path, text: str, value: float) -> None:
+    assert config.load(path, [f"losses.0.weight={text}"]).losses[0].options["weight"] == value
+
+
+@pytest.mark.parametrize("text", ["1e", "e-3", "1e-3x", "layer1e3", "2024e"])
+def test_words_that_look_like_numbers_are_words(path: Path, text: str) -> None:
+    assert config.load(path, [f"teacher.weights={text}"]).teacher.weights == text  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"loses": []}, "loses: unknown key; did you mean losses"),
+        ({"data": {**changed()["data"], "clases": ["a"]}}, "data.clases: unknown key; did you mean classes"),
+        (
+            {"data": {**changed()["data"], "train": {"images": "x", "annotation": "y"}}},
+            "data.train.annotation: unknown key; did you mean annotations",
+        ),
+        (
+            {"data": {**changed()["data"], "resize": {"shrt": 3, "long": 4}}},
+            "data.resize.shrt: unknown key; did you mean short",
+        ),
+        (
+            {"data": {**changed()["data"], "augment": {"flips": 1}}},
+            "data.augment.flips: unknown key; did you mean flip",
+        ),
+        ({"student": {"arch": "fcos", "backbon": "x"}}, "student.backbon: unknown key; did you mean backbone"),
+        ({"teacher": {"arch": "fcos", "weight": "x"}}, "teacher.weight: unknown key; did you mean weights"),
+        (
+            {"train": {"epochs": 1, "optimizer": {"larning": 1}}},
+            "train.optimizer.larning: unknown key; .*lr",
+        ),
+        ({"train": {"epochs": 1, "schedule": {"gama": 1}}}, "train.schedule.gama: unknown key; did you mean gamma"),
+        ({"train": {}}, "train.epochs: missing"),
+        ({"train": {"epochs": "4"}}, r"train.epochs: Input should be a valid integer \(given: '4'\)"),
+        ({"train": {"epochs": 0}}, r"train.epochs: Input should be greater than 0 \(given: 0\)"),
+        ({"train": {"epochs": 2.5}}, "train.epochs: .*integer"),
+        ({"train": {"epochs": True}}, "train.epochs: .*integer"),
+        ({"train": {"epochs": 1, "optimizer": {"lr": "fast"}}}, r"train.optimizer.lr: .*number \(given: 'fast'\)"),
+        ({"train": {"epochs": 1, "devices": "all"}}, "train.devices"),
+        ({"train": {"epochs": 3, "eval_every": 2}}, "train: eval_every 2 does not divide epochs 3$"),
+        ({"train": {"epochs": 1, "schedule": {"name": "step"}}}, "train.schedule: step needs milestones"),
+        ({"train": {"epochs": 1, "schedule": {"warmup_steps": 9}}}, "train.schedule: one_cycle brings its own warm-up"),
+        ({"losses": [{"pairs": ["a"]}]}, "losses.0.name: missing"),
+        ({"losses": {"name": "acam"}}, "losses: "),
+        ({"losses": [{"name": "acam", "pairs": [["a", "b", "c"]]}]}, r"losses.0.pairs.0"),
+        ({"task": "segmentation"}, "task segmentation needs data.format: masks, not coco"),
+        ({"task": "depth"}, r"task: Input should be 'detection' or 'segmentation' \(given: 'depth'\)"),
+        ({"data": {**changed()["data"], "val": {"images": "x"}}}, "data.val.annotations is missing"),
+        ({"name": "a/b"}, "name: "),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_named(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(AcamkdError, match=message):
+        config.parse(changed(**sections))
+
+
+def test_every_bad_key_is_named_at_once() -> None:
+    with pytest.raises(AcamkdError, match=r"(?s)^recipe does not fit:\n  .*task: .*\n  .*train\.epochs: missing"):
+        config.parse(changed(task=3, train={}))
+
+
+def test_masks_need_class_names() -> None:
+    split = {"images": "i", "masks": "m"}
+    data = {"format": "masks", "train": split, "val": split}
+    with pytest.raises(AcamkdError, match=r"data\.classes is missing: masks hold ids only"):
+        config.parse(changed(task="segmentation", data=data))
+    recipe = config.parse(changed(task="segmentation", data={**data, "classes": ["sky", "road"]}))
+    assert recipe.data.classes == ("sky", "road")
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("train.epochs=8", lambda recipe: recipe.train.epochs == 8),
+        ("train.schedule.milestones=[1]", lambda recipe: recipe.train.schedule.milestones == (1,)),
+        ("losses.1.weight=2", lambda recipe: recipe.losses[1].options == {"weight": 2}),
+        ("losses.0.pairs.1=layer1", lambda recipe: recipe.losses[0].pairs == ("backbone:*", "layer1")),
+        ("data.augment.crop.0=32", lambda recipe: recipe.data.augment.crop == (32, 96)),
+        ("losses=[]", lambda recipe: recipe.losses == ()),
+        ("teacher=null", lambda recipe: recipe.teacher is None),
+        ("student.options.depth=3", lambda recipe: recipe.student.options == {"anchor_sizes": [8, 16], "depth": 3}),
+        ("teacher.options.depth=3", lambda recipe: recipe.teacher.options == {"depth": 3}),
+        ("data.root=a=b", lambda recipe: recipe.data.root == Path("a=b")),
+        ("name=other", lambda recipe: recipe.name == "other"),
+    ],
+)
+def test_overrides(path: Path, override: str, read: Any) -> None:
+    assert read(config.load(path, [override]))
+
+
+def test_an_override_makes_a_missing_section(path: Path) -> None:
+    path.write_text(yaml.safe_dump(changed(teacher=None)), encoding="utf-8")
+    recipe = config.load(path, ["teacher.arch=fcos", "teacher.weights=t.pth"])
+    assert recipe.teacher == config.Model(arch="fcos", weights="t.pth")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.epochs", "--set train.epochs: write key=value, such as train.epochs=20"),
+        ("=3", "--set =3: write key=value"),
+        ("losses.2.weight=1", r"--set losses.2.weight: there is no entry 2, the list has 2 \(counted from 0\)"),
+        ("losses.x=1", r"--set losses.x: there is no entry x, the list has 2"),
+        ("losses.-1.weight=1", r"there is no entry -1"),
+        ("task.name=1", "--set task.name: task is a single value and has no key name"),
+        ("task.name.first=1", "--set task.name.first: name would lie below a single value"),
+        ("train.epochs=[1", "--set train.epochs=.1: the value is not valid YAML"),
+        ("trian.epochs=1", "trian: unknown key; did you mean train"),
+        ("train.epoch=1", "train.epoch: unknown key; did you mean epochs"),
+        ("train.epochs=many", r"train.epochs: .*integer.* \(given: 'many'\)"),
+    ],
+)
+def test_wrong_overrides_are_refused(path: Path, override: str, message: str) -> None:
+    with pytest.raises(AcamkdError, match=message):
+        config.load(path, [override])
+
+
+def test_another_method_keeps_the_pairs_and_drops_the_options(path: Path) -> None:
+    loss = config.load(path, ["losses.0.name=fgd"]).losses[0]
+    assert (loss.name, loss.options, loss.preset) == ("fgd", {}, None)
+    assert loss.pairs == ("backbone:*", ("layer3", "layer4"))
+    assert loss.ramp_epochs == 0.5
+    after = config.load(path, ["losses.0.name=fgd", "losses.0.weight=2"]).losses[0]
+    assert after.options == {"weight": 2}
+    same = config.load(path, ["losses.0.name=acam"])
+    assert same == config.load(path)
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["losses=[]", "teacher=null"], ["data.resize=[64, 96]", "data.classes=[é, 'no', '1']"]]
+)
+def test_what_is_written_is_read_back(path: Path, tmp_path: Path, overrides: list[str]) -> None:
+    recipe = config.load(path, overrides)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(config.dump(recipe), encoding="utf-8")
+    assert config.load(copy) == recipe
+    assert config.dump(config.load(copy)) == config.dump(recipe)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"train: [1", "boxes.yaml is not valid YAML"),
+        (b"- 1\n- 2", "boxes.yaml must hold a mapping with the keys name, task, data"),
+        (b"", "boxes.yaml must hold a mapping"),
+        (b"name: \xff\xfe", "cannot read the recipe .*boxes.yaml: "),
+        (b"task: !!python/name:os.system", "boxes.yaml is not valid YAML"),
+        (b"name: 2024-01-01", "date is not JSON serializable; write it in quotes"),
+    ],
+)
+def test_files_that_are_no_recipes(path: Path, content: bytes, message: str) -> None:
+    path.write_bytes(content)
+    with pytest.raises(AcamkdError, match=message):
+        config.load(path)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(AcamkdError, match=r"cannot read the recipe .*none\.yaml: No such file or directory"):
+        config.load(tmp_path / "none.yaml")
+
+
+def test_recipes_do_not_change(path: Path) -> None:
+    recipe = config.load(path)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.train.epochs = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("module", ["acamkd", "acamkd.config", "acamkd.cli"])
+def test_importing_needs_no_torch(module: str) -> None:
+    code = f"import sys, {module}; print([m for m in ('torch', 'lightning', 'timm', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acamkd.config import Model
+from acamkd.distiller import AUDITED_STEPS, Distiller, WeightSchedule
+from acamkd.errors import AcamkdError
+from acamkd.losses import ACAM, FGD, PKD, DistillationContext, FeatureLoss, FitNet, HeadLoss
+from acamkd.models import Batch, Target, TaskModel, build
+
+
+class Net(nn.Module):
+    """stem -> body (batch norm) -> head; counts the head's runs."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, channels, 3, padding=1)
+        self.body = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.Conv2d(channels, channels, 1))
+        self.head = nn.Conv2d(channels, 2, 1)
+        self.head_runs = 0
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.body(self.stem(pixels))
+        self.head_runs += 1
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+class Tiny(TaskModel):
+    """Segments noise."""
+
+    task = "segmentation"
+    net: Net
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(Net(channels), 2, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+    def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        return Batch(torch.stack(list(images)), sizes, sizes, None if targets is None else list(targets))
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        return {"out": self.net(self.normalize(batch))}
+
+    def loss(self, outputs: Mapping[str, Any], batch: Batch) -> dict[str, Tensor]:
+        return {"size": outputs["out"].square().mean(), "level": outputs["out"].mean().abs()}
+
+    def decode(self, outputs: Mapping[str, Any], batch: Batch) -> list[dict[str, Tensor]]:
+        return [{"mask": logits.argmax(dim=0)} for logits in outputs["out"]]
+
+
+class Constant(FeatureLoss):
+    """Factor times the student's map of a step; None: no gradient; counts its calls."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__(4, 6)
+        self.value = value
+        self.seen: list[DistillationContext] = []
+
+    def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
+        self.seen.append(context)
+        value = self.value(context.step) if callable(self.value) else self.value
+        return {"value": (student * value).abs().sum()}
+
+
+class Heads(HeadLoss):
+    """Compares what both heads put out."""
+
+    TERMS = ("logits",)
+
+    def layers(self, student: TaskModel, teacher: TaskModel) -> tuple[list[str], list[str]]:
+        return ["head"], ["head", "stem"]
+
+    def forward(
+        self,
+        student: TaskModel,
+        teacher: TaskModel,
+        student_taps: Mapping[str, Tensor],
+        teacher_taps: Mapping[str, Tensor],
+        batch: Batch,
+    ) -> dict[str, Tensor]:
+        assert {"head", "stem"} <= set(teacher_taps)
+        return {"logits": F.mse_loss(student_taps["head"], teacher_taps["head"])}
+
+
+@pytest.fixture
+def student() -> Tiny:
+    return Tiny(4)
+
+
+@pytest.fixture
+def teacher() -> Tiny:
+    return Tiny(6)
+
+
+@pytest.fixture
+def batch(student: Tiny) -> Batch:
+    return student.prepare([torch.rand(3, 6, 5) for _ in range(2)])
+
+
+BODY = ("body", "body")
+
+
+def test_the_teacher_is_no_part_of_the_distiller(student: Tiny, teacher: Tiny) -> None:
+    distiller = Distiller(student, teacher, [BODY], [FitNet(4, 6)])
+    of_teacher = {id(parameter) for parameter in teacher.parameters()}
+    assert not of_teacher & {id(parameter) for parameter in distiller.parameters()}
+    assert {name.partition(".")[0] for name in distiller.state_dict()} == {"student", "losses"}
+    assert {name for name, _ in distiller.named_parameters() if name.startswith("losses")} == {
+        "losses.0.align.weight",
+        "losses.0.align.bias",
+    }
+    distiller.train()
+    assert distiller.student.training
+    assert not any(module.training for module in teacher.modules())
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    distiller.to(torch.float64)
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float64}
+    assert teacher.mean.dtype == torch.float64
+    assert distiller.teacher is teacher
+
+
+def test_the_teacher_is_unchanged_by_training_and_gets_no_gradient(student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    distiller = Distiller(student, teacher, [BODY], [ACAM(4, 6)]).train()
+    torch.stack(list(distiller(batch).values())).sum().backward()  # type: ignore[no-untyped-call]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(parameter.grad is not None for parameter in distiller.parameters())
+
+
+def test_the_teachers_forward_ends_at_the_last_tapped_layer(student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    Distiller(student, teacher, [BODY], [FitNet(4, 6)])(batch)
+    assert (student.net.head_runs, teacher.net.head_runs) == (1, 0)
+
+
+def test_terms_are_those_of_the_task_and_of_the_losses(student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    losses = [FitNet(4, 6, weight=2.0), PKD(4, 6, weight=3.0)]
+    distiller = Distiller(student, teacher, [("stem", "body"), BODY], losses).eval()
+    terms = distiller(batch)
+    with torch.no_grad():
+        stem, logits = student.net.stem(batch.pixels), student(batch)
+        body, of_teacher = student.net.body(stem.clone()), teacher.net.body(teacher.net.stem(batch.pixels))
+        expected = {
+            "task/size": logits["out"].square().mean(),
+            "task/level": logits["out"].mean().abs(),
+            "stem/fitnet/feature": losses[0](stem, of_teacher)["feature"],
+            "body/pkd/correlation": losses[1](body, of_teacher)["correlation"],
+        }
+    assert list(terms) == list(expected)
+    for name, term in terms.items():
+        torch.testing.assert_close(term, expected[name])
+
+
+def test_statistics_have_the_losses_names(student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    distiller = Distiller(student, teacher, [BODY, None], [ACAM(4, 6, masks="spatial"), Heads()])
+    assert distiller.statistics() == {}
+    distiller(batch)
+    assert list(distiller.statistics()) == ["body/acam/spatial_mask"]
+    assert 0 < distiller.statistics()["body/acam/spatial_mask"].item() < 1
+
+
+def test_schedule() -> None:
+    assert [WeightSchedule()(step) for step in (0, 9)] == [1, 1]
+    assert [WeightSchedule(4)(step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [WeightSchedule(2, 3)(step) for step in range(5)] == [0.5, 1, 1, 0, 0]
+
+
+def test_weights_follow_their_schedules(student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    losses = [FitNet(4, 6), PKD(4, 6)]
+    distiller = Distiller(student, teacher, [BODY, BODY], losses, [WeightSchedule(4), WeightSchedule(0, 2)]).eval()
+    full = distiller(batch, 100)["body/fitnet/feature"].item()
+    for step in range(4):
+        terms = distiller(batch, step)
+        assert terms["body/fitnet/feature"].item() == pytest.approx(full * (step + 1) / 4)
+        assert ("body/pkd/correlation" in terms) == (step < 2)
+
+
+def test_after_the_last_stop_the_teacher_rests(student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    runs = []
+    teacher.net.stem.register_forward_hook(lambda *_: runs.append(1))
+    distiller = Distiller(student, teacher, [BODY], [FitNet(4, 6)], [WeightSchedule(0, 2)])
+    assert [len(distiller(batch, step)) for step in range(4)] == [3, 3, 2, 2]
+    assert len(runs) == 2
+
+
+def test_the_context_is_the_batchs(student: Tiny, teacher: Tiny) -> None:
+    images = [torch.rand(3, 6, 5) for _ in range(2)]
+    boxes = [{"boxes": torch.ones(count, 4)} for count in (1, 0)]
+    loss = Constant(1.0)
+    distiller = Distiller(student, teacher, [BODY], [loss])
+    distiller(student.prepare(images, boxes), 7)
+    distiller(student.prepare(images), 8)
+    with_boxes, without = loss.seen
+    assert (with_boxes.step, with_boxes.input_size) == (7, (6, 5))
+    assert with_boxes.boxes is not None
+    assert [len(each) for each in with_boxes.boxes] == [1, 0]
+    assert (without.step, without.boxes) == (8, None)
+
+
+def test_a_loss_that_needs_boxes_says_so(student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    with pytest.raises(ValueError, match="FGD needs boxes in the DistillationContext"):
+        Distiller(student, teacher, [BODY], [FGD(4, 6)])(batch)
+
+
+def test_head_losses_name_their_layers(student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    distiller = Distiller(student, teacher, [None, BODY], [Heads(), FitNet(4, 6)]).eval()
+    terms = distiller(batch)
+    assert list(terms) == ["task/size", "task/level", "head/heads/logits", "body/fitnet/feature"]
+    expected = F.mse_loss(student(batch)["out"], teacher(batch)["out"])
+    torch.testing.assert_close(terms["head/heads/logits"], expected)
+
+
+def test_without_a_teacher_the_student_trains_alone(student: Tiny, batch: Batch) -> None:
+    distiller = Distiller(student)
+    for step in range(AUDITED_STEPS + 1):
+        assert list(distiller(batch, step)) == ["task/size", "task/level"]
+    with pytest.raises(AcamkdError, match="has no teacher: it trains the student alone"):
+        distiller.teacher  # noqa: B018
+    distiller.to(torch.float64)
+
+
+def test_what_cannot_be_is_refused(student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    with pytest.raises(AcamkdError, match="one loss per pair of layers, not 1 for 2"):
+        Distiller(student, teacher, [BODY, BODY], [FitNet(4, 6)])
+    with pytest.raises(AcamkdError, match="distillation losses need a teacher"):
+        Distiller(student, None, [BODY], [FitNet(4, 6)])
+    with pytest.raises(AcamkdError, match=r"the same method stands twice at one layer: body/fitnet$"):
+        Distiller(student, teacher, [BODY, BODY, BODY], [FitNet(4, 6), FitNet(4, 6), PKD(4, 6)])
+    with pytest.raises(AcamkdError, match=r"there is no layer 'bdy' to tap .*did you mean body"):
+        Distiller(student, teacher, [("bdy", "body")], [FitNet(4, 6)])(batch)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_term_that_is_not_finite_stops_the_run(value: float, student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    distiller = Distiller(student, teacher, [BODY], [Constant(lambda step: 1.0 if step < 3 else value)])
+    distiller(batch, 2)
+    with pytest.raises(AcamkdError, match=rf"step 3: the loss is not finite, body/constant/value is {value}: lower"):
+        distiller(batch, 3)
+    with torch.no_grad():
+        student.net.head.weight.fill_(value)
+    with pytest.raises(AcamkdError, match=r"step 4: the loss is not finite, task/size is .*, task/level is "):
+        distiller(batch, 4)
+
+
+def train(distiller: Distiller, batch: Batch, steps: int = AUDITED_STEPS) -> None:
+    distiller.train()
+    for step in range(steps):
+        distiller(batch, step)
+
+
+def test_audit_a_distillation_of_zero_is_an_error(student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    distiller = Distiller(student, teacher, [BODY], [Constant(0.0)])
+    train(distiller, batch, AUDITED_STEPS - 1)
+    with pytest.raises(AcamkdError, match="the distillation total was exactly 0 in each of the first 20 steps"):
+        distiller(batch)
+
+
+def test_audit_names_the_parameters_that_are_never_reached(student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    class Last(FeatureLoss):
+        """Looks at one channel of the stem only."""
+
+        def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
+            return {"value": student.detach().sum() * 0 + student[:, :, :1].mul(0).sum() + 1 + 0 * teacher.sum()}
+
+    distiller = Distiller(student, teacher, [BODY, ("body.0", "body.0")], [Constant(1.0), Last(4, 6)])
+    train(distiller, batch)  # what one loss does not reach, the other does
+    deaf = Distiller(Tiny(4), teacher, [BODY], [Last(4, 6)])
+    train(deaf, batch, AUDITED_STEPS - 1)
+    with pytest.raises(
+        AcamkdError,
+        match=r"no distillation gradient reached 6 student parameters below .*: "
+        r"stem\.weight, stem\.bias, body\.0\.weight, body\.0\.bias, body\.2\.weight, \.\.\.; tap a layer behind",
+    ):
+        deaf(batch)
+
+
+def test_audit_is_content_with_a_gradient_in_a_later_step(student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    train(Distiller(student, teacher, [BODY], [Constant(lambda step: float(step == 15))]), batch, AUDITED_STEPS + 5)
+
+
+def test_audit_ignores_what_lies_behind_the_taps_and_what_is_frozen(student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    student.net.stem.requires_grad_(False)
+    train(Distiller(student, teacher, [BODY], [FitNet(4, 6)]), batch)
+    student.net.body.requires_grad_(False)
+    with pytest.raises(AcamkdError, match="no trainable student parameter lies below body: nothing can be distilled"):
+        train(Distiller(student, teacher, [BODY], [FitNet(4, 6)]), batch, 1)
+
+
+def test_audit_waits_while_evaluating(student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    distiller = Distiller(student, teacher, [BODY], [Constant(0.0)]).eval()
+    for step in range(AUDITED_STEPS + 1):
+        distiller(batch, step)
+
+
+def test_audit_leaves_the_training_gradient_alone(student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    distiller = Distiller(student, teacher, [BODY], [FitNet(4, 6)])
+    distiller.student.eval()  # the same statistics twice
+    gradients = []
+    for training in (True, False):
+        distiller.training = training
+        distiller.zero_grad()
+        torch.stack(list(distiller(batch).values())).sum().backward()  # type: ignore[no-untyped-call]
+        gradients.append([parameter.grad for parameter in distiller.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_masks_that_learn_from_the_teachers_own_loss(student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    loss = ACAM(4, 6, mask_grad="task")
+    distiller = Distiller(student, teacher, [BODY], [loss]).eval()
+    terms = distiller(batch)
+    assert teacher.net.head_runs == 1
+    of_teacher = teacher.net.body(teacher.net.stem(batch.pixels))
+    seen = loss.masked(student.net.body(student.net.stem(batch.pixels)), of_teacher)
+    for name, term in teacher.loss({"out": teacher.net.head(seen)}, batch).items():
+        torch.testing.assert_close(terms[f"teacher/{name}"], term)
+    torch.stack([term for name, term in terms.items() if name.startswith("teacher/")]).sum().backward()  # type: ignore[no-untyped-call]
+    reached = {name for name, parameter in distiller.named_parameters() if parameter.grad is not None}
+    assert reached == {f"losses.0.{name}" for name, _ in loss.named_parameters() if not name.startswith("align")}
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+SECTIONS: dict[str, dict[str, Any]] = {
+    "segmentation": {"arch": "fpn", "backbone": "tu-mobilenetv3_small_050"},
+    "detection": {"arch": "retinanet", "backbone": "mobilenetv3_small_050", "fpn_channels": 16},
+}
+
+LEVELS: dict[str, Any] = {"segmentation": [("segmentation_head.0",) * 2], "detection": [("backbone:0",) * 2]}
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_with_real_networks(task: Any) -> None:
+    section = Model(backbone_weights=None, **SECTIONS[task])
+    student, teacher = build(section, task, 3, (64, 64)), build(section, task, 3, (64, 64))
+    images = [torch.rand(3, 64, 64) for _ in range(2)]
+    target = (
+        {"mask": torch.zeros(64, 64, dtype=torch.long)}
+        if task == "segmentation"
+        else {
+            "boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]),
+            "labels": torch.ones(1).long(),
+            "iscrowd": torch.zeros(1),
+        }
+    )
+    channels = {"segmentation": 3, "detection": 16}[task]
+    distiller = Distiller(student, teacher, LEVELS[task], [ACAM(channels, channels)]).train()
+    terms = distiller(student.prepare(images, [target, target]))
+    own = f"{LEVELS[task][0][0]}/acam"
+    assert {name for name in terms if not name.startswith("task/")} == {
+        f"{own}/channel", f"{own}/spatial", f"{own}/diversity",
+    }  # fmt: skip
+    torch.stack([term for name, term in terms.items() if name.startswith(own)]).sum().backward()  # type: ignore[no-untyped-call]
+    stem = next(student.backbone.parameters())
+    assert stem.grad is not None
+    assert stem.grad.any()
+    assert all(parameter.grad is None for parameter in teacher.parameters())

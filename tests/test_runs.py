@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from acamkd import config, models
+from acamkd.errors import AcamkdError
+from acamkd.runs import LOG, RECIPE, Role, Run, as_json, open_run, write_json
+
+
+def _run(folder: Path, role: Role = "student", **train: Any) -> Run:
+    return Run(folder, tiny.recipe(Path("data"), **train), role)
+
+
+def _fill(run: Run) -> torch.nn.Module:
+    """Make the folder and put weights into it."""
+    run.create(resume=False, overwrite=False)
+    torch.manual_seed(3)
+    net = models.build(config.Model(**tiny.FPN), "segmentation", 6).net
+    models.save_weights(net, run.weights)
+    return net
+
+
+def test_the_folder_holds_the_whole_recipe(tmp_path: Path) -> None:
+    run = _run(tmp_path / "deep" / "run")
+    assert run.create(resume=False, overwrite=False) is False
+    assert config.load(run.folder / RECIPE) == run.recipe
+    assert "weight_decay: 0.0001" in (run.folder / RECIPE).read_text()  # defaults are spelled out
+    assert (run.weights.name, run.checkpoint.name) == ("student.safetensors", "last.ckpt")
+
+
+def test_an_empty_folder_may_be_there(tmp_path: Path) -> None:
+    _run(tmp_path).create(resume=False, overwrite=False)
+    assert (tmp_path / RECIPE).is_file()
+
+
+def test_a_run_is_never_replaced_unasked(tmp_path: Path) -> None:
+    _run(tmp_path / "run").create(resume=False, overwrite=False)
+    (tmp_path / "run" / "history.csv").touch()
+    with pytest.raises(AcamkdError, match=r"run already holds a run: --resume continues it, --overwrite replaces it"):
+        _run(tmp_path / "run").create(resume=False, overwrite=False)
+    with pytest.raises(AcamkdError, match=r"another recipe or command \(compare recipe.yaml in it\)"):
+        _run(tmp_path / "run", epochs=7).create(resume=True, overwrite=False)
+    assert (tmp_path / "run" / "history.csv").exists()
+    _run(tmp_path / "run", epochs=7).create(resume=False, overwrite=True)
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [LOG, RECIPE]
+    assert config.load(tmp_path / "run" / RECIPE).train.epochs == 7
+
+
+def test_resume_says_whether_there_is_a_checkpoint(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run")
+    assert run.create(resume=True, overwrite=False) is False  # no run at all
+    assert run.create(resume=True, overwrite=False) is False
+    run.checkpoint.touch()
+    assert run.create(resume=True, overwrite=False) is True
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_not_a_run_is_left_alone(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "recipe.yaml").write_text("the user's own")
+    (tmp_path / "holiday.jpg").touch()
+    with pytest.raises(AcamkdError, match="exists and is not a run: choose another folder with --out"):
+        _run(tmp_path).create(resume=False, overwrite=overwrite)
+    assert (tmp_path / "recipe.yaml").read_text() == "the user's own"
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(AcamkdError, match=r"cannot write the run folder .*file/run: Not a directory"):
+        _run(tmp_path / "file" / "run").create(resume=False, overwrite=False)
+    with pytest.raises(AcamkdError, match=r"cannot write the run folder .*file: Not a directory"):
+        _run(tmp_path / "file").create(resume=False, overwrite=False)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_run_opens_with_its_network(tmp_path: Path, role: Role) -> None:
+    net = _fill(_run(tmp_path / "run", role))
+    run = open_run(tmp_path / "run", ["train.epochs=9"])
+    assert (run.role, run.recipe.train.epochs) == (role, 9)
+    model = run.load()
+    assert not model.training
+    state = model.net.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_a_network_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    _fill(_run(tmp_path / "run"))
+    run = open_run(tmp_path / "run", ["student.options.decoder_pyramid_channels=64"])
+    with pytest.raises(AcamkdError, match=r"of wrong shape .*\s+every tensor is needed here"):
+        run.load()
+
+
+def test_folders_that_hold_no_run_or_no_weights(tmp_path: Path) -> None:
+    with pytest.raises(AcamkdError, match=r"nowhere is not a run folder: it has no recipe.yaml"):
+        open_run(tmp_path / "nowhere")
+    _run(tmp_path / "run").create(resume=False, overwrite=False)
+    with pytest.raises(AcamkdError, match="holds no weights yet: its first epoch has not ended"):
+        open_run(tmp_path / "run")
+
+
+def test_weights_can_be_read_by_others(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run")
+    _fill(run)
+    mask = os.umask(0)
+    os.umask(mask)
+    assert run.weights.stat().st_mode & 0o777 == 0o666 & ~mask
+    assert len(load_file(run.weights)) > 100
+
+
+def test_json_says_null_for_what_has_no_figure(tmp_path: Path) -> None:
+    content = {"mAP": 1.5, "AP": {"cat": math.nan}, "list": (math.nan, "a")}
+    assert json.loads(as_json(content)) == {"mAP": 1.5, "AP": {"cat": None}, "list": [None, "a"]}
+    write_json(tmp_path / "x.json", content)
+    assert (tmp_path / "x.json").read_text().endswith("}\n")
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]

@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import segmentation_models_pytorch as smp
+import torch
+import yaml
+from safetensors.torch import load_file
+from torchvision.models.detection import RetinaNet
+
+import tiny
+from acamkd import config, engine, models
+from acamkd.data.scenes import CLASSES
+from acamkd.engine import TrainingModule
+from acamkd.errors import AcamkdError
+from acamkd.runs import Role
+from acamkd.train import _hash, distill, train
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_data(tmp_path_factory.mktemp("data") / "segmentation")
+
+
+@pytest.fixture(scope="module")
+def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A distillation of three epochs that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    distill(tiny.recipe(root, epochs=3), out=folder)
+    return folder
+
+
+def _same_run(one: Path, other: Path) -> None:
+    """Bitwise equal figures and weights."""
+    assert tiny.rows(one / "history.csv") == tiny.rows(other / "history.csv")
+    assert tiny.rows(one / "logs" / "metrics.csv") == tiny.rows(other / "logs" / "metrics.csv")
+    assert (one / "student.safetensors").read_bytes() == (other / "student.safetensors").read_bytes()
+
+
+def test_a_run_folder_holds_all_that_is_promised(whole: Path, root: Path) -> None:
+    assert {file.name for file in whole.iterdir()} == {
+        "recipe.yaml", "metrics.json", "history.csv", "log.txt", "logs", "last.ckpt", "student.safetensors",
+    }  # fmt: skip
+    metrics = json.loads((whole / "metrics.json").read_text())
+    history = tiny.rows(whole / "history.csv")
+    best = max(history, key=lambda row: float(row["mIoU"]))
+    assert metrics["task"] == "segmentation"
+    assert metrics["metric"] == "mIoU"
+    assert metrics["best_epoch"] == int(best["epoch"])
+    assert metrics["student"] == pytest.approx(
+        {name: float(best[name]) for name in ("mIoU", *(f"IoU/{each}" for each in ("background", *CLASSES)))}
+    )
+    assert set(metrics["teacher"]) == set(metrics["student"])
+    assert metrics["parameters"] == sum(p.numel() for p in _plain_fpn().parameters())
+    assert metrics["seed"] == 0
+    assert metrics["device"] == "cpu"
+    assert set(metrics["versions"]) >= {"acamkd", "torch", "lightning", "timm"}
+    assert set(metrics["data"]) == {"train", "val"}
+    assert config.load(whole / "recipe.yaml") == tiny.recipe(root, epochs=3)
+    log = (whole / "log.txt").read_text()
+    assert "WARNING" not in log
+    assert f"teacher: mIoU {metrics['teacher']['mIoU']:.2f}" in log
+    assert log.index("teacher: mIoU") < log.index("epoch 1/3")  # before the first epoch
+    assert f"best mIoU {metrics['student']['mIoU']:.2f} at epoch {metrics['best_epoch']}" in log
+
+
+def _plain_fpn() -> torch.nn.Module:
+    net: torch.nn.Module = smp.create_model(
+        "fpn", encoder_name="tu-mobilenetv3_small_050", encoder_weights=None, classes=6, **tiny.FPN["options"]
+    )  # fmt: skip
+    return net
+
+
+def test_the_student_loads_without_acamkd(whole: Path) -> None:
+    net = _plain_fpn()
+    net.load_state_dict(load_file(whole / "student.safetensors"), strict=True)
+    assert torch.equal(net.state_dict()["segmentation_head.0.weight"],
+                       load_file(whole / "student.safetensors")["segmentation_head.0.weight"])  # fmt: skip
+
+
+def test_a_detector_trains_and_loads_without_acamkd(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tiny.write_data(tmp_path / "data", "detection"), "detection", epochs=1)
+    metrics = train(recipe, out=tmp_path / "run")
+    assert metrics["metric"] == "mAP"
+    assert set(metrics["student"]) == {"mAP", "AP50", "AP75", "AP_s", "AP_m", "AP_l", *(f"AP/{c}" for c in CLASSES)}
+    (row,) = tiny.rows(tmp_path / "run" / "history.csv")
+    assert float(row["loss"]) == pytest.approx(
+        float(row["loss/task/classification"]) + float(row["loss/task/bbox_regression"])
+    )
+    built: Any = models.build(config.Model(**tiny.RETINANET), "detection", 5).net
+    net = RetinaNet(built.backbone, num_classes=6, anchor_generator=built.anchor_generator)
+    net.load_state_dict(load_file(tmp_path / "run" / "student.safetensors"), strict=True)
+
+
+def test_the_teacher_comes_out_as_it_went_in(whole: Path, root: Path) -> None:
+    net = _plain_fpn()
+    net.load_state_dict(load_file(root / "teacher.safetensors"))
+    assert json.loads((whole / "metrics.json").read_text())["teacher_sha256"] == _hash(net)
+
+
+def test_a_teacher_that_changes_is_a_bug(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(self: TrainingModule) -> None:
+        next(self.distiller.teacher.net.parameters()).data += 1
+
+    monkeypatch.setattr(TrainingModule, "on_train_start", spoil)
+    with pytest.raises(RuntimeError, match="the teacher changed"):
+        distill(tiny.recipe(root, epochs=1), out=tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_one_seed_one_run_whatever_the_number_of_workers(whole: Path, root: Path, tmp_path: Path) -> None:
+    raw = tiny.raw_recipe(root, epochs=3)
+    raw["data"]["workers"] = 2
+    distill(config.parse(raw), out=tmp_path / "run")
+    _same_run(whole, tmp_path / "run")
+
+
+def test_another_seed_another_run(whole: Path, root: Path, tmp_path: Path) -> None:
+    distill(tiny.recipe(root, epochs=1, seed=1), out=tmp_path / "run")
+    assert tiny.rows(tmp_path / "run" / "history.csv")[0]["loss"] != tiny.rows(whole / "history.csv")[0]["loss"]
+
+
+def test_alone_and_distilled_start_from_the_same_weights_and_pictures(whole: Path, root: Path, tmp_path: Path) -> None:
+    train(tiny.recipe(root, epochs=3), out=tmp_path / "alone")
+    first = [tiny.rows(folder / "logs" / "metrics.csv")[0] for folder in (whole, tmp_path / "alone")]
+    assert first[0]["loss/task/cross_entropy_step"] == first[1]["loss/task/cross_entropy_step"] != ""
+    assert (
+        float(first[0]["loss_step"]) > float(first[1]["loss_step"]) == float(first[1]["loss/task/cross_entropy_step"])
+    )
+    metrics = json.loads((tmp_path / "alone" / "metrics.json").read_text())
+    assert "teacher" not in metrics
+    kept = config.load(tmp_path / "alone" / "recipe.yaml")
+    assert (kept.teacher, kept.losses) == (None, ())  # nothing that the run did not depend on
+
+
+def test_distill_finds_the_teacher_that_was_trained_before(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    raw = tiny.raw_recipe(root, epochs=1)
+    raw["teacher"]["weights"] = None
+    with pytest.raises(AcamkdError, match=r"the teacher has no weights: set teacher.weights, or train it first .* "
+                                          r"writes runs/tiny/teacher/teacher.safetensors"):  # fmt: skip
+        distill(config.parse(raw))
+    assert not (tmp_path / "runs").exists()
+    trained = train(config.parse(raw), "teacher")
+    assert (tmp_path / "runs/tiny/teacher/teacher.safetensors").is_file()
+    metrics = distill(config.parse(raw))
+    assert metrics["teacher"] == pytest.approx(trained["teacher"])
+    kept = config.load(tmp_path / "runs/tiny/distilled/recipe.yaml")
+    assert kept.teacher is not None
+    assert kept.teacher.weights == "runs/tiny/teacher/teacher.safetensors"
+
+
+def _interrupt_at(monkeypatch: pytest.MonkeyPatch, epoch: int, batch: int) -> None:
+    step = TrainingModule.training_step
+
+    def stop(self: TrainingModule, batch_: Any, batch_idx: int) -> torch.Tensor:
+        if (self.current_epoch, batch_idx) == (epoch, batch):
+            raise KeyboardInterrupt
+        return step(self, batch_, batch_idx)
+
+    monkeypatch.setattr(TrainingModule, "training_step", stop)
+
+
+def test_an_interrupted_run_resumes_to_the_same_end(
+    whole: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe, folder = tiny.recipe(root, epochs=3), tmp_path / "run"
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        _interrupt_at(patch, epoch=1, batch=1)
+        with pytest.raises(KeyboardInterrupt):
+            distill(recipe, out=folder)
+    assert caplog.messages[-1] == f"{folder}: interrupted; --resume goes on after epoch 1 of 3"
+    assert signal.getsignal(signal.SIGINT) is before  # the next Ctrl-C works, too
+    assert [row["epoch"] for row in tiny.rows(folder / "history.csv")] == ["1"]
+    assert not (folder / "metrics.json").exists()
+    metrics = distill(recipe, out=folder, resume=True)
+    _same_run(whole, folder)
+    assert metrics | {"seconds": 0} == json.loads((whole / "metrics.json").read_text()) | {"seconds": 0}
+
+
+def test_resuming_a_finished_run_changes_nothing(whole: Path, root: Path, tmp_path: Path) -> None:
+    before = (whole / "history.csv").read_bytes(), (whole / "student.safetensors").read_bytes()
+    steps, metrics = tiny.rows(whole / "logs" / "metrics.csv"), json.loads((whole / "metrics.json").read_text())
+    assert distill(tiny.recipe(root, epochs=3), out=whole, resume=True) == metrics
+    assert ((whole / "history.csv").read_bytes(), (whole / "student.safetensors").read_bytes()) == before
+    assert tiny.rows(whole / "logs" / "metrics.csv") == steps
+
+
+def test_a_run_without_a_finished_epoch_starts_anew(
+    whole: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe, folder = tiny.recipe(root, epochs=3), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        _interrupt_at(patch, epoch=0, batch=1)
+        with pytest.raises(KeyboardInterrupt):
+            distill(recipe, out=folder)
+    assert not (folder / "last.ckpt").exists()
+    distill(recipe, out=folder, resume=True)
+    assert f"{folder} has no finished epoch to resume from: it starts anew" in caplog.messages
+    _same_run(whole, folder)
+
+
+def test_only_the_same_recipe_and_command_resume(whole: Path, root: Path) -> None:
+    before = sorted((file.name, file.stat().st_mtime_ns) for file in whole.iterdir())
+    with pytest.raises(AcamkdError, match=r"already holds a run: --resume continues it, --overwrite replaces it"):
+        distill(tiny.recipe(root, epochs=3), out=whole)
+    with pytest.raises(AcamkdError, match="was made by another recipe or command"):
+        distill(tiny.recipe(root, epochs=4), out=whole, resume=True)
+    roles: tuple[Role, ...] = ("student", "teacher")
+    for role in roles:
+        with pytest.raises(AcamkdError, match="was made by another recipe or command"):
+            train(tiny.recipe(root, epochs=3), role, out=whole, resume=True)
+    assert sorted((file.name, file.stat().st_mtime_ns) for file in whole.iterdir()) == before
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(tiny.recipe(root, epochs=1), "teacher", out=folder)
+    train(tiny.recipe(root, epochs=2), out=folder, overwrite=True)
+    assert not (folder / "teacher.safetensors").exists()
+    assert len(tiny.rows(folder / "history.csv")) == 2
+    assert {row["epoch"] for row in tiny.rows(folder / "logs" / "metrics.csv")} == {"0", "1"}
+
+
+def test_a_loss_that_explodes_names_the_term_and_the_step(root: Path, tmp_path: Path) -> None:
+    raw = tiny.raw_recipe(root)
+    raw["losses"] = [{"name": "fitnet", "pairs": ["segmentation_head.0"], "weight": 1e39}]
+    with pytest.raises(AcamkdError, match=r"step 0: the loss is not finite, segmentation_head.0/fitnet/feature is inf"):
+        distill(config.parse(raw), out=tmp_path / "run")
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(root: Path, tmp_path: Path) -> None:
+    raw = tiny.raw_recipe(root, epochs=500)
+    raw["data"]["workers"] = 1
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
+    command = [sys.executable, "-m", "acamkd.cli", "train", "recipe.yaml", "--out", "run"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 90
+        while not (tmp_path / "run" / engine.CHECKPOINT).exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the loading process gets it, too
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert (
+        errors.rstrip().rpartition("\n")[2].partition(" ")[2].startswith("warning: run: interrupted; --resume goes on")
+    )
+    assert (tmp_path / "run" / "student.safetensors").is_file()

@@ -1,0 +1,75 @@
+"""Data, a teacher and recipes that train in a second: drawn scenes, the smallest networks, no download."""
+
+from __future__ import annotations
+
+import copy
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from acamkd import config, models
+from acamkd.data.scenes import CLASSES, write_scenes
+from acamkd.models.base import Task
+
+FPN: dict[str, Any] = {
+    "arch": "fpn",
+    "backbone": "tu-mobilenetv3_small_050",
+    "backbone_weights": None,
+    "options": {"decoder_pyramid_channels": 32, "decoder_segmentation_channels": 32},
+}
+RETINANET: dict[str, Any] = {
+    "arch": "retinanet",
+    "backbone": "mobilenetv3_small_050",
+    "backbone_weights": None,
+    "fpn_channels": 16,
+    "options": {"anchor_sizes": [8, 16, 32, 64, 96], "detections_per_img": 20},
+}
+ACAM = {"name": "acam", "pairs": ["segmentation_head.0"], "num_masks": 3}
+
+
+def write_data(root: Path, task: Task = "segmentation") -> Path:
+    """8 training and 4 validation pictures and, for segmentation, `teacher.safetensors` with random weights."""
+    side = 64 if task == "segmentation" else 128
+    write_scenes(root, train=8, val=4, size=(side, side), seed=0, task=task)
+    if task == "segmentation":
+        torch.manual_seed(1)
+        net = models.build(config.Model(**FPN), task, 1 + len(CLASSES)).net
+        models.save_weights(net, root / "teacher.safetensors")
+    return root
+
+
+def raw_recipe(root: Path, task: Task = "segmentation", **train: Any) -> dict[str, Any]:
+    """A recipe as it would be read from YAML; `train` overrides that section."""
+    splits: dict[str, Any] = {split: {"images": f"images/{split}"} for split in ("train", "val")}
+    if task == "segmentation":
+        for split in splits:
+            splits[split]["masks"] = f"masks/{split}"
+        splits |= {"format": "masks", "classes": ["background", *CLASSES]}
+        networks: dict[str, Any] = {"teacher": {**FPN, "weights": str(root / "teacher.safetensors")}, "student": FPN}
+    else:
+        for split in splits:
+            splits[split]["annotations"] = f"annotations/instances_{split}.json"
+        splits["format"] = "coco"
+        networks = {"student": RETINANET}
+    content = {
+        "name": "tiny",
+        "task": task,
+        "data": {**splits, "root": str(root), "workers": 0},
+        **networks,
+        "losses": [ACAM] if task == "segmentation" else [],
+        "train": {"epochs": 2, "batch_size": 4, "accelerator": "cpu", **train},
+    }
+    return copy.deepcopy(content)  # tests change it
+
+
+def recipe(root: Path, task: Task = "segmentation", **train: Any) -> config.Recipe:
+    """The same, validated."""
+    return config.parse(raw_recipe(root, task, **train))
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    """Rows of a CSV, without the time that they took."""
+    with file.open(newline="") as lines:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(lines)]
