@@ -156,10 +156,10 @@ class Distiller(nn.Module):
 
     def _teacher_task(self, active: Sequence[int], student_tap: FeatureTap, batch: Batch) -> dict[str, Tensor]:
         """The teacher's own loss on masked maps; the gradient runs through the teacher to the masks."""
-        masking: list[tuple[Pair, Any]] = [
+        masking = [
             (pair, loss)
             for pair, loss in ((self.pairs[index], self.losses[index]) for index in active)
-            if pair is not None and getattr(loss, "teacher_task", False)
+            if pair is not None and isinstance(loss, FeatureLoss) and loss.teacher_task
         ]
         if not masking:
             return {}

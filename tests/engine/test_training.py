@@ -119,7 +119,7 @@ def test_the_schedule_counts_steps_rather_than_batches(tmp_path: Path) -> None:
 
 def test_student_and_losses_have_groups_of_their_own(tmp_path: Path) -> None:
     student = _model()
-    student.net[0].requires_grad_(False)  # type: ignore[operator]
+    student.net[0].requires_grad_(False)
     entry = config.Loss(name="acam", pairs=("1",), num_masks=2)
     distiller = build_distiller(student, _model(1), [entry])
     optimizer = config.Optimizer(lr=0.1, losses_lr=0.2, weight_decay=0.3)
@@ -127,7 +127,7 @@ def test_student_and_losses_have_groups_of_their_own(tmp_path: Path) -> None:
     groups = trainer.optimizers[0].param_groups
     assert isinstance(trainer.optimizers[0], torch.optim.AdamW)
     assert [(group["lr"], group["weight_decay"]) for group in groups] == [(0.1, 0.3), (0.2, 0.3)]
-    wanted = [student.net[1].parameters(), distiller.losses.parameters()]  # type: ignore[operator]
+    wanted = [student.net[1].parameters(), distiller.losses.parameters()]
     for group, parameters in zip(groups, wanted, strict=True):
         assert {id(p) for p in group["params"]} == {id(p) for p in parameters}
 

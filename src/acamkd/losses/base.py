@@ -74,6 +74,15 @@ class FeatureLoss(nn.Module, ABC):
             Named scalar terms, already weighted.
         """
 
+    @property
+    def teacher_task(self) -> bool:
+        """Whether the Distiller is to add the teacher's own loss on `masked` features, which trains the masks."""
+        return False
+
+    def masked(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The teacher's map as the teacher is to go on with it, where `teacher_task` holds; shapes as in `forward`."""
+        raise NotImplementedError(f"{type(self).__name__} masks nothing for the teacher's own loss")
+
     def forward(
         self, student: Tensor, teacher: Tensor, context: DistillationContext | None = None
     ) -> dict[str, Tensor]:
