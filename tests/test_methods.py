@@ -203,14 +203,18 @@ def test_probe_gives_maps(detectors: tuple[TaskModel, TaskModel]) -> None:
     ("task", "wrong", "message"),
     [
         ("detection", entry("fitnet"), r"losses.1 \(fitnet\): `pairs` is missing: name the layers to compare"),
-        ("detection", entry("fitnet", "backbnoe:*"), r"losses.1 \(fitnet\): there is no layer 'backbnoe' to tap"),
-        ("detection", entry("fitnet", "backbone:9"), r"losses.1 \(fitnet\): the tap backbone:9 did not fire"),
+        (
+            "detection",
+            entry("fitnet", "backbnoe:*"),
+            r"losses.1 \(fitnet\): student: there is no layer 'backbnoe' to tap",
+        ),
+        ("detection", entry("fitnet", "backbone:9"), r"losses.1 \(fitnet\): student: the tap backbone:9 did not fire"),
         (
             "detection",
             entry("fitnet", ("backbone:*", "backbone:0")),
             r"losses.1 \(fitnet\): backbone:\* stands for 5 outputs of the student, backbone:0 for 1 of the teacher",
         ),
-        ("detection", entry("fitnet", "head:cls_logits"), r"the student's head:cls_logits is \(1, \d+, 4\), not a map"),
+        ("detection", entry("fitnet", "head:cls_logits"), r"student: head:cls_logits is \(1, \d+, 4\), not a map"),
         (
             "detection",
             entry("fitent", "backbone:*"),

@@ -133,21 +133,31 @@ def _build(
     built: list[tuple[Pair | None, FeatureLoss | HeadLoss]] = []
     for given in entry.pairs:
         student_name, teacher_name = (given, given) if isinstance(given, str) else given
-        student_maps, teacher_maps = probe(student, [student_name], batch), probe(teacher, [teacher_name], batch)
+        student_maps = _maps_of("student", student, student_name, batch)
+        teacher_maps = _maps_of("teacher", teacher, teacher_name, batch)
         if len(student_maps) != len(teacher_maps):
             raise AcamkdError(
                 f"{student_name} stands for {len(student_maps)} outputs of the student, "
                 f"{teacher_name} for {len(teacher_maps)} of the teacher: name them one by one"
             )
         for (s_name, s_map), (t_name, t_map) in zip(student_maps.items(), teacher_maps.items(), strict=True):
-            for who, name, tensor in (("student", s_name, s_map), ("teacher", t_name, t_map)):
-                if tensor.ndim != 4:
-                    raise AcamkdError(f"the {who}'s {name} is {tuple(tensor.shape)}, not a map (N, C, H, W)")
             log.info("%s: %s %s <- %s %s", entry.name, s_name, list(s_map.shape[1:]), t_name, list(t_map.shape[1:]))
             if tokens is not None:
                 checked["tokens"] = _level_tokens(tokens, t_name)
             built.append(((s_name, t_name), method(s_map.shape[1], t_map.shape[1], **checked)))
     return built
+
+
+def _maps_of(who: str, model: TaskModel, name: str, batch: Batch) -> dict[str, Tensor]:
+    """What one name stands for in one of the networks, if it is maps."""
+    try:
+        maps = probe(model, [name], batch)
+    except AcamkdError as error:
+        raise AcamkdError(f"{who}: {error}") from error
+    for tapped, tensor in maps.items():
+        if tensor.ndim != 4:
+            raise AcamkdError(f"{who}: {tapped} is {tuple(tensor.shape)}, not a map (N, C, H, W)")
+    return maps
 
 
 @torch.no_grad()

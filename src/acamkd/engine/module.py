@@ -83,7 +83,10 @@ class TrainingModule(L.LightningModule):
         steps_per_epoch = total_steps // self.config.epochs
         if config.name == "one_cycle":
             peaks = [group["lr"] for group in optimizer.param_groups]
-            return lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=total_steps, pct_start=config.pct_start)
+            total_steps = max(total_steps, 2)
+            # torch divides by zero where exactly one step rises, or none falls.
+            pct_start = min(max(config.pct_start, 1.5 / total_steps), 1 - 0.5 / total_steps)
+            return lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=total_steps, pct_start=pct_start)
         parts: list[lr_scheduler.LRScheduler] = []
         if config.warmup_steps:
             parts.append(lr_scheduler.LinearLR(optimizer, start_factor=1e-3, total_iters=config.warmup_steps))

@@ -95,7 +95,7 @@ class Replay(Callback):
         temporary = self.file.with_name(self.file.name + ".tmp")
         with temporary.open("wb") as file:
             stacked = {name: np.stack([moment[name] for moment in self.moments]) for name in self.moments[0]}
-            np.savez(file, pictures=np.array(self.chosen), **stacked)
+            np.savez(file, **stacked, pictures=np.array(self.chosen))  # type: ignore[arg-type]
         os.replace(temporary, self.file)
 
 
@@ -172,8 +172,8 @@ def _inside(maps: Tensor, shares: Sequence[tuple[float, float]]) -> list[Tensor]
 
 def _pooled(maps: Sequence[Tensor]) -> Tensor:
     """Maps of up to SIDE positions a side, one size for all pictures: (K, M, h, w)."""
-    size = tuple(min(SIDE, max(x.shape[axis] for x in maps)) for axis in (-2, -1))
-    return torch.stack([F.adaptive_avg_pool2d(x, size) for x in maps])
+    height, width = (min(SIDE, max(x.shape[axis] for x in maps)) for axis in (-2, -1))
+    return torch.stack([F.adaptive_avg_pool2d(x, (height, width)) for x in maps])
 
 
 def _scaled(maps: Iterable[Tensor]) -> list[Tensor]:

@@ -19,7 +19,7 @@ from acamkd.errors import AcamkdError
 from acamkd.models.base import TaskModel
 from acamkd.report.charts import Chart, curve, draw, loss_charts, read_history
 from acamkd.report.cost import Cost, cost, threads
-from acamkd.report.gain import PICTURES, compare, rows
+from acamkd.report.gain import PICTURES, Gain, compare, rows
 from acamkd.report.masks import load_replay
 from acamkd.report.pictures import colour, embed
 from acamkd.runs import METRICS as METRICS_FILE
@@ -78,7 +78,6 @@ def write_report(run: Run, alone: Run | None = None) -> Path:
     before = networks.get(ALONE, networks.get(TEACHER)) if own == DISTILLED else None
     history = read_history(run.folder / "history.csv")
     replay = load_replay(run.folder / REPLAY) if (run.folder / REPLAY).is_file() else None
-    compared = before is not None and before.model is not None and after.model is not None
     page = _environment().get_template("report.html.jinja").render(
         run=run,
         recipe=recipe,
@@ -93,7 +92,7 @@ def write_report(run: Run, alone: Run | None = None) -> Path:
         metric_chart=_metric_chart(metric, own, history, alone, networks),
         loss_charts=loss_charts(history),
         rows=rows(before.scores if before else {}, after.scores),
-        gain=_compare(pictures, before, after) if compared else None,
+        gain=_compare(pictures, before, after) if before else None,
         compared_all=len(pictures) <= PICTURES,
         count=len(pictures),
         replay=replay,
@@ -202,12 +201,13 @@ def _metric_chart(
     return draw(f"{metric} on the validation pictures, percent", curves, level=level)
 
 
-def _compare(pictures: PictureDataset, before: Network, after: Network) -> Any:
+def _compare(pictures: PictureDataset, before: Network, after: Network) -> Gain | None:
+    """Both networks picture by picture, where both are at hand."""
+    if before.model is None or after.model is None:
+        return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    assert before.model is not None
-    assert after.model is not None
-    sides = [(network.name, network.model.to(device)) for network in (before, after) if network.model]
     log.info("comparing %d pictures one by one", min(PICTURES, len(pictures)))
+    sides = (before.name, before.model.to(device)), (after.name, after.model.to(device))
     return compare(pictures, spread(len(pictures), PICTURES), *sides)
 
 
