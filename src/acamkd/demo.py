@@ -74,8 +74,8 @@ def run(out: Path, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
     write_json(out / "metrics.json", results)
     draw_sheet(blocks, CLASSES).savefig(out / "pictures.png")
     Console().print(_table(results))
-    log.info("the demo took %s; its pictures are in %s, its figures in %s",
-             timedelta(seconds=round(time.monotonic() - started)), out / "pictures.png", out / "metrics.json")  # fmt: skip
+    took = timedelta(seconds=round(time.monotonic() - started))
+    log.info("the demo took %s; %s holds metrics.json and pictures.png", took, out)
     return results
 
 
@@ -89,8 +89,9 @@ def read_recipe(task: Task, out: Path) -> config.Recipe:
 def _train_all(recipe: config.Recipe, folder: Path, before: int, total: int) -> dict[str, float]:
     """Train the three networks into their run folders; the metric of each."""
     metric = METRICS[recipe.task]
-    for existing in filter(Path.exists, (folder / name for name in FOLDERS.values())):
-        log.info("%s holds an earlier demo's run: it is replaced", existing)
+    for existing in (folder / name for name in FOLDERS.values()):
+        if existing.exists():
+            log.info("%s holds an earlier demo's run: it is replaced", existing)
     log.info("%s, training %d of %d: the teacher", recipe.task, before + 1, total)
     teacher = train(recipe, "teacher", out=folder / FOLDERS["teacher"], overwrite=True)
     log.info("%s, training %d of %d: the student alone", recipe.task, before + 2, total)

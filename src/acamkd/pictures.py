@@ -56,12 +56,15 @@ def draw_findings(image: Tensor, findings: Prediction) -> Tensor:
     canvas = _enlarged(image)
     if "mask" in findings:
         mask = findings["mask"].repeat_interleave(SCALE, 0).repeat_interleave(SCALE, 1)
-        labels = [label for label in mask.unique().tolist() if label not in (0, VOID)]
-        layers = torch.stack([mask == label for label in labels]) if labels else mask.new_zeros((0, *mask.shape)).bool()
-        return draw_segmentation_masks(canvas, layers, alpha=0.75, colors=[_rgb(label) for label in labels])  # type: ignore[no-any-return]
-    shown = findings["scores"] >= MIN_SCORE if "scores" in findings else torch.ones_like(findings["labels"]).bool()
-    colours = [_rgb(label) for label in findings["labels"][shown].tolist()]
-    return draw_bounding_boxes(canvas, SCALE * findings["boxes"][shown], colors=colours, width=SCALE)  # type: ignore[no-any-return]
+        for label in set(mask.unique().tolist()) - {0, VOID}:
+            canvas = draw_segmentation_masks(canvas, mask == label, alpha=0.75, colors=_rgb(label))
+        return canvas
+    # The strongest comes last, so that it lies on top.
+    for index in reversed(range(len(findings["boxes"]))):
+        if "scores" not in findings or findings["scores"][index] >= MIN_SCORE:
+            box, label = SCALE * findings["boxes"][index], int(findings["labels"][index])
+            canvas = draw_bounding_boxes(canvas, box[None], colors=_rgb(label), width=SCALE)
+    return canvas
 
 
 def draw_masks(image: Tensor, masks: Tensor) -> Tensor:

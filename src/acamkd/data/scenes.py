@@ -88,7 +88,7 @@ def draw_scene(size: PixelSize, *, seed: int, split: str, index: int) -> Scene:
     names = [str(rng.choice(CLASSES)) for _ in range(rng.integers(3, 7))]
     areas = []
     for number, name in enumerate(names):
-        radius = np.exp(rng.uniform(np.log(10), np.log(36))) * unit  # small ones are common
+        radius = np.exp(rng.uniform(np.log(8), np.log(36))) * unit  # small ones are common
         alpha, texture, window = _stamp(rng, size, name, radius)
         first = _colour(rng)
         second = np.clip(first + rng.choice([-1, 1]) * rng.uniform(70, 140), 0, 255)

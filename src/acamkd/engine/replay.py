@@ -70,8 +70,8 @@ class Replay(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the end of an epoch."""
-        epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs or 1
-        if epoch % math.ceil(epochs / MOMENTS) == 0 or epoch == epochs:
+        epoch = trainer.current_epoch + 1
+        if is_kept(epoch, trainer.max_epochs or epoch):
             self._record(trainer, pl_module, epoch)
 
     def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
@@ -104,6 +104,11 @@ def read_moments(file: Path) -> list[Arrays]:
     with np.load(file) as stored:
         stacked = {name: stored[name] for name in stored.files if name != "pictures"}
     return [{name: array[moment] for name, array in stacked.items()} for moment in range(len(stacked["epoch"]))]
+
+
+def is_kept(epoch: int, epochs: int) -> bool:
+    """Whether the end of this epoch, counted from 1, is among about MOMENTS even ones; the last always is."""
+    return epoch % math.ceil(epochs / MOMENTS) == 0 or epoch == epochs
 
 
 def spread(count: int, wanted: int) -> list[int]:

@@ -1,0 +1,329 @@
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import tiny
+from acamkd import cli
+from acamkd.data.coco import CocoDetection
+from acamkd.data.scenes import write_scenes
+from acamkd.engine import REPLAY
+from acamkd.errors import AcamkdError
+from acamkd.models.base import Prediction
+from acamkd.models.segmentation import Segmenter
+from acamkd.report import charts, gain, masks, pictures, write_report
+from acamkd.report.cost import cost
+from acamkd.runs import open_run
+from acamkd.train import distill, train
+
+CHROMIUM = "/usr/bin/chromium"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with `alone` and `distilled`, both with their reports."""
+    folder = tmp_path_factory.mktemp("runs")
+    recipe = tiny.recipe(tiny.write_data(folder / "data"), epochs=2)
+    train(recipe, out=folder / "alone")
+    distill(recipe, out=folder / "distilled")
+    return folder
+
+
+class _Page(HTMLParser):
+    """All tags of a page with their attributes."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.feed(file.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+
+
+def _text(run: Path) -> str:
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+def _payload(run: Path) -> dict[str, Any]:
+    [content] = re.findall(r'<script type="application/json" id="replay">(.*?)</script>', _text(run), re.DOTALL)
+    return json.loads(content)  # type: ignore[no-any-return]
+
+
+def test_nothing_is_fetched(runs: Path) -> None:
+    for run in ("alone", "distilled"):
+        page = _Page(runs / run / "report.html")
+        links = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
+        assert all(link.startswith(("data:", "#")) for link in links), run
+        assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest", _text(runs / run))
+        policy = next(attrs["content"] for tag, attrs in page.tags if attrs.get("http-equiv"))
+        assert policy.startswith("default-src 'none'; img-src data:;")
+
+
+def test_the_page_is_readable_by_all(runs: Path) -> None:
+    page = _Page(runs / "distilled" / "report.html")
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.tags
+    assert "prefers-color-scheme: dark" in _text(runs / "distilled")
+    assert all("alt" in attrs for tag, attrs in page.tags if tag == "img")
+    assert all(attrs.get("aria-label") for tag, attrs in page.tags if tag == "svg")
+    [slider] = [attrs for tag, attrs in page.tags if attrs.get("type") == "range"]
+    assert slider["aria-label"] == "Epoch"
+
+
+def test_the_headline_is_the_difference_to_the_student_alone(runs: Path) -> None:
+    metrics = {run: json.loads((runs / run / "metrics.json").read_text()) for run in ("alone", "distilled")}
+    before, after = (metrics[run]["student"]["mIoU"] for run in ("alone", "distilled"))
+    text = _text(runs / "distilled")
+    assert f"{after - before:+.2f}".replace("-", "\N{MINUS SIGN}") in text
+    for score in (before, after, metrics["distilled"]["teacher"]["mIoU"]):
+        assert f"{score:.2f} <small>mIoU</small>" in text
+    assert metrics["distilled"]["teacher_sha256"] in text
+    assert metrics["distilled"]["data"]["val"] in text
+    assert f"torch {torch.__version__.partition('+')[0]}" in text
+    assert "num_masks: 3" in text
+
+
+def test_the_student_alone_has_a_report_without_comparison(runs: Path) -> None:
+    text = _text(runs / "alone")
+    assert "trained without distillation" in text
+    assert "Class by class" in text
+    assert 'id="replay"' not in text
+
+
+def test_the_viewer_holds_what_was_recorded(runs: Path) -> None:
+    payload = _payload(runs / "distilled")
+    with np.load(runs / "distilled" / REPLAY) as stored:
+        spatial = stored["segmentation_head.0/acam/spatial"]
+    assert payload["epochs"] == [0, 1, 2]
+    assert len(payload["pictures"]) == 4
+    [level] = payload["levels"]
+    packed = level["masks"]["spatial"]
+    assert packed["shape"] == list(spatial.shape[1:])
+    assert base64.b64decode(packed["bytes"]) == spatial.tobytes()
+    assert [len(row) for row in packed["figures"]] == [3, 3, 3]
+
+
+def test_the_command_writes_it_anew(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (runs / "distilled" / "report.html").unlink()
+    command = ["acamkd", "report", str(runs / "distilled"), "--alone", str(runs / "alone")]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert "against the student alone" in _text(runs / "distilled")
+
+
+def test_what_cannot_be_reported_is_refused(runs: Path, tmp_path: Path) -> None:
+    distilled, alone = open_run(runs / "distilled"), open_run(runs / "alone")
+    with pytest.raises(AcamkdError, match="is no run of a student alone"):
+        write_report(distilled, distilled)
+    with pytest.raises(AcamkdError, match="is no distillation"):
+        write_report(alone, distilled)
+    unfinished = shutil.copytree(runs / "distilled", tmp_path / "unfinished")
+    (unfinished / "metrics.json").unlink()
+    with pytest.raises(AcamkdError, match=r"no metrics\.json: its training has not ended"):
+        write_report(open_run(unfinished))
+    other = shutil.copytree(runs / "alone", tmp_path / "other")
+    metrics = json.loads((other / "metrics.json").read_text())
+    (other / "metrics.json").write_text(json.dumps(metrics | {"data": {"train": "x", "val": "y"}}))
+    with pytest.raises(AcamkdError, match="different validation pictures"):
+        write_report(distilled, open_run(other))
+    with pytest.raises(AcamkdError, match=r"not those that .* was scored on"):
+        write_report(open_run(other))
+
+
+PROBE = """<script>
+addEventListener("load", () => {
+  const mask = document.getElementById("mask"), slider = document.getElementById("epoch"), seen = {};
+  for (const epoch of [0, 2]) {
+    slider.value = epoch;
+    slider.dispatchEvent(new Event("input"));
+    seen[epoch] = [mask.toDataURL(), mask.getAttribute("aria-label"), document.getElementById("when").textContent];
+  }
+  document.querySelectorAll("#units button")[2].click();
+  seen.unit = [mask.toDataURL(), mask.getAttribute("aria-label")];
+  const wide = [...document.querySelectorAll("main *")].filter((each) => !each.closest("pre, svg") &&
+    each.getBoundingClientRect().right > document.documentElement.clientWidth + 1).length;
+  document.body.dataset.probe = JSON.stringify({
+    seen, wide, hash: HASH, width: document.documentElement.clientWidth, scroll: document.documentElement.scrollWidth,
+  });
+});
+</script>
+<script>HASH = document.getElementById("when").textContent;</script>"""
+
+
+@pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"there is no {CHROMIUM}")
+def test_a_real_browser_shows_another_picture_at_another_epoch(runs: Path, tmp_path: Path) -> None:
+    page = tmp_path / "probed.html"
+    page.write_text(_text(runs / "distilled").replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,844", "--enable-logging=stderr", "--dump-dom",
+        f"{page.as_uri()}#epoch=1&picture=1",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in result.stderr
+    [body] = [attrs for tag, attrs in _tags(result.stdout) if tag == "body"]
+    probe = json.loads(body["data-probe"])
+    seen = probe["seen"]
+    assert probe["hash"] == "epoch 1"
+    assert seen["0"][0] != seen["2"][0]
+    assert (seen["0"][2], seen["2"][2]) == ("start", "epoch 2")
+    assert "spatial, mask 1, segmentation_head.0, over 00002.jpg, epoch 2: mean" in seen["2"][1]
+    assert "mask 2" in seen["unit"][1]
+    assert seen["unit"][0] != seen["2"][0]
+    assert probe["scroll"] == probe["width"] <= 500  # Chromium's own least width
+    assert probe["wide"] == 0
+
+
+def _tags(text: str) -> list[tuple[str, dict[str, str]]]:
+    parser = _Page.__new__(_Page)
+    HTMLParser.__init__(parser)
+    parser.tags = []
+    parser.feed(text)
+    return parser.tags
+
+
+@pytest.mark.parametrize(
+    ("figures", "collapsed", "words"),
+    [
+        ([(0.5, 0.1), (0.5, 0.1)], False, "alive: mean 0.50, varying by 0.100, diversity 0.75"),
+        ([(0.5, 0.1), (0.04, 0.1)], True, "collapsed since epoch 1: their mean is 0.04, below 0.1"),
+        ([(0.5, 0.1), (0.95, 0.1)], True, "collapsed since epoch 1: their mean is 0.95, above 0.9"),
+        ([(0.5, 0.01), (0.5, 0.019)], True, "collapsed from the start: they vary by 0.019 only"),
+        ([(0.5, 0.01), (0.5, 0.1)], False, "had collapsed at epoch 0"),
+    ],
+)
+def test_a_collapse_is_said_in_words(figures: list[tuple[float, float]], collapsed: bool, words: str) -> None:
+    verdict = masks.judge("layer", "spatial", [0, 1], np.array([(*row, 0.25) for row in figures]))
+    assert verdict.collapsed == collapsed
+    assert words in verdict.words
+
+
+def test_two_hundred_pictures_stay_below_15_megabytes() -> None:
+    noise = torch.randint(0, 256, (3, 480, 640), dtype=torch.uint8)
+    square = torch.randint(0, 256, (3, pictures.SIDE, pictures.SIDE), dtype=torch.uint8)
+    worst = max(len(pictures.embed(picture)) for picture in (noise, square))
+    assert 200 * worst < 15e6
+    smooth = torch.linspace(0, 255, 640).expand(3, 480, 640).byte()
+    assert len(pictures.embed(smooth)) < 6e3
+
+
+def test_label_maps_leave_background_and_void_clear() -> None:
+    uri = pictures.draw_labels(torch.tensor([[0, 1], [2, 255]]), ("background", "disc", "ring"))
+    with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as image:
+        pixels = np.array(image.convert("RGBA"))
+    assert (pixels[..., 3] == [[0, 165], [165, 0]]).all()
+    assert "#{:02x}{:02x}{:02x}".format(*pixels[0, 1, :3]) == pictures.colour(1)
+
+
+def test_boxes_are_right_once_per_object_and_class() -> None:
+    target = {
+        "boxes": torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30], [0, 0, 5, 5]]),
+        "labels": torch.tensor([1, 2, 1]),
+        "iscrowd": torch.tensor([0, 0, 1]),
+    }
+    found = {
+        "boxes": torch.tensor([[0.0, 0, 10, 9], [0, 0, 9, 10], [20, 20, 30, 30]]),
+        "labels": torch.tensor([1, 1, 2]),
+        "scores": torch.tensor([0.9, 0.8, 0.1]),
+    }
+    panel = pictures.prediction_panel("student", found, target, ("a", "b"))
+    assert [(box.label, box.right) for box in panel.boxes] == [("a", True), ("a", False)]  # as many as objects
+    assert panel.words == "1 of 2 objects found by its 2 best boxes"
+    nothing = {name: x[:0] for name, x in found.items()}
+    assert pictures.prediction_panel("student", nothing, target, ("a", "b")).boxes == ()
+
+
+class _Scripted(Segmenter):
+    """Says of every picture what a test wants, as a detector."""
+
+    task = "detection"  # type: ignore[assignment]
+
+    def __init__(self, answers: list[Prediction]) -> None:
+        super().__init__(nn.Identity(), 5)
+        self.answers = answers
+
+    def predict(self, images: Any) -> list[Prediction]:
+        answer = self.answers.pop(0)
+        self.answers.append(answer)
+        return [answer]
+
+
+def test_pictures_are_ordered_by_what_they_gained(tmp_path: Path) -> None:
+    write_scenes(tmp_path / "s", train=1, val=3, size=(64, 64), seed=0, task="detection")
+    data = CocoDetection(tmp_path / "s/images/val", tmp_path / "s/annotations/instances_val.json")
+    perfect: list[Prediction] = [
+        {"boxes": target["boxes"], "labels": target["labels"], "scores": torch.ones(len(target["labels"]))}
+        for _, target in data
+    ]
+    nothing = {name: value[:0] for name, value in perfect[0].items()}
+    before, after = _Scripted([nothing] * 3), _Scripted(perfect)
+    found = gain.compare(data, [0, 1, 2], ("before", before), ("after", after))
+    assert [change.before for change in found.changes] == [0, 0, 0]
+    assert [change.after for change in found.changes] == pytest.approx([100, 100, 100])
+    assert (found.better, found.worse) == (3, 0)
+    assert found.median == pytest.approx(100)
+    assert len(found.improved) == 3
+    assert found.harmed == []
+    assert [panel.title for panel in found.improved[0].panels] == ["truth", "before", "after"]
+
+
+def test_rows_by_class_and_size() -> None:
+    before = {"mAP": 1.0, "AP_s": None, "AP_l": 5.0, "AP/a": 10.0, "AP/b": 20.0}
+    after = {"mAP": 2.0, "AP_s": 3.0, "AP_l": 7.0, "AP/a": 9.0, "AP/b": 25.0}
+    classes, sizes = gain.rows(before, after)
+    assert [(row.name, row.gain) for row in classes] == [("b", 5.0), ("a", -1.0)]
+    assert [(row.name, row.before, row.after) for row in sizes] == [
+        ("small objects", None, 3.0), ("large objects", 5.0, 7.0),
+    ]  # fmt: skip
+
+
+def test_every_loss_term_has_a_curve(runs: Path) -> None:
+    history = charts.read_history(runs / "distilled" / "history.csv")
+    drawn = charts.loss_charts(history)
+    assert [chart.title for chart in drawn] == [
+        "task: cross entropy", "acam: channel", "acam: spatial", "acam: diversity", "total loss",
+    ]  # fmt: skip
+    assert drawn[1].lines[0].last == history[-1]["loss/segmentation_head.0/acam/channel"]
+
+
+def test_a_curve_lies_where_its_values_are() -> None:
+    chart = charts.draw("x", {"a": [(0, 0.0), (2, 1.0)], "b": []}, limits=(0, 1), bands=[(0.9, 1)])
+    [line] = chart.lines
+    bottom = charts.HEIGHT - charts.BOTTOM
+    assert line.path == f"M{charts.LEFT}.0,{bottom}.0 L{charts.WIDTH - charts.RIGHT}.0,{charts.TOP}.0"
+    assert chart.bands[0] == pytest.approx((charts.TOP, 0.1 * (bottom - charts.TOP)), abs=0.1)
+    assert [tick.label for tick in chart.x_ticks if float(tick.label) in (0, 1, 2)] == ["0", "1", "2"]
+
+
+def test_missing_cells_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "history.csv").write_text("epoch,mIoU,loss\n1,,2.5\n2,30,nan\n")
+    history = charts.read_history(tmp_path / "history.csv")
+    assert charts.curve(history, "mIoU") == [(2, 30)]
+    assert charts.curve(history, "loss") == [(1, 2.5)]
+
+
+def test_cost_counts_two_operations_per_multiply_add() -> None:
+    model = Segmenter(nn.Conv2d(3, 4, 3, padding=1), 4)
+    picture: Tensor = torch.zeros(3, 32, 64, dtype=torch.uint8)
+    spent = cost(model, picture)
+    assert spent.parameters == 3 * 4 * 9 + 4
+    assert spent.gflops == pytest.approx(2 * 3 * 4 * 9 * 32 * 64 / 1e9)
+    assert spent.milliseconds > 0
