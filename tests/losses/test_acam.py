@@ -235,7 +235,7 @@ def test_uniform_masks_are_two_mean_squared_errors() -> None:
         ({"mask_source": "uniform", "align": True}, {"align"}),
         (ACAM.PRESETS["paper"], {"fusion", "channel", "spatial"}),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_only_the_parameters_in_use_exist(options: dict[str, Any], expected: set[str]) -> None:
     shapes: dict[str, dict[str, tuple[int, ...]]] = {
