@@ -239,7 +239,7 @@ BAD: dict[str, tuple[Task, Damage, list[str], list[str]]] = {
     ),
     "wrong layer": (
         "segmentation", _set("losses.0.pairs", ["segmentation_heat.0"]), ["distill"],
-        ["losses.0 (acam): there is no layer 'segmentation_heat.0' to tap", "did you mean segmentation_head.0"],
+        ["losses.0 (acam): student: there is no layer 'segmentation_heat.0' to tap", "mean segmentation_head.0"],
     ),
     "no pairs": (
         "segmentation", _set("losses.0.pairs", []), ["distill"],

@@ -61,8 +61,8 @@ def test_sheet_holds_every_picture_and_names_every_class() -> None:
     tall = Block("Detection", ["a", "b", "wide"], [[IMAGE, IMAGE, torch.zeros((3, 8, 12), dtype=torch.uint8)]] * 2)
     sheet = draw_sheet([tall, tall], ["disc", "square"])
     headings = [axis.get_title() for part in sheet.subfigs for axis in part.axes if axis.get_title()]
-    pictures = [axis.get_images()[0].get_array() for part in sheet.subfigs for axis in part.axes]
+    pictures = [np.asarray(axis.get_images()[0].get_array()) for part in sheet.subfigs for axis in part.axes]
     assert headings == ["a", "b", "wide"] * 2
-    assert [np.shape(picture) for picture in pictures] == [(8, 8, 3), (8, 8, 3), (8, 12, 3)] * 4
+    assert [picture.shape for picture in pictures] == [(8, 8, 3), (8, 8, 3), (8, 12, 3)] * 4
     assert [text.get_text() for text in sheet.subfigs[-1].legends[0].get_texts()] == ["disc", "square"]
     assert sheet.get_figwidth() == 12

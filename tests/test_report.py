@@ -299,9 +299,9 @@ def test_every_loss_term_has_a_curve(runs: Path) -> None:
     history = charts.read_history(runs / "distilled" / "history.csv")
     drawn = charts.loss_charts(history)
     assert [chart.title for chart in drawn] == [
-        "task: cross entropy", "acam: channel", "acam: spatial", "acam: diversity", "total loss",
+        "total loss", "task: cross entropy", "acam: channel", "acam: spatial", "acam: diversity",
     ]  # fmt: skip
-    assert drawn[1].lines[0].last == history[-1]["loss/segmentation_head.0/acam/channel"]
+    assert drawn[2].lines[0].last == history[-1]["loss/segmentation_head.0/acam/channel"]
 
 
 def test_a_curve_lies_where_its_values_are() -> None:

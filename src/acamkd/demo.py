@@ -44,7 +44,7 @@ TITLES = {"teacher": "teacher", "student": "student alone", "distilled": "studen
 TIMED_FORWARDS = 30
 
 
-def run(out: Path, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
+def run(out: Path, tasks: Sequence[Task]) -> dict[Task, dict[str, Any]]:
     """Draw scenes, train a teacher and a student, distil the student, and compare; once per task.
 
     `out` then holds `metrics.json`, `pictures.png` and per task the scenes (`TASK/data`, drawn once) and the three run
@@ -62,7 +62,7 @@ def run(out: Path, tasks: Sequence[Task]) -> dict[str, dict[str, Any]]:
         AcamkdError: The folder cannot be used.
     """
     started = time.monotonic()
-    results: dict[str, dict[str, Any]] = {}
+    results: dict[Task, dict[str, Any]] = {}
     blocks = []
     for number, task in enumerate(tasks):
         recipe = read_recipe(task, out)

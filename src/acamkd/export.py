@@ -241,7 +241,7 @@ def _write_graph(graph: Graph, file: Path, recipe: config.Recipe) -> bool:
     # Every map of the pyramid must be larger than 1 here, or the graph would only fit such maps.
     attempts = [((0, 2, 3), (8 * STRIDE, 12 * STRIDE)), *([((0,), frame)] if frame else [])]
     for dynamic, size in attempts:
-        shapes = {axis: torch.export.Dim.DYNAMIC for axis in dynamic}
+        shapes = dict.fromkeys(dynamic, torch.export.Dim.DYNAMIC)
         try:
             with warnings.catch_warnings(), _export_errors(graph):
                 warnings.simplefilter("ignore")

@@ -48,8 +48,8 @@ On the validation pictures, in percent.
 
 {_scores(role, figures)}
 
-Outputs of onnxruntime and PyTorch differ by at most {figures.difference[0]:.1e}, or {figures.difference[1]:.1e} of the \
-output's largest value.
+Outputs of onnxruntime and PyTorch differ by at most {figures.difference[0]:.1e}, or {figures.difference[1]:.1e} of \
+the output's largest value.
 
 | network | median of one picture |
 |---|---|
@@ -169,7 +169,8 @@ def overlap(one, other):
 rows, labels = np.nonzero(scores[:, 1:] > 0.3)  # column 0 is the background
 detections = []
 for row, label in sorted(zip(rows, labels + 1), key=lambda found: -scores[found]):  # best first
-    if all(label != known or overlap(boxes[row], box) <= metadata["nms"]["iou_threshold"] for box, _, known in detections):
+    rivals = [box for box, _, known in detections if known == label]
+    if all(overlap(boxes[row], box) <= metadata["nms"]["iou_threshold"] for box in rivals):
         detections.append((boxes[row], scores[row, label], label))
 """
     + _PRINT

@@ -82,7 +82,7 @@ class OnnxModel:
         Returns:
             The graph's input (1, 3, H, W), and (height, width) of the picture in it.
         """
-        pixels = picture.transpose(2, 0, 1).astype(np.float32) / 255
+        pixels: Floats = (picture.transpose(2, 0, 1) / 255).astype(np.float32)
         height, width = frame_size((picture.shape[0], picture.shape[1]), self.metadata["resize"], self.task)
         # What the networks were trained with: torchvision's detectors do not smooth before they shrink a picture.
         pixels = (resize if self.task == "detection" else resize_smoothly)(pixels, (height, width))
@@ -113,7 +113,7 @@ class OnnxModel:
             found = dict(outputs)
         else:
             found = detections(outputs["scores"][0], outputs["boxes"][0], outputs["levels"], size, self.metadata["nms"])
-        scale = np.float32([original[1] / size[1], original[0] / size[0]])
+        scale = np.array([original[1] / size[1], original[0] / size[0]], np.float32)
         return {**found, "boxes": found["boxes"] * np.tile(scale, 2)}
 
 
@@ -142,7 +142,7 @@ def detections(
     for level in np.unique(levels):
         kept[np.flatnonzero(levels[rows[order]] == level)[: settings["candidates"]]] = True
     rows, labels = rows[order[kept]], labels[order[kept]]
-    clipped = boxes[rows].clip(0, np.float32([size[1], size[0], size[1], size[0]]))
+    clipped = boxes[rows].clip(0, np.array([size[1], size[0], size[1], size[0]], np.float32))
     kept_rows = suppress(clipped, labels, settings["iou_threshold"], settings["detections"])
     # The column of the background takes part as in torchvision, and only then is dropped.
     best = kept_rows[labels[kept_rows] > 0]
@@ -202,7 +202,7 @@ def resize(maps: Floats, size: tuple[int, int]) -> Floats:
 
 
 def resize_smoothly(maps: Floats, size: tuple[int, int]) -> Floats:
-    """Bilinear resizing that smooths what it shrinks, (C, H, W) -> (C, *size): torch's `interpolate(antialias=True)`."""
+    """Bilinear resizing that smooths what it shrinks, (C, H, W) -> (C, *size), as torch's `antialias=True` does."""
     if maps.shape[1:] == size:
         return maps
     channels = (Image.fromarray(each).resize(size[::-1], Image.Resampling.BILINEAR) for each in maps)

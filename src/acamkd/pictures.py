@@ -84,7 +84,8 @@ def draw_masks(image: Tensor, masks: Tensor) -> Tensor:
     heat = torch.from_numpy(matplotlib.colormaps["magma"](smooth.numpy())[..., :3]).float().permute(0, 3, 1, 2)
     grey = _enlarged(image).float().mean(dim=0) / 255
     tiles = 0.75 * heat + 0.25 * grey
-    return (255 * make_grid(tiles, nrow=MASKS_PER_ROW, padding=3 * SCALE, pad_value=1.0)).round().to(torch.uint8)
+    sheet: Tensor = make_grid(tiles, nrow=MASKS_PER_ROW, padding=3 * SCALE, pad_value=1.0)
+    return (255 * sheet).round().to(torch.uint8)
 
 
 def draw_sheet(blocks: Sequence[Block], classes: Sequence[str]) -> Figure:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import tiny
 from acamkd.distiller import Distiller
 from acamkd.engine import REPLAY, Replay, TrainingModule
-from acamkd.engine.replay import MOMENTS, is_kept, look, masks_of, spread
+from acamkd.engine.replay import MOMENTS, is_kept, look, masks_of, see_teacher, spread
 from acamkd.losses import ACAM, FGD, FitNet, MasKD
 from acamkd.losses.base import DistillationContext
 from acamkd.losses.functional import dice_overlap
@@ -111,7 +111,8 @@ def _batch(model: Segmenter) -> Batch:
 def test_look_keeps_what_the_loss_sees_without_the_padding() -> None:
     student, teacher, loss = _model(4).eval(), _model(5), ACAM(4, 5, num_masks=3)
     batch = _batch(student)
-    found = look(Distiller(student, teacher, [("1", "1")], [loss]), batch)
+    distiller = Distiller(student, teacher, [("1", "1")], [loss])
+    found = look(distiller, batch, see_teacher(distiller, batch))
     student_map, teacher_map = student.net[:2](student.normalize(batch)), teacher.net[:2](teacher.normalize(batch))
     channel, spatial = loss.masks_of(student_map, teacher_map)
     assert channel is not None
@@ -129,7 +130,8 @@ def test_look_keeps_what_the_loss_sees_without_the_padding() -> None:
 
 def test_a_loss_without_masks_leaves_the_maps_alone() -> None:
     student = _model(4).eval()
-    found = look(Distiller(student, _model(5), [("1", "1")], [FitNet(4, 5)]), _batch(student))
+    distiller, batch = Distiller(student, _model(5), [("1", "1")], [FitNet(4, 5)]), _batch(student)
+    found = look(distiller, batch, see_teacher(distiller, batch))
     assert set(found) == {"1/fitnet/student", "1/fitnet/teacher"}
 
 

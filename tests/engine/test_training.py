@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,9 @@ def test_a_figure_without_basis_still_leaves_a_network(tmp_path: Path) -> None:
     assert (tmp_path / "student.safetensors").is_file()
 
 
-def test_nothing_is_printed_by_the_framework(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_printed_by_the_framework(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("acamkd"), "handlers", [])  # an earlier test may have run the command line
     _fit(tmp_path, _batches(1))
     assert capfd.readouterr() == ("", "")

@@ -48,5 +48,5 @@ def test_presets_are_finite_and_learn_nothing() -> None:
 
 
 def test_unknown_form() -> None:
-    with pytest.raises(ValueError, match="'code' or 'paper', not 'thesis'"):
+    with pytest.raises(ValueError, match="'code', 'paper', not 'thesis'"):
         AT(2, 2, form="thesis")  # type: ignore[arg-type]

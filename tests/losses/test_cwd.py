@@ -51,7 +51,7 @@ def test_presets_are_finite_and_scale_with_their_weights() -> None:
 
 
 def test_unknown_options() -> None:
-    with pytest.raises(ValueError, match="'channel' or 'spatial', not 'batch'"):
+    with pytest.raises(ValueError, match="'channel', 'spatial', not 'batch'"):
         CWD(2, 2, normalization="batch")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="'kl' or 'mse', not 'js'"):
+    with pytest.raises(ValueError, match="'kl', 'mse', not 'js'"):
         CWD(2, 2, divergence="js")  # type: ignore[arg-type]

@@ -72,5 +72,5 @@ def test_presets_are_finite() -> None:
 
 
 def test_unknown_mask() -> None:
-    with pytest.raises(ValueError, match="'spatial' or 'channel', not 'pixel'"):
+    with pytest.raises(ValueError, match="'spatial', 'channel', not 'pixel'"):
         MGD(2, 2, mask_on="pixel")  # type: ignore[arg-type]

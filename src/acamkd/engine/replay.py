@@ -60,6 +60,7 @@ class Replay(Callback):
         self.pictures = pictures
         self.chosen = spread(len(pictures), PICTURES)
         self.moments: list[Arrays] = []
+        self.teacher_maps: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the start; a resumed run goes on from what was recorded before its checkpoint."""
@@ -86,7 +87,9 @@ class Replay(Callback):
             [image.to(pl_module.device) for image in images],
             [{name: value.to(pl_module.device) for name, value in target.items()} for target in targets],
         )
-        self.moments.append({"epoch": np.array(epoch), **look(pl_module.distiller, batch)})
+        if not self.teacher_maps:  # the teacher never changes, and is the expensive one
+            self.teacher_maps = {name: x.cpu() for name, x in see_teacher(pl_module.distiller, batch).items()}
+        self.moments.append({"epoch": np.array(epoch), **look(pl_module.distiller, batch, self.teacher_maps)})
         for module, training in modes:
             module.training = training
         self._write()
@@ -117,24 +120,30 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 @torch.no_grad()
-def look(distiller: Distiller, batch: Batch) -> Arrays:
-    """Maps and masks of one batch as `Replay` keeps them; both networks are in eval mode."""
+def see_teacher(distiller: Distiller, batch: Batch) -> dict[str, Tensor]:
+    """The teacher's maps of one batch by layer."""
+    layers = [teacher_layer for _, teacher_layer, _ in _pairs(distiller)]
+    with FeatureTap(distiller.teacher.net, layers) as tap:
+        with tap.early_stop():
+            distiller.teacher(batch)
+        return tap.features()
+
+
+@torch.no_grad()
+def look(distiller: Distiller, batch: Batch, teacher_maps: Mapping[str, Tensor]) -> Arrays:
+    """Maps and masks of one batch as `Replay` keeps them; the student is in eval mode."""
     pairs = list(_pairs(distiller))
     boxes = [target["boxes"] for target in batch.targets or () if "boxes" in target] or None
     context = DistillationContext(input_size=batch.input_size, boxes=boxes)
     shares = [(h / batch.input_size[0], w / batch.input_size[1]) for h, w in batch.sizes]
     found: Arrays = {}
-    with (
-        FeatureTap(distiller.student.net, [pair[0] for pair in pairs]) as student_tap,
-        FeatureTap(distiller.teacher.net, [pair[1] for pair in pairs]) as teacher_tap,
-    ):
-        with student_tap.early_stop():
+    with FeatureTap(distiller.student.net, [pair[0] for pair in pairs]) as tap:
+        with tap.early_stop():
             distiller.student(batch)
-        with teacher_tap.early_stop():
-            distiller.teacher(batch)
         for student_layer, teacher_layer, loss in pairs:
             key = f"{student_layer}/{type(loss).__name__.lower()}"
-            student, teacher = student_tap[student_layer], teacher_tap[teacher_layer]
+            student = tap[student_layer]
+            teacher = teacher_maps[teacher_layer].to(student.device)
             for who, x in (("student", student), ("teacher", teacher)):
                 found[f"{key}/{who}"] = _bytes(_scaled(_pooled(_inside(x.abs().mean(1, keepdim=True), shares))))
             for name, masks in masks_of(loss, student, teacher, context).items():

@@ -171,9 +171,9 @@ class ACAM(FeatureLoss):
             that each term is the plain mean squared error, and no diversity.
         mask_grad: `joint`: the distillation terms train the masks (the method). `detached`: they do not, and the masks
             learn from the diversity alone, which still pulls on the student through K and V: keep diversity_weight
-            small, since Adam teaches the masks at any. `task`: they learn from the diversity and from the frozen teacher's own
-            loss on the map that they mask, mean_m M^s_m M^c_m T; the student only feels the finished masks. This costs
-            a second forward of the teacher, and a backward through it, per step.
+            small, since Adam teaches the masks at any. `task`: they learn from the diversity and from the frozen
+            teacher's own loss on the map that they mask, mean_m M^s_m M^c_m T; the student only feels the finished
+            masks. This costs a second forward of the teacher, and a backward through it, per step.
         diversity: `pairwise` or `literal`.
         tokens: With mask_source="fixed": learnt state of `selection`; in a recipe the file that `acamkd tokens` wrote.
             Without it the tokens stay random.

@@ -120,7 +120,7 @@ def draw(
 def loss_charts(history: Sequence[Mapping[str, float]]) -> list[Chart]:
     """The total and every term; a term that stands at several layers has one line for each."""
     groups: dict[str, dict[str, Points]] = {}
-    columns = dict.fromkeys(name for row in history for name in row if name.startswith("loss"))
+    columns = dict.fromkeys(["loss", *(name for row in history for name in row if name.startswith("loss/"))])
     for column in columns:
         parts = column.split("/")[1:]
         if not parts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ def reason(mean: float, spread: float) -> str:
     if mean > OPEN:
         return f"their mean is {mean:.2f}, above {OPEN}: everything is imitated alike, as if there were no masks"
     if spread < FLAT:
-        return f"they vary by {spread:.3f} only, less than {FLAT}: they no longer choose anything"
+        return f"they vary by {spread:.3f} only, less than {FLAT}: they choose nothing"
     return ""
 
 
@@ -89,7 +90,7 @@ def load_replay(file: Path) -> MaskReplay:
             level["maps"][what] = packed
             continue
         level["masks"][what] = packed
-        if what in LEARNT:
+        if what in LEARNT and math.prod(array.shape[3:]) > 1:  # a single position cannot vary
             figures = arrays[f"{name}/figures"]
             verdicts.append(judge(layer, what, epochs, figures))
             packed["collapsed"] = [bool(reason(mean, spread)) for mean, spread, _ in figures.tolist()]
