@@ -56,7 +56,7 @@ def draw_findings(image: Tensor, findings: Prediction) -> Tensor:
     canvas = _enlarged(image)
     if "mask" in findings:
         mask = findings["mask"].repeat_interleave(SCALE, 0).repeat_interleave(SCALE, 1)
-        for label in set(mask.unique().tolist()) - {0, VOID}:
+        for label in set(mask.flatten().tolist()) - {0, VOID}:
             canvas = draw_segmentation_masks(canvas, mask == label, alpha=0.75, colors=_rgb(label))
         return canvas
     # The strongest comes last, so that it lies on top.

@@ -123,7 +123,7 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[Any, Any]) -> None:
     """Write JSON likewise; see `as_json`."""
     write_text(path, as_json(content) + "\n")
 
