@@ -17,9 +17,8 @@ SOURCE = Path(__file__).parents[1] / "src/acamkd"
 
 LAYERS = {
     "cli": 5,
-    "api": 4, "train": 4, "evaluate": 4, "tokens": 4, "demo": 4, "pictures": 4, "report": 4, "export": 4,
-    "model_card": 4, "predict": 4,
-    "engine": 3, "methods": 3, "runs": 3, "onnx_model": 3,
+    "train": 4, "evaluate": 4, "tokens": 4, "demo": 4, "pictures": 4, "report": 4,
+    "engine": 3, "methods": 3, "runs": 3,
     "distiller": 2, "models": 2, "data": 2,
     "losses": 1, "features": 1,
     "config": 0, "errors": 0,

@@ -150,46 +150,6 @@ def evaluate(
 
 @app.command(
     epilog=_examples(
-        "acamkd export runs/camvid/distilled",
-        "acamkd export runs/bccd/distilled --with-nms --out build/bccd",
-    )
-)
-def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
-    set_: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Where to, instead of RUN/export.")] = None,
-    with_nms: Annotated[
-        bool,
-        typer.Option("--with-nms", help="Detection: the full graph with its suppression, for single pictures."),
-    ] = False,
-) -> None:
-    """Export a run's network to ONNX, checked against PyTorch, with a model card."""
-    from acamkd.export import export as job
-    from acamkd.runs import open_run
-
-    job(open_run(run, set_ or ()), out=out, with_nms=with_nms)
-
-
-@app.command(
-    epilog=_examples(
-        "acamkd predict runs/camvid/distilled pictures/",
-        "acamkd predict runs/bccd/distilled/export/student.onnx cell.jpg --score 0.5 --out found",
-    )
-)
-def predict(
-    model: Annotated[Path, typer.Argument(metavar="RUN|FILE.onnx", help="Run folder or exported file.")],
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A picture, or a folder of pictures.")],
-    out: Annotated[Path | None, typer.Option(help="Where to, instead of `predictions` beside the model.")] = None,
-    score: Annotated[float, typer.Option(min=0, max=1, help="Leave out detections below it.")] = 0.3,
-) -> None:
-    """Predict on pictures: overlays, and boxes as JSON or masks as PNG. Exported files need no torch."""
-    from acamkd.predict import predict as job
-
-    job(model, source, out=out, score=score)
-
-
-@app.command(
-    epilog=_examples(
         "acamkd report runs/camvid/distilled",
         "acamkd report runs/camvid/distilled --alone runs/camvid/alone-1 --set data.root=/data/camvid",
     )

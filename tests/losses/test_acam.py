@@ -224,20 +224,20 @@ def test_uniform_masks_are_two_mean_squared_errors() -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, {"fusion", "channel", "spatial"}),
-        ({"align": True}, {"align", "fusion", "channel", "spatial"}),
-        ({"masks": "channel"}, {"fusion", "channel"}),
-        ({"masks": ["spatial"]}, {"fusion", "spatial"}),
-        ({"mask_source": "teacher", "masks": "spatial"}, {"fusion", "spatial"}),
-        ({"mask_source": "random"}, {"fusion", "channel", "spatial"}),
-        ({"mask_source": "fixed"}, {"channel", "spatial"}),
-        ({"mask_source": "uniform"}, set()),
-        ({"mask_source": "uniform", "align": True}, {"align"}),
-        (ACAM.PRESETS["paper"], {"fusion", "channel", "spatial"}),
+        ({}, ["fusion", "channel", "spatial"]),
+        ({"align": True}, ["align", "fusion", "channel", "spatial"]),
+        ({"masks": "channel"}, ["fusion", "channel"]),
+        ({"masks": ["spatial"]}, ["fusion", "spatial"]),
+        ({"mask_source": "teacher", "masks": "spatial"}, ["fusion", "spatial"]),
+        ({"mask_source": "random"}, ["fusion", "channel", "spatial"]),
+        ({"mask_source": "fixed"}, ["channel", "spatial"]),
+        ({"mask_source": "uniform"}, []),
+        ({"mask_source": "uniform", "align": True}, ["align"]),
+        (ACAM.PRESETS["paper"], ["fusion", "channel", "spatial"]),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_only_the_parameters_in_use_exist(options: dict[str, Any], expected: set[str]) -> None:
+def test_only_the_parameters_in_use_exist(options: dict[str, Any], expected: list[str]) -> None:
     shapes: dict[str, dict[str, tuple[int, ...]]] = {
         "align": {"align.weight": (8, 8, 1, 1), "align.bias": (8,)},
         "fusion": {
