@@ -28,7 +28,7 @@ from acamkd.train import count_parameters, distill, train
 
 log = logging.getLogger(__name__)
 
-TRAIN_PICTURES = 400
+TRAIN_PICTURES = 320
 VAL_PICTURES = 80
 SIZE = (96, 96)
 """(height, width) of a scene, in pixels."""
