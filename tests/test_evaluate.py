@@ -9,9 +9,9 @@ import pytest
 import tiny
 from acamkd.errors import AcamkdError
 from acamkd.evaluate import evaluate
+from acamkd.jobs import train
 from acamkd.models.base import Task
 from acamkd.runs import open_run
-from acamkd.train import train
 
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])

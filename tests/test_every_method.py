@@ -11,9 +11,9 @@ import pytest
 
 from acamkd import cli, config
 from acamkd.errors import AcamkdError
+from acamkd.jobs import distill
 from acamkd.methods import METHODS, find
 from acamkd.models.base import Task
-from acamkd.train import distill
 from tiny_recipes import write_recipe
 
 COMBINATIONS = Path(__file__).parents[1] / "recipes/combinations"

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from acamkd import config, methods
+from acamkd.jobs import distill
 from acamkd.methods import METHODS, describe
-from acamkd.train import distill
 from tiny_recipes import write_recipe
 
 DOCS = Path(__file__).parents[1] / "docs"

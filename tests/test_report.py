@@ -23,12 +23,12 @@ from acamkd.data.coco import CocoDetection
 from acamkd.data.scenes import write_scenes
 from acamkd.engine import REPLAY
 from acamkd.errors import AcamkdError
+from acamkd.jobs import distill, train
 from acamkd.models.base import Prediction
 from acamkd.models.segmentation import Segmenter
 from acamkd.report import charts, gain, masks, pictures, write_report
 from acamkd.report.cost import cost
 from acamkd.runs import open_run
-from acamkd.train import distill, train
 
 CHROMIUM = "/usr/bin/chromium"
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from acamkd import cli, config, tokens
 from acamkd.engine import METRICS
 from acamkd.errors import AcamkdError
+from acamkd.jobs import build_network, distill
 from acamkd.losses.maskd import TokenMasks
 from acamkd.methods import build_distiller
 from acamkd.models.base import Task, TaskModel
 from acamkd.tokens import learn_tokens
-from acamkd.train import build_network, distill
 from tiny_recipes import PAIRS, write_recipe
 
 MASKD = ["losses.0.name=maskd", "losses.0.weighted=false", "losses.0.num_tokens=4"]

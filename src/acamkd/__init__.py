@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from acamkd.distiller import Distiller
     from acamkd.features import FeatureTap
+    from acamkd.jobs import distill, train
     from acamkd.methods import METHODS, build_distiller
     from acamkd.runs import open_run
 
 __version__ = "0.1.0"
-__all__ = ["METHODS", "Distiller", "FeatureTap", "build_distiller", "open_run"]
+__all__ = ["METHODS", "Distiller", "FeatureTap", "build_distiller", "distill", "open_run", "train"]
 
 _HOMES = {
     "Distiller": "acamkd.distiller",
     "FeatureTap": "acamkd.features",
     "METHODS": "acamkd.methods",
     "build_distiller": "acamkd.methods",
+    "distill": "acamkd.jobs",
     "open_run": "acamkd.runs",
+    "train": "acamkd.jobs",
 }
 
 

@@ -70,7 +70,7 @@ def train(
 ) -> None:
     """Train one network of a recipe without distillation: the teacher, or the student alone."""
     from acamkd import config
-    from acamkd.train import train as job
+    from acamkd.jobs import train as job
 
     job(config.load(recipe, set_ or ()), model, out=out, resume=resume, overwrite=overwrite)
 
@@ -93,7 +93,7 @@ def distill(
 ) -> None:
     """Train a recipe's student with its losses against its teacher."""
     from acamkd import config
-    from acamkd.train import distill as job
+    from acamkd.jobs import distill as job
 
     job(config.load(recipe, _overrides(losses, set_)), out=out, resume=resume, overwrite=overwrite)
 

@@ -19,12 +19,12 @@ from torch import Tensor
 from acamkd import config, data, models
 from acamkd.data.scenes import CLASSES, write_scenes
 from acamkd.engine import METRICS
+from acamkd.jobs import count_parameters, distill, train
 from acamkd.losses import ACAM
 from acamkd.methods import build_distiller, probe
 from acamkd.models.base import Task, TaskModel
 from acamkd.pictures import Block, draw_findings, draw_masks, draw_sheet
 from acamkd.runs import Run, open_run, write_json
-from acamkd.train import count_parameters, distill, train
 
 log = logging.getLogger(__name__)
 

@@ -21,12 +21,12 @@ from acamkd.distiller import Distiller
 from acamkd.engine import METRICS, score
 from acamkd.errors import AcamkdError
 from acamkd.features import FeatureTap
+from acamkd.jobs import Batches, build_network, default_folder, teacher_section
 from acamkd.losses.acam import ACAM, ASCM
 from acamkd.losses.freekd import FrequencyTokens
 from acamkd.losses.maskd import TokenMasks
 from acamkd.methods import build_distiller
 from acamkd.models.base import TaskModel
-from acamkd.train import Batches, build_network, default_folder, teacher_section
 
 log = logging.getLogger(__name__)
 

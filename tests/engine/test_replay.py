@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +10,16 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 import tiny
+from acamkd import jobs
 from acamkd.distiller import Distiller
 from acamkd.engine import REPLAY, Replay, TrainingModule
 from acamkd.engine.replay import MOMENTS, is_kept, look, masks_of, see_teacher, spread
+from acamkd.jobs import distill
 from acamkd.losses import ACAM, FGD, FitNet, MasKD
 from acamkd.losses.base import DistillationContext
 from acamkd.losses.functional import dice_overlap
 from acamkd.models.base import Batch
 from acamkd.models.segmentation import Segmenter
-from acamkd.train import distill
-
-TRAIN = sys.modules[distill.__module__]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def _without_reports() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TRAIN, "write_report", lambda run: None)
+        patch.setattr(jobs, "write_report", lambda run: None)
         yield
 
 
@@ -68,7 +66,7 @@ def test_the_start_and_every_epoch_are_kept(whole: Path) -> None:
 
 
 def test_the_training_does_not_notice(whole: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TRAIN, "Replay", lambda folder, pictures: Callback())
+    monkeypatch.setattr(jobs, "Replay", lambda folder, pictures: Callback())
     distill(tiny.recipe(root, epochs=2), out=tmp_path / "run")
     assert not (tmp_path / "run" / REPLAY).exists()
     for table in ("history.csv", "logs/metrics.csv"):

@@ -21,8 +21,8 @@ from acamkd import config, engine, models
 from acamkd.data.scenes import CLASSES
 from acamkd.engine import TrainingModule
 from acamkd.errors import AcamkdError
+from acamkd.jobs import _hash, distill, train
 from acamkd.runs import Role
-from acamkd.train import _hash, distill, train
 
 
 @pytest.fixture(scope="module")
