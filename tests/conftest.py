@@ -1,6 +1,9 @@
-"""Every test starts from the same random state and keeps to one thread, so that workers do not fight for cores."""
+"""Every test starts from the same random and logging state and keeps to one thread: workers do not fight for cores."""
 
 from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,3 +14,13 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    """The command line sets a level and a handler of its own."""
+    log = logging.getLogger("acamkd")
+    level, handlers = log.level, list(log.handlers)
+    yield
+    log.setLevel(level)
+    log.handlers = handlers

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +30,6 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_data(folder / "segmentation")
     tiny.write_data(folder / "detection", "detection")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _own_logging() -> Iterator[None]:
-    """The command line sets up the package's logger for a process of its own."""
-    log = logging.getLogger("acamkd")
-    before = log.level, log.handlers
-    yield
-    log.level, log.handlers = before
 
 
 class Result:

@@ -161,7 +161,8 @@ def test_statistics_have_the_losses_names(student: Tiny, teacher: Tiny, batch: B
     distiller = Distiller(student, teacher, [BODY, None], [ACAM(4, 6, masks="spatial"), Heads()])
     assert distiller.statistics() == {}
     distiller(batch)
-    assert list(distiller.statistics()) == ["body/acam/spatial_mask"]
+    figures = ("mask", "mask_std", "mask_entropy", "mask_correlation")
+    assert list(distiller.statistics()) == [f"body/acam/spatial_{figure}" for figure in figures]
     assert 0 < distiller.statistics()["body/acam/spatial_mask"].item() < 1
 
 
@@ -323,6 +324,26 @@ def test_masks_that_learn_from_the_teachers_own_loss(student: Tiny, teacher: Tin
     reached = {name for name, parameter in distiller.named_parameters() if parameter.grad is not None}
     assert reached == {f"losses.0.{name}" for name, _ in loss.named_parameters() if not name.startswith("align")}
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_look_ahead_masks_see_the_task_gradient_at_the_students_map(
+    student: Tiny, teacher: Tiny, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = ACAM(4, 6, mask_grad="look_ahead")
+    seen: list[DistillationContext] = []
+    terms = loss.terms
+
+    def watched(s: Tensor, t: Tensor, context: DistillationContext) -> dict[str, Tensor]:
+        seen.append(context)
+        return terms(s, t, context)
+
+    monkeypatch.setattr(loss, "terms", watched)
+    Distiller(student, teacher, [BODY], [loss])(batch)
+    features = student.net.body(student.net.stem(batch.pixels)).detach().requires_grad_()
+    task = student.loss({"out": student.net.head(features)}, batch)
+    (expected,) = torch.autograd.grad(torch.stack(list(task.values())).sum(), features)
+    assert seen[0].task_gradient is not None
+    torch.testing.assert_close(seen[0].task_gradient, expected)
 
 
 SECTIONS: dict[str, dict[str, Any]] = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +14,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from acamkd.errors import AcamkdError, nearest
+
+log = logging.getLogger(__name__)
 
 Size: TypeAlias = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
 """(height, width) in pixels."""
@@ -109,7 +113,7 @@ class Loss(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     name: str
-    """See `acamkd methods`."""
+    """See `acamkd methods`; or a class of your own, `package.module:Class`."""
     pairs: tuple[str | tuple[str, str], ...] = ()
     """Layers: `student_layer`, the same in both, or [student_layer, teacher_layer]. Grammar: `layer`, `layer:key` for
     one entry of a dict or tuple output, `layer:*` for all of them, `layer@2` for the third call."""
@@ -254,6 +258,22 @@ def parse(raw: Mapping[str, Any], source: str = "recipe") -> Recipe:
 def dump(recipe: Recipe) -> str:
     """Write a recipe as YAML, every default spelled out; `load` reads it back to an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def imported(reference: str, key: str) -> Any:
+    """What `package.module:name` stands for; the log says what is imported.
+
+    Raises:
+        AcamkdError: There is no such thing; the recipe's `key` is named.
+    """
+    module, _, name = reference.partition(":")
+    log.info("importing %s", reference)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise AcamkdError(
+            f"{key} {reference}: {error}; the module must be installed or lie on PYTHONPATH, and have {name}"
+        ) from error
 
 
 class _Loader(yaml.SafeLoader):

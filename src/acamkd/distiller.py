@@ -120,9 +120,10 @@ class Distiller(nn.Module):
                 teacher_maps = self._teacher_maps(batch, _flat(pair[1] for pair in layers))
             outputs = self.student(batch)
             terms = {f"task/{name}": term for name, term in self.student.loss(outputs, batch).items()}
-            context = DistillationContext(step, batch.input_size, _boxes(batch))
+            gradients = self._task_gradients(active, student_tap, terms)
             distillation: dict[str, Tensor] = {}
             for index in active:
+                context = DistillationContext(step, batch.input_size, _boxes(batch), gradients.get(index))
                 for name, term in self._compare(index, student_tap, teacher_maps, batch, context).items():
                     distillation[f"{self._keys[index]}/{name}"] = factors[index] * term
             terms |= self._teacher_task(active, student_tap, batch)
@@ -153,6 +154,23 @@ class Distiller(nn.Module):
             with tap.early_stop():
                 self.teacher(batch)
             return tap.features()
+
+    def _task_gradients(
+        self, active: Sequence[int], student_tap: FeatureTap, terms: Mapping[str, Tensor]
+    ) -> dict[int, Tensor]:
+        """The task loss's gradient at the student's map, for the losses that need it."""
+        layers = {
+            index: pair[0]
+            for index, pair, loss in ((index, self.pairs[index], self.losses[index]) for index in active)
+            if pair is not None and isinstance(loss, FeatureLoss) and "task_gradient" in loss.needs
+        }
+        if not layers or not torch.is_grad_enabled():
+            return {}
+        total = torch.stack(list(terms.values())).sum()
+        gradients = torch.autograd.grad(
+            total, [student_tap[layer] for layer in layers.values()], retain_graph=True, materialize_grads=True
+        )
+        return dict(zip(layers, gradients, strict=True))
 
     def _teacher_task(self, active: Sequence[int], student_tap: FeatureTap, batch: Batch) -> dict[str, Tensor]:
         """The teacher's own loss on masked maps; the gradient runs through the teacher to the masks."""

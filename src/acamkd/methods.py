@@ -45,7 +45,15 @@ PROBE_SIZE = (128, 128)
 
 
 def find(name: str) -> type[FeatureLoss] | type[HeadLoss]:
-    """The class of a method by its name in recipes; raises AcamkdError that lists the nearest names."""
+    """The class of a method by its name in recipes; raises AcamkdError that lists the nearest names.
+
+    `package.module:Class` names a method outside this package.
+    """
+    if ":" in name:
+        method = config.imported(name, "name")
+        if not (isinstance(method, type) and issubclass(method, (FeatureLoss, HeadLoss))):
+            raise AcamkdError(f"{name} is no method: it must be a subclass of FeatureLoss or HeadLoss")
+        return method
     if name not in METHODS:
         raise AcamkdError(f"there is no method {name!r}; {nearest(name, METHODS)}")
     return METHODS[name]

@@ -12,7 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from acamkd.losses.acam import ACAM, ASCM, Masks, apply_masks, mask_overlap
+from acamkd.errors import AcamkdError
+from acamkd.losses.acam import (
+    ACAM,
+    ASCM,
+    WATCH_EVERY,
+    Masks,
+    apply_masks,
+    collapse,
+    look_ahead_reward,
+    mask_overlap,
+    mask_statistics,
+)
+from acamkd.losses.base import DistillationContext
+from acamkd.losses.functional import imitation_errors
 
 SHAPES = [(1, 3, 3, 5, 7), (3, 4, 6, 5, 3), (3, 1, 1, 4, 3), (2, 2, 1, 1, 5)]
 """(N, C_s, C_t, H, W)."""
@@ -96,8 +109,10 @@ def textbook(
     kv_stride: int = 1,
     align: bool = False,
     tokens: Mapping[str, Tensor] | None = None,
+    imitation: str = "squared",
 ) -> dict[str, Tensor]:
     """The class's docstring, literally; `parameters` are the module's own by name."""
+    assert imitation == "squared"
     p = parameters
     if align or student.shape[1] != teacher.shape[1]:
         student = projected(p["align.weight"], p["align.bias"], student)
@@ -114,7 +129,7 @@ def textbook(
         if mask_source == "fixed":
             fused = teacher.flatten(2)
         else:
-            partner = teacher if mask_source == "teacher" else student.detach() if mask_grad == "task" else student
+            partner = teacher if mask_source == "teacher" else student if mask_grad == "joint" else student.detach()
             asking, answering = (teacher, partner) if query == "teacher" else (partner, teacher)
             answering = windows(answering, kv_stride)
             q = projected(p["fusion.query.weight"], p["fusion.query.bias"], asking).flatten(2)
@@ -267,7 +282,8 @@ def test_frozen_masks_leave_only_the_projection_to_learn(source: Any) -> None:
 def test_the_paper_preset_is_the_literal_method() -> None:
     assert ACAM.PRESETS["paper"] == {
         "num_masks": 6, "weight": 1.0, "diversity_weight": 1.0, "query": "teacher", "masks": "both",
-        "mask_source": "cooperative", "mask_grad": "joint", "diversity": "literal", "kv_stride": 1,
+        "mask_source": "cooperative", "mask_grad": "joint", "imitation": "squared", "diversity": "literal",
+        "kv_stride": 1,
     }  # fmt: skip
 
 
@@ -413,14 +429,127 @@ def test_task_gradients_reach_what_makes_the_masks_and_nothing_else() -> None:
     assert student.grad is None
 
 
-def test_statistics_are_the_means_of_the_masks() -> None:
+def test_statistics_tell_a_living_mask_from_a_dead_one() -> None:
     student, teacher = maps(2, 3, 4, 6, 5)
     loss = ACAM(3, 4).double()
     loss(student, teacher)
-    expected = {f"{kind}_mask": x.mean() for kind, x in loss.masks_of(student, teacher)._asdict().items()}
-    assert set(loss.statistics) == set(expected)
-    for name, value in loss.statistics.items():
-        torch.testing.assert_close(value, expected[name])
+    for kind, mask in loss.masks_of(student, teacher)._asdict().items():
+        torch.testing.assert_close(loss.statistics[f"{kind}_mask"], mask.mean())
+    error = torch.arange(6.0).expand(2, 6)
+    rising = torch.stack([error / 5, 1 - error / 5], dim=1)  # (2, 2, 6)
+    statistics = mask_statistics(rising, error)
+    torch.testing.assert_close(statistics["mask"], torch.tensor(0.5))
+    torch.testing.assert_close(statistics["mask_std"], (error[0] / 5).std(correction=0))
+    torch.testing.assert_close(statistics["mask_correlation"], torch.tensor(0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(mask_statistics(rising[:, :1], error)["mask_correlation"], torch.tensor(1.0))
+    dead = mask_statistics(torch.full((2, 2, 6), 0.5), error)
+    assert dead["mask_std"] == dead["mask_correlation"] == 0
+    assert dead["mask_entropy"] == 1
+
+
+def test_a_collapse_is_said_once_or_stops(caplog: pytest.LogCaptureFixture) -> None:
+    student, teacher = maps(2, 3, 4, 6, 5)
+
+    def train(**options: Any) -> None:
+        loss = ACAM(3, 4, masks="spatial", **options).double()
+        assert loss.selection.spatial is not None
+        torch.nn.init.normal_(loss.fusion.key.weight, std=20)  # sharp attention, and so masks that vary
+        torch.nn.init.normal_(loss.selection.spatial, std=5)
+        for step in range(3 * WATCH_EVERY):
+            if step == WATCH_EVERY:
+                torch.nn.init.zeros_(loss.selection.spatial)
+            loss(student, teacher, DistillationContext(step=step))
+
+    said = "the spatial masks have collapsed by step 200: they vary by 0.000 only, less than 0.02: they choose nothing"
+    train()
+    assert caplog.messages == [said]
+    with pytest.raises(AcamkdError) as stopped:
+        train(on_mask_collapse="stop")
+    assert str(stopped.value) == f"{said} (on_mask_collapse: stop)"
+    train(mask_source="random")  # never meant to live
+    assert len(caplog.messages) == 1
+    assert collapse(0.05, 0.1) == "their mean is 0.05, below 0.1: hardly anything is distilled any more"
+    assert collapse(0.95, 0.1).startswith("their mean is 0.95, above 0.9: everything is imitated alike")
+    assert collapse(0.5, 0.1) == ""
+
+
+@pytest.mark.parametrize("form", ["squared", "softmax"])
+def test_the_look_ahead_reward_is_what_a_step_of_imitation_does_to_the_task_loss(form: str) -> None:
+    student, teacher = maps(2, 3, 3, 4, 5)
+    labels = torch.randint(3, (2, 4, 5))
+
+    def task(x: Tensor) -> Tensor:
+        return F.cross_entropy(x, labels, reduction="sum")
+
+    (gradient,) = torch.autograd.grad(task(student), student)
+    rewards = look_ahead_reward(student, teacher, gradient, form, temperature=2.0)
+    for kind, reward in enumerate(rewards):
+        assert not reward.requires_grad
+        torch.testing.assert_close(reward.abs().mean(dim=1), torch.ones(2, dtype=torch.float64))
+        for place in (0, 2):  # a small step on the error of this channel or position alone
+            error = imitation_errors(student, teacher, form, 2.0)[kind][1, place]
+            (step,) = torch.autograd.grad(error, student)
+            gain = task(student) - task(student - 1e-6 * step)
+            other = imitation_errors(student, teacher, form, 2.0)[kind][1, 1]
+            (other_step,) = torch.autograd.grad(other, student)
+            ratio = gain / (task(student) - task(student - 1e-6 * other_step))
+            torch.testing.assert_close(reward[1, place] / reward[1, 1], ratio.detach(), rtol=1e-3, atol=0)
+
+
+def test_an_align_carries_the_task_gradient_to_the_teachers_channels() -> None:
+    student, teacher = maps(1, 2, 3, 2, 2)
+    loss = ACAM(2, 3, num_masks=1, mask_grad="look_ahead").double()
+    gradient = torch.randn_like(student)
+    channel, spatial = loss._rewards(loss.align(student), teacher, DistillationContext(task_gradient=gradient))
+    for reward, dims in ((channel, (2, 3)), (spatial, 1)):
+        squared = (loss.align(student) - teacher).square().mean(dim=dims).flatten()
+        felt = torch.stack([
+            (torch.autograd.grad(error, student, retain_graph=True)[0] * gradient).sum() for error in squared
+        ])  # fmt: skip
+        torch.testing.assert_close(reward[0], felt / felt.abs().mean())
+
+
+def test_look_ahead_masks_rise_where_imitation_pays_and_stay_alive() -> None:
+    """The task wants the teacher's map on the left half and the opposite on the right."""
+    teacher = torch.randn(4, 6, 8, 8)
+    teacher[:, 0, :, :4] += 3  # by which the masks can tell them apart
+    student = teacher / 2
+    sign = torch.where(torch.arange(8) < 4, 1.0, -1.0)
+    context = DistillationContext(task_gradient=(student - teacher) * sign)
+    loss = ACAM(6, 6, num_masks=2, mask_grad="look_ahead", diversity_weight=0.0)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=0.02)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss(student, teacher, context)["spatial_selection"].backward()
+        optimizer.step()
+    mask = loss.masks_of(student, teacher).spatial
+    assert mask is not None
+    assert 0.3 < mask.mean() < 0.7
+    assert mask[..., :4].mean() > 0.7
+    assert mask[..., 4:].mean() < 0.3
+
+
+def test_only_the_masks_learn_from_the_look_ahead() -> None:
+    student, teacher = maps(2, 3, 4, 6, 5)
+    loss = ACAM(3, 4, mask_grad="look_ahead").double()
+    context = DistillationContext(task_gradient=torch.randn_like(student))
+    terms = loss(student, teacher, context)
+    assert set(terms) == {"channel", "channel_selection", "spatial", "spatial_selection", "diversity"}
+    for name, kind in (("channel_selection", "spatial"), ("spatial_selection", "channel"), ("diversity", "none")):
+        gradients = torch.autograd.grad(
+            terms[name], [student, *loss.parameters()], retain_graph=True, allow_unused=True
+        )
+        reached = {n for (n, _), g in zip(loss.named_parameters(), gradients[1:], strict=True) if g is not None}
+        assert gradients[0] is None
+        assert reached == {
+            n for n, _ in loss.named_parameters() if not n.startswith("align") and n != f"selection.{kind}"
+        }
+    for name in ("channel", "spatial"):  # the student feels the masks, and does not move them
+        gradients = torch.autograd.grad(terms[name], list(loss.parameters()), retain_graph=True, allow_unused=True)
+        reached = {n for (n, _), g in zip(loss.named_parameters(), gradients, strict=True) if g is not None}
+        assert reached == {"align.weight", "align.bias"}
+    with pytest.raises(ValueError, match="ACAM needs task_gradient in the DistillationContext"):
+        loss(student, teacher)
 
 
 def test_the_student_takes_part_in_its_masks() -> None:
@@ -437,9 +566,11 @@ def test_the_student_takes_part_in_its_masks() -> None:
     [
         ({"query": "both"}, "query must be one of 'teacher', 'student', not 'both'"),
         ({"mask_source": "none"}, "mask_source must be one of 'cooperative', .* not 'none'"),
-        ({"mask_grad": "none"}, "mask_grad must be one of 'joint', 'detached', 'task', not 'none'"),
+        ({"mask_grad": "none"}, "mask_grad must be one of 'joint', 'detached', 'task', 'look_ahead', not 'none'"),
         ({"mask_grad": "task", "mask_source": "uniform"}, "mask_source='uniform' has none"),
         ({"mask_grad": "task", "mask_source": "random"}, "mask_source='random' has none"),
+        ({"mask_grad": "look_ahead", "mask_source": "fixed"}, "mask_grad='look_ahead' needs masks that learn"),
+        ({"imitation": "cosine"}, "imitation must be one of 'squared', 'standardized', 'softmax', not 'cosine'"),
         ({"diversity": "dice"}, "diversity must be one of 'pairwise', 'literal', not 'dice'"),
         ({"masks": "position"}, "masks must be 'both', 'channel' or 'spatial', .* not 'position'"),
         ({"masks": ["channel", "both"]}, r"masks must be 'both', .* not \['channel', 'both'\]"),

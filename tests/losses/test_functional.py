@@ -11,9 +11,10 @@ from acamkd.losses.functional import (
     align_layer,
     check_choice,
     dice_overlap,
+    distribution_error,
     freeze_tokens,
-    masked_channel_loss,
-    masked_spatial_loss,
+    imitation_errors,
+    masked_error,
     resample,
     safe_divide,
 )
@@ -72,25 +73,55 @@ def test_masked_losses_are_the_norms_of_the_masked_difference() -> None:
     def norm(mask: Tensor) -> Tensor:
         return (mask * difference.unsqueeze(1)).square().sum(dim=(2, 3, 4))
 
+    squared = difference.square()
     torch.testing.assert_close(
-        masked_channel_loss(difference.square(), over_channels),
+        masked_error(squared.mean(dim=(2, 3)), over_channels),
         norm(over_channels[..., None, None]) / (height * width * over_channels.sum(dim=2)),
-        rtol=1e-12,
-        atol=0,
-    )
+        rtol=1e-12, atol=0,
+    )  # fmt: skip
     torch.testing.assert_close(
-        masked_spatial_loss(difference.square(), over_positions),
+        masked_error(squared.mean(dim=1).flatten(1), over_positions.flatten(2)),
         norm(over_positions.unsqueeze(2)) / (channels * over_positions.sum(dim=(2, 3))),
-        rtol=1e-12,
-        atol=0,
-    )
+        rtol=1e-12, atol=0,
+    )  # fmt: skip
 
 
-def test_masked_losses_under_a_constant_mask_are_that_share_of_the_mean() -> None:
-    squared = torch.rand(2, 4, 3, 3)
-    expected = (squared.mean(dim=(1, 2, 3)) / 4).unsqueeze(1)
-    torch.testing.assert_close(masked_channel_loss(squared, torch.full((2, 1, 4), 0.25)), expected)
-    torch.testing.assert_close(masked_spatial_loss(squared, torch.full((2, 1, 3, 3), 0.25)), expected)
+def test_masked_error_under_a_constant_mask_is_that_share_of_the_mean() -> None:
+    error = torch.rand(2, 12)
+    expected = (error.mean(dim=1) / 4).unsqueeze(1)
+    torch.testing.assert_close(masked_error(error, torch.full((2, 1, 12), 0.25)), expected)
+
+
+@pytest.mark.parametrize("form", ["squared", "standardized", "softmax"])
+def test_imitation_errors_of_a_channel_and_of_a_position(form: str) -> None:
+    student, teacher = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
+    over_channels, over_positions = imitation_errors(student, teacher, form, temperature=2.0)
+    assert over_channels.shape == (2, 3)
+    assert over_positions.shape == (2, 20)
+    if form == "softmax":
+        rows = [x[1, 2].flatten() / 2 for x in (student, teacher)]  # one channel of one image
+        columns = [x[1, :, 3, 4] / 2 for x in (student, teacher)]  # its last position
+        for (s, t), value in ((rows, over_channels[1, 2]), (columns, over_positions[1, 19])):
+            expected = 4 * sum(t.softmax(0) * (t.softmax(0) / s.softmax(0)).log())
+            torch.testing.assert_close(value, expected)
+    else:
+        if form == "standardized":
+            student, teacher = (
+                (x - x.mean((0, 2, 3), True)) / x.std((0, 2, 3), keepdim=True) for x in (student, teacher)
+            )
+        squared = (student - teacher).square()
+        torch.testing.assert_close(over_channels, squared.mean(dim=(2, 3)), rtol=1e-4, atol=0)
+        torch.testing.assert_close(over_positions, squared.mean(dim=1).flatten(1), rtol=1e-4, atol=0)
+    for error in imitation_errors(teacher, teacher, form):
+        assert error.abs().max() < 1e-12
+
+
+def test_the_gradient_of_a_distribution_error_is_bounded_by_the_temperature() -> None:
+    student = torch.full((1, 11), -50.0).requires_grad_()
+    teacher = torch.eye(11)[:1] * 1000
+    distribution_error(student, teacher, 4.0, dim=1).sum().backward()  # type: ignore[no-untyped-call]
+    assert student.grad is not None
+    assert 0 < student.grad.abs().max() <= 4
 
 
 def test_dice_overlap_by_hand() -> None:

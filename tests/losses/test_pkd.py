@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from acamkd.losses.pkd import PKD, standardize
+from acamkd.losses.functional import standardize
+from acamkd.losses.pkd import PKD
 
 
 def test_is_one_minus_the_mean_correlation() -> None:

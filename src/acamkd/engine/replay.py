@@ -160,7 +160,7 @@ def masks_of(loss: nn.Module, student: Tensor, teacher: Tensor, context: Distill
     """A loss's masks by name, (N, M, H, W) each or (N, M, C); none if the method has none."""
     if not hasattr(loss, "masks_of"):
         return {}
-    masks: Any = loss.masks_of(student, teacher, context) if loss.needs else loss.masks_of(student, teacher)  # type: ignore[operator]
+    masks: Any = loss.masks_of(student, teacher, context) if "boxes" in loss.needs else loss.masks_of(student, teacher)  # type: ignore[operator]
     named = masks if isinstance(masks, Mapping) else masks._asdict()
     return {name: x for name, x in named.items() if x is not None}
 

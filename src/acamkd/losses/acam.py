@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -9,17 +10,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acamkd.errors import AcamkdError
 from acamkd.losses.base import DistillationContext, FeatureLoss
 from acamkd.losses.functional import (
     align_layer,
     check_choice,
     dice_overlap,
     freeze_tokens,
-    masked_channel_loss,
-    masked_spatial_loss,
+    imitation_errors,
+    masked_error,
+    resample,
+    safe_divide,
 )
 
+log = logging.getLogger(__name__)
+
 KINDS = ("channel", "spatial")
+LEARNING = ("cooperative", "teacher")
+"""Sources of masks that learn while the student does."""
+
+CLOSED, OPEN, FLAT = 0.1, 0.9, 0.02
+"""Masks have collapsed below or above these means, or below this standard deviation over channels or positions."""
+
+WATCH_EVERY = 100
+"""Steps between two looks at the masks."""
 
 
 class Masks(NamedTuple):
@@ -45,6 +59,82 @@ def apply_masks(masks: Masks, x: Tensor) -> Tensor:
 def mask_overlap(masks: Masks, form: str = "pairwise") -> Tensor:
     """Dice overlap of the masks of each kind, summed over the kinds."""
     return torch.stack([dice_overlap(x.flatten(2), form) for x in masks if x is not None]).sum()
+
+
+def look_ahead_reward(
+    student: Tensor, teacher: Tensor, task_gradient: Tensor, form: str = "squared", temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """How much a small step of imitation of one channel, or at one position, lowers the student's task loss.
+
+    A step against the gradient of the error e_k changes the task loss by -<grad L_task, grad e_k>, to first order, so
+    the reward of k is this inner product, divided by the image's mean magnitude.
+
+    Args:
+        student: Aligned map S', (N, C, H, W).
+        teacher: (N, C, H, W).
+        task_gradient: Of the task loss at S', (N, C, H, W).
+        form: Of the imitation: see `imitation_errors`.
+        temperature: tau.
+
+    Returns:
+        (N, C) and (N, HW), without gradient.
+    """
+    rewards = []
+    with torch.enable_grad():
+        student = student.detach().requires_grad_()
+        for error, dims in zip(imitation_errors(student, teacher, form, temperature), ((2, 3), (1,)), strict=True):
+            (gradient,) = torch.autograd.grad(error.sum(), student, retain_graph=True)
+            reward = (gradient * task_gradient).sum(dim=dims).flatten(1)
+            rewards.append(safe_divide(reward, reward.abs().mean(dim=1, keepdim=True)))
+    return rewards[0], rewards[1]
+
+
+def selection_loss(mask: Tensor, reward: Tensor, budget: float = 0.5) -> Tensor:
+    """What a mask is to minimise that collects reward within a budget: -sum M r / sum M + 10 (mean M - budget)^2.
+
+    The first part does not change with the mask's scale, which the second holds.
+
+    Args:
+        mask: (N, M, K).
+        reward: (N, K).
+        budget: Mean of the mask.
+    """
+    collected = safe_divide(torch.einsum("nmk,nk->nm", mask, reward), mask.sum(dim=2))
+    return (10 * (mask.mean(dim=2) - budget).square() - collected).mean()
+
+
+def collapse(mean: float, spread: float) -> str:
+    """Why masks of this mean and standard deviation have collapsed; nothing if they have not."""
+    if mean < CLOSED:
+        return f"their mean is {mean:.2f}, below {CLOSED}: hardly anything is distilled any more"
+    if mean > OPEN:
+        return f"their mean is {mean:.2f}, above {OPEN}: everything is imitated alike, as if there were no masks"
+    if spread < FLAT:
+        return f"they vary by {spread:.3f} only, less than {FLAT}: they choose nothing"
+    return ""
+
+
+def mask_statistics(mask: Tensor, error: Tensor) -> dict[str, Tensor]:
+    """What tells a living mask from a dead one, averaged over images and masks.
+
+    Args:
+        mask: (N, M, K).
+        error: (N, K), of the imitation.
+
+    Returns:
+        `mask`, the mean; `mask_std` over the K channels or positions; `mask_entropy` in bits; `mask_correlation` with
+        the error.
+    """
+    inside = mask.clamp(1e-6, 1 - 1e-6)
+    entropy = -(inside * inside.log2() + (1 - inside) * (1 - inside).log2())
+    centred, error = mask - mask.mean(dim=2, keepdim=True), error - error.mean(dim=1, keepdim=True)
+    norms = centred.norm(dim=2) * error.norm(dim=1, keepdim=True)
+    return {
+        "mask": mask.mean(),
+        "mask_std": centred.square().mean(dim=2).sqrt().mean(),
+        "mask_entropy": entropy.mean(),
+        "mask_correlation": safe_divide(torch.einsum("nmk,nk->nm", centred, error), norms).mean(),
+    }
 
 
 def cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -153,8 +243,14 @@ class ACAM(FeatureLoss):
         - `query="student"`: Q from the student, K and V from the teacher.
 
     A warning: with mask_grad="joint", the method as published, both terms shrink with the masks and nothing holds the
-    masks up, so that long training can drive them to zero and the distillation with them. mask_grad="task" holds them
-    up: a teacher whose features are masked away loses its own task.
+    masks up, so that long training can drive them to zero and the distillation with them. Our answer is
+    mask_grad="look_ahead", with an objective of the masks' own, for every mask and image
+
+        L_sel = -sum_p M_p r_p / sum_p M_p + 10 (mean_p M_p - 1/2)^2,  r_p = <dL_task/dS'_p, dD_p/dS'_p>
+
+    where r is what a step of imitation at p does to the student's task loss, to first order, divided by the image's
+    mean |r|; for channels likewise. mask_grad="task" holds them up too: a teacher whose features are masked away loses
+    its own task.
 
     Args:
         student_channels: C_s.
@@ -169,22 +265,30 @@ class ACAM(FeatureLoss):
             mean_m M^s_m M^c_m T), on the teacher's map without fusion.
             `random`: the method with everything that makes masks untrained and frozen. `uniform`: all-ones masks, so
             that each term is the plain mean squared error, and no diversity.
-        mask_grad: `joint`: the distillation terms train the masks (the method). `detached`: they do not, and the masks
-            learn from the diversity alone, which still pulls on the student through K and V: keep diversity_weight
-            small, since Adam teaches the masks at any. `task`: they learn from the diversity and from the frozen
-            teacher's own loss on the map that they mask, mean_m M^s_m M^c_m T; the student only feels the finished
-            masks. This costs a second forward of the teacher, and a backward through it, per step.
+        mask_grad: What trains the masks, beside the diversity. `joint`: the distillation terms, and the student feels
+            them through K and V (the method). With all others the student feels only the finished masks. `detached`:
+            nothing. `look_ahead`: a place is worth imitating when a step of imitation there lowers the student's task
+            loss; the term `selection` collects that reward within a budget, mean M = 0.5. This costs a second backward
+            of the student from its loss to the tapped map. `task`: the frozen teacher's own loss on the map that they
+            mask, mean_m M^s_m M^c_m T. This costs a second forward and a backward of the teacher.
+        imitation: What D is. `squared`: the method. `standardized`: both maps standardised per channel over the batch
+            (PKD). `softmax`, for logits: divergence of each position's distribution over the channels (L_s) and of
+            each channel's over the positions (L_c, CWD).
+        temperature: tau of imitation="softmax".
         diversity: `pairwise` or `literal`.
         tokens: With mask_source="fixed": learnt state of `selection`; in a recipe the file that `acamkd tokens` wrote.
             Without it the tokens stay random.
         kv_stride: Side of the windows that keys and values are averaged over; 1 is exact.
         align: Project the student even where the channels agree.
+        on_mask_collapse: Masks that learn are looked at every 100 steps. Where their mean or their deviation has left
+            what can still select, `warn` says so once, `stop` ends the training.
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "paper": {
             "num_masks": 6, "weight": 1.0, "diversity_weight": 1.0, "query": "teacher", "masks": "both",
-            "mask_source": "cooperative", "mask_grad": "joint", "diversity": "literal", "kv_stride": 1,
+            "mask_source": "cooperative", "mask_grad": "joint", "imitation": "squared", "diversity": "literal",
+            "kv_stride": 1,
         }
     }  # fmt: skip
 
@@ -199,34 +303,47 @@ class ACAM(FeatureLoss):
         query: Literal["teacher", "student"] = "teacher",
         masks: Literal["both", "channel", "spatial"] | Sequence[str] = "both",
         mask_source: Literal["cooperative", "teacher", "fixed", "random", "uniform"] = "cooperative",
-        mask_grad: Literal["joint", "detached", "task"] = "joint",
+        mask_grad: Literal["joint", "detached", "task", "look_ahead"] = "joint",
+        imitation: Literal["squared", "standardized", "softmax"] = "squared",
+        temperature: float = 1.0,
         diversity: Literal["pairwise", "literal"] = "pairwise",
         tokens: Mapping[str, Tensor] | None = None,
         kv_stride: int = 1,
         align: bool = False,
+        on_mask_collapse: Literal["warn", "stop"] = "warn",
     ) -> None:
         super().__init__(student_channels, teacher_channels)
         self.kinds = _kinds(masks)
         for option, value, allowed in (
             ("query", query, ("teacher", "student")),
             ("mask_source", mask_source, ("cooperative", "teacher", "fixed", "random", "uniform")),
-            ("mask_grad", mask_grad, ("joint", "detached", "task")),
+            ("mask_grad", mask_grad, ("joint", "detached", "task", "look_ahead")),
+            ("imitation", imitation, ("squared", "standardized", "softmax")),
             ("diversity", diversity, ("pairwise", "literal")),
+            ("on_mask_collapse", on_mask_collapse, ("warn", "stop")),
         ):
             check_choice(option, value, allowed)
         if tokens is not None and mask_source != "fixed":
             raise ValueError(f"tokens belong to mask_source='fixed', not to {mask_source!r}")
         if min(num_masks, kv_stride) < 1:
             raise ValueError(f"num_masks and kv_stride must be at least 1, not {num_masks} and {kv_stride}")
-        if mask_grad == "task" and mask_source not in ("cooperative", "teacher"):
-            raise ValueError(f"mask_grad='task' needs masks that learn, and mask_source={mask_source!r} has none")
+        if mask_grad in ("task", "look_ahead") and mask_source not in LEARNING:
+            raise ValueError(
+                f"mask_grad={mask_grad!r} needs masks that learn, and mask_source={mask_source!r} has none"
+            )
+        if mask_grad == "look_ahead":
+            self.needs = frozenset({"task_gradient"})
         self.num_masks = num_masks
         self.weight = weight
         self.diversity_weight = diversity_weight
         self.query = query
         self.mask_source = mask_source
         self.mask_grad = mask_grad
+        self.imitation = imitation
+        self.temperature = temperature
         self.diversity = diversity
+        self.on_mask_collapse = on_mask_collapse
+        self._collapsed: set[str] = set()
         self.align = align_layer(student_channels, teacher_channels, align)
         if mask_source not in ("fixed", "uniform"):
             self.fusion = STCAFF(teacher_channels, kv_stride)
@@ -239,22 +356,49 @@ class ACAM(FeatureLoss):
             self.align.requires_grad_(True)
 
     def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
-        """Return `channel`, `spatial` and `diversity`, as far as they are in use: see the class."""
+        """Return `channel`, `spatial`, `diversity` and the look-ahead's `KIND_selection`, as far as they are in use."""
         student = self.align(student)
-        masks = self._masks(student.detach() if self.teacher_task else student, teacher)
-        self.statistics = {
-            f"{kind}_mask": x.detach().mean() for kind, x in zip(KINDS, masks, strict=True) if x is not None
-        }
-        selecting = masks if self.mask_grad == "joint" else Masks(*(x if x is None else x.detach() for x in masks))
-        squared = (teacher - student).square()
+        masks = self._masks(student if self.mask_grad == "joint" else student.detach(), teacher)
+        errors = imitation_errors(student, teacher, self.imitation, self.temperature)
+        rewards = self._rewards(student, teacher, context) if self.mask_grad == "look_ahead" else (None, None)
         terms = {}
-        if selecting.channel is not None:
-            terms["channel"] = self.weight * masked_channel_loss(squared, selecting.channel).mean()
-        if selecting.spatial is not None:
-            terms["spatial"] = self.weight * masked_spatial_loss(squared, selecting.spatial).mean()
+        self.statistics = {}
+        for kind, mask, error, reward in zip(KINDS, masks, errors, rewards, strict=True):
+            if mask is None:
+                continue
+            mask = mask.flatten(2)  # (N, M, C) or (N, M, HW)
+            selecting = mask if self.mask_grad == "joint" else mask.detach()
+            terms[kind] = self.weight * masked_error(error, selecting).mean()
+            if reward is not None:
+                terms[f"{kind}_selection"] = selection_loss(mask, reward)
+            figures = mask_statistics(mask.detach(), error.detach())
+            self.statistics |= {f"{kind}_{name}": value for name, value in figures.items()}
         if self.mask_source != "uniform":
             terms["diversity"] = self.diversity_weight * mask_overlap(masks, self.diversity)
+        if self.training and self.mask_source in LEARNING and context.step % WATCH_EVERY == WATCH_EVERY - 1:
+            self._watch(context.step)
         return terms
+
+    def _watch(self, step: int) -> None:
+        """Say once of each kind of mask that it has collapsed, or stop."""
+        for kind in set(self.kinds) - self._collapsed:
+            mean, spread = (self.statistics[f"{kind}_{name}"].item() for name in ("mask", "mask_std"))
+            if why := collapse(mean, spread):
+                message = f"the {kind} masks have collapsed by step {step + 1}: {why}"
+                if self.on_mask_collapse == "stop":
+                    raise AcamkdError(f"{message} (on_mask_collapse: stop)")
+                log.warning(message)
+                self._collapsed.add(kind)
+
+    def _rewards(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> tuple[Tensor, Tensor]:
+        assert context.task_gradient is not None  # `needs` names it
+        gradient = context.task_gradient.detach().to(student.dtype)
+        if gradient.shape[-2:] != student.shape[-2:]:
+            gradient = resample(gradient, student.shape[-2:])
+        if isinstance(self.align, nn.Conv2d):
+            # A step of S' is felt through the transposed align, so the task's gradient is carried over by the align.
+            gradient = F.conv2d(gradient, self.align.weight.detach())
+        return look_ahead_reward(student, teacher, gradient, self.imitation, self.temperature)
 
     @property
     def teacher_task(self) -> bool:

@@ -27,11 +27,13 @@ class DistillationContext:
         step: Optimisation step, from 0.
         input_size: (height, width) of the batch's common input frame, in pixels.
         boxes: One (K, 4) tensor per image, x1 y1 x2 y2 in pixels of that frame.
+        task_gradient: Gradient of the student's task loss at this student map, of its shape.
     """
 
     step: int = 0
     input_size: tuple[int, int] | None = None
     boxes: list[Tensor] | None = None
+    task_gradient: Tensor | None = None
 
 
 class FeatureLoss(nn.Module, ABC):
@@ -50,8 +52,8 @@ class FeatureLoss(nn.Module, ABC):
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Published settings by name: `ACAM(256, 256, **ACAM.PRESETS["paper"])`, or `preset: paper` in a recipe."""
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    """Fields of DistillationContext without which the method cannot work."""
+    needs: frozenset[str] = frozenset()
+    """Fields of DistillationContext without which the method, or this instance with its options, cannot work."""
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
         super().__init__()

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from acamkd.losses.base import DistillationContext, FeatureLoss
-from acamkd.losses.functional import align_layer, check_choice
+from acamkd.losses.functional import align_layer, check_choice, distribution_error
 
 
 def distribution_loss(student: Tensor, teacher: Tensor, temperature: float, divergence: str) -> Tensor:
@@ -21,10 +20,10 @@ def distribution_loss(student: Tensor, teacher: Tensor, temperature: float, dive
         temperature: tau, divides the entries.
         divergence: "kl", KL(teacher || student), or "mse", the sum of squared differences.
     """
-    target = (teacher / temperature).softmax(dim=1)
     if divergence == "kl":
-        return temperature**2 * F.kl_div((student / temperature).log_softmax(dim=1), target, reduction="batchmean")
-    return temperature**2 * ((student / temperature).softmax(dim=1) - target).square().sum(dim=1).mean()
+        return distribution_error(student, teacher, temperature, dim=1).mean()
+    difference = (student / temperature).softmax(dim=1) - (teacher / temperature).softmax(dim=1)
+    return temperature**2 * difference.square().sum(dim=1).mean()
 
 
 class CWD(FeatureLoss):

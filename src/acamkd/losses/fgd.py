@@ -131,7 +131,7 @@ class FGD(FeatureLoss):
         "faster_rcnn": {"foreground": 5e-5, "background": 2.5e-5, "attention": 5e-5, "relation": 5e-7},
     }  # fmt: skip
 
-    needs: ClassVar[frozenset[str]] = frozenset({"boxes", "input_size"})
+    needs = frozenset({"boxes", "input_size"})
 
     def __init__(
         self,

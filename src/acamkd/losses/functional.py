@@ -48,37 +48,66 @@ def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator / denominator.clamp_min(limits.tiny / limits.eps)
 
 
-def masked_channel_loss(squared: Tensor, mask: Tensor) -> Tensor:
-    """Channel-masked squared error of every image and mask.
+def standardize(x: Tensor) -> Tensor:
+    """Zero mean and unit deviation per channel over the whole batch, (N, C, ...) -> (N, C, ...).
 
-    sum_{c,p} (M_{m,c} d_{c,p})^2 / (HW sum_c M_{m,c}). The squared difference is reduced over positions first, so that
-    no (N, M, C, H, W) tensor exists.
+    The deviation is the unbiased one, 1e-6 is added to it as in the code of PKD's authors.
+    """
+    others = [0, *range(2, x.ndim)]
+    return (x - x.mean(dim=others, keepdim=True)) / (x.std(dim=others, keepdim=True) + 1e-6)
+
+
+def distribution_error(student: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:
+    """tau^2 KL(softmax(T / tau) || softmax(S / tau)) of the distributions along one dimension, which is summed away."""
+    target = (teacher / temperature).softmax(dim)
+    divergence = F.kl_div((student / temperature).log_softmax(dim), target, reduction="none").sum(dim)
+    return temperature**2 * divergence
+
+
+def imitation_errors(
+    student: Tensor, teacher: Tensor, form: str = "squared", temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """How far the student is from the teacher in every channel and at every position.
+
+    `squared`: mean squared difference. `standardized`: likewise, of maps whose channels have mean 0 and deviation 1
+    over the batch, as PKD compares. `softmax`, for logits: tau^2 times the KL divergence of each channel's distribution
+    over the positions, as CWD compares, and of each position's distribution over the channels.
 
     Args:
-        squared: d^2, (N, C, H, W).
-        mask: (N, M, C), non-negative.
+        student: (N, C, H, W).
+        teacher: (N, C, H, W).
+        form: `squared`, `standardized` or `softmax`.
+        temperature: tau.
+
+    Returns:
+        (N, C), and (N, HW).
+    """
+    student, teacher = student.flatten(2), teacher.flatten(2)  # (N, C, HW)
+    if form == "softmax":
+        return (
+            distribution_error(student, teacher, temperature, dim=2),
+            distribution_error(student, teacher, temperature, dim=1),
+        )
+    if form == "standardized":
+        student, teacher = standardize(student), standardize(teacher)
+    squared = (teacher - student).square()
+    return squared.mean(dim=2), squared.mean(dim=1)
+
+
+def masked_error(error: Tensor, mask: Tensor) -> Tensor:
+    """Errors under masks, sum_k M_k^2 e_k / sum_k M_k.
+
+    With e the squared difference averaged over positions this is sum_{k,p} (M_k d_{k,p})^2 / (HW sum_k M_k), and
+    likewise for positions: no (N, M, C, H, W) tensor exists.
+
+    Args:
+        error: e, (N, K), of K channels or positions.
+        mask: (N, M, K), non-negative.
 
     Returns:
         (N, M).
     """
-    error = squared.mean(dim=(2, 3))  # (N, C)
-    return safe_divide(torch.einsum("nmc,nc->nm", mask.square(), error), mask.sum(dim=2))
-
-
-def masked_spatial_loss(squared: Tensor, mask: Tensor) -> Tensor:
-    """Spatially masked squared error of every image and mask.
-
-    sum_{c,p} (M_{m,p} d_{c,p})^2 / (C sum_p M_{m,p}), the squared difference reduced over channels first.
-
-    Args:
-        squared: d^2, (N, C, H, W).
-        mask: (N, M, H, W), non-negative.
-
-    Returns:
-        (N, M).
-    """
-    error = squared.mean(dim=1)  # (N, H, W)
-    return safe_divide(torch.einsum("nmhw,nhw->nm", mask.square(), error), mask.sum(dim=(2, 3)))
+    return safe_divide(torch.einsum("nmk,nk->nm", mask.square(), error), mask.sum(dim=2))
 
 
 def dice_overlap(masks: Tensor, form: str = "pairwise") -> Tensor:

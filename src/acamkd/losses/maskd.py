@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from acamkd.losses.base import DistillationContext, FeatureLoss
-from acamkd.losses.functional import align_layer, dice_overlap, freeze_tokens, masked_spatial_loss
+from acamkd.losses.functional import align_layer, dice_overlap, freeze_tokens, masked_error
 
 
 class TokenMasks(nn.Module):
@@ -122,7 +122,8 @@ class MasKD(FeatureLoss):
             with torch.no_grad():
                 own, _ = self.token_module(student)
             masks = masks * own
-        error = masked_spatial_loss((student - teacher).square(), masks)  # (N, T)
+        squared = (student - teacher).square().mean(dim=1)  # (N, H, W)
+        error = masked_error(squared.flatten(1), masks.flatten(2))  # (N, T)
         mean = error.mean() if weights is None else (weights * error).sum(dim=1).mean()
         return {"masked": self.weight * mean}
 

@@ -9,16 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acamkd.losses.base import DistillationContext, FeatureLoss
-from acamkd.losses.functional import align_layer
-
-
-def standardize(x: Tensor) -> Tensor:
-    """Zero mean and unit deviation per channel over the whole batch, (N, C, H, W) -> (N, C, H, W).
-
-    The deviation is the unbiased one, 1e-6 is added to it as in the authors' code.
-    """
-    mean = x.mean(dim=(0, 2, 3), keepdim=True)
-    return (x - mean) / (x.std(dim=(0, 2, 3), keepdim=True) + 1e-6)
+from acamkd.losses.functional import align_layer, standardize
 
 
 class PKD(FeatureLoss):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from typing import Any
 
@@ -10,7 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torchvision.models.detection._utils import overwrite_eps
 
-from acamkd.config import Model, ShortLong
+from acamkd.config import Model, ShortLong, imported
 from acamkd.errors import AcamkdError
 from acamkd.models.base import Batch, PixelSize, Target, Task, TaskModel
 from acamkd.models.detection import WRAPPERS, build_detector, wrap_detector
@@ -68,15 +67,7 @@ def build(
 
 
 def _from_factory(model: Model, task: Task, num_classes: int, resize: PixelSize | ShortLong | None) -> TaskModel:
-    module_name, _, name = model.arch.partition(":")
-    log.info("importing %s", model.arch)
-    try:
-        factory = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise AcamkdError(
-            f"arch {model.arch}: {error}; the module must be installed or lie on PYTHONPATH, and have {name}"
-        ) from error
-    net: Any = factory(**{"num_classes": num_classes, **model.options})
+    net: Any = imported(model.arch, "arch")(**{"num_classes": num_classes, **model.options})
     if isinstance(net, TaskModel):
         if net.task != task:
             raise AcamkdError(f"{model.arch} gives a network for {net.task}, but the recipe's task is {task}")

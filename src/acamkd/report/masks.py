@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from acamkd.losses.acam import CLOSED, OPEN, collapse
 from acamkd.report.charts import Chart, Points, draw
-
-CLOSED, OPEN, FLAT = 0.1, 0.9, 0.02
-"""Masks have collapsed below or above these means, or below this standard deviation over positions."""
 
 LEARNT = ("spatial", "channel")
 """Masks with values in (0, 1) that may collapse; those of other names are given, such as FGD's of the boxes."""
@@ -31,20 +29,9 @@ class Verdict:
     words: str
 
 
-def reason(mean: float, spread: float) -> str:
-    """Why masks with these figures have collapsed; nothing if they have not."""
-    if mean < CLOSED:
-        return f"their mean is {mean:.2f}, below {CLOSED}: hardly anything is distilled any more"
-    if mean > OPEN:
-        return f"their mean is {mean:.2f}, above {OPEN}: everything is imitated alike, as if there were no masks"
-    if spread < FLAT:
-        return f"they vary by {spread:.3f} only, less than {FLAT}: they choose nothing"
-    return ""
-
-
 def judge(layer: str, kind: str, epochs: Sequence[int], figures: npt.NDArray[Any]) -> Verdict:
     """Judge masks by their figures (E, 3), mean, standard deviation and overlap, at these epochs."""
-    reasons = [reason(mean, spread) for mean, spread, _ in figures.tolist()]
+    reasons = [collapse(mean, spread) for mean, spread, _ in figures.tolist()]
     if reasons[-1]:
         sound = [index for index, why in enumerate(reasons) if not why]
         since = f"since epoch {epochs[sound[-1] + 1]}" if sound else "from the start"
@@ -93,7 +80,7 @@ def load_replay(file: Path) -> MaskReplay:
         if what in LEARNT and math.prod(array.shape[3:]) > 1:  # a single position cannot vary
             figures = arrays[f"{name}/figures"]
             verdicts.append(judge(layer, what, epochs, figures))
-            packed["collapsed"] = [bool(reason(mean, spread)) for mean, spread, _ in figures.tolist()]
+            packed["collapsed"] = [bool(collapse(mean, spread)) for mean, spread, _ in figures.tolist()]
             packed["figures"] = figures.round(4).tolist()
             for title, values in (("mean", figures[:, 0]), ("variation", figures[:, 1]),
                                   ("diversity", 1 - figures[:, 2])):  # fmt: skip
