@@ -123,6 +123,14 @@ class Loss(BaseModel):
     """The weight rises linearly from 0 to its value over this many epochs."""
     stop_epoch: Annotated[float, Field(gt=0)] | None = None
     """The loss is switched off from this epoch on."""
+    gradient_ratio: Annotated[float, Field(gt=0)] = 0.5
+    """`weight: auto` sets the weight, before the first step, so that the norm of this loss's gradient is this many
+    times the norm of the task's gradient."""
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the weight is still to be set by gradients; the recipe in a run folder holds the number."""
+        return self.options.get("weight") == "auto"
 
     @property
     def options(self) -> dict[str, Any]:

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from acamkd import __version__, config, data, models
+from acamkd.calibrate import adopt, calibrate
 from acamkd.distiller import Distiller
 from acamkd.engine import METRICS, Recorder, Replay, Scorer, TrainingModule, build_trainer, score
 from acamkd.errors import AcamkdError
 from acamkd.methods import build_distiller
 from acamkd.models.base import TaskModel
 from acamkd.report import write_report
-from acamkd.runs import LOG, Role, Run
+from acamkd.runs import LOG, RECIPE, Role, Run
 
 log = logging.getLogger(__name__)
 
@@ -82,9 +83,12 @@ def distill(
     student = build_network(recipe, recipe.student, batches.classes)
     if recipe.student.inherit:
         models.inherit(student, teacher, recipe.student.inherit)
-    distiller = build_distiller(student, teacher, recipe.losses, batches.steps_per_epoch)
-    resolved = batches.resolved.model_copy(update={"teacher": section})
-    run = Run(out or default_folder(recipe, "distilled"), resolved, "student")
+    folder, losses = out or default_folder(recipe, "distilled"), recipe.losses
+    if resume and (folder / RECIPE).is_file():
+        losses = adopt(losses, config.load(folder / RECIPE).losses)
+    losses = calibrate(student, teacher, losses, batches.train)
+    distiller = build_distiller(student, teacher, losses, batches.steps_per_epoch)
+    run = Run(folder, batches.resolved.model_copy(update={"teacher": section, "losses": losses}), "student")
     return _fit(run, distiller, batches, resume=resume, overwrite=overwrite)
 
 

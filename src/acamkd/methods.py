@@ -124,6 +124,8 @@ def _build(
     entry: config.Loss, student: TaskModel, teacher: TaskModel, batch: Batch
 ) -> list[tuple[Pair | None, FeatureLoss | HeadLoss]]:
     method = find(entry.name)
+    if entry.is_auto:
+        raise AcamkdError("`weight: auto` needs pictures: acamkd.calibrate gives it a number")
     checked = options(entry.name, entry.preset, entry.options)
     tokens = read_tensors(checked["tokens"]) if checked.get("tokens") else None
     if issubclass(method, HeadLoss):

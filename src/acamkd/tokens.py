@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from acamkd import config
+from acamkd.calibrate import uncalibrated
 from acamkd.data.base import seed_of
 from acamkd.distiller import Distiller
 from acamkd.engine import METRICS, score
@@ -77,7 +78,8 @@ def learn_tokens(
     blank = recipe.student.model_copy(update={"weights": None, "backbone_weights": None})
     student = build_network(recipe, blank, batches.classes)
     entries = [
-        entry.model_copy(update={"tokens": None}) if "tokens" in entry.options else entry for entry in recipe.losses
+        entry.model_copy(update={"tokens": None}) if "tokens" in entry.options else entry
+        for entry in map(uncalibrated, recipe.losses)
     ]
     torch.manual_seed(recipe.train.seed)
     with _without_warning():

@@ -1,0 +1,169 @@
+"""`weight: auto`: set a loss's weight by gradients, so that it has a given strength beside the task."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from statistics import median
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from acamkd.config import Loss
+from acamkd.data.base import seed_of
+from acamkd.distiller import Distiller
+from acamkd.errors import AcamkdError
+from acamkd.methods import build_distiller, options, options_of
+from acamkd.models.base import Batch, Target, TaskModel
+
+log = logging.getLogger(__name__)
+
+Pictures: TypeAlias = Iterable[tuple[Sequence[Tensor], Sequence[Target]]]
+"""Batches as a loader gives them."""
+
+BATCHES = 20
+"""A weight is set by the median over this many batches."""
+
+
+def calibrate(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss], pictures: Pictures) -> tuple[Loss, ...]:
+    """Put numbers in the place of `weight: auto`.
+
+    Every weight of the method is multiplied by the one factor that makes the norm of the distillation's gradient
+    `gradient_ratio` times the norm of the task's, over the student's parameters below the tapped layers: there the
+    optimizer adds the two, and there levels of different size, and methods that compare heads, can be counted together.
+    Each loss is measured alone, at full strength (without its ramp) and at the student's start. Neither network
+    changes, and the run's random numbers are not used up.
+
+    Args:
+        student: The network to train, as it starts.
+        teacher: The network to imitate.
+        entries: The recipe's `losses`.
+        pictures: Batches, read from the beginning for each loss; the first 20 are used.
+
+    Raises:
+        AcamkdError: A gradient is zero or not finite, or a loss cannot be built.
+    """
+    plain = [uncalibrated(entry) for entry in entries]
+    return tuple(
+        _calibrate(student, teacher, plain, index, pictures) if entry.is_auto else entry
+        for index, entry in enumerate(entries)
+    )
+
+
+def _calibrate(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss], index: int, pictures: Pictures) -> Loss:
+    entry, weights = entries[index], weights_of(entries[index])
+    log.info("%s, weight: auto: measuring its gradient beside the task's", entry.name)
+    alone = [other.model_copy(update={"stop_epoch": None if other is entry else 0}) for other in entries]
+    with measuring(student, teacher, alone) as distiller:
+        norms = [gradient_norms(distiller, batch) for batch in prepared(student, islice(pictures, BATCHES))]
+    ratios = [distillation / task if task else math.inf for distillation, task in map(total_norms, norms)]
+    ratio = median(ratios)
+    if not 0 < ratio < math.inf:
+        which = "distillation" if ratio == 0 else "task"
+        raise AcamkdError(
+            f"weight: auto of {entry.name}: the gradient of the {which} is 0 at the student's parameters below "
+            f"{', '.join(map(str, entry.pairs)) or 'the heads'}; give the weight as a number"
+        )
+    scaled = {name: float(f"{value * entry.gradient_ratio / ratio:.3g}") for name, value in weights.items()}
+    log.info(
+        "%s: %s; %d batches: gradient %.3g times the task's (%.3g to %.3g) with %s, now %g",
+        entry.name, _listed(scaled), len(ratios), ratio, min(ratios), max(ratios), _listed(weights),
+        entry.gradient_ratio,
+    )  # fmt: skip
+    return entry.model_copy(update=scaled)
+
+
+def uncalibrated(entry: Loss) -> Loss:
+    """The entry without `weight: auto`, which leaves the weight of its preset or class."""
+    if not entry.is_auto:
+        return entry
+    return Loss(**{name: value for name, value in entry.model_dump().items() if name != "weight"})
+
+
+def adopt(entries: Sequence[Loss], calibrated: Sequence[Loss]) -> tuple[Loss, ...]:
+    """The entries with the weights that an earlier calibration of the same entries gave those with `weight: auto`."""
+    if len(entries) != len(calibrated):
+        return tuple(entries)
+    return tuple(
+        entry.model_copy(update=weights_of(found)) if entry.is_auto and entry.name == found.name else entry
+        for entry, found in zip(entries, calibrated, strict=True)
+    )
+
+
+def weights_of(entry: Loss) -> dict[str, float]:
+    """The options by which all terms that reach the student are scaled, with their values."""
+    defaults = {name: field.default for name, field in options_of(entry.name).model_fields.items()}
+    values = defaults | options(entry.name, entry.preset, entry.options)
+    # ACAM's diversity reaches the student only where the masks' gradient does.
+    names = ("weight", "diversity_weight") if values.get("mask_grad") == "joint" else ("weight",)
+    return {name: values[name] for name in names}
+
+
+@contextmanager
+def measuring(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss]) -> Iterator[Distiller]:
+    """Within, a Distiller in training mode whose forwards leave no trace: not in the student, not in torch's state."""
+    modes = [(module, module.training) for module in student.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
+    device = student.mean.device
+    with torch.random.fork_rng(devices=[]):
+        unramped = [entry.model_copy(update={"ramp_epochs": 0}) for entry in entries]
+        distiller = build_distiller(student, teacher, unramped).to("cuda" if torch.cuda.is_available() else "cpu")
+        distiller.eval()  # its own audit is for the training
+        distiller.student.train()
+        distiller.losses.train()
+        try:
+            yield distiller
+        finally:
+            distiller.to(device)
+            for module, training in modes:
+                module.training = training
+            for buffer, value in buffers:
+                buffer.data.copy_(value)
+
+
+def gradient_norms(distiller: Distiller, batch: Batch) -> dict[str, tuple[float, float]]:
+    """Norms of the distillation's and of the task's gradient.
+
+    Args:
+        distiller: From `measuring`.
+        batch: From its student's `prepare`.
+
+    Returns:
+        By name of each of the student's parameters below the tapped layers.
+    """
+    terms = distiller(batch)
+    task = torch.stack([term for name, term in terms.items() if name.startswith("task/")]).sum()
+    # What the teacher's own loss teaches the masks (`teacher/`) does not reach the student.
+    distillation = torch.stack([term for name, term in terms.items() if not name.startswith(("task/", "teacher/"))])
+    parameters = {name: p for name, p in distiller.student.net.named_parameters() if p.requires_grad}
+    pulls = torch.autograd.grad(distillation.sum(), list(parameters.values()), retain_graph=True, allow_unused=True)
+    reached = {name: pull for name, pull in zip(parameters, pulls, strict=True) if pull is not None}
+    own = torch.autograd.grad(task, [parameters[name] for name in reached], allow_unused=True)
+    return {
+        name: (pull.norm().item(), 0.0 if gradient is None else gradient.norm().item())
+        for (name, pull), gradient in zip(reached.items(), own, strict=True)
+    }
+
+
+def total_norms(norms: dict[str, tuple[float, float]]) -> tuple[float, float]:
+    """Norms of the distillation's and of the task's gradient over several parameters together."""
+    return math.hypot(*(pull for pull, _ in norms.values())), math.hypot(*(own for _, own in norms.values()))
+
+
+def prepared(student: TaskModel, pictures: Pictures) -> Iterator[Batch]:
+    """Each batch in the student's frame, with torch's random state a function of its position."""
+    for position, (images, targets) in enumerate(pictures):
+        torch.manual_seed(seed_of("calibrate", position))  # random masks, sampled boxes
+        device = student.mean.device
+        yield student.prepare(
+            [image.to(device) for image in images],
+            [{name: value.to(device) for name, value in target.items()} for target in targets],
+        )
+
+
+def _listed(weights: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in weights.items())

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny_recipes
+from acamkd import config
+from acamkd.calibrate import BATCHES, adopt, calibrate, gradient_norms, measuring, prepared, total_norms
+from acamkd.errors import AcamkdError
+from acamkd.jobs import Batches, build_network, distill, teacher_section
+from acamkd.methods import METHODS, build_distiller
+from acamkd.models.base import Target, TaskModel
+
+
+@pytest.fixture(scope="module")
+def detection(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_recipes.write_recipe(tmp_path_factory.mktemp("detection"), "detection")
+
+
+@pytest.fixture(scope="module")
+def segmentation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_recipes.write_recipe(tmp_path_factory.mktemp("segmentation"), "segmentation")
+
+
+def networks(recipe: config.Recipe) -> tuple[TaskModel, TaskModel, Batches]:
+    batches = Batches(recipe)
+    teacher = build_network(recipe, teacher_section(recipe), batches.classes, teacher=True)
+    return build_network(recipe, recipe.student, batches.classes), teacher, batches
+
+
+def measured(
+    student: TaskModel, teacher: TaskModel, losses: Sequence[config.Loss], batches: Batches
+) -> tuple[float, dict[str, float]]:
+    """Mean ratio of the gradients on the training pictures, and the terms of the last of them."""
+    ratios = []
+    with measuring(student, teacher, losses) as distiller:
+        for batch in prepared(student, batches.train):
+            distillation, task = total_norms(gradient_norms(distiller, batch))
+            ratios.append(distillation / task)
+            terms = {name: term.item() for name, term in distiller(batch).items()}
+    return sum(ratios) / len(ratios), terms
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"freekd"}))
+def test_the_gradient_comes_out_as_strong_as_asked(detection: Path, method: str) -> None:
+    recipe = config.load(detection, [f"losses.0.name={method}", "losses.0.weight=auto", "losses.0.gradient_ratio=0.3"])
+    student, teacher, batches = networks(recipe)
+    losses = calibrate(student, teacher, recipe.losses, batches.train)
+    ratio, _ = measured(student, teacher, losses, batches)
+    assert ratio == pytest.approx(0.3, rel=0.2)
+
+
+def test_every_term_is_multiplied_by_one_factor(segmentation: Path) -> None:
+    overrides = ["losses.0.name=acam", "losses.0.preset=paper", "losses.0.diversity_weight=0.2"]
+    recipe = config.load(segmentation, overrides)
+    student, teacher, batches = networks(recipe)
+    auto = config.load(segmentation, [*overrides, "losses.0.weight=auto"]).losses
+    calibrated = calibrate(student, teacher, auto, batches.train)
+    assert calibrated[0].options["diversity_weight"] == pytest.approx(0.2 * calibrated[0].options["weight"], rel=0.01)
+    assert calibrated[0].preset == "paper"
+    _, before = measured(student, teacher, recipe.losses, batches)
+    _, after = measured(student, teacher, calibrated, batches)
+    for name in before.keys() - {"task/cross_entropy"}:
+        assert after[name] == pytest.approx(before[name] * calibrated[0].options["weight"], rel=0.01)
+
+
+def test_nothing_of_the_measurement_remains(segmentation: Path) -> None:
+    recipe = config.load(segmentation, ["losses.0.name=cankd", "losses.0.weight=auto"])
+    student, teacher, batches = networks(recipe)
+    student.eval()
+    state = {name: value.clone() for name, value in student.state_dict().items()}
+    generator = torch.get_rng_state()
+    first = calibrate(student, teacher, recipe.losses, batches.train)
+    assert torch.equal(torch.get_rng_state(), generator)
+    torch.rand(7)  # the result does not depend on torch's state
+    assert calibrate(student, teacher, recipe.losses, batches.train) == first
+    assert all(torch.equal(value, state[name]) for name, value in student.state_dict().items())
+    assert not student.training
+    assert all(parameter.grad is None for parameter in student.parameters())
+
+
+def test_each_loss_gets_its_own_share_and_a_ramp_changes_nothing(segmentation: Path) -> None:
+    recipe = config.load(
+        segmentation,
+        ["losses=[{name: cwd, pairs: [segmentation_head.0], weight: auto, ramp_epochs: 1},"
+         " {name: fitnet, pairs: [encoder:5], weight: 2},"
+         " {name: pkd, pairs: [encoder:5], weight: auto, gradient_ratio: 0.1, stop_epoch: 1}]"],
+    )  # fmt: skip
+    student, teacher, batches = networks(recipe)
+    cwd, fitnet, pkd = calibrate(student, teacher, recipe.losses, batches.train)
+    assert fitnet == recipe.losses[1]
+    assert (cwd.ramp_epochs, pkd.stop_epoch) == (1, 1)
+    for loss, ratio in ((cwd, 0.5), (pkd, 0.1)):
+        assert measured(student, teacher, [loss], batches)[0] == pytest.approx(ratio, rel=0.2)
+    assert calibrate(student, teacher, recipe.losses[:1], batches.train) == (cwd,)  # not what the others weigh
+
+
+def test_only_the_first_batches_are_read(segmentation: Path) -> None:
+    recipe = config.load(segmentation, ["losses.0.weight=auto"])
+    student, teacher, batches = networks(recipe)
+    read = 0
+
+    class Endless:
+        def __iter__(self) -> Any:
+            nonlocal read
+            batch: tuple[list[Tensor], list[Target]] = next(iter(batches.train))
+            while True:
+                read += 1
+                yield batch
+
+    calibrate(student, teacher, recipe.losses, Endless())
+    assert read == BATCHES
+    calibrate(student, teacher, config.load(segmentation).losses, Endless())
+    assert read == BATCHES
+
+
+def test_a_run_holds_the_number_and_is_reproduced_by_it(
+    segmentation: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    auto = config.load(segmentation, ["losses.0.weight=auto"])
+    caplog.set_level(logging.INFO, "acamkd")
+    distill(auto, out=tmp_path / "auto")
+    resolved = config.load(tmp_path / "auto/recipe.yaml")
+    weight = resolved.losses[0].options["weight"]
+    assert isinstance(weight, float)
+    assert f"fitnet: weight {weight:g}; 2 batches" in caplog.text
+    distill(resolved, out=tmp_path / "number")
+    for file in ("recipe.yaml", "student.safetensors"):
+        assert (tmp_path / "auto" / file).read_bytes() == (tmp_path / "number" / file).read_bytes()
+
+    (tmp_path / "auto/last.ckpt").unlink()
+    caplog.clear()
+    distill(auto, out=tmp_path / "auto", resume=True)  # does not measure again
+    assert "measuring" not in caplog.text
+    assert config.load(tmp_path / "auto/recipe.yaml") == resolved
+    with pytest.raises(AcamkdError, match="another recipe"):
+        distill(config.load(segmentation, ["losses.0.weight=auto", "train.seed=1"]), out=tmp_path / "auto", resume=True)
+
+
+def test_weights_are_only_adopted_by_the_same_methods() -> None:
+    auto = config.Loss(name="acam", weight="auto")
+    found = config.Loss(name="acam", weight=0.3, diversity_weight=0.1)
+    assert adopt([auto], [found]) == (found,)
+    assert adopt([auto], [config.Loss(name="fitnet", weight=0.3)]) == (auto,)
+    assert adopt([auto], []) == (auto,)
+
+
+def test_a_loss_without_gradient_is_an_error(segmentation: Path) -> None:
+    recipe = config.load(segmentation, ["losses.0.name=crosskd", "losses.0.weight=auto"])
+    student, teacher, batches = networks(recipe)
+    with pytest.raises(AcamkdError, match=r"losses.0 \(crosskd\)"):
+        calibrate(student, teacher, recipe.losses, batches.train)
+    entry = config.Loss(name="fgd", pairs=("segmentation_head.0",), weight="auto")
+    silent = config.Loss(name="dist", beta=0.0, gamma=0.0, pairs=("segmentation_head.0",), weight="auto")
+    with pytest.raises(AcamkdError, match="this method needs boxes"):
+        calibrate(student, teacher, [silent, entry], batches.train)
+    with pytest.raises(AcamkdError, match=r"auto of dist: the gradient of the distillation is 0"):
+        calibrate(student, teacher, [silent], batches.train)
+
+
+def test_a_distiller_alone_cannot_calibrate(segmentation: Path) -> None:
+    recipe = config.load(segmentation, ["losses.0.weight=auto"])
+    student, teacher, _ = networks(recipe)
+    with pytest.raises(AcamkdError, match=r"losses.0 \(fitnet\): `weight: auto` needs pictures"):
+        build_distiller(student, teacher, recipe.losses)
