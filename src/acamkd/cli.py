@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -16,6 +17,9 @@ from rich.text import Text
 
 from acamkd import __version__
 from acamkd.errors import AcamkdError
+
+if TYPE_CHECKING:
+    from acamkd.compare import Cell, Row
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -166,6 +170,102 @@ def report(
     from acamkd.runs import open_run
 
     write_report(open_run(run, set_ or ()), open_run(alone) if alone else None)
+
+
+@app.command(
+    epilog=_examples(
+        "acamkd compare recipes/camvid.yaml --methods none,fitnet,cwd,acam --seeds 5 --plan",
+        "acamkd compare recipes/camvid.yaml --methods none,fitnet,cwd,acam --seeds 5 --time 6h --jobs 2",
+        "acamkd compare recipes/camvid.yaml --methods none,cwd,acam --cell $SLURM_ARRAY_TASK_ID",
+    )
+)
+def compare(
+    recipe: RecipeFile,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Names, separated by commas: of the recipe's compare.methods (all of them if not given), or "
+            "of `acamkd methods`."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings per method.")] = 5,
+    set_: Overrides = None,
+    results: Annotated[Path | None, typer.Option(help="Folder of the results, instead of runs/NAME/compare.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only print the cells and the hours that they take.")] = False,
+    cell: Annotated[int | None, typer.Option(help="Run this cell of the plan alone, in this process.")] = None,
+    limit: Annotated[
+        str | None, typer.Option("--time", metavar="6h", help="Begin no cell that would end after this time (h, m, s).")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at the same time; they share the processor's cores.")] = 1,
+    tables: Annotated[bool, typer.Option("--tables", help="Only write the tables of the finished cells.")] = False,
+) -> None:
+    """Compare methods on one recipe over several seeds: who gains over the student alone, and is it more than luck?"""
+    from acamkd import compare as comparison
+    from acamkd import config
+
+    loaded = config.load(recipe, set_ or ())
+    names = methods.split(",") if methods else list(loaded.compare.methods)
+    folder = results or Path("runs") / loaded.name / "compare"
+    cells = comparison.plan(loaded, names, seeds, folder)
+    if plan:
+        Console().print(_plan_table(cells, folder))
+    elif cell is not None:
+        comparison.run_cell(cells, cell, folder)
+    else:
+        options = ["--methods", ",".join(names), "--seeds", str(seeds), "--results", str(folder)]
+        same = [sys.executable, "-m", "acamkd.cli", "compare", str(recipe), *options]
+        same += [word for assignment in set_ or () for word in ("--set", assignment)]
+        rows = (
+            comparison.tabulate(loaded, names, seeds, folder) if tables
+            else comparison.compare(
+                loaded, names, seeds, folder, lambda number: [*same, "--cell", str(number)],
+                seconds=_seconds(limit) if limit else None, jobs=jobs,
+            )
+        )  # fmt: skip
+        _print_comparison(rows, folder)
+
+
+def _seconds(text: str) -> float:
+    """`6h`, `90m` or `30s` in seconds."""
+    unit = {"h": 3600, "m": 60, "s": 1}.get(text[-1:])
+    try:
+        return float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        raise AcamkdError(f"--time {text}: write a number and h, m or s, such as 6h") from None
+
+
+def _plan_table(cells: Sequence[Cell], results: Path) -> Table:
+    from acamkd.compare import expected_seconds
+
+    table = Table("cell", "method", "seed", "for", "state", "minutes")
+    missing = 0.0
+    for number, cell in enumerate(cells):
+        done, seconds = cell.read(results), expected_seconds(cell, cells, results)
+        missing += 0 if done or seconds is None else seconds
+        minutes = f"{(done['wall_time'] if done else seconds or 0) / 60:.1f}" if done or seconds is not None else "?"
+        purpose = "table" if not cell.tuning else f"tuning, {cell.setting:g}"
+        table.add_row(str(number), cell.method, str(cell.seed), purpose, "done" if done else "to do", minutes)
+    known = any(cell.read(results) for cell in cells)
+    table.caption = (
+        f"{missing / 3600:.1f} hours to do, one cell at a time, by the finished ones" if known
+        else "the hours are known once one cell has ended"
+    )  # fmt: skip
+    return table
+
+
+def _print_comparison(rows: Sequence[Row], results: Path) -> None:
+    table = Table("method", "n", "mean", "std", "against none", "95 %", "p", "verdict")
+    for row in rows:
+        gain = row.gain
+        table.add_row(
+            row.method, str(row.n), f"{row.mean:.2f}", f"{row.std:.2f}" if row.std is not None else "",
+            f"{gain.mean:+.2f}" if gain else "",
+            f"{gain.low:+.2f} to {gain.high:+.2f}" if gain and gain.low is not None else "",
+            f"{row.p_corrected:.3f}" if row.p_corrected is not None else "", row.verdict or "",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    console.print(f"{results}: comparison.md, comparison.json, comparison.png", soft_wrap=True)
 
 
 @app.command(epilog=_examples("acamkd methods", "acamkd methods acam", "acamkd methods --json"))

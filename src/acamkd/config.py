@@ -199,6 +199,25 @@ class Train(Section):
         return self
 
 
+class Search(Section):
+    """The same small search for every method of a comparison, on the validation pictures and on seeds of its own."""
+
+    option: str = "gradient_ratio"
+    """Option of each entry of `losses`."""
+    values: Annotated[tuple[float, ...], Field(min_length=2)] = (0.25, 0.5, 1.0)
+    seeds: Positive = 1
+    """Trainings per value."""
+
+
+class Comparison(Section):
+    """What `acamkd compare` runs beside the student alone."""
+
+    methods: dict[str, dict[str, Any]] = {}
+    """By name, keys of this recipe to override: `{losses.0.num_masks: 3}`, or `{losses: [...]}`."""
+    tune: Search | None = None
+    """Nothing = every method runs with the weights that it is written with."""
+
+
 class Recipe(Section):
     """Everything that a run depends on."""
 
@@ -210,6 +229,7 @@ class Recipe(Section):
     student: Model
     losses: tuple[Loss, ...] = ()
     train: Train
+    compare: Comparison = Comparison()
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -221,6 +241,8 @@ class Recipe(Section):
         for name in ("train", "val"):
             if getattr(getattr(data, name), source) is None:
                 raise ValueError(f"data.{name}.{source} is missing: data.format {data.format} needs it")
+        if self.student.inherit and self.teacher is None:
+            raise ValueError("student.inherit needs a `teacher` section to inherit from")
         if data.format == "masks" and not data.classes:
             raise ValueError("data.classes is missing: masks hold ids only, so the recipe lists the class names")
         return self
@@ -261,6 +283,14 @@ def parse(raw: Mapping[str, Any], source: str = "recipe") -> Recipe:
         raise AcamkdError("\n  ".join([f"{source} does not fit:", *lines])) from error
     except TypeError as error:  # a YAML date, say
         raise AcamkdError(f"{source}: {error}; write it in quotes if it is meant as text") from error
+
+
+def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
+    """A recipe with some keys changed, as `load` takes them; raises AcamkdError that names every bad key."""
+    raw = recipe.model_dump(mode="json")
+    for assignment in assignments:
+        _assign(raw, assignment)
+    return parse(raw, source=f"the recipe {recipe.name} with {', '.join(assignments)}")
 
 
 def dump(recipe: Recipe) -> str:

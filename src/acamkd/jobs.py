@@ -60,7 +60,13 @@ def train(
     model = build_network(recipe, section, batches.classes)
     folder = out or default_folder(recipe, "teacher" if role == "teacher" else "alone")
     # Only what the run depends on, so that --resume tells it from a distillation.
-    used: dict[str, Any] = {"losses": ()} if role == "teacher" else {"losses": (), "teacher": None}
+    used: dict[str, Any] = {"losses": ()}
+    if role == "student" and recipe.student.inherit:  # as the distilled student does, which is compared with this one
+        used["teacher"] = teacher_section(recipe)
+        teacher = build_network(recipe, used["teacher"], batches.classes, teacher=True)
+        models.inherit(model, teacher, recipe.student.inherit)
+    elif role == "student":
+        used["teacher"] = None
     run = Run(folder, batches.resolved.model_copy(update=used), role)
     return _fit(run, Distiller(model), batches, resume=resume, overwrite=overwrite)
 

@@ -1,0 +1,181 @@
+"""Cells: one method with one seed each, trained on their own and kept as one small JSON."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from acamkd import config
+from acamkd.engine import CHECKPOINT, METRICS
+from acamkd.errors import AcamkdError, nearest
+from acamkd.jobs import default_folder, distill, train
+from acamkd.methods import METHODS as CLASSES
+from acamkd.runs import RECIPE, write_json
+
+NONE = "none"
+"""The student alone."""
+
+TUNING_SEED = 1000
+"""The first seed of the tuning cells, which the table does not use."""
+
+DIGITS = 4
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of a comparison.
+
+    Attributes:
+        method: Its name in the table.
+        setting: Value of the tuned key; None where nothing is tuned.
+        tuning: Whether it serves the choice of the setting rather than the table.
+        recipe: What it runs, seed included.
+    """
+
+    method: str
+    setting: float | None
+    tuning: bool
+    recipe: config.Recipe
+
+    @property
+    def seed(self) -> int:
+        """Seed of the training."""
+        return self.recipe.train.seed
+
+    @property
+    def name(self) -> str:
+        """Of its file, without the ending."""
+        setting = f"-{self.setting:g}" if self.tuning else ""
+        return f"{self.method}{setting}-seed{self.seed}"
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that the outcome depends on but the seed, the pictures, the teacher and the machine."""
+        # Without defaults, so that a key that a later version adds does not make every cell stale.
+        content = self.recipe.model_dump(mode="json", exclude_defaults=True)
+        for section, names in {
+            "data": ("root", "workers", "check", "classes"),
+            "train": ("seed", "accelerator", "devices"),
+            "teacher": ("weights",),
+            "student": ("weights",),
+        }.items():
+            for name in names:
+                content.get(section, {}).pop(name, None)
+        for role in ("teacher", "student"):
+            if file := content.get(role, {}).get("backbone_weights"):
+                content[role]["backbone_weights"] = Path(file).name
+        del content["name"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+    def read(self, results: Path) -> dict[str, Any] | None:
+        """What it left behind, if it was run with this recipe."""
+        file = results / f"{self.name}.json"
+        if not file.is_file():
+            return None
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found if found["recipe"] == self.key else None
+
+    def run(self, results: Path) -> dict[str, Any]:
+        """Train, or go on training, and write the cell's JSON; the run folder stays beside those of the recipe."""
+        folder = default_folder(self.recipe, "compare") / f"{self.name}-{self.key}"
+        job = distill if self.recipe.losses else train
+        resume = (folder / RECIPE).is_file()
+        metrics = job(self.recipe, out=folder, resume=resume)
+        name = METRICS[self.recipe.task]
+        columns = _columns(folder / "history.csv")
+        content = {
+            "method": self.method,
+            "setting": self.setting,
+            "seed": self.seed,
+            "recipe": self.key,
+            "losses": [loss.model_dump(mode="json") for loss in config.load(folder / RECIPE).losses],
+            "data": metrics["data"],
+            "teacher": {"sha256": metrics["teacher_sha256"], **metrics["teacher"]} if "teacher" in metrics else None,
+            "metric": name,
+            "history": columns[name],
+            "final": {
+                key: values[-1] for key, values in columns.items()
+                if key not in ("epoch", "step", "seconds") and not key.startswith("loss") and "_mask" not in key
+            },
+            "masks": {key: values for key, values in columns.items() if "_mask" in key},
+            "wall_time": metrics["seconds"],
+            "versions": metrics["versions"],
+            "machine": metrics["machine"],
+        }  # fmt: skip
+        results.mkdir(parents=True, exist_ok=True)
+        write_json(results / f"{self.name}.json", content)
+        (folder / CHECKPOINT).unlink(missing_ok=True)  # the largest file, and of no more use
+        return content
+
+
+def plan(recipe: config.Recipe, methods: Sequence[str], seeds: int, results: Path) -> list[Cell]:
+    """Every cell of a comparison, in the order in which they are worth running.
+
+    The tuning cells come first, then seed after seed with all methods, the student alone among them.
+
+    Raises:
+        AcamkdError: A method is unknown, or its overrides do not fit.
+    """
+    methods = [NONE, *(method for method in dict.fromkeys(methods) if method != NONE)]
+    tuning = {method: _tuning_cells(recipe, method) for method in methods}
+    cells = [cell for group in tuning.values() for cell in group]
+    for seed in range(seeds):
+        for method in methods:
+            setting = best_setting(tuning[method], results)
+            cells.append(_cell(recipe, method, seed, setting, tuning=False))
+    return cells
+
+
+def best_setting(cells: Iterable[Cell], results: Path) -> float | None:
+    """The setting with the best mean at the last epoch; the first one where nothing has been run."""
+    scores: dict[float, list[float]] = {}
+    for cell in cells:
+        assert cell.setting is not None
+        found = cell.read(results)
+        scores.setdefault(cell.setting, []).extend(found["history"][-1:] if found else [])
+    means = {setting: sum(values) / len(values) if values else float("-inf") for setting, values in scores.items()}
+    return max(means, key=means.__getitem__) if means else None
+
+
+def _tuning_cells(recipe: config.Recipe, method: str) -> list[Cell]:
+    search = recipe.compare.tune
+    if search is None or not _variant(recipe, method).losses:
+        return []
+    seeds = range(TUNING_SEED, TUNING_SEED + search.seeds)
+    return [_cell(recipe, method, seed, value, tuning=True) for value in search.values for seed in seeds]
+
+
+def _cell(recipe: config.Recipe, method: str, seed: int, setting: float | None, *, tuning: bool) -> Cell:
+    overrides = [f"train.seed={seed}"]
+    if setting is not None and recipe.compare.tune is not None:
+        overrides += [
+            f"losses.{index}.{recipe.compare.tune.option}={setting}"
+            for index in range(len(_variant(recipe, method).losses))
+        ]
+    varied = _variant(recipe, method, overrides)
+    return Cell(method, setting, tuning, varied.model_copy(update={"compare": config.Comparison()}))
+
+
+def _variant(recipe: config.Recipe, method: str, overrides: Sequence[str] = ()) -> config.Recipe:
+    """The recipe as one method runs it."""
+    named: Mapping[str, Mapping[str, Any]] = {NONE: {"losses": []}, **recipe.compare.methods}
+    if method in named:
+        changes = dict(named[method])
+    elif method in CLASSES and recipe.losses:
+        changes = {"losses.0.name": method}
+    else:
+        raise AcamkdError(f"there is no method {method!r} to compare; {nearest(method, [*named, *CLASSES])}")
+    given = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    return config.override(recipe, [*given, *overrides])
+
+
+def _columns(file: Path) -> dict[str, list[float | None]]:
+    """A history.csv by column, rounded."""
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    return {name: [round(float(row[name]), DIGITS) if row[name] else None for row in rows] for name in rows[0]}

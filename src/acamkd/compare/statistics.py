@@ -1,0 +1,137 @@
+"""What cells say together: means over seeds, paired differences, and a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from scipy import stats
+
+from acamkd.compare.cells import NONE
+
+Verdict: TypeAlias = Literal["gain", "no evidence", "harm", "too few seeds"]
+
+LEVEL = 0.05
+SEEDS_NEEDED = 3
+RESAMPLES = 9999
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences between two methods on the seeds that both have.
+
+    Attributes:
+        other: What is subtracted.
+        mean: In points.
+        low: Lower end of the bootstrap's 95 % interval (percentiles of the resampled mean); None with one seed.
+        high: Its upper end.
+        p: Of the paired t test, two-sided, before the correction for the number of methods; None with one seed.
+        n: Number of seeds.
+    """
+
+    other: str
+    mean: float
+    low: float | None
+    high: float | None
+    p: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of the table.
+
+    Attributes:
+        method: Its name.
+        setting: Value of the tuned key.
+        n: Number of seeds.
+        mean: Metric at the last epoch, mean over the seeds.
+        std: Its standard deviation over the seeds (n - 1); None with one seed.
+        gain: Against the student alone; None for that itself.
+        p_corrected: Holm's correction of `gain.p` over the methods of the table.
+        over_rival: Against the best method of another class.
+        verdict: `gain` or `harm` where the corrected p is below 0.05 and the interval is on that side of 0.
+        minutes: Median wall time.
+    """
+
+    method: str
+    setting: float | None
+    n: int
+    mean: float
+    std: float | None
+    gain: Paired | None
+    p_corrected: float | None
+    over_rival: Paired | None
+    verdict: Verdict | None
+    minutes: float
+
+
+def paired(scores: Mapping[int, float], others: Mapping[int, float], other: str) -> Paired:
+    """Compare two methods seed by seed; both map a seed to a score."""
+    differences = np.array([scores[seed] - others[seed] for seed in sorted(scores.keys() & others.keys())])
+    n, mean = len(differences), float(differences.mean()) if len(differences) else float("nan")
+    if n < 2:
+        return Paired(other, mean, None, None, None, n)
+    if not differences.std():  # the same difference throughout: nothing to resample
+        return Paired(other, mean, mean, mean, float(mean == 0), n)
+    interval = stats.bootstrap(
+        (differences,), np.mean, method="percentile", n_resamples=RESAMPLES, rng=np.random.default_rng(0)
+    ).confidence_interval
+    return Paired(
+        other, mean, float(interval.low), float(interval.high), float(stats.ttest_1samp(differences, 0).pvalue), n
+    )
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction of p values for their number."""
+    corrected, largest = [0.0] * len(values), 0.0
+    for rank, index in enumerate(np.argsort(values)):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def summarize(cells: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The table of finished cells, the best method first."""
+    scores: dict[str, dict[int, float]] = {}
+    for cell in cells:
+        scores.setdefault(cell["method"], {})[cell["seed"]] = cell["history"][-1]
+    first = {method: next(cell for cell in cells if cell["method"] == method) for method in scores}
+    classes = {method: {loss["name"] for loss in cell["losses"]} for method, cell in first.items()}
+    means = {method: float(np.mean(list(values.values()))) for method, values in scores.items()}
+    alone = scores.get(NONE, {})
+    gains = {method: paired(values, alone, NONE) for method, values in scores.items() if method != NONE and alone}
+    tested = [method for method, gain in gains.items() if gain.p is not None]
+    corrected = dict(zip(tested, holm([gains[method].p or 0.0 for method in tested]), strict=True))
+    rows = []
+    for method, values in scores.items():
+        rivals = [other for other in scores if classes[other] and not classes[other] & classes[method]]
+        rival = max(rivals, key=means.__getitem__, default=None) if classes[method] else None
+        gain = gains.get(method)
+        rows.append(
+            Row(
+                method=method,
+                setting=first[method]["setting"],
+                n=len(values),
+                mean=means[method],
+                std=float(np.std(list(values.values()), ddof=1)) if len(values) > 1 else None,
+                gain=gain,
+                p_corrected=corrected.get(method),
+                over_rival=paired(values, scores[rival], rival) if rival else None,
+                verdict=_verdict(gain, corrected.get(method)) if gain else None,
+                minutes=float(np.median([cell["wall_time"] for cell in cells if cell["method"] == method])) / 60,
+            )
+        )
+    return sorted(rows, key=lambda row: -row.mean)
+
+
+def _verdict(gain: Paired, p: float | None) -> Verdict:
+    if gain.n < SEEDS_NEEDED or p is None or gain.low is None or gain.high is None:
+        return "too few seeds"
+    if p < LEVEL and gain.low > 0:
+        return "gain"
+    if p < LEVEL and gain.high < 0:
+        return "harm"
+    return "no evidence"

@@ -1,0 +1,108 @@
+"""The outcome of a comparison on paper: Markdown, JSON and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from acamkd.compare.cells import NONE
+from acamkd.compare.statistics import Paired, Row
+from acamkd.runs import write_json, write_text
+
+DASH = "-"
+
+
+def write(results: Path, rows: Sequence[Row], cells: Sequence[Mapping[str, Any]], title: str) -> None:
+    """Write comparison.md, comparison.json and comparison.png."""
+    metric = cells[0]["metric"]
+    write_text(results / "comparison.md", markdown(rows, cells, title))
+    write_json(results / "comparison.json", {"metric": metric, "rows": [asdict(row) for row in rows]})
+    figure(results / "comparison.png", rows, cells, metric)
+
+
+def markdown(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]], title: str) -> str:
+    """Tables and what must be known to read them."""
+    metric = cells[0]["metric"]
+    teachers = {cell["teacher"]["sha256"][:12]: cell["teacher"][metric] for cell in cells if cell["teacher"]}
+    lines = [
+        f"# {title}",
+        "",
+        f"{metric} in percent on the validation pictures after the last epoch, mean and deviation over n seeds. "
+        "One seed gives every method the same initial student, pictures and augmentation, so differences are paired: "
+        "mean, bootstrap 95 % interval, p of the paired t test with Holm's correction for the number of methods.",
+        "",
+        *(f"Teacher {digest}: {score:.2f}." for digest, score in teachers.items()),
+        "",
+        f"| method | setting | n | {metric} | against `{NONE}` | p | verdict | against the best rival | minutes |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(_line(row) for row in rows),
+        "",
+        *_classes(rows, cells),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: Row) -> str:
+    spread = f" ± {row.std:.2f}" if row.std is not None else ""
+    setting = f"{row.setting:g}" if row.setting is not None else DASH
+    p = f"{row.p_corrected:.3f}" if row.p_corrected is not None else DASH
+    rival = f"{_difference(row.over_rival)} ({row.over_rival.other})" if row.over_rival else DASH
+    cells = (
+        f"`{row.method}`", setting, str(row.n), f"{row.mean:.2f}{spread}",
+        _difference(row.gain) if row.gain else DASH, p, row.verdict or DASH, rival, f"{row.minutes:.1f}",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def _difference(paired: Paired) -> str:
+    interval = f" [{paired.low:+.2f}, {paired.high:+.2f}]" if paired.low is not None else ""
+    return f"{paired.mean:+.2f}{interval}"
+
+
+def _classes(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every other figure of the last epoch, mean over the seeds."""
+    names = [name for name in cells[0]["final"] if name != cells[0]["metric"]]
+    lines = ["## By class and size", "", f"| | {' | '.join(f'`{row.method}`' for row in rows)} |"]
+    lines.append("|---" * (len(rows) + 1) + "|")
+    for name in names:
+        means = []
+        for row in rows:
+            values = [cell["final"].get(name) for cell in cells if cell["method"] == row.method]
+            known = [value for value in values if value is not None and value == value]
+            means.append(f"{np.mean(known):.1f}" if known else DASH)
+        lines.append(f"| {name} | {' | '.join(means)} |")
+    return lines
+
+
+def figure(file: Path, rows: Sequence[Row], cells: Sequence[Mapping[str, Any]], metric: str) -> None:
+    """Differences with their intervals, and the metric over the epochs."""
+    height = 1.2 + 0.34 * len(rows)
+    picture, (left, right) = plt.subplots(1, 2, figsize=(11, max(3.2, height)), layout="constrained")
+    compared = [row for row in rows if row.gain is not None]
+    colors = {row.method: f"C{index % 10}" for index, row in enumerate(rows)}
+    for place, row in enumerate(reversed(compared)):
+        assert row.gain is not None
+        if row.gain.low is not None and row.gain.high is not None:
+            left.plot([row.gain.low, row.gain.high], [place, place], color=colors[row.method], linewidth=2)
+        left.plot(row.gain.mean, place, "o", color=colors[row.method])
+    left.axvline(0, color="grey", linewidth=1)
+    left.set_yticks(range(len(compared)), [f"{row.method} (n {row.n})" for row in reversed(compared)])
+    left.set_xlabel(f"{metric} against {NONE}, points (95 % interval)")
+    for row in rows:
+        curves = np.array([cell["history"] for cell in cells if cell["method"] == row.method], dtype=float)
+        epochs = np.arange(1, curves.shape[1] + 1)
+        scored = ~np.isnan(curves).any(axis=0)
+        right.plot(
+            epochs[scored], curves.mean(axis=0)[scored], color=colors[row.method], label=row.method,
+            linewidth=2.5 if row.method == NONE else 1.2,
+        )  # fmt: skip
+    right.set_xlabel("epoch")
+    right.set_ylabel(f"{metric}, mean over the seeds")
+    right.legend(fontsize="small", ncols=2)
+    picture.savefig(file, dpi=130)
+    plt.close(picture)

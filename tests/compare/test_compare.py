@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from acamkd import cli, compare, config
+from acamkd.compare import Cell, plan, run_cell, tabulate
+from acamkd.errors import AcamkdError
+from acamkd.jobs import Batches
+from tiny_recipes import write_recipe
+
+METHODS = {"acam": {"losses.0.name": "acam", "losses.0.num_masks": 2}, "longer": {"losses": [], "train.epochs": 2}}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return write_recipe(tmp_path, "segmentation", compare={"methods": METHODS})
+
+
+def names(cells: list[Cell]) -> list[str]:
+    return [cell.name for cell in cells]
+
+
+def fake(cell: Cell, results: Path, score: float, **more: Any) -> None:
+    """What a cell of this score would have left."""
+    results.mkdir(exist_ok=True)
+    content = {
+        "method": cell.method, "setting": cell.setting, "seed": cell.seed, "recipe": cell.key, "metric": "mIoU",
+        "losses": [loss.model_dump(mode="json") for loss in cell.recipe.losses], "data": {"train": "a", "val": "b"},
+        "teacher": {"sha256": "c" * 64, "mIoU": 50.0} if cell.recipe.losses else None,
+        "history": [score], "final": {"mIoU": score}, "masks": {}, "wall_time": 120.0, **more,
+    }  # fmt: skip
+    (results / f"{cell.name}.json").write_text(json.dumps(content))
+
+
+def test_a_plan_goes_seed_by_seed_with_the_student_alone(recipe: Path, tmp_path: Path) -> None:
+    cells = plan(config.load(recipe), ["acam", "cwd", "acam", "longer"], 2, tmp_path)
+    assert names(cells) == [
+        "none-seed0", "acam-seed0", "cwd-seed0", "longer-seed0",
+        "none-seed1", "acam-seed1", "cwd-seed1", "longer-seed1",
+    ]  # fmt: skip
+    none, acam, cwd, longer = (cell.recipe for cell in cells[:4])
+    assert none.losses == ()
+    assert acam.losses[0].options == {"num_masks": 2}
+    assert (cwd.losses[0].name, cwd.losses[0].options, cwd.losses[0].pairs) == ("cwd", {}, ("segmentation_head.0",))
+    assert longer.losses == ()
+    assert longer.train.epochs == 2
+    with pytest.raises(AcamkdError, match=r"there is no method 'akam' to compare; .*acam"):
+        plan(config.load(recipe), ["akam"], 1, tmp_path)
+    with pytest.raises(AcamkdError, match=r"train\.epoch: unknown key"):
+        plan(config.load(recipe, ["compare.methods={x: {train.epoch: 3}}"]), ["x"], 1, tmp_path)
+
+
+def test_a_cell_knows_what_its_outcome_depends_on(recipe: Path, tmp_path: Path) -> None:
+    def key(*overrides: str) -> str:
+        return plan(config.load(recipe, overrides), ["acam"], 1, tmp_path)[1].key
+
+    same = ["data.root=/elsewhere", "data.workers=3", "train.seed=5", "teacher.weights=other.safetensors", "name=x",
+            "compare.methods.other={losses: []}", "student.backbone_weights=null", "train.devices=2"]  # fmt: skip
+    assert {key(), *map(key, same)} == {key()}
+    more = "compare.methods.acam={losses.0.name: acam, losses.0.num_masks: 3}"
+    for change in ("train.epochs=3", more, "student.options={}", "data.resize=[32, 32]"):
+        assert key(change) != key(), change
+    files = [key(f"student.backbone_weights={folder}/lite0.safetensors") for folder in ("a", "b")]
+    assert files[0] == files[1] != key()
+
+
+def test_tuning_comes_first_and_decides(recipe: Path, tmp_path: Path) -> None:
+    tuned = config.load(recipe, ["compare.tune={option: weight, values: [0.5, 2], seeds: 2}"])
+    results = tmp_path / "results"
+    cells = plan(tuned, ["acam"], 1, results)
+    assert names(cells) == [
+        "acam-0.5-seed1000", "acam-0.5-seed1001", "acam-2-seed1000", "acam-2-seed1001", "none-seed0", "acam-seed0",
+    ]  # fmt: skip
+    with pytest.raises(AcamkdError, match=r"acam-seed0 needs the tuning .* missing: acam-0\.5-seed1000, acam-0"):
+        run_cell(cells, 5, results)
+    for cell, score in zip(cells[:4], (40.0, 44.0, 41.0, 44.0), strict=True):
+        fake(cell, results, score)
+    final = plan(tuned, ["acam"], 1, results)[5]
+    assert (final.setting, final.recipe.losses[0].options["weight"]) == (2.0, 2.0)
+    assert cells[2].recipe.losses[0].options["weight"] == 2.0
+
+
+def test_a_cell_is_one_small_file_and_is_not_run_again(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="acamkd")
+    results = tmp_path / "results"
+    cells = plan(config.load(recipe), ["acam"], 1, results)
+    run_cell(cells, 1, results)
+    file = results / "acam-seed0.json"
+    content = json.loads(file.read_text())
+    assert file.stat().st_size < 10_000
+    assert (content["seed"], content["recipe"], len(content["history"])) == (0, cells[1].key, 1)
+    assert content["final"]["mIoU"] == content["history"][-1]
+    assert content["losses"][0]["num_masks"] == 2
+    assert any(name.endswith("spatial_mask_std") for name in content["masks"])
+    assert len(content["teacher"]["sha256"]) == 64
+    assert content["wall_time"] > 0
+    folder = tmp_path / f"runs/recipe/compare/acam-seed0-{cells[1].key}"
+    assert (folder / "student.safetensors").is_file()
+    assert not (folder / "last.ckpt").exists()
+
+    before = file.stat().st_mtime_ns
+    run_cell(cells, 1, results)
+    assert file.stat().st_mtime_ns == before
+    assert "acam-seed0 is there already" in caplog.messages
+    assert plan(config.load(recipe, ["train.epochs=2"]), ["acam"], 1, results)[1].read(results) is None  # stale
+    with pytest.raises(AcamkdError, match="there is no cell 2: the plan has 2, counted from 0"):
+        run_cell(cells, 2, results)
+
+
+@pytest.mark.parametrize("inherit", [[], ["decoder", "segmentation_head"]])
+def test_none_and_its_rival_start_from_the_same_student(inherit: list[str], recipe: Path, tmp_path: Path) -> None:
+    raw = config.load(recipe, ["losses.0.weight=1e-12", "compare.methods.idle={}", f"student.inherit={inherit}"])
+    results = tmp_path / "results"
+    cells = plan(raw, ["idle"], 1, results)
+    for number in range(2):
+        run_cell(cells, number, results)
+    none, idle = (cell.read(results) for cell in cells)
+    assert none is not None
+    assert idle is not None
+    assert none["final"] == idle["final"]
+    assert none["data"] == idle["data"]
+
+
+def test_the_command_runs_what_is_missing_each_in_its_own_process(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results"
+    loaded = config.load(recipe)
+    cells = plan(loaded, ["acam", "fitnet"], 3, results)
+    pictures = Batches(loaded).fingerprint
+    for cell in cells[1:]:
+        fake(cell, results, 40.0 + cell.seed if cell.method == "none" else 42.0 + 1.2 * cell.seed, data=pictures)
+
+    def run(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["acamkd", "compare", str(recipe), "--results", str(results), *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, error = capsys.readouterr()
+        assert end.value.code == 0, error
+        return out + error
+
+    common = ("--methods", "acam,fitnet", "--seeds", "3")
+    assert "0.0 hours to do" in run(*common, "--plan")
+    assert "none-seed0 is left out: about 0:02:00 would pass the time" in run(*common, "--time", "90s")
+    assert not (results / "none-seed0.json").exists()
+    done = run(*common)  # none-seed0
+    assert "none-seed0 begins" in done
+    assert "none-seed0: mIoU" in done
+    assert json.loads((results / "none-seed0.json").read_text())["recipe"] == cells[0].key
+    assert {path.name for path in results.glob("comparison.*")} == {
+        "comparison.md", "comparison.json", "comparison.png",
+    }  # fmt: skip
+    rows = json.loads((results / "comparison.json").read_text())["rows"]
+    assert {row["method"]: row["n"] for row in rows} == {"none": 3, "acam": 3, "fitnet": 3}
+
+
+def test_a_failed_cell_is_said_and_the_others_go_on(recipe: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    loaded = config.load(recipe)
+    cells = plan(loaded, ["acam"], 2, results)
+    for cell in cells[:3]:
+        fake(cell, results, 40.0)
+    with pytest.raises(AcamkdError, match=r"1 cells failed; what they said: .*acam-seed1\.txt"):
+        compare.compare(
+            loaded, ["acam"], 2, results, lambda number: [sys.executable, "-c", "print('no memory'); exit(3)"]
+        )
+    assert (results / "logs/acam-seed1.txt").read_text() == "no memory\n"
+    assert (results / "comparison.md").is_file()
+
+
+def test_cells_of_other_pictures_or_teachers_are_refused(recipe: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    loaded = config.load(recipe)
+    with pytest.raises(AcamkdError, match="holds no cell of this comparison yet"):
+        tabulate(loaded, ["acam"], 3, results)
+    cells = plan(loaded, ["acam"], 3, results)
+    for cell in cells:
+        fake(cell, results, 40.0)
+    tabulate(loaded, ["acam"], 3, results)
+    fake(cells[3], results, 40.0, teacher={"sha256": "d" * 64, "mIoU": 51.0})
+    with pytest.raises(AcamkdError, match="do not share their teacher: remove acam-seed1"):
+        tabulate(loaded, ["acam"], 3, results)
+    fake(cells[3], results, 40.0)
+    fake(cells[4], results, 40.0, data={"train": "x"})
+    with pytest.raises(AcamkdError, match="do not share their pictures: remove none-seed2"):
+        tabulate(loaded, ["acam"], 3, results)
+
+
+def test_a_bad_time_is_refused(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["acamkd", "compare", str(recipe), "--time", "sixh"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "--time sixh: write a number and h, m or s, such as 6h" in " ".join(capsys.readouterr().err.split())
