@@ -1,0 +1,201 @@
+"""Every block of the documentation runs, and the site builds without a warning."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer.main
+import yaml
+from torch import Tensor, nn
+
+from acamkd import cli, config
+from acamkd.data.scenes import write_scenes
+from acamkd.models.base import Task
+from tiny_recipes import MODELS, write_recipe
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+ELSEWHERE = (
+    "pip ",
+    "mkdocs serve",
+    "pytest",
+    "python docs/",
+    "python benchmarks/",
+    "#SBATCH",
+    "#!/bin/bash",
+    "sbatch ",
+    "cd ",
+    "git ",
+)
+"""How lines of the shell begin that are not this package's command."""
+
+TINY = [
+    "data.workers=0", "train.epochs=1", "train.batch_size=2", "train.accelerator=cpu",
+    *(f"{role}.{key}={value}" for role in ("teacher", "student") for key, value in {
+        "backbone_weights": "null", "backbone": "tu-mobilenetv3_small_050",
+    }.items()),
+]  # fmt: skip
+TINY_OF: dict[Task, list[str]] = {
+    "detection": [
+        "data.resize=[64, 64]", "teacher.backbone=mobilenetv3_small_050", "student.backbone=mobilenetv3_small_050",
+        *(f"{role}.{key}={value}" for role in ("teacher", "student") for key, value in {
+            "fpn_channels": 16, "options": MODELS["detection"]["options"],
+        }.items()),
+    ],
+    "segmentation": ["data.resize=[64, 64]", "data.augment={}"],
+}  # fmt: skip
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Every line of the page that calls acamkd, as words."""
+    found = []
+    for block in blocks(page, "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in line.split("&&"):
+                words = shlex.split(part, comments=True)
+                if words and words[0] == "acamkd":
+                    found.append(words[1:])
+                else:
+                    assert not words or part.strip().startswith((*ELSEWHERE, "#")), f"{page.name}: what is `{part}`?"
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_blocks_are_of_the_kinds_that_these_tests_run(page: Path) -> None:
+    fences = re.findall(r"^```(.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(fences[::2]) <= {"python", "sh", "yaml", "text"}
+    assert set(fences[1::2]) <= {""}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_have_the_arguments_and_options_that_are_shown(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    group: Any = typer.main.get_command(cli.app)
+    for name, *words in commands(page):
+        words = ["0" if word.startswith("$") else word for word in words]
+        group.commands[name].make_context(name, words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_recipes_and_their_parts_are_accepted(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page, "yaml"):
+        content = yaml.load(block, Loader=config._Loader)
+        if isinstance(content, list):
+            content = {"losses": content}
+        base = yaml.safe_load(write_recipe(tmp_path, content.get("task", "segmentation")).read_text())
+        config.parse({"name": "page", **base, **content}, source=str(page))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], None]:
+    def call(words: list[str]) -> None:
+        monkeypatch.setattr(sys, "argv", ["acamkd", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert not end.value.code, capsys.readouterr().err
+
+    return call
+
+
+@pytest.mark.parametrize(("page", "task"), [("detector", "detection"), ("segmenter", "segmentation")])
+def test_a_guide_runs_from_pictures_to_predictions(
+    page: str, task: Task, run: Callable[[list[str]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    write_scenes(tmp_path / "pictures", train=4, val=2, size=(64, 64), seed=0, task=task)
+    (recipe,) = blocks(DOCS / f"{page}.md", "yaml")
+    file = tmp_path / recipe.splitlines()[0].removeprefix("# ")
+    file.write_text(recipe, encoding="utf-8")
+    overrides = [word for override in (*TINY, *TINY_OF[task]) for word in ("--set", override)]
+    for name, *words in commands(DOCS / f"{page}.md"):
+        with_recipe = any(word.endswith(".yaml") for word in words)
+        own = list(words[:1]) + (overrides if with_recipe else []) + list(words[1:])  # the page's own come last
+        run([name, *own])
+    for block in blocks(DOCS / f"{page}.md", "python"):
+        exec(compile(block, f"{page}.md", "exec"), {})
+    assert "torch.Size([" in capsys.readouterr().out
+
+
+class Neck(nn.Module):
+    """As MMDetection's FPN: `out_channels`, `num_outs`, a tuple of maps."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.out_channels, self.num_outs = channels, 2
+        self.convs = nn.ModuleList(nn.Conv2d(3, channels, 3, stride=8 * (level + 1)) for level in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(conv(x) for conv in self.convs)
+
+
+class Detector(nn.Module):
+    """What the page uses of MMDetection's BaseDetector."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.neck = Neck(channels)
+
+    def data_preprocessor(self, data: dict[str, Any], training: bool) -> dict[str, Any]:
+        return {**data, "inputs": data["inputs"] / 255}
+
+    def forward(self, inputs: Tensor, data_samples: list[Any], mode: str) -> dict[str, Any]:
+        assert mode == "loss"
+        return {"loss_cls": [x.square().mean() for x in self.neck(inputs)], "acc": torch.tensor(1.0)}
+
+
+def test_the_loops_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain, look_ahead, distiller, trainer, mmdetection = blocks(DOCS / "own-loop.md", "python")
+    scope: dict[str, Any] = {"loader": [(torch.rand(2, 3, 64, 64), torch.randint(4, (2, 64, 64)))] * 2}
+    for block in (plain, look_ahead, distiller):
+        exec(block, scope)
+    assert set(scope["terms"]) == {
+        "task/cross_entropy", "classifier.0/pkd/correlation", "classifier.4/cwd/channel",
+    }  # fmt: skip
+    exec(trainer, {"__name__": "page"})
+    assert (tmp_path / "runs/segformer/student/model.safetensors").is_file()
+    student, teacher = Detector(4), Detector(6)
+    before = student.neck.convs[0].weight.clone()  # type: ignore[operator]
+    data = {"inputs": torch.randint(255, (2, 3, 32, 32)).float(), "data_samples": [None, None]}
+    exec(mmdetection, {"student": student, "teacher": teacher, "loader": [data]})
+    assert not torch.equal(before, student.neck.convs[0].weight)  # type: ignore[arg-type]
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(
+        words, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert built.returncode == 0, built.stderr
+    assert built.stderr == ""
+    home = (tmp_path / "site/index.html").read_text(encoding="utf-8")
+    assert "report.png" in home
+    assert "look_ahead_reward" in (tmp_path / "site/reference/index.html").read_text(encoding="utf-8")
+    assert 'href="../../reference/#acamkd.losses.acam"' in (tmp_path / "site/methods/acam/index.html").read_text()
+    listed = {path.relative_to(DOCS).with_suffix("") for path in DOCS.rglob("*.md")}
+    pages = {path.parent.relative_to(tmp_path / "site") for path in (tmp_path / "site").rglob("index.html")}
+    assert {Path(*path.parts[:-1]) if path.name == "index" else path for path in listed} == pages
