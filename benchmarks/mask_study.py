@@ -1,0 +1,70 @@
+"""Ways of training ACAM's masks that did not become options: for recipes, `name: benchmarks.mask_study:CLASS`.
+
+    PYTHONPATH=. acamkd compare recipes/camvid_masks.yaml --seeds 1
+
+docs/masks.md has what they are for and what they did.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from acamkd.losses.acam import ACAM, Masks
+from acamkd.losses.base import DistillationContext
+from acamkd.losses.functional import imitation_errors, safe_divide
+
+
+class Shuffled(ACAM):
+    """Control: every picture is imitated under the masks of the picture before it in the batch.
+
+    The masks learn as in ACAM. If they do as well on the wrong picture, where they look is not why they help.
+    """
+
+    def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
+        """As ACAM, with the imitation under shuffled masks."""
+        terms = super().terms(student, teacher, context)
+        with torch.no_grad():
+            masks = self._masks(self.align(student), teacher)
+        errors = imitation_errors(self.align(student), teacher, self.imitation, self.temperature)
+        for kind, mask, error in zip(("channel", "spatial"), masks, errors, strict=True):
+            if mask is not None:
+                shuffled = mask.flatten(2).roll(1, dims=0)
+                norms = torch.einsum("nmk,nk->nm", shuffled.square(), error)
+                terms[kind] = self.weight * safe_divide(norms, shuffled.sum(dim=2)).mean()
+        return terms
+
+
+class DegreeZero(ACAM):
+    """Joint training with sum M e / sum M: no pull on the masks' scale, but on every place harder than the mean.
+
+    dL/dM_p is proportional to e_p - L: the masks leave the places where the student is far from the teacher.
+    """
+
+    def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
+        """`channel` and `spatial` of degree 0 in the masks, and `diversity`."""
+        terms = super().terms(student, teacher, context)
+        aligned = self.align(student)
+        errors = imitation_errors(aligned, teacher, self.imitation, self.temperature)
+        for kind, mask, error in zip(("channel", "spatial"), self._masks(aligned, teacher), errors, strict=True):
+            if mask is not None:
+                mask = mask.flatten(2)
+                collected = safe_divide(torch.einsum("nmk,nk->nm", mask, error), mask.sum(dim=2))
+                terms[kind] = self.weight * collected.mean()
+        return terms
+
+
+class Adversarial(ACAM):
+    """The masks collect error instead of reward, within the same budget: they rise where the student lags."""
+
+    def _rewards(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> tuple[Tensor, Tensor]:
+        errors = [error.detach() for error in imitation_errors(student, teacher, self.imitation, self.temperature)]
+        channel, spatial = (safe_divide(error, error.mean(dim=1, keepdim=True)) for error in errors)
+        return channel, spatial
+
+
+class Difference(ACAM):
+    """Masks fed by the difference to the teacher: the student's part of the fusion is T - S'."""
+
+    def _masks(self, student: Tensor, teacher: Tensor) -> Masks:
+        return super()._masks(teacher - student, teacher)
