@@ -268,6 +268,35 @@ def _print_comparison(rows: Sequence[Row], results: Path) -> None:
     console.print(f"{results}: comparison.md, comparison.json, comparison.png", soft_wrap=True)
 
 
+@app.command(
+    epilog=_examples(
+        "acamkd doctor recipes/camvid.yaml --set data.root=/data/camvid",
+        "acamkd doctor recipes/camvid.yaml --set losses.0.name=cwd --json",
+    )
+)
+def doctor(recipe: RecipeFile, losses: Losses = None, set_: Overrides = None, as_json: AsJson = False) -> None:
+    """Examine a recipe in less than a minute: is the teacher good, does its gradient reach the student?"""
+    from dataclasses import asdict
+
+    from acamkd import config
+    from acamkd.doctor import examine
+
+    logging.getLogger("acamkd").setLevel(logging.ERROR)  # every line here is a finding
+    console, findings = Console(), []
+    colours = {"pass": "green", "warn": "yellow", "fail": "bold red"}
+    for finding in examine(config.load(recipe, _overrides(losses, set_))):
+        findings.append(finding)
+        if not as_json:
+            line = Text.assemble((finding.status, colours[finding.status]), f"  {finding.check}: {finding.text}")
+            console.print(line, soft_wrap=True)
+            if finding.advice:
+                console.print(f"      -> {finding.advice}", markup=False, soft_wrap=True)
+    if as_json:
+        _print_json([asdict(finding) for finding in findings])
+    if any(finding.status == "fail" for finding in findings):
+        raise typer.Exit(1)
+
+
 @app.command(epilog=_examples("acamkd methods", "acamkd methods acam", "acamkd methods --json"))
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[METHOD]", help="Show all options of one method.")] = None,
