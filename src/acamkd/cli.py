@@ -297,6 +297,43 @@ def doctor(recipe: RecipeFile, losses: Losses = None, set_: Overrides = None, as
         raise typer.Exit(1)
 
 
+@app.command(
+    epilog=_examples(
+        "acamkd inspect recipes/camvid.yaml",
+        "acamkd inspect retinanet/resnet101 retinanet/mobilenetv3_small_100",
+        "acamkd inspect torchvision/deeplabv3_resnet101 pspnet/tu-mobilenetv2_100",
+    )
+)
+def inspect(
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE | TEACHER STUDENT",
+            help="A recipe, or two networks: ARCH/BACKBONE, or torchvision/NAME for torchvision's segmenters.",
+        ),
+    ],
+    set_: Overrides = None,
+) -> None:
+    """Show what can be tapped in a teacher and a student, and propose the `losses` of a recipe."""
+    import yaml
+
+    from acamkd import config, inspection
+
+    if len(what) == 1:
+        networks = inspection.of_recipe(config.load(Path(what[0]), set_ or ()))
+    elif len(what) == 2:
+        networks = inspection.of_names(*what)
+    else:
+        raise AcamkdError(f"give one recipe, or a teacher and a student, not {len(what)} names")
+    for who, network in zip(("teacher", "student"), networks, strict=True):
+        table = Table("layer", "channels", "stride", title=f"{who}: {type(network.net).__name__}", title_justify="left")
+        for layer in inspection.layers(network):
+            table.add_row(layer.name, str(layer.channels), str(layer.stride))
+        Console().print(table)
+    losses = inspection.as_losses(inspection.propose(*networks), networks[1])
+    typer.echo("# for the recipe\n" + yaml.safe_dump({"losses": losses}, sort_keys=False, default_flow_style=None))
+
+
 @app.command(epilog=_examples("acamkd methods", "acamkd methods acam", "acamkd methods --json"))
 def methods(
     name: Annotated[str | None, typer.Argument(metavar="[METHOD]", help="Show all options of one method.")] = None,

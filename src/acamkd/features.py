@@ -112,7 +112,7 @@ class FeatureTap:
         call = len(self._outputs[layer])
         kept: dict[str, Tensor] = {}
         onward: dict[str, Tensor] = {}
-        for key, tensor in _entries(output).items():
+        for key, tensor in entries_of(output).items():
             for request in self._requests.values():
                 if request.layer == layer and _covers(request, key, call):
                     kept[key] = tensor
@@ -171,7 +171,7 @@ def _covers(request: _Request, key: str, call: int) -> bool:
     return key_fits and request.call in (None, "*", str(call))
 
 
-def _entries(output: Any) -> dict[str, Tensor]:
+def entries_of(output: Any) -> dict[str, Tensor]:
     """Tensors in a layer's output by key; a plain tensor has the empty key."""
     if isinstance(output, Tensor):
         return {"": output}
