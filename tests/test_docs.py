@@ -102,10 +102,12 @@ def test_recipes_and_their_parts_are_accepted(page: Path, tmp_path: Path) -> Non
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], None]:
     def call(words: list[str]) -> None:
+        """The doctor may find what it looks for: a teacher of one epoch is none."""
         monkeypatch.setattr(sys, "argv", ["acamkd", *words])
         with pytest.raises(SystemExit) as end:
             cli.main()
-        assert not end.value.code, capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert not end.value.code or (words[0] == "doctor" and "error:" not in error), error
 
     return call
 

@@ -35,7 +35,7 @@ def test_layers_are_named_with_channels_and_stride() -> None:
     found = layers(student)
     assert found[0] == Layer("backbone.body:0", 16, 2)
     assert found[-5:] == [
-        Layer(f"backbone:{key}", 256, 8 * 2**level) for level, key in enumerate("0 1 2 p6 p7".split())
+        Layer(f"backbone:{key}", 256, 8 * 2**level) for level, key in enumerate(["0", "1", "2", "p6", "p7"])
     ]
     assert all(not module._forward_hooks for module in student.net.modules())
 
