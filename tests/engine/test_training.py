@@ -172,13 +172,15 @@ def test_every_term_and_mask_mean_is_in_both_tables_from_the_first_step(tmp_path
     _fit(tmp_path, _batches(3), distiller, epochs=2)
     terms = [f"loss/{layer}/acam/{term}" for layer in (0, 1) for term in ("channel", "spatial", "diversity")]
     terms += ["loss/1/fitnet/feature", "loss/task/cross_entropy"]
-    masks = [f"{layer}/acam/{kind}_mask" for layer in (0, 1) for kind in ("channel", "spatial")]
+    means = [f"{layer}/acam/{kind}_mask" for layer in (0, 1) for kind in ("channel", "spatial")]
+    masks = means + [f"{mean}_{what}" for mean in means for what in ("std", "entropy", "correlation")]
     history = rows(tmp_path / "history.csv")
     assert [(row["epoch"], row["step"]) for row in history] == [("1", "3"), ("2", "6")]
     assert set(history[0]) == {"epoch", "step", "mIoU", "IoU/a", "IoU/b", "loss", *terms, *masks}
     steps = [row for row in rows(tmp_path / "logs" / "metrics.csv") if row["loss_step"]]
     assert [row["step"] for row in steps] == ["0", "1", "2", "3", "4", "5"]
-    assert all(float(row[f"{name}_step"]) > 0 for row in steps for name in [*terms, *masks])
+    assert all(float(row[f"{name}_step"]) > 0 for row in steps for name in [*terms, *means])
+    assert all(-1 <= float(row[f"{name}_correlation_step"]) <= 1 for row in steps for name in means)
     for row in steps:
         assert float(row["loss_step"]) == pytest.approx(sum(float(row[f"{name}_step"]) for name in terms))
     for name in [*terms, *masks, "loss"]:  # history has the mean over the epoch's steps
