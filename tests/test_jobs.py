@@ -245,7 +245,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(root: Path, tmp_path: Path) -> Non
     raw["data"]["workers"] = 1
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
     # A suite that was started in the background hands an ignored SIGINT down to its children.
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from acamkd.cli import main; main()"
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import acamkd.cli as c; c.main()"
     command = [sys.executable, "-c", code, "train", "recipe.yaml", "--out", "run"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:

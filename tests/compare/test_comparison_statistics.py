@@ -103,8 +103,18 @@ def test_the_best_rival_is_of_another_class() -> None:
 def test_the_page_shows_what_was_measured() -> None:
     cells = [cell("none", seed, 40.0 + seed) for seed in range(3)]
     cells += [cell("cwd", seed, 42.0 + seed * 1.5, ("cwd",), setting=0.5) for seed in range(3)]
-    page = markdown(summarize(cells), cells, "Comparison on tiny")
+    page = markdown(summarize(cells), cells)
     assert "Teacher abababababab: 50.00." in page
     assert "| `cwd` | 0.5 | 3 | 43.50 ± 1.50 | +2.50 [" in page
     assert "| `none` | - | 3 | 41.00 ± 1.00 | - | - | - | - | 1.0 |" in page
     assert "| IoU/sky | 21.8 | 20.5 |" in page
+
+
+def test_the_page_shows_how_masks_moved() -> None:
+    course = {"0/acam/spatial_mask": [0.5, 0.4, 0.3], "1/acam/spatial_mask": [0.5, 0.2, 0.1]}
+    dead = {"0/acam/spatial_mask_std": [0.1, None, 0.0]}
+    cells = [cell("none", 0, 40.0), cell("acam", 0, 42.0, ("acam",), masks=course | dead)]
+    cells.append(cell("acam", 1, 42.0, ("acam",), masks={name: [0.5, 0.3, 0.2] for name in course}))
+    page = markdown(summarize(cells), cells)
+    assert "| `acam` | spatial | 0.5, 0.3, 0.2 | 0.1, nan, 0 | - | - | - |" in page
+    assert "## Masks" not in markdown(summarize(cells[:1]), cells[:1])

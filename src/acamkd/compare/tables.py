@@ -15,23 +15,23 @@ from acamkd.compare.statistics import Paired, Row
 from acamkd.runs import write_json, write_text
 
 DASH = "-"
+STATISTICS = ("", "_std", "_entropy", "_overlap", "_correlation")
+"""Endings of the columns that tell how masks move, after KIND_mask."""
 
 
 def write(results: Path, rows: Sequence[Row], cells: Sequence[Mapping[str, Any]], title: str) -> None:
     """Write comparison.md, comparison.json and comparison.png."""
     metric = cells[0]["metric"]
-    write_text(results / "comparison.md", markdown(rows, cells, title))
+    write_text(results / "comparison.md", f"# {title}\n\n{markdown(rows, cells)}")
     write_json(results / "comparison.json", {"metric": metric, "rows": [asdict(row) for row in rows]})
     figure(results / "comparison.png", rows, cells, metric)
 
 
-def markdown(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]], title: str) -> str:
+def markdown(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> str:
     """Tables and what must be known to read them."""
     metric = cells[0]["metric"]
     teachers = {cell["teacher"]["sha256"][:12]: cell["teacher"][metric] for cell in cells if cell["teacher"]}
     lines = [
-        f"# {title}",
-        "",
         f"{metric} in percent on the validation pictures after the last epoch, mean and deviation over n seeds. "
         "One seed gives every method the same initial student, pictures and augmentation, so differences are paired: "
         "mean, bootstrap 95 % interval, p of the paired t test with Holm's correction for the number of methods.",
@@ -43,6 +43,7 @@ def markdown(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]], title: str
         *(_line(row) for row in rows),
         "",
         *_classes(rows, cells),
+        *_masks(rows, cells),
     ]
     return "\n".join(lines) + "\n"
 
@@ -77,6 +78,32 @@ def _classes(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> list[st
             means.append(f"{np.mean(known):.1f}" if known else DASH)
         lines.append(f"| {name} | {' | '.join(means)} |")
     return lines
+
+
+def _masks(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How the masks moved: every statistic in the first, the middle and the last epoch, mean over seeds and layers."""
+    lines = []
+    for row in rows:
+        courses: dict[str, list[Sequence[float | None]]] = {}
+        for cell in cells:
+            for name, course in cell["masks"].items() if cell["method"] == row.method else ():
+                courses.setdefault(name.rpartition("/")[2], []).append(course)
+        kinds = dict.fromkeys(name.partition("_mask")[0] for name in courses)
+        for kind in kinds:
+            figures = [_course(courses.get(f"{kind}_mask{statistic}", ())) for statistic in STATISTICS]
+            lines.append(f"| `{row.method}` | {kind} | {' | '.join(figures)} |")
+    if not lines:
+        return []
+    columns = [statistic.removeprefix("_") or "mean" for statistic in STATISTICS]
+    head = ["", "## Masks: first, middle and last epoch", "", f"| method | masks | {' | '.join(columns)} |"]
+    return [*head, "|---" * (len(columns) + 2) + "|", *lines]
+
+
+def _course(courses: Sequence[Sequence[float | None]]) -> str:
+    if not courses:
+        return DASH
+    mean = np.mean(np.array(courses, dtype=float), axis=0)
+    return ", ".join(f"{mean[epoch]:.3g}" for epoch in (0, len(mean) // 2, -1))
 
 
 def figure(file: Path, rows: Sequence[Row], cells: Sequence[Mapping[str, Any]], metric: str) -> None:

@@ -122,8 +122,8 @@ def mask_statistics(mask: Tensor, error: Tensor) -> dict[str, Tensor]:
         error: (N, K), of the imitation.
 
     Returns:
-        `mask`, the mean; `mask_std` over the K channels or positions; `mask_entropy` in bits; `mask_correlation` with
-        the error.
+        `mask`, the mean; `mask_std` over the K channels or positions; `mask_entropy` in bits; `mask_overlap`, the
+        pairwise Dice overlap; `mask_correlation` with the error.
     """
     inside = mask.clamp(1e-6, 1 - 1e-6)
     entropy = -(inside * inside.log2() + (1 - inside) * (1 - inside).log2())
@@ -133,6 +133,7 @@ def mask_statistics(mask: Tensor, error: Tensor) -> dict[str, Tensor]:
         "mask": mask.mean(),
         "mask_std": centred.square().mean(dim=2).sqrt().mean(),
         "mask_entropy": entropy.mean(),
+        "mask_overlap": dice_overlap(mask),
         "mask_correlation": safe_divide(torch.einsum("nmk,nk->nm", centred, error), norms).mean(),
     }
 
