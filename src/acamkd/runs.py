@@ -95,12 +95,19 @@ class Run:
         Raises:
             AcamkdError: The weights are missing or do not fit.
         """
-        model = self.recipe.teacher if self.role == "teacher" else self.recipe.student
-        assert model is not None
-        assert self.recipe.data.classes is not None
-        model = model.model_copy(update={"weights": str(self.weights)})
+        section = self.recipe.teacher if self.role == "teacher" else self.recipe.student
+        assert section is not None
+        return self._build(section.model_copy(update={"weights": str(self.weights)}))
+
+    def load_teacher(self) -> TaskModel:
+        """Build the teacher that a student was distilled from, in eval mode; raises AcamkdError if that cannot be."""
+        assert self.recipe.teacher is not None
+        return self._build(self.recipe.teacher)
+
+    def _build(self, section: config.Model) -> TaskModel:
         data = self.recipe.data
-        return models.build(model, self.recipe.task, len(data.classes or ()), data.resize, teacher=True).eval()
+        assert data.classes is not None
+        return models.build(section, self.recipe.task, len(data.classes), data.resize, teacher=True).eval()
 
 
 def open_run(folder: Path, overrides: Sequence[str] = ()) -> Run:

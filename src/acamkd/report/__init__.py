@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from acamkd import config, data, models
+from acamkd import config, data
 from acamkd.data import PictureDataset
 from acamkd.engine import METRICS, REPLAY
 from acamkd.engine.replay import spread
@@ -171,9 +171,7 @@ def _networks(run: Run, alone: Run | None, pictures: PictureDataset, own: str) -
     networks = {}
     if own == DISTILLED:
         assert recipe.teacher is not None
-        networks[TEACHER] = network(
-            TEACHER, recipe.teacher, metrics["teacher"], _teacher(recipe, len(pictures.classes))
-        )
+        networks[TEACHER] = network(TEACHER, recipe.teacher, metrics["teacher"], _teacher(run))
     if alone is not None:
         networks[ALONE] = network(ALONE, alone.recipe.student, _metrics(alone)["student"], alone.load())
     section = recipe.teacher if run.role == "teacher" else recipe.student
@@ -182,10 +180,9 @@ def _networks(run: Run, alone: Run | None, pictures: PictureDataset, own: str) -
     return networks
 
 
-def _teacher(recipe: config.Recipe, classes: int) -> TaskModel | None:
-    assert recipe.teacher is not None
+def _teacher(run: Run) -> TaskModel | None:
     try:
-        return models.build(recipe.teacher, recipe.task, classes, recipe.data.resize, teacher=True).eval()
+        return run.load_teacher()
     except AcamkdError as error:
         log.warning("the report says nothing of the teacher's cost: %s", error)
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,16 +38,21 @@ def cost(model: TaskModel, picture: Tensor) -> Cost:
     """Measure a network in eval mode on the CPU, on one picture (3, H, W)."""
     with FlopCounterMode(display=False) as counter:  # also warms up
         model.predict([picture])
-    times: list[float] = []
-    while not times or (len(times) < RUNS and sum(times) < PATIENCE):
-        start = time.perf_counter()
-        model.predict([picture])
-        times.append(time.perf_counter() - start)
     return Cost(
         parameters=sum(parameter.numel() for parameter in model.net.parameters()),
         gflops=counter.get_total_flops() / 1e9,
-        milliseconds=1e3 * statistics.median(times),
+        milliseconds=median_milliseconds(lambda: model.predict([picture])),
     )
+
+
+def median_milliseconds(call: Callable[[], object]) -> float:
+    """Median time of a call that has run before."""
+    times: list[float] = []
+    while not times or (len(times) < RUNS and sum(times) < PATIENCE):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
 
 
 def threads() -> int:
