@@ -108,14 +108,15 @@ class DenseDetector(Detector):
         return {"features": features, "anchors": self._anchors(self.net.anchor_generator, features, batch), **head}
 
     def _detect(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
-        counts = self._anchors_per_level(outputs)
+        counts = self.anchors_per_level(outputs)
         anchors = [list(torch.split(image, counts)) for image in outputs["anchors"]]
         head = {name: list(torch.split(output, counts, dim=1)) for name, output in _head(outputs).items()}
         detections = self.net.postprocess_detections(head, anchors, batch.sizes)
         # The heads have an output for background, which is never a box's label but can pass an untrained threshold.
         return [{name: x[found["labels"] > 0] for name, x in found.items()} for found in detections]
 
-    def _anchors_per_level(self, outputs: Outputs) -> list[int]:
+    def anchors_per_level(self, outputs: Outputs) -> list[int]:
+        """Number of anchors of each level, from fine to coarse."""
         per_place = self.net.anchor_generator.num_anchors_per_location()
         return [x.shape[-2] * x.shape[-1] * n for x, n in zip(outputs["features"].values(), per_place, strict=True)]
 
@@ -135,7 +136,7 @@ class FCOSDetector(DenseDetector):
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return `classification` (focal), `bbox_regression` (GIoU) and `bbox_ctrness`."""
         terms: dict[str, Tensor] = self.net.compute_loss(
-            _trained(batch), _head(outputs), outputs["anchors"], self._anchors_per_level(outputs)
+            _trained(batch), _head(outputs), outputs["anchors"], self.anchors_per_level(outputs)
         )
         return terms
 

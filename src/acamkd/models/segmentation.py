@@ -81,7 +81,7 @@ class Segmenter(TaskModel):
         """Give `out`, the logits (N, K, H, W), and `aux` where the network has an auxiliary head."""
         raw = self.net(self.normalize(batch))
         outputs = {name: logits.float() for name, logits in (raw if isinstance(raw, dict) else {"out": raw}).items()}
-        expected = (len(batch.pixels), self.num_classes, *batch.input_size)
+        expected = (batch.pixels.shape[0], self.num_classes, *batch.input_size)
         if outputs["out"].shape != expected:
             raise AcamkdError(
                 f"{type(self.net).__name__} gives logits {tuple(outputs['out'].shape)}, but must give {expected}: one "
