@@ -55,7 +55,7 @@ def test_a_method_is_one_word_of_the_recipe(name: str, task: Task, recipes: dict
             distill(recipe, out=tmp_path / "run")
         assert not (tmp_path / "run").exists()
         return
-    metrics = distill(recipe, out=tmp_path / "run")
+    metrics = distill(recipe, out=tmp_path / "run").metrics
     row = last_row(tmp_path / "run")
     distillation = {key: float(value) for key, value in row.items() if f"/{find(name).__name__.lower()}/" in key}
     assert distillation

@@ -88,7 +88,7 @@ def test_the_student_loads_without_acamkd(whole: Path) -> None:
 
 def test_a_detector_trains_and_loads_without_acamkd(tmp_path: Path) -> None:
     recipe = tiny.recipe(tiny.write_data(tmp_path / "data", "detection"), "detection", epochs=1)
-    metrics = train(recipe, out=tmp_path / "run")
+    metrics = train(recipe, out=tmp_path / "run").metrics
     assert metrics["metric"] == "mAP"
     assert set(metrics["student"]) == {"mAP", "AP50", "AP75", "AP_s", "AP_m", "AP_l", *(f"AP/{c}" for c in CLASSES)}
     (row,) = tiny.rows(tmp_path / "run" / "history.csv")
@@ -151,9 +151,9 @@ def test_distill_finds_the_teacher_that_was_trained_before(
                                           r"writes runs/tiny/teacher/teacher.safetensors"):  # fmt: skip
         distill(config.parse(raw))
     assert not (tmp_path / "runs").exists()
-    trained = train(config.parse(raw), "teacher")
+    trained = train(config.parse(raw), "teacher").metrics
     assert (tmp_path / "runs/tiny/teacher/teacher.safetensors").is_file()
-    metrics = distill(config.parse(raw))
+    metrics = distill(config.parse(raw)).metrics
     assert metrics["teacher"] == pytest.approx(trained["teacher"])
     kept = config.load(tmp_path / "runs/tiny/distilled/recipe.yaml")
     assert kept.teacher is not None
@@ -184,7 +184,7 @@ def test_an_interrupted_run_resumes_to_the_same_end(
     assert signal.getsignal(signal.SIGINT) is before  # the next Ctrl-C works, too
     assert [row["epoch"] for row in tiny.rows(folder / "history.csv")] == ["1"]
     assert not (folder / "metrics.json").exists()
-    metrics = distill(recipe, out=folder, resume=True)
+    metrics = distill(recipe, out=folder, resume=True).metrics
     _same_run(whole, folder)
     assert metrics | {"seconds": 0} == json.loads((whole / "metrics.json").read_text()) | {"seconds": 0}
 
@@ -192,7 +192,7 @@ def test_an_interrupted_run_resumes_to_the_same_end(
 def test_resuming_a_finished_run_changes_nothing(whole: Path, root: Path, tmp_path: Path) -> None:
     before = (whole / "history.csv").read_bytes(), (whole / "student.safetensors").read_bytes()
     steps, metrics = tiny.rows(whole / "logs" / "metrics.csv"), json.loads((whole / "metrics.json").read_text())
-    assert distill(tiny.recipe(root, epochs=3), out=whole, resume=True) == metrics
+    assert distill(tiny.recipe(root, epochs=3), out=whole, resume=True).metrics == metrics
     assert ((whole / "history.csv").read_bytes(), (whole / "student.safetensors").read_bytes()) == before
     assert tiny.rows(whole / "logs" / "metrics.csv") == steps
 

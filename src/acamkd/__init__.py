@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from acamkd.features import FeatureTap
     from acamkd.jobs import distill, train
     from acamkd.methods import METHODS, build_distiller
-    from acamkd.runs import open_run
+    from acamkd.runs import load_student, open_run
 
 __version__ = "0.1.0"
-__all__ = ["METHODS", "Distiller", "FeatureTap", "build_distiller", "distill", "open_run", "train"]
+__all__ = ["METHODS", "Distiller", "FeatureTap", "build_distiller", "distill", "load_student", "open_run", "train"]
 
 _HOMES = {
     "Distiller": "acamkd.distiller",
@@ -21,6 +21,7 @@ _HOMES = {
     "METHODS": "acamkd.methods",
     "build_distiller": "acamkd.methods",
     "distill": "acamkd.jobs",
+    "load_student": "acamkd.runs",
     "open_run": "acamkd.runs",
     "train": "acamkd.jobs",
 }

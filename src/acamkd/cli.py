@@ -154,6 +154,73 @@ def evaluate(
 
 @app.command(
     epilog=_examples(
+        "acamkd export runs/camvid/distilled",
+        "acamkd export runs/bccd/distilled --with-nms --out build/bccd",
+        "acamkd export runs/camvid/distilled --licence apache-2.0 --push-to-hub me/camvid-student",
+    )
+)
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    set_: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Where to, instead of RUN/export.")] = None,
+    with_nms: Annotated[
+        bool,
+        typer.Option("--with-nms", help="Detection: the full graph with its suppression, for single pictures."),
+    ] = False,
+    licence: Annotated[
+        str | None, typer.Option("--licence", "--license", help="Of the weights, for the model card.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Upload to the Hugging Face Hub, to a private repository if new."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the export that the folder holds.")] = False,
+) -> None:
+    """Export a run's network to ONNX, checked against PyTorch, with weights and a model card."""
+    from acamkd import export as job
+    from acamkd.runs import open_run
+
+    if push_to_hub:
+        job.check_repository(push_to_hub)
+    figures = job.export(open_run(run, set_ or ()), out=out, overwrite=overwrite, with_nms=with_nms, licence=licence)
+    metric = figures.metric
+    table = Table("network", "runtime", metric, "ms", "parameters", "GFLOPs")
+    for row in figures.measured:
+        score = row.scores.get(metric)
+        cost = (
+            [f"{row.cost.milliseconds:.1f}", f"{row.cost.parameters:,}", f"{row.cost.gflops:.2f}"] if row.cost else []
+        )
+        table.add_row(row.network, row.runtime, "" if score is None else f"{score:.2f}", *cost)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"largest difference of the outputs {figures.difference:.1e}, {figures.relative_difference:.1e} of their "
+        f"largest value; times on {figures.threads} CPU thread{'s' if figures.threads > 1 else ''}"
+    )
+    if push_to_hub:
+        console.print(job.push_to_hub(figures.folder, push_to_hub))
+
+
+@app.command(
+    epilog=_examples(
+        "acamkd predict runs/camvid/distilled street.jpg",
+        "acamkd predict runs/bccd/distilled/export/student.onnx pictures/ --out found --score 0.5",
+    )
+)
+def predict(
+    model: Annotated[Path, typer.Argument(metavar="RUN|MODEL.onnx", help="Run folder, or an exported file.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A picture, or a folder of pictures.")],
+    out: Annotated[Path | None, typer.Option(help="Output folder, instead of `predictions` beside the model.")] = None,
+    score: Annotated[float, typer.Option(min=0, max=1, help="Detections below this score are left out.")] = 0.3,
+) -> None:
+    """Predict on pictures: overlays, and boxes as JSON or masks as PNG."""
+    from acamkd.predict import predict as job
+
+    job(model, source, out=out, score=score)
+
+
+@app.command(
+    epilog=_examples(
         "acamkd report runs/camvid/distilled",
         "acamkd report runs/camvid/distilled --alone runs/camvid/alone-1 --set data.root=/data/camvid",
     )

@@ -102,9 +102,9 @@ def _train_all(recipe: config.Recipe, folder: Path, before: int, total: int) -> 
     taught = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"weights": weights})})
     distilled = distill(taught, out=folder / FOLDERS["distilled"], overwrite=True)
     return {
-        "teacher": teacher["teacher"][metric],
-        "student": student["student"][metric],
-        "distilled": distilled["student"][metric],
+        "teacher": teacher.metrics["teacher"][metric],
+        "student": student.metrics["student"][metric],
+        "distilled": distilled.metrics["student"][metric],
     }
 
 

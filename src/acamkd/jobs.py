@@ -31,34 +31,35 @@ LIBRARIES = ("torch", "torchvision", "lightning", "timm", "segmentation-models-p
 
 
 def train(
-    recipe: config.Recipe,
+    recipe: config.Recipe | Path | str,
     role: Role = "student",
     *,
-    out: Path | None = None,
+    out: Path | str | None = None,
     resume: bool = False,
     overwrite: bool = False,
-) -> dict[str, Any]:
+) -> Run:
     """Train one network of a recipe without distillation.
 
     Args:
-        recipe: What to train on what.
+        recipe: What to train on what, or the YAML file that says it.
         role: `student`, or `teacher`, where `distill` then finds it.
         out: Run folder; `runs/NAME/alone` or `runs/NAME/teacher` where not given.
         resume: Continue the run that the folder holds.
         overwrite: Replace it.
 
     Returns:
-        What `metrics.json` in the run folder holds.
+        The run, with its `metrics` and `load()`.
 
     Raises:
         AcamkdError: Something that was given cannot be used; nothing is written then.
     """
+    recipe = _loaded(recipe)
     section = recipe.teacher if role == "teacher" else recipe.student
     if section is None:
         raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
     batches = Batches(recipe)
     model = build_network(recipe, section, batches.classes)
-    folder = out or default_folder(recipe, "teacher" if role == "teacher" else "alone")
+    folder = Path(out) if out else default_folder(recipe, "teacher" if role == "teacher" else "alone")
     # Only what the run depends on, so that --resume tells it from a distillation.
     used: dict[str, Any] = {"losses": ()}
     if role == "student" and recipe.student.inherit:  # as the distilled student does, which is compared with this one
@@ -72,8 +73,12 @@ def train(
 
 
 def distill(
-    recipe: config.Recipe, *, out: Path | None = None, resume: bool = False, overwrite: bool = False
-) -> dict[str, Any]:
+    recipe: config.Recipe | Path | str,
+    *,
+    out: Path | str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Run:
     """Train a recipe's student with its losses against its teacher.
 
     The teacher's weights are the recipe's `teacher.weights`, or what `train(recipe, "teacher")` left behind. It is
@@ -81,6 +86,7 @@ def distill(
 
     Args, returns and raises: as `train`; the run folder is `runs/NAME/distilled` where not given.
     """
+    recipe = _loaded(recipe)
     if recipe.teacher is None or not recipe.losses:
         raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section and `losses` to distil")
     batches = Batches(recipe)
@@ -89,13 +95,17 @@ def distill(
     student = build_network(recipe, recipe.student, batches.classes)
     if recipe.student.inherit:
         models.inherit(student, teacher, recipe.student.inherit)
-    folder, losses = out or default_folder(recipe, "distilled"), recipe.losses
+    folder, losses = Path(out) if out else default_folder(recipe, "distilled"), recipe.losses
     if resume and (folder / RECIPE).is_file():
         losses = adopt(losses, config.load(folder / RECIPE).losses)
     losses = calibrate(student, teacher, losses, batches.train)
     distiller = build_distiller(student, teacher, losses, batches.steps_per_epoch)
     run = Run(folder, batches.resolved.model_copy(update={"teacher": section, "losses": losses}), "student")
     return _fit(run, distiller, batches, resume=resume, overwrite=overwrite)
+
+
+def _loaded(recipe: config.Recipe | Path | str) -> config.Recipe:
+    return recipe if isinstance(recipe, config.Recipe) else config.load(Path(recipe))
 
 
 def default_folder(recipe: config.Recipe, job: str) -> Path:
@@ -162,8 +172,8 @@ def _score_teacher(teacher: TaskModel, batches: Batches) -> dict[str, float]:
     return scores
 
 
-def _fit(run: Run, distiller: Distiller, batches: Batches, *, resume: bool, overwrite: bool) -> dict[str, Any]:
-    """Train into the run folder and describe the outcome."""
+def _fit(run: Run, distiller: Distiller, batches: Batches, *, resume: bool, overwrite: bool) -> Run:
+    """Train into the run folder."""
     recipe, metric = run.recipe, METRICS[run.recipe.task]
     goes_on = run.create(resume=resume, overwrite=overwrite)
     handler = logging.FileHandler(run.folder / LOG, encoding="utf-8")
@@ -211,7 +221,7 @@ def _fit(run: Run, distiller: Distiller, batches: Batches, *, resume: bool, over
                  run.folder, metric, recorder.best[metric], recorder.best_epoch, run.weights.name)  # fmt: skip
         if trainer.is_global_zero:
             write_report(run)
-        return metrics
+        return run
     finally:
         package.removeHandler(handler)
         package.setLevel(level)

@@ -7,6 +7,8 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from html import escape
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -22,9 +24,9 @@ METRICS = "metrics.json"
 LOG = "log.txt"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
-    """One run folder.
+    """One run folder; it prints itself as a line, in a notebook as a table.
 
     It holds the resolved recipe (`recipe.yaml`), `metrics.json`, `history.csv`, `log.txt`, `last.ckpt` to resume from,
     and the trained network alone at its best epoch, `student.safetensors` (or `teacher.safetensors`), which the plain
@@ -49,6 +51,44 @@ class Run:
     def checkpoint(self) -> Path:
         """What `resume` starts from."""
         return self.folder / CHECKPOINT
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all its epochs are done."""
+        return (self.folder / METRICS).is_file()
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """What metrics.json holds; a score that is not defined is None.
+
+        Raises:
+            AcamkdError: The run has not ended.
+        """
+        if not self.has_ended:
+            raise AcamkdError(f"{self.folder} has no {METRICS}: its training has not ended (--resume continues it)")
+        content: dict[str, Any] = json.loads((self.folder / METRICS).read_text(encoding="utf-8"))
+        return content
+
+    def __repr__(self) -> str:
+        if not self.has_ended:
+            return f"{self.folder}: {self.role} of {self.recipe.name}, not ended"
+        metrics = self.metrics
+        name = metrics["metric"]
+        scores = ", ".join(f"{role} {metrics[role][name]:.2f}" for role in ("student", "teacher") if role in metrics)
+        return (
+            f"{self.folder}: {name} {scores}, best epoch {metrics['best_epoch']}, "
+            f"{metrics['parameters']:,} parameters, {timedelta(seconds=round(metrics['seconds']))}"
+        )
+
+    def _repr_html_(self) -> str:
+        if not self.has_ended:
+            return escape(repr(self))
+        metrics = self.metrics
+        rows = {role: metrics[role] for role in ("teacher", "student") if role in metrics}
+        names = [name for name in rows[self.role] if "/" not in name]  # without the classes
+        cells = [["", *names], *([role, *(_percent(scores[name]) for name in names)] for role, scores in rows.items())]
+        lines = ("".join(f"<td>{cell}</td>" for cell in row) for row in cells)
+        return f"<p>{escape(repr(self))}</p><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
     def create(self, *, resume: bool, overwrite: bool) -> bool:
         """Make the folder, or enter it again.
@@ -123,6 +163,17 @@ def open_run(folder: Path, overrides: Sequence[str] = ()) -> Run:
     raise AcamkdError(f"{folder} holds no weights yet: its first epoch has not ended (--resume continues it)")
 
 
+def load_student(run: Path | str) -> TaskModel:
+    """Build the network that a run trained, with its best weights and in eval mode.
+
+    `predict` of what is returned takes pictures, (3, H, W) uint8 or in [0, 1]; its `net` is the framework's own module.
+
+    Raises:
+        AcamkdError: The folder holds no run, or its weights do not fit.
+    """
+    return open_run(Path(run)).load()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is either there whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
@@ -138,6 +189,10 @@ def write_json(path: Path, content: Mapping[Any, Any]) -> None:
 def as_json(content: Any) -> str:
     """Indented JSON; NaN, which JSON does not know, becomes null."""
     return json.dumps(_without_nan(content), indent=2)
+
+
+def _percent(score: float | None) -> str:
+    return "-" if score is None else f"{score:.2f}"
 
 
 def _without_nan(content: Any) -> Any:

@@ -85,7 +85,7 @@ class Cell:
         folder = default_folder(self.recipe, "compare") / f"{self.name}-{self.key}"
         job = distill if self.recipe.losses else train
         resume = (folder / RECIPE).is_file()
-        metrics = job(self.recipe, out=folder, resume=resume)
+        metrics = job(self.recipe, out=folder, resume=resume).metrics
         name = METRICS[self.recipe.task]
         columns = _columns(folder / "history.csv")
         content = {

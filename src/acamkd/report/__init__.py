@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from acamkd.report.cost import Cost, cost, threads
 from acamkd.report.gain import PICTURES, Gain, compare, rows
 from acamkd.report.masks import load_replay
 from acamkd.report.pictures import colour, embed
-from acamkd.runs import METRICS as METRICS_FILE
 from acamkd.runs import RECIPE, Run, open_run, write_text
 
 log = logging.getLogger(__name__)
@@ -63,7 +61,7 @@ def write_report(run: Run, alone: Run | None = None) -> Path:
     Raises:
         AcamkdError: A run is not finished, its weights or pictures are gone, or the two saw other validation pictures.
     """
-    recipe, metrics = run.recipe, _metrics(run)
+    recipe, metrics = run.recipe, run.metrics
     metric = METRICS[recipe.task]
     pictures = data.build(recipe.data, recipe.task, "val", seed=recipe.train.seed, augment=False)
     if pictures.fingerprint() != metrics["data"]["val"]:
@@ -124,14 +122,6 @@ def _si(count: float) -> str:
     return f"{count:.3g}"
 
 
-def _metrics(run: Run) -> dict[str, Any]:
-    file = run.folder / METRICS_FILE
-    if not file.is_file():
-        raise AcamkdError(f"{run.folder} has no {METRICS_FILE}: its training has not ended (--resume continues it)")
-    metrics: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return metrics
-
-
 def _own_name(run: Run) -> str:
     if run.role == "teacher":
         return TEACHER
@@ -149,7 +139,7 @@ def _baseline(run: Run, metrics: dict[str, Any], given: Run | None) -> Run | Non
         alone = given or open_run(beside)
         if _own_name(alone) != ALONE:
             raise AcamkdError(f"{alone.folder} is no run of a student alone")
-        if _metrics(alone)["data"]["val"] != metrics["data"]["val"]:
+        if alone.metrics["data"]["val"] != metrics["data"]["val"]:
             raise AcamkdError(f"{alone.folder} and {run.folder} were scored on different validation pictures")
     except AcamkdError as error:
         if given is not None:
@@ -162,7 +152,7 @@ def _baseline(run: Run, metrics: dict[str, Any], given: Run | None) -> Run | Non
 
 def _networks(run: Run, alone: Run | None, pictures: PictureDataset, own: str) -> dict[str, Network]:
     """Teacher, student alone and distilled student, as far as they are known, in this order."""
-    picture, metrics, recipe = pictures[0][0], _metrics(run), run.recipe
+    picture, metrics, recipe = pictures[0][0], run.metrics, run.recipe
 
     def network(name: str, section: config.Model, scores: dict[str, Any], model: TaskModel | None) -> Network:
         spent = cost(model, picture) if model else None
@@ -173,7 +163,7 @@ def _networks(run: Run, alone: Run | None, pictures: PictureDataset, own: str) -
         assert recipe.teacher is not None
         networks[TEACHER] = network(TEACHER, recipe.teacher, metrics["teacher"], _teacher(run))
     if alone is not None:
-        networks[ALONE] = network(ALONE, alone.recipe.student, _metrics(alone)["student"], alone.load())
+        networks[ALONE] = network(ALONE, alone.recipe.student, alone.metrics["student"], alone.load())
     section = recipe.teacher if run.role == "teacher" else recipe.student
     assert section is not None
     networks[own] = network(own, section, metrics[run.role], run.load())

@@ -1,0 +1,229 @@
+"""Run a network that `acamkd export` wrote, with onnxruntime, NumPy and Pillow alone.
+
+This file needs nothing of acamkd. A copy of it lies beside every exported network:
+
+    model = OnnxModel("student.onnx")
+    found = model.predict(read_picture("cell.jpg"))
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+try:
+    from acamkd.errors import AcamkdError
+except ImportError:  # beside an exported network, without acamkd
+    AcamkdError = ValueError  # type: ignore[assignment,misc]
+
+Picture: TypeAlias = npt.NDArray[np.uint8]
+"""(H, W, 3), RGB."""
+
+Floats: TypeAlias = npt.NDArray[np.float32]
+
+Prediction: TypeAlias = dict[str, npt.NDArray[Any]]
+"""What a network says of one picture, in the picture's own pixels. Detection: `boxes` (K, 4) x1 y1 x2 y2, `scores`
+(K,), best first, and `labels` (K,) from 1. Segmentation: `mask` (H, W) int64."""
+
+STRIDE = 32
+"""Frames are padded to multiples of this."""
+
+
+class OnnxModel:
+    """An exported network: pictures in, predictions out.
+
+    The graph takes `pixels` (N, 3, H, W), RGB in [0, 1], and normalises them itself. A segmenter gives `logits`
+    (N, K, H, W). A dense detector gives `scores` (N, A, K + 1), in which column 0 is the background, `boxes` (N, A, 4)
+    as x1 y1 x2 y2 in the frame's pixels, and `levels` (A,), each anchor's level of the pyramid. A detector exported
+    with its non-maximum suppression takes one picture and gives its `boxes` (K, 4), `scores` (K,) and `labels` (K,).
+
+    Args:
+        file: The ONNX file.
+        threads: Threads of onnxruntime; 0 = one per core.
+
+    Attributes:
+        session: onnxruntime's.
+        task: `detection` or `segmentation`.
+        classes: Class names; a mask holds their indices, and a box of label k is of `classes[k - 1]`.
+        metadata: What the export wrote beside the graph; docs/export.md lists it.
+
+    Raises:
+        AcamkdError: The file cannot be read or was not written by `acamkd export`, or onnxruntime is missing; a
+            ValueError where acamkd is not installed.
+    """
+
+    def __init__(self, file: Path | str, *, threads: int = 0) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise AcamkdError("ONNX files need onnxruntime: pip install onnxruntime") from error
+        if not Path(file).is_file():
+            raise AcamkdError(f"{file}: there is no such file")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        try:
+            self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime has a class of its own for every kind of damage
+            raise AcamkdError(f"{file}: onnxruntime cannot read it: {error}") from error
+        found = self.session.get_modelmeta().custom_metadata_map
+        if "acamkd_version" not in found:
+            raise AcamkdError(
+                f"{file} was not written by acamkd export: it does not say how pictures go in and predictions come out"
+            )
+        self.metadata: dict[str, Any] = {name: json.loads(value) for name, value in found.items()}
+        self.task: str = self.metadata["task"]
+        self.classes: tuple[str, ...] = tuple(self.metadata["classes"])
+
+    def predict(self, picture: Picture) -> Prediction:
+        """Predictions of one picture, (H, W, 3) uint8 RGB."""
+        pixels, size = self.prepare(picture)
+        return self.decode(self.run(pixels), size, (picture.shape[0], picture.shape[1]))
+
+    def prepare(self, picture: Picture) -> tuple[Floats, tuple[int, int]]:
+        """Resize a picture and pad it with the mean colour, on the right and at the bottom.
+
+        Returns:
+            The graph's input (1, 3, H, W), and (height, width) of the picture in it.
+        """
+        pixels: Floats = (picture.transpose(2, 0, 1) / 255).astype(np.float32)
+        height, width = size = frame_size((picture.shape[0], picture.shape[1]), self.metadata["resize"], self.task)
+        # As the networks were trained: torchvision's detectors do not smooth before they shrink a picture.
+        pixels = (resize if self.task == "detection" else resize_smoothly)(pixels, size)
+        frame = np.empty((1, 3, *(math.ceil(side / STRIDE) * STRIDE for side in size)), np.float32)
+        frame[:] = np.reshape(self.metadata["mean"], (3, 1, 1))
+        frame[0, :, :height, :width] = pixels
+        return frame, size
+
+    def run(self, pixels: Floats) -> dict[str, npt.NDArray[Any]]:
+        """The graph's outputs by name."""
+        names = [output.name for output in self.session.get_outputs()]
+        return dict(zip(names, self.session.run(names, {"pixels": pixels}), strict=True))
+
+    def decode(
+        self, outputs: Mapping[str, npt.NDArray[Any]], size: tuple[int, int], original: tuple[int, int]
+    ) -> Prediction:
+        """Turn the outputs for one picture into predictions.
+
+        Args:
+            outputs: What `run` returned.
+            size: (height, width) of the picture inside the frame.
+            original: (height, width) of the picture itself.
+        """
+        if self.task == "segmentation":
+            logits = outputs["logits"][0, :, : size[0], : size[1]]
+            return {"mask": resize(logits, original).argmax(axis=0)}
+        found = dict(outputs)
+        if (settings := self.metadata["nms"]) is not None:
+            found = detections(outputs["scores"][0], outputs["boxes"][0], outputs["levels"], size, settings)
+        scale = np.array([original[1] / size[1], original[0] / size[0]], np.float32)
+        return {**found, "boxes": found["boxes"] * np.tile(scale, 2)}
+
+
+def detections(
+    scores: Floats,
+    boxes: Floats,
+    levels: npt.NDArray[np.int64],
+    size: tuple[int, int],
+    settings: Mapping[str, Any],
+) -> Prediction:
+    """Turn what a dense detector says of one picture into detections, as torchvision does.
+
+    Args:
+        scores: (A, K + 1), column 0 for the background.
+        boxes: (A, 4), x1 y1 x2 y2.
+        levels: (A,), the level that each anchor belongs to.
+        size: (height, width) that the boxes are clipped to.
+        settings: `score_threshold`, `candidates` (the best of each level that go on), `iou_threshold` and `detections`
+            (at most).
+
+    Returns:
+        `boxes`, `scores` and `labels`, best first.
+    """
+    rows, labels = np.nonzero(scores > settings["score_threshold"])
+    order = np.argsort(-scores[rows, labels], kind="stable")
+    level = levels[rows[order]]
+    best = [np.flatnonzero(level == each)[: settings["candidates"]] for each in np.unique(level)]
+    order = order[np.sort(np.concatenate(best))] if best else order
+    rows, labels = rows[order], labels[order]
+    clipped = boxes[rows].clip(0, np.array([size[1], size[0], size[1], size[0]], np.float32))
+    kept = suppress(clipped, labels, settings["iou_threshold"], settings["detections"])
+    kept = kept[labels[kept] > 0]  # not before: in torchvision the background takes part, and takes places
+    return {"boxes": clipped[kept], "scores": scores[rows[kept], labels[kept]], "labels": labels[kept]}
+
+
+def suppress(boxes: Floats, labels: npt.NDArray[np.int64], threshold: float, limit: int) -> npt.NDArray[np.int64]:
+    """Non-maximum suppression: drop each box that overlaps a better one of its class.
+
+    Args:
+        boxes: (K, 4), x1 y1 x2 y2, best first.
+        labels: (K,).
+        threshold: Intersection over union above which the worse box goes.
+        limit: Number of boxes to keep at most.
+
+    Returns:
+        Indices of the kept boxes, best first.
+    """
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    alive = np.ones(len(boxes), dtype=bool)
+    kept: list[int] = []
+    for index, box in enumerate(boxes):
+        if not alive[index]:
+            continue
+        kept.append(index)
+        if len(kept) == limit:
+            break
+        sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
+        shared = sides.clip(0).prod(axis=1)
+        alive &= (shared <= threshold * (area[index] + area - shared)) | (labels != labels[index])
+    return np.array(kept, dtype=np.int64)
+
+
+def frame_size(size: tuple[int, int], resize: Sequence[int] | Mapping[str, int] | None, task: str) -> tuple[int, int]:
+    """(height, width) of a picture after resizing; `resize` as in a recipe's `data`."""
+    if resize is None:
+        return size
+    if not isinstance(resize, Mapping):
+        return (resize[0], resize[1])
+    scale = min(resize["short"] / min(size), resize["long"] / max(size))
+    whole = math.floor if task == "detection" else round  # as in PyTorch
+    return (max(1, whole(size[0] * scale)), max(1, whole(size[1] * scale)))
+
+
+def resize(maps: Floats, size: tuple[int, int]) -> Floats:
+    """Bilinear resizing without smoothing, (C, H, W) -> (C, *size): torch's `interpolate(align_corners=False)`."""
+    for axis, length in zip((1, 2), size, strict=True):
+        given = maps.shape[axis]
+        if given == length:
+            continue
+        at = np.maximum((np.arange(length) + 0.5) * (given / length) - 0.5, 0)
+        low = at.astype(np.int64)
+        share = (at - low).astype(np.float32).reshape(-1, *(1,) * (2 - axis))
+        lower, upper = (maps.take(np.minimum(index, given - 1), axis) for index in (low, low + 1))
+        maps = lower + (upper - lower) * share
+    return maps
+
+
+def resize_smoothly(maps: Floats, size: tuple[int, int]) -> Floats:
+    """Bilinear resizing that smooths what it shrinks, (C, H, W) -> (C, *size): torch's with `antialias=True`."""
+    if maps.shape[1:] == size:
+        return maps
+    channels = (Image.fromarray(each).resize(size[::-1], Image.Resampling.BILINEAR) for each in maps)
+    return np.stack([np.asarray(each) for each in channels])
+
+
+def read_picture(file: Path | str) -> Picture:
+    """Decode a picture of any 8-bit mode, rotated as its EXIF orientation says; raises AcamkdError if it cannot be."""
+    try:
+        with Image.open(file) as image:
+            if image.mode[0] in "IF":  # Pillow would clip them to white without a word
+                raise ValueError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:  # decoders of broken files raise whatever they meet first
+        raise AcamkdError(f"{file}: the picture cannot be read: {error}") from error

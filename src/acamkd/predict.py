@@ -1,0 +1,161 @@
+"""Predict on pictures with a run or with an exported ONNX file; the latter needs no torch."""
+
+from __future__ import annotations
+
+import colorsys
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from acamkd.errors import AcamkdError
+from acamkd.onnx_model import OnnxModel, Picture, Prediction, read_picture
+
+log = logging.getLogger(__name__)
+
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+SECONDS_BETWEEN_LINES = 5
+
+
+def predict(model: Path, source: Path, *, out: Path | None = None, score: float = 0.3) -> Path:
+    """Predict on pictures, and write what was found.
+
+    The output folder holds `overlays/`, the pictures with the predictions drawn on them, and for detection
+    `predictions.json` (entries of COCO's results format with the names of picture and category), for segmentation
+    `masks/` (PNG files of class ids).
+
+    Args:
+        model: Run folder, or a file that `acamkd export` wrote.
+        source: A picture, or a folder of pictures.
+        out: Output folder; `predictions` beside the model where not given.
+        score: Detections below it are left out.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        AcamkdError: The model, the source or one of its pictures cannot be read.
+    """
+    files = pictures_of(source)
+    task, classes, network = _open(model)
+    folder = out or (model.parent if model.suffix == ".onnx" else model) / "predictions"
+    results: list[dict[str, Any]] = []
+    start = said = time.monotonic()
+    for number, file in enumerate(files, start=1):
+        picture = read_picture(file)
+        found = network(picture)
+        if task == "detection":
+            good = found["scores"] >= score
+            found = {name: values[good] for name, values in found.items()}
+            results += _as_coco(found, file.name, classes)
+        else:
+            _save(Image.fromarray(found["mask"].astype(np.uint8)), folder / "masks" / f"{file.stem}.png")
+        _save(draw(picture, found, classes), folder / "overlays" / file.name)
+        if time.monotonic() - said > SECONDS_BETWEEN_LINES or number == len(files):
+            said = time.monotonic()
+            log.info("%d of %d pictures, %.1f per second", number, len(files), number / (said - start))
+    if task == "detection":
+        with _whole(folder / "predictions.json") as unfinished:
+            unfinished.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    log.info("predictions are in %s", folder)
+    return folder
+
+
+def pictures_of(source: Path) -> list[Path]:
+    """The pictures that a file or folder stands for; raises AcamkdError if there are none."""
+    if not source.is_dir():
+        if not source.exists():
+            raise AcamkdError(f"{source}: there is no such picture or folder")
+        if source.suffix.lower() not in PICTURES:
+            raise AcamkdError(
+                f"{source}: give a picture ({', '.join(PICTURES)}) or a folder of pictures; of a video, save the frames"
+            )
+        return [source]
+    files = sorted(file for file in source.iterdir() if file.suffix.lower() in PICTURES and file.name[0] != ".")
+    if not files:
+        raise AcamkdError(f"{source}: the folder holds no pictures ({', '.join(PICTURES)})")
+    stem, count = Counter(file.stem for file in files).most_common(1)[0]
+    if count > 1:
+        raise AcamkdError(
+            f"{source}: {count} pictures are called {stem}, and their masks would be one file: rename them"
+        )
+    return files
+
+
+def draw(picture: Picture, found: Prediction, classes: Sequence[str]) -> Image.Image:
+    """A picture with boxes and names, or with half-transparent classes, drawn on it."""
+    colours = _colours(len(classes))
+    if "mask" in found:
+        painted = np.array(colours, dtype=np.uint8)[found["mask"]]
+        return Image.blend(Image.fromarray(picture), Image.fromarray(painted), 0.5)
+    image = Image.fromarray(picture)
+    canvas = ImageDraw.Draw(image)
+    # Best last, so that it lies on top.
+    for box, score, label in zip(found["boxes"][::-1], found["scores"][::-1], found["labels"][::-1], strict=True):
+        x1, y1, x2, y2 = box.tolist()
+        text, colour = f"{classes[label - 1]} {score:.2f}", colours[label - 1]
+        canvas.rectangle((x1, y1, x2, y2), outline=colour, width=2)
+        canvas.rectangle(canvas.textbbox((x1, y1), text), fill=colour)
+        canvas.text((x1, y1), text, fill="black")
+    return image
+
+
+def _open(model: Path) -> tuple[str, Sequence[str], Callable[[Picture], Prediction]]:
+    """Task, class names, and what turns a picture into predictions."""
+    if model.suffix == ".onnx":
+        exported = OnnxModel(model)
+        return exported.task, exported.classes, exported.predict
+    import torch
+
+    from acamkd.runs import open_run
+
+    run = open_run(model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = run.load().to(device)
+
+    def predict_one(picture: Picture) -> Prediction:
+        pixels = torch.from_numpy(picture).permute(2, 0, 1).to(device)
+        return {name: values.cpu().numpy() for name, values in network.predict([pixels])[0].items()}
+
+    return run.recipe.task, run.recipe.data.classes or (), predict_one
+
+
+def _as_coco(found: Prediction, file_name: str, classes: Sequence[str]) -> list[dict[str, Any]]:
+    corners = found["boxes"].astype(np.float64)
+    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).round(2).tolist()
+    return [
+        {"file_name": file_name, "category_id": label, "category_name": classes[label - 1], "bbox": box, "score": score}
+        for box, score, label in zip(boxes, found["scores"].tolist(), found["labels"].tolist(), strict=True)
+    ]
+
+
+def _colours(count: int) -> list[tuple[int, int, int]]:
+    """Bright colours; neighbours in the list lie a golden section of the hues apart."""
+    hues = (index * 0.618034 % 1 for index in range(count))
+    return [(int(255 * r), int(255 * g), int(255 * b)) for r, g, b in (colorsys.hsv_to_rgb(h, 0.7, 1.0) for h in hues)]
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    with _whole(path) as unfinished:
+        image.save(unfinished)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A name to write to; the file then appears whole under its own."""
+    # The suffix stays, since Pillow takes the format from it.
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield unfinished
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise AcamkdError(f"cannot write {path}: {error.strerror or error}") from error
