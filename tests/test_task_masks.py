@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from acamkd.distiller import Distiller
 from acamkd.losses import ACAM
-from acamkd.losses.acam import ASCM, Masks, apply_masks
+from acamkd.losses.acam import ASCM
+from acamkd.losses.masks import Masks, apply_masks
 from acamkd.models.base import Batch, TaskModel
 from acamkd.models.segmentation import Segmenter
 

@@ -13,19 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from acamkd.errors import AcamkdError
-from acamkd.losses.acam import (
-    ACAM,
-    ASCM,
-    WATCH_EVERY,
-    Masks,
-    apply_masks,
-    collapse,
-    look_ahead_reward,
-    mask_overlap,
-    mask_statistics,
-)
+from acamkd.losses.acam import ACAM, ASCM
 from acamkd.losses.base import DistillationContext
-from acamkd.losses.functional import imitation_errors
+from acamkd.losses.masks import WATCH_EVERY, apply_masks, mask_overlap
 
 SHAPES = [(1, 3, 3, 5, 7), (3, 4, 6, 5, 3), (3, 1, 1, 4, 3), (2, 2, 1, 1, 5)]
 """(N, C_s, C_t, H, W)."""
@@ -395,17 +385,6 @@ def test_masks_of_gives_probabilities_without_gradient() -> None:
     assert torch.equal(uniform.spatial, torch.ones(2, 2, 6, 5, dtype=torch.float64))  # type: ignore[arg-type]
 
 
-def test_a_map_through_its_masks_is_their_mean_times_the_map() -> None:
-    x, channel, spatial = torch.randn(2, 3, 4, 5), torch.rand(2, 6, 3), torch.rand(2, 6, 4, 5)
-    by_channel, by_position = channel[..., None, None] * x.unsqueeze(1), spatial.unsqueeze(2) * x.unsqueeze(1)
-    torch.testing.assert_close(apply_masks(Masks(channel, None), x), by_channel.mean(dim=1))
-    torch.testing.assert_close(apply_masks(Masks(None, spatial), x), by_position.mean(dim=1))
-    both = (spatial.unsqueeze(2) * by_channel).mean(dim=1)
-    torch.testing.assert_close(apply_masks(Masks(channel, spatial), x), both)
-    expected = overlap(channel, "literal") + overlap(spatial.flatten(2), "literal")
-    torch.testing.assert_close(mask_overlap(Masks(channel, spatial), "literal"), expected)
-
-
 @pytest.mark.parametrize("kinds", [("channel", "spatial"), ("channel",), ("spatial",)])
 def test_the_token_stage_masks_the_map_and_measures_the_overlap(kinds: tuple[str, ...]) -> None:
     units, x = ASCM(3, 4, kinds), torch.randn(2, 3, 5, 4)
@@ -429,24 +408,12 @@ def test_task_gradients_reach_what_makes_the_masks_and_nothing_else() -> None:
     assert student.grad is None
 
 
-def test_statistics_tell_a_living_mask_from_a_dead_one() -> None:
+def test_the_masks_of_the_last_forward_are_measured() -> None:
     student, teacher = maps(2, 3, 4, 6, 5)
     loss = ACAM(3, 4).double()
     loss(student, teacher)
     for kind, mask in loss.masks_of(student, teacher)._asdict().items():
         torch.testing.assert_close(loss.statistics[f"{kind}_mask"], mask.mean())
-    error = torch.arange(6.0).expand(2, 6)
-    rising = torch.stack([error / 5, 1 - error / 5], dim=1)  # (2, 2, 6)
-    statistics = mask_statistics(rising, error)
-    torch.testing.assert_close(statistics["mask"], torch.tensor(0.5))
-    torch.testing.assert_close(statistics["mask_std"], (error[0] / 5).std(correction=0))
-    torch.testing.assert_close(statistics["mask_correlation"], torch.tensor(0.0), atol=1e-6, rtol=0)
-    torch.testing.assert_close(mask_statistics(rising[:, :1], error)["mask_correlation"], torch.tensor(1.0))
-    torch.testing.assert_close(statistics["mask_overlap"], torch.tensor(20 / 55))  # 2 (1 4 + 2 3) / (1 + 4 + ... + 25)
-    dead = mask_statistics(torch.full((2, 2, 6), 0.5), error)
-    assert dead["mask_std"] == dead["mask_correlation"] == 0
-    assert dead["mask_overlap"] == 1
-    assert dead["mask_entropy"] == 1
 
 
 def test_a_collapse_is_said_once_or_stops(caplog: pytest.LogCaptureFixture) -> None:
@@ -470,32 +437,6 @@ def test_a_collapse_is_said_once_or_stops(caplog: pytest.LogCaptureFixture) -> N
     assert str(stopped.value) == f"{said} (on_mask_collapse: stop)"
     train(mask_source="random")  # never meant to live
     assert len(caplog.messages) == 1
-    assert collapse(0.05, 0.1) == "their mean is 0.05, below 0.1: hardly anything is distilled any more"
-    assert collapse(0.95, 0.1).startswith("their mean is 0.95, above 0.9: everything is imitated alike")
-    assert collapse(0.5, 0.1) == ""
-
-
-@pytest.mark.parametrize("form", ["squared", "softmax"])
-def test_the_look_ahead_reward_is_what_a_step_of_imitation_does_to_the_task_loss(form: str) -> None:
-    student, teacher = maps(2, 3, 3, 4, 5)
-    labels = torch.randint(3, (2, 4, 5))
-
-    def task(x: Tensor) -> Tensor:
-        return F.cross_entropy(x, labels, reduction="sum")
-
-    (gradient,) = torch.autograd.grad(task(student), student)
-    rewards = look_ahead_reward(student, teacher, gradient, form, temperature=2.0)
-    for kind, reward in enumerate(rewards):
-        assert not reward.requires_grad
-        torch.testing.assert_close(reward.abs().mean(dim=1), torch.ones(2, dtype=torch.float64))
-        for place in (0, 2):  # a small step on the error of this channel or position alone
-            error = imitation_errors(student, teacher, form, 2.0)[kind][1, place]
-            (step,) = torch.autograd.grad(error, student)
-            gain = task(student) - task(student - 1e-6 * step)
-            other = imitation_errors(student, teacher, form, 2.0)[kind][1, 1]
-            (other_step,) = torch.autograd.grad(other, student)
-            ratio = gain / (task(student) - task(student - 1e-6 * other_step))
-            torch.testing.assert_close(reward[1, place] / reward[1, 1], ratio.detach(), rtol=1e-3, atol=0)
 
 
 def test_an_align_carries_the_task_gradient_to_the_teachers_channels() -> None:

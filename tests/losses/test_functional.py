@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Literal
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from acamkd.losses.functional import (
     align_layer,
-    check_choice,
+    check_choices,
     dice_overlap,
     distribution_error,
     freeze_tokens,
@@ -23,10 +24,12 @@ ROWS = torch.tensor([[[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]]])
 """(1, 3, 2): squared norms 1, 2, 4; inner products 1 (first and second), 0 (first and third), 2."""
 
 
-def test_check_choice_names_what_is_allowed() -> None:
-    check_choice("mode", "b", ("a", "b"))
-    with pytest.raises(ValueError, match="mode must be one of 'a', 'b', not 'c'"):
-        check_choice("mode", "c", ("a", "b"))
+def test_check_choices_names_what_is_allowed() -> None:
+    def construct(size: int, mode: Literal["a", "b"], way: Literal["up", "down"]) -> None: ...
+
+    check_choices(construct, mode="b", way="up")
+    with pytest.raises(ValueError, match="way must be one of 'up', 'down', not 'c'"):
+        check_choices(construct, mode="b", way="c")
 
 
 def test_resample_averages_where_the_map_shrinks() -> None:

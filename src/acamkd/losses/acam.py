@@ -2,140 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acamkd.errors import AcamkdError
 from acamkd.losses.base import DistillationContext, FeatureLoss
 from acamkd.losses.functional import (
     align_layer,
-    check_choice,
-    dice_overlap,
+    check_choices,
     freeze_tokens,
     imitation_errors,
     masked_error,
     resample,
-    safe_divide,
+)
+from acamkd.losses.masks import (
+    CollapseWatch,
+    Masks,
+    apply_masks,
+    look_ahead_reward,
+    mask_overlap,
+    mask_statistics,
+    selection_loss,
 )
 
-log = logging.getLogger(__name__)
-
-KINDS = ("channel", "spatial")
 LEARNING = ("cooperative", "teacher")
 """Sources of masks that learn while the student does."""
-
-CLOSED, OPEN, FLAT = 0.1, 0.9, 0.02
-"""Masks have collapsed below or above these means, or below this standard deviation over channels or positions."""
-
-WATCH_EVERY = 100
-"""Steps between two looks at the masks."""
-
-
-class Masks(NamedTuple):
-    """The masks of one level; a kind that is not in use is None."""
-
-    channel: Tensor | None
-    """(N, M, C), in (0, 1)."""
-    spatial: Tensor | None
-    """(N, M, H, W), in (0, 1)."""
-
-
-def apply_masks(masks: Masks, x: Tensor) -> Tensor:
-    """A map seen through its masks, mean_m M^s_m M^c_m X, (N, C, H, W); a kind that is not in use counts as 1."""
-    channel, spatial = masks
-    if channel is not None and spatial is not None:
-        return torch.einsum("nmc,nmhw->nchw", channel, spatial) / channel.shape[1] * x
-    if channel is not None:
-        return channel.mean(dim=1)[:, :, None, None] * x
-    assert spatial is not None
-    return spatial.mean(dim=1, keepdim=True) * x
-
-
-def mask_overlap(masks: Masks, form: str = "pairwise") -> Tensor:
-    """Dice overlap of the masks of each kind, summed over the kinds."""
-    return torch.stack([dice_overlap(x.flatten(2), form) for x in masks if x is not None]).sum()
-
-
-def look_ahead_reward(
-    student: Tensor, teacher: Tensor, task_gradient: Tensor, form: str = "squared", temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """How much a small step of imitation of one channel, or at one position, lowers the student's task loss.
-
-    A step against the gradient of the error e_k changes the task loss by -<grad L_task, grad e_k>, to first order, so
-    the reward of k is this inner product, divided by the image's mean magnitude.
-
-    Args:
-        student: Aligned map S', (N, C, H, W).
-        teacher: (N, C, H, W).
-        task_gradient: Of the task loss at S', (N, C, H, W).
-        form: Of the imitation: see `imitation_errors`.
-        temperature: tau.
-
-    Returns:
-        (N, C) and (N, HW), without gradient.
-    """
-    rewards = []
-    with torch.enable_grad():
-        student = student.detach().requires_grad_()
-        for error, dims in zip(imitation_errors(student, teacher, form, temperature), ((2, 3), (1,)), strict=True):
-            (gradient,) = torch.autograd.grad(error.sum(), student, retain_graph=True)
-            reward = (gradient * task_gradient).sum(dim=dims).flatten(1)
-            rewards.append(safe_divide(reward, reward.abs().mean(dim=1, keepdim=True)))
-    return rewards[0], rewards[1]
-
-
-def selection_loss(mask: Tensor, reward: Tensor, budget: float = 0.5) -> Tensor:
-    """What a mask is to minimise that collects reward within a budget: -sum M r / sum M + 10 (mean M - budget)^2.
-
-    The first part does not change with the mask's scale, which the second holds.
-
-    Args:
-        mask: (N, M, K).
-        reward: (N, K).
-        budget: Mean of the mask.
-    """
-    collected = safe_divide(torch.einsum("nmk,nk->nm", mask, reward), mask.sum(dim=2))
-    return (10 * (mask.mean(dim=2) - budget).square() - collected).mean()
-
-
-def collapse(mean: float, spread: float) -> str:
-    """Why masks of this mean and standard deviation have collapsed; nothing if they have not."""
-    if mean < CLOSED:
-        return f"their mean is {mean:.2f}, below {CLOSED}: hardly anything is distilled any more"
-    if mean > OPEN:
-        return f"their mean is {mean:.2f}, above {OPEN}: everything is imitated alike, as if there were no masks"
-    if spread < FLAT:
-        return f"they vary by {spread:.3f} only, less than {FLAT}: they choose nothing"
-    return ""
-
-
-def mask_statistics(mask: Tensor, error: Tensor) -> dict[str, Tensor]:
-    """What tells a living mask from a dead one, averaged over images and masks.
-
-    Args:
-        mask: (N, M, K).
-        error: (N, K), of the imitation.
-
-    Returns:
-        `mask`, the mean; `mask_std` over the K channels or positions; `mask_entropy` in bits; `mask_overlap`, the
-        pairwise Dice overlap; `mask_correlation` with the error.
-    """
-    inside = mask.clamp(1e-6, 1 - 1e-6)
-    entropy = -(inside * inside.log2() + (1 - inside) * (1 - inside).log2())
-    centred, error = mask - mask.mean(dim=2, keepdim=True), error - error.mean(dim=1, keepdim=True)
-    norms = centred.norm(dim=2) * error.norm(dim=1, keepdim=True)
-    return {
-        "mask": mask.mean(),
-        "mask_std": centred.square().mean(dim=2).sqrt().mean(),
-        "mask_entropy": entropy.mean(),
-        "mask_overlap": dice_overlap(mask),
-        "mask_correlation": safe_divide(torch.einsum("nmk,nk->nm", centred, error), norms).mean(),
-    }
 
 
 def cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -194,7 +88,7 @@ class ASCM(nn.Module):
         kinds: Which of `channel` and `spatial`; only these get units.
     """
 
-    def __init__(self, channels: int, num_masks: int, kinds: Sequence[str] = KINDS) -> None:
+    def __init__(self, channels: int, num_masks: int, kinds: Sequence[str] = Masks._fields) -> None:
         super().__init__()
         # Unit-variance logits for unit-variance features: the masks start around 0.5 and differ from each other.
         self.channel = nn.Parameter(torch.randn(num_masks, 1)) if "channel" in kinds else None
@@ -314,16 +208,15 @@ class ACAM(FeatureLoss):
         on_mask_collapse: Literal["warn", "stop"] = "warn",
     ) -> None:
         super().__init__(student_channels, teacher_channels)
-        self.kinds = _kinds(masks)
-        for option, value, allowed in (
-            ("query", query, ("teacher", "student")),
-            ("mask_source", mask_source, ("cooperative", "teacher", "fixed", "random", "uniform")),
-            ("mask_grad", mask_grad, ("joint", "detached", "task", "look_ahead")),
-            ("imitation", imitation, ("squared", "standardized", "softmax")),
-            ("diversity", diversity, ("pairwise", "literal")),
-            ("on_mask_collapse", on_mask_collapse, ("warn", "stop")),
-        ):
-            check_choice(option, value, allowed)
+        check_choices(
+            ACAM.__init__, query=query, mask_source=mask_source, mask_grad=mask_grad, imitation=imitation,
+            diversity=diversity, on_mask_collapse=on_mask_collapse,
+        )  # fmt: skip
+        self.kinds = Masks._fields if masks == "both" else (masks,) if isinstance(masks, str) else tuple(masks)
+        if not self.kinds or not set(self.kinds) <= set(Masks._fields):
+            raise ValueError(
+                f"masks must be 'both', 'channel' or 'spatial', or a list of the latter two, not {masks!r}"
+            )
         if tokens is not None and mask_source != "fixed":
             raise ValueError(f"tokens belong to mask_source='fixed', not to {mask_source!r}")
         if min(num_masks, kv_stride) < 1:
@@ -343,8 +236,7 @@ class ACAM(FeatureLoss):
         self.imitation = imitation
         self.temperature = temperature
         self.diversity = diversity
-        self.on_mask_collapse = on_mask_collapse
-        self._collapsed: set[str] = set()
+        self.watch = CollapseWatch(stop=on_mask_collapse == "stop")
         self.align = align_layer(student_channels, teacher_channels, align)
         if mask_source not in ("fixed", "uniform"):
             self.fusion = STCAFF(teacher_channels, kv_stride)
@@ -364,7 +256,7 @@ class ACAM(FeatureLoss):
         rewards = self._rewards(student, teacher, context) if self.mask_grad == "look_ahead" else (None, None)
         terms = {}
         self.statistics = {}
-        for kind, mask, error, reward in zip(KINDS, masks, errors, rewards, strict=True):
+        for kind, mask, error, reward in zip(Masks._fields, masks, errors, rewards, strict=True):
             if mask is None:
                 continue
             mask = mask.flatten(2)  # (N, M, C) or (N, M, HW)
@@ -376,52 +268,9 @@ class ACAM(FeatureLoss):
             self.statistics |= {f"{kind}_{name}": value for name, value in figures.items()}
         if self.mask_source != "uniform":
             terms["diversity"] = self.diversity_weight * mask_overlap(masks, self.diversity)
-        if self.training and self.mask_source in LEARNING and context.step % WATCH_EVERY == WATCH_EVERY - 1:
-            self._watch(context.step)
+        if self.training and self.mask_source in LEARNING:
+            self.watch.look(masks, self.statistics, context.step)
         return terms
-
-    def _watch(self, step: int) -> None:
-        """Say once of each kind of mask that it has collapsed, or stop."""
-        for kind in set(self.kinds) - self._collapsed:
-            mean, spread = (self.statistics[f"{kind}_{name}"].item() for name in ("mask", "mask_std"))
-            if why := collapse(mean, spread):
-                message = f"the {kind} masks have collapsed by step {step + 1}: {why}"
-                if self.on_mask_collapse == "stop":
-                    raise AcamkdError(f"{message} (on_mask_collapse: stop)")
-                log.warning(message)
-                self._collapsed.add(kind)
-
-    def _rewards(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> tuple[Tensor, Tensor]:
-        assert context.task_gradient is not None  # `needs` names it
-        gradient = context.task_gradient.detach().to(student.dtype)
-        if gradient.shape[-2:] != student.shape[-2:]:
-            gradient = resample(gradient, student.shape[-2:])
-        if isinstance(self.align, nn.Conv2d):
-            # A step of S' is felt through the transposed align, so the task's gradient is carried over by the align.
-            gradient = F.conv2d(gradient, self.align.weight.detach())
-        return look_ahead_reward(student, teacher, gradient, self.imitation, self.temperature)
-
-    @property
-    def teacher_task(self) -> bool:
-        """Whether the Distiller is to add the teacher's own loss on `masked` features."""
-        return self.mask_grad == "task"
-
-    def masked(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The teacher's map under the masks, for its own loss; the gradient reaches nothing but the masks' parts.
-
-        Args:
-            student: (N, C_s, H_s, W_s).
-            teacher: (N, C_t, H, W).
-        """
-        with torch.autocast(teacher.device.type, enabled=False):
-            aligned, target = self._to_common_form(student.detach(), teacher)
-            return apply_masks(self._masks(self.align(aligned).detach(), target), target).to(teacher.dtype)
-
-    @torch.no_grad()
-    def masks_of(self, student: Tensor, teacher: Tensor) -> Masks:
-        """The masks of two maps, (N, C_s, H_s, W_s) and (N, C_t, H, W), for pictures and statistics."""
-        student, teacher = self._to_common_form(student, teacher)
-        return self._masks(self.align(student), teacher)
 
     def _masks(self, student: Tensor, teacher: Tensor) -> Masks:
         """Masks from the aligned student's map and the teacher's, both (N, C, H, W)."""
@@ -446,10 +295,32 @@ class ACAM(FeatureLoss):
         fused: Tensor = self.fusion(asking, answering)
         return fused
 
+    @torch.no_grad()
+    def masks_of(self, student: Tensor, teacher: Tensor) -> Masks:
+        """The masks of two maps, (N, C_s, H_s, W_s) and (N, C_t, H, W), for pictures and statistics."""
+        student, teacher = self._to_common_form(student, teacher)
+        return self._masks(self.align(student), teacher)
 
-def _kinds(masks: str | Sequence[str]) -> tuple[str, ...]:
-    given = (masks,) if isinstance(masks, str) else tuple(masks)
-    kinds = KINDS if given == ("both",) else given
-    if not kinds or not set(kinds) <= set(KINDS):
-        raise ValueError(f"masks must be 'both', 'channel' or 'spatial', or a list of the latter two, not {masks!r}")
-    return kinds
+    @property
+    def teacher_task(self) -> bool:
+        """Whether the Distiller is to add the teacher's own loss on `masked` features."""
+        return self.mask_grad == "task"
+
+    def masked(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The teacher's map under the masks, for its own loss; the gradient reaches nothing but the masks' parts.
+
+        Args:
+            student: (N, C_s, H_s, W_s).
+            teacher: (N, C_t, H, W).
+        """
+        with torch.autocast(teacher.device.type, enabled=False):
+            aligned, target = self._to_common_form(student.detach(), teacher)
+            return apply_masks(self._masks(self.align(aligned).detach(), target), target).to(teacher.dtype)
+
+    def _rewards(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> tuple[Tensor, Tensor]:
+        assert context.task_gradient is not None  # `needs` names it
+        gradient = resample(context.task_gradient.detach().to(student.dtype), student.shape[-2:])
+        if isinstance(self.align, nn.Conv2d):
+            # A step of S' is felt through the transposed align, so the task's gradient is carried over by the align.
+            gradient = F.conv2d(gradient, self.align.weight.detach())
+        return look_ahead_reward(student, teacher, gradient, self.imitation, self.temperature)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acamkd.losses.base import DistillationContext, FeatureLoss
-from acamkd.losses.functional import check_choice
+from acamkd.losses.functional import check_choices
 
 
 def attention_vector(x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class AT(FeatureLoss):
         form: Literal["code", "paper"] = "code",
     ) -> None:
         super().__init__(student_channels, teacher_channels)
-        check_choice("form", form, ("code", "paper"))
+        check_choices(AT.__init__, form=form)
         self.weight = weight
         self.form = form
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from acamkd.losses.base import DistillationContext, FeatureLoss
-from acamkd.losses.functional import align_layer, check_choice, distribution_error
+from acamkd.losses.functional import align_layer, check_choices, distribution_error
 
 
 def distribution_loss(student: Tensor, teacher: Tensor, temperature: float, divergence: str) -> Tensor:
@@ -75,8 +75,7 @@ class CWD(FeatureLoss):
         divergence: Literal["kl", "mse"] = "kl",
     ) -> None:
         super().__init__(student_channels, teacher_channels)
-        check_choice("normalization", normalization, ("channel", "spatial"))
-        check_choice("divergence", divergence, ("kl", "mse"))
+        check_choices(CWD.__init__, normalization=normalization, divergence=divergence)
         self.weight = weight
         self.temperature = temperature
         self.normalization = normalization

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acamkd.losses.base import DistillationContext, FeatureLoss
-from acamkd.losses.functional import align_layer, check_choice, dice_overlap, freeze_tokens
+from acamkd.losses.functional import align_layer, check_choices, dice_overlap, freeze_tokens
 
 TokenAxis: TypeAlias = Literal["level", "orientation"]
 
@@ -63,7 +63,7 @@ class FrequencyTokens(nn.Module):
 
     def __init__(self, channels: int, num_tokens: int, token_axis: TokenAxis) -> None:
         super().__init__()
-        check_choice("token_axis", token_axis, get_args(TokenAxis))
+        check_choices(FrequencyTokens.__init__, token_axis=token_axis)
         self.token_axis = token_axis
         self.tokens = nn.Parameter(0.01 * torch.randn(1 + LEVELS, num_tokens, channels))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,13 @@ from torch import Tensor, nn
 log = logging.getLogger(__name__)
 
 
-def check_choice(option: str, value: object, allowed: Sequence[object]) -> None:
-    """Refuse an option's value that is not among the allowed ones, naming both."""
-    if value not in allowed:
-        raise ValueError(f"{option} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
+def check_choices(constructor: Callable[..., None], **given: object) -> None:
+    """Refuse values of options that the constructor's own annotations, `option: Literal[...]`, do not allow."""
+    annotations = get_type_hints(constructor)
+    for option, value in given.items():
+        allowed = get_args(annotations[option])
+        if value not in allowed:
+            raise ValueError(f"{option} must be one of {', '.join(map(repr, allowed))}, not {value!r}")
 
 
 def resample(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acamkd.losses.base import DistillationContext, FeatureLoss
-from acamkd.losses.functional import align_layer, check_choice
+from acamkd.losses.functional import align_layer, check_choices
 
 
 class MGD(FeatureLoss):
@@ -56,7 +56,7 @@ class MGD(FeatureLoss):
         mask_on: Literal["spatial", "channel"] = "spatial",
     ) -> None:
         super().__init__(student_channels, teacher_channels)
-        check_choice("mask_on", mask_on, ("spatial", "channel"))
+        check_choices(MGD.__init__, mask_on=mask_on)
         self.weight = weight
         self.mask_ratio = mask_ratio
         self.mask_on = mask_on

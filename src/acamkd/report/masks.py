@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from acamkd.losses.acam import CLOSED, OPEN, collapse
+from acamkd.losses.masks import CLOSED, OPEN, collapse
 from acamkd.report.charts import Chart, Points, draw
 
 LEARNT = ("spatial", "channel")

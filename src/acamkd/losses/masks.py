@@ -1,0 +1,148 @@
+"""Around ACAM's masks: applying, measuring and watching them, and the look-ahead objective that trains them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from acamkd.errors import AcamkdError
+from acamkd.losses.functional import dice_overlap, imitation_errors, safe_divide
+
+log = logging.getLogger(__name__)
+
+CLOSED, OPEN, FLAT = 0.1, 0.9, 0.02
+"""Masks have collapsed below or above these means, or below this standard deviation over channels or positions."""
+
+WATCH_EVERY = 100
+"""Steps between two looks at the masks."""
+
+
+class Masks(NamedTuple):
+    """The masks of one level; a kind that is not in use is None."""
+
+    channel: Tensor | None
+    """(N, M, C), in (0, 1)."""
+    spatial: Tensor | None
+    """(N, M, H, W), in (0, 1)."""
+
+
+def apply_masks(masks: Masks, x: Tensor) -> Tensor:
+    """A map seen through its masks, mean_m M^s_m M^c_m X, (N, C, H, W); a kind that is not in use counts as 1."""
+    channel, spatial = masks
+    if channel is not None and spatial is not None:
+        return torch.einsum("nmc,nmhw->nchw", channel, spatial) / channel.shape[1] * x
+    if channel is not None:
+        return channel.mean(dim=1)[:, :, None, None] * x
+    assert spatial is not None
+    return spatial.mean(dim=1, keepdim=True) * x
+
+
+def mask_overlap(masks: Masks, form: str = "pairwise") -> Tensor:
+    """Dice overlap of the masks of each kind, summed over the kinds."""
+    return torch.stack([dice_overlap(x.flatten(2), form) for x in masks if x is not None]).sum()
+
+
+def mask_statistics(mask: Tensor, error: Tensor) -> dict[str, Tensor]:
+    """What tells a living mask from a dead one, averaged over images and masks.
+
+    Args:
+        mask: (N, M, K).
+        error: (N, K), of the imitation.
+
+    Returns:
+        `mask`, the mean; `mask_std` over the K channels or positions; `mask_entropy` in bits; `mask_overlap`, the
+        pairwise Dice overlap; `mask_correlation` with the error.
+    """
+    inside = mask.clamp(1e-6, 1 - 1e-6)
+    entropy = -(inside * inside.log2() + (1 - inside) * (1 - inside).log2())
+    centred, error = mask - mask.mean(dim=2, keepdim=True), error - error.mean(dim=1, keepdim=True)
+    norms = centred.norm(dim=2) * error.norm(dim=1, keepdim=True)
+    return {
+        "mask": mask.mean(),
+        "mask_std": centred.square().mean(dim=2).sqrt().mean(),
+        "mask_entropy": entropy.mean(),
+        "mask_overlap": dice_overlap(mask),
+        "mask_correlation": safe_divide(torch.einsum("nmk,nk->nm", centred, error), norms).mean(),
+    }
+
+
+def collapse(mean: float, spread: float) -> str:
+    """Why masks of this mean and standard deviation have collapsed; nothing if they have not."""
+    if mean < CLOSED:
+        return f"their mean is {mean:.2f}, below {CLOSED}: hardly anything is distilled any more"
+    if mean > OPEN:
+        return f"their mean is {mean:.2f}, above {OPEN}: everything is imitated alike, as if there were no masks"
+    if spread < FLAT:
+        return f"they vary by {spread:.3f} only, less than {FLAT}: they choose nothing"
+    return ""
+
+
+class CollapseWatch:
+    """Looks at the masks of one level every 100 steps, and says once of each kind that it has collapsed.
+
+    Args:
+        stop: Raise an AcamkdError instead, which ends the training.
+    """
+
+    def __init__(self, stop: bool) -> None:
+        self.stop = stop
+        self._said: set[str] = set()
+
+    def look(self, masks: Masks, statistics: Mapping[str, Tensor], step: int) -> None:
+        """Judge the masks in use by their statistics, `KIND_mask` and `KIND_mask_std`."""
+        if step % WATCH_EVERY != WATCH_EVERY - 1:
+            return
+        for kind in (kind for kind, mask in masks._asdict().items() if mask is not None and kind not in self._said):
+            mean, spread = (statistics[f"{kind}_{name}"].item() for name in ("mask", "mask_std"))
+            if why := collapse(mean, spread):
+                message = f"the {kind} masks have collapsed by step {step + 1}: {why}"
+                if self.stop:
+                    raise AcamkdError(f"{message} (on_mask_collapse: stop)")
+                log.warning(message)
+                self._said.add(kind)
+
+
+def look_ahead_reward(
+    student: Tensor, teacher: Tensor, task_gradient: Tensor, form: str = "squared", temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """How much a small step of imitation of one channel, or at one position, lowers the student's task loss.
+
+    A step against the gradient of the error e_k changes the task loss by -<grad L_task, grad e_k>, to first order, so
+    the reward of k is this inner product, divided by the image's mean magnitude.
+
+    Args:
+        student: Aligned map S', (N, C, H, W).
+        teacher: (N, C, H, W).
+        task_gradient: Of the task loss at S', (N, C, H, W).
+        form: Of the imitation: see `imitation_errors`.
+        temperature: tau.
+
+    Returns:
+        (N, C) and (N, HW), without gradient.
+    """
+    rewards = []
+    with torch.enable_grad():
+        student = student.detach().requires_grad_()
+        for error, dims in zip(imitation_errors(student, teacher, form, temperature), ((2, 3), (1,)), strict=True):
+            (gradient,) = torch.autograd.grad(error.sum(), student, retain_graph=True)
+            reward = (gradient * task_gradient).sum(dim=dims).flatten(1)
+            rewards.append(safe_divide(reward, reward.abs().mean(dim=1, keepdim=True)))
+    return rewards[0], rewards[1]
+
+
+def selection_loss(mask: Tensor, reward: Tensor, budget: float = 0.5) -> Tensor:
+    """What a mask is to minimise that collects reward within a budget: -sum M r / sum M + 10 (mean M - budget)^2.
+
+    The first part does not change with the mask's scale, which the second holds.
+
+    Args:
+        mask: (N, M, K).
+        reward: (N, K).
+        budget: Mean of the mask.
+    """
+    collected = safe_divide(torch.einsum("nmk,nk->nm", mask, reward), mask.sum(dim=2))
+    return (10 * (mask.mean(dim=2) - budget).square() - collected).mean()

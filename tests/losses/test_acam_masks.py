@@ -1,0 +1,85 @@
+"""What surrounds ACAM's masks: application, measurement, collapse and the look-ahead reward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from acamkd.losses.functional import dice_overlap, imitation_errors
+from acamkd.losses.masks import (
+    Masks,
+    apply_masks,
+    collapse,
+    look_ahead_reward,
+    mask_overlap,
+    mask_statistics,
+    selection_loss,
+)
+
+
+def test_a_map_through_its_masks_is_their_mean_times_the_map() -> None:
+    x, channel, spatial = torch.randn(2, 3, 4, 5), torch.rand(2, 6, 3), torch.rand(2, 6, 4, 5)
+    by_channel, by_position = channel[..., None, None] * x.unsqueeze(1), spatial.unsqueeze(2) * x.unsqueeze(1)
+    torch.testing.assert_close(apply_masks(Masks(channel, None), x), by_channel.mean(dim=1))
+    torch.testing.assert_close(apply_masks(Masks(None, spatial), x), by_position.mean(dim=1))
+    both = (spatial.unsqueeze(2) * by_channel).mean(dim=1)
+    torch.testing.assert_close(apply_masks(Masks(channel, spatial), x), both)
+    expected = dice_overlap(channel, "literal") + dice_overlap(spatial.flatten(2), "literal")
+    torch.testing.assert_close(mask_overlap(Masks(channel, spatial), "literal"), expected)
+
+
+def test_statistics_tell_a_living_mask_from_a_dead_one() -> None:
+    error = torch.arange(6.0).expand(2, 6)
+    rising = torch.stack([error / 5, 1 - error / 5], dim=1)  # (2, 2, 6)
+    statistics = mask_statistics(rising, error)
+    torch.testing.assert_close(statistics["mask"], torch.tensor(0.5))
+    torch.testing.assert_close(statistics["mask_std"], (error[0] / 5).std(correction=0))
+    torch.testing.assert_close(statistics["mask_correlation"], torch.tensor(0.0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(mask_statistics(rising[:, :1], error)["mask_correlation"], torch.tensor(1.0))
+    torch.testing.assert_close(statistics["mask_overlap"], torch.tensor(20 / 55))  # 2 (1 4 + 2 3) / (1 + 4 + ... + 25)
+    dead = mask_statistics(torch.full((2, 2, 6), 0.5), error)
+    assert dead["mask_std"] == dead["mask_correlation"] == 0
+    assert dead["mask_overlap"] == 1
+    assert dead["mask_entropy"] == 1
+
+
+def test_a_collapse_is_low_high_or_flat() -> None:
+    assert collapse(0.05, 0.1) == "their mean is 0.05, below 0.1: hardly anything is distilled any more"
+    assert collapse(0.95, 0.1).startswith("their mean is 0.95, above 0.9: everything is imitated alike")
+    assert collapse(0.5, 0.1) == ""
+    assert collapse(0.5, 0.01) == "they vary by 0.010 only, less than 0.02: they choose nothing"
+
+
+@pytest.mark.parametrize("form", ["squared", "softmax"])
+def test_the_look_ahead_reward_is_what_a_step_of_imitation_does_to_the_task_loss(form: str) -> None:
+    student = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    labels = torch.randint(3, (2, 4, 5))
+
+    def task(x: Tensor) -> Tensor:
+        return F.cross_entropy(x, labels, reduction="sum")
+
+    (gradient,) = torch.autograd.grad(task(student), student)
+    rewards = look_ahead_reward(student, teacher, gradient, form, temperature=2.0)
+    for kind, reward in enumerate(rewards):
+        assert not reward.requires_grad
+        torch.testing.assert_close(reward.abs().mean(dim=1), torch.ones(2, dtype=torch.float64))
+        for place in (0, 2):  # a small step on the error of this channel or position alone
+            error = imitation_errors(student, teacher, form, 2.0)[kind][1, place]
+            (step,) = torch.autograd.grad(error, student)
+            gain = task(student) - task(student - 1e-6 * step)
+            other = imitation_errors(student, teacher, form, 2.0)[kind][1, 1]
+            (other_step,) = torch.autograd.grad(other, student)
+            ratio = gain / (task(student) - task(student - 1e-6 * other_step))
+            torch.testing.assert_close(reward[1, place] / reward[1, 1], ratio.detach(), rtol=1e-3, atol=0)
+
+
+def test_the_selection_loss_is_the_reward_collected_within_a_budget() -> None:
+    mask = torch.tensor([[[0.2, 0.6], [0.4, 0.4]]])
+    reward = torch.tensor([[1.0, -3.0]])
+    collected = torch.tensor([(0.2 - 1.8) / 0.8, (0.4 - 1.2) / 0.8])
+    outside = torch.tensor([0.1, 0.1]).square()  # of a budget of 1/2, with a mean of 0.4
+    torch.testing.assert_close(selection_loss(mask, reward), (10 * outside - collected).mean())
+    torch.testing.assert_close(selection_loss(mask, reward, budget=0.4), -collected.mean())
