@@ -45,6 +45,12 @@ def _same_run(one: Path, other: Path) -> None:
     assert (one / "student.safetensors").read_bytes() == (other / "student.safetensors").read_bytes()
 
 
+def test_an_epoch_may_be_a_number_of_steps(root: Path, tmp_path: Path) -> None:
+    falling = config.Schedule(name="polynomial")  # needs the number of all steps
+    run = train(tiny.recipe(root, steps_per_epoch=3, accumulate=2, schedule=falling.model_dump()), out=tmp_path / "run")
+    assert [(row["epoch"], row["step"]) for row in tiny.rows(run.folder / "history.csv")] == [("1", "3"), ("2", "6")]
+
+
 def test_a_run_folder_holds_all_that_is_promised(whole: Path, root: Path) -> None:
     assert {file.name for file in whole.iterdir()} >= {
         "recipe.yaml", "metrics.json", "history.csv", "log.txt", "logs", "last.ckpt", "student.safetensors",

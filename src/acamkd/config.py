@@ -178,6 +178,9 @@ class Train(Section):
     """One training run."""
 
     epochs: Positive
+    steps_per_epoch: Positive | None = None
+    """Optimisation steps that count as one epoch; nothing = one pass over the training pictures. What is published by
+    iterations is written so: 40,000 of them, evaluated every 4,000, are 10 epochs of 4,000 steps."""
     batch_size: Positive = 8
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()

@@ -136,6 +136,7 @@ class Batches:
 
     def __init__(self, recipe: config.Recipe) -> None:
         seed, size, workers = recipe.train.seed, recipe.train.batch_size, recipe.data.workers
+        steps, accumulate = recipe.train.steps_per_epoch, recipe.train.accumulate
         splits = {
             split: data.build(recipe.data, recipe.task, split, seed=seed, augment=split == "train")
             for split in ("train", "val")
@@ -146,9 +147,11 @@ class Batches:
         data.check_same_classes(splits["train"], splits["val"])
         self.classes = splits["train"].classes
         self.fingerprint = {name: split.fingerprint() for name, split in splits.items()}
-        self.train: DataLoader[Any] = data.loader(splits["train"], size, workers, shuffle=True, seed=seed)
+        self.train: DataLoader[Any] = data.loader(
+            splits["train"], size, workers, shuffle=True, seed=seed, batches=steps and steps * accumulate
+        )
         self.val: DataLoader[Any] = data.loader(splits["val"], size, workers, shuffle=False, seed=seed)
-        self.steps_per_epoch = -(-len(self.train) // recipe.train.accumulate)
+        self.steps_per_epoch = -(-len(self.train) // accumulate)
         self.scorer = Scorer(recipe.task, self.classes)
         self.resolved = recipe.model_copy(update={"data": recipe.data.model_copy(update={"classes": self.classes})})
         log.info("%d training and %d validation pictures, %d classes",

@@ -106,6 +106,36 @@ def test_processes_share_an_epoch_without_overlap(monkeypatch: pytest.MonkeyPatc
     assert len(sampler) == 3
 
 
+@pytest.mark.parametrize(("length", "processes"), [(4, 1), (7, 3), (30, 2)])
+def test_epochs_of_any_length_go_on_pass_after_pass(
+    length: int, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = data.SeededSampler(11, seed=0, length=length)
+    keys = []
+    for epoch in range(6):
+        sampler.set_epoch(epoch)
+        shares = []
+        for rank in range(processes):
+            monkeypatch.setattr("acamkd.data.base._process", lambda rank=rank: (rank, processes))
+            shares.append(list(sampler))
+            assert len(sampler) == len(shares[-1]) == length
+        keys += [key for together in zip(*shares, strict=True) for key in together]
+    monkeypatch.undo()
+    whole, passes = data.SeededSampler(11, seed=0), []
+    for number in range(-(-len(keys) // 11)):
+        whole.set_epoch(number)
+        passes += list(whole)
+    assert keys == passes[: len(keys)]
+
+
+def test_an_epoch_of_so_many_batches_repeats_pictures_with_other_changes(tmp_path: Path) -> None:
+    loader = data.loader(_train(tmp_path), 2, 0, shuffle=True, seed=0, batches=10)
+    images = [image for batch, _ in loader for image in batch]
+    assert len(loader) == 10
+    assert len(images) == 20
+    assert len({image.numpy().tobytes() for image in images}) == 20
+
+
 def test_loader_drops_the_incomplete_batch_only_when_shuffled(tmp_path: Path) -> None:
     dataset = _train(tmp_path)
     assert [len(images) for images, _ in data.loader(dataset, 2, 0, shuffle=True, seed=0)] == [2, 2]

@@ -48,7 +48,9 @@ def build(data: config.Data, task: Task, split: Literal["train", "val"], *, seed
     return FORMATS[data.format](data, split, transform, seed)
 
 
-def loader(dataset: PictureDataset, batch_size: int, workers: int, *, shuffle: bool, seed: int) -> DataLoader[Sample]:
+def loader(
+    dataset: PictureDataset, batch_size: int, workers: int, *, shuffle: bool, seed: int, batches: int | None = None
+) -> DataLoader[Sample]:
     """Batches as (list of pictures, list of targets).
 
     A shuffled loader leaves out an incomplete last batch, which batch norm cannot always use; the next epoch's order
@@ -60,12 +62,13 @@ def loader(dataset: PictureDataset, batch_size: int, workers: int, *, shuffle: b
         workers: Processes that load; 0 loads in this one. Changes nothing about the batches.
         shuffle: Draw each epoch's order from (seed, epoch).
         seed: Of the order.
+        batches: Shuffled batches per epoch; None for one pass over the pictures.
 
     Raises:
         AcamkdError: The data set's annotations have problems.
     """
     refuse(dataset.problems)
-    sampler = SeededSampler(len(dataset), seed) if shuffle else None
+    sampler = SeededSampler(len(dataset), seed, batches and batches * batch_size) if shuffle else None
     return DataLoader(
         dataset,
         batch_size=batch_size,

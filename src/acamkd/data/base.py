@@ -113,17 +113,21 @@ class PictureDataset(Dataset[Sample], ABC):
 class SeededSampler(Sampler[int]):
     """Shuffled keys of one epoch, a function of (seed, epoch) alone.
 
-    In a distributed run every process takes its own equal share of the common order; Lightning must not shard it once
-    more (`Trainer(use_distributed_sampler=False)`), because its wrapper keeps `set_epoch` from arriving here.
+    Pass after pass over the data set, each in an order of its own; an epoch is one pass, or the next `length` keys of
+    every process. In a distributed run every process takes its own equal share of the common order; Lightning must not
+    shard it once more (`Trainer(use_distributed_sampler=False)`), because its wrapper keeps `set_epoch` from arriving
+    here.
 
     Args:
         n: Length of the data set.
         seed: Of the order.
+        length: Keys per process and epoch; None for one pass.
     """
 
-    def __init__(self, n: int, seed: int) -> None:
+    def __init__(self, n: int, seed: int, length: int | None = None) -> None:
         self.n = n
         self.seed = seed
+        self.length = length
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -131,13 +135,19 @@ class SeededSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.n // _process()[1]
+        return self.length or self.n // _process()[1]
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(seed_of("order", self.seed, self.epoch))
-        keys: list[int] = (self.epoch * self.n + torch.randperm(self.n, generator=generator)).tolist()
         rank, processes = _process()
-        return iter(keys[rank : len(self) * processes : processes])
+        keys = len(self) * processes
+        start = self.epoch * (keys if self.length else self.n)
+        passes = range(start // self.n, -(-(start + keys) // self.n))
+        order = torch.cat([self._pass(number) for number in passes])[start - passes[0] * self.n :]
+        return iter(order[rank:keys:processes].tolist())
+
+    def _pass(self, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed_of("order", self.seed, number))
+        return number * self.n + torch.randperm(self.n, generator=generator)
 
 
 def check(dataset: PictureDataset, mode: Literal["full", "headers"]) -> list[str]:
