@@ -260,7 +260,7 @@ BAD: dict[str, tuple[Task, Damage, list[str], list[str]]] = {
     ),
     "class id out of range": (
         "segmentation", _mask((64, 64), 17), ["train"],
-        ["masks/train/00002.png: the mask holds 17, but the ids of the 6 classes end at 5 and ignore_index is 255"],
+        ["masks/train/00002.png: the mask holds 17, but the values for the 6 classes and for void are 0 to 5 and 255"],
     ),
     "corrupt picture": (
         "segmentation", _broken_picture, ["train"], ["1 problem:", "images/val/00003.jpg: the picture cannot be read"],

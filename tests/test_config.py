@@ -120,9 +120,15 @@ def test_words_that_look_like_numbers_are_words(path: Path, text: str) -> None:
         ({"losses": [{"pairs": ["a"]}]}, "losses.0.name: missing"),
         ({"losses": {"name": "acam"}}, "losses: "),
         ({"losses": [{"name": "acam", "pairs": [["a", "b", "c"]]}]}, r"losses.0.pairs.0"),
-        ({"task": "segmentation"}, "task segmentation needs data.format: masks, not coco"),
+        ({"task": "segmentation"}, "task segmentation needs data.format: voc, masks, cityscapes, not coco"),
         ({"task": "depth"}, r"task: Input should be 'detection' or 'segmentation' \(given: 'depth'\)"),
         ({"data": {**changed()["data"], "val": {"images": "x"}}}, "data.val.annotations is missing"),
+        ({"data": {"format": "voc", "val": {"images": "x"}}}, "data.val.images: .* give the split's `name` instead"),
+        (
+            {"data": {"val": {"images": "x", "name": "y"}}},
+            "data.val: give either the split's `name` .*, or its `images`",
+        ),
+        ({"data": {"val": {"annotations": "x"}}}, "data.val: give either the split's `name`"),
         ({"name": "a/b"}, "name: "),
     ],
     ids=str,
@@ -130,6 +136,11 @@ def test_words_that_look_like_numbers_are_words(path: Path, text: str) -> None:
 def test_what_does_not_fit_is_named(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(AcamkdError, match=message):
         config.parse(changed(**sections))
+
+
+def test_a_known_layout_needs_no_paths() -> None:
+    data = config.parse(changed(data={"root": "d"})).data
+    assert (data.format, data.train.name, data.val.name) == ("auto", "train", "val")
 
 
 def test_every_bad_key_is_named_at_once() -> None:

@@ -95,7 +95,8 @@ def test_recipes_and_their_parts_are_accepted(page: Path, tmp_path: Path) -> Non
         content = yaml.load(block, Loader=config._Loader)
         if isinstance(content, list):
             content = {"losses": content}
-        base = yaml.safe_load(write_recipe(tmp_path, content.get("task", "segmentation")).read_text())
+        task = content.get("task", "segmentation")
+        base = yaml.safe_load(write_recipe(tmp_path / task, task).read_text())
         config.parse({"name": "page", **base, **content}, source=str(page))
 
 

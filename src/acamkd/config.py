@@ -30,15 +30,33 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class Split(Section):
-    """Where one split of a data set lies; paths are relative to `data.root`."""
+FORMATS: dict[str, tuple[str, ...]] = {
+    "coco": ("detection",),
+    "yolo": ("detection",),
+    "voc": ("detection", "segmentation"),
+    "masks": ("segmentation",),
+    "cityscapes": ("segmentation",),
+}
+"""`data.format` -> tasks that it is for."""
 
-    images: Path
+
+class Split(Section):
+    """Where one split of a data set lies: by its name in the format's own layout, or by paths below `data.root`."""
+
+    name: str | None = None
+    """Such as `val`, `trainval` (VOC) or `train2017` (COCO)."""
+    images: Path | None = None
     """Folder of pictures."""
     masks: Path | None = None
-    """Segmentation: folder of PNG masks, one per picture, of the same name."""
+    """Format masks: folder of PNG masks, one per picture, of the same name."""
     annotations: Path | None = None
-    """Detection: COCO JSON."""
+    """Format coco: the JSON. Format yolo: folder of labels, if it is not beside `images`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Split:
+        if (self.name is None) == (self.images is None):
+            raise ValueError("give either the split's `name` in the format's own layout, or its `images`")
+        return self
 
 
 class Augmentation(Section):
@@ -64,16 +82,17 @@ class ShortLong(Section):
 class Data(Section):
     """Pictures and targets."""
 
-    format: Literal["coco", "masks"]
-    """`coco`: pictures and a COCO JSON. `masks`: pictures and 8-bit masks."""
+    format: Literal["auto", "coco", "yolo", "voc", "masks", "cityscapes"] = "auto"
+    """`coco`: pictures and a COCO JSON. `yolo`: pictures and text files. `voc`: Pascal VOC, boxes or masks. `masks`:
+    pictures and 8-bit masks. `cityscapes`. `auto`: by what lies in `root`."""
     root: Path = Path()
-    """Folder that the splits' paths are relative to."""
-    train: Split
-    val: Split
+    """Folder of the data; the splits' paths are relative to it."""
+    train: Split = Split(name="train")
+    val: Split = Split(name="val")
     classes: tuple[str, ...] | None = None
-    """Class names in the order of their ids. Needed for masks; COCO files bring their own."""
+    """Class names in the order of their ids. Needed for masks; the other formats bring their own."""
     ignore_index: Annotated[int, Field(ge=0, le=255)] = 255
-    """Segmentation: mask value that neither trains nor counts."""
+    """Format masks: mask value that neither trains nor counts."""
     resize: Size | ShortLong | None = None
     """What the networks see: (height, width), or {short, long}; nothing = the pictures' own size."""
     augment: Augmentation = Augmentation()
@@ -236,19 +255,29 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        data = self.data
-        expected = {"detection": "coco", "segmentation": "masks"}[self.task]
-        if data.format != expected:
-            raise ValueError(f"task {self.task} needs data.format: {expected}, not {data.format}")
-        source = {"coco": "annotations", "masks": "masks"}[data.format]
-        for name in ("train", "val"):
-            if getattr(getattr(data, name), source) is None:
-                raise ValueError(f"data.{name}.{source} is missing: data.format {data.format} needs it")
+        if self.data.format != "auto":
+            check_data(self.data, self.task)
         if self.student.inherit and self.teacher is None:
             raise ValueError("student.inherit needs a `teacher` section to inherit from")
-        if data.format == "masks" and not data.classes:
-            raise ValueError("data.classes is missing: masks hold ids only, so the recipe lists the class names")
         return self
+
+
+def check_data(data: Data, task: str) -> None:
+    """Raise AcamkdError if a format, now that it is known, does not fit the task or lacks something."""
+    if task not in FORMATS[data.format]:
+        fitting = [name for name, tasks in FORMATS.items() if task in tasks]
+        raise AcamkdError(f"task {task} needs data.format: {', '.join(fitting)}, not {data.format}")
+    source = {"coco": "annotations", "masks": "masks"}.get(data.format)
+    for name in ("train", "val"):
+        split: Split = getattr(data, name)
+        if source and split.images is not None and getattr(split, source) is None:
+            raise AcamkdError(f"data.{name}.{source} is missing: data.format {data.format} needs it beside `images`")
+        if data.format in ("voc", "cityscapes") and split.images is not None:
+            raise AcamkdError(
+                f"data.{name}.images: data.format {data.format} has folders of its own: give the split's `name` instead"
+            )
+    if data.format == "masks" and not data.classes:
+        raise AcamkdError("data.classes is missing: masks hold ids only, so the recipe lists the class names")
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -63,8 +63,9 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
     """
     stage = "data"
     try:
+        source = data.resolve(recipe.data, recipe.task)
         train, val = (
-            data.build(recipe.data, recipe.task, split, seed=recipe.train.seed, augment=split == "train")
+            data.build(source, recipe.task, split, seed=recipe.train.seed, augment=split == "train")
             for split in ("train", "val")
         )
         data.check_same_classes(train, val)

@@ -137,8 +137,9 @@ class Batches:
     def __init__(self, recipe: config.Recipe) -> None:
         seed, size, workers = recipe.train.seed, recipe.train.batch_size, recipe.data.workers
         steps, accumulate = recipe.train.steps_per_epoch, recipe.train.accumulate
+        source = data.resolve(recipe.data, recipe.task)
         splits = {
-            split: data.build(recipe.data, recipe.task, split, seed=seed, augment=split == "train")
+            split: data.build(source, recipe.task, split, seed=seed, augment=split == "train")
             for split in ("train", "val")
         }
         for name, split in splits.items():
@@ -153,7 +154,7 @@ class Batches:
         self.val: DataLoader[Any] = data.loader(splits["val"], size, workers, shuffle=False, seed=seed)
         self.steps_per_epoch = -(-len(self.train) // accumulate)
         self.scorer = Scorer(recipe.task, self.classes)
-        self.resolved = recipe.model_copy(update={"data": recipe.data.model_copy(update={"classes": self.classes})})
+        self.resolved = recipe.model_copy(update={"data": source.model_copy(update={"classes": self.classes})})
         log.info("%d training and %d validation pictures, %d classes",
                  len(splits["train"]), len(splits["val"]), len(self.classes))  # fmt: skip
 

@@ -83,10 +83,11 @@ def test_boxes_beyond_the_picture_are_clipped(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"bbox": [20, 0, 5, 5]}, r"annotation 1 of image 7: the box from \(20, 0\) to \(25, 5\) lies outside a\.png"),
-        ({"bbox": [1, 2, 0, 4]}, r"annotation 1 of image 7: the box \[1, 2, 0, 4\] on a\.png has no area"),
+        ({"bbox": [1, 2, 0, 4]}, r"annotation 1 of image 7: the box from \(1, 2\) to \(1, 6\) on a\.png has no area"),
         ({"bbox": [1, 2, 3, -4]}, "has no area"),
         ({"bbox": [1, 2, 3]}, r"annotation 1 of image 7: it needs image_id, category_id and bbox"),
         ({"bbox": ["a", 2, 3, 4]}, "it needs image_id, category_id and bbox"),
+        ({"image_id": [7]}, "it needs image_id, category_id and bbox"),
         ({"category_id": 5}, "annotation 1 of image 7: the file lists no category 5, only 2, 9"),
         ({"image_id": 8}, "annotation 1 of image 8: the file lists no image 8"),
     ],
@@ -104,7 +105,7 @@ def test_bad_annotations(tmp_path: Path, change: dict[str, Any], message: str, m
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"annotations": []}, "the list of annotations is empty"),
+        ({"annotations": []}, "there is no box for any picture"),
         ({"images": [], "annotations": []}, "the list of images is empty"),
         ({"categories": [], "annotations": []}, "the list of categories is empty"),
         (
@@ -124,7 +125,12 @@ def test_bad_lists(tmp_path: Path, change: dict[str, Any], message: str) -> None
         ("{", "is not valid JSON"),
         ([], "is not a COCO file: it needs the lists images, annotations, categories"),
         ({"images": []}, "is not a COCO file"),
-        (_content() | {"images": [{"id": 1, "file_name": "a.png"}]}, r"images\[0\] has no width, height"),
+        (_content() | {"images": [{"id": 1, "file_name": "a.png"}]}, r"images\[0\] has no width, height, or one of a"),
+        (
+            _content() | {"categories": [{"id": 1, "name": "a"}, {"id": "2", "name": "b"}]},
+            r"categories\[1\] has no id, or",
+        ),
+        (_content() | {"annotations": [7]}, r"annotations\[0\] is 7, but must be a mapping"),
     ],
 )
 def test_unusable_files(tmp_path: Path, content: object, message: str) -> None:

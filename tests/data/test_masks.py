@@ -70,6 +70,13 @@ def test_colour_masks_are_refused(tmp_path: Path, mode: Any) -> None:
         data.check(_dataset(tmp_path), mode)
 
 
+def test_16_bit_masks_are_refused(tmp_path: Path) -> None:
+    _, masks = _folders(tmp_path, ("a.png",))
+    Image.fromarray(np.full((2, 3), 1, np.uint16)).save(masks / "a.png")
+    with pytest.raises(AcamkdError, match=r"a\.png: .* mode I;16; save class ids, as 8-bit grey .* or 16 bits"):
+        data.check(_dataset(tmp_path), "full")
+
+
 @pytest.mark.parametrize("mode", ["full", "headers"])
 def test_mask_of_another_size(tmp_path: Path, mode: Any) -> None:
     _, masks = _folders(tmp_path)
@@ -82,7 +89,7 @@ def test_unknown_ids(tmp_path: Path) -> None:
     _folders(tmp_path, ("a.png",))
     dataset = _dataset(tmp_path, ignore_index=255)
     assert data.check(dataset, "headers") == []
-    message = r"a\.png: the mask holds 11, but the ids of the 3 classes end at 2 and ignore_index is 255"
+    message = r"a\.png: the mask holds 11, but the values for the 3 classes and for void are 0 to 2 and 255"
     with pytest.raises(AcamkdError, match=message):
         data.check(dataset, "full")
 

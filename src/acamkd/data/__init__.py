@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from acamkd import config
+from acamkd.data import yolo
 from acamkd.data.base import PictureDataset, Sample, SeededSampler, Transform, check, check_same_classes, refuse
+from acamkd.data.cityscapes import Cityscapes
 from acamkd.data.coco import CocoDetection
 from acamkd.data.masks import MaskFolder
 from acamkd.data.transforms import augmentation
+from acamkd.data.voc import VocDetection, VocSegmentation
+from acamkd.data.yolo import YoloDetection
+from acamkd.errors import AcamkdError
 from acamkd.models.base import Target, Task
 
 __all__ = [
-    "FORMATS",
+    "Cityscapes",
     "CocoDetection",
     "MaskFolder",
     "PictureDataset",
     "SeededSampler",
+    "VocDetection",
+    "VocSegmentation",
+    "YoloDetection",
     "augmentation",
     "build",
     "check",
     "check_same_classes",
     "loader",
+    "resolve",
 ]
 
+log = logging.getLogger(__name__)
 
-def build(data: config.Data, task: Task, split: Literal["train", "val"], *, seed: int, augment: bool) -> PictureDataset:
+SplitName: TypeAlias = Literal["train", "val"]
+
+
+def build(data: config.Data, task: Task, split: SplitName, *, seed: int, augment: bool) -> PictureDataset:
     """Open one split of a recipe's data.
 
     Args:
@@ -44,8 +58,45 @@ def build(data: config.Data, task: Task, split: Literal["train", "val"], *, seed
     Raises:
         AcamkdError: A file or folder cannot be read; `check` finds everything else.
     """
+    data = resolve(data, task)
     transform = augmentation(data.augment, task) if augment else None
-    return FORMATS[data.format](data, split, transform, seed)
+    return READERS[data.format, task](data, split, transform, seed)
+
+
+def resolve(data: config.Data, task: Task) -> config.Data:
+    """The same data with the format that `auto` stands for, which the log says and explains.
+
+    Raises:
+        AcamkdError: No layout is found, or several are; the message says what was looked for.
+    """
+    if data.format != "auto":
+        return data
+    found = _found(data, task)
+    if len(found) != 1:
+        looked = "; ".join(f"{' and '.join(LAYOUTS[each])} ({each[0]})" for each in LAYOUTS if each[1] == task)
+        what = f"both {' and '.join(found)}" if found else "no layout that is known"
+        raise AcamkdError(
+            f"data.format: auto finds {what} in {data.root} for {task}; looked for {looked}: set data.root to the "
+            "folder that holds these, or name data.format"
+        )
+    ((name, reason),) = found.items()
+    log.info("data.format: %s, because %s", name, reason)
+    data = data.model_copy(update={"format": name})
+    config.check_data(data, task)
+    return data
+
+
+def _found(data: config.Data, task: Task) -> dict[str, str]:
+    """Formats that it may be, each with the reason."""
+    for key, name in (("masks", "masks"), ("annotations", "coco")):
+        path = getattr(data.train, key)
+        if path is not None and (key == "masks" or path.suffix == ".json"):
+            return {name: f"data.train.{key} is {path}"}
+    return {
+        name: f"{' and '.join(entries)} {'are' if len(entries) > 1 else 'is'} in {data.root}"
+        for (name, for_task), entries in LAYOUTS.items()
+        if for_task == task and all(any(data.root.glob(entry)) for entry in entries)
+    }
 
 
 def loader(
@@ -82,23 +133,59 @@ def loader(
     )
 
 
-def _coco(data: config.Data, split: Literal["train", "val"], transform: Transform | None, seed: int) -> PictureDataset:
-    paths: config.Split = getattr(data, split)
+def _coco(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> PictureDataset:
+    images, annotations = _coco_paths(data.root, getattr(data, split))
     return CocoDetection(
-        data.root / paths.images,
-        data.root / _given(paths.annotations),
-        classes=data.classes,
-        keep_crowd=split == "val",
-        transform=transform,
-        seed=seed,
+        images, annotations, classes=data.classes, keep_crowd=split == "val", transform=transform, seed=seed
     )
 
 
-def _masks(data: config.Data, split: Literal["train", "val"], transform: Transform | None, seed: int) -> PictureDataset:
+def _coco_paths(root: Path, split: config.Split) -> tuple[Path, Path]:
+    if split.images is not None and split.annotations is not None:
+        return root / split.images, root / split.annotations
+    # COCO's own train and val are called so, and its archives lay their folders of pictures beside `annotations`.
+    names = [str(split.name), f"{split.name}2017"]
+    name = next((each for each in names if _instances(root, each).is_file()), names[0])
+    folders = [root / "images" / name, root / name]
+    return next((folder for folder in folders if folder.is_dir()), folders[0]), _instances(root, name)
+
+
+def _instances(root: Path, name: str) -> Path:
+    return root / "annotations" / f"instances_{name}.json"
+
+
+def _yolo(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> PictureDataset:
+    said: config.Split = getattr(data, split)
+    images, labels = yolo.folders(
+        data.root,
+        said.name or split,
+        images=data.root / said.images if said.images else None,
+        labels=data.root / said.annotations if said.annotations else None,
+    )
+    names = yolo.class_names(data.root, data.classes)
+    return yolo.YoloDetection(images, labels, names, transform=transform, seed=seed)
+
+
+def _voc(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> PictureDataset:
+    name = getattr(data, split).name
+    return VocDetection(
+        data.root, name, classes=data.classes, keep_crowd=split == "val", transform=transform, seed=seed
+    )
+
+
+def _voc_masks(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> PictureDataset:
+    return VocSegmentation(data.root, getattr(data, split).name, classes=data.classes, transform=transform, seed=seed)
+
+
+def _cityscapes(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> PictureDataset:
+    return Cityscapes(data.root, getattr(data, split).name, classes=data.classes, transform=transform, seed=seed)
+
+
+def _masks(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> PictureDataset:
     paths: config.Split = getattr(data, split)
     return MaskFolder(
-        data.root / paths.images,
-        data.root / _given(paths.masks),
+        data.root / (paths.images or f"images/{paths.name}"),
+        data.root / (paths.masks or f"masks/{paths.name}"),
         data.classes or (),
         ignore_index=data.ignore_index,
         transform=transform,
@@ -106,16 +193,25 @@ def _masks(data: config.Data, split: Literal["train", "val"], transform: Transfo
     )
 
 
-FORMATS: dict[str, Callable[[config.Data, Literal["train", "val"], Transform | None, int], PictureDataset]] = {
-    "coco": _coco,
-    "masks": _masks,
+READERS: dict[tuple[str, Task], Callable[[config.Data, SplitName, Transform | None, int], PictureDataset]] = {
+    ("coco", "detection"): _coco,
+    ("yolo", "detection"): _yolo,
+    ("voc", "detection"): _voc,
+    ("voc", "segmentation"): _voc_masks,
+    ("masks", "segmentation"): _masks,
+    ("cityscapes", "segmentation"): _cityscapes,
 }
-"""`data.format` in a recipe."""
+"""By `data.format` and `task` of a recipe."""
 
-
-def _given(path: Path | None) -> Path:
-    assert path is not None, "config.Recipe refuses a split without its annotations"
-    return path
+LAYOUTS: dict[tuple[str, Task], tuple[str, ...]] = {
+    ("coco", "detection"): ("annotations/instances_*.json",),
+    ("yolo", "detection"): (yolo.NAMES,),
+    ("voc", "detection"): ("Annotations", "ImageSets/Main"),
+    ("voc", "segmentation"): ("SegmentationClass", "ImageSets/Segmentation"),
+    ("masks", "segmentation"): ("images", "masks"),
+    ("cityscapes", "segmentation"): ("leftImg8bit", "gtFine"),
+}
+"""What `data.format: auto` looks for in the root."""
 
 
 def _as_lists(samples: Sequence[Sample]) -> tuple[list[Tensor], list[Target]]:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -28,6 +29,8 @@ Sample: TypeAlias = tuple[Tensor, Target]
 
 Transform: TypeAlias = Callable[[Tensor, Target], Sample]
 """A joint change of picture and target (tv_tensors); draws from torch's default CPU generator only."""
+
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 LISTED_PROBLEMS = 10
 """An error lists this many problems and counts the others."""
@@ -165,7 +168,7 @@ def check(dataset: PictureDataset, mode: Literal["full", "headers"]) -> list[str
     """
     log.info("checking %d pictures (%s)", len(dataset), mode)
     with ThreadPoolExecutor() as pool:  # decoders release the interpreter's lock
-        found = pool.map(partial(_problems_of, dataset, decode=mode == "full"), range(len(dataset)))
+        found = pool.map(partial(problems_of, dataset, decode=mode == "full"), range(len(dataset)))
         refuse([*dataset.problems, *(problem for problems in found for problem in problems)])
     return list(dataset.warnings)
 
@@ -176,6 +179,15 @@ def check_same_classes(train: PictureDataset, val: PictureDataset) -> None:
         raise AcamkdError(
             f"train and val must list the same classes in the same order, but train has {', '.join(train.classes)} "
             f"and val has {', '.join(val.classes)}: give both annotation files the same categories"
+        )
+
+
+def check_classes(given: Sequence[str] | None, own: Sequence[str], whose: str) -> None:
+    """Raise AcamkdError if a recipe gives other classes than the data's own."""
+    if given is not None and tuple(given) != tuple(own):
+        raise AcamkdError(
+            f"data.classes is {', '.join(given)}, but {whose} are {', '.join(own)}: leave data.classes out, or list "
+            "these"
         )
 
 
@@ -208,12 +220,42 @@ def read_size(file: Path) -> PixelSize:
     return (width, height) if orientation >= 5 else (height, width)
 
 
+def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """Visible files of these types in one folder, in the order of their stems; AcamkdError if it cannot be read."""
+    try:
+        entries = list(folder.iterdir())
+    except OSError as error:
+        raise AcamkdError(f"cannot read the folder {folder}: {error.strerror}") from error
+    chosen = [file for file in entries if file.suffix.lower() in suffixes and not file.name.startswith(".")]
+    return sorted(chosen, key=lambda file: (file.stem, file.suffix))
+
+
+def lines_of(file: Path) -> list[str]:
+    """Lines of a text file, with or without a byte order mark; AcamkdError if it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise AcamkdError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise AcamkdError(f"{file} is not a text file: {error}") from error
+
+
+def twins(pictures: Sequence[Path], what: str) -> list[str]:
+    """Problems of pictures, as `files_of` lists them, that differ in their suffix alone and so share `what`."""
+    return [
+        f"{other}: the picture has the same name as {one.name}, and so the same {what}"
+        for one, other in pairwise(pictures)
+        if one.stem == other.stem
+    ]
+
+
 def describe(size: Sequence[int]) -> str:
     """(height, width) in the order and words that users know."""
     return f"{size[1]} x {size[0]} pixels"
 
 
-def _problems_of(dataset: PictureDataset, index: int, *, decode: bool) -> list[str]:
+def problems_of(dataset: PictureDataset, index: int, *, decode: bool) -> list[str]:
+    """What is wrong with one picture, or with its target now that the picture's size is known."""
     file = dataset.files[index]
     if not file.is_file():
         return [f"{file}: there is no such picture"]

@@ -1,0 +1,129 @@
+"""Pictures with boxes, whatever file the boxes come from."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torchvision import tv_tensors
+
+from acamkd.data.base import PictureDataset, Transform, describe
+from acamkd.errors import AcamkdError
+from acamkd.models.base import PixelSize, Target
+
+
+class Box(NamedTuple):
+    """One object: number of its picture, label from 1, x1 y1 x2 y2, and whether training does without it."""
+
+    picture: int
+    label: int
+    corners: tuple[float, float, float, float]
+    crowd: bool = False
+
+
+class BoxDataset(PictureDataset):
+    """Object detection: a subclass reads one format and hands every entry to `_gather`.
+
+    Boxes that reach beyond the picture are clipped to it, with a warning.
+
+    Args:
+        files: Pictures.
+        annotation_files: One file of boxes for all pictures, or one for each.
+        classes: Class names; label k is the k-th.
+        source: What warnings name.
+        sizes: (height, width) of each picture as the format says it, None where it fails to; None altogether where
+            boxes are shares of their picture.
+        keep_crowd: Keep the boxes that are ignored: crowds, and what is difficult. Evaluation needs them, since it
+            forgives what a network finds there; training does without, since a box around a crowd would teach that a
+            group is one large object.
+        transform: Random changes.
+        seed: Of the random changes.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        annotation_files: Sequence[Path],
+        classes: Sequence[str],
+        *,
+        source: Path,
+        sizes: Sequence[PixelSize | None] | None,
+        keep_crowd: bool = True,
+        transform: Transform | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(files, annotation_files, classes, transform=transform, seed=seed)
+        self.source = source
+        self.sizes = sizes
+        self.keep_crowd = keep_crowd
+
+    @abstractmethod
+    def _parse(self, entry: Any) -> Box:
+        """One entry of the format; raises AcamkdError with what is wrong."""
+
+    def target(self, index: int, size: PixelSize) -> Target:
+        """`boxes` (K, 4) float32 x1 y1 x2 y2, `labels` (K,) and `iscrowd` (K,) int64."""
+        rows = slice(self._first[index], self._first[index + 1])
+        height, width = size if self.sizes is None else (1, 1)
+        # A product is a copy: a transform that works in place must not reach the table.
+        boxes = self._boxes[rows] * torch.tensor([width, height, width, height])
+        return {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
+            "labels": self._labels[rows].clone(),
+            "iscrowd": self._iscrowd[rows].clone(),
+        }
+
+    def inspect(self, index: int, size: PixelSize, *, decode: bool) -> list[str]:
+        """The picture must have the size that its annotations say."""
+        said = self.sizes[index] if self.sizes is not None else None
+        if said is None or said == size:
+            return []
+        source = self.annotation_files[index % len(self.annotation_files)]
+        return [
+            f"{self.files[index]} has {describe(size)} (rotated as its EXIF entry says), but {source} says "
+            f"{describe(said)}"
+        ]
+
+    def _gather(self, entries: Iterable[tuple[str, Any]]) -> None:
+        """Turn entries, each with its place, into one table sorted by picture: few large tensors are shared well."""
+        rows: list[Box] = []
+        clipped = 0
+        for where, entry in entries:
+            try:
+                given = self._parse(entry)
+                box = given._replace(corners=self._clip(given))
+            except AcamkdError as error:
+                self.problems.append(f"{where}: {error}")
+                continue
+            clipped += box != given
+            if self.keep_crowd or not box.crowd:
+                rows.append(box)
+        rows.sort(key=lambda box: box.picture)
+        counts = torch.bincount(torch.tensor([box.picture for box in rows], dtype=torch.int64), minlength=len(self))
+        self._first: list[int] = [0, *counts.cumsum(0).tolist()]
+        self._labels = torch.tensor([box.label for box in rows], dtype=torch.int64)
+        self._iscrowd = torch.tensor([box.crowd for box in rows], dtype=torch.int64)
+        self._boxes = torch.tensor([box.corners for box in rows], dtype=torch.float32).reshape(-1, 4)
+        if clipped:
+            self.warnings.append(f"{self.source}: {clipped} boxes reach beyond their picture and are clipped")
+        if not rows and not self.problems:
+            self.problems.append(f"{self.source}: there is no box for any picture")
+        elif empty := int((counts == 0).sum()):
+            self.warnings.append(f"{self.source}: {empty} of {len(self)} pictures have no boxes")
+
+    def _clip(self, box: Box) -> tuple[float, float, float, float]:
+        size = (1, 1) if self.sizes is None else self.sizes[box.picture]
+        if size is None:  # a problem of its own
+            return box.corners
+        left, top, right, bottom = box.corners
+        name = f"the box from ({left:g}, {top:g}) to ({right:g}, {bottom:g})"
+        picture = self.files[box.picture].name
+        if not (left < right and top < bottom):
+            raise AcamkdError(f"{name} on {picture} has no area")
+        x1, y1, x2, y2 = max(left, 0.0), max(top, 0.0), min(right, float(size[1])), min(bottom, float(size[0]))
+        if not (x1 < x2 and y1 < y2):
+            raise AcamkdError(f"{name} lies outside {picture}, which has {describe(size)}")
+        return x1, y1, x2, y2
