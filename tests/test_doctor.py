@@ -5,13 +5,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tiny_recipes
 from acamkd import cli, config, doctor
+from acamkd.data.scenes import write_scenes
 from acamkd.doctor import Finding, examine, ignorance
 from acamkd.models.base import VOID
 
@@ -134,3 +138,101 @@ def test_the_command_says_it_in_lines_and_in_its_exit_code(segmentation: Path, t
     findings: list[dict[str, Any]] = json.loads(result.stdout)
     assert {"check", "status", "text", "advice"} == set(findings[0])
     assert findings[-1]["status"] == "fail"
+
+
+def _picture_recipe(root: Path, task: str, **options: Any) -> Path:
+    """A recipe without teacher, weights or losses."""
+    file = root.parent / "pictures.yaml"
+    raw = {"task": task, "data": {"root": str(root), **options}, "student": {"arch": "none"}, "train": {"epochs": 1}}
+    file.write_text(yaml.safe_dump(raw), encoding="utf-8")
+    return file
+
+
+def _yolo(root: Path) -> Path:
+    """Training: 3 pictures of 200 x 100 pixels and one of 50 x 50, boxes of 20, 40 and 96 pixels; validation: one."""
+    boxes = {"a": "0 0.5 0.5 0.1 0.2\n1 0.5 0.5 0.2 0.4\n", "b": "1 0.5 0.5 0.48 0.96\n", "c": "", "d": None}
+    for split in ("train", "val"):
+        (root / "images" / split).mkdir(parents=True)
+        (root / "labels" / split).mkdir(parents=True)
+        for name, lines in boxes.items() if split == "train" else [("a", boxes["a"])]:
+            Image.new("RGB", (50, 50) if name == "d" else (200, 100)).save(root / "images" / split / f"{name}.png")
+            if lines is not None:
+                (root / "labels" / split / f"{name}.txt").write_text(lines)
+    (root / "data.yaml").write_text("names: [cat, dog, cow]")
+    return root
+
+
+def test_boxes_are_counted(tmp_path: Path) -> None:
+    recipe = _picture_recipe(_yolo(tmp_path / "data"), "detection")
+    result = CliRunner().invoke(cli.app, ["doctor", str(recipe), "--data", "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["train"] == {
+        "pictures": 4,
+        "sizes": {"200 x 100 pixels": 3, "50 x 50 pixels": 1},
+        "classes": {"cat": 1, "dog": 2, "cow": 0},
+        "without": 2,
+        "boxes": {"small": 1, "medium": 1, "large": 1, "ignored": 0},
+        "sides": {"shortest": 20, "median": 40, "longest": 96},
+        "problems": [],
+        "warnings": [f"{tmp_path}/data/labels/train: 2 of 4 pictures have no boxes"],
+    }
+    assert found["val"]["classes"] == {"cat": 1, "dog": 1, "cow": 0}
+    shown = CliRunner().invoke(cli.app, ["doctor", str(recipe), "--data"]).stdout
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    assert ["pictures", "4", "1"] in rows
+    assert ["dog", "2", "1"] in rows
+    assert ["longest side", "96", "40"] in rows
+    assert "warn  train: " in shown
+
+
+def test_pixels_are_counted(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for number, rows in enumerate(([[0, 1], [1, 1]], [[0, 9], [9, 9]], [[9, 9], [9, 9]])):
+            for folder in ("images", "masks"):
+                (tmp_path / "d" / folder / split).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (2, 2)).save(tmp_path / f"d/images/{split}/{number}.png")
+            Image.fromarray(np.array(rows, np.uint8)).save(tmp_path / f"d/masks/{split}/{number}.png")
+    recipe = _picture_recipe(tmp_path / "d", "segmentation", classes=["sky", "road", "car"], ignore_index=9)
+    found = json.loads(CliRunner().invoke(cli.app, ["doctor", str(recipe), "--data", "--json"]).stdout)["val"]
+    assert found["classes"] == pytest.approx({"sky": 40, "road": 60, "car": 0})
+    assert (found["without"], found["boxes"], found["sides"]) == (1, {}, {})
+    shown = CliRunner().invoke(cli.app, ["doctor", str(recipe), "--data"]).stdout
+    assert "│ road          │ 60.00 % " in shown
+
+
+def test_every_problem_of_the_data_is_listed(tmp_path: Path) -> None:
+    root = _yolo(tmp_path / "data")
+    (root / "labels/train/a.txt").write_text("0 0.5 0.5 0.1 0.2\n" + "7 0.5 0.5 0.1 0.1\n" * 12)
+    (root / "images/train/b.png").write_bytes(b"no picture")
+    (root / "images/val/a.png").unlink()
+    recipe = _picture_recipe(root, "detection")
+    result = CliRunner().invoke(cli.app, ["doctor", str(recipe), "--data", "--json"])
+    assert result.exit_code == 1
+    found = json.loads(result.stdout)
+    assert len(found["train"]["problems"]) == 13
+    assert found["train"]["problems"][11] == f"{root}/labels/train/a.txt:13: class 7 is none of the 3, 0 to 2"
+    assert found["train"]["problems"][12].startswith(f"{root}/images/train/b.png: the picture cannot be read")
+    assert found["train"]["classes"] == {"cat": 1, "dog": 0, "cow": 0}  # what can be read is counted
+    assert found["val"]["problems"][0].endswith(
+        "images/val: the folder holds no pictures (.jpg, .jpeg, .png, .bmp, .webp)"
+    )
+    result = CliRunner().invoke(cli.app, ["doctor", str(recipe), "--data"])
+    assert result.exit_code == 1
+    assert result.stdout.count("fail  train: ") == 11
+    assert "fail  train: ... and 3 more" in result.stdout
+
+
+def test_a_split_that_cannot_be_read_and_other_classes(tmp_path: Path) -> None:
+    root = _yolo(tmp_path / "data")
+    (root / "labels/val").rename(root / "gone")
+    found = doctor.examine_data(config.load(_picture_recipe(root, "detection")))
+    assert found["val"].problems == [f"cannot read the folder {root}/labels/val: No such file or directory"]
+    assert found["train"].problems == []
+    write_scenes(tmp_path / "s", train=1, val=1, size=(32, 32), seed=0, task="detection")
+    file = tmp_path / "s/annotations/instances_val.json"
+    file.write_text(file.read_text().replace('"disc"', '"disk"'))
+    found = doctor.examine_data(config.load(_picture_recipe(tmp_path / "s", "detection")))
+    assert found["val"].problems == [
+        "the classes are disk, square, triangle, ring, cross, but those of train disc, square, triangle, ring, cross"
+    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,6 +20,7 @@ from acamkd.errors import AcamkdError
 
 if TYPE_CHECKING:
     from acamkd.compare import Cell, Row
+    from acamkd.data.statistics import Statistics
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -339,15 +340,34 @@ def _print_comparison(rows: Sequence[Row], results: Path) -> None:
     epilog=_examples(
         "acamkd doctor recipes/camvid.yaml --set data.root=/data/camvid",
         "acamkd doctor recipes/camvid.yaml --set losses.0.name=cwd --json",
+        "acamkd doctor recipes/camvid.yaml --data",
     )
 )
-def doctor(recipe: RecipeFile, losses: Losses = None, set_: Overrides = None, as_json: AsJson = False) -> None:
+def doctor(
+    recipe: RecipeFile,
+    losses: Losses = None,
+    set_: Overrides = None,
+    only_data: Annotated[
+        bool,
+        typer.Option(
+            "--data", help="Look at the pictures alone, and count what they hold; --json lists every problem."
+        ),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Examine a recipe in less than a minute: is the teacher good, does its gradient reach the student?"""
     from dataclasses import asdict
 
     from acamkd import config
-    from acamkd.doctor import examine
+    from acamkd.doctor import examine, examine_data
 
+    if only_data:
+        splits = examine_data(config.load(recipe, set_ or ()))
+        if as_json:
+            _print_json({name: asdict(split) for name, split in splits.items()})
+        else:
+            _print_statistics(splits)
+        raise typer.Exit(int(any(split.problems for split in splits.values())))
     logging.getLogger("acamkd").setLevel(logging.ERROR)  # every line here is a finding
     console, findings = Console(), []
     colours = {"pass": "green", "warn": "yellow", "fail": "bold red"}
@@ -362,6 +382,36 @@ def doctor(recipe: RecipeFile, losses: Losses = None, set_: Overrides = None, as
         _print_json([asdict(finding) for finding in findings])
     if any(finding.status == "fail" for finding in findings):
         raise typer.Exit(1)
+
+
+def _print_statistics(splits: Mapping[str, Statistics]) -> None:
+    from acamkd.data.base import listed
+
+    found = splits.values()
+    table = Table("", *splits)
+    table.add_row("pictures", *(f"{each.pictures:,}" for each in found))
+    table.add_row("picture sizes", *(_most_frequent(each.sizes) for each in found))
+    boxes = any(each.boxes for each in found)
+    table.add_row("without boxes" if boxes else "all void", *(f"{each.without:,}" for each in found))
+    for key in ("small", "medium", "large", "ignored") if boxes else ():
+        table.add_row(f"{key} boxes", *(f"{each.boxes.get(key, 0):,}" for each in found))
+    for key in ("shortest", "median", "longest") if boxes else ():
+        table.add_row(f"{key} side", *(f"{each.sides[key]:g}" if each.sides else "" for each in found))
+    for name in dict.fromkeys(name for each in found for name in each.classes):
+        numbers = (each.classes.get(name) for each in found)
+        table.add_row(escape(name), *("" if n is None else f"{n:,}" if boxes else f"{n:.2f} %" for n in numbers))
+    console = Console()
+    console.print(table)
+    for split, each in splits.items():
+        for warning in each.warnings:
+            console.print(Text.assemble(("warn", "yellow"), f"  {split}: {warning}"), soft_wrap=True)
+        for problem in listed(each.problems):
+            console.print(Text.assemble(("fail", "bold red"), f"  {split}: {problem}"), soft_wrap=True)
+
+
+def _most_frequent(sizes: Mapping[str, int]) -> str:
+    lines = [f"{size}: {number:,}" for size, number in list(sizes.items())[:3]]
+    return "\n".join([*lines, *([f"{len(sizes) - 3} other sizes"] if len(sizes) > 3 else [])])
 
 
 @app.command(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from acamkd import config, data, models
 from acamkd.calibrate import gradient_norms, measuring, prepared, total_norms, uncalibrated
 from acamkd.data import PictureDataset
+from acamkd.data.statistics import Statistics, count
 from acamkd.engine import METRICS, Scorer, score
 from acamkd.errors import AcamkdError
 from acamkd.jobs import build_network, teacher_section
@@ -92,6 +93,33 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
         yield from _distillation(student, teacher, train, recipe)
     except AcamkdError as error:
         yield Finding(stage, "fail", str(error))
+
+
+def examine_data(recipe: config.Recipe) -> dict[str, Statistics]:
+    """Count what both splits of a recipe's data hold, and find everything that is wrong with them.
+
+    Args:
+        recipe: Its networks are not looked at.
+
+    Returns:
+        By split; one that cannot be read at all has that as its only problem.
+
+    Raises:
+        AcamkdError: The format is not found.
+    """
+    source = data.resolve(recipe.data, recipe.task)
+    found: dict[str, Statistics] = {}
+    splits: tuple[data.SplitName, ...] = ("train", "val")
+    for split in splits:
+        try:
+            dataset = data.build(source, recipe.task, split, seed=0, augment=False)
+            found[split] = count(dataset, decode=recipe.data.check == "full")
+        except AcamkdError as error:
+            found[split] = Statistics(problems=[str(error)])
+    train, val = found["train"], found["val"]
+    if train.classes and val.classes and list(train.classes) != list(val.classes):
+        val.problems.append(f"the classes are {', '.join(val.classes)}, but those of train {', '.join(train.classes)}")
+    return found
 
 
 def _weights(check: str, model: TaskModel, section: config.Model) -> Finding:

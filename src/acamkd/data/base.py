@@ -168,8 +168,8 @@ def check(dataset: PictureDataset, mode: Literal["full", "headers"]) -> list[str
     """
     log.info("checking %d pictures (%s)", len(dataset), mode)
     with ThreadPoolExecutor() as pool:  # decoders release the interpreter's lock
-        found = pool.map(partial(problems_of, dataset, decode=mode == "full"), range(len(dataset)))
-        refuse([*dataset.problems, *(problem for problems in found for problem in problems)])
+        looks = pool.map(partial(look_at, dataset, decode=mode == "full"), range(len(dataset)))
+        refuse([*dataset.problems, *(problem for _, problems in looks for problem in problems)])
     return list(dataset.warnings)
 
 
@@ -195,11 +195,14 @@ def refuse(problems: Sequence[str]) -> None:
     """Raise one AcamkdError that lists the first problems and counts them all; return if there are none."""
     if not problems:
         return
-    lines = [f"the data cannot be used, {len(problems)} problem{'s' if len(problems) > 1 else ''}:"]
-    lines += problems[:LISTED_PROBLEMS]
-    if len(problems) > LISTED_PROBLEMS:
-        lines.append(f"... and {len(problems) - LISTED_PROBLEMS} more")
-    raise AcamkdError("\n  ".join(lines))
+    first = f"the data cannot be used, {len(problems)} problem{'s' if len(problems) > 1 else ''}:"
+    raise AcamkdError("\n  ".join([first, *listed(problems)]))
+
+
+def listed(problems: Sequence[str]) -> list[str]:
+    """The first problems, and how many more there are."""
+    more = len(problems) - LISTED_PROBLEMS
+    return [*problems[:LISTED_PROBLEMS], *([f"... and {more} more"] if more > 0 else [])]
 
 
 def read_picture(file: Path) -> Tensor:
@@ -254,17 +257,17 @@ def describe(size: Sequence[int]) -> str:
     return f"{size[1]} x {size[0]} pixels"
 
 
-def problems_of(dataset: PictureDataset, index: int, *, decode: bool) -> list[str]:
-    """What is wrong with one picture, or with its target now that the picture's size is known."""
+def look_at(dataset: PictureDataset, index: int, *, decode: bool) -> tuple[PixelSize | None, list[str]]:
+    """One picture's size, and what is wrong with it or, now that its size is known, with its target."""
     file = dataset.files[index]
     if not file.is_file():
-        return [f"{file}: there is no such picture"]
+        return None, [f"{file}: there is no such picture"]
     size: Any
     try:
         size = read_picture(file).shape[-2:] if decode else read_size(file)
     except Exception as error:  # decoders of broken files raise whatever they meet first
-        return [f"{file}: the picture cannot be read: {error}"]
-    return dataset.inspect(index, tuple(size), decode=decode)
+        return None, [f"{file}: the picture cannot be read: {error}"]
+    return tuple(size), dataset.inspect(index, tuple(size), decode=decode)
 
 
 def _process() -> tuple[int, int]:
