@@ -56,7 +56,10 @@ def build(
         built = build_segmenter(model, num_classes, resize)
     who = f"{model.arch} on {model.backbone}"
     if model.weights is not None:
-        log.info("%s", load_weights(built.net, model.weights, strict=teacher, what=who))
+        log.info("%s", load_weights(
+            built.net, model.weights, strict=teacher, what=who,
+            convention=model.options.get("convention", "torchvision"),
+        ))  # fmt: skip
         if model.weights.startswith(_WITHOUT_EPSILON):
             overwrite_eps(built.net, 0.0)
     elif model.backbone_weights not in (None, "imagenet"):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeAlias
 
 import timm
 import torch
@@ -26,6 +26,10 @@ TORCHVISION = "torchvision/"
 """Prefix of names that mean torchvision's own modules."""
 
 
+Top: TypeAlias = Callable[[int], ExtraFPNBlock]
+"""Makes what adds levels above a pyramid, from the number of channels of the backbone's last stage."""
+
+
 class TimmWithFPN(nn.Module):
     """A timm backbone under a feature pyramid, laid out as torchvision's BackboneWithFPN: `body`, `fpn`.
 
@@ -33,17 +37,17 @@ class TimmWithFPN(nn.Module):
         body: Made by `timm.create_model(..., features_only=True)`.
         strides: Strides of the maps that feed the pyramid, such as (8, 16, 32).
         channels: Width of the pyramid.
-        top: What adds coarser levels.
+        top: What adds coarser levels, made for the channels of the last stage.
     """
 
-    def __init__(self, body: Any, strides: Sequence[int], channels: int, top: ExtraFPNBlock) -> None:
+    def __init__(self, body: Any, strides: Sequence[int], channels: int, top: Top) -> None:
         super().__init__()
         reductions = body.feature_info.reduction()
         self.picks = [reductions.index(stride) for stride in strides]
         self.channels_last = getattr(body, "output_fmt", "NCHW") == "NHWC"
         self.body = body
-        widths = body.feature_info.channels()
-        self.fpn = FeaturePyramidNetwork([widths[pick] for pick in self.picks], channels, top)
+        widths = [body.feature_info.channels()[pick] for pick in self.picks]
+        self.fpn = FeaturePyramidNetwork(widths, channels, top(widths[-1]))
         self.out_channels = channels
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -56,7 +60,7 @@ class TimmWithFPN(nn.Module):
         return levels
 
 
-def build_backbone(model: Model, strides: Sequence[int], top: ExtraFPNBlock) -> tuple[nn.Module, Any, Any]:
+def build_backbone(model: Model, strides: Sequence[int], top: Top) -> tuple[nn.Module, Any, Any]:
     """Build the backbone and the pyramid that a recipe names.
 
     A timm name gives TimmWithFPN, whose batch norm trains. `torchvision/NAME` gives torchvision's ResNets as its own
@@ -96,7 +100,7 @@ def build_backbone(model: Model, strides: Sequence[int], top: ExtraFPNBlock) -> 
     return TimmWithFPN(body, strides, model.fpn_channels, top), cfg.mean, cfg.std
 
 
-def _torchvision(model: Model, strides: Sequence[int], top: ExtraFPNBlock) -> nn.Module:
+def _torchvision(model: Model, strides: Sequence[int], top: Top) -> nn.Module:
     name = model.backbone.removeprefix(TORCHVISION)
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
@@ -120,7 +124,7 @@ def _torchvision(model: Model, strides: Sequence[int], top: ExtraFPNBlock) -> nn
         )
     outputs = {stages[stride][0]: str(level) for level, stride in enumerate(strides)}
     widths = [stages[stride][1] for stride in strides]
-    return BackboneWithFPN(body, outputs, widths, model.fpn_channels, extra_blocks=top)  # type: ignore[no-any-return]
+    return BackboneWithFPN(body, outputs, widths, model.fpn_channels, extra_blocks=top(widths[-1]))  # type: ignore[no-any-return]
 
 
 def _resnet_stages(network: Any) -> dict[int, tuple[str, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,15 @@ from acamkd.config import Model, ShortLong
 from acamkd.errors import AcamkdError, nearest
 from acamkd.models.backbones import build_backbone
 from acamkd.models.base import Batch, Outputs, PixelSize, Prediction, Target, TaskModel
+from acamkd.models.conventions import (
+    OCTAVE,
+    RATIOS,
+    AlignedRoIAlign,
+    Convention,
+    ExactAnchors,
+    P6P7FromC5,
+    stride_in_1x1,
+)
 
 
 class Detector(TaskModel):
@@ -216,7 +225,8 @@ def build_detector(model: Model, num_classes: int, resize: PixelSize | ShortLong
     """Build one of torchvision's detectors over a backbone with a pyramid of `model.fpn_channels`.
 
     `model.options` are numbers of torchvision's constructor (`score_thresh`, `box_detections_per_img`, ...) and, for
-    RetinaNet and Faster R-CNN, `anchor_sizes`: the smallest anchor of each of the five levels, in pixels.
+    RetinaNet and Faster R-CNN, `anchor_sizes`: the smallest anchor of each of the five levels, in pixels; and
+    `convention`: `torchvision`, or `mmdetection` or `detectron2` for a network that does exactly as theirs.
 
     Raises:
         AcamkdError: Something named in the recipe does not exist.
@@ -230,12 +240,18 @@ def build_detector(model: Model, num_classes: int, resize: PixelSize | ShortLong
         raise AcamkdError(
             f"fpn_channels {model.fpn_channels}: fcos has heads with group norm of 32 groups; give a multiple of 32"
         )
-    options = _constructor_options(model, kind)
+    options, convention = _constructor_options(model, kind)
+    width = model.fpn_channels
     if kind is FasterRCNN:
-        backbone, mean, std = build_backbone(model, (4, 8, 16, 32), LastLevelMaxPool())
+        backbone, mean, std = build_backbone(model, (4, 8, 16, 32), lambda _: LastLevelMaxPool())
+    elif convention == "torchvision":
+        top = LastLevelP6P7(width, width)  # before the backbone: a seed stands for an order of draws
+        backbone, mean, std = build_backbone(model, (8, 16, 32), lambda _: top)
     else:
-        width = model.fpn_channels
-        backbone, mean, std = build_backbone(model, (8, 16, 32), LastLevelP6P7(width, width))
+        relu = convention == "detectron2"
+        backbone, mean, std = build_backbone(model, (8, 16, 32), lambda c5: P6P7FromC5(c5, width, relu=relu))
+    if convention == "detectron2":
+        stride_in_1x1(backbone)
     net = kind(backbone, num_classes=num_classes + 1, **options)
     return wrap_detector(net, num_classes, resize, model.mean or mean, model.std or std)
 
@@ -277,7 +293,7 @@ class _OwnSize(GeneralizedRCNNTransform):  # type: ignore[misc]
         return image, target
 
 
-def _constructor_options(model: Model, kind: type[nn.Module]) -> dict[str, Any]:
+def _constructor_options(model: Model, kind: type[nn.Module]) -> tuple[dict[str, Any], Convention]:
     """The recipe's options as constructor arguments; torchvision itself would swallow a misspelt one."""
     numbers = {
         name
@@ -285,19 +301,29 @@ def _constructor_options(model: Model, kind: type[nn.Module]) -> dict[str, Any]:
         if isinstance(parameter.default, (int, float)) and name not in ("min_size", "max_size")
     }
     anchors = {RetinaNet: "anchor_generator", FasterRCNN: "rpn_anchor_generator"}.get(kind)
-    allowed = numbers | ({"anchor_sizes"} if anchors else set())
+    allowed = numbers | ({"anchor_sizes", "convention"} if anchors else set())
     options = dict(model.options)
     for name in options:
         if name not in allowed:
             raise AcamkdError(f"{model.arch} has no option {name}; {nearest(name, allowed)}")
-    if anchors and "anchor_sizes" in options:
-        sizes = options.pop("anchor_sizes")
-        if not isinstance(sizes, Sequence) or len(sizes) != 5:
-            raise AcamkdError(f"anchor_sizes must be five numbers, one per level of the pyramid, not {sizes}")
-        octave = (1, 2 ** (1 / 3), 2 ** (2 / 3)) if kind is RetinaNet else (1,)
-        levels = tuple(tuple(int(size * factor) for factor in octave) for size in sizes)
-        options[anchors] = AnchorGenerator(levels, ((0.5, 1.0, 2.0),) * 5)
-    return options
+    convention = options.pop("convention", "torchvision")
+    if convention not in get_args(Convention):
+        raise AcamkdError(f"convention must be one of {', '.join(get_args(Convention))}, not {convention}")
+    if not anchors or (convention == "torchvision" and "anchor_sizes" not in options):
+        return options, convention
+    sizes = options.pop("anchor_sizes", (32, 64, 128, 256, 512))
+    if not isinstance(sizes, Sequence) or len(sizes) != 5:
+        raise AcamkdError(f"anchor_sizes must be five numbers, one per level of the pyramid, not {sizes}")
+    levels = [[size * factor for factor in (OCTAVE if kind is RetinaNet else (1.0,))] for size in sizes]
+    if convention == "torchvision":
+        whole = tuple(tuple(int(size) for size in level) for level in levels)
+        options[anchors] = AnchorGenerator(whole, (RATIOS,) * 5)
+    else:
+        finest = 8 if kind is RetinaNet else 4
+        options[anchors] = ExactAnchors(levels, [finest * 2**level for level in range(5)])
+        if kind is FasterRCNN:
+            options["box_roi_pool"] = AlignedRoIAlign()
+    return options, convention
 
 
 def _head(outputs: Outputs) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from acamkd.errors import AcamkdError, nearest
 from acamkd.models.base import TaskModel
+from acamkd.models.convert import convention_of, to_torchvision
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,10 @@ class LoadReport:
         return "; ".join(parts)
 
 
-def load_weights(module: nn.Module, source: str, *, strict: bool, what: str) -> LoadReport:
-    """Fill a module from a file or from torchvision's weights.
+def load_weights(
+    module: nn.Module, source: str, *, strict: bool, what: str, convention: str = "torchvision"
+) -> LoadReport:
+    """Fill a module from a file or from torchvision's weights; a detector also from MMDetection's or detectron2's.
 
     Args:
         module: Filled in place.
@@ -62,12 +65,22 @@ def load_weights(module: nn.Module, source: str, *, strict: bool, what: str) -> 
             Containers (`state_dict`, `model`) and a prefix that all names share (`module.`, `net.`) are unwrapped.
         strict: Every tensor of the module must be found in its shape; otherwise half of them must.
         what: Name of the module in messages.
+        convention: Whose detector the module does exactly as.
 
     Raises:
         AcamkdError: The source cannot be read, or does not fit.
     """
     own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    state = _adapt_names(read_tensors(source, own), own)
+    tensors = read_tensors(source, own)
+    framework = convention_of(tensors)
+    if framework != "torchvision":
+        if framework != convention:
+            raise AcamkdError(
+                f"{source} is a detector of {framework}'s, which does a few things otherwise: give {what} "
+                f"`options: {{convention: {framework}}}`"
+            )
+        tensors = to_torchvision(tensors, framework)
+    state = _adapt_names(tensors, own)
     mismatched = {
         name: (tuple(tensor.shape), own[name])
         for name, tensor in state.items()
@@ -180,6 +193,11 @@ def read_tensors(source: str, own: Mapping[str, tuple[int, ...]] | None = None) 
     if re.fullmatch(r"\w+_Weights\.\w+", source):
         return _read_torchvision(source, own or {})
     path = Path(source)
+    if path.suffix == ".pkl":
+        raise AcamkdError(
+            f"weights {source}: reading a pickle can run any code. If you trust it, convert it once: torch.save({{n: "
+            f"torch.as_tensor(x) for n, x in pickle.load(open(OLD, 'rb'), encoding='latin1')['model'].items()}}, NEW)"
+        )
     if path.suffix not in (".safetensors", ".pth", ".pt"):
         raise AcamkdError(
             f"weights {source}: give a .safetensors, .pth or .pt file, or a torchvision name such as "
