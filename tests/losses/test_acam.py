@@ -42,6 +42,11 @@ OPTIONS: list[Mapping[str, Any]] = [
     {"diversity": "literal", "num_masks": 4},
     {"kv_stride": 2},
     {"kv_stride": 3, "query": "student"},
+    {"imitation": "standardized"},
+    {"imitation": "softmax"},
+    {"imitation": "softmax", "temperature": 4.0, "mask_grad": "detached"},
+    {"mask_grad": "look_ahead"},
+    {"mask_grad": "look_ahead", "mask_source": "teacher", "masks": "spatial", "weight": 3.0},
     ACAM.PRESETS["paper"],
 ]
 
@@ -100,10 +105,13 @@ def textbook(
     align: bool = False,
     tokens: Mapping[str, Tensor] | None = None,
     imitation: str = "squared",
+    temperature: float = 1.0,
+    task_gradient: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The class's docstring, literally; `parameters` are the module's own by name."""
-    assert imitation == "squared"
     p = parameters
+    if task_gradient is not None and (align or student.shape[1] != teacher.shape[1]):
+        task_gradient = projected(p["align.weight"], torch.zeros_like(p["align.bias"]), task_gradient).detach()
     if align or student.shape[1] != teacher.shape[1]:
         student = projected(p["align.weight"], p["align.bias"], student)
     n, channels, height, width = teacher.shape
@@ -134,15 +142,37 @@ def textbook(
         if "spatial" in kinds:
             made["spatial"] = torch.sigmoid(p["selection.spatial"] @ fused)
 
-    difference = (teacher - student).unsqueeze(1)  # (N, 1, C, H, W)
+    compared = [student, teacher]
+    if imitation == "standardized":
+        compared = [
+            torch.stack([(x[:, k] - x[:, k].mean()) / (x[:, k].std() + 1e-6) for k in range(channels)], dim=1)
+            for x in compared
+        ]
+    difference = (compared[1] - compared[0]).unsqueeze(1)  # (N, 1, C, H, W)
     shapes = {"channel": (n, num_masks, channels, 1, 1), "spatial": (n, num_masks, 1, height, width)}
     complement = {"channel": height * width, "spatial": channels}
+    summed = {"channel": 2, "spatial": 1}  # what a mask of this kind does not tell apart
     terms: dict[str, Tensor] = {}
     for kind in ("channel", "spatial"):
-        if kind in kinds:
-            mask = made[kind] if mask_grad == "joint" else made[kind].detach()
-            norms = (mask.view(shapes[kind]) * difference).square().sum(dim=(2, 3, 4))  # (N, M)
-            terms[kind] = weight * (norms / (complement[kind] * mask.sum(dim=2))).mean()
+        if kind not in kinds:
+            continue
+        made[kind] = mask = made[kind].flatten(2)
+        read = mask if mask_grad == "joint" else mask.detach()
+        if imitation == "softmax":
+            p_student, p_teacher = ((x.flatten(2) / temperature).softmax(dim=summed[kind]) for x in (student, teacher))
+            divergence = temperature**2 * (p_teacher * (p_teacher / p_student).log()).sum(dim=summed[kind])  # (N, K)
+            normalised = (read.square() * divergence.unsqueeze(1)).sum(dim=2) / read.sum(dim=2)
+        else:
+            norms = (read.view(shapes[kind]) * difference).square().sum(dim=(2, 3, 4))  # (N, M)
+            normalised = norms / (complement[kind] * read.sum(dim=2))
+        terms[kind] = weight * normalised.mean()
+        if mask_grad == "look_ahead":
+            assert task_gradient is not None
+            slope = 2 * (student - teacher).detach().flatten(2) / complement[kind]  # of the mean squared error
+            reward = (slope * task_gradient.flatten(2)).sum(dim=summed[kind])
+            reward = reward / reward.abs().mean(dim=1, keepdim=True)
+            collected = (mask * reward.unsqueeze(1)).sum(dim=2) / mask.sum(dim=2)
+            terms[f"{kind}_selection"] = (10 * (mask.mean(dim=2) - 0.5) ** 2 - collected).mean()
     if mask_source != "uniform":
         overlaps = [overlap(mask, diversity) for mask in made.values()]
         terms["diversity"] = diversity_weight * sum(overlaps, teacher.new_zeros(()))
@@ -152,8 +182,9 @@ def textbook(
 def compare(loss: ACAM, options: Mapping[str, Any], student: Tensor, teacher: Tensor, resized: Tensor) -> None:
     """Values and gradients of every term; `resized` is what the dense version takes for the student's map."""
     parameters = dict(loss.named_parameters())
-    terms = loss(student, teacher)
-    expected = textbook(parameters, resized, teacher, **options)
+    task_gradient = torch.randn_like(resized) if loss.needs else None
+    terms = loss(student, teacher, DistillationContext(task_gradient=task_gradient))
+    expected = textbook(parameters, resized, teacher, task_gradient=task_gradient, **options)
     assert set(terms) == set(expected)
     learned = [student, *(parameter for parameter in parameters.values() if parameter.requires_grad)]
     for name, term in terms.items():
