@@ -211,6 +211,8 @@ class Train(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     eval_every: Positive = 1
     """Epochs between two evaluations; must divide `epochs`, so that the last one is evaluated."""
+    checkpoint_every: Positive | None = None
+    """Optimisation steps between two checkpoints within an epoch; nothing = only at the ends of epochs."""
     accelerator: str = "auto"
     devices: int | Literal["auto"] = "auto"
 

@@ -18,7 +18,17 @@ from torch.utils.data import DataLoader
 from acamkd import __version__, config, data, models
 from acamkd.calibrate import adopt, calibrate
 from acamkd.distiller import Distiller
-from acamkd.engine import METRICS, Recorder, Replay, Scorer, TrainingModule, build_trainer, score
+from acamkd.engine import (
+    METRICS,
+    TERMINATED,
+    Recorder,
+    Replay,
+    Scorer,
+    TrainingModule,
+    build_trainer,
+    find_checkpoint,
+    score,
+)
 from acamkd.errors import AcamkdError
 from acamkd.methods import build_distiller
 from acamkd.models.base import TaskModel
@@ -189,6 +199,7 @@ def _fit(run: Run, distiller: Distiller, batches: Batches, *, resume: bool, over
     try:
         if resume and not goes_on:
             log.warning("%s has no finished epoch to resume from: it starts anew", run.folder)
+        checkpoint = find_checkpoint(run.folder) if goes_on else None
         teacher_scores = _score_teacher(distiller.teacher, batches) if distiller.losses else {}
         teacher_hash = _hash(distiller.teacher.net) if distiller.losses else None
         recorder = Recorder(run.folder, run.weights.name, metric)
@@ -198,10 +209,14 @@ def _fit(run: Run, distiller: Distiller, batches: Batches, *, resume: bool, over
         module = TrainingModule(distiller, recipe.train, batches.scorer)
         on_interrupt = signal.getsignal(signal.SIGINT)
         try:
-            trainer.fit(module, batches.train, batches.val, ckpt_path=run.checkpoint if goes_on else None)
-        except SystemExit:  # Lightning's answer to Ctrl-C, which it ignores from then on
-            signal.signal(signal.SIGINT, on_interrupt)
+            trainer.fit(module, batches.train, batches.val, ckpt_path=checkpoint)
+        except SystemExit as end:
             done = len(recorder.history)
+            if end.code == TERMINATED:
+                log.warning("%s: terminated; --resume goes on at step %d", run.folder, recorder.step)
+                raise
+            # Lightning's answer to Ctrl-C, which it ignores from then on.
+            signal.signal(signal.SIGINT, on_interrupt)
             log.warning("%s: interrupted; --resume goes on after epoch %d of %d", run.folder, done, recipe.train.epochs)
             raise KeyboardInterrupt from None
         if distiller.losses and _hash(distiller.teacher.net) != teacher_hash:
@@ -226,6 +241,12 @@ def _fit(run: Run, distiller: Distiller, batches: Batches, *, resume: bool, over
         if trainer.is_global_zero:
             write_report(run)
         return run
+    except OSError as error:  # a full disk, or pictures that have gone; a loading process sends a whole traceback
+        reason = str(error).rstrip().splitlines()[-1]
+        raise AcamkdError(
+            f"{run.folder}: the training stopped: {reason}; once that is mended, --resume goes on from the last "
+            "checkpoint"
+        ) from error
     finally:
         package.removeHandler(handler)
         package.setLevel(level)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from acamkd import config, models
-from acamkd.engine import CHECKPOINT
+from acamkd.engine import CHECKPOINT, PREVIOUS
 from acamkd.errors import AcamkdError
 from acamkd.models.base import TaskModel
 
@@ -28,9 +28,9 @@ LOG = "log.txt"
 class Run:
     """One run folder; it prints itself as a line, in a notebook as a table.
 
-    It holds the resolved recipe (`recipe.yaml`), `metrics.json`, `history.csv`, `log.txt`, `last.ckpt` to resume from,
-    and the trained network alone at its best epoch, `student.safetensors` (or `teacher.safetensors`), which the plain
-    framework loads.
+    It holds the resolved recipe (`recipe.yaml`), `metrics.json`, `history.csv`, `log.txt`, `last.ckpt` to resume from
+    (and `previous.ckpt`, the one before), and the trained network alone at its best epoch, `student.safetensors` (or
+    `teacher.safetensors`), which the plain framework loads.
 
     Attributes:
         folder: Where it lies.
@@ -123,7 +123,7 @@ class Run:
             write_text(self.folder / RECIPE, text)
         except OSError as error:
             raise AcamkdError(f"cannot write the run folder {self.folder}: {error.strerror or error}") from error
-        return resume and self.checkpoint.exists()
+        return resume and any((self.folder / name).exists() for name in (CHECKPOINT, PREVIOUS))
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write metrics.json."""

@@ -98,6 +98,34 @@ def test_sampler_permutes_as_a_function_of_seed_and_epoch() -> None:
     assert list(data.SeededSampler(50, seed=2)) != first
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_epoch_can_begin_in_its_middle(tmp_path: Path, workers: int) -> None:
+    loader = data.loader(_train(tmp_path), 2, workers, shuffle=True, seed=4)
+    assert isinstance(loader.sampler, data.SeededSampler)
+    epochs = []
+    for begin in (0, 1):
+        loader.begin(3, begin)
+        for epoch in (3, 4):
+            early = iter(loader)  # as Lightning makes it, before it names the epoch
+            loader.sampler.set_epoch(epoch)
+            epochs.append([image for images, _ in early for image in images])
+    whole, following, rest, following_again = epochs
+    assert [len(images) for images in epochs] == [4, 4, 2, 4]
+    for expected, found in ((whole[2:], rest), (following, following_again)):
+        assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+    assert len(loader) == 2  # of the whole epoch, which is what Lightning counts by
+
+
+def test_a_batch_names_its_pictures(tmp_path: Path) -> None:
+    loader = data.loader(_train(tmp_path), 2, 0, shuffle=True, seed=4)
+    assert isinstance(loader.sampler, data.SeededSampler)
+    loader.sampler.set_epoch(1)
+    loader.dataset.transform = None
+    for number, (images, _) in enumerate(loader):
+        for image, file in zip(images, loader.files(number), strict=True):
+            assert torch.equal(image, read_picture(file))
+
+
 def test_processes_share_an_epoch_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = data.SeededSampler(11, seed=0)
     whole = list(sampler)

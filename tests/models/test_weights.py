@@ -93,6 +93,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "absent.pth": (lambda path: None, "there is no such file"),
     "model.onnx": (lambda path: path.write_bytes(b"x"), "give a .safetensors, .pth or .pt file"),
     "objects.pth": (pickled, "holds Python objects beside tensors.*convert it once"),
+    "objects.pt": (pickled, r"pathlib\.\w*Path.*safe_globals\(\[pathlib\.\w*Path\]\)"),
     "noise.pth": (lambda path: path.write_bytes(bytes(range(200))), "damaged"),
     "text.pth": (lambda path: path.write_text("hello world"), "damaged"),
     "empty.pth": (lambda path: path.touch(), "damaged"),

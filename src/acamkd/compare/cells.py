@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from acamkd import config
-from acamkd.engine import CHECKPOINT, METRICS
+from acamkd.engine import CHECKPOINT, METRICS, PREVIOUS
 from acamkd.errors import AcamkdError, nearest
 from acamkd.jobs import default_folder, distill, train
 from acamkd.methods import METHODS as CLASSES
@@ -109,7 +109,8 @@ class Cell:
         }  # fmt: skip
         results.mkdir(parents=True, exist_ok=True)
         write_json(results / f"{self.name}.json", content)
-        (folder / CHECKPOINT).unlink(missing_ok=True)  # the largest file, and of no more use
+        for name in (CHECKPOINT, PREVIOUS):
+            (folder / name).unlink(missing_ok=True)  # the largest files, and of no more use
         return content
 
 

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from acamkd import config
 from acamkd.data import yolo
-from acamkd.data.base import PictureDataset, Sample, SeededSampler, Transform, check, check_same_classes, refuse
+from acamkd.data.base import PictureDataset, SeededSampler, Transform, check, check_same_classes, refuse
 from acamkd.data.cityscapes import Cityscapes
 from acamkd.data.coco import CocoDetection
+from acamkd.data.loading import PictureLoader
 from acamkd.data.masks import MaskFolder
 from acamkd.data.transforms import augmentation
 from acamkd.data.voc import VocDetection, VocSegmentation
 from acamkd.data.yolo import YoloDetection
 from acamkd.errors import AcamkdError
-from acamkd.models.base import Target, Task
+from acamkd.models.base import Task
 
 __all__ = [
     "Cityscapes",
     "CocoDetection",
     "MaskFolder",
     "PictureDataset",
+    "PictureLoader",
     "SeededSampler",
     "VocDetection",
     "VocSegmentation",
@@ -101,7 +101,7 @@ def _found(data: config.Data, task: Task) -> dict[str, str]:
 
 def loader(
     dataset: PictureDataset, batch_size: int, workers: int, *, shuffle: bool, seed: int, batches: int | None = None
-) -> DataLoader[Sample]:
+) -> PictureLoader:
     """Batches as (list of pictures, list of targets).
 
     A shuffled loader leaves out an incomplete last batch, which batch norm cannot always use; the next epoch's order
@@ -120,14 +120,13 @@ def loader(
     """
     refuse(dataset.problems)
     sampler = SeededSampler(len(dataset), seed, batches and batches * batch_size) if shuffle else None
-    return DataLoader(
+    return PictureLoader(
         dataset,
+        sampler,
         batch_size=batch_size,
-        sampler=sampler,
         drop_last=sampler is not None and len(sampler) > batch_size,
         num_workers=workers,
         persistent_workers=workers > 0,
-        collate_fn=_as_lists,
         # Without its own generator every epoch would move torch's global one.
         generator=torch.Generator().manual_seed(seed),
     )
@@ -212,7 +211,3 @@ LAYOUTS: dict[tuple[str, Task], tuple[str, ...]] = {
     ("cityscapes", "segmentation"): ("leftImg8bit", "gtFine"),
 }
 """What `data.format: auto` looks for in the root."""
-
-
-def _as_lists(samples: Sequence[Sample]) -> tuple[list[Tensor], list[Target]]:
-    return [image for image, _ in samples], [target for _, target in samples]

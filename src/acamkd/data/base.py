@@ -132,6 +132,8 @@ class SeededSampler(Sampler[int]):
         self.seed = seed
         self.length = length
         self.epoch = 0
+        self.begin = (0, 0)
+        """(epoch, keys): the one epoch that a resumed run begins in its middle, and how many of its keys were seen."""
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration belongs to; Lightning calls it."""
@@ -141,12 +143,18 @@ class SeededSampler(Sampler[int]):
         return self.length or self.n // _process()[1]
 
     def __iter__(self) -> Iterator[int]:
+        epoch, seen = self.begin
+        return iter(self.keys()[seen if epoch == self.epoch else 0 :])
+
+    def keys(self) -> list[int]:
+        """This process's keys of the whole current epoch."""
         rank, processes = _process()
-        keys = len(self) * processes
-        start = self.epoch * (keys if self.length else self.n)
-        passes = range(start // self.n, -(-(start + keys) // self.n))
+        count = len(self) * processes
+        start = self.epoch * (count if self.length else self.n)
+        passes = range(start // self.n, -(-(start + count) // self.n))
         order = torch.cat([self._pass(number) for number in passes])[start - passes[0] * self.n :]
-        return iter(order[rank:keys:processes].tolist())
+        keys: list[int] = order[rank:count:processes].tolist()
+        return keys
 
     def _pass(self, number: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed_of("order", self.seed, number))

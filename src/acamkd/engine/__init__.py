@@ -1,18 +1,22 @@
 """Training and evaluation by Lightning."""
 
+from acamkd.engine.checkpoint import CHECKPOINT, PREVIOUS, TERMINATED, find_checkpoint
 from acamkd.engine.metrics import METRICS, Scorer, score
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.replay import REPLAY, Replay
-from acamkd.engine.trainer import CHECKPOINT, Recorder, build_trainer
+from acamkd.engine.trainer import Recorder, build_trainer
 
 __all__ = [
     "CHECKPOINT",
     "METRICS",
+    "PREVIOUS",
     "REPLAY",
+    "TERMINATED",
     "Recorder",
     "Replay",
     "Scorer",
     "TrainingModule",
     "build_trainer",
+    "find_checkpoint",
     "score",
 ]

@@ -10,15 +10,15 @@ from torch.optim import lr_scheduler
 
 from acamkd.config import Train
 from acamkd.data.base import seed_of
+from acamkd.data.loading import Pictures
 from acamkd.distiller import Distiller
 from acamkd.engine.metrics import Scorer
-from acamkd.models.base import Target
 
 
 class TrainingModule(L.LightningModule):
     """Trains a Distiller's student, with or without distillation.
 
-    Logs every loss term and statistic by step, and after each validation the scorer's figures.
+    Logs the scorer's figures after each validation; what a step found is in `values`, for the recorder.
 
     Args:
         distiller: The student and whatever it learns from.
@@ -33,24 +33,24 @@ class TrainingModule(L.LightningModule):
         self.scorer = scorer
         self.scores: dict[str, float] = {}
         """Figures of the last validation."""
+        self.values: dict[str, float] = {}
+        """Loss, its terms and the losses' statistics in the last step."""
 
-    def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Pictures, batch_idx: int) -> Tensor:
         """Return the training loss of one batch."""
         # Every draw inside a step (dropout, a random mask, sampled boxes) is a function of the seed and the position.
-        position = self.trainer.fit_loop.total_batch_idx
+        position = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
         torch.manual_seed(seed_of(self.config.seed, position, self.global_rank))
         images, targets = batch
         prepared = self.distiller.student.prepare(images, targets)
         terms: dict[str, Tensor] = self.distiller(prepared, self.global_step)
         total = torch.stack(list(terms.values())).sum()
-        self.log_dict(
-            {f"loss/{name}": value.detach() for name, value in terms.items()} | self.distiller.statistics(),
-            on_step=True, on_epoch=True, batch_size=len(images),
-        )  # fmt: skip
-        self.log("loss", total.detach(), on_step=True, on_epoch=True, batch_size=len(images), prog_bar=True)
+        found = {f"loss/{name}": term for name, term in terms.items()} | self.distiller.statistics() | {"loss": total}
+        numbers = torch.stack([value.detach().float() for value in found.values()]).tolist()
+        self.values = dict(zip(found, numbers, strict=True))
         return total
 
-    def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> None:
+    def validation_step(self, batch: Pictures, batch_idx: int) -> None:
         """Collect the predictions of one batch."""
         images, targets = batch
         self.scorer.update(self.distiller.student.predict(images), targets)

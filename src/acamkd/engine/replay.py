@@ -64,7 +64,7 @@ class Replay(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the start; a resumed run goes on from what was recorded before its checkpoint."""
-        if trainer.current_epoch == 0:
+        if trainer.global_step == 0:
             self._record(trainer, pl_module, epoch=0)
         elif self.file.is_file():
             self.moments = [moment for moment in read_moments(self.file) if moment["epoch"] <= trainer.current_epoch]

@@ -14,27 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
 from acamkd.config import Train
+from acamkd.data.loading import Pictures
+from acamkd.engine.checkpoint import CheckpointFiles, Checkpoints
 from acamkd.engine.module import TrainingModule
 from acamkd.models.weights import save_weights
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT = "last.ckpt"
-
 # Lightning sets its own levels on import; what it would say there is said here, or is advertising.
 for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.WARNING)
-warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
 warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
 
 
 class Recorder(Callback):
-    """Keeps the best network, writes history.csv and says after every epoch where the training stands.
+    """Keeps the best network, logs every step, writes history.csv and says after every epoch where the training stands.
+
+    A row of history.csv has the means over the epoch's pictures of what the steps found.
 
     Args:
         folder: The run folder.
@@ -50,11 +52,15 @@ class Recorder(Callback):
         self.best_epoch = 0
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
+        self.step = 0
+        self.sums: dict[str, list[float]] = {}
+        """By name, the sum over the epoch's pictures so far, and how many they were."""
         self._steps = _rows(folder / "logs/metrics.csv")  # now, because Lightning's logger deletes the file
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on."""
-        return {"best": self.best, "best_epoch": self.best_epoch, "history": self.history, "seconds": self.seconds}
+        names = ("best", "best_epoch", "history", "seconds", "step", "sums")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
@@ -62,26 +68,38 @@ class Recorder(Callback):
             setattr(self, name, value)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock and the log of the steps where a resumed run's last finished epoch left them."""
+        """Start the clock and the log of the steps where a resumed run's checkpoint left them."""
         self._started = time.monotonic() - self.seconds
         for row in self._steps:
-            if int(row["epoch"]) < len(self.history):
+            if int(row["step"]) < self.step:
                 trainer.loggers[0].log_metrics({k: v for k, v in row.items() if v}, int(row["step"]))  # type: ignore[misc]
+        trainer.loggers[0].save()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the last epoch's figures; a loss that has stopped would keep them otherwise."""
-        trainer.callback_metrics.clear()
+        """Start the epoch's means; an epoch that is resumed in its middle goes on with what it has."""
+        self.sums = {}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Pictures, batch_idx: int
+    ) -> None:
+        """Log the step and add it to the epoch's means."""
+        assert isinstance(pl_module, TrainingModule)
+        values, pictures = pl_module.values, len(batch[0])
+        for name, value in values.items():
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = [total + value * pictures, count + pictures]
+        if trainer.global_step > self.step:  # not while gradients accumulate
+            row = {f"{name}_step": value for name, value in values.items()}
+            trainer.loggers[0].log_metrics({"epoch": trainer.current_epoch, **row}, self.step)
+        self.step = trainer.global_step
+        self.seconds = time.monotonic() - self._started
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep the best network and write one row; validation has run by now, if it was due."""
         assert isinstance(pl_module, TrainingModule)
         self.seconds = time.monotonic() - self._started
         epoch, scores, pl_module.scores = trainer.current_epoch + 1, pl_module.scores, {}
-        losses = {
-            name.removesuffix("_epoch"): float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.endswith("_epoch")
-        }
+        losses = {name: total / count for name, (total, count) in self.sums.items()}
         if scores and not scores[self.metric] <= self.best.get(self.metric, -math.inf):
             self.best, self.best_epoch = scores, epoch
             if trainer.is_global_zero:
@@ -126,16 +144,15 @@ class _Bar(TQDMProgressBar):
         self.train_progress_bar.set_description(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        return (
-            {"loss": trainer.progress_bar_metrics["loss_step"]} if "loss_step" in trainer.progress_bar_metrics else {}
-        )
+        assert isinstance(pl_module, TrainingModule)
+        return {"loss": pl_module.values["loss"]} if pl_module.values else {}
 
 
 def _rows(file: Path) -> list[dict[str, str]]:
     if not file.is_file():
         return []
-    with file.open(newline="", encoding="utf-8") as lines:
-        return list(csv.DictReader(lines))
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return list(csv.DictReader(line for line in lines if line.endswith("\n")))  # a killed run may leave half a line
 
 
 def build_trainer(
@@ -153,11 +170,8 @@ def build_trainer(
     all_callbacks: list[Callback] = [
         recorder,
         *callbacks,
-        ModelCheckpoint(
-            folder, Path(CHECKPOINT).stem, save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        ),
-    ]  # fmt: skip
+        Checkpoints(folder, config.checkpoint_every),
+    ]
     if progress:
         all_callbacks.append(_Bar())
     return L.Trainer(
@@ -172,6 +186,7 @@ def build_trainer(
         log_every_n_steps=1,
         logger=CSVLogger(folder, name=None, version="logs", flush_logs_every_n_steps=20),
         callbacks=all_callbacks,
+        plugins=[CheckpointFiles()],
         enable_progress_bar=progress,
         enable_model_summary=False,
         use_distributed_sampler=False,  # the seeded sampler takes its own share

@@ -20,6 +20,10 @@ from acamkd.models.base import TaskModel
 from acamkd.models.convert import convention_of, to_torchvision
 
 
+class DamagedFileError(AcamkdError):
+    """A file that is cut short, or not what its name says."""
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """What became of the tensors of a file and of a network; batch norm's step counters are left out of the account.
@@ -210,16 +214,31 @@ def read_tensors(source: str, own: Mapping[str, tuple[int, ...]] | None = None) 
             return dict(load_file(path))
         except SafetensorError as error:
             raise AcamkdError(f"weights {source}: the file is damaged ({error}); copy it again") from error
+    return _unwrap(read_file(path), source)
+
+
+def read_file(path: Path) -> Any:
+    """What a file of torch.save holds, on the CPU, without running any code that it may name.
+
+    Raises:
+        DamagedFileError: It cannot be read.
+        AcamkdError: It holds more than tensors and plain values.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can raise nearly anything
-        if not re.search("Unsupported (global|class)", str(error)):
-            raise AcamkdError(f"weights {source}: the file is damaged, or no PyTorch file; copy it again") from error
+        if blocked := re.search(r"unsupported GLOBAL ([\w.]+) whose module \w+ is blocked", str(error)):
+            raise AcamkdError(
+                f"{path}: the file would call {blocked[1]}; no file of weights does: delete it"
+            ) from error
+        found = re.search(r"Unsupported (?:global|class)\W+(?:GLOBAL )?([\w.]*)", str(error))
+        if not found:
+            raise DamagedFileError(f"{path}: the file is damaged, or no PyTorch file; copy it again") from error
         raise AcamkdError(
-            f"weights {source}: the file holds Python objects beside tensors, and reading those can run any code. If "
-            f"you trust it, convert it once: torch.save(torch.load(OLD, weights_only=False)['state_dict'], NEW)"
+            f"{path}: the file holds Python objects beside tensors ({found[1]}), and reading those can run any code. "
+            f"Where you know the class to be harmless, convert it once: with torch.serialization.safe_globals("
+            f"[{found[1]}]): torch.save(torch.load(OLD, weights_only=True)['state_dict'], NEW)"
         ) from error
-    return _unwrap(content, source)
 
 
 def _unwrap(content: Any, source: str) -> dict[str, Tensor]:

@@ -1,0 +1,134 @@
+"""Checkpoints that survive: written whole or not at all, the one before kept, read without running any code."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from acamkd.data.loading import PictureLoader
+from acamkd.errors import AcamkdError
+from acamkd.models.weights import DamagedFileError, read_file
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT = "last.ckpt"
+PREVIOUS = "previous.ckpt"
+
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code of a run that was asked to end and saved itself: what a shell gives a process that SIGTERM ended."""
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a run folder that can be read; the log says so where it is not the last one.
+
+    Raises:
+        AcamkdError: None of those that are there can be read, or one holds more than data.
+    """
+    damaged: list[DamagedFileError] = []
+    for file in (folder / CHECKPOINT, folder / PREVIOUS):
+        if not file.is_file():
+            continue
+        try:
+            read_file(file)
+        except DamagedFileError as error:
+            damaged.append(error)
+            continue
+        for error in damaged:
+            log.warning("%s; going on from the one before, %s", error, file)
+        return file
+    if damaged:
+        raise AcamkdError(f"{damaged[0]}, or start again with --overwrite") from damaged[0]
+    return None
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Reads and writes checkpoints for Lightning."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a file beside `path` and move it there; what `path` held before becomes PREVIOUS."""
+        path = Path(path)
+        unfinished = path.with_name(path.name + ".tmp")
+        try:
+            with unfinished.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())  # or a power cut leaves the new name with nothing behind it
+            if path.exists():
+                path.replace(path.with_name(PREVIOUS))
+            unfinished.replace(path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a file of tensors and plain values; AcamkdError if it holds anything else, which could run code."""
+        content: dict[str, Any] = read_file(Path(path))
+        return content
+
+
+class Checkpoints(Checkpoint):
+    """Writes last.ckpt at the end of each epoch, every so many steps within one, and when SIGTERM asks the run to end.
+
+    Args:
+        folder: The run folder.
+        every: Optimisation steps between two checkpoints within an epoch; None writes none there.
+    """
+
+    def __init__(self, folder: Path, every: int | None = None) -> None:
+        self.folder = folder
+        self.every = every
+        self.terminated = False
+        self.position = (0, 0)
+        """Epoch, and how many of its batches are done; it is all that the order of the pictures needs to go on."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.position = state_dict["position"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin where the checkpoint was written. Listen to SIGTERM in the place of Lightning, which restores it."""
+        if isinstance(trainer.train_dataloader, PictureLoader):  # Lightning itself would read the epoch from its start
+            trainer.train_dataloader.begin(*self.position)
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, *_: object) -> None:
+        self.terminated = True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save between two steps; behind the last one of an epoch, which has its end still to come, that end saves."""
+        if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        # Whichever process was asked to end, all of them do.
+        end = trainer.strategy.reduce_boolean_decision(self.terminated, all=False)
+        if end or (self.every and trainer.global_step % self.every == 0):
+            self._save(trainer, (trainer.current_epoch, batch_idx + 1))
+        if end:
+            raise SystemExit(TERMINATED)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save; the recorder has kept the best network and the history by now."""
+        self._save(trainer, (trainer.current_epoch + 1, 0))
+        if trainer.strategy.reduce_boolean_decision(self.terminated, all=False):
+            raise SystemExit(TERMINATED)
+
+    def _save(self, trainer: L.Trainer, position: tuple[int, int]) -> None:
+        self.position = position
+        for logger in trainer.loggers:
+            logger.save()  # the log of the steps must not be behind the checkpoint
+        trainer.save_checkpoint(self.folder / CHECKPOINT)
