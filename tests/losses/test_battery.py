@@ -195,19 +195,6 @@ def test_presets_are_finite(method: str, preset: str) -> None:
     assert gradient(terms, student).isfinite().all()
 
 
-def test_no_two_methods_are_the_same() -> None:
-    case = CASES["equal"]
-    student, teacher = maps(case)
-    values, directions = {}, {}
-    for method in FEATURE_LOSSES:
-        terms = run(make(method, case), student, teacher)
-        values[method] = total(terms).item()
-        directions[method] = nn.functional.normalize(gradient(terms, student).flatten(), dim=0)
-    for one, other in combinations(FEATURE_LOSSES, 2):
-        assert values[one] != pytest.approx(values[other], rel=1e-6), (one, other)
-        assert directions[one] @ directions[other] < 1 - 1e-6, (one, other)
-
-
 def detector(seed: int) -> TaskModel:
     torch.manual_seed(seed)
     section = Model(arch="retinanet", backbone="mobilenetv3_small_050", backbone_weights=None, fpn_channels=32)
@@ -284,3 +271,37 @@ def test_crosskd_learns_nothing_itself(networks: tuple[TaskModel, TaskModel, Bat
 @pytest.mark.parametrize("preset", CrossKD.PRESETS)
 def test_crosskd_presets_are_finite(preset: str, networks: tuple[TaskModel, TaskModel, Batch]) -> None:
     assert total(crosskd(CrossKD(**CrossKD.PRESETS[preset]), *networks)).isfinite()
+
+
+@pytest.mark.slow
+def test_crosskd_compiled_gives_the_same(networks: tuple[TaskModel, TaskModel, Batch]) -> None:
+    student = networks[0]
+    weight = next(student.backbone.parameters())
+    plain = crosskd(CrossKD(), *networks)
+    (direction,) = torch.autograd.grad(total(plain), weight)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(CrossKD(), backend="aot_eager")
+    compiled.layers = CrossKD().layers
+    traced = crosskd(compiled, *networks)
+    for key, term in plain.items():
+        torch.testing.assert_close(traced[key], term)
+    torch.testing.assert_close(torch.autograd.grad(total(traced), weight)[0], direction)
+
+
+def test_no_two_methods_are_the_same(networks: tuple[TaskModel, TaskModel, Batch]) -> None:
+    """On one seed, in one detector: another value, and another gradient in the student's first layer."""
+    student, teacher, batch = networks
+    layer, channels = "backbone:0", 32
+    weight = next(student.backbone.parameters())
+    values, directions = {}, {}
+    for method, made in METHODS.items():
+        torch.manual_seed(0)
+        loss, pair = (made(), None) if issubclass(made, HeadLoss) else (made(channels, channels), (layer, layer))
+        terms = Distiller(student, teacher, [pair], [loss])(batch)
+        distillation = torch.stack([term for key, term in terms.items() if not key.startswith("task/")]).sum()
+        values[method] = distillation.item()
+        directions[method] = nn.functional.normalize(torch.autograd.grad(distillation, weight)[0].flatten(), dim=0)
+        assert directions[method].norm() == pytest.approx(1), method
+    for one, other in combinations(METHODS, 2):
+        assert values[one] != pytest.approx(values[other], rel=1e-6), (one, other)
+        assert directions[one] @ directions[other] < 1 - 1e-6, (one, other)
