@@ -46,11 +46,9 @@ def test_both_tasks_leave_figures_pictures_and_runs(tmp_path: Path, capsys: pyte
     assert set(written) == set(METRICS)
     for task, metric in METRICS.items():
         entry = written[task]
-        assert set(entry) == {"metric", "parameters", "milliseconds"} | NETWORKS
+        assert set(entry) == {"metric"} | NETWORKS
         assert entry["metric"] == metric
         assert all(0 <= entry[name] <= 100 for name in NETWORKS)
-        assert entry["parameters"]["distilled"] == entry["parameters"]["student"] < entry["parameters"]["teacher"]
-        assert min(entry["milliseconds"].values()) > 0
     with Image.open(tmp_path / "pictures.png") as sheet:
         assert sheet.width == 1200
     table = capsys.readouterr().out

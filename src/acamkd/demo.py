@@ -9,7 +9,7 @@ from datetime import timedelta
 from importlib import resources
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -44,6 +44,13 @@ TITLES = {"teacher": "teacher", "student": "student alone", "distilled": "studen
 TIMED_FORWARDS = 30
 
 
+class Cost(NamedTuple):
+    """What a network costs; milliseconds are those of one picture."""
+
+    parameters: int
+    milliseconds: float
+
+
 def run(out: Path, tasks: Sequence[Task]) -> dict[Task, dict[str, Any]]:
     """Draw scenes, train a teacher and a student, distil the student, and compare; once per task.
 
@@ -55,25 +62,27 @@ def run(out: Path, tasks: Sequence[Task]) -> dict[Task, dict[str, Any]]:
         tasks: Which of the two.
 
     Returns:
-        What metrics.json holds: per task the name of the metric, and its value in percent, the number of parameters and
-        the milliseconds per picture of the teacher, the student trained alone and the student distilled.
+        What metrics.json holds: per task the name of the metric, and its value in percent of the teacher, the student
+        trained alone and the student distilled.
 
     Raises:
         AcamkdError: The folder cannot be used.
     """
     started = time.monotonic()
     results: dict[Task, dict[str, Any]] = {}
+    costs: dict[Task, dict[str, Cost]] = {}
     blocks = []
     for number, task in enumerate(tasks):
         recipe = read_recipe(task, out)
         write_scenes(recipe.data.root, train=TRAIN_PICTURES, val=VAL_PICTURES, size=SIZE, seed=0, task=task)
         scores = _train_all(recipe, out / task, before=3 * number, total=3 * len(tasks))
         runs = {name: open_run(out / task / folder) for name, folder in FOLDERS.items()}
-        results[task] = _compare(runs, scores)
+        results[task] = {"metric": METRICS[task], **scores}
+        costs[task] = {name: _cost(run.load()) for name, run in runs.items()}
         blocks.append(_block(runs, results[task]))
     write_json(out / "metrics.json", results)
     draw_sheet(blocks, CLASSES).savefig(out / "pictures.png")
-    Console().print(_table(results))
+    Console().print(_table(results, costs))
     took = timedelta(seconds=round(time.monotonic() - started))
     log.info("the demo took %s; %s holds metrics.json and pictures.png", took, out)
     return results
@@ -108,16 +117,8 @@ def _train_all(recipe: config.Recipe, folder: Path, before: int, total: int) -> 
     }
 
 
-def _compare(runs: dict[str, Run], scores: dict[str, float]) -> dict[str, Any]:
-    """One task's entry in metrics.json."""
-    picture = torch.rand(3, *SIZE)
-    models = {name: run.load() for name, run in runs.items()}
-    return {
-        "metric": METRICS[runs["teacher"].recipe.task],
-        **scores,
-        "parameters": {name: count_parameters(model.net) for name, model in models.items()},
-        "milliseconds": {name: milliseconds(model, picture) for name, model in models.items()},
-    }
+def _cost(model: TaskModel) -> Cost:
+    return Cost(count_parameters(model.net), milliseconds(model, torch.rand(3, *SIZE)))
 
 
 @torch.no_grad()
@@ -129,7 +130,7 @@ def milliseconds(model: TaskModel, picture: Tensor) -> float:
         start = time.perf_counter()
         model(batch)
         times.append(time.perf_counter() - start)
-    return round(1000 * median(times), 2)
+    return 1000 * median(times)
 
 
 def _block(runs: dict[str, Run], result: dict[str, Any]) -> Block:
@@ -169,13 +170,13 @@ def spatial_masks(run: Run, images: Sequence[Tensor]) -> Tensor:
     return spatial
 
 
-def _table(results: Mapping[Task, Mapping[str, Any]]) -> Table:
+def _table(results: Mapping[Task, Mapping[str, Any]], costs: Mapping[Task, Mapping[str, Cost]]) -> Table:
     table = Table("task", "network", *(Column(title, justify="right") for title in ("metric", "parameters", "ms")))
     for task, result in results.items():
         for name, title in TITLES.items():
             table.add_row(
                 task if name == "teacher" else "", title, f"{result['metric']} {result[name]:.2f}",
-                f"{result['parameters'][name]:,}", f"{result['milliseconds'][name]:.1f}",
+                f"{costs[task][name].parameters:,}", f"{costs[task][name].milliseconds:.1f}",
                 end_section=name == "distilled",
             )  # fmt: skip
     table.caption = f"metric in percent; ms: median CPU time of one forward over one {SIZE[1]} x {SIZE[0]} picture"
