@@ -302,6 +302,14 @@ BAD: dict[str, tuple[Task, Damage, list[str], list[str]]] = {
         "segmentation", _set("student.backbone", "resnet19"), ["train"],
         ["unknown encoder resnet19; did you mean", "resnet18"],
     ),
+    "accelerator that is not there": (
+        "segmentation", _set("train.accelerator", "quantum"), ["train"],
+        ["train: this machine cannot run accelerator quantum, devices auto, precision 32: ", "Available names are"],
+    ),
+    "losses that are no text": (
+        "segmentation", _set("name", "tiny"), ["distill", "--losses", "data/teacher.safetensors"],
+        ["cannot read the losses data/teacher.safetensors: 'utf-8' codec can't decode"],
+    ),
     "bad override": (
         "segmentation", _set("name", "tiny"), ["train", "--set", "losses.3.weight=2"],
         ["--set losses.3.weight: there is no entry 3, the list has 1 (counted from 0)"],

@@ -52,7 +52,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 def _overrides(losses: Path | None, assignments: list[str] | None) -> list[str]:
     """Both as assignments, the list of losses first, so that `--set losses.0.weight=2` can change it."""
-    return [*([f"losses={losses.read_text(encoding='utf-8')}"] if losses else []), *(assignments or [])]
+    from acamkd.config import read_text
+
+    return [*([f"losses={read_text(losses, 'losses')}"] if losses else []), *(assignments or [])]
 
 
 def _examples(*lines: str) -> str:

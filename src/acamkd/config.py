@@ -282,6 +282,14 @@ def check_data(data: Data, task: str) -> None:
         raise AcamkdError("data.classes is missing: masks hold ids only, so the recipe lists the class names")
 
 
+def read_text(path: Path, what: str) -> str:
+    """Read a text file of the user's; an AcamkdError calls it `what`."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AcamkdError(f"cannot read the {what} {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe.
 
@@ -294,9 +302,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         AcamkdError: The file cannot be read, or does not fit; the message names every bad key.
     """
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise AcamkdError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from error
+        raw = yaml.load(read_text(path, "recipe"), Loader=_Loader)
     except yaml.YAMLError as error:
         raise AcamkdError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):

@@ -26,6 +26,7 @@ from acamkd.engine import (
     Scorer,
     TrainingModule,
     build_trainer,
+    check_devices,
     find_checkpoint,
     score,
 )
@@ -189,6 +190,7 @@ def _score_teacher(teacher: TaskModel, batches: Batches) -> dict[str, float]:
 def _fit(run: Run, distiller: Distiller, batches: Batches, *, resume: bool, overwrite: bool) -> Run:
     """Train into the run folder."""
     recipe, metric = run.recipe, METRICS[run.recipe.task]
+    check_devices(recipe.train)
     goes_on = run.create(resume=resume, overwrite=overwrite)
     handler = logging.FileHandler(run.folder / LOG, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -187,7 +187,8 @@ def _level_tokens(tokens: Mapping[str, Tensor], layer: str) -> dict[str, Tensor]
     found = {name.removeprefix(f"{layer}/"): tensor for name, tensor in tokens.items() if name.startswith(f"{layer}/")}
     if not found:
         layers = sorted({name.rpartition("/")[0] for name in tokens})
-        raise AcamkdError(f"the tokens file has none for the teacher's layer {layer}, only for {', '.join(layers)}")
+        only = f"only for {', '.join(layers)}" if any(layers) else "nor for another: `acamkd tokens` did not write it"
+        raise AcamkdError(f"the tokens file has none for the teacher's layer {layer}, {only}")
     return found
 
 

@@ -133,6 +133,12 @@ def test_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     assert _bytes(tmp_path / "a") == before
 
 
+def test_folder_that_cannot_be_made_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(AcamkdError, match=r"cannot write the scenes .*file/data: File exists"):
+        write_scenes(tmp_path / "file/data", train=1, val=1, size=(32, 32), seed=0, task="detection")
+
+
 def test_interrupted_drawing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

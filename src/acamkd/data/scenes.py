@@ -118,13 +118,16 @@ def write_scenes(root: Path, *, train: int, val: int, size: PixelSize, seed: int
         task: Which layout.
 
     Raises:
-        AcamkdError: The folder holds something else.
+        AcamkdError: The folder holds something else, or cannot be written.
     """
     asked = {"train": train, "val": val, "size": list(size), "seed": seed, "task": task}
     if _is_written(root, asked):
         return
-    root.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}-"))
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}-"))
+    except OSError as error:
+        raise AcamkdError(f"cannot write the scenes {root}: {error.strerror or error}") from error
     try:
         for split, count in (("train", train), ("val", val)):
             scenes = (draw_scene(size, seed=seed, split=split, index=index) for index in range(count))

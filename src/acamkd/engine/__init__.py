@@ -4,7 +4,7 @@ from acamkd.engine.checkpoint import CHECKPOINT, PREVIOUS, TERMINATED, find_chec
 from acamkd.engine.metrics import METRICS, Scorer, score
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.replay import REPLAY, Replay
-from acamkd.engine.trainer import Recorder, build_trainer
+from acamkd.engine.trainer import Recorder, build_trainer, check_devices
 
 __all__ = [
     "CHECKPOINT",
@@ -17,6 +17,7 @@ __all__ = [
     "Scorer",
     "TrainingModule",
     "build_trainer",
+    "check_devices",
     "find_checkpoint",
     "score",
 ]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
@@ -21,6 +22,7 @@ from acamkd.config import Train
 from acamkd.data.loading import Pictures
 from acamkd.engine.checkpoint import CheckpointFiles, Checkpoints
 from acamkd.engine.module import TrainingModule
+from acamkd.errors import AcamkdError
 from acamkd.models.weights import save_weights
 
 log = logging.getLogger(__name__)
@@ -153,6 +155,18 @@ def _rows(file: Path) -> list[dict[str, str]]:
         return []
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     return list(csv.DictReader(line for line in lines if line.endswith("\n")))  # a killed run may leave half a line
+
+
+def check_devices(config: Train) -> None:
+    """Refuse a recipe's `train` whose accelerator, devices or precision this machine does not have."""
+    try:
+        L.Trainer(
+            accelerator=config.accelerator, devices=config.devices, precision=config.precision, logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        given = f"accelerator {config.accelerator}, devices {config.devices}, precision {config.precision}"
+        raise AcamkdError(f"train: this machine cannot run {given}: {error}") from error
 
 
 def build_trainer(

@@ -138,7 +138,8 @@ def _smp(model: Model, num_classes: int) -> tuple[nn.Module, Any, Any]:
     known = smp.MODEL_ARCHITECTURES_MAPPING
     if model.arch not in known:
         raise AcamkdError(
-            f"unknown segmenter {model.arch}; {nearest(model.arch, known)}, torchvision/NAME or package.module:factory"
+            f"unknown segmenter {model.arch}; {nearest(model.arch, known)} "
+            "Also torchvision/NAME and package.module:factory"
         )
     encoder, from_timm = model.backbone, model.backbone.startswith("tu-")
     names = [*smp.encoders.get_encoder_names(), *(f"tu-{name}" for name in timm.list_models())]
