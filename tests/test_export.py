@@ -239,26 +239,6 @@ def test_a_run_and_its_export_predict_alike(run: Run, exported: Export, picture:
     assert json.loads((strict / "predictions.json").read_text()) == []
 
 
-def test_a_source_without_pictures_is_refused(tmp_path: Path) -> None:
-    model = tmp_path / "none.onnx"
-    for source, message in {
-        "missing": "there is no such picture or folder",
-        "empty": "the folder holds no pictures",
-        "film.mp4": "give a picture .* of a video, save the frames",
-        "twins": "2 pictures are called a, and their masks would be one file",
-    }.items():
-        path = tmp_path / source
-        if source in ("empty", "twins"):
-            path.mkdir()
-        if source == "twins":
-            (path / "a.png").touch()
-            (path / "a.jpg").touch()
-        if source == "film.mp4":
-            path.touch()
-        with pytest.raises(AcamkdError, match=rf"{source}: {message}"):
-            predict(model, path)
-
-
 def test_a_run_prints_itself(run: Run) -> None:
     text, table = repr(run), run._repr_html_()
     name = run.metrics["metric"]

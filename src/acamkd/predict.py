@@ -1,4 +1,4 @@
-"""Predict on pictures with a run or with an exported ONNX file; the latter needs no torch."""
+"""Predict on pictures or a video with a run or with an exported ONNX file; the latter needs no torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from acamkd.errors import AcamkdError
 from acamkd.onnx_model import OnnxModel, Picture, Prediction, read_picture
@@ -22,19 +23,19 @@ from acamkd.onnx_model import OnnxModel, Picture, Prediction, read_picture
 log = logging.getLogger(__name__)
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-SECONDS_BETWEEN_LINES = 5
+VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 
 
 def predict(model: Path, source: Path, *, out: Path | None = None, score: float = 0.3) -> Path:
-    """Predict on pictures, and write what was found.
+    """Predict on pictures or on a video, and write what was found.
 
-    The output folder holds `overlays/`, the pictures with the predictions drawn on them, and for detection
-    `predictions.json` (entries of COCO's results format with the names of picture and category), for segmentation
-    `masks/` (PNG files of class ids).
+    The output folder holds `overlays/`, the pictures or the video with the predictions drawn on them, and for detection
+    `predictions.json` (entries of COCO's results format with the names of file and category; of a video, `frame` counts
+    from 0), for segmentation `masks/` (PNG files of class ids; of a video, a folder with one per frame).
 
     Args:
         model: Run folder, or a file that `acamkd export` wrote.
-        source: A picture, or a folder of pictures.
+        source: A picture, a folder of pictures, or a video, which needs `pip install 'acamkd[video]'`.
         out: Output folder; `predictions` beside the model where not given.
         score: Detections below it are left out.
 
@@ -44,39 +45,106 @@ def predict(model: Path, source: Path, *, out: Path | None = None, score: float 
     Raises:
         AcamkdError: The model, the source or one of its pictures cannot be read.
     """
-    files = pictures_of(source)
+    is_video = source.is_file() and source.suffix.lower() in VIDEOS
+    files = [] if is_video else pictures_of(source)
     task, classes, network = _open(model)
     folder = out or (model.parent if model.suffix == ".onnx" else model) / "predictions"
     results: list[dict[str, Any]] = []
-    start = said = time.monotonic()
-    for number, file in enumerate(files, start=1):
-        picture = read_picture(file)
+
+    def look(picture: Picture, mask: str, **where: Any) -> Image.Image:
         found = network(picture)
         if task == "detection":
             good = found["scores"] >= score
             found = {name: values[good] for name, values in found.items()}
-            results += _as_coco(found, file.name, classes)
+            results.extend(_as_coco(found, classes, where))
         else:
-            _save(Image.fromarray(found["mask"].astype(np.uint8)), folder / "masks" / f"{file.stem}.png")
-        _save(draw(picture, found, classes), folder / "overlays" / file.name)
-        if time.monotonic() - said > SECONDS_BETWEEN_LINES or number == len(files):
-            said = time.monotonic()
-            log.info("%d of %d pictures, %.1f per second", number, len(files), number / (said - start))
+            _save(Image.fromarray(found["mask"].astype(np.uint8)), folder / "masks" / mask)
+        return draw(picture, found, classes)
+
+    start, count = time.monotonic(), len(files)
+    if is_video:
+        with _whole(folder / "overlays" / f"{source.stem}.mp4") as unfinished, Film(source, unfinished) as film:
+            for count, picture in enumerate(tqdm(film.frames(), total=film.length, unit=" frames", disable=None), 1):
+                mask = f"{source.stem}/{count - 1:06d}.png"
+                film.write(look(picture, mask, file_name=source.name, frame=count - 1))
+    for file in tqdm(files, unit=" pictures", disable=None):
+        _save(look(read_picture(file), f"{file.stem}.png", file_name=file.name), folder / "overlays" / file.name)
     if task == "detection":
         with _whole(folder / "predictions.json") as unfinished:
             unfinished.write_text(json.dumps(results, indent=1), encoding="utf-8")
-    log.info("predictions are in %s", folder)
+    rate = count / (time.monotonic() - start)
+    log.info("%d %s, %.1f per second, in %s", count, "frames" if is_video else "pictures", rate, folder)
     return folder
+
+
+class Film:
+    """A video that is read, and another of its rate that is written; the size is made even, as the encoder wants it.
+
+    Args:
+        source: To read from.
+        out: To write to, with the ending .mp4.
+
+    Raises:
+        AcamkdError: PyAV is missing, or the video cannot be read.
+    """
+
+    def __init__(self, source: Path, out: Path) -> None:
+        try:
+            import av
+        except ImportError as error:
+            raise AcamkdError("a video needs PyAV: pip install 'acamkd[video]'") from error
+        self.source = source
+        self.failure: type[Exception] = av.FFmpegError
+        try:
+            self.reader = av.open(source)
+            if not self.reader.streams.video:
+                raise AcamkdError(f"{source}: the file holds no video")
+            stream = self.reader.streams.video[0]
+            self.writer = av.open(out, "w")
+            self.stream = self.writer.add_stream("libx264", rate=stream.average_rate or 25)
+        except av.FFmpegError as error:
+            raise AcamkdError(f"{source}: the video cannot be read: {error}") from error
+        self.length = stream.frames or None
+        """Number of frames, where the file says it."""
+
+    def __enter__(self) -> Film:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            self.writer.mux(self.stream.encode())
+        self.writer.close()
+        self.reader.close()
+
+    def frames(self) -> Iterator[Picture]:
+        """Every frame, upright."""
+        frame = None
+        try:
+            for frame in self.reader.decode(video=0):
+                yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
+        except self.failure as error:
+            raise AcamkdError(f"{self.source}: the video cannot be read to its end: {error}") from error
+        if frame is None:
+            raise AcamkdError(f"{self.source}: the video holds no frames")
+
+    def write(self, picture: Image.Image) -> None:
+        """Add a frame."""
+        import av
+
+        even = picture.crop((0, 0, max(2, picture.width // 2 * 2), max(2, picture.height // 2 * 2)))
+        if not self.stream.codec_context.is_open:
+            self.stream.width, self.stream.height = even.size
+        self.writer.mux(self.stream.encode(av.VideoFrame.from_image(even)))
 
 
 def pictures_of(source: Path) -> list[Path]:
     """The pictures that a file or folder stands for; raises AcamkdError if there are none."""
     if not source.is_dir():
         if not source.exists():
-            raise AcamkdError(f"{source}: there is no such picture or folder")
+            raise AcamkdError(f"{source}: there is no such picture, folder or video")
         if source.suffix.lower() not in PICTURES:
             raise AcamkdError(
-                f"{source}: give a picture ({', '.join(PICTURES)}) or a folder of pictures; of a video, save the frames"
+                f"{source}: give a picture ({', '.join(PICTURES)}), a folder of them or a video ({', '.join(VIDEOS)})"
             )
         return [source]
     files = sorted(file for file in source.iterdir() if file.suffix.lower() in PICTURES and file.name[0] != ".")
@@ -128,11 +196,11 @@ def _open(model: Path) -> tuple[str, Sequence[str], Callable[[Picture], Predicti
     return run.recipe.task, run.recipe.data.classes or (), predict_one
 
 
-def _as_coco(found: Prediction, file_name: str, classes: Sequence[str]) -> list[dict[str, Any]]:
+def _as_coco(found: Prediction, classes: Sequence[str], where: Mapping[str, Any]) -> list[dict[str, Any]]:
     corners = found["boxes"].astype(np.float64)
     boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).round(2).tolist()
     return [
-        {"file_name": file_name, "category_id": label, "category_name": classes[label - 1], "bbox": box, "score": score}
+        {**where, "category_id": label, "category_name": classes[label - 1], "bbox": box, "score": score}
         for box, score, label in zip(boxes, found["scores"].tolist(), found["labels"].tolist(), strict=True)
     ]
 
@@ -159,3 +227,5 @@ def _whole(path: Path) -> Iterator[Path]:
         os.replace(unfinished, path)
     except OSError as error:
         raise AcamkdError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
