@@ -83,3 +83,10 @@ def test_the_selection_loss_is_the_reward_collected_within_a_budget() -> None:
     outside = torch.tensor([0.1, 0.1]).square()  # of a budget of 1/2, with a mean of 0.4
     torch.testing.assert_close(selection_loss(mask, reward), (10 * outside - collected).mean())
     torch.testing.assert_close(selection_loss(mask, reward, budget=0.4), -collected.mean())
+
+
+def test_masks_print_what_they_are() -> None:
+    half = torch.tensor([0.4, 0.6]).expand(1, 3, 2).requires_grad_()
+    assert repr(Masks(half, None)) == "Masks(channel (1, 3, 2): mean 0.50, varying by 0.100)"
+    both = repr(Masks(half, torch.full((1, 3, 4, 5), 0.02)))
+    assert both.endswith("; spatial (1, 3, 4, 5): mean 0.02, varying by 0.000)")

@@ -56,7 +56,7 @@ def test_every_form_of_file_fills_the_network(name: str, tmp_path: Path) -> None
     report = load_weights(target, str(tmp_path / name), strict=True, what="teacher")
     assert equal(source, target)
     assert (len(report.matched), report.missing, report.unexpected, report.mismatched) == (8, (), (), ())
-    assert str(report) == f"teacher from {tmp_path / name}: 8 of 8 tensors matched"
+    assert str(report) == repr(report) == f"teacher from {tmp_path / name}: 8 of 8 tensors matched"
 
 
 def test_a_student_takes_what_fits_and_the_report_says_what_did_not(tmp_path: Path) -> None:

@@ -29,6 +29,15 @@ class Masks(NamedTuple):
     spatial: Tensor | None
     """(N, M, H, W), in (0, 1)."""
 
+    def __repr__(self) -> str:
+        """Shape, mean and deviation (over channels or positions) of each kind: whether it is alive."""
+        parts = []
+        for name, x in self._asdict().items():
+            if x is not None:
+                deviation = x.detach().flatten(2).std(dim=2, correction=0).mean()
+                parts.append(f"{name} {tuple(x.shape)}: mean {x.detach().mean():.2f}, varying by {deviation:.3f}")
+        return f"Masks({'; '.join(parts)})"
+
 
 def apply_masks(masks: Masks, x: Tensor) -> Tensor:
     """A map seen through its masks, mean_m M^s_m M^c_m X, (N, C, H, W); a kind that is not in use counts as 1."""

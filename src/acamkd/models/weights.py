@@ -24,7 +24,7 @@ class DamagedFileError(AcamkdError):
     """A file that is cut short, or not what its name says."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadReport:
     """What became of the tensors of a file and of a network; batch norm's step counters are left out of the account.
 
@@ -49,7 +49,7 @@ class LoadReport:
         """Number of tensors of the network."""
         return len(self.matched) + len(self.missing) + len(self.mismatched)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         shapes = [f"{name} {theirs} in the file, {ours} in the network" for name, theirs, ours in self.mismatched]
         parts = [f"{self.what} from {self.source}: {len(self.matched)} of {self.total} tensors matched"]
         for word, names in (("missing", self.missing), ("left over", self.unexpected), ("of wrong shape", shapes)):
