@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tiny_recipes
-from acamkd import cli, config, doctor
+from acamkd import cli, config, doctor, models
 from acamkd.data.scenes import write_scenes
 from acamkd.doctor import Finding, examine, ignorance
 from acamkd.models.base import VOID
@@ -117,6 +117,21 @@ def test_a_students_own_weights_are_counted(segmentation: Path, trained: str, tm
 def test_knowing_nothing() -> None:
     mask = torch.tensor([[0, 0, 1, VOID]])
     assert ignorance([{"mask": mask}, {"mask": mask}], 5) == pytest.approx(100 * 2 / 3 / 2)
+
+
+def test_a_teacher_of_other_classes_is_not_scored(segmentation: Path, tmp_path: Path) -> None:
+    section = config.Model(**tiny_recipes.MODELS["segmentation"])
+    models.save_weights(models.build(section, "segmentation", 9, (64, 64)).net, tmp_path / "nine.safetensors")
+    overrides = [
+        f"teacher.weights={tmp_path / 'nine.safetensors'}",
+        "teacher.num_classes=9",
+        "losses.0.pairs=[decoder]",
+    ]
+    findings = found(segmentation, *overrides)
+    assert findings["teacher's score"] == [
+        Finding("teacher's score", "pass", "not scored: it has 9 classes of its own, the data 6")
+    ]
+    assert findings["tap"][0].status == "pass"
 
 
 def test_the_score_ends_in_time(segmentation: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,3 +268,42 @@ def test_ctrl_c_is_one_line_and_exit_code_130(root: Path, tmp_path: Path) -> Non
         errors.rstrip().rpartition("\n")[2].partition(" ")[2].startswith("warning: run: interrupted; --resume goes on")
     )
     assert (tmp_path / "run" / "student.safetensors").is_file()
+
+
+def test_a_teacher_of_other_classes(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    torch.manual_seed(1)
+    models.save_weights(models.build(config.Model(**tiny.FPN), "segmentation", 9).net, tmp_path / "nine.safetensors")
+    raw = tiny.raw_recipe(root, epochs=1)
+    raw["teacher"] = {**tiny.FPN, "weights": str(tmp_path / "nine.safetensors"), "num_classes": 9}
+    for loss, message in (
+        (
+            raw["losses"][0],
+            r"losses\.0 \(acam\): the channels of segmentation_head\.0 and segmentation_head\.0 are class",
+        ),
+        (
+            {"name": "acam", "pairs": ["decoder"], "mask_grad": "task"},
+            r"its masks learn from the teacher's own loss, but",
+        ),
+    ):
+        raw["losses"] = [loss]
+        with pytest.raises(
+            AcamkdError, match=message + r".*teacher has 9 classes of its own and the student 6: compare"
+        ):
+            distill(config.parse(raw), out=tmp_path / "refused")
+    raw["losses"] = [{"name": "fitnet", "pairs": ["decoder"]}]
+    run = distill(config.parse(raw), out=tmp_path / "run")
+    assert (
+        "the teacher has 9 classes of its own, the data 6: it is not scored, and only features are compared"
+    ) in caplog.messages
+    assert run.metrics["teacher"] == {"mIoU": None}
+    assert "teacher -" in repr(run)
+    assert "<td>teacher</td><td>-</td>" in run._repr_html_()
+    assert run.load_teacher().num_classes == 9
+    page = (run.folder / "report.html").read_text(encoding="utf-8")
+    assert "against the" not in page  # there is no score to compare with
+    with pytest.raises(AcamkdError, match="a teacher with classes of its own cannot be trained on these pictures"):
+        train(config.parse(raw), "teacher", out=tmp_path / "teacher")
+    raw["student"] = {**raw["student"], "num_classes": 9}
+    with pytest.raises(AcamkdError, match=r"student\.num_classes: the student has the data's classes"):
+        config.parse(raw)

@@ -300,3 +300,36 @@ def test_without_tokens_the_log_warns(detectors: tuple[TaskModel, TaskModel], ca
     assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
         "FrequencyTokens are untrained: no `tokens` were given. Learn them first: acamkd tokens RECIPE"
     ]
+
+
+@pytest.mark.parametrize(
+    ("task", "loss", "message"),
+    [
+        (
+            "detection",
+            entry("crosskd"),
+            r"losses\.0 \(crosskd\): it compares heads, but the teacher has 5 classes of its",
+        ),
+        (
+            "detection",
+            entry("pkd", "head.classification_head.cls_logits@1"),
+            r"the channels of .*cls_logits@1 are class",
+        ),
+        (
+            "segmentation",
+            entry("cwd", "segmentation_head.0"),
+            r"segmentation_head\.0 are classes, .* and the student 3: c",
+        ),
+        ("detection", entry("pkd", "backbone:*"), None),
+        ("detection", entry("fgd", "backbone:*"), None),
+        ("segmentation", entry("acam", "encoder:4", mask_grad="look_ahead"), None),
+    ],
+)
+def test_a_teacher_of_other_classes_gives_features_only(task: Task, loss: Loss, message: str | None) -> None:
+    student, teacher = network(task), network(task, num_classes=5)
+    assert (student.num_classes, teacher.num_classes) == (3, 5)
+    if message is None:
+        assert build_distiller(student, teacher, [loss]).losses
+        return
+    with pytest.raises(AcamkdError, match=message):
+        build_distiller(student, teacher, [loss])

@@ -118,6 +118,9 @@ class Model(Section):
     """Detection: width of the feature pyramid and of the heads."""
     options: dict[str, Any] = {}
     """Further arguments of the architecture's constructor."""
+    num_classes: Positive | None = None
+    """Teacher only: number of its own classes, where it was trained on others than the data's. It is not scored then,
+    and losses may compare features, but no heads and no logits."""
     inherit: tuple[str, ...] = ()
     """Student only: parts (such as `head` or `backbone.fpn`) that start from the teacher's tensors."""
     mean: tuple[float, float, float] | None = None
@@ -259,6 +262,8 @@ class Recipe(Section):
     def _check(self) -> Recipe:
         if self.data.format != "auto":
             check_data(self.data, self.task)
+        if self.student.num_classes is not None:
+            raise ValueError("student.num_classes: the student has the data's classes; only a teacher may have others")
         if self.student.inherit and self.teacher is None:
             raise ValueError("student.inherit needs a `teacher` section to inherit from")
         return self

@@ -182,6 +182,9 @@ def _is_blank(layer: Any) -> bool:
 def _score(teacher: TaskModel, val: PictureDataset, recipe: config.Recipe) -> Finding:
     """Score on the first pictures, beside what a network that knows nothing would get."""
     metric = METRICS[recipe.task]
+    if teacher.num_classes != len(val.classes):
+        text = f"not scored: it has {teacher.num_classes} classes of its own, the data {len(val.classes)}"
+        return Finding("teacher's score", "pass", text)
     seen: list[Target] = []
     deadline = time.monotonic() + SECONDS
 

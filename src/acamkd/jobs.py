@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import platform
 import signal
 import sys
@@ -68,6 +69,8 @@ def train(
     section = recipe.teacher if role == "teacher" else recipe.student
     if section is None:
         raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
+    if section.num_classes is not None:
+        raise AcamkdError("teacher.num_classes: a teacher with classes of its own cannot be trained on these pictures")
     batches = Batches(recipe)
     model = build_network(recipe, section, batches.classes)
     folder = Path(out) if out else default_folder(recipe, "teacher" if role == "teacher" else "alone")
@@ -180,9 +183,13 @@ def build_network(
 
 
 def _score_teacher(teacher: TaskModel, batches: Batches) -> dict[str, float]:
+    metric = METRICS[batches.resolved.task]
+    if teacher.num_classes != len(batches.classes):
+        log.info("the teacher has %d classes of its own, the data %d: it is not scored, and only features are compared",
+                 teacher.num_classes, len(batches.classes))  # fmt: skip
+        return {metric: math.nan}
     log.info("scoring the teacher on the validation pictures")
     scores = score(teacher, batches.val, batches.scorer)
-    metric = METRICS[batches.resolved.task]
     log.info("teacher: %s %.2f", metric, scores[metric])
     return scores
 

@@ -131,6 +131,7 @@ def _build(
     if issubclass(method, HeadLoss):
         if entry.pairs:
             log.warning("%s works on the heads and names its layers itself: `pairs` is not used", entry.name)
+        _require_same_classes("it compares heads", student, teacher)
         loss = method(**checked)
         loss.layers(student, teacher)  # refuses networks that it cannot work on
         return [(None, loss)]
@@ -154,8 +155,26 @@ def _build(
             log.info("%s: %s %s <- %s %s", entry.name, s_name, list(s_map.shape[1:]), t_name, list(t_map.shape[1:]))
             if tokens is not None:
                 checked["tokens"] = _level_tokens(tokens, t_name)
-            built.append(((s_name, t_name), method(s_map.shape[1], t_map.shape[1], **checked)))
+            if _holds_classes(s_name, s_map, student) and _holds_classes(t_name, t_map, teacher):
+                _require_same_classes(f"the channels of {s_name} and {t_name} are classes", student, teacher)
+            level = method(s_map.shape[1], t_map.shape[1], **checked)
+            if level.teacher_task:
+                _require_same_classes("its masks learn from the teacher's own loss", student, teacher)
+            built.append(((s_name, t_name), level))
     return built
+
+
+def _holds_classes(name: str, x: Tensor, model: TaskModel) -> bool:
+    """Whether a map is a network's logits."""
+    return "cls_logits" in name if model.task == "detection" else x.shape[1] == model.num_classes
+
+
+def _require_same_classes(why: str, student: TaskModel, teacher: TaskModel) -> None:
+    if student.num_classes != teacher.num_classes:
+        raise AcamkdError(
+            f"{why}, but the teacher has {teacher.num_classes} classes of its own and the student "
+            f"{student.num_classes}: compare features instead, such as [backbone:*] or [encoder:4]"
+        )
 
 
 def _maps_of(who: str, model: TaskModel, name: str, batch: Batch) -> dict[str, Tensor]:

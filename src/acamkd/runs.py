@@ -74,7 +74,9 @@ class Run:
             return f"{self.folder}: {self.role} of {self.recipe.name}, not ended"
         metrics = self.metrics
         name = metrics["metric"]
-        scores = ", ".join(f"{role} {metrics[role][name]:.2f}" for role in ("student", "teacher") if role in metrics)
+        scores = ", ".join(
+            f"{role} {_percent(metrics[role][name])}" for role in ("student", "teacher") if role in metrics
+        )
         return (
             f"{self.folder}: {name} {scores}, best epoch {metrics['best_epoch']}, "
             f"{metrics['parameters']:,} parameters, {timedelta(seconds=round(metrics['seconds']))}"
@@ -86,7 +88,10 @@ class Run:
         metrics = self.metrics
         rows = {role: metrics[role] for role in ("teacher", "student") if role in metrics}
         names = [name for name in rows[self.role] if "/" not in name]  # without the classes
-        cells = [["", *names], *([role, *(_percent(scores[name]) for name in names)] for role, scores in rows.items())]
+        cells = [
+            ["", *names],
+            *([role, *(_percent(scores.get(name)) for name in names)] for role, scores in rows.items()),
+        ]
         lines = ("".join(f"<td>{cell}</td>" for cell in row) for row in cells)
         return f"<p>{escape(repr(self))}</p><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 

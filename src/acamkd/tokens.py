@@ -74,6 +74,8 @@ def learn_tokens(
         raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
     batches = Batches(recipe)
     teacher = build_network(recipe, teacher_section(recipe), batches.classes, teacher=True)
+    if teacher.num_classes != len(batches.classes):
+        raise AcamkdError("tokens learn from the teacher's own loss, which a teacher with other classes does not have")
     # The student only shapes the batches and the pairs here.
     blank = recipe.student.model_copy(update={"weights": None, "backbone_weights": None})
     student = build_network(recipe, blank, batches.classes)

@@ -36,7 +36,7 @@ def markdown(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> str:
         "One seed gives every method the same initial student, pictures and augmentation, so differences are paired: "
         "mean, bootstrap 95 % interval, p of the paired t test with Holm's correction for the number of methods.",
         "",
-        *(f"Teacher {digest}: {score:.2f}." for digest, score in teachers.items()),
+        *(f"Teacher {digest}: {DASH if score is None else f'{score:.2f}'}." for digest, score in teachers.items()),
         "",
         f"| method | setting | n | {metric} | against `{NONE}` | p | verdict | against the best rival | minutes |",
         "|---|---|---|---|---|---|---|---|---|",

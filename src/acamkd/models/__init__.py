@@ -39,13 +39,14 @@ def build(
             **options)`, in which an option `num_classes` wins (torchvision's detectors count the background too); it
             returns a TaskModel, a torchvision RetinaNet, FCOS or FasterRCNN, or any segmentation module.
         task: What the network is for.
-        num_classes: Classes of the task, background and void not counted.
+        num_classes: Classes of the task, background and void not counted; the section's own number wins.
         resize: The recipe's `data.resize`.
         teacher: Every tensor must be in the file of weights; a student may start from a part of it.
 
     Raises:
         AcamkdError: Something named in the recipe does not exist or does not fit; the message says what is allowed.
     """
+    num_classes = model.num_classes or num_classes
     if model.weights is not None:  # they cover the backbone: do not fetch what will be overwritten
         model = model.model_copy(update={"backbone_weights": None})
     if ":" in model.arch:

@@ -184,13 +184,14 @@ def _metric_chart(
     curves = {own: curve(history, metric)}
     if alone is not None:
         curves[ALONE] = curve(read_history(alone.folder / "history.csv"), metric)
-    level = (TEACHER, networks[TEACHER].scores[metric]) if own == DISTILLED else None
+    reached = networks[TEACHER].scores[metric] if own == DISTILLED else None
+    level = (TEACHER, reached) if reached is not None else None
     return draw(f"{metric} on the validation pictures, percent", curves, level=level)
 
 
 def _compare(pictures: PictureDataset, before: Network, after: Network) -> Gain | None:
-    """Both networks picture by picture, where both are at hand."""
-    if before.model is None or after.model is None:
+    """Both networks picture by picture, where both are at hand and know the same classes."""
+    if before.model is None or after.model is None or before.model.num_classes != after.model.num_classes:
         return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     log.info("comparing %d pictures one by one", min(PICTURES, len(pictures)))
