@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -380,3 +381,23 @@ def test_with_real_networks(task: Any) -> None:
     assert stem.grad is not None
     assert stem.grad.any()
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_unlabelled_pictures_are_compared_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    student, teacher = Tiny(4), Tiny(6)
+    fgd, cwd, heads = FGD(4, 6), PKD(4, 6), Heads()
+    pairs = [("body", "body"), ("stem", "stem"), None]
+    distiller = Distiller(student, teacher, pairs, [fgd, cwd, heads])
+    batch = student.prepare(torch.rand(2, 3, 8, 8))  # type: ignore[arg-type]
+    terms = distiller(batch, labelled=False)
+    assert list(terms) == ["stem/pkd/correlation"]
+    assert student.net.head_runs == 0  # the student, too, ends at its last tapped layer
+    gradient = torch.autograd.grad(terms["stem/pkd/correlation"], student.net.stem.weight)[0]
+    assert gradient.count_nonzero() > 0
+    distiller.check_unlabelled()
+    assert caplog.messages[-1] == ("these losses need targets and see the labelled pictures only: body/fgd, head/heads")
+    for losses in ([fgd], [ACAM(4, 6, mask_grad="look_ahead")], [ACAM(4, 6, mask_grad="task")]):
+        with pytest.raises(AcamkdError, match=r"each needs targets: body/.*; leave data.unlabelled out, or add a loss"):
+            Distiller(student, teacher, pairs[:1], losses).check_unlabelled()
+    assert Distiller(student, teacher, pairs[:1], [fgd])(batch, labelled=False) == {}

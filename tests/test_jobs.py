@@ -270,6 +270,58 @@ def test_ctrl_c_is_one_line_and_exit_code_130(root: Path, tmp_path: Path) -> Non
     assert (tmp_path / "run" / "student.safetensors").is_file()
 
 
+@pytest.fixture(scope="module")
+def with_unlabelled(root: Path) -> dict[str, Any]:
+    """A raw recipe whose validation pictures are the unlabelled ones."""
+    raw = tiny.raw_recipe(root, epochs=2)
+    raw["data"]["unlabelled"] = "images/val"
+    raw["losses"][0]["mask_grad"] = "detached"
+    return raw
+
+
+def test_unlabelled_pictures_change_the_distillation_alone(
+    with_unlabelled: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    raw = {**with_unlabelled, "data": {**with_unlabelled["data"], "unlabelled": None}}
+    distill(config.parse(raw), out=tmp_path / "without")
+    run = distill(config.parse(with_unlabelled), out=tmp_path / "with")
+    assert set(run.metrics["data"]) == {"train", "val", "unlabelled"}
+    assert "4 unlabelled pictures, which only the distillation sees" in caplog.messages
+    before, after = (tiny.rows(tmp_path / name / "logs/metrics.csv") for name in ("without", "with"))
+    task, feature = "loss/task/cross_entropy_step", "loss/segmentation_head.0/acam/spatial_step"
+    assert float(after[0][task]) == pytest.approx(float(before[0][task]), rel=1e-6)
+    assert float(after[0][feature]) != pytest.approx(float(before[0][feature]), rel=1e-3)
+    assert float(after[1][task]) != pytest.approx(float(before[1][task]), rel=1e-6)  # their gradient has moved it
+
+
+def test_a_run_with_unlabelled_pictures_resumes_to_the_same_end(
+    with_unlabelled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = config.parse(with_unlabelled)
+    distill(recipe, out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        _interrupt_at(patch, epoch=1, batch=1)
+        with pytest.raises(KeyboardInterrupt):
+            distill(recipe, out=tmp_path / "run")
+    distill(recipe, out=tmp_path / "run", resume=True)
+    _same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_only_a_distillation_uses_unlabelled_pictures(
+    with_unlabelled: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    raw = {**with_unlabelled, "train": {**with_unlabelled["train"], "epochs": 1}}
+    run = train(config.parse(raw), out=tmp_path / "alone")
+    assert "data.unlabelled is not used: only a distillation learns from unlabelled pictures" in caplog.messages
+    assert set(run.metrics["data"]) == {"train", "val"}
+    raw["losses"] = [{**raw["losses"][0], "mask_grad": "look_ahead"}]
+    with pytest.raises(AcamkdError, match=r"no loss can learn from unlabelled .*segmentation_head\.0/acam"):
+        distill(config.parse(raw), out=tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
 def test_a_teacher_of_other_classes(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     torch.manual_seed(1)

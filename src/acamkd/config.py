@@ -93,6 +93,9 @@ class Data(Section):
     """Class names in the order of their ids. Needed for masks; the other formats bring their own."""
     ignore_index: Annotated[int, Field(ge=0, le=255)] = 255
     """Format masks: mask value that neither trains nor counts."""
+    unlabelled: Path | None = None
+    """Folder of further pictures, relative to `root`, that only the distillation sees: each batch brings as many of
+    them as it has labelled ones. Used by `distill` alone."""
     resize: Size | ShortLong | None = None
     """What the networks see: (height, width), or {short, long}; nothing = the pictures' own size."""
     augment: Augmentation = Augmentation()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from acamkd.errors import AcamkdError
 from acamkd.features import FeatureTap
 from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
 from acamkd.models.base import Batch, TaskModel
+
+log = logging.getLogger(__name__)
 
 Pair: TypeAlias = tuple[str, str]
 """(student layer, teacher layer), in FeatureTap's grammar."""
@@ -96,12 +99,14 @@ class Distiller(nn.Module):
             teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
-    def forward(self, batch: Batch, step: int = 0) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, step: int = 0, *, labelled: bool = True) -> dict[str, Tensor]:
         """Run both networks on one batch.
 
         Args:
             batch: What the student's `prepare` made of pictures and targets.
             step: Optimisation step, from 0.
+            labelled: Whether the pictures have targets. Otherwise there is no task loss, only those losses take part
+                that need no targets, and the student ends at its last tapped layer, too.
 
         Returns:
             Scalar terms, `task/TERM`, `LAYER/METHOD/TERM` and, where masks learn from the teacher's own loss,
@@ -111,15 +116,26 @@ class Distiller(nn.Module):
             AcamkdError: A term is not finite, a tap did not fire, or the distillation does not reach the student.
         """
         factors = [schedule(step) for schedule in self.schedules]
-        active = self._active = [index for index, factor in enumerate(factors) if factor > 0]
+        active = self._active = [
+            index
+            for index, (factor, loss) in enumerate(zip(factors, self.losses, strict=True))
+            if factor > 0 and (labelled or not _needs_targets(loss))
+        ]
+        if not (labelled or active):
+            return {}
         layers = [self._layers(index) for index in active]
         with ExitStack() as stack:
             student_tap = stack.enter_context(FeatureTap(self.student.net, _flat(pair[0] for pair in layers)))
             teacher_maps: dict[str, Tensor] = {}
             if active:
                 teacher_maps = self._teacher_maps(batch, _flat(pair[1] for pair in layers))
-            outputs = self.student(batch)
-            terms = {f"task/{name}": term for name, term in self.student.loss(outputs, batch).items()}
+            terms: dict[str, Tensor] = {}
+            if labelled:
+                outputs = self.student(batch)
+                terms = {f"task/{name}": term for name, term in self.student.loss(outputs, batch).items()}
+            else:
+                with student_tap.early_stop():
+                    self.student(batch)
             gradients = self._task_gradients(active, student_tap, terms)
             distillation: dict[str, Tensor] = {}
             for index in active:
@@ -128,9 +144,21 @@ class Distiller(nn.Module):
                     distillation[f"{self._keys[index]}/{name}"] = factors[index] * term
             terms |= self._teacher_task(active, student_tap, batch)
             _check_finite(terms | distillation, step)
-            if distillation and self.training and torch.is_grad_enabled():
+            if distillation and labelled and self.training and torch.is_grad_enabled():
                 self._audit(self.student.net, student_tap.features(), distillation)
         return terms | distillation
+
+    def check_unlabelled(self) -> None:
+        """Say which losses see labelled pictures only; raises AcamkdError if all of them do."""
+        blind = [key for key, loss in zip(self._keys, self.losses, strict=True) if _needs_targets(loss)]
+        if len(blind) == len(self.losses):
+            raise AcamkdError(
+                f"no loss can learn from unlabelled pictures, since each needs targets: {', '.join(blind)}; leave "
+                "data.unlabelled out, or add a loss without boxes, heads or the task's gradient (acam with mask_grad: "
+                "detached, cwd, pkd, ...)"
+            )
+        if blind:
+            log.info("these losses need targets and see the labelled pictures only: %s", ", ".join(blind))
 
     def statistics(self) -> dict[str, Tensor]:
         """What the losses want logged of the last forward, `LAYER/METHOD/NAME`."""
@@ -268,6 +296,12 @@ def _parameters_below(maps: Iterable[Tensor]) -> set[int]:
             found.add(id(node.variable))
         pending.extend(following for following, _ in node.next_functions if following is not None)
     return found
+
+
+def _needs_targets(loss: nn.Module) -> bool:
+    if isinstance(loss, FeatureLoss):
+        return loss.teacher_task or not loss.needs.isdisjoint({"boxes", "task_gradient"})
+    return True
 
 
 def _flat(names: Iterable[Sequence[str]]) -> list[str]:

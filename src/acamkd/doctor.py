@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -96,7 +97,7 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
 
 
 def examine_data(recipe: config.Recipe) -> dict[str, Statistics]:
-    """Count what both splits of a recipe's data hold, and find everything that is wrong with them.
+    """Count what the splits of a recipe's data hold, and find everything that is wrong with them.
 
     Args:
         recipe: Its networks are not looked at.
@@ -108,14 +109,18 @@ def examine_data(recipe: config.Recipe) -> dict[str, Statistics]:
         AcamkdError: The format is not found.
     """
     source = data.resolve(recipe.data, recipe.task)
-    found: dict[str, Statistics] = {}
     splits: tuple[data.SplitName, ...] = ("train", "val")
-    for split in splits:
+    opening: dict[str, Callable[[], PictureDataset]] = {
+        split: partial(data.build, source, recipe.task, split, seed=0, augment=False) for split in splits
+    }
+    if source.unlabelled is not None:
+        opening["unlabelled"] = partial(data.build_unlabelled, source, recipe.task, seed=0)
+    found: dict[str, Statistics] = {}
+    for name, opened in opening.items():
         try:
-            dataset = data.build(source, recipe.task, split, seed=0, augment=False)
-            found[split] = count(dataset, decode=recipe.data.check == "full")
+            found[name] = count(opened(), decode=recipe.data.check == "full")
         except AcamkdError as error:
-            found[split] = Statistics(problems=[str(error)])
+            found[name] = Statistics(problems=[str(error)])
     train, val = found["train"], found["val"]
     if train.classes and val.classes and list(train.classes) != list(val.classes):
         val.problems.append(f"the classes are {', '.join(val.classes)}, but those of train {', '.join(train.classes)}")

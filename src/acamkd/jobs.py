@@ -8,6 +8,7 @@ import math
 import platform
 import signal
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ def train(
     if section.num_classes is not None:
         raise AcamkdError("teacher.num_classes: a teacher with classes of its own cannot be trained on these pictures")
     batches = Batches(recipe)
+    if recipe.data.unlabelled is not None:
+        log.info("data.unlabelled is not used: only a distillation learns from unlabelled pictures")
     model = build_network(recipe, section, batches.classes)
     folder = Path(out) if out else default_folder(recipe, "teacher" if role == "teacher" else "alone")
     # Only what the run depends on, so that --resume tells it from a distillation.
@@ -103,7 +106,7 @@ def distill(
     recipe = _loaded(recipe)
     if recipe.teacher is None or not recipe.losses:
         raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section and `losses` to distil")
-    batches = Batches(recipe)
+    batches = Batches(recipe, with_unlabelled=True)
     section = teacher_section(recipe)
     teacher = build_network(recipe, section, batches.classes, teacher=True)
     student = build_network(recipe, recipe.student, batches.classes)
@@ -114,6 +117,8 @@ def distill(
         losses = adopt(losses, config.load(folder / RECIPE).losses)
     losses = calibrate(student, teacher, losses, batches.train)
     distiller = build_distiller(student, teacher, losses, batches.steps_per_epoch)
+    if batches.mixed is not batches.train:
+        distiller.check_unlabelled()
     run = Run(folder, batches.resolved.model_copy(update={"teacher": section, "losses": losses}), "student")
     return _fit(run, distiller, batches, resume=resume, overwrite=overwrite)
 
@@ -146,9 +151,9 @@ def teacher_section(recipe: config.Recipe) -> config.Model:
 
 
 class Batches:
-    """A recipe's data, checked and ready to be read."""
+    """A recipe's data, checked and ready to be read; `mixed` is `train` with unlabelled pictures, if there are some."""
 
-    def __init__(self, recipe: config.Recipe) -> None:
+    def __init__(self, recipe: config.Recipe, *, with_unlabelled: bool = False) -> None:
         seed, size, workers = recipe.train.seed, recipe.train.batch_size, recipe.data.workers
         steps, accumulate = recipe.train.steps_per_epoch, recipe.train.accumulate
         source = data.resolve(recipe.data, recipe.task)
@@ -162,9 +167,16 @@ class Batches:
         data.check_same_classes(splits["train"], splits["val"])
         self.classes = splits["train"].classes
         self.fingerprint = {name: split.fingerprint() for name, split in splits.items()}
-        self.train: DataLoader[Any] = data.loader(
-            splits["train"], size, workers, shuffle=True, seed=seed, batches=steps and steps * accumulate
+        shuffled = partial(
+            data.loader, batch_size=size, workers=workers, shuffle=True, seed=seed, batches=steps and steps * accumulate
         )
+        self.train = self.mixed = shuffled(splits["train"])
+        if with_unlabelled and source.unlabelled is not None:
+            more = data.build_unlabelled(source, recipe.task, seed=seed)
+            data.check(more, recipe.data.check)
+            self.fingerprint["unlabelled"] = more.fingerprint()
+            self.mixed = shuffled(data.WithUnlabelled(splits["train"], more))
+            log.info("%d unlabelled pictures, which only the distillation sees", len(more))
         self.val: DataLoader[Any] = data.loader(splits["val"], size, workers, shuffle=False, seed=seed)
         self.steps_per_epoch = -(-len(self.train) // accumulate)
         self.scorer = Scorer(recipe.task, self.classes)
@@ -218,7 +230,7 @@ def _fit(run: Run, distiller: Distiller, batches: Batches, *, resume: bool, over
         module = TrainingModule(distiller, recipe.train, batches.scorer)
         on_interrupt = signal.getsignal(signal.SIGINT)
         try:
-            trainer.fit(module, batches.train, batches.val, ckpt_path=checkpoint)
+            trainer.fit(module, batches.mixed, batches.val, ckpt_path=checkpoint)
         except SystemExit as end:
             done = len(recorder.history)
             if end.code == TERMINATED:

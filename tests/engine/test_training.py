@@ -146,6 +146,22 @@ def test_accumulation_steps_with_the_mean_gradient_and_never_drops_the_last_batc
     assert _fit(tmp_path, _batches(3), optimizer=optimizer, accumulate=2)[0].global_step == 2
 
 
+def test_a_term_that_also_sees_unlabelled_pictures_is_the_mean_of_both(tmp_path: Path) -> None:
+    entries = [config.Loss(name="fitnet", pairs=("1",)), config.Loss(name="acam", pairs=("0",), mask_grad="look_ahead")]
+    distiller = build_distiller(_model(), _model(1), entries)
+    student = distiller.student
+    ((images, targets),), ((more, _),) = _batches(1), _batches(1, seed=5)
+    task, both = distiller(student.prepare(images, targets)), distiller(student.prepare(images + more, targets * 2))
+    optimizer = config.Optimizer(name="sgd", lr=0.1, momentum=0, weight_decay=0)
+    _fit(tmp_path, [(images, targets, more)], distiller, optimizer=optimizer)  # type: ignore[list-item]
+    (row,) = rows(tmp_path / "history.csv")
+    expected = {name: float(term) for name, term in task.items()} | {
+        "1/fitnet/feature": float(both["1/fitnet/feature"])
+    }
+    assert {name: float(row[f"loss/{name}"]) for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert float(row["loss"]) == pytest.approx(sum(expected.values()), rel=1e-5)
+
+
 def test_clipping_bounds_the_whole_gradient(tmp_path: Path) -> None:
     model = _model()
     before = torch.cat([p.detach().clone().flatten() for p in model.net.parameters()])

@@ -17,6 +17,7 @@ from acamkd.data.coco import CocoDetection
 from acamkd.data.loading import PictureLoader
 from acamkd.data.masks import MaskFolder
 from acamkd.data.transforms import augmentation
+from acamkd.data.unlabelled import UnlabelledPictures, WithUnlabelled
 from acamkd.data.voc import VocDetection, VocSegmentation
 from acamkd.data.yolo import YoloDetection
 from acamkd.errors import AcamkdError
@@ -31,9 +32,11 @@ __all__ = [
     "SeededSampler",
     "VocDetection",
     "VocSegmentation",
+    "WithUnlabelled",
     "YoloDetection",
     "augmentation",
     "build",
+    "build_unlabelled",
     "check",
     "check_same_classes",
     "loader",
@@ -61,6 +64,12 @@ def build(data: config.Data, task: Task, split: SplitName, *, seed: int, augment
     data = resolve(data, task)
     transform = augmentation(data.augment, task) if augment else None
     return READERS[data.format, task](data, split, transform, seed)
+
+
+def build_unlabelled(data: config.Data, task: Task, *, seed: int) -> UnlabelledPictures:
+    """Open a recipe's `data.unlabelled`, with its augmentation; raises AcamkdError if the folder cannot be read."""
+    assert data.unlabelled is not None
+    return UnlabelledPictures(data.root / data.unlabelled, task, transform=augmentation(data.augment, task), seed=seed)
 
 
 def resolve(data: config.Data, task: Task) -> config.Data:
@@ -100,9 +109,15 @@ def _found(data: config.Data, task: Task) -> dict[str, str]:
 
 
 def loader(
-    dataset: PictureDataset, batch_size: int, workers: int, *, shuffle: bool, seed: int, batches: int | None = None
+    dataset: PictureDataset | WithUnlabelled,
+    batch_size: int,
+    workers: int,
+    *,
+    shuffle: bool,
+    seed: int,
+    batches: int | None = None,
 ) -> PictureLoader:
-    """Batches as (list of pictures, list of targets).
+    """Batches as (list of pictures, list of targets), and a list of unlabelled pictures where there are some.
 
     A shuffled loader leaves out an incomplete last batch, which batch norm cannot always use; the next epoch's order
     brings other pictures there. Otherwise every picture comes once, in order.

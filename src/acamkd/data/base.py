@@ -99,6 +99,10 @@ class PictureDataset(Dataset[Sample], ABC):
                 image, target = self.transform(image, target)
         return image.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
 
+    def sources(self, key: int) -> list[Path]:
+        """The files that an item is made of, without those of its target."""
+        return [self.files[key % len(self)]]
+
     def __iter__(self) -> Iterator[Sample]:
         # Every key is valid, so Python's own iteration by index would never end.
         return (self[index] for index in range(len(self)))

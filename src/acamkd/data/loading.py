@@ -9,14 +9,15 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from acamkd.data.base import PictureDataset, Sample, SeededSampler
+from acamkd.data.base import PictureDataset, SeededSampler
+from acamkd.data.unlabelled import WithUnlabelled
 from acamkd.models.base import Target
 
 Pictures: TypeAlias = tuple[list[Tensor], list[Target]]
 
 
-class PictureLoader(DataLoader[Sample]):
-    """Batches as (list of pictures, list of targets).
+class PictureLoader(DataLoader[Any]):
+    """Batches as (list of pictures, list of targets), and a list of unlabelled pictures where there are some.
 
     Args:
         dataset: The pictures.
@@ -24,9 +25,9 @@ class PictureLoader(DataLoader[Sample]):
         options: As of torch's DataLoader.
     """
 
-    dataset: PictureDataset
+    dataset: PictureDataset | WithUnlabelled
 
-    def __init__(self, dataset: PictureDataset, sampler: SeededSampler | None, **options: Any) -> None:
+    def __init__(self, dataset: PictureDataset | WithUnlabelled, sampler: SeededSampler | None, **options: Any) -> None:
         super().__init__(dataset, sampler=sampler, collate_fn=_as_lists, **options)
 
     def __iter__(self) -> Iterator[Any]:
@@ -43,7 +44,7 @@ class PictureLoader(DataLoader[Sample]):
         """The pictures of one batch of the current epoch in this process; batches count from 0."""
         assert isinstance(self.sampler, SeededSampler)
         keys = self.sampler.keys()[batch * self._size : (batch + 1) * self._size]
-        return [self.dataset.files[key % len(self.dataset)] for key in keys]
+        return [file for key in keys for file in self.dataset.sources(key)]
 
     @property
     def _size(self) -> int:
@@ -51,5 +52,5 @@ class PictureLoader(DataLoader[Sample]):
         return self.batch_size
 
 
-def _as_lists(samples: Sequence[Sample]) -> Pictures:
-    return [image for image, _ in samples], [target for _, target in samples]
+def _as_lists(samples: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
+    return tuple(map(list, zip(*samples, strict=True)))

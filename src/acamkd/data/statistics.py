@@ -61,6 +61,8 @@ def count(dataset: PictureDataset, *, decode: bool) -> Statistics:
     result.sizes = dict(Counter(describe(size) for size, _ in looks if size is not None).most_common())
     sound = [(index, size) for index, (size, problems) in enumerate(looks) if size is not None and not problems]
     targets: Iterator[Target] = (dataset.target(index, size) for index, size in sound)
+    if not dataset.classes:  # nothing is known of unlabelled pictures
+        return result
     if isinstance(dataset, BoxDataset):
         _count_boxes(result, list(targets), dataset.classes)
     else:

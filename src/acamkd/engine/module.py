@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -36,16 +38,26 @@ class TrainingModule(L.LightningModule):
         self.values: dict[str, float] = {}
         """Loss, its terms and the losses' statistics in the last step."""
 
-    def training_step(self, batch: Pictures, batch_idx: int) -> Tensor:
-        """Return the training loss of one batch."""
+    def training_step(self, batch: tuple[Any, ...], batch_idx: int) -> Tensor:
+        """Return the training loss of one batch.
+
+        Args:
+            batch: Pictures and targets and, if there are any, as many unlabelled pictures. A term that sees both is
+                the mean of the two, so that its weight means the same as without.
+            batch_idx: Its place in the epoch.
+        """
         # Every draw inside a step (dropout, a random mask, sampled boxes) is a function of the seed and the position.
         position = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
         torch.manual_seed(seed_of(self.config.seed, position, self.global_rank))
-        images, targets = batch
-        prepared = self.distiller.student.prepare(images, targets)
-        terms: dict[str, Tensor] = self.distiller(prepared, self.global_step)
+        images, targets, *unlabelled = batch
+        student = self.distiller.student
+        terms: dict[str, Tensor] = self.distiller(student.prepare(images, targets), self.global_step)
+        statistics = self.distiller.statistics()
+        if unlabelled:
+            more = self.distiller(student.prepare(*unlabelled), self.global_step, labelled=False)
+            terms |= {name: (terms[name] + term) / 2 for name, term in more.items()}
         total = torch.stack(list(terms.values())).sum()
-        found = {f"loss/{name}": term for name, term in terms.items()} | self.distiller.statistics() | {"loss": total}
+        found = {f"loss/{name}": term for name, term in terms.items()} | statistics | {"loss": total}
         numbers = torch.stack([value.detach().float() for value in found.values()]).tolist()
         self.values = dict(zip(found, numbers, strict=True))
         return total
