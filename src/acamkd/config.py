@@ -217,6 +217,9 @@ class Train(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     eval_every: Positive = 1
     """Epochs between two evaluations; must divide `epochs`, so that the last one is evaluated."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is NaN or infinite ends the run (stop) or is left out, up to 10 in a row (skip);
+    its pictures are kept in the run's folder `nonfinite`."""
     checkpoint_every: Positive | None = None
     """Optimisation steps between two checkpoints within an epoch; nothing = only at the ends of epochs."""
     accelerator: str = "auto"

@@ -25,6 +25,19 @@ Pair: TypeAlias = tuple[str, str]
 AUDITED_STEPS = 20
 
 
+class NonFiniteError(AcamkdError):
+    """A loss term is NaN or infinite.
+
+    Args:
+        message: What is wrong.
+        terms: Of that forward, all of them.
+    """
+
+    def __init__(self, message: str, terms: Mapping[str, Tensor]) -> None:
+        super().__init__(message)
+        self.terms = terms
+
+
 @dataclass(frozen=True)
 class WeightSchedule:
     """Factor of a loss by step: a linear ramp from 0 to 1 over `ramp_steps`, and 0 from `stop_step` on."""
@@ -113,7 +126,8 @@ class Distiller(nn.Module):
             `teacher/TERM`; their sum is the training loss.
 
         Raises:
-            AcamkdError: A term is not finite, a tap did not fire, or the distillation does not reach the student.
+            NonFiniteError: A term is not finite.
+            AcamkdError: A tap did not fire, or the distillation does not reach the student.
         """
         factors = [schedule(step) for schedule in self.schedules]
         active = self._active = [
@@ -318,7 +332,8 @@ def _check_finite(terms: Mapping[str, Tensor], step: int) -> None:
     values = torch.stack([term.detach().float() for term in terms.values()])
     if not values.isfinite().all():
         bad = [f"{name} is {x}" for name, x in zip(terms, values.tolist(), strict=True) if not isfinite(x)]
-        raise AcamkdError(
+        raise NonFiniteError(
             f"step {step}: the loss is not finite, {', '.join(bad)}: "
-            "lower the learning rate or the loss's weight, or clip the gradient (train.clip)"
+            "lower the learning rate or the loss's weight, or clip the gradient (train.clip)",
+            terms,
         )

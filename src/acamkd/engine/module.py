@@ -13,8 +13,9 @@ from torch.optim import lr_scheduler
 from acamkd.config import Train
 from acamkd.data.base import seed_of
 from acamkd.data.loading import Pictures
-from acamkd.distiller import Distiller
+from acamkd.distiller import Distiller, NonFiniteError
 from acamkd.engine.metrics import Scorer
+from acamkd.models.base import Target
 
 
 class TrainingModule(L.LightningModule):
@@ -36,7 +37,9 @@ class TrainingModule(L.LightningModule):
         self.scores: dict[str, float] = {}
         """Figures of the last validation."""
         self.values: dict[str, float] = {}
-        """Loss, its terms and the losses' statistics in the last step."""
+        """Loss, its terms and the losses' statistics in the last step; empty where a term was not finite."""
+        self.faults: list[str] = []
+        """What was not finite in the batches of the current step."""
 
     def training_step(self, batch: tuple[Any, ...], batch_idx: int) -> Tensor:
         """Return the training loss of one batch.
@@ -49,18 +52,29 @@ class TrainingModule(L.LightningModule):
         # Every draw inside a step (dropout, a random mask, sampled boxes) is a function of the seed and the position.
         position = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
         torch.manual_seed(seed_of(self.config.seed, position, self.global_rank))
-        images, targets, *unlabelled = batch
-        student = self.distiller.student
-        terms: dict[str, Tensor] = self.distiller(student.prepare(images, targets), self.global_step)
-        statistics = self.distiller.statistics()
-        if unlabelled:
-            more = self.distiller(student.prepare(*unlabelled), self.global_step, labelled=False)
-            terms |= {name: (terms[name] + term) / 2 for name, term in more.items()}
+        try:
+            terms, statistics = self._terms(*batch)
+        except NonFiniteError as error:  # dealt with where all processes are behind their backward pass
+            self.values = {}
+            self.faults.append(str(error))
+            return torch.stack(list(error.terms.values())).sum() * torch.nan
         total = torch.stack(list(terms.values())).sum()
         found = {f"loss/{name}": term for name, term in terms.items()} | statistics | {"loss": total}
         numbers = torch.stack([value.detach().float() for value in found.values()]).tolist()
         self.values = dict(zip(found, numbers, strict=True))
         return total
+
+    def _terms(
+        self, images: list[Tensor], targets: list[Target], unlabelled: list[Tensor] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Loss terms, and the losses' statistics."""
+        student = self.distiller.student
+        terms: dict[str, Tensor] = self.distiller(student.prepare(images, targets), self.global_step)
+        statistics = self.distiller.statistics()
+        if unlabelled:
+            more = self.distiller(student.prepare(unlabelled), self.global_step, labelled=False)
+            terms |= {name: (terms[name] + term) / 2 for name, term in more.items()}
+        return terms, statistics
 
     def validation_step(self, batch: Pictures, batch_idx: int) -> None:
         """Collect the predictions of one batch."""

@@ -22,6 +22,7 @@ from acamkd.config import Train
 from acamkd.data.loading import Pictures
 from acamkd.engine.checkpoint import CheckpointFiles, Checkpoints
 from acamkd.engine.module import TrainingModule
+from acamkd.engine.nonfinite import NonFinite
 from acamkd.errors import AcamkdError
 from acamkd.models.weights import save_weights
 
@@ -182,6 +183,7 @@ def build_trainer(
     """
     folder = recorder.folder
     all_callbacks: list[Callback] = [
+        NonFinite(folder, skip=config.on_nonfinite == "skip"),
         recorder,
         *callbacks,
         Checkpoints(folder, config.checkpoint_every),

@@ -1,0 +1,118 @@
+"""NonFinite: what happens where a loss term or a gradient becomes NaN or infinite."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from acamkd.data.loading import PictureLoader, Pictures
+from acamkd.engine.module import TrainingModule
+from acamkd.errors import AcamkdError
+
+log = logging.getLogger(__name__)
+
+NONFINITE = "nonfinite"
+"""Folder of the batches in a run folder."""
+IN_A_ROW = 10
+"""More steps than this, one behind the other, are not left out: then it is not the pictures."""
+KEPT = 10
+"""At most this many batches are kept."""
+
+
+class NonFinite(Callback):
+    """Stops at a step whose loss or gradient is not finite, or leaves it out; the pictures are kept for a replay.
+
+    A step that is left out changes neither weights, optimizer nor batch norm's statistics; it counts as a step for the
+    schedules. Where several processes train, all of them see it at the same step: a process whose loss is not finite
+    lets NaN into the gradient that they share. In 16-mixed an infinite gradient alone is left to its scaler, which
+    leaves such steps out as a matter of course.
+
+    Args:
+        folder: The run folder.
+        skip: Leave such a step out; otherwise stop.
+    """
+
+    def __init__(self, folder: Path, *, skip: bool) -> None:
+        self.folder = folder / NONFINITE
+        self.skip = skip
+        self.skipped = 0
+        self.in_a_row = 0
+        self._window: list[tuple[int, Pictures]] = []
+        self._buffers: list[tuple[Tensor, Tensor]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Pictures, batch_idx: int
+    ) -> None:
+        """Remember the batches of a step and, where it may be left out, batch norm's statistics before it."""
+        assert isinstance(pl_module, TrainingModule)
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._window, pl_module.faults = [], []
+            if self.skip:
+                self._buffers = [(buffer, buffer.clone()) for buffer in pl_module.buffers()]
+        self._window.append((batch_idx, batch))
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Look at the gradient, which is the same in every process by now."""
+        assert isinstance(pl_module, TrainingModule)
+        faults = pl_module.faults
+        if trainer.precision == "16-mixed":
+            is_finite = not trainer.strategy.reduce_boolean_decision(bool(faults), all=False)
+        else:
+            is_finite = bool(nn.utils.clip_grad_norm_(pl_module.parameters(), math.inf).isfinite())  # clips nothing
+        if is_finite:
+            self.in_a_row = 0
+            return
+        self.skipped += 1
+        self.in_a_row += 1
+        text = self._describe(trainer, pl_module)
+        if not self.skip:
+            raise AcamkdError(text)
+        if self.in_a_row > IN_A_ROW:
+            raise AcamkdError(f"{text}\n  it is the {self.in_a_row}th step in a row that would have to be left out")
+        log.warning("%s; the step is left out, %d so far", text, self.skipped)
+        optimizer.zero_grad()  # to None: the optimizer's step passes over every parameter
+        for buffer, before in self._buffers:
+            buffer.copy_(before)
+
+    def _describe(self, trainer: L.Trainer, module: TrainingModule) -> str:
+        """What is wrong in this process, with which pictures."""
+        broken = [n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        text = "; ".join(module.faults) or (
+            f"step {trainer.global_step}: the gradient is not finite at {len(broken)} parameters "
+            f"({', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}), though every loss term of this process is"
+        )
+        loader = trainer.train_dataloader
+        assert isinstance(loader, PictureLoader)
+        names = [file.name for index, _ in self._window for file in loader.files(index)]
+        process = f"-process-{trainer.global_rank}" if trainer.world_size > 1 else ""
+        file = self.folder / f"step-{trainer.global_step}{process}.pt"
+        where = f"pictures {', '.join(names)}"
+        if self.skipped <= KEPT:
+            file.parent.mkdir(exist_ok=True)
+            images, unlabelled = (
+                [image.cpu() for _, batch in self._window for part in batch[place] for image in part]
+                for place in (slice(0, 1), slice(2, None))
+            )
+            targets = [{name: x.cpu() for name, x in each.items()} for _, batch in self._window for each in batch[1]]
+            torch.save(
+                {"images": images, "targets": targets, "unlabelled": unlabelled, "files": names, "fault": text}, file
+            )
+            where += f", kept in {file}"
+        return f"{text}; {where}"

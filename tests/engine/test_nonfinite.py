@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tiny
+from acamkd import config
+from acamkd.data.base import read_picture
+from acamkd.distiller import Distiller
+from acamkd.engine.nonfinite import IN_A_ROW, KEPT
+from acamkd.errors import AcamkdError
+from acamkd.jobs import distill
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_data(tmp_path_factory.mktemp("data"))
+
+
+class _Poison(torch.autograd.Function):
+    """Harmless on the way there, NaN on the way back."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:
+        return gradient * torch.nan
+
+
+def _poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], *, backwards: bool) -> None:
+    """Spoil ACAM's terms, or their gradients, in some steps."""
+    compare = Distiller._compare
+    monkeypatch.setattr("acamkd.jobs.write_report", lambda run: None)
+
+    def poisoned(self: Distiller, *arguments: Any) -> dict[str, Tensor]:
+        terms = compare(self, *arguments)
+        if arguments[-1].step not in steps:
+            return terms
+        return {name: _Poison.apply(x) if backwards else x * torch.inf for name, x in terms.items()}  # type: ignore[no-untyped-call]
+
+    monkeypatch.setattr(Distiller, "_compare", poisoned)
+
+
+TERM = r"step 1: the loss is not finite, segmentation_head.0/acam/channel is inf, .*acam/spatial is inf, .*: lower the"
+GRADIENT = (
+    r"step 1: the gradient is not finite at \d+ parameters \(distiller.student.net.encoder.*, \.\.\.\), though every"
+)
+
+
+@pytest.mark.parametrize(("backwards", "message"), [(False, TERM), (True, GRADIENT)])
+def test_the_run_stops_and_keeps_the_pictures(
+    backwards: bool, message: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _poison(monkeypatch, {1}, backwards=backwards)
+    raw, file = tiny.raw_recipe(root, epochs=1, batch_size=1, accumulate=2), tmp_path / "run/nonfinite/step-1.pt"
+    raw["data"]["augment"] = {"flip": 0}
+    with pytest.raises(AcamkdError, match=rf"{message}.*pictures \w+.jpg, \w+.jpg, kept in {file}$") as caught:
+        distill(config.parse(raw), out=tmp_path / "run")
+    kept = torch.load(file, weights_only=True)
+    assert kept["fault"] in str(caught.value)
+    assert len(kept["files"]) == len(kept["images"]) == len(kept["targets"]) == 2  # both batches of the step
+    for name, image in zip(kept["files"], kept["images"], strict=True):
+        assert torch.equal(image, read_picture(root / "images/train" / name))
+    assert not (tmp_path / "run/metrics.json").exists()
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_step_that_is_left_out_leaves_no_trace(
+    backwards: bool, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _poison(monkeypatch, {3}, backwards=backwards)
+    caplog.set_level(logging.WARNING, "acamkd")
+    folder, train = tmp_path / "run", {"epochs": 1, "batch_size": 2, "checkpoint_every": 1, "clip": 1.0}
+    distill(tiny.recipe(root, **train, on_nonfinite="skip"), out=folder)
+    assert "the step is left out, 1 so far" in caplog.text
+    after, before = (torch.load(folder / name, weights_only=True) for name in ("last.ckpt", "previous.ckpt"))
+    assert (before["global_step"], after["global_step"]) == (3, 4)
+    torch.testing.assert_close(
+        after["state_dict"], before["state_dict"], rtol=0, atol=0
+    )  # batch norm's statistics, too
+    states = [end["optimizer_states"][0]["state"] for end in (after, before)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert after["lr_schedulers"] != before["lr_schedulers"]  # it counts as a step
+
+
+def test_too_many_in_a_row_stop_the_run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _poison(monkeypatch, set(range(3, 99)), backwards=False)
+    with pytest.raises(AcamkdError, match=r"step 13: .*\n  it is the 11th step in a row"):
+        distill(tiny.recipe(root, epochs=2, batch_size=1, on_nonfinite="skip"), out=tmp_path / "run")
+    assert 3 + IN_A_ROW == 13
+    assert len(list((tmp_path / "run/nonfinite").iterdir())) == KEPT
