@@ -20,6 +20,7 @@ COMBINATIONS = Path(__file__).parents[1] / "recipes/combinations"
 
 ONLY_DETECTION = {"crosskd": "both torchvision RetinaNet", "fgd": "needs boxes, and segmentation has none"}
 
+BOXES = {f"head.regression_head.bbox_reg@{level}/fitnet/feature" for level in range(5)}
 
 TERMS: dict[str, tuple[Task, set[str]]] = {
     "mgd_segmentation": ("segmentation", {"encoder:5/mgd/generation", "segmentation_head.0/cwd/channel"}),
@@ -34,7 +35,12 @@ TERMS: dict[str, tuple[Task, set[str]]] = {
             f"backbone:{level}/freekd/{term}"
             for level in ("0", "1", "2", "p6", "p7")
             for term in ("frequency", "feature")
-        },
+        }
+        | BOXES,
+    ),
+    "maskd_retinanet": (
+        "detection",
+        {f"backbone:{level}/maskd/masked" for level in ("0", "1", "2", "p6", "p7")} | BOXES,
     ),
 }
 """What each combination adds to the loss, and for which task."""

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -12,6 +14,19 @@ def test_is_the_mean_squared_error() -> None:
     terms = FitNet(2, 2, weight=5.0)(student, teacher)
     assert list(terms) == ["feature"]
     assert terms["feature"].item() == pytest.approx(5 * (0 + 4 + 9 + 0) / 4)
+
+
+@pytest.mark.parametrize(
+    ("distance", "expected"), [("l1", (0 + 2 + 3 + 0.5) / 4), ("smooth_l1", (0 + 1.5 + 2.5 + 0.125) / 4)]
+)
+def test_other_distances(distance: Any, expected: float) -> None:
+    student = torch.tensor([1.0, 2.0, 3.0, 4.5]).view(1, 2, 1, 2)
+    teacher = torch.tensor([1.0, 0.0, 0.0, 4.0]).view(1, 2, 1, 2)
+    assert FitNet(2, 2, weight=2.0, distance=distance)(student, teacher)["feature"].item() == pytest.approx(
+        2 * expected
+    )
+    with pytest.raises(ValueError, match="distance must be one of 'mse', 'l1', 'smooth_l1', not 'l2'"):
+        FitNet(2, 2, distance="l2")  # type: ignore[arg-type]
 
 
 def test_gradient_by_hand() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from acamkd.losses.base import DistillationContext, FeatureLoss
-from acamkd.losses.functional import align_layer
+from acamkd.losses.functional import align_layer, check_choices
+
+DISTANCES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 
 
 class FitNet(FeatureLoss):
@@ -18,6 +20,9 @@ class FitNet(FeatureLoss):
     Paper: Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015.
 
     L = weight * mean_{n,c,p} (f(S) - T)^2, f a 1x1 convolution.
+
+    With `distance` l1 or smooth_l1, on the maps of a box head, it is the box imitation that the released configurations
+    of MasKD and FreeKD add to their methods.
 
     Deviations: the paper trains hints in a stage of their own and regresses with a convolution as large as the map
     needs; dense-prediction practice (MasKD's and FreeKD's code) adds the hint to the task loss and uses a 1x1
@@ -28,6 +33,7 @@ class FitNet(FeatureLoss):
         teacher_channels: C_t.
         weight: Factor of the loss. 1 is the plain mean; published detectors use 5 (RetinaNet), 10 (FCOS), 1 (Faster
             R-CNN) and 2 (Faster R-CNN from a cascade), available as presets.
+        distance: `mse`; `l1`, the mean |f(S) - T|; or `smooth_l1`, quadratic up to a difference of 1.
         align: Project the student even where the channels agree, as the published detection settings do.
     """
 
@@ -39,12 +45,20 @@ class FitNet(FeatureLoss):
     }
 
     def __init__(
-        self, student_channels: int, teacher_channels: int, *, weight: float = 1.0, align: bool = False
+        self,
+        student_channels: int,
+        teacher_channels: int,
+        *,
+        weight: float = 1.0,
+        distance: Literal["mse", "l1", "smooth_l1"] = "mse",
+        align: bool = False,
     ) -> None:
         super().__init__(student_channels, teacher_channels)
+        check_choices(FitNet.__init__, distance=distance)
         self.weight = weight
+        self.distance = distance
         self.align = align_layer(student_channels, teacher_channels, align)
 
     def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
         """Return `feature`: see the class."""
-        return {"feature": self.weight * F.mse_loss(self.align(student), teacher)}
+        return {"feature": self.weight * DISTANCES[self.distance](self.align(student), teacher)}

@@ -117,7 +117,7 @@ class FreeKD(FeatureLoss):
     the three levels for the three orientations, so that its sets belong to levels, and the orientations of a level
     share the masks that the sum of their bands gives. `token_axis: level` is that code; `orientation` is the paper:
     set o masks orientation o at every level, M_{j,o,t} = sigmoid(<E_{o,t}, B_{j,o}(T)>). The released configuration
-    also imitates the box predictions, which is no part of the method and is left out here.
+    also imitates the box predictions: a loss of its own, see `recipes/combinations/freekd_retinanet.yaml`.
 
     Args:
         student_channels: C_s.

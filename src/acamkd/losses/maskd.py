@@ -70,8 +70,9 @@ class MasKD(FeatureLoss):
 
     Deviations: the official segmentation code adds 1e-5 to each denominator and halves the loss; here the denominator
     is clamped instead, and the half is in the preset's weight. Its auxiliary head takes 0.4 of that weight. The
-    released detection configurations also imitate the box predictions (all but FCOS), which is no part of the method
-    and is left out here. They freeze the tokens by a zero learning rate, which gives the same numbers.
+    released detection configurations also imitate the box predictions (all but FCOS): a loss of its own, see
+    `recipes/combinations/maskd_retinanet.yaml`. They freeze the tokens by a zero learning rate, which gives the same
+    numbers.
 
     Args:
         student_channels: C_s.
