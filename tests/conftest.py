@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from browser import Browser, screenshots
+
 torch.set_num_threads(1)
 
 
@@ -24,3 +26,12 @@ def _logging() -> Iterator[None]:
     yield
     log.setLevel(level)
     log.handlers = handlers
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A real browser; tests that ask for it are skipped where there is none."""
+    folder = tmp_path_factory.mktemp("browser")
+    found = Browser(folder / "profile", screenshots(folder / "screenshots"))
+    yield found
+    found.driver.quit()

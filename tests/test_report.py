@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import base64
+import copy
+import dataclasses
 import io
 import json
 import re
 import shutil
-import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,22 +17,25 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from selenium.webdriver.common.keys import Keys
 from torch import Tensor, nn
 
 import tiny
 from acamkd import cli
 from acamkd.data.coco import CocoDetection
 from acamkd.data.scenes import write_scenes
+from acamkd.distiller import Distiller
 from acamkd.engine import REPLAY
+from acamkd.engine.replay import look, see_teacher
 from acamkd.errors import AcamkdError
 from acamkd.jobs import distill, train
+from acamkd.losses import FGD, MasKD
 from acamkd.models.base import Prediction
 from acamkd.models.segmentation import Segmenter
 from acamkd.report import charts, gain, masks, pictures, write_report
 from acamkd.report.cost import cost
 from acamkd.runs import open_run
-
-CHROMIUM = "/usr/bin/chromium"
+from browser import Browser
 
 
 @pytest.fixture(scope="module")
@@ -147,57 +152,87 @@ def test_what_cannot_be_reported_is_refused(runs: Path, tmp_path: Path) -> None:
         write_report(open_run(other))
 
 
-PROBE = """<script>
-addEventListener("load", () => {
-  const mask = document.getElementById("mask"), slider = document.getElementById("epoch"), seen = {};
-  for (const epoch of [0, 2]) {
-    slider.value = epoch;
-    slider.dispatchEvent(new Event("input"));
-    seen[epoch] = [mask.toDataURL(), mask.getAttribute("aria-label"), document.getElementById("when").textContent];
-  }
-  document.querySelectorAll("#units button")[2].click();
-  seen.unit = [mask.toDataURL(), mask.getAttribute("aria-label")];
-  const wide = [...document.querySelectorAll("main *")].filter((each) => !each.closest("pre, svg") &&
-    each.getBoundingClientRect().right > document.documentElement.clientWidth + 1).length;
-  document.body.dataset.probe = JSON.stringify({
-    seen, wide, hash: HASH, width: document.documentElement.clientWidth, scroll: document.documentElement.scrollWidth,
-  });
-});
-</script>
-<script>HASH = document.getElementById("when").textContent;</script>"""
+# The canvas, what is read aloud of it, and the time beside the slider.
+SHOWN = """
+const mask = document.getElementById("mask"), when = document.getElementById("when");
+return [mask.toDataURL(), mask.getAttribute("aria-label"), when.textContent];
+"""
 
 
-@pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"there is no {CHROMIUM}")
-def test_a_real_browser_shows_another_picture_at_another_epoch(runs: Path, tmp_path: Path) -> None:
-    page = tmp_path / "probed.html"
-    page.write_text(_text(runs / "distilled").replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={tmp_path / 'profile'}", "--window-size=390,844", "--enable-logging=stderr", "--dump-dom",
-        f"{page.as_uri()}#epoch=1&picture=1",
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert "CONSOLE" not in result.stderr
-    [body] = [attrs for tag, attrs in _tags(result.stdout) if tag == "body"]
-    probe = json.loads(body["data-probe"])
-    seen = probe["seen"]
-    assert probe["hash"] == "epoch 1"
-    assert seen["0"][0] != seen["2"][0]
-    assert (seen["0"][2], seen["2"][2]) == ("start", "epoch 2")
-    assert "spatial, mask 1, segmentation_head.0, over 00002.jpg, epoch 2: mean" in seen["2"][1]
-    assert "mask 2" in seen["unit"][1]
-    assert seen["unit"][0] != seen["2"][0]
-    assert probe["scroll"] == probe["width"] <= 500  # Chromium's own least width
-    assert probe["wide"] == 0
+def test_a_browser_opens_the_page_and_fetches_nothing(runs: Path, browser: Browser) -> None:
+    for run in ("distilled", "alone"):
+        page = runs / run / "report.html"
+        browser.requests()
+        for width, scheme in ((1100, "light"), (1100, "dark"), (390, "light")):
+            browser.open(page, width=width, scheme=scheme)
+            assert browser.console() == []
+            assert browser.run("return document.documentElement.scrollWidth") == width
+            ratio, text = browser.faintest()
+            assert ratio >= 4.5, (scheme, text)
+            browser.shoot(f"report-{run}-{scheme}-{width}")
+        assert browser.requests() == [page.as_uri()] * 3
 
 
-def _tags(text: str) -> list[tuple[str, dict[str, str]]]:
-    parser = _Page.__new__(_Page)
-    HTMLParser.__init__(parser)
-    parser.tags = []
-    parser.feed(text)
-    return parser.tags
+def test_the_keys_move_the_slider_and_the_picture(runs: Path, browser: Browser) -> None:
+    browser.open(runs / "distilled/report.html", fragment="#epoch=2&picture=1")
+    slider = browser.driver.find_element("id", "epoch")
+    last, said, when = browser.run(SHOWN)
+    assert when == "epoch 2"
+    assert "spatial, mask 1, segmentation_head.0, over 00002.jpg, epoch 2: mean" in said
+    slider.send_keys(Keys.ARROW_LEFT)
+    before, _, when = browser.run(SHOWN)
+    assert (when, slider.get_attribute("aria-valuetext")) == ("epoch 1", "epoch 1")
+    slider.send_keys(Keys.HOME)
+    first, _, when = browser.run(SHOWN)
+    assert when == "start"
+    assert len({last, before, first}) == 3
+    other_mask = browser.driver.find_elements("css selector", "#units button")[2]
+    other_mask.send_keys(Keys.ENTER)
+    assert "mask 2" in browser.run(SHOWN)[1]
+    assert browser.run(SHOWN)[0] != first
+    assert browser.console() == []
+
+
+def test_the_page_plays_the_epochs(runs: Path, browser: Browser) -> None:
+    browser.open(runs / "distilled/report.html")
+    browser.run("""
+        const when = document.getElementById("when");
+        window.shown = [];
+        new MutationObserver(() => window.shown.push(when.textContent)).observe(when, {childList: true});
+    """)
+    play = browser.driver.find_element("id", "play")
+    play.send_keys(Keys.ENTER)
+    deadline = time.monotonic() + 30
+    while play.get_attribute("aria-label") == "pause" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert browser.run("return window.shown") == ["start", "epoch 1", "epoch 2"]
+
+
+def test_masks_of_other_methods_are_shown_too(runs: Path, browser: Browser, tmp_path: Path) -> None:
+    folder = shutil.copytree(runs / "distilled", tmp_path / "run")
+    student = Segmenter(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, stride=4)), 4).eval()
+    boxes = [{"boxes": torch.tensor([[8.0, 8, 40, 24]])}] * 4
+    batch = dataclasses.replace(student.prepare([torch.rand(3, 64, 64)] * 4), targets=boxes)
+    moments = []
+    for _ in range(2):
+        losses = [MasKD(4, 4, num_tokens=3), FGD(4, 4)]
+        distiller = Distiller(student, copy.deepcopy(student), [("0", "0")] * 2, losses)
+        moments.append(look(distiller, batch, see_teacher(distiller, batch)))
+    stacked = {name: np.stack([moment[name] for moment in moments]) for name in moments[0]}
+    np.savez(folder / REPLAY, epoch=np.arange(2), pictures=np.arange(4), **stacked)  # type: ignore[arg-type]
+    browser.open(write_report(open_run(folder)))
+    levels = browser.driver.find_elements("css selector", "#level option")
+    assert [level.text for level in levels] == ["0 (maskd)", "0 (fgd)"]
+    seen = {}
+    for level in levels:
+        level.click()
+        for kind in browser.driver.find_elements("css selector", "#kind option"):
+            if kind.is_displayed():
+                kind.click()
+            seen[browser.run('return document.getElementById("mask-title").textContent')] = browser.run(SHOWN)[0]
+    assert list(seen) == ["spatial mask 1, 0", "background mask 1, 0", "foreground mask 1, 0"]
+    assert len(set(seen.values())) == 3
+    assert browser.console() == []
 
 
 @pytest.mark.parametrize(

@@ -208,15 +208,16 @@ def export(
     epilog=_examples(
         "acamkd predict runs/camvid/distilled street.jpg",
         "acamkd predict runs/bccd/distilled/export/student.onnx pictures/ --out found --score 0.5",
+        "acamkd predict runs/camvid/distilled/export/student.onnx drive.mp4",
     )
 )
 def predict(
     model: Annotated[Path, typer.Argument(metavar="RUN|MODEL.onnx", help="Run folder, or an exported file.")],
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A picture, or a folder of pictures.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A picture, a folder of pictures, or a video.")],
     out: Annotated[Path | None, typer.Option(help="Output folder, instead of `predictions` beside the model.")] = None,
     score: Annotated[float, typer.Option(min=0, max=1, help="Detections below this score are left out.")] = 0.3,
 ) -> None:
-    """Predict on pictures: overlays, and boxes as JSON or masks as PNG."""
+    """Predict on pictures or a video: overlays, and boxes as JSON or masks as PNG."""
     from acamkd.predict import predict as job
 
     job(model, source, out=out, score=score)
@@ -335,7 +336,7 @@ def _print_comparison(rows: Sequence[Row], results: Path) -> None:
         )  # fmt: skip
     console = Console()
     console.print(table)
-    console.print(f"{results}: comparison.md, comparison.json, comparison.png", soft_wrap=True)
+    console.print(f"{results}: comparison.html, comparison.md, comparison.json, comparison.png", soft_wrap=True)
 
 
 @app.command(

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -11,7 +10,7 @@ from acamkd import cli, compare, config
 from acamkd.compare import Cell, plan, run_cell, tabulate
 from acamkd.errors import AcamkdError
 from acamkd.jobs import Batches
-from tiny_recipes import write_recipe
+from tiny_recipes import fake, write_recipe
 
 METHODS = {"acam": {"losses.0.name": "acam", "losses.0.num_masks": 2}, "longer": {"losses": [], "train.epochs": 2}}
 
@@ -24,18 +23,6 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def names(cells: list[Cell]) -> list[str]:
     return [cell.name for cell in cells]
-
-
-def fake(cell: Cell, results: Path, score: float, **more: Any) -> None:
-    """What a cell of this score would have left."""
-    results.mkdir(exist_ok=True)
-    content = {
-        "method": cell.method, "setting": cell.setting, "seed": cell.seed, "recipe": cell.key, "metric": "mIoU",
-        "losses": [loss.model_dump(mode="json") for loss in cell.recipe.losses], "data": {"train": "a", "val": "b"},
-        "teacher": {"sha256": "c" * 64, "mIoU": 50.0} if cell.recipe.losses else None,
-        "history": [score], "final": {"mIoU": score}, "masks": {}, "wall_time": 120.0, **more,
-    }  # fmt: skip
-    (results / f"{cell.name}.json").write_text(json.dumps(content))
 
 
 def test_a_plan_goes_seed_by_seed_with_the_student_alone(recipe: Path, tmp_path: Path) -> None:
@@ -156,7 +143,7 @@ def test_the_command_runs_what_is_missing_each_in_its_own_process(
     assert "none-seed0: mIoU" in done
     assert json.loads((results / "none-seed0.json").read_text())["recipe"] == cells[0].key
     assert {path.name for path in results.glob("comparison.*")} == {
-        "comparison.md", "comparison.json", "comparison.png",
+        "comparison.html", "comparison.md", "comparison.json", "comparison.png",
     }  # fmt: skip
     rows = json.loads((results / "comparison.json").read_text())["rows"]
     assert {row["method"]: row["n"] for row in rows} == {"none": 3, "acam": 3, "fitnet": 3}

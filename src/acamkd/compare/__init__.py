@@ -169,7 +169,7 @@ def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results:
             odd = [cell.name for cell, value in zip(done_cells, values, strict=True) if value not in (usual, None)]
             raise AcamkdError(f"the cells in {results} do not share their {what}: remove {', '.join(odd)}")
     rows = summarize(found)
-    tables.write(results, rows, found, f"Comparison on {recipe.name}")
+    tables.write(results, recipe, rows, found)
     return rows
 
 

@@ -17,6 +17,9 @@ LEVEL = 0.05
 SEEDS_NEEDED = 3
 RESAMPLES = 9999
 
+STATISTICS = ("", "_std", "_entropy", "_overlap", "_correlation")
+"""Endings of the columns that tell how masks move, after KIND_mask."""
+
 
 @dataclass(frozen=True)
 class Paired:
@@ -135,3 +138,31 @@ def _verdict(gain: Paired, p: float | None) -> Verdict:
     if p < LEVEL and gain.high < 0:
         return "harm"
     return "no evidence"
+
+
+def final_means(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+    """Every figure of the last epoch but the metric -> its mean over the seeds, method by method in the rows' order."""
+    means: dict[str, list[float | None]] = {}
+    for name in (name for name in cells[0]["final"] if name != cells[0]["metric"]):
+        means[name] = []
+        for row in rows:
+            values = [cell["final"].get(name) for cell in cells if cell["method"] == row.method]
+            known = [value for value in values if value is not None and value == value]
+            means[name].append(float(np.mean(known)) if known else None)
+    return means
+
+
+def mask_courses(
+    rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]
+) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """(method, kind of masks) -> statistic -> its mean over seeds and layers, epoch by epoch."""
+    found: dict[tuple[str, str], dict[str, list[list[float]]]] = {}
+    for row in rows:
+        for cell in (cell for cell in cells if cell["method"] == row.method):
+            for column, course in cell["masks"].items():
+                kind, _, statistic = column.rpartition("/")[2].partition("_mask")
+                found.setdefault((row.method, kind), {}).setdefault(statistic, []).append(course)
+    return {
+        masks: {name: np.mean(np.array(courses, dtype=float), axis=0).tolist() for name, courses in statistics.items()}
+        for masks, statistics in found.items()
+    }

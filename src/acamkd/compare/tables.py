@@ -1,4 +1,4 @@
-"""The outcome of a comparison on paper: Markdown, JSON and a figure."""
+"""The outcome of a comparison: Markdown, JSON, a figure and a page."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from acamkd import config
 from acamkd.compare.cells import NONE
-from acamkd.compare.statistics import Paired, Row
+from acamkd.compare.page import write_page
+from acamkd.compare.statistics import STATISTICS, Paired, Row, final_means, mask_courses
 from acamkd.runs import write_json, write_text
 
 DASH = "-"
-STATISTICS = ("", "_std", "_entropy", "_overlap", "_correlation")
-"""Endings of the columns that tell how masks move, after KIND_mask."""
 
 
-def write(results: Path, rows: Sequence[Row], cells: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Write comparison.md, comparison.json and comparison.png."""
+def write(results: Path, recipe: config.Recipe, rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> None:
+    """Write comparison.md, .json, .png and .html."""
     metric = cells[0]["metric"]
-    write_text(results / "comparison.md", f"# {title}\n\n{markdown(rows, cells)}")
+    write_text(results / "comparison.md", f"# Comparison on {recipe.name}\n\n{markdown(rows, cells)}")
     write_json(results / "comparison.json", {"metric": metric, "rows": [asdict(row) for row in rows]})
     figure(results / "comparison.png", rows, cells, metric)
+    write_page(results / "comparison.html", recipe, rows, cells)
 
 
 def markdown(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> str:
@@ -66,32 +67,19 @@ def _difference(paired: Paired) -> str:
 
 
 def _classes(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Every other figure of the last epoch, mean over the seeds."""
-    names = [name for name in cells[0]["final"] if name != cells[0]["metric"]]
     lines = ["## By class and size", "", f"| | {' | '.join(f'`{row.method}`' for row in rows)} |"]
     lines.append("|---" * (len(rows) + 1) + "|")
-    for name in names:
-        means = []
-        for row in rows:
-            values = [cell["final"].get(name) for cell in cells if cell["method"] == row.method]
-            known = [value for value in values if value is not None and value == value]
-            means.append(f"{np.mean(known):.1f}" if known else DASH)
-        lines.append(f"| {name} | {' | '.join(means)} |")
+    for name, means in final_means(rows, cells).items():
+        lines.append(f"| {name} | {' | '.join(DASH if mean is None else f'{mean:.1f}' for mean in means)} |")
     return lines
 
 
 def _masks(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How the masks moved: every statistic in the first, the middle and the last epoch, mean over seeds and layers."""
-    lines = []
-    for row in rows:
-        courses: dict[str, list[Sequence[float | None]]] = {}
-        for cell in cells:
-            for name, course in cell["masks"].items() if cell["method"] == row.method else ():
-                courses.setdefault(name.rpartition("/")[2], []).append(course)
-        kinds = dict.fromkeys(name.partition("_mask")[0] for name in courses)
-        for kind in kinds:
-            figures = [_course(courses.get(f"{kind}_mask{statistic}", ())) for statistic in STATISTICS]
-            lines.append(f"| `{row.method}` | {kind} | {' | '.join(figures)} |")
+    """How the masks moved: every statistic in the first, the middle and the last epoch."""
+    lines = [
+        f"| `{method}` | {kind} | {' | '.join(_course(courses.get(statistic)) for statistic in STATISTICS)} |"
+        for (method, kind), courses in mask_courses(rows, cells).items()
+    ]
     if not lines:
         return []
     columns = [statistic.removeprefix("_") or "mean" for statistic in STATISTICS]
@@ -99,11 +87,10 @@ def _masks(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> list[str]
     return [*head, "|---" * (len(columns) + 2) + "|", *lines]
 
 
-def _course(courses: Sequence[Sequence[float | None]]) -> str:
-    if not courses:
+def _course(means: Sequence[float] | None) -> str:
+    if means is None:
         return DASH
-    mean = np.mean(np.array(courses, dtype=float), axis=0)
-    return ", ".join(f"{mean[epoch]:.3g}" for epoch in (0, len(mean) // 2, -1))
+    return ", ".join(f"{means[epoch]:.3g}" for epoch in (0, len(means) // 2, -1))
 
 
 def figure(file: Path, rows: Sequence[Row], cells: Sequence[Mapping[str, Any]], metric: str) -> None:

@@ -76,7 +76,7 @@ def write_report(run: Run, alone: Run | None = None) -> Path:
     before = networks.get(ALONE, networks.get(TEACHER)) if own == DISTILLED else None
     history = read_history(run.folder / "history.csv")
     replay = load_replay(run.folder / REPLAY) if (run.folder / REPLAY).is_file() else None
-    page = _environment().get_template("report.html.jinja").render(
+    page = environment().get_template("report.html.jinja").render(
         run=run,
         recipe=recipe,
         recipe_text=(run.folder / RECIPE).read_text(encoding="utf-8"),
@@ -104,14 +104,15 @@ def write_report(run: Run, alone: Run | None = None) -> Path:
     return file
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """The templates of the pages, with their filters."""
+    found = Environment(
         loader=PackageLoader("acamkd.report", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["signed"] = lambda value: f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
-    environment.filters["si"] = _si
-    return environment
+    found.filters["signed"] = lambda value: f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+    found.filters["si"] = _si
+    return found
 
 
 def _si(count: float) -> str:

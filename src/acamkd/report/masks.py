@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,11 +85,11 @@ def load_replay(file: Path) -> MaskReplay:
             for title, values in (("mean", figures[:, 0]), ("variation", figures[:, 1]),
                                   ("diversity", 1 - figures[:, 2])):  # fmt: skip
                 curves.setdefault(f"{what} masks: {title}", {})[layer] = list(zip(epochs, values.tolist(), strict=True))
-    charts = [
-        draw(title, lines, limits=(0, 1), bands=((0, CLOSED), (OPEN, 1)))
-        if title.endswith("mean")
-        else draw(title, lines)
-        for title, lines in curves.items()
-    ]
     data = {"epochs": epochs, "levels": list(levels.values())}
-    return MaskReplay(data, arrays["pictures"].tolist(), verdicts, charts)
+    return MaskReplay(data, arrays["pictures"].tolist(), verdicts, mask_charts(curves))
+
+
+def mask_charts(curves: Mapping[str, Mapping[str, Points]]) -> list[Chart]:
+    """Charts of titles `KIND masks: STATISTIC`; where means lie in a shaded range, masks have collapsed."""
+    ranges: dict[str, Any] = {"limits": (0, 1), "bands": ((0, CLOSED), (OPEN, 1))}
+    return [draw(title, lines, **(ranges if title.endswith("mean") else {})) for title, lines in curves.items()]

@@ -168,7 +168,8 @@
   byId("play").addEventListener("click", () => {
     const stop = () => { playing = clearInterval(playing) || 0; byId("play").textContent = "▶"; byId("play").setAttribute("aria-label", "play"); };
     if (playing) return stop();
-    if (state.moment === data.epochs.length - 1) state.moment = -1;
+    if (state.moment === data.epochs.length - 1) state.moment = 0;
+    show();
     byId("play").textContent = "❚❚";
     byId("play").setAttribute("aria-label", "pause");
     playing = setInterval(() => {
