@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,15 @@ def test_the_loop_trains_the_student_and_the_selection_units() -> None:
     assert all(parameter.grad is not None for parameter in scope["acam"].parameters())
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert torch.isfinite(scope["loss"])
+
+
+def test_a_loop_of_ones_own_needs_no_lightning() -> None:
+    script = (
+        "import sys, acamkd.losses; from acamkd import Distiller, FeatureTap, build_distiller; "
+        "print({'torch', 'lightning'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "{'torch'}\n"
 
 
 def test_the_saved_student_needs_nothing_of_acamkd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
