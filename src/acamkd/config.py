@@ -214,6 +214,8 @@ class Train(Section):
     """Batches per optimisation step."""
     clip: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the whole gradient."""
+    sync_batchnorm: bool = False
+    """Batch norm takes its statistics from the pictures of all GPUs, rather than from those of its own."""
     seed: Annotated[int, Field(ge=0)] = 0
     eval_every: Positive = 1
     """Epochs between two evaluations; must divide `epochs`, so that the last one is evaluated."""

@@ -197,6 +197,7 @@ def build_trainer(
         max_epochs=config.epochs,
         accumulate_grad_batches=config.accumulate,
         gradient_clip_val=config.clip,
+        sync_batchnorm=config.sync_batchnorm,
         check_val_every_n_epoch=config.eval_every,
         num_sanity_val_steps=0,
         log_every_n_steps=1,

@@ -1,0 +1,58 @@
+"""docs/networks.md says what is built."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from test_recipes import rows
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/networks.md").read_text(encoding="utf-8")
+TABLE = {row["network"]: row for row in rows(PAGE, "network")}
+networks: Any = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks/networks.py")))
+
+
+def test_every_network_of_the_recipes_is_in_the_table() -> None:
+    assert list(TABLE) == list(networks.networks())
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_parameters(name: str) -> None:
+    task, section = networks.networks()[name]
+    model = networks.build(section, task)
+    assert networks.parameters(model) == TABLE[name]["million parameters"]
+    if reported := TABLE[name]["reported"]:
+        # MMDetection counts no frozen parameter, and has no rows for background.
+        frozen = [p for part in ("conv1", "bn1", "layer1") for p in getattr(model.backbone, part).parameters()]
+        background = 9 * (9 * 256 + 1) if section.arch == "retinanet" else 4 * (1024 + 1)
+        counted = sum(p.numel() for p in model.net.parameters()) - sum(p.numel() for p in frozen) - background
+        assert f"{counted / 1e6:.1f}" == reported.split(",")[0]
+
+
+def test_operations_of_the_smallest_network() -> None:
+    """By hand: a convolution of K x K x C_in to C_out at H x W is K K C_in C_out H W multiplications."""
+    task, section = networks.networks()["pspnet, tu-resnet18"]
+    model = networks.build(section, task)
+    seen: list[int] = []
+    for module in model.net.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(
+                lambda conv, _, output: seen.append(conv.weight[0].numel() * output[0].numel())
+            )
+    cost = networks.forward_cost(model, networks.TESTED[task])
+    assert cost == 2 * sum(seen)
+    assert f"{cost / 2e9:.0f}" == TABLE["pspnet, tu-resnet18"]["GMAC"]
+
+
+def test_hours_are_operations_times_pictures() -> None:
+    for row in rows(PAGE, "recipe"):
+        recipe = networks.recipes()[row["recipe"]]
+        operations = sum(float(row[part]) for part in ("student", "teacher", "losses")) * 1e12
+        hours = networks.pictures(recipe) * operations / networks.RATE / 8 / 3600
+        assert hours == pytest.approx(float(row["hours"]), abs=0.06)
