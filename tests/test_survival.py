@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 import tiny
 from acamkd import config, engine
+from acamkd.data import base
 from acamkd.data.loading import Pictures
 from acamkd.engine import TrainingModule
 from acamkd.errors import AcamkdError
@@ -218,3 +220,36 @@ def test_every_schedule_can_be_read_back_without_code(name: str, root: Path, tmp
     raw = tiny.raw_recipe(root, epochs=1, schedule=schedule, optimizer=optimizer)
     train(config.parse(raw), out=tmp_path / "run")
     assert engine.find_checkpoint(tmp_path / "run") == tmp_path / "run" / engine.CHECKPOINT
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_death_of_a_loading_process_names_its_picture(
+    split: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = sorted((root / f"images/{split}").iterdir())[2]
+    original = base.read_picture
+
+    def deadly(picture: Path) -> Tensor:
+        if picture == file and get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory runs out
+        return original(picture)
+
+    monkeypatch.setattr(base, "read_picture", deadly)
+    with pytest.raises(AcamkdError, match=rf"loads pictures .*; the last that it read was {file}\. If memory ran out"):
+        train(config.parse(_raw(root, workers=1)), out=tmp_path / "run")
+
+
+def test_pictures_that_vanish_end_the_run_with_one_message(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tiny.write_data(tmp_path / "data")
+
+    def remove(self: TrainingModule) -> None:
+        for file in (data / "images/train").iterdir():
+            file.unlink()
+
+    monkeypatch.setattr(TrainingModule, "on_train_epoch_end", remove)
+    with pytest.raises(
+        AcamkdError, match=r"run: the training stopped: .*No such file.*images/train.* --resume goes on"
+    ):
+        train(config.parse(_raw(data, workers=1)), out=tmp_path / "run")

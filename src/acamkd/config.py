@@ -207,6 +207,7 @@ class Train(Section):
     """Optimisation steps that count as one epoch; nothing = one pass over the training pictures. What is published by
     iterations is written so: 40,000 of them, evaluated every 4,000, are 10 epochs of 4,000 steps."""
     batch_size: Positive = 8
+    """Pictures per device and batch."""
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
@@ -215,7 +216,7 @@ class Train(Section):
     clip: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the whole gradient."""
     sync_batchnorm: bool = False
-    """Batch norm takes its statistics from the pictures of all GPUs, rather than from those of its own."""
+    """Batch norm takes its statistics over the pictures of all devices, rather than over those of its own."""
     seed: Annotated[int, Field(ge=0)] = 0
     eval_every: Positive = 1
     """Epochs between two evaluations; must divide `epochs`, so that the last one is evaluated."""
@@ -226,6 +227,10 @@ class Train(Section):
     """Optimisation steps between two checkpoints within an epoch; nothing = only at the ends of epochs."""
     accelerator: str = "auto"
     devices: int | Literal["auto"] = "auto"
+    """Of each node; each takes batches of `batch_size`."""
+    num_nodes: Positive = 1
+    strategy: str = "auto"
+    """How devices work together, by Lightning's names."""
 
     @model_validator(mode="after")
     def _check(self) -> Train:

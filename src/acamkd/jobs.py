@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor, distributed, nn
 
 from acamkd import __version__, config, data, models
 from acamkd.calibrate import adopt, calibrate
@@ -28,7 +27,6 @@ from acamkd.engine import (
     Scorer,
     TrainingModule,
     build_trainer,
-    check_devices,
     find_checkpoint,
     score,
 )
@@ -115,7 +113,8 @@ def distill(
     folder, losses = Path(out) if out else default_folder(recipe, "distilled"), recipe.losses
     if resume and (folder / RECIPE).is_file():
         losses = adopt(losses, config.load(folder / RECIPE).losses)
-    losses = calibrate(student, teacher, losses, batches.train)
+    with data.naming_pictures(batches.train):
+        losses = calibrate(student, teacher, losses, batches.train)
     distiller = build_distiller(student, teacher, losses, batches.steps_per_epoch)
     if batches.mixed is not batches.train:
         distiller.check_unlabelled()
@@ -157,7 +156,7 @@ class Batches:
         seed, size, workers = recipe.train.seed, recipe.train.batch_size, recipe.data.workers
         steps, accumulate = recipe.train.steps_per_epoch, recipe.train.accumulate
         source = data.resolve(recipe.data, recipe.task)
-        splits = {
+        self.splits = splits = {
             split: data.build(source, recipe.task, split, seed=seed, augment=split == "train")
             for split in ("train", "val")
         }
@@ -177,7 +176,7 @@ class Batches:
             self.fingerprint["unlabelled"] = more.fingerprint()
             self.mixed = shuffled(data.WithUnlabelled(splits["train"], more))
             log.info("%d unlabelled pictures, which only the distillation sees", len(more))
-        self.val: DataLoader[Any] = data.loader(splits["val"], size, workers, shuffle=False, seed=seed)
+        self.val = data.loader(splits["val"], size, workers, shuffle=False, seed=seed)
         self.steps_per_epoch = -(-len(self.train) // accumulate)
         self.scorer = Scorer(recipe.task, self.classes)
         self.resolved = recipe.model_copy(update={"data": source.model_copy(update={"classes": self.classes})})
@@ -209,28 +208,31 @@ def _score_teacher(teacher: TaskModel, batches: Batches) -> dict[str, float]:
 def _fit(run: Run, distiller: Distiller, batches: Batches, *, resume: bool, overwrite: bool) -> Run:
     """Train into the run folder."""
     recipe, metric = run.recipe, METRICS[run.recipe.task]
-    check_devices(recipe.train)
-    goes_on = run.create(resume=resume, overwrite=overwrite)
-    handler = logging.FileHandler(run.folder / LOG, encoding="utf-8")
+    recorder = Recorder(run.folder, run.weights.name, metric)
+    watching = [Replay(run.folder, batches.splits["val"])] if distiller.losses else []
+    trainer = build_trainer(recipe.train, recorder, progress=sys.stdout.isatty(), callbacks=watching)
+    is_first = trainer.is_global_zero  # of several processes, it alone writes and speaks
+    goes_on = run.create(resume=resume, overwrite=overwrite) if is_first else resume and run.has_checkpoint
+    handler = logging.FileHandler(run.folder / LOG, encoding="utf-8") if is_first else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     package = logging.getLogger("acamkd")
     level = package.level
-    package.setLevel(logging.INFO)  # the file is to be complete, whatever a program around this wants on its screen
+    # The file is to be complete, whatever a program around this wants on its screen.
+    package.setLevel(logging.INFO if is_first else logging.ERROR)
     package.addHandler(handler)
     try:
         if resume and not goes_on:
             log.warning("%s has no finished epoch to resume from: it starts anew", run.folder)
         checkpoint = find_checkpoint(run.folder) if goes_on else None
-        teacher_scores = _score_teacher(distiller.teacher, batches) if distiller.losses else {}
+        with data.naming_pictures(batches.val):
+            teacher_scores = _score_teacher(distiller.teacher, batches) if distiller.losses else {}
         teacher_hash = _hash(distiller.teacher.net) if distiller.losses else None
-        recorder = Recorder(run.folder, run.weights.name, metric)
-        watching = [Replay(run.folder, batches.val.dataset)] if distiller.losses else []  # type: ignore[arg-type]
-        trainer = build_trainer(recipe.train, recorder, progress=sys.stdout.isatty(), callbacks=watching)
         torch.manual_seed(recipe.train.seed)
         module = TrainingModule(distiller, recipe.train, batches.scorer)
         on_interrupt = signal.getsignal(signal.SIGINT)
         try:
-            trainer.fit(module, batches.mixed, batches.val, ckpt_path=checkpoint)
+            with data.naming_pictures(batches.mixed, batches.val):
+                trainer.fit(module, batches.mixed, batches.val, ckpt_path=checkpoint)
         except SystemExit as end:
             done = len(recorder.history)
             if end.code == TERMINATED:
@@ -242,6 +244,10 @@ def _fit(run: Run, distiller: Distiller, batches: Batches, *, resume: bool, over
             raise KeyboardInterrupt from None
         if distiller.losses and _hash(distiller.teacher.net) != teacher_hash:
             raise RuntimeError("the teacher changed during training")
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()  # what follows is for the first process alone
+        if not is_first:
+            return run
         metrics = {
             "task": recipe.task,
             "metric": metric,
@@ -253,14 +259,14 @@ def _fit(run: Run, distiller: Distiller, batches: Batches, *, resume: bool, over
             "seed": recipe.train.seed,
             "data": batches.fingerprint,
             "device": str(module.device),
+            "processes": trainer.world_size,
             "machine": platform.processor() or platform.machine(),
             "versions": {"acamkd": __version__, **{name: version(name) for name in LIBRARIES}},
         }
         run.write_metrics(metrics)
         log.info("%s: best %s %.2f at epoch %d, in %s",
                  run.folder, metric, recorder.best[metric], recorder.best_epoch, run.weights.name)  # fmt: skip
-        if trainer.is_global_zero:
-            write_report(run)
+        write_report(run)
         return run
     except OSError as error:  # a full disk, or pictures that have gone; a loading process sends a whole traceback
         reason = str(error).rstrip().splitlines()[-1]

@@ -53,6 +53,11 @@ class Run:
         return self.folder / CHECKPOINT
 
     @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is anything to resume from."""
+        return any((self.folder / name).exists() for name in (CHECKPOINT, PREVIOUS))
+
+    @property
     def has_ended(self) -> bool:
         """Whether all its epochs are done."""
         return (self.folder / METRICS).is_file()
@@ -128,7 +133,7 @@ class Run:
             write_text(self.folder / RECIPE, text)
         except OSError as error:
             raise AcamkdError(f"cannot write the run folder {self.folder}: {error.strerror or error}") from error
-        return resume and any((self.folder / name).exists() for name in (CHECKPOINT, PREVIOUS))
+        return resume and self.has_checkpoint
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write metrics.json."""

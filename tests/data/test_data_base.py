@@ -164,6 +164,16 @@ def test_an_epoch_of_so_many_batches_repeats_pictures_with_other_changes(tmp_pat
     assert len({image.numpy().tobytes() for image in images}) == 20
 
 
+def test_processes_share_the_validation_pictures_and_repeat_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr("acamkd.data.base._process", lambda rank=rank: (rank, 3))
+        sampler = data.ShareSampler(7)
+        shares.append(list(sampler))
+        assert len(sampler) == len(shares[-1])
+    assert shares == [[0, 3, 6], [1, 4], [2, 5]]
+
+
 def test_loader_drops_the_incomplete_batch_only_when_shuffled(tmp_path: Path) -> None:
     dataset = _train(tmp_path)
     assert [len(images) for images, _ in data.loader(dataset, 2, 0, shuffle=True, seed=0)] == [2, 2]

@@ -43,7 +43,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], *, backwards: bool
         terms = compare(self, *arguments)
         if arguments[-1].step not in steps:
             return terms
-        return {name: _Poison.apply(x) if backwards else x * torch.inf for name, x in terms.items()}  # type: ignore[no-untyped-call]
+        return {name: _Poison.apply(x) if backwards else x * torch.inf for name, x in terms.items()}
 
     monkeypatch.setattr(Distiller, "_compare", poisoned)
 
@@ -77,8 +77,9 @@ def test_a_step_that_is_left_out_leaves_no_trace(
 ) -> None:
     _poison(monkeypatch, {3}, backwards=backwards)
     caplog.set_level(logging.WARNING, "acamkd")
-    folder, train = tmp_path / "run", {"epochs": 1, "batch_size": 2, "checkpoint_every": 1, "clip": 1.0}
-    distill(tiny.recipe(root, **train, on_nonfinite="skip"), out=folder)
+    recipe = tiny.recipe(root, epochs=1, batch_size=2, checkpoint_every=1, clip=1.0, on_nonfinite="skip")
+    folder = tmp_path / "run"
+    distill(recipe, out=folder)
     assert "the step is left out, 1 so far" in caplog.text
     after, before = (torch.load(folder / name, weights_only=True) for name in ("last.ckpt", "previous.ckpt"))
     assert (before["global_step"], after["global_step"]) == (3, 4)

@@ -11,10 +11,10 @@ import torch
 
 from acamkd import config
 from acamkd.data import yolo
-from acamkd.data.base import PictureDataset, SeededSampler, Transform, check, check_same_classes, refuse
+from acamkd.data.base import PictureDataset, SeededSampler, ShareSampler, Transform, check, check_same_classes, refuse
 from acamkd.data.cityscapes import Cityscapes
 from acamkd.data.coco import CocoDetection
-from acamkd.data.loading import PictureLoader
+from acamkd.data.loading import PictureLoader, naming_pictures
 from acamkd.data.masks import MaskFolder
 from acamkd.data.transforms import augmentation
 from acamkd.data.unlabelled import UnlabelledPictures, WithUnlabelled
@@ -30,6 +30,7 @@ __all__ = [
     "PictureDataset",
     "PictureLoader",
     "SeededSampler",
+    "ShareSampler",
     "VocDetection",
     "VocSegmentation",
     "WithUnlabelled",
@@ -40,6 +41,7 @@ __all__ = [
     "check",
     "check_same_classes",
     "loader",
+    "naming_pictures",
     "resolve",
 ]
 
@@ -134,14 +136,15 @@ def loader(
         AcamkdError: The data set's annotations have problems.
     """
     refuse(dataset.problems)
-    sampler = SeededSampler(len(dataset), seed, batches and batches * batch_size) if shuffle else None
+    sampler = (
+        SeededSampler(len(dataset), seed, batches and batches * batch_size) if shuffle else ShareSampler(len(dataset))
+    )
     return PictureLoader(
         dataset,
         sampler,
+        workers,
         batch_size=batch_size,
-        drop_last=sampler is not None and len(sampler) > batch_size,
-        num_workers=workers,
-        persistent_workers=workers > 0,
+        drop_last=shuffle and len(sampler) > batch_size,
         # Without its own generator every epoch would move torch's global one.
         generator=torch.Generator().manual_seed(seed),
     )

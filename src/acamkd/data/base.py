@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor, distributed
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 from torchvision import tv_tensors
 
 from acamkd.errors import AcamkdError
@@ -76,6 +77,7 @@ class PictureDataset(Dataset[Sample], ABC):
         self.seed = seed
         self.problems: list[str] = []
         self.warnings: list[str] = []
+        self.reading: Tensor | None = None  # (W, 2): id and key of each loading process, shared with them
 
     @abstractmethod
     def target(self, index: int, size: PixelSize) -> Target:
@@ -90,6 +92,7 @@ class PictureDataset(Dataset[Sample], ABC):
 
     def __getitem__(self, key: int) -> Sample:
         epoch, index = divmod(key, len(self))
+        note_reading(self.reading, key)
         image: Tensor = tv_tensors.Image(read_picture(self.files[index]))
         target = self.target(index, (image.shape[-2], image.shape[-1]))
         if self.transform is not None:
@@ -115,6 +118,12 @@ class PictureDataset(Dataset[Sample], ABC):
         for file in self.annotation_files:
             digest.update(file.read_bytes())
         return digest.hexdigest()[:16]
+
+
+def note_reading(reading: Tensor | None, key: int) -> None:
+    """Leave word of the item that this loading process is about to read, in case that it dies of it."""
+    if reading is not None and (worker := get_worker_info()):
+        reading[worker.id] = torch.tensor([os.getpid(), key])
 
 
 class SeededSampler(Sampler[int]):
@@ -163,6 +172,27 @@ class SeededSampler(Sampler[int]):
     def _pass(self, number: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed_of("order", self.seed, number))
         return number * self.n + torch.randperm(self.n, generator=generator)
+
+
+class ShareSampler(Sampler[int]):
+    """Every picture once, in order; of several processes each takes its share, and none repeats a picture.
+
+    Args:
+        n: Length of the data set.
+    """
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+
+    def __len__(self) -> int:
+        return len(self._share())
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._share())
+
+    def _share(self) -> range:
+        rank, processes = _process()
+        return range(rank, self.n, processes)
 
 
 def check(dataset: PictureDataset, mode: Literal["full", "headers"]) -> list[str]:

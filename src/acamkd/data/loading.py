@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import multiprocessing
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from acamkd.data.base import PictureDataset, SeededSampler
 from acamkd.data.unlabelled import WithUnlabelled
+from acamkd.errors import AcamkdError
 from acamkd.models.base import Target
 
 Pictures: TypeAlias = tuple[list[Tensor], list[Target]]
@@ -21,19 +27,31 @@ class PictureLoader(DataLoader[Any]):
 
     Args:
         dataset: The pictures.
-        sampler: Keys of one epoch; None reads every picture once, in order.
+        sampler: Keys of one epoch.
+        workers: Processes that load; 0 loads in this one.
         options: As of torch's DataLoader.
     """
 
     dataset: PictureDataset | WithUnlabelled
 
-    def __init__(self, dataset: PictureDataset | WithUnlabelled, sampler: SeededSampler | None, **options: Any) -> None:
-        super().__init__(dataset, sampler=sampler, collate_fn=_as_lists, **options)
+    def __init__(
+        self, dataset: PictureDataset | WithUnlabelled, sampler: Sampler[int], workers: int, **options: Any
+    ) -> None:
+        super().__init__(
+            dataset, sampler=sampler, num_workers=workers, persistent_workers=workers > 0, collate_fn=_as_lists,
+            **options,
+        )  # fmt: skip
+        dataset.reading = torch.full((workers, 2), -1).share_memory_() if workers else None  # type: ignore[no-untyped-call]
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         # A generator, which reads nothing before the first batch is asked for: Lightning makes iterators early, and
         # tells the sampler its epoch, and `begin` where to begin, later.
-        yield from super().__iter__()
+        try:
+            yield from super().__iter__()
+        except (ConnectionError, EOFError) as error:  # the loading process ended while it handed over a batch
+            time.sleep(0.5)  # its sockets close a moment before it counts as dead
+            alive = {process.pid for process in multiprocessing.active_children()}
+            raise _death("has ended", [self], lambda pid: pid not in alive) from error
 
     def begin(self, epoch: int, batches: int) -> None:
         """Leave out this epoch's first batches; every other epoch begins at its beginning."""
@@ -50,6 +68,35 @@ class PictureLoader(DataLoader[Any]):
     def _size(self) -> int:
         assert self.batch_size is not None
         return self.batch_size
+
+
+@contextmanager
+def naming_pictures(*loaders: PictureLoader) -> Iterator[None]:
+    """Turn the death of a loading process, which torch may tell at any moment, into an error that names its picture."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", str(error))
+        if not found:
+            raise
+        dead = {int(pid) for pid in found[1].split(",")}
+        reason = str(error).partition(str(found[0]))[2].partition(".")[0].strip()
+        raise _death(reason, loaders, dead.__contains__) from error
+
+
+def _death(what: str, loaders: Sequence[PictureLoader], is_dead: Callable[[int], bool]) -> AcamkdError:
+    held = [
+        str(file)
+        for loader in loaders
+        if loader.dataset.reading is not None
+        for pid, key in loader.dataset.reading.tolist()
+        if pid > 0 and is_dead(pid)
+        for file in loader.dataset.sources(key)
+    ]
+    return AcamkdError(
+        f"a process that loads pictures {what}; the last that it read was {', '.join(held) or 'none'}. If memory ran "
+        "out, lower data.workers or train.batch_size; otherwise look at that picture"
+    )
 
 
 def _as_lists(samples: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from acamkd.data.base import PICTURES, PictureDataset, Transform, files_of, seed_of
+from acamkd.data.base import PICTURES, PictureDataset, Transform, files_of, note_reading, seed_of
 from acamkd.models.base import VOID, PixelSize, Target, Task
 
 
@@ -61,6 +61,7 @@ class WithUnlabelled(Dataset[tuple[Tensor, Target, Tensor]]):
         self.labelled = labelled
         self.unlabelled = unlabelled
         self.problems: Sequence[str] = [*labelled.problems, *unlabelled.problems]
+        self.reading: Tensor | None = None  # as of the labelled ones
         generator = torch.Generator().manual_seed(seed_of("unlabelled", unlabelled.seed))
         self._order: list[int] = torch.randperm(len(unlabelled), generator=generator).tolist()
 
@@ -68,6 +69,7 @@ class WithUnlabelled(Dataset[tuple[Tensor, Target, Tensor]]):
         return len(self.labelled)
 
     def __getitem__(self, key: int) -> tuple[Tensor, Target, Tensor]:
+        note_reading(self.reading, key)
         image, target = self.labelled[key]
         return image, target, self.unlabelled[self._partner(key)][0]
 

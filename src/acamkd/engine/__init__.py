@@ -4,7 +4,7 @@ from acamkd.engine.checkpoint import CHECKPOINT, PREVIOUS, TERMINATED, find_chec
 from acamkd.engine.metrics import METRICS, Scorer, score
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.replay import REPLAY, Replay
-from acamkd.engine.trainer import Recorder, build_trainer, check_devices
+from acamkd.engine.trainer import Recorder, build_trainer
 
 __all__ = [
     "CHECKPOINT",
@@ -17,7 +17,6 @@ __all__ = [
     "Scorer",
     "TrainingModule",
     "build_trainer",
-    "check_devices",
     "find_checkpoint",
     "score",
 ]

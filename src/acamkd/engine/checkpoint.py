@@ -41,8 +41,8 @@ def find_checkpoint(folder: Path) -> Path | None:
         except DamagedFileError as error:
             damaged.append(error)
             continue
-        for error in damaged:
-            log.warning("%s; going on from the one before, %s", error, file)
+        for damage in damaged:
+            log.warning("%s; going on from the one before, %s", damage, file)
         return file
     if damaged:
         raise AcamkdError(f"{damaged[0]}, or start again with --overwrite") from damaged[0]

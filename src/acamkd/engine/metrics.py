@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchmetrics.detection import MeanAveragePrecision
 
 from acamkd.models.base import VOID, Prediction, Target, Task, TaskModel
+
+T = TypeVar("T")
 
 METRICS: Mapping[Task, str] = {"detection": "mAP", "segmentation": "mIoU"}
 """The one figure that decides, per task."""
@@ -27,7 +30,8 @@ class Scorer(nn.Module):
 
     Detection: COCO's mAP, AP50, AP75, AP by object size (small below 32^2, large above 96^2 pixels of the picture as
     it lies on disk) and `AP/CLASS`. Segmentation: mIoU from one confusion matrix over the whole set, and `IoU/CLASS`.
-    A figure that has no basis (no such object in the set) is NaN and does not enter a mean.
+    A figure that has no basis (no such object in the set) is NaN and does not enter a mean. Of several processes each
+    adds its own pictures, in any number, and all of them get the figures of the whole set.
 
     Args:
         task: `detection` or `segmentation`.
@@ -38,8 +42,12 @@ class Scorer(nn.Module):
         super().__init__()
         self.task: Task = task
         self.classes = tuple(classes)
+        self._pictures: list[tuple[dict[str, Tensor], ...]] = []
         if task == "detection":
-            self.metric: Metric = MeanAveragePrecision(backend="faster_coco_eval", class_metrics=True)
+            # Its own exchange between processes waits for ever where they have unequal numbers of pictures.
+            self.metric: Metric = MeanAveragePrecision(
+                backend="faster_coco_eval", class_metrics=True, sync_on_compute=False
+            )
         else:
             self.metric = MulticlassJaccardIndex(
                 num_classes=len(classes), ignore_index=VOID, average="none", zero_division=math.nan
@@ -48,13 +56,18 @@ class Scorer(nn.Module):
     def update(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> None:
         """Add some pictures, both sides in each picture's own pixels."""
         if self.task == "detection":
-            self.metric.update(list(predictions), list(targets))
+            pairs = zip(predictions, targets, strict=True)
+            self._pictures += [tuple({name: x.cpu() for name, x in side.items()} for side in pair) for pair in pairs]
             return
         for prediction, target in zip(predictions, targets, strict=True):
             self.metric.update(prediction["mask"].unsqueeze(0), target["mask"].unsqueeze(0))
 
     def compute(self) -> dict[str, float]:
         """Return every figure by name, in percent, and start anew."""
+        if self.task == "detection":
+            for picture in _interleaved(gathered(self._pictures)):
+                self.metric.update(*([side] for side in picture))
+            self._pictures = []
         result = self.metric.compute()
         self.metric.reset()
         if self.task == "segmentation":
@@ -92,6 +105,20 @@ def score(
         )
     model.train(training)
     return scorer.compute()
+
+
+def gathered(own: T) -> list[T]:
+    """What every process has, in the order of their ranks; alone, a list of one."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [own]
+    everything: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everything, own)
+    return everything
+
+
+def _interleaved(shares: Sequence[Sequence[T]]) -> list[T]:
+    """Shares that were dealt out like cards, in the order of the pack."""
+    return [share[index] for index in range(max(map(len, shares))) for share in shares if index < len(share)]
 
 
 def _percent(value: Tensor) -> float:

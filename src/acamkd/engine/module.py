@@ -21,7 +21,7 @@ from acamkd.models.base import Target
 class TrainingModule(L.LightningModule):
     """Trains a Distiller's student, with or without distillation.
 
-    Logs the scorer's figures after each validation; what a step found is in `values`, for the recorder.
+    What a step found is in `values`, and what a validation found in `scores`, for the recorder.
 
     Args:
         distiller: The student and whatever it learns from.
@@ -62,6 +62,8 @@ class TrainingModule(L.LightningModule):
         found = {f"loss/{name}": term for name, term in terms.items()} | statistics | {"loss": total}
         numbers = torch.stack([value.detach().float() for value in found.values()]).tolist()
         self.values = dict(zip(found, numbers, strict=True))
+        if self.trainer.world_size > 1:  # DDP waits for every gradient, also for that of a loss that has stopped
+            total = total + 0 * sum(p.sum() for p in self.distiller.losses.parameters() if p.requires_grad)
         return total
 
     def _terms(
@@ -82,9 +84,8 @@ class TrainingModule(L.LightningModule):
         self.scorer.update(self.distiller.student.predict(images), targets)
 
     def on_validation_epoch_end(self) -> None:
-        """Keep and log the metrics."""
+        """Keep the metrics."""
         self.scores = self.scorer.compute()
-        self.log_dict(self.scores)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Student and loss parameters in groups of their own; the schedule moves by step."""

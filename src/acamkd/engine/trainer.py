@@ -8,12 +8,14 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
@@ -21,6 +23,7 @@ from lightning.pytorch.loggers import CSVLogger
 from acamkd.config import Train
 from acamkd.data.loading import Pictures
 from acamkd.engine.checkpoint import CheckpointFiles, Checkpoints
+from acamkd.engine.metrics import gathered
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.nonfinite import NonFinite
 from acamkd.errors import AcamkdError
@@ -102,7 +105,9 @@ class Recorder(Callback):
         assert isinstance(pl_module, TrainingModule)
         self.seconds = time.monotonic() - self._started
         epoch, scores, pl_module.scores = trainer.current_epoch + 1, pl_module.scores, {}
-        losses = {name: total / count for name, (total, count) in self.sums.items()}
+        losses = _means(gathered(self.sums))
+        if scores:
+            trainer.loggers[0].log_metrics({"epoch": trainer.current_epoch, **scores}, self.step - 1)
         if scores and not scores[self.metric] <= self.best.get(self.metric, -math.inf):
             self.best, self.best_epoch = scores, epoch
             if trainer.is_global_zero:
@@ -151,23 +156,19 @@ class _Bar(TQDMProgressBar):
         return {"loss": pl_module.values["loss"]} if pl_module.values else {}
 
 
+def _means(sums: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    """Means over the pictures of all processes."""
+    columns = {name: [each[name] for each in sums if name in each] for name in dict.fromkeys(chain(*sums))}
+    return {
+        name: sum(total for total, _ in column) / sum(count for _, count in column) for name, column in columns.items()
+    }
+
+
 def _rows(file: Path) -> list[dict[str, str]]:
     if not file.is_file():
         return []
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     return list(csv.DictReader(line for line in lines if line.endswith("\n")))  # a killed run may leave half a line
-
-
-def check_devices(config: Train) -> None:
-    """Refuse a recipe's `train` whose accelerator, devices or precision this machine does not have."""
-    try:
-        L.Trainer(
-            accelerator=config.accelerator, devices=config.devices, precision=config.precision, logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        )  # fmt: skip
-    except (ValueError, RuntimeError, MisconfigurationException) as error:
-        given = f"accelerator {config.accelerator}, devices {config.devices}, precision {config.precision}"
-        raise AcamkdError(f"train: this machine cannot run {given}: {error}") from error
 
 
 def build_trainer(
@@ -180,6 +181,9 @@ def build_trainer(
         recorder: Keeps the best network and the history.
         progress: Whether to draw a bar.
         callbacks: More of them, called after the recorder and before the checkpoint is written.
+
+    Raises:
+        AcamkdError: There are no such devices, or a launcher has started another number of processes.
     """
     folder = recorder.folder
     all_callbacks: list[Callback] = [
@@ -190,21 +194,30 @@ def build_trainer(
     ]
     if progress:
         all_callbacks.append(_Bar())
-    return L.Trainer(
-        accelerator=config.accelerator,
-        devices=config.devices,
-        precision=config.precision,
-        max_epochs=config.epochs,
-        accumulate_grad_batches=config.accumulate,
-        gradient_clip_val=config.clip,
-        sync_batchnorm=config.sync_batchnorm,
-        check_val_every_n_epoch=config.eval_every,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,
-        logger=CSVLogger(folder, name=None, version="logs", flush_logs_every_n_steps=20),
-        callbacks=all_callbacks,
-        plugins=[CheckpointFiles()],
-        enable_progress_bar=progress,
-        enable_model_summary=False,
-        use_distributed_sampler=False,  # the seeded sampler takes its own share
-    )
+    try:
+        return L.Trainer(
+            default_root_dir=folder,
+            accelerator=config.accelerator,
+            devices=config.devices,
+            num_nodes=config.num_nodes,
+            strategy=config.strategy,
+            sync_batchnorm=config.sync_batchnorm,
+            precision=config.precision,
+            max_epochs=config.epochs,
+            accumulate_grad_batches=config.accumulate,
+            gradient_clip_val=config.clip,
+            check_val_every_n_epoch=config.eval_every,
+            num_sanity_val_steps=0,
+            log_every_n_steps=1,
+            logger=CSVLogger(folder, name=None, version="logs", flush_logs_every_n_steps=20),
+            callbacks=all_callbacks,
+            # SLURM's own way of resuming would write into, and read from, a place that runs share.
+            plugins=[CheckpointFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
+            enable_progress_bar=progress,
+            enable_model_summary=False,
+            use_distributed_sampler=False,  # the samplers take their own share
+        )
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        keys = ("accelerator", "devices", "num_nodes", "strategy", "precision")
+        given = ", ".join(f"{key} {getattr(config, key)}" for key in keys)
+        raise AcamkdError(f"train: this machine, or what launched it, cannot run {given}: {error}") from error
