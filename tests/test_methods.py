@@ -224,7 +224,7 @@ def test_probe_gives_maps(detectors: tuple[TaskModel, TaskModel]) -> None:
         (
             "detection",
             entry("acam", "backbone:*", num_masks=0),
-            r"losses.1 \(acam\): num_masks and kv_stride must be at",
+            r"losses.1 \(acam\): num_masks must be at least 1",
         ),
         ("detection", entry("pkd", "backbone:*", preset="x"), r"losses.1 \(pkd\): pkd has no preset 'x'"),
         ("detection", entry("crosskd", layer=9), r"losses.1 \(crosskd\): CrossKD"),

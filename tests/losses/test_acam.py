@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from acamkd.errors import AcamkdError
-from acamkd.losses.acam import ACAM, ASCM
+from acamkd.losses import acam
+from acamkd.losses.acam import ACAM, ASCM, window_side
 from acamkd.losses.base import DistillationContext
 from acamkd.losses.masks import WATCH_EVERY, apply_masks, mask_overlap
 
@@ -211,6 +212,27 @@ def test_values_and_gradients_are_those_of_the_dense_version(
     compare(ACAM(c_s, c_t, **options).double(), options, student, teacher, student)
 
 
+@pytest.mark.parametrize("block", [1, 7, 100])
+@pytest.mark.parametrize("options", [{}, {"masks": "channel", "query": "student"}, {"kv_stride": 2}], ids=str)
+def test_attention_in_blocks_is_the_same(
+    options: Mapping[str, Any], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(acam, "BLOCK", block)
+    student, teacher = maps(3, 4, 6, 5, 3)
+    compare(ACAM(4, 6, **options).double(), options, student, teacher, student)
+
+
+def test_auto_takes_the_smallest_windows_that_leave_1024_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [(100, 168), (50, 84), (25, 42), (32, 32), (1, 1025), (129, 257), (1, 1)]
+    assert [window_side(size) for size in sizes] == [5, 3, 2, 1, 2, 6, 1]
+    student, teacher = maps(2, 3, 3, 7, 5)
+    whole, auto = ACAM(3, 3).double(), ACAM(3, 3, kv_stride="auto").double()
+    auto.load_state_dict(whole.state_dict())
+    assert auto(student, teacher) == whole(student, teacher)  # 35 positions
+    monkeypatch.setattr(acam, "KEYS", 6)  # 3 x 2 windows
+    compare(auto, {"kv_stride": 3}, student, teacher, student)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("masks", ["both", "channel", "spatial"])
 def test_fixed_masks_come_from_the_tokens_given(shape: tuple[int, ...], masks: Any) -> None:
@@ -382,9 +404,11 @@ def _tensors(result: Any) -> Iterator[Tensor]:
             yield each
 
 
-@pytest.mark.parametrize("options", [{}, {"kv_stride": 2}, {"query": "student"}], ids=str)
-def test_nothing_is_ever_as_large_as_the_dense_maps(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{}, {"kv_stride": 2}, {"kv_stride": "auto"}, {"query": "student"}], ids=str)
+def test_nothing_is_ever_as_large_as_the_dense_maps(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     n, channels, side = 2, 32, 60
+    one_map = n * channels * side**2
+    monkeypatch.setattr(acam, "BLOCK", one_map)
     student, teacher = maps(n, channels, channels, side, side, torch.float32)
     loss, saved = ACAM(channels, channels, **options), [0]
 
@@ -394,7 +418,6 @@ def test_nothing_is_ever_as_large_as_the_dense_maps(options: dict[str, Any]) -> 
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), _Largest() as largest:
         torch.stack(list(loss(student, teacher).values())).sum().backward()  # type: ignore[no-untyped-call]
-    one_map = n * channels * side**2
     assert max(saved) <= one_map
     assert largest.numel <= 2 * one_map  # 1/56 of the attention map, and 1/3 of one (N, M, C, H, W)
     assert 2 * one_map < min(n * (side**2) ** 2 // 50, n * 6 * channels * side**2 // 2)
@@ -549,8 +572,9 @@ def test_the_student_takes_part_in_its_masks() -> None:
         ({"masks": "position"}, "masks must be 'both', 'channel' or 'spatial', .* not 'position'"),
         ({"masks": ["channel", "both"]}, r"masks must be 'both', .* not \['channel', 'both'\]"),
         ({"masks": []}, r"masks must be 'both', .* not \[\]"),
-        ({"num_masks": 0}, "num_masks and kv_stride must be at least 1, not 0 and 1"),
-        ({"kv_stride": 0}, "num_masks and kv_stride must be at least 1, not 6 and 0"),
+        ({"num_masks": 0}, "num_masks must be at least 1, not 0"),
+        ({"kv_stride": 0}, "kv_stride must be a whole number from 1, or 'auto', not 0"),
+        ({"kv_stride": "half"}, "kv_stride must be a whole number from 1, or 'auto', not 'half'"),
         ({"tokens": {}}, "tokens belong to mask_source='fixed', not to 'cooperative'"),
         (
             {"mask_source": "fixed", "masks": "channel", "tokens": {"channel": torch.zeros(3, 1)}},

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
+from itertools import count
+from math import prod
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from acamkd.losses.base import DistillationContext, FeatureLoss
 from acamkd.losses.functional import (
@@ -31,40 +35,64 @@ from acamkd.losses.masks import (
 LEARNING = ("cooperative", "teacher")
 """Sources of masks that learn while the student does."""
 
+BLOCK = 2**22
+"""Elements of an attention map that exist at a time, 16 MiB in float32."""
 
-def cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """A V with A = softmax(Q^T K / sqrt(C_q)) over the key positions, without ever holding A.
+KEYS = 1024
+"""Key positions that kv_stride="auto" leaves at most."""
+
+
+def cross_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """A V and the average row of A = softmax(Q^T K / sqrt(C_q)), over the key positions.
+
+    A exists in blocks of at most BLOCK elements, which the backward computes anew.
 
     Args:
-        query: (N, C_q, H, W).
-        key: (N, C_q, H_k, W_k).
-        value: (N, C, H_k, W_k), C >= C_q.
+        query: (N, C_q, HW).
+        key: (N, C_q, K).
+        value: (N, C, K); C may be 0.
 
     Returns:
-        (N, C, H, W).
+        (N, C, HW), and the attention that each key receives, (N, K), of sum 1.
     """
-    # Without one width for all three, a multiple of 4 of it, and channels side by side in memory, torch has no fused
-    # kernel and silently builds the dense map. Zero channels add nothing to Q^T K nor to the result, so padding is
-    # exact, once the scale is that of the true width.
-    channels = value.shape[1]
-    width = -(-channels // 4) * 4
-    query_rows, key_rows, value_rows = (
-        F.pad(x.flatten(2).transpose(1, 2), (0, width - x.shape[1])).contiguous().unsqueeze(1)
-        for x in (query, key, value)
-    )  # one head each: (N, 1, positions, width)
-    fused = F.scaled_dot_product_attention(query_rows, key_rows, value_rows, scale=query.shape[1] ** -0.5)
-    return fused[:, 0, :, :channels].transpose(1, 2).reshape(len(query), channels, *query.shape[-2:])
+
+    def attend(rows: Tensor, key: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        attention = (rows @ key).softmax(dim=2)  # (N, rows of the block, K)
+        return attention @ values, attention.sum(dim=1)
+
+    images, channels, positions = query.shape
+    queries, values = query.mT * channels**-0.5, value.mT
+    blocks = queries.split(max(1, BLOCK // (images * key.shape[2])), dim=1)
+    read, received = zip(
+        *(
+            checkpoint(
+                attend, rows, key, values, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+            )
+            for rows in blocks
+        ),
+        strict=True,
+    )
+    return torch.cat(read, dim=1).mT, reduce(torch.add, received) / positions
+
+
+def window_side(size: Sequence[int]) -> int:
+    """Smallest side of square windows of which at most KEYS cover a map of this (height, width)."""
+    return next(side for side in count(1) if prod(-(-length // side) for length in size) <= KEYS)
 
 
 class STCAFF(nn.Module):
     """Student-teacher cross-attention feature fusion: one network asks, the other answers.
 
+    Of the fused map F = A V, the masks read its average over positions and its products with the spatial units. Both
+    are linear in V, so that F itself, and V, need never be computed: (A V)^T m = A (V^T m), and the average of F is V
+    times the average row of A.
+
     Args:
         channels: C, of both maps.
-        kv_stride: Keys and values are averaged over windows of this side length; 1 is the paper.
+        kv_stride: Keys and values are averaged over windows of this side length, or of `window_side`; 1 is the paper.
     """
 
-    def __init__(self, channels: int, kv_stride: int = 1) -> None:
+    def __init__(self, channels: int, kv_stride: int | Literal["auto"] = 1) -> None:
         super().__init__()
         self.kv_stride = kv_stride
         query_channels = max(1, channels // 2)
@@ -72,11 +100,21 @@ class STCAFF(nn.Module):
         self.key = nn.Conv2d(channels, query_channels, kernel_size=1)
         self.value = nn.Conv2d(channels, channels, kernel_size=1)
 
-    def forward(self, asking: Tensor, answering: Tensor) -> Tensor:
-        """Fuse two maps of (N, C, H, W) into one."""
-        if self.kv_stride > 1:  # before the projections: they are linear, so the result is the same and costs less
-            answering = F.avg_pool2d(answering, self.kv_stride, ceil_mode=True)
-        return cross_attention(self.query(asking), self.key(answering), self.value(answering))
+    def forward(self, asking: Tensor, answering: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+        """Fuse two maps of (N, C, H, W) into F, seen through units (M, C): its average (N, C), and (N, M, H, W)."""
+        side = window_side(answering.shape[-2:]) if self.kv_stride == "auto" else self.kv_stride
+        if side > 1:  # before the projections: they are linear, so the result is the same and costs less
+            answering = F.avg_pool2d(answering, side, ceil_mode=True)
+        weight, bias = self.value.weight.flatten(1), self.value.bias
+        assert bias is not None
+        answers = answering.flatten(2)  # (N, C, K)
+        read, received = cross_attention(
+            self.query(asking).flatten(2), self.key(answering).flatten(2), (units @ weight) @ answers
+        )
+        pooled = F.linear(torch.einsum("nck,nk->nc", answers, received), weight, bias)
+        # The rows of A sum to 1, so that the bias of V is one of F.
+        logits = read + (units @ bias).unsqueeze(1)  # (N, M, HW)
+        return pooled, logits.reshape(*logits.shape[:2], *asking.shape[-2:])
 
 
 class ASCM(nn.Module):
@@ -90,19 +128,25 @@ class ASCM(nn.Module):
 
     def __init__(self, channels: int, num_masks: int, kinds: Sequence[str] = Masks._fields) -> None:
         super().__init__()
+        self.channels = channels
         # Unit-variance logits for unit-variance features: the masks start around 0.5 and differ from each other.
         self.channel = nn.Parameter(torch.randn(num_masks, 1)) if "channel" in kinds else None
         self.spatial = nn.Parameter(torch.randn(num_masks, channels) * channels**-0.5) if "spatial" in kinds else None
 
     def forward(self, fused: Tensor) -> Masks:
         """Masks from the fused map (N, C, H, W)."""
-        channel = spatial = None
-        if self.channel is not None:
-            pooled = fused.mean(dim=(2, 3)).unsqueeze(1)  # v, (N, 1, C)
-            channel = torch.sigmoid(self.channel * pooled)  # (N, M, C)
-        if self.spatial is not None:
-            spatial = torch.sigmoid(torch.einsum("mc,nchw->nmhw", self.spatial, fused))
-        return Masks(channel, spatial)
+        return self.masks(fused.mean(dim=(2, 3)), torch.einsum("mc,nchw->nmhw", self.spatial_units(), fused))
+
+    def spatial_units(self) -> Tensor:
+        """m_s, (M, C); none where there are only channel masks."""
+        return self.spatial if self.spatial is not None else next(self.parameters()).new_empty(0, self.channels)
+
+    def masks(self, pooled: Tensor, logits: Tensor) -> Masks:
+        """Masks from v, (N, C), and m_s F, (N, M, H, W)."""
+        return Masks(
+            None if self.channel is None else torch.sigmoid(self.channel * pooled.unsqueeze(1)),  # (N, M, C)
+            None if self.spatial is None else torch.sigmoid(logits),
+        )
 
     def masked(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What fixed masks are learned from: a map (N, C, H, W) under its own masks, and the overlap of these."""
@@ -173,7 +217,9 @@ class ACAM(FeatureLoss):
         diversity: `pairwise` or `literal`.
         tokens: With mask_source="fixed": learnt state of `selection`; in a recipe the file that `acamkd tokens` wrote.
             Without it the tokens stay random.
-        kv_stride: Side of the windows that keys and values are averaged over; 1 is exact.
+        kv_stride: Side of the square windows over which the map that answers is averaged before keys and values are
+            made of it; every position still asks. 1 is exact. `auto`: on each level the smallest side that leaves at
+            most 1024 windows (1 on maps of up to 1024 positions), which makes the cost linear in the positions.
         align: Project the student even where the channels agree.
         on_mask_collapse: Masks that learn are looked at every 100 steps. Where their mean or their deviation has left
             what can still select, `warn` says so once, `stop` ends the training.
@@ -203,7 +249,7 @@ class ACAM(FeatureLoss):
         temperature: float = 1.0,
         diversity: Literal["pairwise", "literal"] = "pairwise",
         tokens: Mapping[str, Tensor] | None = None,
-        kv_stride: int = 1,
+        kv_stride: int | Literal["auto"] = 1,
         align: bool = False,
         on_mask_collapse: Literal["warn", "stop"] = "warn",
     ) -> None:
@@ -219,8 +265,10 @@ class ACAM(FeatureLoss):
             )
         if tokens is not None and mask_source != "fixed":
             raise ValueError(f"tokens belong to mask_source='fixed', not to {mask_source!r}")
-        if min(num_masks, kv_stride) < 1:
-            raise ValueError(f"num_masks and kv_stride must be at least 1, not {num_masks} and {kv_stride}")
+        if num_masks < 1:
+            raise ValueError(f"num_masks must be at least 1, not {num_masks}")
+        if kv_stride != "auto" and not (isinstance(kv_stride, int) and kv_stride >= 1):
+            raise ValueError(f"kv_stride must be a whole number from 1, or 'auto', not {kv_stride!r}")
         if mask_grad in ("task", "look_ahead") and mask_source not in LEARNING:
             raise ValueError(
                 f"mask_grad={mask_grad!r} needs masks that learn, and mask_source={mask_source!r} has none"
@@ -282,18 +330,12 @@ class ACAM(FeatureLoss):
             )
         frozen = self.mask_source in ("fixed", "random")  # constants of the loss, without gradient to the student too
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            masks: Masks = self.selection(self._fused(student, teacher))
-        return masks
-
-    def _fused(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The map that the units read, (N, C, H, W)."""
-        if self.mask_source == "fixed":
-            return teacher
-        if self.mask_source == "teacher":
-            student = teacher
-        asking, answering = (teacher, student) if self.query == "teacher" else (student, teacher)
-        fused: Tensor = self.fusion(asking, answering)
-        return fused
+            if self.mask_source == "fixed":
+                masks: Masks = self.selection(teacher)
+                return masks
+            partner = teacher if self.mask_source == "teacher" else student
+            asking, answering = (teacher, partner) if self.query == "teacher" else (partner, teacher)
+            return self.selection.masks(*self.fusion(asking, answering, self.selection.spatial_units()))
 
     @torch.no_grad()
     def masks_of(self, student: Tensor, teacher: Tensor) -> Masks:
