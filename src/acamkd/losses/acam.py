@@ -168,7 +168,9 @@ class ACAM(FeatureLoss):
         diversity L_div = Dice overlap between different masks of one kind, summed over the kinds
         total     weight (L_c + L_s) + diversity_weight L_div
 
-    All three are means over the images. Nothing of this remains at inference.
+    All three are means over the images. Nothing of this remains at inference. The paper compares every level of a
+    detector's neck, or a segmenter's logits before upsampling; its detectors' necks and heads start from the teacher's
+    (`student.inherit`).
 
     The paper leaves open, and here is done:
         - The normaliser of L_c and L_s is read as a fraction (MasKD's code has the same form); the only other reading,

@@ -102,7 +102,8 @@ class FGD(FeatureLoss):
     weights.
 
     Defaults: the published RetinaNet setting, which GFL and SOLO share. Presets carry the weights and temperatures of
-    the other published detectors; `faster_rcnn` is also Mask R-CNN's.
+    the other published detectors; `faster_rcnn` is also Mask R-CNN's. The layers are the outputs of the pyramid's
+    convolutions. The students' necks and heads start from the teacher's (`student.inherit`), except under a cascade.
 
     Deviations, all of them the authors' code's from the paper's text: a box covers its last row and column too, and
     its area counts them and what lies outside the map; the relation term passes gradient to both context blocks; the

@@ -25,8 +25,9 @@ class MGD(FeatureLoss):
     the masked positions. The mask comes from torch's global generator of the map's device.
 
     Defaults: the published setting of one-stage detectors (RetinaNet, RepPoints); presets carry those of two-stage
-    detectors and of segmentation. The published segmentation runs add CWD on the logits (temperature 4, weight 3): a
-    second loss in the recipe.
+    detectors and of segmentation. The published segmentation runs compare the encoders' last stage and add CWD on the
+    logits (temperature 4, weight 3): `recipes/combinations/mgd_segmentation.yaml`. The one-stage detectors' necks and
+    heads start from the teacher's (`student.inherit`).
 
     Deviations: kept positions are not scaled up, as in the authors' code. Their classification code draws its channel
     mask as rand < mask_ratio, their other code as rand > 1 - mask_ratio: the same law, and here always the latter.
