@@ -193,7 +193,7 @@ def test_after_the_last_stop_the_teacher_rests(student: Tiny, teacher: Tiny, bat
 
 def test_the_context_is_the_batchs(student: Tiny, teacher: Tiny) -> None:
     images = [torch.rand(3, 6, 5) for _ in range(2)]
-    boxes = [{"boxes": torch.ones(count, 4)} for count in (1, 0)]
+    boxes = [{"boxes": torch.ones(2, 4), "iscrowd": torch.tensor([0, 1])}, {"boxes": torch.ones(0, 4)}]
     loss = Constant(1.0)
     distiller = Distiller(student, teacher, [BODY], [loss])
     distiller(student.prepare(images, boxes), 7)

@@ -323,9 +323,12 @@ def _flat(names: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _boxes(batch: Batch) -> list[Tensor] | None:
+    """The boxes of single objects; a box around a crowd is none."""
     if batch.targets is None or any("boxes" not in target for target in batch.targets):
         return None
-    return [target["boxes"] for target in batch.targets]
+    return [
+        target["boxes"][target["iscrowd"] == 0] if "iscrowd" in target else target["boxes"] for target in batch.targets
+    ]
 
 
 def _check_finite(terms: Mapping[str, Tensor], step: int) -> None:
