@@ -114,7 +114,8 @@ class Model(Section):
     backbone: str = "resnet50"
     """A timm name, or `torchvision/NAME`; for segmentation architectures any smp encoder name (`tu-NAME`: timm)."""
     weights: str | None = None
-    """The whole network: a .safetensors or .pth file, or a torchvision weights name (`..._Weights.COCO_V1`)."""
+    """The whole network: a .safetensors or .pth file (of a detector also MMDetection's or detectron2's), or a
+    torchvision weights name (`..._Weights.COCO_V1`)."""
     backbone_weights: str | None = "imagenet"
     """The backbone alone: `imagenet` (the framework's own), a file, or nothing."""
     fpn_channels: Positive = 256
