@@ -9,6 +9,8 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins import TorchSyncBatchNorm
+from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -244,3 +246,11 @@ def test_nothing_is_printed_by_the_framework(
     monkeypatch.setattr(logging.getLogger("acamkd"), "handlers", [])  # an earlier test may have run the command line
     _fit(tmp_path, _batches(1))
     assert capfd.readouterr() == ("", "")
+
+
+def test_batch_norm_over_all_processes(tmp_path: Path) -> None:
+    for wanted in (False, True):
+        section = config.Train(epochs=1, accelerator="cpu", devices=2, sync_batchnorm=wanted)
+        trainer = build_trainer(section, Recorder(tmp_path, "student.safetensors", "mIoU"), progress=False)
+        assert isinstance(trainer.strategy, DDPStrategy)
+        assert isinstance(trainer.strategy._layer_sync, TorchSyncBatchNorm) == wanted
