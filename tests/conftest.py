@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
+from acamkd import cli
 from browser import Browser, screenshots
+from command import Command, Result
 
 torch.set_num_threads(1)
 
@@ -35,3 +39,20 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     found = Browser(folder / "profile", screenshots(folder / "screenshots"))
     yield found
     found.driver.quit()
+
+
+@pytest.fixture
+def acamkd(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run `acamkd WORDS` as the installed command does, in this process."""
+
+    def run(*words: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["acamkd", *map(str, words)])
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        return Result(code, *capsys.readouterr())
+
+    return run

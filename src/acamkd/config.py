@@ -22,6 +22,7 @@ Size: TypeAlias = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]
 
 Positive: TypeAlias = Annotated[int, Field(gt=0)]
 Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+Deviation: TypeAlias = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -70,6 +71,12 @@ class Augmentation(Section):
     """Probability of a horizontal flip."""
     photometric: bool = False
     """Random brightness, contrast, saturation and hue."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Augmentation:
+        if self.scale is not None and not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale must be a range of factors above 0, such as [0.5, 2], not {list(self.scale)}")
+        return self
 
 
 class ShortLong(Section):
@@ -129,7 +136,7 @@ class Model(Section):
     """Student only: parts (such as `head` or `backbone.fpn`) that start from the teacher's tensors."""
     mean: tuple[float, float, float] | None = None
     """Mean colour; nothing = what the backbone was pretrained with."""
-    std: tuple[float, float, float] | None = None
+    std: tuple[Deviation, Deviation, Deviation] | None = None
     """Standard deviation of the colours, likewise."""
 
 

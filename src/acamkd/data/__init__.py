@@ -82,6 +82,8 @@ def resolve(data: config.Data, task: Task) -> config.Data:
     """
     if data.format != "auto":
         return data
+    if not data.root.is_dir():
+        raise AcamkdError(f"data.root {data.root}: there is no such folder")
     found = _found(data, task)
     if len(found) != 1:
         looked = "; ".join(f"{' and '.join(LAYOUTS[each])} ({each[0]})" for each in LAYOUTS if each[1] == task)

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -75,7 +76,11 @@ class PictureDataset(Dataset[Sample], ABC):
         self.classes = tuple(classes)
         self.transform = transform
         self.seed = seed
-        self.problems: list[str] = []
+        self.problems = [
+            f"the class {name} is listed {times} times: each needs a name of its own"
+            for name, times in Counter(classes).items()
+            if times > 1
+        ]
         self.warnings: list[str] = []
         self.reading: Tensor | None = None  # (W, 2): id and key of each loading process, shared with them
 

@@ -73,16 +73,18 @@ class CocoDetection(BoxDataset):
 
     def _parse(self, entry: Mapping[str, Any]) -> Box:
         try:
-            image, category, crowd = entry["image_id"], entry["category_id"], bool(entry.get("iscrowd", 0))
+            image, category, crowd = entry["image_id"], entry["category_id"], entry.get("iscrowd", 0)
             x, y, width, height = (float(value) for value in entry["bbox"])
             index, label = self._index_of.get(image), self._label_of.get(category)
         except (KeyError, TypeError, ValueError) as error:
             raise AcamkdError("it needs image_id, category_id and bbox [x, y, width, height]") from error
+        if crowd not in (0, 1):
+            raise AcamkdError(f"iscrowd must be 0 or 1, not {crowd}")
         if index is None:
             raise AcamkdError(f"the file lists no image {image}")
         if label is None:
             raise AcamkdError(f"the file lists no category {category}, only {', '.join(map(str, self._label_of))}")
-        return Box(index, label, (x, y, x + width, y + height), crowd)
+        return Box(index, label, (x, y, x + width, y + height), bool(crowd))
 
 
 def _read(annotations: Path) -> dict[str, Any]:
@@ -91,7 +93,7 @@ def _read(annotations: Path) -> dict[str, Any]:
         content = json.loads(annotations.read_bytes())
     except OSError as error:
         raise AcamkdError(f"cannot read the annotations {annotations}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AcamkdError(f"{annotations} is not valid JSON: {error}") from error
     for what, keys in NEEDED.items():
         if not isinstance(content, dict) or not isinstance(content.get(what), list):

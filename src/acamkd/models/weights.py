@@ -107,7 +107,8 @@ def load_weights(
     )
     if strict and unmatched:
         raise AcamkdError(
-            f"{report}\n  every tensor is needed here: check arch, backbone, fpn_channels, options and the classes"
+            f"{report}\n  every tensor is needed here: check arch, backbone, fpn_channels, options and the classes "
+            "(teacher.num_classes, where it was trained on others)"
         )
     if 2 * len(report.matched) < report.total:
         raise AcamkdError(
@@ -186,7 +187,11 @@ def _is_counter(name: str) -> bool:
 def _adapt_names(state: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
     """Drop a common prefix, and follow timm, whose `features_only` renames `stages.0` to `stages_0`."""
     roots = {name.partition(".")[0] for name in own}
-    while len(first := {name.partition(".")[0] for name in state}) == 1 and not first & roots:
+    while (
+        all("." in name for name in state)
+        and len(first := {name.partition(".")[0] for name in state}) == 1
+        and not first & roots
+    ):
         state = {name.partition(".")[2]: tensor for name, tensor in state.items()}
     flat = {name.replace(".", "_"): name for name in own}
     return {flat.get(name.replace(".", "_"), name): tensor for name, tensor in state.items()}
@@ -211,7 +216,7 @@ def read_tensors(source: str, own: Mapping[str, tuple[int, ...]] | None = None) 
         raise AcamkdError(f"weights {source}: there is no such file")
     if path.suffix == ".safetensors":
         try:
-            return dict(load_file(path))
+            return _unwrap(load_file(path), source)
         except SafetensorError as error:
             raise AcamkdError(f"weights {source}: the file is damaged ({error}); copy it again") from error
     return _unwrap(read_file(path), source)
