@@ -143,6 +143,20 @@ def test_a_folder_that_is_not_a_run(flags: list[str], acamkd: Command, drawn: Pa
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
+def test_a_dry_run_says_what_a_step_takes_and_leaves_nothing(
+    acamkd: Command, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = _write(tmp_path, tiny.raw_recipe(drawn / "segmentation"))
+    result = acamkd("distill", recipe, "--dry-run")
+    assert result.code == 0
+    assert all(part in result.out for part in ("teacher", "student", "losses", "GFLOPs"))
+    assert re.search(
+        r"pictures of 64 x 64: [\d.]+ MiB each.* the largest batch is about \d+, the recipe's 4", result.out
+    )
+    assert list(tmp_path.iterdir()) == [recipe]
+
+
 def test_evaluating_what_is_no_run(acamkd: Command, tmp_path: Path) -> None:
     assert acamkd("evaluate", tmp_path).error == f"{tmp_path} is not a run folder: it has no recipe.yaml\n"
 

@@ -18,7 +18,7 @@ SOURCE = Path(__file__).parents[1] / "src/acamkd"
 LAYERS = {
     "cli": 5,
     "jobs": 4, "compare": 4, "doctor": 4, "inspection": 4, "calibrate": 4,
-    "evaluate": 4, "export": 4, "predict": 4, "tokens": 4, "demo": 4, "pictures": 4, "report": 4,
+    "estimate": 4, "evaluate": 4, "export": 4, "predict": 4, "tokens": 4, "demo": 4, "pictures": 4, "report": 4,
     "engine": 3, "methods": 3, "runs": 3,
     "distiller": 2, "models": 2, "data": 2,
     "losses": 1, "features": 1, "onnx_model": 1,

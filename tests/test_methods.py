@@ -137,8 +137,9 @@ def test_a_description_by_hand() -> None:
     assert description["paper"] == "Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015"
     assert (description["authors"], description["venue"]) == ("Romero et al.", "ICLR 2015")
     assert (description["terms"], description["parameters"], description["needs"]) == (["feature"], 0, [])
-    weight, align = description["options"]
+    weight, distance, align = description["options"]
     assert (weight["name"], weight["type"], weight["default"]) == ("weight", "float", 1.0)
+    assert (distance["name"], distance["type"]) == ("distance", "mse | l1 | smooth_l1")
     assert (align["name"], align["type"], align["default"]) == ("align", "bool", False)
     acam = describe("acam")
     assert acam["parameters"] == 2 * (128 * 256 + 128) + 256 * 256 + 256 + 6 + 6 * 256

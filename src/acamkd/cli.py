@@ -20,6 +20,7 @@ from acamkd.errors import AcamkdError
 
 if TYPE_CHECKING:
     from acamkd.compare import Cell, Row
+    from acamkd.config import Recipe
     from acamkd.data.statistics import Statistics
 
 app = typer.Typer(
@@ -88,6 +89,7 @@ def train(
         "acamkd distill recipes/camvid.yaml --set losses.0.name=fitnet --out runs/camvid/fitnet",
         "acamkd distill recipes/camvid.yaml --losses recipes/combinations/mgd_segmentation.yaml",
         "acamkd distill recipes/camvid.yaml --set teacher.weights=teacher.safetensors --resume",
+        "acamkd distill recipes/camvid.yaml --dry-run",
     )
 )
 def distill(
@@ -97,12 +99,37 @@ def distill(
     out: Out = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print parameters, operations, memory and the largest batch.")
+    ] = False,
 ) -> None:
     """Train a recipe's student with its losses against its teacher."""
     from acamkd import config
     from acamkd.jobs import distill as job
 
-    job(config.load(recipe, _overrides(losses, set_)), out=out, resume=resume, overwrite=overwrite)
+    loaded = config.load(recipe, _overrides(losses, set_))
+    if dry_run:
+        _print_estimate(loaded)
+    else:
+        job(loaded, out=out, resume=resume, overwrite=overwrite)
+
+
+def _print_estimate(recipe: Recipe) -> None:
+    from acamkd.estimate import estimate
+
+    found = estimate(recipe)
+    table = Table("part", "parameters", "GFLOPs per picture", "MiB per picture")
+    for part in found.parts:
+        table.add_row(part.name, f"{part.parameters:,}", f"{part.gflops:.2f}", f"{part.memory / 2**20:.1f}")
+    console = Console()
+    console.print(table)
+    height, width = found.frame
+    console.print(
+        f"a training step in float32, pictures of {height} x {width}: {found.picture / 2**20:.1f} MiB each, and "
+        f"{found.fixed / 2**20:.1f} MiB for weights, gradients and optimizer; {found.free / 2**20:.0f} MiB are free: "
+        f"the largest batch is about {found.largest_batch}, the recipe's {recipe.train.batch_size}",
+        soft_wrap=True,
+    )
 
 
 @app.command(

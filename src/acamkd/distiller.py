@@ -137,12 +137,10 @@ class Distiller(nn.Module):
         ]
         if not (labelled or active):
             return {}
-        layers = [self._layers(index) for index in active]
+        names = _flat(self._layers(index)[0] for index in active)
         with ExitStack() as stack:
-            student_tap = stack.enter_context(FeatureTap(self.student.net, _flat(pair[0] for pair in layers)))
-            teacher_maps: dict[str, Tensor] = {}
-            if active:
-                teacher_maps = self._teacher_maps(batch, _flat(pair[1] for pair in layers))
+            student_tap = stack.enter_context(FeatureTap(self.student.net, names))
+            teacher_maps = self.teacher_maps(batch, active) if active else {}
             terms: dict[str, Tensor] = {}
             if labelled:
                 outputs = self.student(batch)
@@ -190,7 +188,10 @@ class Distiller(nn.Module):
         assert pair is not None
         return [pair[0]], [pair[1]]
 
-    def _teacher_maps(self, batch: Batch, names: Sequence[str]) -> dict[str, Tensor]:
+    def teacher_maps(self, batch: Batch, active: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """What the losses, or those of some indices, need of the teacher, by tap; it runs no layer behind the last."""
+        indices = range(len(self.losses)) if active is None else active
+        names = _flat(self._layers(index)[1] for index in indices)
         # Not inference_mode: its tensors cannot enter a trainable projection.
         with torch.no_grad(), FeatureTap(self.teacher.net, names) as tap:
             with tap.early_stop():

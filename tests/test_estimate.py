@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import tiny
+from acamkd import estimate as module
+from acamkd.errors import AcamkdError
+from acamkd.estimate import LiveMemory, estimate
+from acamkd.jobs import build_network, count_parameters
+from acamkd.methods import build_distiller
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_data(tmp_path_factory.mktemp("data"))
+
+
+def test_live_memory_counts_what_operators_give_while_it_lives() -> None:
+    given = torch.ones(256)  # 1 KiB each
+    with LiveMemory() as memory:
+        given.mul_(2).view(16, 16).t()  # nothing new
+        assert memory.peak == 0
+        doubled = given * 2
+        del doubled
+        first, second = given[:128], given[128:]
+        assert memory.peak == 1024
+        kept = [first + second, given + 1]  # 512 + 1024
+        assert memory.peak == 1536
+        del kept
+        x = given.clone().requires_grad_()  # 1024, and more of the same in the next line, saved for the backward
+        y = x.exp()
+        assert memory.peak == 2048
+        y.sum().backward()  # type: ignore[no-untyped-call]
+    assert memory.peak == 2048 + 4 + 4 + 1024  # the sum, its gradient (expanded, not copied), and that of x
+
+
+def test_the_parts_of_a_recipe(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny.recipe(root)
+    monkeypatch.setattr(module, "free_memory", lambda device: 2**30)
+    found = estimate(recipe)
+    teacher, student, losses = found.parts
+    assert [part.name for part in found.parts] == ["teacher", "student", "losses"]
+    assert found.frame == (64, 64)
+
+    classes = tuple(recipe.data.classes or ())
+    network = build_network(recipe, recipe.student, classes)
+    assert teacher.parameters == student.parameters == count_parameters(network.net)
+    built = build_distiller(network, build_network(recipe, recipe.student, classes, teacher=True), recipe.losses)
+    learnt = sum(parameter.numel() for parameter in built.losses.parameters())
+    assert losses.parameters == learnt
+    with FlopCounterMode(display=False) as counter:
+        network.eval().predict([torch.rand(3, 64, 64)])
+    assert teacher.gflops == pytest.approx(counter.get_total_flops() / 1e9)  # no operation stands behind the logits
+    assert 2.5 * teacher.gflops < student.gflops
+    assert 0 < losses.gflops < student.gflops
+
+    assert 0 < teacher.memory < student.memory
+    assert found.picture == pytest.approx(student.memory + losses.memory)
+    trained = student.parameters + losses.parameters
+    assert found.fixed == 4 * (teacher.parameters + trained) + 4 * 3 * trained  # AdamW
+    assert found.largest_batch == (2**30 - 4 * 3 * trained) // found.picture
+    monkeypatch.setattr(module, "free_memory", lambda device: 0)
+    assert estimate(recipe).largest_batch == 0
+
+
+def test_memory_is_by_picture(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    by_two = estimate(tiny.recipe(root))
+    monkeypatch.setattr(module, "PICTURES", 4)
+    by_four = estimate(tiny.recipe(root))
+    for part, same in zip(by_two.parts, by_four.parts, strict=True):
+        assert part.gflops == pytest.approx(same.gflops, rel=0.01)
+    assert by_two.picture == pytest.approx(by_four.picture, rel=0.05)
+
+
+def test_the_teacher_is_needed_but_not_its_weights(root: Path) -> None:
+    raw = tiny.recipe(root)
+    assert raw.teacher is not None
+    without = raw.model_copy(update={"teacher": raw.teacher.model_copy(update={"weights": None})})
+    assert [part.gflops for part in estimate(without).parts] == [part.gflops for part in estimate(raw).parts]
+    with pytest.raises(AcamkdError, match="needs a `teacher` section and `losses` to distil"):
+        estimate(raw.model_copy(update={"losses": ()}))
