@@ -21,8 +21,8 @@ from acamkd.runs import write_text
 
 Cells = Sequence[Mapping[str, Any]]
 
-MOVEMENTS = {"": "mean", "_std": "variation", "_overlap": "overlap"}
-"""Ending of a mask's column -> what its chart is called."""
+MOVEMENTS = {"": "mean", "_std": "variation", "_overlap": "diversity"}
+"""Ending of a mask's column -> what its chart shows; diversity is 1 minus the overlap."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def _mask_charts(rows: Sequence[Row], cells: Cells) -> list[Chart]:
     for (method, kind), statistics in mask_courses(rows, cells).items():
         for statistic, words in MOVEMENTS.items():
             if statistic in statistics:
-                points = list(enumerate(statistics[statistic], start=1))
-                curves.setdefault(f"{kind} masks: {words}", {})[method] = points
+                course = [1 - x if words == "diversity" else x for x in statistics[statistic]]
+                curves.setdefault(f"{kind} masks: {words}", {})[method] = list(enumerate(course, start=1))
     return mask_charts(dict(sorted(curves.items())))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from acamkd.losses.masks import CLOSED, OPEN, collapse
+from acamkd.losses.masks import CLOSED, FLAT, OPEN, collapse
 from acamkd.report.charts import Chart, Points, draw
 
 LEARNT = ("spatial", "channel")
@@ -90,6 +90,10 @@ def load_replay(file: Path) -> MaskReplay:
 
 
 def mask_charts(curves: Mapping[str, Mapping[str, Points]]) -> list[Chart]:
-    """Charts of titles `KIND masks: STATISTIC`; where means lie in a shaded range, masks have collapsed."""
-    ranges: dict[str, Any] = {"limits": (0, 1), "bands": ((0, CLOSED), (OPEN, 1))}
-    return [draw(title, lines, **(ranges if title.endswith("mean") else {})) for title, lines in curves.items()]
+    """Charts of titles `KIND masks: STATISTIC`, on one scale in every page, shaded where masks have collapsed."""
+    ranges: dict[str, dict[str, Any]] = {
+        "mean": {"limits": (0, 1), "bands": ((0, CLOSED), (OPEN, 1))},
+        "variation": {"limits": (0, 0.5), "bands": ((0, FLAT),)},  # no deviation of values in (0, 1) is larger
+        "diversity": {"limits": (0, 1)},
+    }
+    return [draw(title, lines, **ranges[title.rpartition(" ")[2]]) for title, lines in curves.items()]
