@@ -29,6 +29,7 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 ELSEWHERE = (
     "pip ", "mkdocs ", "pytest", "python docs/", "python benchmarks/", "#SBATCH", "#!/bin/bash", "sbatch ", "cd ",
+    "torchrun ", "srun ",
 )  # fmt: skip
 """How lines of the shell begin that are not this package's command."""
 

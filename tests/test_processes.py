@@ -57,8 +57,22 @@ def raw(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return raw
 
 
-def _together(run: Callable[[int], object]) -> list[int]:
-    """Exit codes of two processes that do this with their rank."""
+def _torchrun(rank: int, port: int) -> dict[str, Any]:
+    return {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}  # fmt: skip
+
+
+def _slurm(rank: int, port: int) -> dict[str, Any]:
+    return {"SLURM_NTASKS": 2, "SLURM_NTASKS_PER_NODE": 2, "SLURM_JOB_NAME": "test", "SLURM_JOB_ID": 1,
+            "SLURM_PROCID": rank, "SLURM_NODEID": 0, "SLURM_LOCALID": rank, "SLURM_NODELIST": "localhost",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+
+
+Launcher = Callable[[int, int], dict[str, Any]]
+
+
+def _together(run: Callable[[int], object], launcher: Launcher = _torchrun) -> list[int]:
+    """Exit codes of two processes that do this with their rank, in the environment that a launcher gives them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -68,9 +82,7 @@ def _together(run: Callable[[int], object]) -> list[int]:
         if child:
             children.append(child)
             continue
-        names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
-                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}  # fmt: skip
-        os.environ.update({name: str(value) for name, value in names.items()})
+        os.environ.update({name: str(value) for name, value in launcher(rank, port).items()})
         code: Any = 1
         try:
             run(rank)
@@ -141,6 +153,12 @@ def test_processes_agree(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytes
     monkeypatch.undo()
     assert _together(lambda rank: distill(recipe, out=tmp_path / "run", resume=True)) == [0, 0]
     assert [row["step"] for row in tiny.rows(tmp_path / "run/history.csv")] == ["2", "4", "6"]
+
+
+def test_slurm_is_recognised(raw: dict[str, Any], tmp_path: Path) -> None:
+    recipe = _shared(raw, epochs=1)
+    assert _together(lambda rank: distill(recipe, out=tmp_path / "run"), _slurm) == [0, 0]
+    assert open_run(tmp_path / "run").metrics["processes"] == 2
 
 
 def test_devices_that_are_not_there_are_one_message(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -57,11 +57,12 @@ def _signalled(raw: dict[str, Any], folder: Path, hook: str, at: tuple[int, int]
     child = os.fork()  # a new interpreter would spend its time on imports
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.setpgid(0, 0)
     original = getattr(TrainingModule, hook)
 
     def signalled(self: TrainingModule, batch: Pictures, batch_idx: int) -> Any:
         if (self.current_epoch, batch_idx) == at:
-            os.kill(os.getpid(), number)
+            os.killpg(0, number)  # as schedulers do: the loading processes get it, too
         return original(self, batch, batch_idx)
 
     setattr(TrainingModule, hook, signalled)
@@ -121,7 +122,7 @@ def test_a_killed_run_goes_on_to_the_same_end(
 def test_a_terminated_run_saves_itself_and_goes_on_to_the_same_end(
     hook: str, at: tuple[int, int], step: int, whole: Path, root: Path, tmp_path: Path
 ) -> None:
-    raw, folder = _raw(root), tmp_path / "run"
+    raw, folder = _raw(root, workers=2), tmp_path / "run"
     assert _signalled(raw, folder, hook, at, signal.SIGTERM) == engine.TERMINATED == 143
     assert (folder / "log.txt").read_text().endswith(f"WARNING {folder}: terminated; --resume goes on at step {step}\n")
     distill(config.parse(raw), out=folder, resume=True)

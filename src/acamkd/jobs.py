@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import platform
 import signal
 import sys
@@ -113,6 +114,9 @@ def distill(
     folder, losses = Path(out) if out else default_folder(recipe, "distilled"), recipe.losses
     if resume and (folder / RECIPE).is_file():
         losses = adopt(losses, config.load(folder / RECIPE).losses)
+    if torch.cuda.is_available():  # each process of a launcher measures on a device of its own
+        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+        torch.cuda.set_device(local % torch.cuda.device_count())
     with data.naming_pictures(batches.train):
         losses = calibrate(student, teacher, losses, batches.train)
     distiller = build_distiller(student, teacher, losses, batches.steps_per_epoch)
@@ -225,7 +229,9 @@ def _fit(run: Run, distiller: Distiller, batches: Batches, *, resume: bool, over
             log.warning("%s has no finished epoch to resume from: it starts anew", run.folder)
         checkpoint = find_checkpoint(run.folder) if goes_on else None
         with data.naming_pictures(batches.val):
-            teacher_scores = _score_teacher(distiller.teacher, batches) if distiller.losses else {}
+            teacher_scores = (
+                _score_teacher(distiller.teacher.to(trainer.strategy.root_device), batches) if distiller.losses else {}
+            )
         teacher_hash = _hash(distiller.teacher.net) if distiller.losses else None
         torch.manual_seed(recipe.train.seed)
         module = TrainingModule(distiller, recipe.train, batches.scorer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ class PictureLoader(DataLoader[Any]):
     ) -> None:
         super().__init__(
             dataset, sampler=sampler, num_workers=workers, persistent_workers=workers > 0, collate_fn=_as_lists,
-            **options,
+            worker_init_fn=_outlive_sigterm, **options,
         )  # fmt: skip
         dataset.reading = torch.full((workers, 2), -1).share_memory_() if workers else None  # type: ignore[no-untyped-call]
 
@@ -97,6 +98,11 @@ def _death(what: str, loaders: Sequence[PictureLoader], is_dead: Callable[[int],
         f"a process that loads pictures {what}; the last that it read was {', '.join(held) or 'none'}. If memory ran "
         "out, lower data.workers or train.batch_size; otherwise look at that picture"
     )
+
+
+def _outlive_sigterm(_: int) -> None:
+    """Leave a loading process to the training process, which ends it; schedulers send their signal to every process."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _as_lists(samples: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
