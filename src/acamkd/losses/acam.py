@@ -38,7 +38,7 @@ LEARNING = ("cooperative", "teacher")
 BLOCK = 2**22
 """Elements of an attention map that exist at a time, 16 MiB in float32."""
 
-KEYS = 1024
+KEYS = 256
 """Key positions that kv_stride="auto" leaves at most."""
 
 
@@ -80,6 +80,24 @@ def window_side(size: Sequence[int]) -> int:
     return next(side for side in count(1) if prod(-(-length // side) for length in size) <= KEYS)
 
 
+def window_covariance(x: Tensor, means: Tensor, side: int, vectors: Tensor) -> Tensor:
+    """E[D D^T] Y, with D what a position differs by from the mean of its window, averaged over all positions.
+
+    Args:
+        x: (N, C, H, W).
+        means: Over the windows, (N, C, H_k, W_k).
+        side: Of the windows.
+        vectors: Y, (N, C, R).
+
+    Returns:
+        (N, C, R); the covariance itself, (N, C, C), is never made.
+    """
+    counts = F.avg_pool2d(torch.ones_like(x[:1, :1]), side, ceil_mode=True, divisor_override=1).flatten(2).mT
+    values, averages = x.flatten(2), means.flatten(2)
+    moments = values @ (values.mT @ vectors) - averages @ (counts * (averages.mT @ vectors))
+    return moments / values.shape[2]
+
+
 class STCAFF(nn.Module):
     """Student-teacher cross-attention feature fusion: one network asks, the other answers.
 
@@ -87,9 +105,13 @@ class STCAFF(nn.Module):
     are linear in V, so that F itself, and V, need never be computed: (A V)^T m = A (V^T m), and the average of F is V
     times the average row of A.
 
+    With windows, all keys of one count as their mean, and so do the values. What this leaves out, that a query attends
+    more to some positions of a window than to others, is put back to first order in the query, by the covariance of
+    keys and values within windows, averaged over all of them: F_i += E[dV dK^T] q_i / sqrt(C_q).
+
     Args:
         channels: C, of both maps.
-        kv_stride: Keys and values are averaged over windows of this side length, or of `window_side`; 1 is the paper.
+        kv_stride: Side of the windows, or `auto` for `window_side`; 1 is the paper.
     """
 
     def __init__(self, channels: int, kv_stride: int | Literal["auto"] = 1) -> None:
@@ -103,18 +125,21 @@ class STCAFF(nn.Module):
     def forward(self, asking: Tensor, answering: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
         """Fuse two maps of (N, C, H, W) into F, seen through units (M, C): its average (N, C), and (N, M, H, W)."""
         side = window_side(answering.shape[-2:]) if self.kv_stride == "auto" else self.kv_stride
-        if side > 1:  # before the projections: they are linear, so the result is the same and costs less
-            answering = F.avg_pool2d(answering, side, ceil_mode=True)
         weight, bias = self.value.weight.flatten(1), self.value.bias
         assert bias is not None
-        answers = answering.flatten(2)  # (N, C, K)
-        read, received = cross_attention(
-            self.query(asking).flatten(2), self.key(answering).flatten(2), (units @ weight) @ answers
-        )
-        pooled = F.linear(torch.einsum("nck,nk->nc", answers, received), weight, bias)
-        # The rows of A sum to 1, so that the bias of V is one of F.
-        logits = read + (units @ bias).unsqueeze(1)  # (N, M, HW)
-        return pooled, logits.reshape(*logits.shape[:2], *asking.shape[-2:])
+        query, readout = self.query(asking).flatten(2), units @ weight  # (N, C_q, HW), (M, C)
+        # Averaged before the projections: they are linear, so the result is the same and costs less.
+        means = F.avg_pool2d(answering, side, ceil_mode=True) if side > 1 else answering
+        answers = means.flatten(2)  # (N, C, K)
+        read, received = cross_attention(query, self.key(means).flatten(2), readout @ answers)
+        pooled = torch.einsum("nck,nk->nc", answers, received)
+        if side > 1:
+            to_key = self.key.weight.flatten(1) * query.shape[1] ** -0.5  # (C_q, C)
+            seen = torch.cat([readout.mT.expand(len(query), -1, -1), (query.mean(dim=2) @ to_key).unsqueeze(2)], dim=2)
+            varied = window_covariance(answering, means, side, seen)  # (N, C, M + 1)
+            read, pooled = read + (to_key @ varied[:, :, :-1]).mT @ query, pooled + varied[:, :, -1]
+        logits = read + (units @ bias).unsqueeze(1)  # the rows of A sum to 1, so that the bias of V is one of F
+        return F.linear(pooled, weight, bias), logits.reshape(*logits.shape[:2], *asking.shape[-2:])
 
 
 class ASCM(nn.Module):
@@ -220,8 +245,9 @@ class ACAM(FeatureLoss):
         tokens: With mask_source="fixed": learnt state of `selection`; in a recipe the file that `acamkd tokens` wrote.
             Without it the tokens stay random.
         kv_stride: Side of the square windows over which the map that answers is averaged before keys and values are
-            made of it; every position still asks. 1 is exact. `auto`: on each level the smallest side that leaves at
-            most 1024 windows (1 on maps of up to 1024 positions), which makes the cost linear in the positions.
+            made of it; every position still asks, and what varies within the windows counts to first order. 1 is exact.
+            `auto`: on each level the smallest side that leaves at most 256 windows (1 on maps of up to 256 positions),
+            which makes the cost linear in the positions.
         align: Project the student even where the channels agree.
         on_mask_collapse: Masks that learn are looked at every 100 steps. Where their mean or their deviation has left
             what can still select, `warn` says so once, `stop` ends the training.
