@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from selenium import webdriver
 
 FLAGS = (
     "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
@@ -47,18 +48,15 @@ class Browser:
     """
 
     def __init__(self, profile: Path, screenshots: Path) -> None:
-        webdriver = pytest.importorskip("selenium.webdriver")
-        paths = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
-        for name, path in paths.items():
-            if path is None:
-                pytest.skip(f"there is no {name} (Debian: apt-get install chromium chromium-driver)")
+        chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+        if not (chromium and driver):
+            pytest.skip("there is no chromium with its chromedriver (Debian: apt-get install chromium chromium-driver)")
         options = webdriver.ChromeOptions()
-        options.binary_location = paths["chromium"]
+        options.binary_location = chromium
         for flag in (*FLAGS, f"user-data-dir={profile}"):
             options.add_argument(f"--{flag}")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        service = webdriver.ChromeService(paths["chromedriver"])
-        self.driver: Any = webdriver.Chrome(options, service)
+        self.driver: Any = webdriver.Chrome(options, webdriver.ChromeService(driver))
         self.folder = screenshots
 
     def open(self, page: Path, *, width: int = 1100, scheme: str = "light", fragment: str = "") -> None:
@@ -70,9 +68,9 @@ class Browser:
         self.driver.get("about:blank")  # a change of the fragment alone would not load the page
         self.driver.get(page.as_uri() + fragment)
 
-    def run(self, script: str, *arguments: Any) -> Any:
+    def run(self, script: str) -> Any:
         """What a function's body of JavaScript returns."""
-        return self.driver.execute_script(script, *arguments)
+        return self.driver.execute_script(script)
 
     def console(self) -> list[str]:
         """What was said on the console since this was last asked."""

@@ -188,7 +188,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     assert built.stderr == ""
     home = (tmp_path / "site/index.html").read_text(encoding="utf-8")
-    assert "report.png" in home
+    assert 'src="scenes-report.html#viewer"' in home
+    assert 'id="viewer"' in (tmp_path / "site/scenes-report.html").read_text(encoding="utf-8")
     assert "look_ahead_reward" in (tmp_path / "site/reference/index.html").read_text(encoding="utf-8")
     assert 'href="../../reference/#acamkd.losses.acam"' in (tmp_path / "site/methods/acam/index.html").read_text()
     listed = {path.relative_to(DOCS).with_suffix("") for path in DOCS.rglob("*.md")}
