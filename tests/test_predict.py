@@ -19,8 +19,6 @@ from acamkd import predict as predicting
 from acamkd.errors import AcamkdError
 from acamkd.predict import Film, predict
 
-Pictures = list[np.ndarray[Any, np.dtype[np.uint8]]]
-
 
 @pytest.fixture
 def red(tmp_path: Path) -> Path:
@@ -70,17 +68,17 @@ def _film(file: Path, turned: bool = False) -> Path:
         writer.mux(stream.encode())
     if turned:  # a quarter to the right, as a telephone that is held upright says it
         upright, quarter = (1, 0, 0, 0, 1, 0), (0, 1, 0, -1, 0, 0)
-        as_bytes = [
+        old, new = (
             b"".join(struct.pack(">i", x << (30 if k == 8 else 16)) for k, x in enumerate((*matrix, 0, 0, 1)))
             for matrix in (upright, quarter)
-        ]
+        )
         content = file.read_bytes()
         track = content.index(b"tkhd")
-        file.write_bytes(content[:track] + content[track:].replace(*as_bytes, 1))
+        file.write_bytes(content[:track] + content[track:].replace(old, new, 1))
     return file
 
 
-def _frames(file: Path) -> Pictures:
+def _frames(file: Path) -> list[Any]:
     with av.open(file) as reader:
         assert reader.streams.video[0].average_rate == 10
         return [frame.to_ndarray(format="rgb24") for frame in reader.decode(video=0)]

@@ -134,7 +134,7 @@ class Film:
         even = picture.crop((0, 0, max(2, picture.width // 2 * 2), max(2, picture.height // 2 * 2)))
         if not self.stream.codec_context.is_open:
             self.stream.width, self.stream.height = even.size
-        self.writer.mux(self.stream.encode(av.VideoFrame.from_image(even)))
+        self.writer.mux(self.stream.encode(av.VideoFrame.from_ndarray(np.asarray(even), format="rgb24")))
 
 
 def pictures_of(source: Path) -> list[Path]:
