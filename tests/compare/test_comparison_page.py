@@ -56,6 +56,16 @@ def test_a_browser_opens_it_and_fetches_nothing(page: Path, browser: Browser) ->
     assert browser.requests() == [page.as_uri()] * 3
 
 
+def test_a_teacher_of_other_classes_has_no_score(tmp_path: Path) -> None:
+    recipe, results = config.load(write_recipe(tmp_path, "segmentation")), tmp_path / "results"
+    for cell in plan(recipe, ["none", "acam"], 2, results):
+        fake(cell, results, 40.0, teacher=None if cell.method == "none" else {"sha256": "d" * 64, "mIoU": None})
+    tabulate(recipe, ["none", "acam"], 2, results)
+    assert "Teacher dddddddddddd: -." in (results / "comparison.md").read_text()
+    page = (results / "comparison.html").read_text(encoding="utf-8")
+    assert '<h3>teacher</h3><div class="score number">\N{EN DASH} ' in page
+
+
 @pytest.mark.parametrize("methods", [["none"], ["acam"], ["none", "acam"]])
 def test_a_page_of_what_is_there(methods: list[str], tmp_path: Path) -> None:
     recipe = config.load(write_recipe(tmp_path, "segmentation"))

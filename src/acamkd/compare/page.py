@@ -103,8 +103,9 @@ def _metric_chart(rows: Sequence[Row], cells: Cells) -> Chart:
     metric, curves = cells[0]["metric"], {}
     for row in rows:
         curves[row.method] = _points(np.array([c["history"] for c in cells if c["method"] == row.method], dtype=float))
-    teachers = [("teacher", cell["teacher"][metric]) for cell in cells if cell["teacher"]]
-    return draw(f"{metric}, mean over the seeds", curves, level=teachers[0] if teachers else None)
+    scores = [cell["teacher"][metric] for cell in cells if cell["teacher"]]  # None where its classes are others
+    level = ("teacher", scores[0]) if scores and scores[0] is not None else None
+    return draw(f"{metric}, mean over the seeds", curves, level=level)
 
 
 def _points(courses: Any) -> Points:
