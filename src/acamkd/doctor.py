@@ -225,6 +225,8 @@ def _distillation(
     size = min(PICTURES, recipe.train.batch_size, len(train))
     pictures = data.loader(train, size, 0, shuffle=True, seed=recipe.train.seed)
     with measuring(student, teacher, entries) as distiller:
+        if recipe.data.unlabelled is not None:
+            distiller.check_unlabelled()
         batch = next(prepared(student, pictures))
         for pair, loss in zip(distiller.pairs, distiller.losses, strict=True):
             name = type(loss).__name__

@@ -117,10 +117,11 @@ def test_one_epoch_can_begin_in_its_middle(tmp_path: Path, workers: int) -> None
 
 
 def test_a_batch_names_its_pictures(tmp_path: Path) -> None:
-    loader = data.loader(_train(tmp_path), 2, 0, shuffle=True, seed=4)
+    dataset = _train(tmp_path)
+    loader = data.loader(dataset, 2, 0, shuffle=True, seed=4)
     assert isinstance(loader.sampler, data.SeededSampler)
     loader.sampler.set_epoch(1)
-    loader.dataset.transform = None
+    dataset.transform = None
     for number, (images, _) in enumerate(loader):
         for image, file in zip(images, loader.files(number), strict=True):
             assert torch.equal(image, read_picture(file))
