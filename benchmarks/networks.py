@@ -1,6 +1,6 @@
 """Size and cost of the networks in recipes/paper, and of their trainings, computed on no device at all.
 
-    python benchmarks/networks.py         # the tables of docs/networks.md; about a minute
+    python benchmarks/networks.py         # the tables of docs/networks.md; a few minutes
 
 Everything is built on PyTorch's meta device: shapes without numbers. Operations are those that
 torch.utils.flop_counter counts (convolutions and matrix products), two per multiplication with addition.
@@ -90,7 +90,7 @@ def forward_cost(model: TaskModel, size: Sequence[int], proposals: int = 0) -> f
 def training_cost(recipe: config.Recipe) -> dict[str, float]:
     """Operations of one training picture: of the student, the teacher up to the tapped layers, and the losses.
 
-    Backward passes included, and no attention computed twice; a fused kernel does, which costs a tenth more.
+    Backward passes included, and what they compute anew.
     """
     assert recipe.teacher is not None
     pixels = torch.empty(2, 3, *TRAINED[recipe.task], device="meta")  # batch norm refuses one

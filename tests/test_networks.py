@@ -55,4 +55,4 @@ def test_hours_are_operations_times_pictures() -> None:
         recipe = networks.recipes()[row["recipe"]]
         operations = sum(float(row[part]) for part in ("student", "teacher", "losses")) * 1e12
         hours = networks.pictures(recipe) * operations / networks.RATE / 8 / 3600
-        assert hours == pytest.approx(float(row["hours"]), abs=0.06)
+        assert hours == pytest.approx(float(row["hours"]), abs=0.09)  # each figure is rounded
