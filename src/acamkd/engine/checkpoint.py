@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +58,11 @@ class CheckpointFiles(TorchCheckpointIO):
         """Write a file beside `path` and move it there; what `path` held before becomes PREVIOUS."""
         path = Path(path)
         unfinished = path.with_name(path.name + ".tmp")
+        content = io.BytesIO()  # torch.save would turn a full disk into a RuntimeError about positions
+        torch.save(checkpoint, content)
         try:
             with unfinished.open("wb") as file:
-                torch.save(checkpoint, file)
+                file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())  # or a power cut leaves the new name with nothing behind it
             if path.exists():
@@ -103,7 +107,8 @@ class Checkpoints(Checkpoint):
         """Begin where the checkpoint was written. Listen to SIGTERM in the place of Lightning, which restores it."""
         if isinstance(trainer.train_dataloader, PictureLoader):  # Lightning itself would read the epoch from its start
             trainer.train_dataloader.begin(*self.position)
-        signal.signal(signal.SIGTERM, self._note)
+        if threading.current_thread() is threading.main_thread():  # no other one may
+            signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, *_: object) -> None:
         self.terminated = True
