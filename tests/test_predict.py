@@ -17,7 +17,7 @@ from PIL import Image
 
 from acamkd import predict as predicting
 from acamkd.errors import AcamkdError
-from acamkd.predict import Film, predict
+from acamkd.predict import Film, draw, predict
 
 
 @pytest.fixture
@@ -113,6 +113,17 @@ def test_a_video_of_boxes(box: Path, tmp_path: Path) -> None:
     changed = np.abs(plain.astype(int) - drawn.astype(int)).max(axis=-1) > 60
     assert changed[10, 1]  # the left edge of the box
     assert not changed[30:, 40:].any()
+
+
+def test_boxes_and_names_grow_with_the_picture() -> None:
+    found = {"boxes": np.array([[0.25, 0.5, 0.75, 1.0]]), "scores": np.array([0.9]), "labels": np.array([1])}
+    shares = []
+    for side in (400, 1600):
+        drawn = np.array(
+            draw(np.zeros((side, side, 3), np.uint8), {**found, "boxes": found["boxes"] * side}, ("name",))
+        )
+        shares.append((drawn > 0).any(axis=-1).mean())
+    assert shares[0] == pytest.approx(shares[1], rel=0.2)
 
 
 def test_a_video_is_turned_upright(red: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from acamkd.errors import AcamkdError
@@ -166,11 +166,13 @@ def draw(picture: Picture, found: Prediction, classes: Sequence[str]) -> Image.I
         return Image.blend(Image.fromarray(picture), Image.fromarray(painted), 0.5)
     image = Image.fromarray(picture)
     canvas = ImageDraw.Draw(image)
+    side = min(image.size)
+    canvas.font, width = ImageFont.load_default(max(9, side / 40)), max(2, round(side / 240))
     # Best last, so that it lies on top.
     for box, score, label in zip(found["boxes"][::-1], found["scores"][::-1], found["labels"][::-1], strict=True):
         x1, y1, x2, y2 = box.tolist()
         text, colour = f"{classes[label - 1]} {score:.2f}", colours[label - 1]
-        canvas.rectangle((x1, y1, x2, y2), outline=colour, width=2)
+        canvas.rectangle((x1, y1, x2, y2), outline=colour, width=width)
         canvas.rectangle(canvas.textbbox((x1, y1), text), fill=colour)
         canvas.text((x1, y1), text, fill="black")
     return image
