@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from itertools import count
 from math import prod
 from typing import Any, ClassVar, Literal
@@ -11,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from acamkd.losses.base import DistillationContext, FeatureLoss
 from acamkd.losses.functional import (
@@ -55,24 +54,51 @@ def cross_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
     Returns:
         (N, C, HW), and the attention that each key receives, (N, K), of sum 1.
     """
+    rows = max(1, BLOCK // (len(query) * key.shape[2]))
+    queries = query.mT * query.shape[1] ** -0.5
+    read, received = _BlockAttention.apply(queries, key.mT, value.mT, rows)  # type: ignore[no-untyped-call]
+    return read.mT, received[:, 0] / query.shape[2]
 
-    def attend(rows: Tensor, key: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        attention = (rows @ key).softmax(dim=2)  # (N, rows of the block, K)
-        return attention @ values, attention.sum(dim=1)
 
-    images, channels, positions = query.shape
-    queries, values = query.mT * channels**-0.5, value.mT
-    blocks = queries.split(max(1, BLOCK // (images * key.shape[2])), dim=1)
-    read, received = zip(
-        *(
-            checkpoint(
-                attend, rows, key, values, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
-            )
-            for rows in blocks
-        ),
-        strict=True,
-    )
-    return torch.cat(read, dim=1).mT, reduce(torch.add, received) / positions
+class _BlockAttention(torch.autograd.Function):
+    """P V and the column sums of P = softmax(Q K^T), some rows of P at a time.
+
+    Whatever outlives a block is allocated beforehand; otherwise it would settle in the memory that a block has freed,
+    which the next one could not take again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """(N, HW, C_q), (N, K, C_q), (N, K, C) -> (N, HW, C), (N, 1, K)."""
+        read = query.new_empty(*query.shape[:2], value.shape[2])
+        received = query.new_zeros(len(query), 1, key.shape[1])
+        for q, out in zip(query.split(rows, 1), read.split(rows, 1), strict=True):
+            attention = (q @ key.mT).softmax(dim=2)
+            out.copy_(attention @ value)
+            received += attention.sum(dim=1, keepdim=True)
+        ctx.rows = rows
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, read)
+        return read, received
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, of_read: Tensor | None, of_received: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        """With dP = dR V^T + 1 dr^T: dS = P (dP - sum_k P dP) for S = Q K^T."""
+        query, key, value, read = ctx.saved_tensors
+        d_read = torch.zeros_like(read) if of_read is None else of_read
+        d_received = key.new_zeros(len(key), 1, key.shape[1]) if of_received is None else of_received
+        d_query, d_key, d_value = (torch.zeros_like(x) for x in (query, key, value))
+        for q, out, d_out, d_q in zip(*(x.split(ctx.rows, 1) for x in (query, read, d_read, d_query)), strict=True):
+            attention = (q @ key.mT).softmax(dim=2)
+            d_value.baddbmm_(attention.mT, d_out)
+            mean = (d_out * out).sum(dim=2, keepdim=True) + attention @ d_received.mT  # sum_k P dP
+            d_scores = (d_out @ value.mT).add_(d_received).sub_(mean).mul_(attention)
+            d_q.copy_(d_scores @ key)
+            d_key.baddbmm_(d_scores.mT, q)
+        return d_query, d_key, None if of_read is None else d_value, None
 
 
 def window_side(size: Sequence[int]) -> int:
