@@ -90,8 +90,8 @@ def estimate(recipe: config.Recipe) -> Estimate:
         batch = next(prepared(student, loader))
         free = free_memory(batch.pixels.device)
         looked = _measured(lambda: distiller.teacher_maps(batch))
-        alone = _step(Distiller(distiller.student), batch)
-        whole = _step(distiller, batch)
+        alone = step_of(Distiller(distiller.student), batch)
+        whole = step_of(distiller, batch)
     count = len(batch.sizes)
     numbers = [_size(module) for module in (teacher.net, student.net, distiller.losses)]
     gflops = (looked[0], alone[0], whole[0] - looked[0] - alone[0])
@@ -108,7 +108,7 @@ def estimate(recipe: config.Recipe) -> Estimate:
     )
 
 
-def _step(distiller: Distiller, batch: Batch) -> tuple[float, int]:
+def step_of(distiller: Distiller, batch: Batch) -> tuple[float, int]:
     """GFLOPs and peak bytes of forward and backward, without the gradients, which are dropped as they come."""
 
     def drop(parameter: Tensor) -> None:

@@ -1,0 +1,122 @@
+"""Time and peak memory of every method's loss, forward and backward, each in a process of its own.
+
+    python benchmarks/loss_cost.py [--quick]
+
+The maps are random: a picture's pyramid of strides 8 to 128 with 256 channels, the pyramid's finest level alone, or
+logits of 19 classes. CrossKD compares heads and FGD needs boxes, so that the one is missing and the other is not run on
+logits; the tokens of MasKD and FreeKD are random, which changes no cost.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from matplotlib.figure import Figure
+from measuring import Cost, cost, in_own_process, interleaved, medians, quick, save
+from textbook import Textbook
+
+from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
+from acamkd.methods import METHODS
+
+Level: TypeAlias = tuple[int, int]
+
+STRIDES = (8, 16, 32, 64, 128)
+ROUNDS = 2
+LARGEST = 2**30
+"""Bytes of the largest dense attention map that the textbook is run with."""
+
+
+def pyramid(height: int, width: int) -> list[Level]:
+    """Sizes of a picture's feature maps."""
+    return [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
+
+
+SHAPES: Mapping[str, tuple[int, list[Level]]] = {
+    "pyramid of 400 x 672": (256, pyramid(400, 672)),
+    "level of 100 x 168": (256, [(100, 168)]),
+    "pyramid of 800 x 1344": (256, pyramid(800, 1344)),
+    "logits of 65 x 129": (19, [(65, 129)]),
+    "logits of 129 x 257": (19, [(129, 257)]),
+}
+
+
+def losses(channels: int, levels: Sequence[Level]) -> dict[str, partial[FeatureLoss]]:
+    """Every method that can be run on such maps."""
+    masks = {"num_masks": 6 if channels == 256 else channels}
+    found = {
+        name: partial(method, channels, channels)
+        for name, method in METHODS.items()
+        if not issubclass(method, HeadLoss) and name != "acam" and (channels == 256 or "boxes" not in method.needs)
+    }
+    acam = METHODS["acam"]
+    found["acam, exact"] = partial(acam, channels, channels, **masks)  # type: ignore[arg-type]
+    found["acam, auto"] = partial(acam, channels, channels, **masks, kv_stride="auto")  # type: ignore[arg-type]
+    found["acam, uniform masks"] = partial(acam, channels, channels, **masks, mask_source="uniform")  # type: ignore[arg-type]
+    if 4 * max(height * width for height, width in levels) ** 2 <= 1.1 * LARGEST:
+        found["acam, textbook"] = partial(Textbook, channels, channels, **masks)
+    return found
+
+
+def measure(build: partial[FeatureLoss], channels: int, levels: Sequence[Level]) -> Cost:
+    """Forward and backward at all levels together: time of a second step, memory of the first."""
+    torch.set_num_threads(2)
+    logging.getLogger("acamkd").setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    modules = [build() for _ in levels]
+    maps = [[torch.randn(1, channels, *level) for level in levels] for _ in range(2)]
+    height, width = (8 * side for side in levels[0])
+    boxes = torch.rand(10, 4) * torch.tensor([width / 2, height / 2, width / 2, height / 2])
+    boxes[:, 2:] += boxes[:, :2]
+    context = DistillationContext(input_size=(height, width), boxes=[boxes])
+    for student in maps[0]:
+        student.requires_grad_()
+
+    def step() -> None:
+        terms = [term for module, s, t in zip(modules, *maps, strict=True) for term in module(s, t, context).values()]
+        torch.stack(terms).sum().backward()
+
+    first = cost(step)  # before anything is kept for later
+    return cost(step)._replace(peak_mib=first.peak_mib)
+
+
+def main() -> None:
+    """Measure, print and plot."""
+    is_quick = quick(__doc__)
+    shapes = (
+        {"pyramid of 160 x 256": (256, pyramid(160, 256)), "logits of 9 x 17": (19, [(9, 17)])} if is_quick else SHAPES
+    )
+    table: dict[str, dict[str, Any]] = {}
+    for shape, (channels, levels) in shapes.items():
+        print(shape)
+        calls = {
+            name: partial(in_own_process, measure, build, channels, levels)
+            for name, build in losses(channels, levels).items()
+        }
+        for costs in interleaved(calls, 1 if is_quick else ROUNDS):
+            table[shape] = {name: medians(each)._asdict() for name, each in costs.items()}
+            save("loss_cost", {"rows": table}, plot(table), quick=is_quick)
+    for shape, rows in table.items():
+        print(f"\n| {shape} | seconds | CPU seconds | peak MiB |\n|---|---:|---:|---:|")
+        for name, row in sorted(rows.items(), key=lambda entry: entry[1]["cpu_seconds"]):
+            print(f"| {name} | {row['seconds']:.3f} | {row['cpu_seconds']:.3f} | {row['peak_mib']:.0f} |")
+
+
+def plot(table: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Time against memory, one panel per shape."""
+    figure = Figure(figsize=(4 * len(table), 4))
+    for axes, (shape, rows) in zip(figure.subplots(1, len(table), squeeze=False)[0], table.items(), strict=True):
+        for name, row in rows.items():
+            axes.loglog(row["cpu_seconds"], row["peak_mib"], "o", color="tab:red" if "acam" in name else "tab:blue")
+            axes.annotate(
+                name, (row["cpu_seconds"], row["peak_mib"]), fontsize=7, xytext=(3, 3), textcoords="offset points"
+            )
+        axes.set(title=shape, xlabel="processor seconds, forward and backward", ylabel="peak MiB")
+    return figure
+
+
+if __name__ == "__main__":
+    main()

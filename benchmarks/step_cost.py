@@ -1,0 +1,180 @@
+"""What distillation adds to a whole training step.
+
+    python benchmarks/step_cost.py [detection | segmentation] [--quick]
+
+RetinaNet R101 -> R50 on one picture and DeepLabV3-R101 -> DeepLabV3-MobileNetV2 on two (batch norm after global pooling
+needs two), at half the usual sides: forward, backward and SGD step by the package's own Distiller. The reference
+is the step of the student alone plus the teacher's forward up to the last tapped layer, which every method needs.
+Weights and pictures are random, which changes no cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from measuring import Cost, arguments, cost, interleaved, medians, ratios, save
+
+from acamkd import models
+from acamkd.config import Loss, Model
+from acamkd.distiller import Distiller
+from acamkd.methods import build_distiller
+from acamkd.models.base import Batch, Target, Task, TaskModel
+
+ROUNDS = 3
+
+DETECTION = "RetinaNet R101 -> R50, 400 x 672"
+SEGMENTATION = "DeepLabV3 R101 -> MobileNetV2, 256 x 512"
+SIZES = {DETECTION: (400, 672), SEGMENTATION: (256, 512)}
+NETWORKS: Mapping[str, tuple[Task, Model, Model, int]] = {
+    DETECTION: (
+        "detection",
+        Model(arch="retinanet", backbone="torchvision/resnet101", backbone_weights=None),
+        Model(arch="retinanet", backbone="torchvision/resnet50", backbone_weights=None),
+        80,
+    ),
+    SEGMENTATION: (
+        "segmentation",
+        Model(arch="torchvision/deeplabv3_resnet101", backbone_weights=None),
+        Model(arch="deeplabv3", backbone="mobilenet_v2", backbone_weights=None),
+        19,
+    ),
+}
+
+PYRAMID, LOGITS, FEATURES = "backbone:*", ("segmentation_head.0", "classifier"), ("decoder", "classifier.3")
+
+
+def loss(name: str, layers: Any, **options: Any) -> Loss:
+    """One entry of a recipe's `losses`."""
+    return Loss(name=name, pairs=[layers], **options)
+
+
+LOSSES: Mapping[str, Mapping[str, Loss]] = {
+    DETECTION: {
+        "fitnet": loss("fitnet", PYRAMID),
+        "fgd": loss("fgd", PYRAMID),
+        "mgd": loss("mgd", PYRAMID),
+        "maskd": loss("maskd", PYRAMID),
+        "cwd": loss("cwd", PYRAMID),
+        "acam, exact": loss("acam", PYRAMID),
+        "acam, auto": loss("acam", PYRAMID, kv_stride="auto"),
+    },
+    SEGMENTATION: {
+        "fitnet, 256 channels": loss("fitnet", FEATURES),
+        "mgd, 256 channels": loss("mgd", FEATURES),
+        "maskd, logits": loss("maskd", LOGITS),
+        "cwd, logits": loss("cwd", LOGITS),
+        "acam, logits, exact": loss("acam", LOGITS, num_masks=19),
+        "acam, logits, auto": loss("acam", LOGITS, num_masks=19, kv_stride="auto"),
+        "acam, 256 channels, exact": loss("acam", FEATURES, num_masks=19),
+        "acam, 256 channels, auto": loss("acam", FEATURES, num_masks=19, kv_stride="auto"),
+    },
+}
+
+
+def networks(name: str, size: tuple[int, int]) -> tuple[TaskModel, TaskModel]:
+    """Student and teacher."""
+    task, teacher, student, classes = NETWORKS[name]
+    torch.manual_seed(0)
+    return models.build(student, task, classes, size), models.build(teacher, task, classes, size, teacher=True)
+
+
+def targets_of(student: TaskModel, sizes: Sequence[tuple[int, int]]) -> list[Target]:
+    """A mask, or ten boxes, drawn at random for each picture."""
+    if student.task == "segmentation":
+        return [{"mask": torch.randint(student.num_classes, size)} for size in sizes]
+    targets: list[Target] = []
+    for height, width in sizes:
+        corners = torch.rand(10, 2) * torch.tensor([width / 2, height / 2])
+        sides = 16 + torch.rand(10, 2) * torch.tensor([width / 3, height / 3])
+        labels = torch.randint(1, student.num_classes + 1, (10,))
+        targets.append({"boxes": torch.cat([corners, corners + sides], 1), "labels": labels})
+    return targets
+
+
+def batch_of(student: TaskModel, size: tuple[int, int]) -> Batch:
+    """One random picture for a detector, two for a segmenter."""
+    sizes = [size] * (2 if student.task == "segmentation" else 1)
+    return student.prepare([torch.rand(3, *size) for size in sizes], targets_of(student, sizes))
+
+
+def step(distiller: Distiller, batch: Batch) -> Callable[[], None]:
+    """A training step, without the Distiller's watch over the first ones, which costs a backward more."""
+    distiller.eval()
+    distiller.student.train()
+    distiller.losses.train()
+    optimizer = torch.optim.SGD([p for p in distiller.parameters() if p.requires_grad], lr=1e-9, momentum=0.9)
+
+    def run() -> None:
+        torch.stack(list(distiller(batch).values())).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def measure(name: str, size: tuple[int, int], rounds: int) -> Iterator[dict[str, Any]]:
+    """Cost of the parts and of a step with each loss, and the ratios to the reference, after every round."""
+    student, teacher = networks(name, size)
+    batch = batch_of(student, size)
+    alone = step(Distiller(student), batch)
+    calls: dict[str, Callable[[], Cost]] = {"student alone": partial(cost, alone)}
+    for method, entry in LOSSES[name].items():
+        distiller = build_distiller(student, teacher, [entry])
+        if method == next(iter(LOSSES[name])):
+            calls["teacher's forward"] = partial(cost, partial(distiller.teacher_maps, batch))
+        calls[method] = partial(cost, step(distiller, batch))
+    alone()  # memory and kernels as in every later step
+    for costs in interleaved(calls, rounds):
+        reference = [
+            Cost(a.seconds + b.seconds, a.cpu_seconds + b.cpu_seconds, max(a.peak_mib, b.peak_mib))
+            for a, b in zip(costs["student alone"], costs["teacher's forward"], strict=True)
+        ]
+        yield {
+            method: {**medians(each)._asdict(), **ratios(each, reference), "all": each}
+            for method, each in costs.items()
+        }
+
+
+def main() -> None:
+    """Measure, print and plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("task", nargs="?", choices=["detection", "segmentation"], help="one of the two alone")
+    given = arguments(parser)
+    logging.getLogger("acamkd").setLevel(logging.ERROR)
+    for name, (task, *_) in NETWORKS.items():
+        if given.task in (None, task):
+            size = (128, 256) if given.quick else SIZES[name]
+            for rows in measure(name, size, 1 if given.quick else ROUNDS):
+                save(
+                    f"step_cost_{task}",
+                    {"networks": name, "rows": rows},
+                    plot(name, rows),
+                    quick=given.quick,
+                )
+            print(f"\n| {name} | seconds | CPU seconds | ratio | CPU ratio | MiB |\n|---|---:|---:|---:|---:|---:|")
+            for method, row in rows.items():
+                times = f"{row['seconds']:.2f} | {row['cpu_seconds']:.2f} | {row['ratio']:.3f} | {row['cpu_ratio']:.3f}"
+                print(f"| {method} | {times} | {row['peak_mib']:.0f} |")
+
+
+def plot(name: str, rows: Mapping[str, Any]) -> Figure:
+    """Bars of the ratios, by processor time."""
+    figure = Figure(figsize=(6, 3.5))
+    axes = figure.subplots()
+    methods = [method for method in rows if method not in ("student alone", "teacher's forward")]
+    axes.barh(methods, [rows[method]["cpu_ratio"] for method in methods])
+    axes.axvline(1, color="black")
+    axes.axvline(1.05, color="black", linestyle=":")
+    axes.set(title=name, xlim=(0.9, None), xlabel="step / (student alone + teacher's forward), processor time")
+    axes.invert_yaxis()
+    return figure
+
+
+if __name__ == "__main__":
+    main()
