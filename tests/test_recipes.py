@@ -144,7 +144,7 @@ def test_a_recipe_trains(name: str, roots: dict[str, Path]) -> None:
     )  # fmt: skip
     trainer.fit(module, batches.train)
     assert trainer.global_step == 2
-    values: dict[str, Any] = trainer.callback_metrics
+    values: dict[str, Any] = module.values
     assert all(torch.isfinite(torch.as_tensor(value)) for value in values.values())
     levels = 5 if recipe.task == "detection" else 1
     found = {key for key in values if re.search(r"loss/.*/acam/(channel|spatial|diversity)(_step)?$", key)}
