@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
@@ -106,13 +107,11 @@ class NonFinite(Callback):
         where = f"pictures {', '.join(names)}"
         if self.skipped <= KEPT:
             file.parent.mkdir(exist_ok=True)
-            images, unlabelled = (
-                [image.cpu() for _, batch in self._window for part in batch[place] for image in part]
-                for place in (slice(0, 1), slice(2, None))
-            )
-            targets = [{name: x.cpu() for name, x in each.items()} for _, batch in self._window for each in batch[1]]
-            torch.save(
-                {"images": images, "targets": targets, "unlabelled": unlabelled, "files": names, "fault": text}, file
-            )
+            kept = {"images": 0, "targets": 1, "unlabelled": 2}
+            parts = {
+                name: [entry for _, batch in self._window for part in batch[place : place + 1] for entry in part]
+                for name, place in kept.items()
+            }
+            torch.save({**move_data_to_device(parts, "cpu"), "files": names, "fault": text}, file)
             where += f", kept in {file}"
         return f"{text}; {where}"
