@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from measuring import arguments, cost, save
 from PIL import Image
-from step_cost import LOGITS, NETWORKS, PYRAMID, loss, targets_of
+from step_cost import LOGITS, NETWORKS, PYRAMID, loss, settle, targets_of
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from acamkd import models
@@ -45,11 +45,10 @@ def main() -> None:
     name = name.partition(",")[0]
     size = (128, 224) if given.quick else SIZES[given.task]
     torch.manual_seed(0)
-    student = models.build(ours, task, classes, size)
-    distiller = build_distiller(
-        student, models.build(theirs, task, classes, size, teacher=True), [LOSSES[task]]
-    ).train()
-    optimizer = torch.optim.SGD([p for p in distiller.parameters() if p.requires_grad], lr=1e-3, momentum=0.9)
+    student, teacher = models.build(ours, task, classes, size), models.build(theirs, task, classes, size, teacher=True)
+    settle(teacher)
+    distiller = build_distiller(student, teacher, [LOSSES[task]]).train()
+    optimizer = torch.optim.SGD([p for p in distiller.parameters() if p.requires_grad], lr=1e-4, momentum=0.9)
     files = sorted(path for path in given.pictures.iterdir() if path.suffix in (".jpg", ".png"))
     count, rows = (1 if task == "detection" else 2), list[dict[str, Any]]()
     pictures = cycle(files)

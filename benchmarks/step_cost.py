@@ -81,7 +81,19 @@ def networks(name: str, size: tuple[int, int]) -> tuple[TaskModel, TaskModel]:
     """Student and teacher."""
     task, teacher, student, classes = NETWORKS[name]
     torch.manual_seed(0)
-    return models.build(student, task, classes, size), models.build(teacher, task, classes, size, teacher=True)
+    built = models.build(student, task, classes, size), models.build(teacher, task, classes, size, teacher=True)
+    settle(built[1])
+    return built
+
+
+@torch.no_grad()
+def settle(teacher: TaskModel) -> None:
+    """Give an untrained network's batch norm the statistics of one batch: in eval mode its maps overflow otherwise."""
+    for module in teacher.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    teacher.train()(Batch(torch.rand(2, 3, 128, 256), [(128, 256)] * 2, [(128, 256)] * 2))
+    teacher.eval()
 
 
 def targets_of(student: TaskModel, sizes: Sequence[tuple[int, int]]) -> list[Target]:
@@ -108,7 +120,7 @@ def step(distiller: Distiller, batch: Batch) -> Callable[[], None]:
     distiller.eval()
     distiller.student.train()
     distiller.losses.train()
-    optimizer = torch.optim.SGD([p for p in distiller.parameters() if p.requires_grad], lr=1e-9, momentum=0.9)
+    optimizer = torch.optim.SGD([p for p in distiller.parameters() if p.requires_grad], lr=0.0, momentum=0.9)
 
     def run() -> None:
         torch.stack(list(distiller(batch).values())).sum().backward()
