@@ -3,7 +3,7 @@
     python benchmarks/step_cost.py [detection | segmentation] [--quick]
 
 RetinaNet R101 -> R50 on one picture and DeepLabV3-R101 -> DeepLabV3-MobileNetV2 on two (batch norm after global pooling
-needs two), at half the usual sides: forward, backward and SGD step by the package's own Distiller. The reference
+needs two): forward, backward and SGD step by the package's own Distiller. The reference
 is the step of the student alone plus the teacher's forward up to the last tapped layer, which every method needs.
 Weights and pictures are random, which changes no cost.
 """
@@ -26,11 +26,11 @@ from acamkd.distiller import Distiller
 from acamkd.methods import build_distiller
 from acamkd.models.base import Batch, Target, Task, TaskModel
 
-ROUNDS = 3
+ROUNDS = 2
 
-DETECTION = "RetinaNet R101 -> R50, 400 x 672"
-SEGMENTATION = "DeepLabV3 R101 -> MobileNetV2, 256 x 512"
-SIZES = {DETECTION: (400, 672), SEGMENTATION: (256, 512)}
+DETECTION = "RetinaNet R101 -> R50, 800 x 1344"
+SEGMENTATION = "DeepLabV3 R101 -> MobileNetV2, 512 x 1024"
+SIZES = {DETECTION: (800, 1344), SEGMENTATION: (512, 1024)}
 NETWORKS: Mapping[str, tuple[Task, Model, Model, int]] = {
     DETECTION: (
         "detection",

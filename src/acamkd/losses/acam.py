@@ -271,7 +271,8 @@ class ACAM(FeatureLoss):
         tokens: With mask_source="fixed": learnt state of `selection`; in a recipe the file that `acamkd tokens` wrote.
             Without it the tokens stay random.
         kv_stride: Side of the square windows over which the map that answers is averaged before keys and values are
-            made of it; every position still asks, and what varies within the windows counts to first order. 1 is exact.
+            made of it; every position still asks, and what varies within the windows counts to first order, which keeps
+            the spatial masks near the exact ones only while attention is soft, as it starts. 1 is exact.
             `auto`: on each level the smallest side that leaves at most 256 windows (1 on maps of up to 256 positions),
             which makes the cost linear in the positions.
         align: Project the student even where the channels agree.
