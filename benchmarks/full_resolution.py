@@ -60,6 +60,7 @@ def main() -> None:
         def train() -> None:
             losses = distiller(batch, step)  # noqa: B023
             torch.stack(list(losses.values())).sum().backward()
+            torch.nn.utils.clip_grad_norm_(distiller.parameters(), 1.0)  # an untrained teacher's maps are anything
             optimizer.step()
             optimizer.zero_grad()
             terms.update({name: value.item() for name, value in losses.items()})  # noqa: B023

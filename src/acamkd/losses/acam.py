@@ -56,7 +56,7 @@ def cross_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, 
     """
     rows = max(1, BLOCK // (len(query) * key.shape[2]))
     queries = query.mT * query.shape[1] ** -0.5
-    read, received = _BlockAttention.apply(queries, key.mT, value.mT, rows)  # type: ignore[no-untyped-call]
+    read, received = _BlockAttention.apply(queries, key.mT, value.mT, rows)
     return read.mT, received[:, 0] / query.shape[2]
 
 
@@ -72,7 +72,7 @@ class _BlockAttention(torch.autograd.Function):
         """(N, HW, C_q), (N, K, C_q), (N, K, C) -> (N, HW, C), (N, 1, K)."""
         read = query.new_empty(*query.shape[:2], value.shape[2])
         received = query.new_zeros(len(query), 1, key.shape[1])
-        for q, out in zip(query.split(rows, 1), read.split(rows, 1), strict=True):
+        for q, out in zip(torch.split(query, rows, 1), torch.split(read, rows, 1), strict=True):
             attention = (q @ key.mT).softmax(dim=2)
             out.copy_(attention @ value)
             received += attention.sum(dim=1, keepdim=True)
@@ -91,7 +91,9 @@ class _BlockAttention(torch.autograd.Function):
         d_read = torch.zeros_like(read) if of_read is None else of_read
         d_received = key.new_zeros(len(key), 1, key.shape[1]) if of_received is None else of_received
         d_query, d_key, d_value = (torch.zeros_like(x) for x in (query, key, value))
-        for q, out, d_out, d_q in zip(*(x.split(ctx.rows, 1) for x in (query, read, d_read, d_query)), strict=True):
+        for q, out, d_out, d_q in zip(
+            *(torch.split(x, ctx.rows, 1) for x in (query, read, d_read, d_query)), strict=True
+        ):
             attention = (q @ key.mT).softmax(dim=2)
             d_value.baddbmm_(attention.mT, d_out)
             mean = (d_out * out).sum(dim=2, keepdim=True) + attention @ d_received.mT  # sum_k P dP
