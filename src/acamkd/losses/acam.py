@@ -91,15 +91,15 @@ class _BlockAttention(torch.autograd.Function):
         d_read = torch.zeros_like(read) if of_read is None else of_read
         d_received = key.new_zeros(len(key), 1, key.shape[1]) if of_received is None else of_received
         d_query, d_key, d_value = (torch.zeros_like(x) for x in (query, key, value))
-        for q, out, d_out, d_q in zip(
-            *(torch.split(x, ctx.rows, 1) for x in (query, read, d_read, d_query)), strict=True
-        ):
-            attention = (q @ key.mT).softmax(dim=2)
-            d_value.baddbmm_(attention.mT, d_out)
-            mean = (d_out * out).sum(dim=2, keepdim=True) + attention @ d_received.mT  # sum_k P dP
-            d_scores = (d_out @ value.mT).add_(d_received).sub_(mean).mul_(attention)
-            d_q.copy_(d_scores @ key)
-            d_key.baddbmm_(d_scores.mT, q)
+        blocks = zip(*(torch.split(x, ctx.rows, 1) for x in (query, read, d_read, d_query)), strict=True)
+        with torch.autocast(query.device.type, enabled=False):  # a gradient may be asked for within autocast
+            for q, out, d_out, d_q in blocks:
+                attention = (q @ key.mT).softmax(dim=2)
+                d_value.baddbmm_(attention.mT, d_out)
+                mean = (d_out * out).sum(dim=2, keepdim=True) + attention @ d_received.mT  # sum_k P dP
+                d_scores = (d_out @ value.mT).add_(d_received).sub_(mean).mul_(attention)
+                d_q.copy_(d_scores @ key)
+                d_key.baddbmm_(d_scores.mT, q)
         return d_query, d_key, None if of_read is None else d_value, None
 
 
