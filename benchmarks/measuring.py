@@ -19,20 +19,27 @@ from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results/performance"
 
+KEPT_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
+"""Settings of glibc: nothing is mapped for one tensor alone, and nothing given back."""
+
 
 def quick(description: str | None) -> bool:
     """The one option of most scripts."""
     return bool(arguments(argparse.ArgumentParser(description=description)).quick)
 
 
-def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Read the command line; two threads, so that figures of one kind of machine can be compared."""
+def arguments(parser: argparse.ArgumentParser, *, keep_heap: bool = False) -> argparse.Namespace:
+    """Read the command line; two threads, so that figures of one kind of machine can be compared.
+
+    With `keep_heap` freed memory stays with the process: times without page faults, at the price of the peaks.
+    """
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--quick", action="store_true", help="small sizes, once: does it run?")
     read = parser.parse_args()
     if "OMP_WAIT_POLICY" not in os.environ:  # waiting threads are to sleep, so that processor time is work
-        os.environ["OMP_WAIT_POLICY"] = "passive"
-        os.execv(sys.executable, [sys.executable, *sys.argv])  # OpenMP has read it when torch was imported
+        environment = {"OMP_WAIT_POLICY": "passive", **(KEPT_HEAP if keep_heap else {})}
+        # OpenMP and the allocator have read their own when torch was imported.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **environment})
     torch.set_num_threads(2)
     return read
 
