@@ -101,6 +101,13 @@ def _tensors(found: Any) -> list[Tensor]:
     return list(found[0].values()) if isinstance(found, list) else [found]
 
 
+def test_an_export_shows_its_card_in_a_notebook(exported: Export) -> None:
+    shown = exported._repr_markdown_()
+    assert shown.lstrip().startswith("# ")
+    assert "library_name" not in shown
+    assert f"{exported.measured[-1].scores[exported.metric]:.2f}" in shown
+
+
 @pytest.mark.parametrize("run", ["segmentation"], indirect=True)
 def test_the_guides_code_runs(
     run: Run, exported: Export, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

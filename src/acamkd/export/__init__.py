@@ -29,6 +29,9 @@ from acamkd.runs import Run
 
 log = logging.getLogger(__name__)
 
+CARD = "README.md"
+"""The model card, by the name under which the Hub shows it."""
+
 LARGEST_DIFFERENCE = 1e-3
 """Between the outputs of the two runtimes, as a share of an output's largest value."""
 
@@ -77,6 +80,10 @@ class Export:
     threads: int
     pictures: int
 
+    def _repr_markdown_(self) -> str:
+        """The model card, without the Hub's metadata: what a notebook shows."""
+        return (self.folder / CARD).read_text(encoding="utf-8").split("---\n", 2)[2]
+
 
 def export(
     run: Run, *, out: Path | None = None, overwrite: bool = False, with_nms: bool = False, licence: str | None = None
@@ -115,7 +122,7 @@ def export(
         figures = Export(out, METRICS[recipe.task], difference, relative, measured, threads(), len(pictures))
         shutil.copyfile(run.weights, folder / run.weights.name)
         shutil.copyfile(onnx_model.__file__, folder / "onnx_model.py")
-        write_card(folder / "README.md", run, model, exported, figures, licence)
+        write_card(folder / CARD, run, model, exported, figures, licence)
     log.info("%s holds %s", out, ", ".join(sorted(each.name for each in out.iterdir())))
     return figures
 
