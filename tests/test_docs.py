@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -66,6 +67,13 @@ def commands(page: Path) -> list[list[str]]:
                 else:
                     assert not words or part.strip().startswith((*ELSEWHERE, "#")), f"{page.name}: what is `{part}`?"
     return found
+
+
+def test_the_results_are_those_of_the_committed_cells() -> None:
+    pages: dict[str, str] = runpy.run_path(str(DOCS / "generate_results.py"))["pages"]()
+    assert {"results.md", "masks.md"} <= set(pages)
+    stale = [page for page, text in pages.items() if (DOCS / page).read_text(encoding="utf-8") != text]
+    assert not stale, "write them anew: python docs/generate_results.py"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
