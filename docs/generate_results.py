@@ -1,7 +1,7 @@
 """Write the tables and figures in the pages anew from the cells in benchmarks/results: python docs/generate_results.py.
 
-A page says where: what stands between `<!-- cells: NAME METHOD ... -->` and `<!-- end -->` is of these methods, or without
-any named of all, in benchmarks/results/NAME.
+A page says where: what stands between `<!-- cells: NAME METHOD ... -->` and `<!-- end -->` is of these methods, or of
+all where none is named, in benchmarks/results/NAME.
 """
 
 from __future__ import annotations
