@@ -283,21 +283,22 @@ def test_faster_rcnn_says_what_the_framework_says(
     outputs = detector(batch)
     levels = reference.pyramid(batch.pixels, first=2)
     rpn = "rpn_head.rpn_" if ours else "proposal_generator.rpn_head."
-    objectness, boxes = [], []
+    objectness, anchors, deltas = [], [], []
     for level, x in enumerate(levels):
         y = F.relu(reference.conv(f"{rpn}conv", x))
         objectness.append(
             reference.conv(f"{rpn}cls" if ours else f"{rpn}objectness_logits", y)[0].permute(1, 2, 0).flatten()
         )
-        deltas = reference.conv(f"{rpn}reg" if ours else f"{rpn}anchor_deltas", y)[0].permute(1, 2, 0).reshape(-1, 4)
-        boxes.append(decode(reference.anchors(x, 4 * 2**level, sizes_of("faster_rcnn", level)).flatten(0, 2), deltas))
+        moves = reference.conv(f"{rpn}reg" if ours else f"{rpn}anchor_deltas", y)
+        deltas.append(moves[0].permute(1, 2, 0).reshape(-1, 4))
+        anchors.append(reference.anchors(x, 4 * 2**level, sizes_of("faster_rcnn", level)).flatten(0, 2))
     torch.testing.assert_close(outputs["objectness"][:, 0], torch.cat(objectness), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(
-        decode(outputs["anchors"][0], outputs["rpn_deltas"]), torch.cat(boxes), rtol=1e-3, atol=1e-2
-    )
+    # Not the boxes: they are exponentials of what random weights give, and rounding grows with them.
+    torch.testing.assert_close(outputs["anchors"][0], torch.cat(anchors), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(outputs["rpn_deltas"], torch.cat(deltas), rtol=1e-3, atol=1e-3)
 
     proposals = torch.tensor([[4.0, 6.0, 60.5, 50.0], [0.0, 0.0, 150.0, 120.0], [80.0, 70.0, 88.0, 79.0]])
-    logits, deltas = detector._classify(outputs, [proposals], batch)  # type: ignore[operator]
+    logits, changes = detector._classify(outputs, [proposals], batch)  # type: ignore[operator]
     pooled = torch.cat([
         roi_align(levels[level], [box[None]], 7, 1 / (4 * 2**level), sampling_ratio=0, aligned=True)
         for box, level in zip(proposals, (0, 1, 0), strict=True)  # sides of 50, 134 and 9: below 112, 224 and 112
@@ -309,9 +310,10 @@ def test_faster_rcnn_says_what_the_framework_says(
     theirs = F.linear(pooled, state[f"{box}{cls}.weight"], state[f"{box}{cls}.bias"])
     torch.testing.assert_close(logits.roll(-1, dims=1), theirs, rtol=1e-3, atol=1e-3)  # background last
     wanted = F.linear(pooled, state[f"{box}{reg}.weight"], state[f"{box}{reg}.bias"]).reshape(-1, CLASSES, 4)
-    anchors = proposals[:, None].expand_as(wanted)
-    decoded = detector.net.roi_heads.box_coder.decode(deltas, [proposals])[:, 1:]
-    torch.testing.assert_close(decoded, decode(anchors, wanted, std=(0.1, 0.1, 0.2, 0.2)), rtol=1e-3, atol=1e-2)
+    decoded = detector.net.roi_heads.box_coder.decode(changes, [proposals])[:, 1:]
+    torch.testing.assert_close(
+        decoded, decode(proposals[:, None].expand_as(wanted), wanted, std=(0.1, 0.1, 0.2, 0.2)), rtol=1e-3, atol=1e-2
+    )
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
