@@ -519,7 +519,7 @@ DATA: dict[str, Case] = {
     "broken unlabelled picture": Case(SEG, both(put("data.unlabelled", "more"), write("more/1.jpg", "x")), "distill",
         ("more/1.jpg: the picture cannot be read",)),
     "unlabelled pictures that no loss can use": Case(SEG,
-        both(put("data.unlabelled", "images/val"), put(f"{LOSS}.mask_grad", "look_ahead")), "distill",
+        both(put("data.unlabelled", "images/val"), put(f"{LOSS}.mask_grad", "task")), "distill",
         ("no loss can learn from unlabelled pictures, since each needs targets: segmentation_head.0/acam",)),
 }  # fmt: skip
 

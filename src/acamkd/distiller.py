@@ -151,7 +151,7 @@ class Distiller(nn.Module):
             gradients = self._task_gradients(active, student_tap, terms)
             distillation: dict[str, Tensor] = {}
             for index in active:
-                context = DistillationContext(step, batch.input_size, _boxes(batch), gradients.get(index))
+                context = DistillationContext(step, batch.input_size, _boxes(batch), gradients.get(index), labelled)
                 for name, term in self._compare(index, student_tap, teacher_maps, batch, context).items():
                     distillation[f"{self._keys[index]}/{name}"] = factors[index] * term
             terms |= self._teacher_task(active, student_tap, batch)
@@ -166,8 +166,8 @@ class Distiller(nn.Module):
         if len(blind) == len(self.losses):
             raise AcamkdError(
                 f"no loss can learn from unlabelled pictures, since each needs targets: {', '.join(blind)}; leave "
-                "data.unlabelled out, or add a loss without boxes, heads or the task's gradient (acam with mask_grad: "
-                "detached, cwd, pkd, ...)"
+                "data.unlabelled out, or add a loss without boxes and heads that does not run the "
+                "teacher's task (acam with another mask_grad than task, cwd, pkd, ...)"
             )
         if blind:
             log.info("these losses need targets and see the labelled pictures only: %s", ", ".join(blind))
@@ -207,7 +207,7 @@ class Distiller(nn.Module):
             for index, pair, loss in ((index, self.pairs[index], self.losses[index]) for index in active)
             if pair is not None and isinstance(loss, FeatureLoss) and "task_gradient" in loss.needs
         }
-        if not layers or not torch.is_grad_enabled():
+        if not layers or not terms or not torch.is_grad_enabled():
             return {}
         total = torch.stack(list(terms.values())).sum()
         gradients = torch.autograd.grad(
@@ -315,7 +315,7 @@ def _parameters_below(maps: Iterable[Tensor]) -> set[int]:
 
 def _needs_targets(loss: nn.Module) -> bool:
     if isinstance(loss, FeatureLoss):
-        return loss.teacher_task or not loss.needs.isdisjoint({"boxes", "task_gradient"})
+        return loss.teacher_task or "boxes" in loss.needs
     return True
 
 

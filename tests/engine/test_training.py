@@ -157,9 +157,8 @@ def test_a_term_that_also_sees_unlabelled_pictures_is_the_mean_of_both(tmp_path:
     optimizer = config.Optimizer(name="sgd", lr=0.1, momentum=0, weight_decay=0)
     _fit(tmp_path, [(images, targets, more)], distiller, optimizer=optimizer)  # type: ignore[list-item]
     (row,) = rows(tmp_path / "history.csv")
-    expected = {name: float(term) for name, term in task.items()} | {
-        "1/fitnet/feature": float(both["1/fitnet/feature"])
-    }
+    seen = ("1/fitnet/feature", "0/acam/channel", "0/acam/spatial", "0/acam/diversity")  # the selection needs targets
+    expected = {name: term.item() for name, term in (task | {name: both[name] for name in seen}).items()}
     assert {name: float(row[f"loss/{name}"]) for name in expected} == pytest.approx(expected, rel=1e-5)
     assert float(row["loss"]) == pytest.approx(sum(expected.values()), rel=1e-5)
 

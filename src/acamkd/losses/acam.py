@@ -263,8 +263,9 @@ class ACAM(FeatureLoss):
             them through K and V (the method). With all others the student feels only the finished masks. `detached`:
             nothing. `look_ahead`: a place is worth imitating when a step of imitation there lowers the student's task
             loss; the term `selection` collects that reward within a budget, mean M = 0.5. This costs a second backward
-            of the student from its loss to the tapped map. `task`: the frozen teacher's own loss on the map that they
-            mask, mean_m M^s_m M^c_m T. This costs a second forward and a backward of the teacher.
+            of the student from its loss to the tapped map. Unlabelled pictures get the masks that labelled ones taught.
+            `task`: the frozen teacher's own loss on the map that they mask, mean_m M^s_m M^c_m T. This costs a second
+            forward and a backward of the teacher.
         imitation: What D is. `squared`: the method. `standardized`: both maps standardised per channel over the batch
             (PKD). `softmax`, for logits: divergence of each position's distribution over the channels (L_s) and of
             each channel's over the positions (L_c, CWD).
@@ -358,7 +359,8 @@ class ACAM(FeatureLoss):
         student = self.align(student)
         masks = self._masks(student if self.mask_grad == "joint" else student.detach(), teacher)
         errors = imitation_errors(student, teacher, self.imitation, self.temperature)
-        rewards = self._rewards(student, teacher, context) if self.mask_grad == "look_ahead" else (None, None)
+        looking_ahead = self.mask_grad == "look_ahead" and context.labelled
+        rewards = self._rewards(student, teacher, context) if looking_ahead else (None, None)
         terms = {}
         self.statistics = {}
         for kind, mask, error, reward in zip(Masks._fields, masks, errors, rewards, strict=True):
@@ -417,7 +419,7 @@ class ACAM(FeatureLoss):
             return apply_masks(self._masks(self.align(aligned).detach(), target), target).to(teacher.dtype)
 
     def _rewards(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> tuple[Tensor, Tensor]:
-        assert context.task_gradient is not None  # `needs` names it
+        assert context.task_gradient is not None  # `needs` names it, and the pictures are labelled
         gradient = resample(context.task_gradient.detach().to(student.dtype), student.shape[-2:])
         if isinstance(self.align, nn.Conv2d):
             # A step of S' is felt through the transposed align, so the task's gradient is carried over by the align.

@@ -28,12 +28,15 @@ class DistillationContext:
         input_size: (height, width) of the batch's common input frame, in pixels.
         boxes: One (K, 4) tensor per image, x1 y1 x2 y2 in pixels of that frame.
         task_gradient: Gradient of the student's task loss at this student map, of its shape.
+        labelled: Whether the pictures have targets. Without them there is no task gradient, whatever `needs` says, and
+            a loss does what it can do without; one that needs boxes is not asked.
     """
 
     step: int = 0
     input_size: tuple[int, int] | None = None
     boxes: list[Tensor] | None = None
     task_gradient: Tensor | None = None
+    labelled: bool = True
 
 
 class FeatureLoss(nn.Module, ABC):
@@ -135,7 +138,8 @@ class FeatureLoss(nn.Module, ABC):
                 )
         if student.shape[0] != teacher.shape[0]:
             raise ValueError(f"{name}: batch sizes differ, student {student.shape[0]}, teacher {teacher.shape[0]}")
-        missing = sorted(need for need in self.needs if getattr(context, need) is None)
+        needs = self.needs if context.labelled else self.needs - {"task_gradient"}
+        missing = sorted(need for need in needs if getattr(context, need) is None)
         if missing:
             raise ValueError(f"{name} needs {', '.join(missing)} in the DistillationContext")
 
