@@ -42,8 +42,8 @@ def test_the_parts_of_a_recipe(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     recipe = tiny.recipe(root)
     monkeypatch.setattr(module, "free_memory", lambda device: 2**30)
     found = estimate(recipe)
-    teacher, student, losses = found.parts
-    assert [part.name for part in found.parts] == ["teacher", "student", "losses"]
+    teacher, student, losses, attention = found.parts
+    assert [part.name for part in found.parts] == ["teacher", "student", "losses", "attention"]
     assert found.frame == (64, 64)
 
     classes = tuple(recipe.data.classes or ())
@@ -56,13 +56,16 @@ def test_the_parts_of_a_recipe(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
         network.eval().predict([torch.rand(3, 64, 64)])
     assert teacher.gflops == pytest.approx(counter.get_total_flops() / 1e9)  # no operation stands behind the logits
     assert 2.5 * teacher.gflops < student.gflops
-    assert 0 < losses.gflops < student.gflops
+    assert 0 < attention.gflops < losses.gflops < student.gflops
+    assert 0 < attention.memory < student.memory
+    fusion = (value for name, value in built.losses.named_parameters() if ".fusion." in name)
+    assert attention.parameters == sum(value.numel() for value in fusion)
 
     assert 0 < teacher.memory < student.memory
     assert found.picture == pytest.approx(student.memory + losses.memory)
     trained = student.parameters + losses.parameters
     assert found.fixed == 4 * (teacher.parameters + trained) + 4 * 3 * trained  # AdamW
-    assert found.largest_batch == (2**30 - 4 * 3 * trained) // found.picture
+    assert found.largest_batch == (2**30 - 4 * 3 * trained) // (4 / 3 * found.picture)
     monkeypatch.setattr(module, "free_memory", lambda device: 0)
     assert estimate(recipe).largest_batch == 0
 

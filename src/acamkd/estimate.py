@@ -20,10 +20,13 @@ from acamkd.calibrate import measuring, prepared, uncalibrated
 from acamkd.distiller import Distiller
 from acamkd.errors import AcamkdError
 from acamkd.jobs import build_network
+from acamkd.losses.acam import STCAFF
 from acamkd.models.base import Batch
 
 PICTURES = 2
 """Training pictures that are run; batch norm may refuse a single one."""
+WORKSPACE = 4 / 3
+"""What a process takes at most by what is counted: operators need memory within themselves (docs/performance.md)."""
 STATES = {"sgd": 1, "adamw": 2}
 """Numbers that an optimizer keeps for each parameter."""
 
@@ -34,7 +37,8 @@ class Part:
 
     Attributes:
         name: `teacher`, whose forward ends at the last tapped layer; `student`, forward and backward of its own task;
-            `losses`, what they add to both, with the teacher's maps that they keep.
+            `losses`, what they add to both, with the teacher's maps that they keep; `attention`, ACAM's fusion where
+            there is one: forward and backward, counted among the losses' too, and its memory by itself.
         parameters: Their number.
         gflops: 1e9 floating-point operations per picture, counted as in `acamkd.report.cost`.
         memory: Largest number of bytes per picture that are alive at a time, without the parameters.
@@ -51,13 +55,13 @@ class Estimate:
     """What a distillation takes in float32; mixed precision takes less memory.
 
     Attributes:
-        parts: Teacher, student and losses.
+        parts: Teacher, student, losses and, of these, attention.
         frame: (height, width) of the batch that was run.
         picture: Bytes per picture of a whole step. Not the sum of the parts: the teacher is done before the student's
             forward begins.
         fixed: Bytes of all weights, and of gradients and optimizer states of those that train.
         free: Bytes that the device can still give, with the weights loaded.
-        largest_batch: Pictures that fit into that; 0 where not even one does.
+        largest_batch: Pictures that fit into that, with a third on top of what is counted; 0 where not even one does.
     """
 
     parts: tuple[Part, ...]
@@ -72,7 +76,7 @@ def estimate(recipe: config.Recipe) -> Estimate:
     """Run forward and backward on the first training pictures and count; nothing is trained and nothing written.
 
     Memory is counted from the tensors that operators give and that are still alive. What an operator needs within
-    itself, and what the allocator loses, comes on top.
+    itself, and what the allocator loses, comes on top; the largest batch leaves room for it.
 
     Args:
         recipe: As `distill` takes it; the teacher's weights may be missing.
@@ -92,19 +96,25 @@ def estimate(recipe: config.Recipe) -> Estimate:
         looked = _measured(lambda: distiller.teacher_maps(batch))
         alone = step_of(Distiller(distiller.student), batch)
         whole = step_of(distiller, batch)
+        fusions = nn.ModuleList(module for module in distiller.losses.modules() if isinstance(module, STCAFF))
+        fusing = _fusing(fusions, distiller, batch) if fusions else (0.0, 0)
     count = len(batch.sizes)
-    numbers = [_size(module) for module in (teacher.net, student.net, distiller.losses)]
-    gflops = (looked[0], alone[0], whole[0] - looked[0] - alone[0])
-    memory = (looked[1], alone[1], whole[1] - alone[1])
-    parts = zip(("teacher", "student", "losses"), numbers, gflops, memory, strict=True)
+    sizes = [_size(module) for module in (teacher.net, student.net, distiller.losses)]
+    rows = [
+        ("teacher", sizes[0], *looked),
+        ("student", sizes[1], *alone),
+        ("losses", sizes[2], whole[0] - looked[0] - alone[0], whole[1] - alone[1]),
+    ]
+    if fusions:
+        rows.append(("attention", _size(fusions), *fusing))
     trained = 4 * (1 + STATES[recipe.train.optimizer.name]) * _size(distiller, trained=True)
     return Estimate(
-        parts=tuple(Part(name, number, flops / count, bytes_ / count) for name, number, flops, bytes_ in parts),
+        parts=tuple(Part(name, size, flops / count, bytes_ / count) for name, size, flops, bytes_ in rows),
         frame=batch.input_size,
         picture=whole[1] / count,
-        fixed=4 * sum(numbers) + trained,
+        fixed=4 * sum(sizes) + trained,
         free=free,
-        largest_batch=max(0, int((free - trained) // (whole[1] / count))),
+        largest_batch=max(0, int((free - trained) // (WORKSPACE * whole[1] / count))),
     )
 
 
@@ -122,6 +132,27 @@ def step_of(distiller: Distiller, batch: Batch) -> tuple[float, int]:
             if parameter.requires_grad:
                 stack.callback(parameter.register_post_accumulate_grad_hook(drop).remove)  # type: ignore[no-untyped-call]
         return _measured(run)
+
+
+def _fusing(fusions: nn.ModuleList, distiller: Distiller, batch: Batch) -> tuple[float, int]:
+    """GFLOPs and peak bytes of the fusions of one step, forward and backward, by themselves."""
+    inputs: list[list[Tensor]] = []
+
+    def note(fusion: nn.Module, maps: tuple[Tensor, ...]) -> None:
+        inputs.append([x.detach().requires_grad_(x.requires_grad) for x in maps])
+
+    with ExitStack() as stack:
+        for fusion in fusions:
+            stack.callback(fusion.register_forward_pre_hook(note).remove)
+        distiller(batch)
+
+    def run() -> None:
+        read = [x.sum() for fusion, maps in zip(fusions, inputs, strict=True) for x in fusion(*maps)]
+        total = torch.stack(read).sum()
+        if total.requires_grad:  # not where the masks are frozen
+            total.backward()  # type: ignore[no-untyped-call]
+
+    return _measured(run)
 
 
 def _measured(call: Callable[[], object]) -> tuple[float, int]:
