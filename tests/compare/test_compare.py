@@ -176,8 +176,12 @@ def test_cells_of_other_pictures_or_teachers_are_refused(recipe: Path, tmp_path:
     with pytest.raises(AcamkdError, match="do not share their teacher: remove acam-seed1"):
         tabulate(loaded, ["acam"], 3, results)
     fake(cells[3], results, 40.0)
-    fake(cells[4], results, 40.0, data={"train": "x"})
-    with pytest.raises(AcamkdError, match="do not share their pictures: remove none-seed2"):
+    for cell in cells:
+        unlabelled = {} if cell.method == "none" else {"unlabelled": "c"}
+        fake(cell, results, 40.0, data={"train": "a", "val": "b"} | unlabelled)
+    tabulate(loaded, ["acam"], 3, results)
+    fake(cells[4], results, 40.0, data={"train": "x", "val": "b"})
+    with pytest.raises(AcamkdError, match="do not share their train pictures: remove none-seed2"):
         tabulate(loaded, ["acam"], 3, results)
 
 

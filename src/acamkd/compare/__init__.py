@@ -160,10 +160,11 @@ def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results:
     found = [done for cell in done_cells if (done := cell.read(results))]
     if not found:
         raise AcamkdError(f"{results} holds no cell of this comparison yet")
-    for what, values in {
-        "pictures": [str(done["data"]) for done in found],
-        "teacher": [done["teacher"] and done["teacher"]["sha256"] for done in found],
-    }.items():
+    shared = {
+        f"{split} pictures": [done["data"].get(split) for done in found]
+        for split in ("train", "val", "unlabelled")  # the student alone sees nothing unlabelled
+    } | {"teacher": [done["teacher"] and done["teacher"]["sha256"] for done in found]}
+    for what, values in shared.items():
         usual, *others = [value for value, _ in Counter(value for value in values if value).most_common()] or [None]
         if others:
             odd = [cell.name for cell, value in zip(done_cells, values, strict=True) if value not in (usual, None)]
