@@ -66,7 +66,10 @@ def loss_forms(size: tuple[int, int]) -> dict[str, Callable[[], object]]:
     def run(call: Callable[..., dict[str, Tensor]]) -> None:
         torch.stack(list(call(student, teacher).values())).sum().backward()
 
-    forms = {"acam, exact": ACAM(256, 256), "acam, auto": ACAM(256, 256, kv_stride="auto")}
+    forms = {
+        "acam, exact": ACAM(256, 256, mask_grad="joint"),
+        "acam, auto": ACAM(256, 256, mask_grad="joint", kv_stride="auto"),
+    }
     return {name: partial(run, module) for name, module in forms.items()} | {
         f"{name}, compiled": partial(run, torch.compile(module)) for name, module in forms.items()
     }

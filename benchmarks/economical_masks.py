@@ -105,7 +105,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for student, teacher in maps(files[:: max(1, len(files) // count)][:count], size):
         torch.manual_seed(0)
-        loss = ACAM(student.shape[1], teacher.shape[1])
+        loss = ACAM(student.shape[1], teacher.shape[1], mask_grad="joint")
         for when in ("at the start", "trained", "sharpened"):
             if when == "trained":
                 train(loss, student[::2], teacher[::2], steps)

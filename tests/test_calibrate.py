@@ -144,8 +144,8 @@ def test_a_run_holds_the_number_and_is_reproduced_by_it(
 
 
 def test_weights_are_only_adopted_by_the_same_methods() -> None:
-    auto = config.Loss(name="acam", weight="auto")
-    found = config.Loss(name="acam", weight=0.3, diversity_weight=0.1)
+    auto = config.Loss(name="acam", weight="auto", mask_grad="joint")
+    found = config.Loss(name="acam", weight=0.3, diversity_weight=0.1, mask_grad="joint")
     assert adopt([auto], [found]) == (found,)
     assert adopt([auto], [config.Loss(name="fitnet", weight=0.3)]) == (auto,)
     assert adopt([auto], []) == (auto,)

@@ -374,7 +374,7 @@ def test_with_real_networks(task: Any) -> None:
     terms = distiller(student.prepare(images, [target, target]))
     own = f"{LEVELS[task][0][0]}/acam"
     assert {name for name in terms if not name.startswith("task/")} == {
-        f"{own}/channel", f"{own}/spatial", f"{own}/diversity",
+        f"{own}/channel", f"{own}/channel_selection", f"{own}/spatial", f"{own}/spatial_selection", f"{own}/diversity",
     }  # fmt: skip
     torch.stack([term for name, term in terms.items() if name.startswith(own)]).sum().backward()  # type: ignore[no-untyped-call]
     stem = next(student.backbone.parameters())

@@ -171,9 +171,9 @@ class Detector(nn.Module):
 
 def test_the_loops_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    plain, look_ahead, distiller, trainer, mmdetection = blocks(DOCS / "own-loop.md", "python")
+    plain, distiller, trainer, mmdetection = blocks(DOCS / "own-loop.md", "python")
     scope: dict[str, Any] = {"loader": [(torch.rand(2, 3, 64, 64), torch.randint(4, (2, 64, 64)))] * 2}
-    for block in (plain, look_ahead, distiller):
+    for block in (plain, distiller):
         exec(block, scope)
     assert set(scope["terms"]) == {
         "task/cross_entropy", "classifier.0/pkd/correlation", "classifier.4/cwd/channel",

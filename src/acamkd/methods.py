@@ -244,9 +244,11 @@ def describe(name: str) -> dict[str, Any]:
         needs, terms, parameters = ["RetinaNet or FCOS on both sides"], list(method.TERMS), 0
     else:
         loss = method(256, 256)
-        context = DistillationContext(input_size=(64, 64), boxes=[torch.tensor([[8.0, 8.0, 40.0, 40.0]])])
-        terms = sorted(loss(torch.randn(1, 256, 8, 8), torch.randn(1, 256, 8, 8), context))
-        needs = sorted(method.needs) + (["learnt tokens"] if hasattr(loss, "token_module") else [])
+        boxes = [torch.tensor([[8.0, 8.0, 40.0, 40.0]])]
+        student, teacher, gradient = torch.randn(3, 1, 256, 8, 8)
+        context = DistillationContext(input_size=(64, 64), boxes=boxes, task_gradient=gradient)
+        terms = sorted(loss(student, teacher, context))
+        needs = sorted(loss.needs) + (["learnt tokens"] if hasattr(loss, "token_module") else [])
         parameters = sum(parameter.numel() for parameter in loss.parameters() if parameter.requires_grad)
     return {**description, "needs": needs, "terms": terms, "parameters": parameters}
 

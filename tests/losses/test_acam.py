@@ -52,6 +52,11 @@ OPTIONS: list[Mapping[str, Any]] = [
 ]
 
 
+def joint(student_channels: int, teacher_channels: int, **options: Any) -> ACAM:
+    """ACAM with the published training of the masks, unless the options name another."""
+    return ACAM(student_channels, teacher_channels, **({"mask_grad": "joint"} | options))
+
+
 def maps(
     n: int, c_s: int, c_t: int, height: int, width: int, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
@@ -214,7 +219,7 @@ def test_values_and_gradients_are_those_of_the_dense_version(
 ) -> None:
     n, c_s, c_t, height, width = shape
     student, teacher = maps(n, c_s, c_t, height, width)
-    compare(ACAM(c_s, c_t, **options).double(), options, student, teacher, student)
+    compare(joint(c_s, c_t, **options).double(), options, student, teacher, student)
 
 
 @pytest.mark.parametrize("block", [1, 7, 100])
@@ -224,14 +229,14 @@ def test_attention_in_blocks_is_the_same(
 ) -> None:
     monkeypatch.setattr(acam, "BLOCK", block)
     student, teacher = maps(3, 4, 6, 5, 3)
-    compare(ACAM(4, 6, **options).double(), options, student, teacher, student)
+    compare(joint(4, 6, **options).double(), options, student, teacher, student)
 
 
 def test_auto_takes_the_smallest_windows_that_leave_256_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [(100, 168), (50, 84), (25, 42), (16, 16), (1, 257), (129, 257), (1, 1)]
     assert [window_side(size) for size in sizes] == [9, 5, 3, 1, 2, 12, 1]
     student, teacher = maps(2, 3, 3, 7, 5)
-    whole, auto = ACAM(3, 3).double(), ACAM(3, 3, kv_stride="auto").double()
+    whole, auto = joint(3, 3).double(), joint(3, 3, kv_stride="auto").double()
     auto.load_state_dict(whole.state_dict())
     assert auto(student, teacher) == whole(student, teacher)  # 35 positions
     monkeypatch.setattr(acam, "KEYS", 6)  # 3 x 2 windows
@@ -241,7 +246,7 @@ def test_auto_takes_the_smallest_windows_that_leave_256_keys(monkeypatch: pytest
 def test_windows_keep_the_masks_where_attention_is_soft() -> None:
     """Maps without any structure, for which averages over windows alone would say nothing."""
     student, teacher = maps(1, 8, 8, 24, 24)
-    whole, windowed = ACAM(8, 8).double(), ACAM(8, 8, kv_stride=4).double()
+    whole, windowed = joint(8, 8).double(), joint(8, 8, kv_stride=4).double()
     windowed.load_state_dict(whole.state_dict())
     for ours, theirs in zip(windowed.masks_of(student, teacher), whole.masks_of(student, teacher), strict=True):
         assert ours is not None
@@ -258,7 +263,7 @@ def test_fixed_masks_come_from_the_tokens_given(shape: tuple[int, ...], masks: A
     kinds = ("channel", "spatial") if masks == "both" else (masks,)
     tokens = ASCM(c_t, 4, kinds).double().state_dict()
     options = {"mask_source": "fixed", "num_masks": 4, "masks": masks, "tokens": tokens}
-    loss = ACAM(c_s, c_t, **options).double()
+    loss = joint(c_s, c_t, **options).double()
     # Tokens are loaded into float32 and then widened: the same numbers on both sides of the comparison.
     for name, tensor in tokens.items():
         torch.testing.assert_close(loss.selection.state_dict()[name], tensor, rtol=1e-6, atol=1e-6)
@@ -278,7 +283,7 @@ def test_the_student_is_resampled_to_the_teachers_size(
         if shrinks
         else F.interpolate(student, teacher_size, mode="bilinear", align_corners=False)
     )
-    loss = ACAM(3, 4, kv_stride=2).double()
+    loss = joint(3, 4, kv_stride=2).double()
     with caplog.at_level(logging.INFO, logger="acamkd"):
         compare(loss, {"kv_stride": 2}, student, teacher, resized)
         loss(student, teacher)
@@ -289,7 +294,7 @@ def test_the_student_is_resampled_to_the_teachers_size(
 
 def test_uniform_masks_are_two_mean_squared_errors() -> None:
     student, teacher = maps(2, 3, 3, 5, 4)
-    terms = ACAM(3, 3, mask_source="uniform", weight=2.0)(student, teacher)
+    terms = joint(3, 3, mask_source="uniform", weight=2.0)(student, teacher)
     expected = 2 * F.mse_loss(student, teacher)
     assert list(terms) == ["channel", "spatial"]
     for term in terms.values():
@@ -324,17 +329,19 @@ def test_only_the_parameters_in_use_exist(options: dict[str, Any], expected: lis
         "spatial": {"selection.spatial": (6, 8)},
     }  # fmt: skip
     wanted = {name: shape for part in expected for name, shape in shapes[part].items()}
-    assert {name: tuple(tensor.shape) for name, tensor in ACAM(8, 8, **options).state_dict().items()} == wanted
+    assert {name: tuple(tensor.shape) for name, tensor in joint(8, 8, **options).state_dict().items()} == wanted
 
 
 def test_unequal_channels_are_aligned() -> None:
-    assert tuple(ACAM(3, 8).state_dict()["align.weight"].shape) == (8, 3, 1, 1)
-    assert tuple(ACAM(3, 1).state_dict()["fusion.query.weight"].shape) == (1, 1, 1, 1)
+    assert tuple(joint(3, 8).state_dict()["align.weight"].shape) == (8, 3, 1, 1)
+    assert tuple(joint(3, 1).state_dict()["fusion.query.weight"].shape) == (1, 1, 1, 1)
 
 
 @pytest.mark.parametrize("source", ["cooperative", "teacher", "fixed", "random", "uniform"])
 def test_frozen_masks_leave_only_the_projection_to_learn(source: Any) -> None:
-    learned = {name for name, parameter in ACAM(3, 4, mask_source=source).named_parameters() if parameter.requires_grad}
+    learned = {
+        name for name, parameter in joint(3, 4, mask_source=source).named_parameters() if parameter.requires_grad
+    }
     assert {"align.weight", "align.bias"} <= learned
     assert (learned == {"align.weight", "align.bias"}) == (source in ("fixed", "random", "uniform"))
 
@@ -350,7 +357,7 @@ def test_the_paper_preset_is_the_literal_method() -> None:
 def test_identical_masks_have_the_largest_overlap() -> None:
     student, teacher = maps(2, 3, 3, 4, 4)
     for form, largest in (("pairwise", 1.0), ("literal", 4.0)):
-        loss = ACAM(3, 3, num_masks=5, diversity=form).double()  # type: ignore[arg-type]
+        loss = joint(3, 3, num_masks=5, diversity=form).double()
         for units in loss.selection.parameters():
             torch.nn.init.constant_(units, 0.3)
         assert loss(student, teacher)["diversity"].item() == pytest.approx(2 * largest)  # both kinds
@@ -358,7 +365,7 @@ def test_identical_masks_have_the_largest_overlap() -> None:
 
 def with_logits(value: float, dtype: torch.dtype, **options: Any) -> ACAM:
     """A loss all of whose masks are sigmoid(value): the attention averages values that are 1 everywhere."""
-    loss = ACAM(4, 4, **options).to(dtype)
+    loss = joint(4, 4, **options).to(dtype)
     torch.nn.init.zeros_(loss.fusion.value.weight)
     torch.nn.init.ones_(loss.fusion.value.bias)  # type: ignore[arg-type]
     with torch.no_grad():
@@ -384,7 +391,7 @@ def test_vanishing_masks_stay_finite(value: float, dtype: torch.dtype, diversity
 
 def test_terms_are_linear_in_their_weights() -> None:
     student, teacher = maps(2, 3, 3, 5, 4)
-    one, other = ACAM(3, 3), ACAM(3, 3, weight=2.5, diversity_weight=0.25)
+    one, other = joint(3, 3), joint(3, 3, weight=2.5, diversity_weight=0.25)
     other.load_state_dict(one.state_dict())
     first, second = one.double()(student, teacher), other.double()(student, teacher)
     for name, factor in (("channel", 2.5), ("spatial", 2.5), ("diversity", 0.25)):
@@ -393,7 +400,7 @@ def test_terms_are_linear_in_their_weights() -> None:
 
 def test_autocast_computes_in_float32() -> None:
     student, teacher = maps(2, 3, 4, 5, 7, torch.bfloat16)
-    loss = ACAM(3, 4)
+    loss = joint(3, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         terms = loss(student, teacher)
     plain = loss(student.float(), teacher.float())
@@ -427,7 +434,7 @@ def test_nothing_is_ever_as_large_as_the_dense_maps(options: dict[str, Any], mon
     one_map = n * channels * side**2
     monkeypatch.setattr(acam, "BLOCK", one_map)
     student, teacher = maps(n, channels, channels, side, side, torch.float32)
-    loss, saved = ACAM(channels, channels, **options), [0]
+    loss, saved = joint(channels, channels, **options), [0]
 
     def pack(x: Tensor) -> Tensor:
         saved.append(x.numel())
@@ -442,7 +449,7 @@ def test_nothing_is_ever_as_large_as_the_dense_maps(options: dict[str, Any], mon
 
 def test_masks_of_gives_probabilities_without_gradient() -> None:
     student, teacher = maps(2, 3, 4, 6, 5)
-    channel, spatial = ACAM(3, 4, num_masks=5).double().masks_of(student, teacher)
+    channel, spatial = joint(3, 4, num_masks=5).double().masks_of(student, teacher)
     assert channel is not None
     assert spatial is not None
     assert channel.shape == (2, 5, 4)
@@ -450,8 +457,8 @@ def test_masks_of_gives_probabilities_without_gradient() -> None:
     for masks in (channel, spatial):
         assert not masks.requires_grad
         assert ((masks > 0) & (masks < 1)).all()
-    assert ACAM(3, 4, masks="channel").double().masks_of(student, teacher).spatial is None
-    uniform = ACAM(3, 4, mask_source="uniform", masks="spatial", num_masks=2).double().masks_of(student, teacher)
+    assert joint(3, 4, masks="channel").double().masks_of(student, teacher).spatial is None
+    uniform = joint(3, 4, mask_source="uniform", masks="spatial", num_masks=2).double().masks_of(student, teacher)
     assert uniform.channel is None
     assert torch.equal(uniform.spatial, torch.ones(2, 2, 6, 5, dtype=torch.float64))  # type: ignore[arg-type]
 
@@ -469,7 +476,7 @@ def test_the_token_stage_masks_the_map_and_measures_the_overlap(kinds: tuple[str
 
 def test_task_gradients_reach_what_makes_the_masks_and_nothing_else() -> None:
     student, teacher = maps(2, 3, 4, 6, 5)
-    loss = ACAM(3, 4, mask_grad="task").double()
+    loss = joint(3, 4, mask_grad="task").double()
     seen = loss.masked(student, teacher)
     assert loss.teacher_task
     torch.testing.assert_close(seen, apply_masks(loss.masks_of(student, teacher), teacher))
@@ -481,7 +488,7 @@ def test_task_gradients_reach_what_makes_the_masks_and_nothing_else() -> None:
 
 def test_the_masks_of_the_last_forward_are_measured() -> None:
     student, teacher = maps(2, 3, 4, 6, 5)
-    loss = ACAM(3, 4).double()
+    loss = joint(3, 4).double()
     loss(student, teacher)
     for kind, mask in loss.masks_of(student, teacher)._asdict().items():
         torch.testing.assert_close(loss.statistics[f"{kind}_mask"], mask.mean())
@@ -491,7 +498,7 @@ def test_a_collapse_is_said_once_or_stops(caplog: pytest.LogCaptureFixture) -> N
     student, teacher = maps(2, 3, 4, 6, 5)
 
     def train(**options: Any) -> None:
-        loss = ACAM(3, 4, masks="spatial", **options).double()
+        loss = joint(3, 4, masks="spatial", **options).double()
         assert loss.selection.spatial is not None
         torch.nn.init.normal_(loss.fusion.key.weight, std=20)  # sharp attention, and so masks that vary
         torch.nn.init.normal_(loss.selection.spatial, std=5)
@@ -512,7 +519,7 @@ def test_a_collapse_is_said_once_or_stops(caplog: pytest.LogCaptureFixture) -> N
 
 def test_an_align_carries_the_task_gradient_to_the_teachers_channels() -> None:
     student, teacher = maps(1, 2, 3, 2, 2)
-    loss = ACAM(2, 3, num_masks=1, mask_grad="look_ahead").double()
+    loss = joint(2, 3, num_masks=1, mask_grad="look_ahead").double()
     gradient = torch.randn_like(student)
     channel, spatial = loss._rewards(loss.align(student), teacher, DistillationContext(task_gradient=gradient))
     for reward, dims in ((channel, (2, 3)), (spatial, 1)):
@@ -530,7 +537,7 @@ def test_look_ahead_masks_rise_where_imitation_pays_and_stay_alive() -> None:
     student = teacher / 2
     sign = torch.where(torch.arange(8) < 4, 1.0, -1.0)
     context = DistillationContext(task_gradient=(student - teacher) * sign)
-    loss = ACAM(6, 6, num_masks=2, mask_grad="look_ahead", diversity_weight=0.0)
+    loss = joint(6, 6, num_masks=2, mask_grad="look_ahead", diversity_weight=0.0)
     optimizer = torch.optim.Adam(loss.parameters(), lr=0.02)
     for _ in range(100):
         optimizer.zero_grad()
@@ -545,7 +552,7 @@ def test_look_ahead_masks_rise_where_imitation_pays_and_stay_alive() -> None:
 
 def test_only_the_masks_learn_from_the_look_ahead() -> None:
     student, teacher = maps(2, 3, 4, 6, 5)
-    loss = ACAM(3, 4, mask_grad="look_ahead").double()
+    loss = joint(3, 4, mask_grad="look_ahead").double()
     context = DistillationContext(task_gradient=torch.randn_like(student))
     terms = loss(student, teacher, context)
     assert set(terms) == {"channel", "channel_selection", "spatial", "spatial_selection", "diversity"}
@@ -566,11 +573,17 @@ def test_only_the_masks_learn_from_the_look_ahead() -> None:
         loss(student, teacher)
 
 
+@pytest.mark.parametrize("source", ["random", "uniform", "fixed"])
+def test_masks_that_do_not_learn_need_no_task_gradient(source: Any) -> None:
+    terms = ACAM(3, 4, mask_source=source).double()(*maps(2, 3, 4, 6, 5))
+    assert not {"channel_selection", "spatial_selection"} & set(terms)
+
+
 def test_the_student_takes_part_in_its_masks() -> None:
     student, teacher = maps(2, 3, 3, 6, 5)
     other = torch.randn_like(student)
     for source, depends in (("cooperative", True), ("random", True), ("teacher", False), ("fixed", False)):
-        loss = ACAM(3, 3, mask_source=source).double()  # type: ignore[arg-type]
+        loss = joint(3, 3, mask_source=source).double()
         first, second = loss.masks_of(student, teacher), loss.masks_of(other, teacher)
         assert all(torch.equal(x, y) != depends for x, y in zip(first, second, strict=True))  # type: ignore[arg-type]
 
@@ -580,10 +593,9 @@ def test_the_student_takes_part_in_its_masks() -> None:
     [
         ({"query": "both"}, "query must be one of 'teacher', 'student', not 'both'"),
         ({"mask_source": "none"}, "mask_source must be one of 'cooperative', .* not 'none'"),
-        ({"mask_grad": "none"}, "mask_grad must be one of 'joint', 'detached', 'task', 'look_ahead', not 'none'"),
+        ({"mask_grad": "none"}, "mask_grad must be one of 'look_ahead', 'joint', 'detached', 'task', not 'none'"),
         ({"mask_grad": "task", "mask_source": "uniform"}, "mask_source='uniform' has none"),
         ({"mask_grad": "task", "mask_source": "random"}, "mask_source='random' has none"),
-        ({"mask_grad": "look_ahead", "mask_source": "fixed"}, "mask_grad='look_ahead' needs masks that learn"),
         ({"imitation": "cosine"}, "imitation must be one of 'squared', 'standardized', 'softmax', not 'cosine'"),
         ({"diversity": "dice"}, "diversity must be one of 'pairwise', 'literal', not 'dice'"),
         ({"masks": "position"}, "masks must be 'both', 'channel' or 'spatial', .* not 'position'"),
@@ -616,4 +628,4 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 )
 def test_maps_that_do_not_fit_are_refused(student: tuple[int, ...], teacher: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ACAM(3, 4)(torch.zeros(student), torch.zeros(teacher))
+        joint(3, 4)(torch.zeros(student), torch.zeros(teacher))

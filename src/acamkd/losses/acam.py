@@ -236,8 +236,8 @@ class ACAM(FeatureLoss):
         - MasKD's softmax weighting of the masks is left out: nothing in the paper speaks of it.
         - `query="student"`: Q from the student, K and V from the teacher.
 
-    A warning: with mask_grad="joint", the method as published, both terms shrink with the masks and nothing holds the
-    masks up, so that long training can drive them to zero and the distillation with them. Our answer is
+    One departure: with mask_grad="joint", the method as published (preset `paper`), both terms shrink with the masks
+    and nothing holds the masks up, so that training drives them to zero and the distillation with them. The default is
     mask_grad="look_ahead", with an objective of the masks' own, for every mask and image
 
         L_sel = -sum_p M_p r_p / sum_p M_p + 10 (mean_p M_p - 1/2)^2,  r_p = <dL_task/dS'_p, dD_p/dS'_p>
@@ -259,13 +259,14 @@ class ACAM(FeatureLoss):
             mean_m M^s_m M^c_m T), on the teacher's map without fusion.
             `random`: the method with everything that makes masks untrained and frozen. `uniform`: all-ones masks, so
             that each term is the plain mean squared error, and no diversity.
-        mask_grad: What trains the masks, beside the diversity. `joint`: the distillation terms, and the student feels
-            them through K and V (the method). With all others the student feels only the finished masks. `detached`:
-            nothing. `look_ahead`: a place is worth imitating when a step of imitation there lowers the student's task
-            loss; the term `selection` collects that reward within a budget, mean M = 0.5. This costs a second backward
-            of the student from its loss to the tapped map. Unlabelled pictures get the masks that labelled ones taught.
-            `task`: the frozen teacher's own loss on the map that they mask, mean_m M^s_m M^c_m T. This costs a second
-            forward and a backward of the teacher.
+        mask_grad: What trains the masks that learn, beside the diversity. `look_ahead`: a place is worth imitating when
+            a step of imitation there lowers the student's task loss; the terms `KIND_selection` collect that reward
+            within a budget, mean M = 0.5. This costs a second backward of the student from its loss to the tapped map;
+            outside a Distiller that gradient comes with the context. Unlabelled pictures get the masks that labelled
+            ones taught. `joint`: the distillation terms, and the student feels them through K and V (the method). With
+            all others the student feels only the finished masks. `detached`: nothing. `task`: the frozen teacher's own
+            loss on the map that they mask, mean_m M^s_m M^c_m T. This costs a second forward and a backward of the
+            teacher.
         imitation: What D is. `squared`: the method. `standardized`: both maps standardised per channel over the batch
             (PKD). `softmax`, for logits: divergence of each position's distribution over the channels (L_s) and of
             each channel's over the positions (L_c, CWD).
@@ -302,7 +303,7 @@ class ACAM(FeatureLoss):
         query: Literal["teacher", "student"] = "teacher",
         masks: Literal["both", "channel", "spatial"] | Sequence[str] = "both",
         mask_source: Literal["cooperative", "teacher", "fixed", "random", "uniform"] = "cooperative",
-        mask_grad: Literal["joint", "detached", "task", "look_ahead"] = "joint",
+        mask_grad: Literal["look_ahead", "joint", "detached", "task"] = "look_ahead",
         imitation: Literal["squared", "standardized", "softmax"] = "squared",
         temperature: float = 1.0,
         diversity: Literal["pairwise", "literal"] = "pairwise",
@@ -327,11 +328,9 @@ class ACAM(FeatureLoss):
             raise ValueError(f"num_masks must be at least 1, not {num_masks}")
         if kv_stride != "auto" and not (isinstance(kv_stride, int) and kv_stride >= 1):
             raise ValueError(f"kv_stride must be a whole number from 1, or 'auto', not {kv_stride!r}")
-        if mask_grad in ("task", "look_ahead") and mask_source not in LEARNING:
-            raise ValueError(
-                f"mask_grad={mask_grad!r} needs masks that learn, and mask_source={mask_source!r} has none"
-            )
-        if mask_grad == "look_ahead":
+        if mask_grad == "task" and mask_source not in LEARNING:
+            raise ValueError(f"mask_grad='task' needs masks that learn, and mask_source={mask_source!r} has none")
+        if mask_grad == "look_ahead" and mask_source in LEARNING:
             self.needs = frozenset({"task_gradient"})
         self.num_masks = num_masks
         self.weight = weight
@@ -359,7 +358,7 @@ class ACAM(FeatureLoss):
         student = self.align(student)
         masks = self._masks(student if self.mask_grad == "joint" else student.detach(), teacher)
         errors = imitation_errors(student, teacher, self.imitation, self.temperature)
-        looking_ahead = self.mask_grad == "look_ahead" and context.labelled
+        looking_ahead = bool(self.needs) and context.labelled
         rewards = self._rewards(student, teacher, context) if looking_ahead else (None, None)
         terms = {}
         self.statistics = {}
