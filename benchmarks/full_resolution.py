@@ -5,7 +5,7 @@
 
 RetinaNet R101 -> R50 at 800 x 1344, one picture a step, and DeepLabV3-R101 -> DeepLabV3-MobileNetV2 at 512 x 1024, two;
 networks with random weights, targets drawn at random, PICTURES a folder of real pictures that are enlarged as a recipe
-would. ACAM as the recipes set it, with kv_stride: auto.
+would. ACAM with kv_stride: auto and detached masks.
 """
 
 from __future__ import annotations

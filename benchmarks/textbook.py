@@ -10,7 +10,7 @@ from acamkd.losses.base import DistillationContext
 
 
 class Textbook(ACAM):
-    """The defaults of ACAM with its parameters and the same result, to rounding."""
+    """The attention and errors of ACAM with mask_grad="joint", its parameters and the same result, to rounding."""
 
     def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
         """Return `channel`, `spatial` and `diversity`."""

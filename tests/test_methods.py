@@ -143,7 +143,8 @@ def test_a_description_by_hand() -> None:
     assert (align["name"], align["type"], align["default"]) == ("align", "bool", False)
     acam = describe("acam")
     assert acam["parameters"] == 2 * (128 * 256 + 128) + 256 * 256 + 256 + 6 + 6 * 256
-    assert acam["terms"] == ["channel", "diversity", "spatial"]
+    assert acam["terms"] == ["channel", "channel_selection", "diversity", "spatial", "spatial_selection"]
+    assert acam["needs"] == ["task_gradient"]
     by_name = {option["name"]: option["type"] for option in acam["options"]}
     assert by_name["query"] == "teacher | student"
     assert by_name["tokens"] == "str | none"

@@ -334,7 +334,8 @@ def test_every_loss_term_has_a_curve(runs: Path) -> None:
     history = charts.read_history(runs / "distilled" / "history.csv")
     drawn = charts.loss_charts(history)
     assert [chart.title for chart in drawn] == [
-        "total loss", "task: cross entropy", "acam: channel", "acam: spatial", "acam: diversity",
+        "total loss", "task: cross entropy", "acam: channel", "acam: channel selection", "acam: spatial",
+        "acam: spatial selection", "acam: diversity",
     ]  # fmt: skip
     assert drawn[2].lines[0].last == history[-1]["loss/segmentation_head.0/acam/channel"]
 

@@ -209,11 +209,18 @@ class Distiller(nn.Module):
         }
         if not layers or not terms or not torch.is_grad_enabled():
             return {}
+        maps = {index: student_tap[layer] for index, layer in layers.items()}
+        felt = [index for index, features in maps.items() if features.requires_grad]  # a frozen stage feels nothing
         total = torch.stack(list(terms.values())).sum()
-        gradients = torch.autograd.grad(
-            total, [student_tap[layer] for layer in layers.values()], retain_graph=True, materialize_grads=True
+        gradients = (
+            torch.autograd.grad(total, [maps[index] for index in felt], retain_graph=True, materialize_grads=True)
+            if felt
+            else ()
         )
-        return dict(zip(layers, gradients, strict=True))
+        return {
+            **{index: torch.zeros_like(features) for index, features in maps.items()},
+            **dict(zip(felt, gradients, strict=True)),
+        }
 
     def _teacher_task(self, active: Sequence[int], student_tap: FeatureTap, batch: Batch) -> dict[str, Tensor]:
         """The teacher's own loss on masked maps; the gradient runs through the teacher to the masks."""

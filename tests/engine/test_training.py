@@ -184,7 +184,8 @@ def test_bf16_runs_the_network_in_bf16_and_keeps_float32_weights(tmp_path: Path)
 
 
 def test_every_term_and_mask_mean_is_in_both_tables_from_the_first_step(tmp_path: Path) -> None:
-    entries = [config.Loss(name="acam", pairs=("0", "1"), num_masks=2), config.Loss(name="fitnet", pairs=("1",))]
+    acam = config.Loss(name="acam", pairs=("0", "1"), num_masks=2, mask_grad="joint")
+    entries = [acam, config.Loss(name="fitnet", pairs=("1",))]
     distiller = build_distiller(_model(), _model(1), entries)
     _fit(tmp_path, _batches(3), distiller, epochs=2)
     terms = [f"loss/{layer}/acam/{term}" for layer in (0, 1) for term in ("channel", "spatial", "diversity")]

@@ -63,10 +63,11 @@ def maps(case: Case, seed: int = 0) -> tuple[Tensor, Tensor]:
     return student.requires_grad_(), teacher
 
 
-def context_of(images: int) -> DistillationContext:
-    """One box in the first image, a box beyond the border and none in the others."""
-    boxes = [torch.tensor([[4.0, 6.0, 30.0, 50.0], [20.0, 10.0, 40.0, 70.0]])] + [torch.zeros(0, 4)] * (images - 1)
-    return DistillationContext(input_size=(64, 48), boxes=boxes)
+def context_of(student: Tensor) -> DistillationContext:
+    """Two boxes in the first image, one of them beyond the border, and none in the others; a task that is content."""
+    first = torch.tensor([[4.0, 6.0, 30.0, 50.0], [20.0, 10.0, 40.0, 70.0]])
+    boxes = [first] + [torch.zeros(0, 4)] * (len(student) - 1)
+    return DistillationContext(input_size=(64, 48), boxes=boxes, task_gradient=torch.zeros_like(student))
 
 
 def make(name: str, case: Case, seed: int = 0, **options: Any) -> FeatureLoss:
@@ -77,7 +78,7 @@ def make(name: str, case: Case, seed: int = 0, **options: Any) -> FeatureLoss:
 
 def run(loss: FeatureLoss, student: Tensor, teacher: Tensor, seed: int = 0) -> dict[str, Tensor]:
     torch.manual_seed(seed)
-    terms: dict[str, Tensor] = loss(student, teacher, context_of(len(teacher)))
+    terms: dict[str, Tensor] = loss(student, teacher, context_of(student))
     return terms
 
 
@@ -180,7 +181,7 @@ def test_compiled_it_gives_the_same(name: str) -> None:
     torch.compiler.reset()
     compiled: Callable[..., dict[str, Tensor]] = torch.compile(loss, backend="aot_eager")
     torch.manual_seed(0)
-    traced = compiled(student, teacher, context_of(len(teacher)))
+    traced = compiled(student, teacher, context_of(student))
     for key, term in plain.items():
         torch.testing.assert_close(traced[key], term)
     torch.testing.assert_close(gradient(traced, student), direction)

@@ -331,7 +331,7 @@ class ACAM(FeatureLoss):
         if mask_grad == "task" and mask_source not in LEARNING:
             raise ValueError(f"mask_grad='task' needs masks that learn, and mask_source={mask_source!r} has none")
         if mask_grad == "look_ahead" and mask_source in LEARNING:
-            self.needs = frozenset({"task_gradient"})
+            self.needs = self.needs | {"task_gradient"}
         self.num_masks = num_masks
         self.weight = weight
         self.diversity_weight = diversity_weight
@@ -358,7 +358,7 @@ class ACAM(FeatureLoss):
         student = self.align(student)
         masks = self._masks(student if self.mask_grad == "joint" else student.detach(), teacher)
         errors = imitation_errors(student, teacher, self.imitation, self.temperature)
-        looking_ahead = bool(self.needs) and context.labelled
+        looking_ahead = "task_gradient" in self.needs and context.labelled and context.task_gradient is not None
         rewards = self._rewards(student, teacher, context) if looking_ahead else (None, None)
         terms = {}
         self.statistics = {}

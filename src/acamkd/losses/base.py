@@ -138,7 +138,8 @@ class FeatureLoss(nn.Module, ABC):
                 )
         if student.shape[0] != teacher.shape[0]:
             raise ValueError(f"{name}: batch sizes differ, student {student.shape[0]}, teacher {teacher.shape[0]}")
-        needs = self.needs if context.labelled else self.needs - {"task_gradient"}
+        learning = context.labelled and torch.is_grad_enabled()
+        needs = self.needs if learning else self.needs - {"task_gradient"}
         missing = sorted(need for need in needs if getattr(context, need) is None)
         if missing:
             raise ValueError(f"{name} needs {', '.join(missing)} in the DistillationContext")

@@ -126,8 +126,8 @@ def loss_charts(history: Sequence[Mapping[str, float]]) -> list[Chart]:
         if not parts:
             title, line = "total loss", "total"
         elif len(parts) == 2:  # task/TERM
-            title, line = f"{parts[0]}: {parts[1].replace('_', ' ')}", parts[1]
+            title, line = f"{parts[0]}: {parts[1]}", parts[1]
         else:  # LAYER/METHOD/TERM
             title, line = f"{parts[1]}: {parts[2]}", parts[0]
-        groups.setdefault(title, {})[line] = curve(history, column)
+        groups.setdefault(title.replace("_", " "), {})[line] = curve(history, column)
     return [draw(title, curves) for title, curves in groups.items()]
