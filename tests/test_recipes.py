@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from acamkd.jobs import Batches, build_network
 from acamkd.methods import build_distiller, options
 
 ROOT = Path(__file__).parents[1]
+few_labels = runpy.run_path(str(ROOT / "benchmarks/halve.py"))["few_labels"]
 FILES = {str(file.relative_to(ROOT / "recipes").with_suffix("")): file
          for file in sorted((ROOT / "recipes").rglob("*.yaml")) if file.parent.name != "combinations"}  # fmt: skip
 PAPER = {name.removeprefix("paper/"): file for name, file in FILES.items() if name.startswith("paper/")}
@@ -95,6 +97,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
     folder = tmp_path_factory.mktemp("pictures")
     for task in ("detection", "segmentation"):
         write_scenes(folder / task, train=4, val=2, size=(64, 128), seed=0, task=task)
+        few_labels(folder / task, 2)
     for split in ("train", "val"):  # the layouts of the archives
         shutil.copytree(folder / f"detection/images/{split}", folder / f"coco/{split}2017")
         for picture in (folder / f"segmentation/images/{split}").iterdir():
