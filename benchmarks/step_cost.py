@@ -5,7 +5,8 @@
 RetinaNet R101 -> R50 on one picture and DeepLabV3-R101 -> DeepLabV3-MobileNetV2 on two (batch norm after global pooling
 needs two): forward, backward and SGD step by the package's own Distiller. The reference
 is the step of the student alone plus the teacher's forward up to the last tapped layer, which every method needs.
-Weights and pictures are random, which changes no cost.
+Beside the time stands the arithmetic of a step, which no other program on the machine can disturb: torch's counter sees
+convolutions, matrix products and what is made of them. Weights and pictures are random, which changes no cost.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from measuring import Cost, arguments, cost, interleaved, medians, ratios, save
 from acamkd import models
 from acamkd.config import Loss, Model
 from acamkd.distiller import Distiller
+from acamkd.estimate import measured, step_of
 from acamkd.methods import build_distiller
 from acamkd.models.base import Batch, Target, Task, TaskModel
 
@@ -54,9 +56,6 @@ def loss(name: str, layers: Any, **options: Any) -> Loss:
     return Loss(name=name, pairs=[layers], **options)
 
 
-JOINT = {"mask_grad": "joint"}
-"""The masks as published, which the other rows have; look-ahead ones need a second backward of the student's heads."""
-
 LOSSES: Mapping[str, Mapping[str, Loss]] = {
     DETECTION: {
         "fitnet": loss("fitnet", PYRAMID),
@@ -64,20 +63,20 @@ LOSSES: Mapping[str, Mapping[str, Loss]] = {
         "mgd": loss("mgd", PYRAMID),
         "maskd": loss("maskd", PYRAMID),
         "cwd": loss("cwd", PYRAMID),
-        "acam, exact": loss("acam", PYRAMID, **JOINT),
-        "acam, auto": loss("acam", PYRAMID, kv_stride="auto", **JOINT),
-        "acam, auto, look-ahead": loss("acam", PYRAMID, kv_stride="auto"),
+        "acam, exact": loss("acam", PYRAMID),
+        "acam, auto": loss("acam", PYRAMID, kv_stride="auto"),
+        "acam, auto, joint": loss("acam", PYRAMID, kv_stride="auto", mask_grad="joint"),
     },
     SEGMENTATION: {
         "fitnet, 256 channels": loss("fitnet", FEATURES),
         "mgd, 256 channels": loss("mgd", FEATURES),
         "maskd, logits": loss("maskd", LOGITS),
         "cwd, logits": loss("cwd", LOGITS),
-        "acam, logits, exact": loss("acam", LOGITS, num_masks=19, **JOINT),
-        "acam, logits, auto": loss("acam", LOGITS, num_masks=19, kv_stride="auto", **JOINT),
-        "acam, logits, auto, look-ahead": loss("acam", LOGITS, num_masks=19, kv_stride="auto"),
-        "acam, 256 channels, exact": loss("acam", FEATURES, num_masks=19, **JOINT),
-        "acam, 256 channels, auto": loss("acam", FEATURES, num_masks=19, kv_stride="auto", **JOINT),
+        "acam, logits, exact": loss("acam", LOGITS, num_masks=19),
+        "acam, logits, auto": loss("acam", LOGITS, num_masks=19, kv_stride="auto"),
+        "acam, 256 channels, exact": loss("acam", FEATURES, num_masks=19),
+        "acam, 256 channels, auto": loss("acam", FEATURES, num_masks=19, kv_stride="auto"),
+        "acam, 256 channels, auto, joint": loss("acam", FEATURES, num_masks=19, kv_stride="auto", mask_grad="joint"),
     },
 }
 
@@ -139,23 +138,29 @@ def measure(name: str, size: tuple[int, int], rounds: int) -> Iterator[dict[str,
     """Cost of the parts and of a step with each loss, and the ratios to the reference, after every round."""
     student, teacher = networks(name, size)
     batch = batch_of(student, size)
-    alone = step(Distiller(student), batch)
-    calls: dict[str, Callable[[], Cost]] = {"student alone": partial(cost, alone)}
+    calls: dict[str, Callable[[], object]] = {"student alone": step(alone := Distiller(student), batch)}
+    gflops = {"student alone": step_of(alone, batch)[0]}
     for method, entry in LOSSES[name].items():
         distiller = build_distiller(student, teacher, [entry])
         if method == next(iter(LOSSES[name])):
-            calls["teacher's forward"] = partial(cost, partial(distiller.teacher_maps, batch))
-        calls[method] = partial(cost, step(distiller, batch))
+            calls["teacher's forward"] = looked = partial(distiller.teacher_maps, batch)
+            gflops["teacher's forward"] = measured(looked)[0]
+        calls[method] = step(distiller, batch)
+        gflops[method] = step_of(distiller, batch)[0]
     calls[method]()  # memory and kernels as in every later step
-    for costs in interleaved(calls, rounds):
+    arithmetic = gflops["student alone"] + gflops["teacher's forward"]
+    for costs in interleaved({method: partial(cost, call) for method, call in calls.items()}, rounds):
         reference = [
             Cost(a.seconds + b.seconds, a.cpu_seconds + b.cpu_seconds, max(a.peak_mib, b.peak_mib))
             for a, b in zip(costs["student alone"], costs["teacher's forward"], strict=True)
         ]
         yield {
-            method: {**medians(each)._asdict(), **ratios(each, reference), "all": each}
+            method: {
+                **medians(each)._asdict(), **ratios(each, reference), "gflops": gflops[method],
+                "gflops_ratio": gflops[method] / arithmetic, "all": each,
+            }
             for method, each in costs.items()
-        }
+        }  # fmt: skip
 
 
 def main() -> None:
@@ -174,10 +179,11 @@ def main() -> None:
                     plot(name, rows),
                     quick=given.quick,
                 )
-            print(f"\n| {name} | seconds | CPU seconds | ratio | CPU ratio |\n|---|---:|---:|---:|---:|")
+            print(f"\n| {name} | seconds | CPU seconds | ratio | CPU ratio | GFLOPs | ratio |")
+            print("|---|---:|---:|---:|---:|---:|---:|")
             for method, row in rows.items():
                 times = f"{row['seconds']:.2f} | {row['cpu_seconds']:.2f} | {row['ratio']:.3f} | {row['cpu_ratio']:.3f}"
-                print(f"| {method} | {times} |")
+                print(f"| {method} | {times} | {row['gflops']:.0f} | {row['gflops_ratio']:.3f} |")
 
 
 def plot(name: str, rows: Mapping[str, Any]) -> Figure:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from acamkd.config import Model
 from acamkd.distiller import AUDITED_STEPS, Distiller, WeightSchedule
 from acamkd.errors import AcamkdError
+from acamkd.estimate import step_of
 from acamkd.losses import ACAM, FGD, PKD, DistillationContext, FeatureLoss, FitNet, HeadLoss
 from acamkd.models import Batch, Target, TaskModel, build
 
@@ -383,6 +384,45 @@ def test_with_real_networks(task: Any) -> None:
     assert stem.grad is not None
     assert stem.grad.any()
     assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("arch", ["retinanet", "fcos"])
+def test_looking_ahead_repeats_no_work_of_a_detectors_heads_and_changes_no_gradient(
+    arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = Model(arch=arch, backbone="mobilenetv3_small_050", backbone_weights=None, fpn_channels=32)
+    student, teacher = build(section, "detection", 3, (64, 64)), build(section, "detection", 3, (64, 64))
+    target = {
+        "boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]),
+        "labels": torch.ones(1).long(),
+        "iscrowd": torch.zeros(1),
+    }
+    batch = student.prepare([torch.rand(3, 64, 64) for _ in range(2)], [target, target])
+    levels = [f"backbone:{level}" for level in ("0", "1", "2", "p6", "p7")]
+    pairs = [(level, level) for level in levels]
+
+    def distiller(mask_grad: str) -> Distiller:
+        torch.manual_seed(0)
+        losses = [ACAM(32, 32, mask_grad=mask_grad) for _ in levels]  # type: ignore[arg-type]
+        whole = Distiller(student, teacher, pairs, losses).train()
+        whole.training = False  # without the watch over the first steps, which costs a backward
+        return whole
+
+    def gradients() -> list[Tensor]:
+        student.zero_grad()
+        torch.stack(list(distiller("look_ahead")(batch).values())).sum().backward()  # type: ignore[no-untyped-call]
+        return [parameter.grad.clone() for parameter in student.parameters() if parameter.grad is not None]
+
+    def twice(terms: dict[str, Tensor], maps: Any, _: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+        total = torch.stack(list(terms.values())).sum()
+        return list(torch.autograd.grad(total, maps, retain_graph=True)), terms
+
+    found = gradients()
+    once, detached = (step_of(distiller(mask_grad), batch)[0] for mask_grad in ("look_ahead", "detached"))
+    monkeypatch.setattr("acamkd.distiller.first_part", twice)
+    torch.testing.assert_close(found, gradients(), rtol=1e-3, atol=1e-6)
+    assert step_of(distiller("look_ahead"), batch)[0] > 1.04 * once
+    assert once == pytest.approx(detached, rel=0.01)
 
 
 def test_unlabelled_pictures_are_compared_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from acamkd.errors import AcamkdError
 from acamkd.features import FeatureTap
+from acamkd.graph import first_part, leaves_below
 from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
 from acamkd.models.base import Batch, TaskModel
 
@@ -123,7 +124,8 @@ class Distiller(nn.Module):
 
         Returns:
             Scalar terms, `task/TERM`, `LAYER/METHOD/TERM` and, where masks learn from the teacher's own loss,
-            `teacher/TERM`; their sum is the training loss.
+            `teacher/TERM`; their sum is the training loss. Where masks look ahead, the sum of the task's terms has
+            been differentiated down to the tapped maps, so that these must keep one factor.
 
         Raises:
             NonFiniteError: A term is not finite.
@@ -139,7 +141,13 @@ class Distiller(nn.Module):
             return {}
         names = _flat(self._layers(index)[0] for index in active)
         with ExitStack() as stack:
-            student_tap = stack.enter_context(FeatureTap(self.student.net, names))
+            onward: dict[int, Tensor] = {}  # by the identity of the tapped map, which may have two names
+
+            def hand_on(_: str, student_map: Tensor) -> Tensor:
+                onward[id(student_map)] = student_map.clone()
+                return onward[id(student_map)]
+
+            student_tap = stack.enter_context(FeatureTap(self.student.net, names, edit=hand_on))
             teacher_maps = self.teacher_maps(batch, active) if active else {}
             terms: dict[str, Tensor] = {}
             if labelled:
@@ -148,7 +156,7 @@ class Distiller(nn.Module):
             else:
                 with student_tap.early_stop():
                     self.student(batch)
-            gradients = self._task_gradients(active, student_tap, terms)
+            gradients, terms = self._task_gradients(active, student_tap, onward, terms)
             distillation: dict[str, Tensor] = {}
             for index in active:
                 context = DistillationContext(step, batch.input_size, _boxes(batch), gradients.get(index), labelled)
@@ -199,28 +207,23 @@ class Distiller(nn.Module):
             return tap.features()
 
     def _task_gradients(
-        self, active: Sequence[int], student_tap: FeatureTap, terms: Mapping[str, Tensor]
-    ) -> dict[int, Tensor]:
-        """The task loss's gradient at the student's map, for the losses that need it."""
+        self, active: Sequence[int], student_tap: FeatureTap, onward: Mapping[int, Tensor], terms: dict[str, Tensor]
+    ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+        """The task loss's gradient at the student's maps, by loss that needs it, and the terms for the backward."""
         layers = {
             index: pair[0]
             for index, pair, loss in ((index, self.pairs[index], self.losses[index]) for index in active)
             if pair is not None and isinstance(loss, FeatureLoss) and "task_gradient" in loss.needs
         }
         if not layers or not terms or not torch.is_grad_enabled():
-            return {}
-        maps = {index: student_tap[layer] for index, layer in layers.items()}
-        felt = [index for index, features in maps.items() if features.requires_grad]  # a frozen stage feels nothing
-        total = torch.stack(list(terms.values())).sum()
-        gradients = (
-            torch.autograd.grad(total, [maps[index] for index in felt], retain_graph=True, materialize_grads=True)
-            if felt
-            else ()
-        )
-        return {
-            **{index: torch.zeros_like(features) for index, features in maps.items()},
-            **dict(zip(felt, gradients, strict=True)),
-        }
+            return {}, terms
+        maps = {layer: student_tap[layer] for layer in layers.values()}
+        felt = {layer: x for layer, x in maps.items() if x.requires_grad}  # a frozen stage feels nothing
+        found: list[Tensor] = []
+        if felt:
+            found, terms = first_part(terms, list(felt.values()), [onward[id(x)] for x in felt.values()])
+        gradients = {layer: torch.zeros_like(x) for layer, x in maps.items()} | dict(zip(felt, found, strict=True))
+        return {index: gradients[layer] for index, layer in layers.items()}, terms
 
     def _teacher_task(self, active: Sequence[int], student_tap: FeatureTap, batch: Batch) -> dict[str, Tensor]:
         """The teacher's own loss on masked maps; the gradient runs through the teacher to the masks."""
@@ -272,7 +275,7 @@ class _Audit:
         total = torch.stack(list(terms.values())).sum()
         self._zero = self._zero and total.item() == 0
         if self._unreached is None:
-            below = _parameters_below(maps.values())
+            below = {id(parameter) for parameter in leaves_below(maps.values())[0]}
             self._unreached = {name: parameter for name, parameter in net.named_parameters() if id(parameter) in below}
             if not self._unreached:
                 raise AcamkdError(
@@ -302,22 +305,6 @@ class _Audit:
                 f"below the tapped layers: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}; "
                 "tap a layer behind them, or freeze them if they are meant to stay"
             )
-
-
-def _parameters_below(maps: Iterable[Tensor]) -> set[int]:
-    """Identities of the parameters that some maps were computed from, read off the autograd graph."""
-    found: set[int] = set()
-    seen: set[Any] = set()
-    pending = [tensor.grad_fn for tensor in maps if tensor.grad_fn is not None]
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            found.add(id(node.variable))
-        pending.extend(following for following, _ in node.next_functions if following is not None)
-    return found
 
 
 def _needs_targets(loss: nn.Module) -> bool:

@@ -93,7 +93,7 @@ def estimate(recipe: config.Recipe) -> Estimate:
     with measuring(student, teacher, [uncalibrated(entry) for entry in recipe.losses]) as distiller:
         batch = next(prepared(student, loader))
         free = free_memory(batch.pixels.device)
-        looked = _measured(lambda: distiller.teacher_maps(batch))
+        looked = measured(lambda: distiller.teacher_maps(batch))
         alone = step_of(Distiller(distiller.student), batch)
         whole = step_of(distiller, batch)
         fusions = nn.ModuleList(module for module in distiller.losses.modules() if isinstance(module, STCAFF))
@@ -131,7 +131,7 @@ def step_of(distiller: Distiller, batch: Batch) -> tuple[float, int]:
         for parameter in distiller.parameters():
             if parameter.requires_grad:
                 stack.callback(parameter.register_post_accumulate_grad_hook(drop).remove)  # type: ignore[no-untyped-call]
-        return _measured(run)
+        return measured(run)
 
 
 def _fusing(fusions: nn.ModuleList, distiller: Distiller, batch: Batch) -> tuple[float, int]:
@@ -152,10 +152,10 @@ def _fusing(fusions: nn.ModuleList, distiller: Distiller, batch: Batch) -> tuple
         if total.requires_grad:  # not where the masks are frozen
             total.backward()  # type: ignore[no-untyped-call]
 
-    return _measured(run)
+    return measured(run)
 
 
-def _measured(call: Callable[[], object]) -> tuple[float, int]:
+def measured(call: Callable[[], object]) -> tuple[float, int]:
     """GFLOPs and peak bytes of a call."""
     with FlopCounterMode(display=False) as counter, LiveMemory() as memory:
         call()

@@ -261,8 +261,8 @@ class ACAM(FeatureLoss):
             that each term is the plain mean squared error, and no diversity.
         mask_grad: What trains the masks that learn, beside the diversity. `look_ahead`: a place is worth imitating when
             a step of imitation there lowers the student's task loss; the terms `KIND_selection` collect that reward
-            within a budget, mean M = 0.5. This costs a second backward of the student from its loss to the tapped map;
-            outside a Distiller that gradient comes with the context. Unlabelled pictures get the masks that labelled
+            within a budget, mean M = 0.5. The Distiller takes that slope from the student's own backward, which it then
+            does not repeat; elsewhere it comes with the context. Unlabelled pictures get the masks that labelled
             ones taught. `joint`: the distillation terms, and the student feels them through K and V (the method). With
             all others the student feels only the finished masks. `detached`: nothing. `task`: the frozen teacher's own
             loss on the map that they mask, mean_m M^s_m M^c_m T. This costs a second forward and a backward of the

@@ -1,0 +1,93 @@
+"""The autograd graph: what lies below a tensor, and a backward in two parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from acamkd.errors import AcamkdError
+
+
+def leaves_below(tensors: Iterable[Tensor], stop: Iterable[Tensor] = ()) -> tuple[list[Tensor], bool]:
+    """The trained tensors, parameters as a rule, that some tensors were computed from.
+
+    Args:
+        tensors: Where to start.
+        stop: What is not passed through when it is met on the way.
+
+    Returns:
+        The trained tensors, and whether any of `stop` was met.
+    """
+    ends = {(tensor.grad_fn, tensor.output_nr) for tensor in stop}
+    found: dict[int, Tensor] = {}
+    met = False
+    seen: set[Any] = set()
+    pending = [tensor.grad_fn for tensor in tensors]
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        for edge in node.next_functions:
+            if edge in ends:
+                met = True
+            else:
+                pending.append(edge[0])
+    return list(found.values()), met
+
+
+def first_part(
+    terms: Mapping[str, Tensor], maps: Sequence[Tensor], onward: Sequence[Tensor]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The gradients of a loss at some maps that it was computed from, without doing that work again in its backward.
+
+    Args:
+        terms: Scalars; the loss is their sum.
+        maps: Each with a graph.
+        onward: The copy of each that the rest of the network worked on. One map may be computed from another, as P6 is
+            from P5, if not by way of a copy.
+
+    Returns:
+        The gradients, and the terms in a form whose backward starts at the maps, with what was found here. Where that
+        cannot be, the terms as they were, so that their backward does the work of this one again: where another way
+        leads around the copies, or from one of them to another; and in float16, whose gradients need the factor that
+        the loss is to be given later.
+    """
+    total = torch.stack(list(terms.values())).sum()
+    above, _ = leaves_below([total], stop=onward)
+    below, _ = leaves_below(maps)
+    _, nested = leaves_below(onward, stop=onward)
+    around = {id(leaf) for leaf in above} & {id(leaf) for leaf in below}
+    device = total.device.type
+    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    if nested or around or half:
+        return list(torch.autograd.grad(total, maps, retain_graph=True, materialize_grads=True)), dict(terms)
+    found = torch.autograd.grad(total, [*onward, *above], retain_graph=True, materialize_grads=True)
+    gradients = torch.autograd.grad(maps, maps, found[: len(maps)], retain_graph=True)  # also by way of other maps
+    values = _Differentiated.apply(torch.stack([term.detach() for term in terms.values()]), found, *maps, *above)
+    return list(gradients), dict(zip(terms, values, strict=True))
+
+
+class _Differentiated(torch.autograd.Function):
+    """Values of terms, with the gradients that their sum was found to have."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, gradients: Sequence[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, factors: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.allclose(factors, factors[0], rtol=0, atol=0, equal_nan=True):
+            raise AcamkdError(
+                "the task's terms have unequal factors, but masks that look ahead have differentiated their sum: give "
+                "all terms of a Distiller's task the same factor, or none"
+            )
+        return None, None, *(factors[0].to(gradient.dtype) * gradient for gradient in ctx.gradients)

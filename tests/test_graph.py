@@ -1,0 +1,138 @@
+"""Reading the autograd graph, and a backward in two parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from acamkd.errors import AcamkdError
+from acamkd.graph import first_part, leaves_below
+
+Terms: TypeAlias = dict[str, Tensor]
+
+
+def total(terms: Terms) -> Tensor:
+    return torch.stack(list(terms.values())).sum()
+
+
+class Counted(nn.Linear):
+    """Counts the backwards that reach its weight."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4, bias=False)
+        self.backwards = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if y.requires_grad:
+            y.register_hook(self._count)  # type: ignore[no-untyped-call]
+        return y
+
+    def _count(self, _: Tensor) -> None:
+        self.backwards += 1
+
+
+class Net(nn.Module):
+    """stem -> neck -> head.
+
+    Args:
+        around: The head also reads the stem itself, not its copy.
+        inner: The neck reads the stem itself rather than its copy, and so the head both copies, as with P5 and P6.
+    """
+
+    def __init__(self, *, around: bool = False, inner: bool = False) -> None:
+        super().__init__()
+        self.stem, self.neck, self.head = Counted(), Counted(), Counted()
+        self.around, self.inner = around, inner
+
+    def forward(self, x: Tensor) -> tuple[Terms, Terms, Terms]:
+        """Terms, maps and their copies."""
+        stem = self.stem(x).tanh()
+        stem_copy = stem.clone()
+        neck = self.neck(stem if self.inner else stem_copy).tanh()
+        neck_copy = neck.clone()
+        more = stem if self.around else stem_copy if self.inner else 0.0
+        out = self.head(neck_copy + more)
+        terms = {"square": out.square().mean(), "level": out.mean().abs()}
+        return terms, {"stem": stem, "neck": neck}, {"stem": stem_copy, "neck": neck_copy}
+
+
+def trained(net: Net, step: Callable[[Net], Tensor]) -> list[Tensor]:
+    net.zero_grad()
+    step(net).backward()  # type: ignore[no-untyped-call]
+    return [parameter.grad.clone() for parameter in net.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize(
+    ("options", "layers", "head_backwards"),
+    [
+        ({}, ["neck"], 1),
+        ({}, ["stem"], 1),
+        ({}, ["stem", "neck"], 2),
+        ({"around": True}, ["neck"], 2),
+        ({"inner": True}, ["neck"], 2),
+        ({"inner": True}, ["stem", "neck"], 1),
+    ],
+)
+def test_first_part_changes_no_gradient_and_repeats_work_only_where_it_must(
+    options: dict[str, bool], layers: list[str], head_backwards: int
+) -> None:
+    net, x = Net(**options).double(), torch.randn(3, 4).double()
+    found: list[Tensor] = []
+
+    def plain(net: Net) -> Tensor:
+        terms, maps, _ = net(x)
+        found.extend(torch.autograd.grad(total(terms), [maps[layer] for layer in layers], retain_graph=True))
+        return torch.add(total(terms), maps["neck"].sum())
+
+    def split(net: Net) -> Tensor:
+        terms, maps, copies = net(x)
+        values = {name: term.item() for name, term in terms.items()}
+        gradients, terms = first_part(terms, [maps[layer] for layer in layers], [copies[layer] for layer in layers])
+        assert {name: term.item() for name, term in terms.items()} == values
+        torch.testing.assert_close(gradients, found)
+        return torch.add(total(terms), maps["neck"].sum())
+
+    expected = trained(net, plain)
+    net.head.backwards = 0
+    torch.testing.assert_close(trained(net, split), expected)
+    assert net.head.backwards == head_backwards
+
+
+def test_first_part_follows_a_common_factor_and_refuses_unequal_ones() -> None:
+    net, x = Net(), torch.randn(3, 4)
+    gradients = {}
+    for factor in (1.0, 0.25):
+        terms, maps, copies = net(x)
+        _, terms = first_part(terms, [maps["neck"]], [copies["neck"]])
+        gradients[factor] = torch.autograd.grad(factor * total(terms), list(net.parameters()))
+    torch.testing.assert_close([4 * g for g in gradients[0.25]], list(gradients[1.0]))
+    terms, maps, copies = net(x)
+    _, terms = first_part(terms, [maps["neck"]], [copies["neck"]])
+    with pytest.raises(AcamkdError, match=r"the task's terms have unequal factors.*give all terms .* the same factor"):
+        (terms["square"] + 2 * terms["level"]).backward()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize(("dtype", "head_backwards"), [(torch.float16, 2), (torch.bfloat16, 1)])
+def test_first_part_leaves_float16_to_its_loss_scale(dtype: torch.dtype, head_backwards: int) -> None:
+    net = Net()
+    with torch.autocast("cpu", dtype=dtype):
+        terms, maps, copies = net(torch.randn(3, 4))
+        _, terms = first_part(terms, [maps["neck"]], [copies["neck"]])
+    total(terms).backward()  # type: ignore[no-untyped-call]
+    assert net.head.backwards == head_backwards
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+def test_leaves_below_tells_the_outputs_of_one_node_apart() -> None:
+    a, b = torch.ones(4, requires_grad=True), torch.ones(4, requires_grad=True)
+    first, second = (a * b).split(2)  # type: ignore[no-untyped-call]
+    assert {id(x) for x in leaves_below([first])[0]} == {id(a), id(b)}
+    leaves, met = leaves_below([(first * second).sum()], stop=[first])
+    assert met
+    assert {id(x) for x in leaves} == {id(a), id(b)}  # around the first, through the second
+    assert leaves_below([(2 * first).sum()], stop=[first]) == ([], True)
