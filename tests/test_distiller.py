@@ -386,6 +386,27 @@ def test_with_real_networks(task: Any) -> None:
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+@pytest.mark.parametrize("pairs", [[("body.0", "body.0")], [("body", "body"), ("body@0", "body@0")]])
+def test_looking_ahead_before_an_operation_in_place_and_at_a_map_of_two_names(
+    pairs: list[tuple[str, str]], student: Tiny, teacher: Tiny, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distiller = Distiller(student, teacher, pairs, [ACAM(4, 6) for _ in pairs]).eval()
+
+    def gradients() -> list[Tensor]:
+        student.zero_grad()
+        torch.stack(list(distiller(batch).values())).sum().backward()  # type: ignore[no-untyped-call]
+        return [parameter.grad.clone() for parameter in student.parameters() if parameter.grad is not None]
+
+    found = gradients()
+    monkeypatch.setattr("acamkd.distiller.first_part", backward_twice)
+    torch.testing.assert_close(found, gradients())
+
+
+def backward_twice(terms: dict[str, Tensor], maps: list[Tensor], _: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+    total = torch.stack(list(terms.values())).sum()
+    return list(torch.autograd.grad(total, maps, retain_graph=True)), terms
+
+
 @pytest.mark.parametrize("arch", ["retinanet", "fcos"])
 def test_looking_ahead_repeats_no_work_of_a_detectors_heads_and_changes_no_gradient(
     arch: str, monkeypatch: pytest.MonkeyPatch
@@ -413,13 +434,9 @@ def test_looking_ahead_repeats_no_work_of_a_detectors_heads_and_changes_no_gradi
         torch.stack(list(distiller("look_ahead")(batch).values())).sum().backward()  # type: ignore[no-untyped-call]
         return [parameter.grad.clone() for parameter in student.parameters() if parameter.grad is not None]
 
-    def twice(terms: dict[str, Tensor], maps: Any, _: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
-        total = torch.stack(list(terms.values())).sum()
-        return list(torch.autograd.grad(total, maps, retain_graph=True)), terms
-
     found = gradients()
     once, detached = (step_of(distiller(mask_grad), batch)[0] for mask_grad in ("look_ahead", "detached"))
-    monkeypatch.setattr("acamkd.distiller.first_part", twice)
+    monkeypatch.setattr("acamkd.distiller.first_part", backward_twice)
     torch.testing.assert_close(found, gradients(), rtol=1e-3, atol=1e-6)
     assert step_of(distiller("look_ahead"), batch)[0] > 1.04 * once
     assert once == pytest.approx(detached, rel=0.01)

@@ -8,11 +8,13 @@ from typing import TypeAlias
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from acamkd.errors import AcamkdError
 from acamkd.graph import first_part, leaves_below
 
 Terms: TypeAlias = dict[str, Tensor]
+Edges: TypeAlias = dict[str, GradientEdge]
 
 
 def total(terms: Terms) -> Tensor:
@@ -42,23 +44,30 @@ class Net(nn.Module):
     Args:
         around: The head also reads the stem itself, not its copy.
         inner: The neck reads the stem itself rather than its copy, and so the head both copies, as with P5 and P6.
+        in_place: What follows the neck works on its copy.
+        unread: Nobody reads the stem's copy.
     """
 
-    def __init__(self, *, around: bool = False, inner: bool = False) -> None:
+    def __init__(
+        self, *, around: bool = False, inner: bool = False, in_place: bool = False, unread: bool = False
+    ) -> None:
         super().__init__()
         self.stem, self.neck, self.head = Counted(), Counted(), Counted()
-        self.around, self.inner = around, inner
+        self.around, self.inner, self.in_place, self.unread = around, inner, in_place, unread
 
-    def forward(self, x: Tensor) -> tuple[Terms, Terms, Terms]:
+    def forward(self, x: Tensor) -> tuple[Terms, Terms, Edges]:
         """Terms, maps and their copies."""
         stem = self.stem(x).tanh()
         stem_copy = stem.clone()
-        neck = self.neck(stem if self.inner else stem_copy).tanh()
+        neck = self.neck(stem if self.inner or self.unread else stem_copy).tanh()
         neck_copy = neck.clone()
+        copies = {"stem": get_gradient_edge(stem_copy), "neck": get_gradient_edge(neck_copy)}
+        if self.in_place:
+            neck_copy.relu_()
         more = stem if self.around else stem_copy if self.inner else 0.0
         out = self.head(neck_copy + more)
         terms = {"square": out.square().mean(), "level": out.mean().abs()}
-        return terms, {"stem": stem, "neck": neck}, {"stem": stem_copy, "neck": neck_copy}
+        return terms, {"stem": stem, "neck": neck}, copies
 
 
 def trained(net: Net, step: Callable[[Net], Tensor]) -> list[Tensor]:
@@ -76,6 +85,8 @@ def trained(net: Net, step: Callable[[Net], Tensor]) -> list[Tensor]:
         ({"around": True}, ["neck"], 2),
         ({"inner": True}, ["neck"], 2),
         ({"inner": True}, ["stem", "neck"], 1),
+        ({"in_place": True}, ["neck"], 1),
+        ({"unread": True}, ["stem", "neck"], 1),
     ],
 )
 def test_first_part_changes_no_gradient_and_repeats_work_only_where_it_must(
@@ -128,11 +139,48 @@ def test_first_part_leaves_float16_to_its_loss_scale(dtype: torch.dtype, head_ba
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
+def test_first_part_keeps_the_precision_that_the_forward_had() -> None:
+    weight, x = torch.randn(4, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+    found = []
+    for split in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features = x * 2
+            copy = features.clone()
+            edge = get_gradient_edge(copy)
+            with torch.autocast("cpu", enabled=False):  # as detectors compute their boxes
+                terms = {"square": (copy @ weight).square().mean()}
+            if split:
+                _, terms = first_part(terms, [features], [edge])
+        found.append(torch.autograd.grad(total(terms), [weight, x]))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_first_part_lets_hooks_on_parameters_run_once() -> None:
+    gradients = []
+    net, x = Net(), torch.randn(3, 4)
+    net.head.weight.register_hook(lambda gradient: 0.1 * gradient)  # type: ignore[no-untyped-call]
+    for split in (False, True):
+        terms, maps, copies = net(x)
+        if split:
+            _, terms = first_part(terms, [maps["neck"]], [copies["neck"]])
+        gradients.append(trained(net, lambda _, terms=terms: total(terms)))  # type: ignore[misc]
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_first_part_gives_terms_that_may_be_changed_in_place() -> None:
+    terms, maps, copies = Net()(torch.randn(3, 4))
+    _, terms = first_part(terms, [maps["neck"]], [copies["neck"]])
+    loss = terms["square"]
+    value = loss.item()
+    loss *= 2
+    assert loss.item() == pytest.approx(2 * value)
+
+
 def test_leaves_below_tells_the_outputs_of_one_node_apart() -> None:
     a, b = torch.ones(4, requires_grad=True), torch.ones(4, requires_grad=True)
     first, second = (a * b).split(2)  # type: ignore[no-untyped-call]
-    assert {id(x) for x in leaves_below([first])[0]} == {id(a), id(b)}
-    leaves, met = leaves_below([(first * second).sum()], stop=[first])
+    assert {id(x) for x in leaves_below([first.grad_fn])[0]} == {id(a), id(b)}
+    leaves, met = leaves_below([(first * second).sum().grad_fn], stop=[get_gradient_edge(first)])
     assert met
     assert {id(x) for x in leaves} == {id(a), id(b)}  # around the first, through the second
-    assert leaves_below([(2 * first).sum()], stop=[first]) == ([], True)
+    assert leaves_below([(2 * first).sum().grad_fn], stop=[get_gradient_edge(first)]) == ([], True)

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from acamkd.errors import AcamkdError
 from acamkd.features import FeatureTap
@@ -141,11 +142,13 @@ class Distiller(nn.Module):
             return {}
         names = _flat(self._layers(index)[0] for index in active)
         with ExitStack() as stack:
-            onward: dict[int, Tensor] = {}  # by the identity of the tapped map, which may have two names
+            onward: dict[int, GradientEdge] = {}  # by the identity of the tapped map, which may have two names
 
             def hand_on(_: str, student_map: Tensor) -> Tensor:
-                onward[id(student_map)] = student_map.clone()
-                return onward[id(student_map)]
+                copy = student_map.clone()
+                if copy.requires_grad:  # noted before anything works on it in place
+                    onward[id(student_map)] = get_gradient_edge(copy)
+                return copy
 
             student_tap = stack.enter_context(FeatureTap(self.student.net, names, edit=hand_on))
             teacher_maps = self.teacher_maps(batch, active) if active else {}
@@ -207,7 +210,11 @@ class Distiller(nn.Module):
             return tap.features()
 
     def _task_gradients(
-        self, active: Sequence[int], student_tap: FeatureTap, onward: Mapping[int, Tensor], terms: dict[str, Tensor]
+        self,
+        active: Sequence[int],
+        student_tap: FeatureTap,
+        onward: Mapping[int, GradientEdge],
+        terms: dict[str, Tensor],
     ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
         """The task loss's gradient at the student's maps, by loss that needs it, and the terms for the backward."""
         layers = {
@@ -217,13 +224,13 @@ class Distiller(nn.Module):
         }
         if not layers or not terms or not torch.is_grad_enabled():
             return {}, terms
-        maps = {layer: student_tap[layer] for layer in layers.values()}
-        felt = {layer: x for layer, x in maps.items() if x.requires_grad}  # a frozen stage feels nothing
-        found: list[Tensor] = []
+        maps = {index: student_tap[layer] for index, layer in layers.items()}
+        felt = {id(x): x for x in maps.values() if id(x) in onward}  # a frozen stage feels nothing
+        at_maps: list[Tensor] = []
         if felt:
-            found, terms = first_part(terms, list(felt.values()), [onward[id(x)] for x in felt.values()])
-        gradients = {layer: torch.zeros_like(x) for layer, x in maps.items()} | dict(zip(felt, found, strict=True))
-        return {index: gradients[layer] for index, layer in layers.items()}, terms
+            at_maps, terms = first_part(terms, list(felt.values()), [onward[key] for key in felt])
+        gradients = dict(zip(felt, at_maps, strict=True))
+        return {index: gradients.get(id(x), torch.zeros_like(x)) for index, x in maps.items()}, terms
 
     def _teacher_task(self, active: Sequence[int], student_tap: FeatureTap, batch: Batch) -> dict[str, Tensor]:
         """The teacher's own loss on masked maps; the gradient runs through the teacher to the masks."""
@@ -275,7 +282,7 @@ class _Audit:
         total = torch.stack(list(terms.values())).sum()
         self._zero = self._zero and total.item() == 0
         if self._unreached is None:
-            below = {id(parameter) for parameter in leaves_below(maps.values())[0]}
+            below = {id(parameter) for parameter in leaves_below(x.grad_fn for x in maps.values())[0]}
             self._unreached = {name: parameter for name, parameter in net.named_parameters() if id(parameter) in below}
             if not self._unreached:
                 raise AcamkdError(

@@ -8,25 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from acamkd.errors import AcamkdError
 
 
-def leaves_below(tensors: Iterable[Tensor], stop: Iterable[Tensor] = ()) -> tuple[list[Tensor], bool]:
-    """The trained tensors, parameters as a rule, that some tensors were computed from.
+def leaves_below(start: Iterable[Node | None], stop: Iterable[GradientEdge] = ()) -> tuple[list[Tensor], bool]:
+    """The trained tensors, parameters as a rule, that what some nodes give was computed from.
 
     Args:
-        tensors: Where to start.
+        start: The nodes, `grad_fn` of tensors.
         stop: What is not passed through when it is met on the way.
 
     Returns:
         The trained tensors, and whether any of `stop` was met.
     """
-    ends = {(tensor.grad_fn, tensor.output_nr) for tensor in stop}
+    ends = {(edge.node, edge.output_nr) for edge in stop}
     found: dict[int, Tensor] = {}
     met = False
     seen: set[Any] = set()
-    pending = [tensor.grad_fn for tensor in tensors]
+    pending = list(start)
     while pending:
         node = pending.pop()
         if node is None or node in seen:
@@ -43,35 +44,41 @@ def leaves_below(tensors: Iterable[Tensor], stop: Iterable[Tensor] = ()) -> tupl
 
 
 def first_part(
-    terms: Mapping[str, Tensor], maps: Sequence[Tensor], onward: Sequence[Tensor]
+    terms: Mapping[str, Tensor], maps: Sequence[Tensor], onward: Sequence[GradientEdge]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The gradients of a loss at some maps that it was computed from, without doing that work again in its backward.
 
     Args:
         terms: Scalars; the loss is their sum.
         maps: Each with a graph.
-        onward: The copy of each that the rest of the network worked on. One map may be computed from another, as P6 is
-            from P5, if not by way of a copy.
+        onward: The copy of each, as it was made, that the rest of the network worked on. One map may be computed from
+            another, as P6 is from P5, if not by way of a copy.
 
     Returns:
         The gradients, and the terms in a form whose backward starts at the maps, with what was found here. Where that
         cannot be, the terms as they were, so that their backward does the work of this one again: where another way
-        leads around the copies, or from one of them to another; and in float16, whose gradients need the factor that
-        the loss is to be given later.
+        leads around the copies, or from one of them to another; where hooks would change a gradient twice; and in
+        float16, whose gradients need the factor that the loss is to be given later.
     """
     total = torch.stack(list(terms.values())).sum()
-    above, _ = leaves_below([total], stop=onward)
-    below, _ = leaves_below(maps)
-    _, nested = leaves_below(onward, stop=onward)
-    around = {id(leaf) for leaf in above} & {id(leaf) for leaf in below}
     device = total.device.type
-    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-    if nested or around or half:
-        return list(torch.autograd.grad(total, maps, retain_graph=True, materialize_grads=True)), dict(terms)
-    found = torch.autograd.grad(total, [*onward, *above], retain_graph=True, materialize_grads=True)
-    gradients = torch.autograd.grad(maps, maps, found[: len(maps)], retain_graph=True)  # also by way of other maps
-    values = _Differentiated.apply(torch.stack([term.detach() for term in terms.values()]), found, *maps, *above)
-    return list(gradients), dict(zip(terms, values, strict=True))
+    half = torch.float16 in {x.dtype for x in maps} or (
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    )
+    above, _ = leaves_below([total.grad_fn], stop=onward)
+    below, _ = leaves_below(x.grad_fn for x in maps)
+    _, nested = leaves_below((edge.node for edge in onward), stop=onward)
+    around = {id(leaf) for leaf in above} & {id(leaf) for leaf in (*below, *maps)}
+    hooked = any(leaf._backward_hooks for leaf in above)
+    with torch.autocast(device, enabled=False):  # a backward runs without, and rounds nothing more than its forward did
+        if half or nested or around or hooked:
+            return list(torch.autograd.grad(total, maps, retain_graph=True, materialize_grads=True)), dict(terms)
+        edges = [*onward, *map(get_gradient_edge, above)]
+        found = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
+        direct = [torch.zeros_like(x) if g is None else g for x, g in zip((*maps, *above), found, strict=True)]
+        gradients = torch.autograd.grad(maps, maps, direct[: len(maps)], retain_graph=True)  # by way of other maps too
+    values = _Differentiated.apply(torch.stack([term.detach() for term in terms.values()]), direct, *maps, *above)
+    return list(gradients), {name: value.clone() for name, value in zip(terms, values, strict=True)}
 
 
 class _Differentiated(torch.autograd.Function):
@@ -85,9 +92,9 @@ class _Differentiated(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factors: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch.allclose(factors, factors[0], rtol=0, atol=0, equal_nan=True):
+        if not torch.allclose(factors, factors[0], rtol=1e-4, atol=0, equal_nan=True):
             raise AcamkdError(
                 "the task's terms have unequal factors, but masks that look ahead have differentiated their sum: give "
                 "all terms of a Distiller's task the same factor, or none"
             )
-        return None, None, *(factors[0].to(gradient.dtype) * gradient for gradient in ctx.gradients)
+        return None, None, *(factors[0] * gradient for gradient in ctx.gradients)
