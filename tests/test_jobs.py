@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torchvision.models.detection import RetinaNet
 
 import tiny
-from acamkd import config, engine, models
+from acamkd import config, models, runs
 from acamkd.data.scenes import CLASSES
 from acamkd.engine import TrainingModule
 from acamkd.errors import AcamkdError
@@ -256,7 +256,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(root: Path, tmp_path: Path) -> Non
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         deadline = time.monotonic() + 90
-        while not (tmp_path / "run" / engine.CHECKPOINT).exists() and time.monotonic() < deadline:
+        while not (tmp_path / "run" / runs.CHECKPOINT).exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the loading process gets it, too
         _, errors = process.communicate(timeout=60)

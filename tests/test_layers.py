@@ -21,7 +21,7 @@ LAYERS = {
     "estimate": 4, "evaluate": 4, "export": 4, "predict": 4, "tokens": 4, "demo": 4, "pictures": 4, "report": 4,
     "engine": 3, "methods": 3, "runs": 3,
     "distiller": 2, "models": 2, "data": 2,
-    "losses": 1, "features": 1, "onnx_model": 1,
+    "losses": 1, "features": 1, "graph": 1, "onnx_model": 1,
     "config": 0, "errors": 0,
 }  # fmt: skip
 
@@ -29,7 +29,7 @@ SAME_LAYER = {
     ("config", "errors"),
     ("data", "models"),  # a picture's target is a part of TaskModel's contract
     ("distiller", "models"),  # TaskModel is what it distils
-    ("runs", "engine"),  # the name of the checkpoint
+    ("engine", "runs"),  # the name of the checkpoint
 }
 """(importer, imported): no other part knows one of its own layer, except that the jobs of layer 4 may call others."""
 

@@ -32,8 +32,9 @@ from acamkd.jobs import distill, train
 from acamkd.losses import FGD, MasKD
 from acamkd.models.base import Prediction
 from acamkd.models.segmentation import Segmenter
-from acamkd.report import charts, gain, masks, pictures, write_report
+from acamkd.report import charts, gain, masks, pictures
 from acamkd.report.cost import cost
+from acamkd.report.run import write_report
 from acamkd.runs import open_run
 from browser import Browser
 

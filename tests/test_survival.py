@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 import tiny
-from acamkd import config, engine
+from acamkd import config, engine, runs
 from acamkd.data import base
 from acamkd.data.loading import Pictures
 from acamkd.engine import TrainingModule
@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 ) -> None:
     raw, folder = _raw(root, checkpoint_every=3), tmp_path / "run"
     _stopped(raw, folder, monkeypatch, step=7)
-    last, previous = folder / engine.CHECKPOINT, folder / engine.PREVIOUS
+    last, previous = folder / runs.CHECKPOINT, folder / runs.PREVIOUS
     assert [torch.load(file, weights_only=True)["global_step"] for file in (last, previous)] == [6, 3]
     last.write_bytes(last.read_bytes()[:-1000])
     distill(config.parse(raw), out=folder, resume=True)
@@ -160,9 +160,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
 
 def test_a_checkpoint_lost_between_two_names_is_no_loss(tmp_path: Path) -> None:
     assert engine.find_checkpoint(tmp_path) is None
-    torch.save({}, tmp_path / engine.PREVIOUS)
-    assert engine.find_checkpoint(tmp_path) == tmp_path / engine.PREVIOUS
-    (tmp_path / engine.PREVIOUS).write_bytes(b"PK")
+    torch.save({}, tmp_path / runs.PREVIOUS)
+    assert engine.find_checkpoint(tmp_path) == tmp_path / runs.PREVIOUS
+    (tmp_path / runs.PREVIOUS).write_bytes(b"PK")
     with pytest.raises(AcamkdError, match=r"previous.ckpt: the file is damaged.* start again with --overwrite"):
         engine.find_checkpoint(tmp_path)
 
@@ -180,11 +180,11 @@ class Trap:
 def test_a_checkpoint_runs_no_code(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw, folder = _raw(root), tmp_path / "run"
     _stopped(raw, folder, monkeypatch, step=9)
-    torch.save({"state_dict": {}, "callbacks": Trap(tmp_path / "mark")}, folder / engine.CHECKPOINT)
+    torch.save({"state_dict": {}, "callbacks": Trap(tmp_path / "mark")}, folder / runs.CHECKPOINT)
     with pytest.raises(AcamkdError, match=r"last.ckpt: the file would call posix.mkdir"):
         distill(config.parse(raw), out=folder, resume=True)
-    weights = {"weights": str(folder / engine.CHECKPOINT.replace("ckpt", "pt"))}
-    (folder / engine.CHECKPOINT).rename(weights["weights"])
+    weights = {"weights": str(folder / runs.CHECKPOINT.replace("ckpt", "pt"))}
+    (folder / runs.CHECKPOINT).rename(weights["weights"])
     with pytest.raises(AcamkdError, match=r"last.pt: the file would call posix.mkdir"):
         distill(config.parse(raw | {"teacher": raw["teacher"] | weights}), out=tmp_path / "other")
     assert not (tmp_path / "mark").exists()
@@ -209,7 +209,7 @@ def test_where_nothing_can_be_written_the_last_checkpoint_stays(
         ):
             distill(config.parse(raw), out=folder)
     assert not list(folder.rglob("*.tmp"))
-    assert torch.load(folder / engine.CHECKPOINT, weights_only=True)["global_step"] == 6
+    assert torch.load(folder / runs.CHECKPOINT, weights_only=True)["global_step"] == 6
     distill(config.parse(raw), out=folder, resume=True)
     _same(whole, folder)
 
@@ -220,7 +220,7 @@ def test_every_schedule_can_be_read_back_without_code(name: str, root: Path, tmp
     optimizer = {"name": "sgd" if name == "step" else "adamw"}
     raw = tiny.raw_recipe(root, epochs=1, schedule=schedule, optimizer=optimizer)
     train(config.parse(raw), out=tmp_path / "run")
-    assert engine.find_checkpoint(tmp_path / "run") == tmp_path / "run" / engine.CHECKPOINT
+    assert engine.find_checkpoint(tmp_path / "run") == tmp_path / "run" / runs.CHECKPOINT
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

@@ -265,7 +265,7 @@ def report(
     set_: Overrides = None,
 ) -> None:
     """Write a run's report.html anew: figures, masks over the epochs, and where the gain came from."""
-    from acamkd.report import write_report
+    from acamkd.report.run import write_report
     from acamkd.runs import open_run
 
     write_report(open_run(run, set_ or ()), open_run(alone) if alone else None)

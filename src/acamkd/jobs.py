@@ -34,8 +34,8 @@ from acamkd.engine import (
 from acamkd.errors import AcamkdError
 from acamkd.methods import build_distiller
 from acamkd.models.base import TaskModel
-from acamkd.report import write_report
-from acamkd.runs import LOG, RECIPE, Role, Run
+from acamkd.report.run import write_report
+from acamkd.runs import LOG, RECIPE, Role, Run, default_folder
 
 log = logging.getLogger(__name__)
 
@@ -128,11 +128,6 @@ def distill(
 
 def _loaded(recipe: config.Recipe | Path | str) -> config.Recipe:
     return recipe if isinstance(recipe, config.Recipe) else config.load(Path(recipe))
-
-
-def default_folder(recipe: config.Recipe, job: str) -> Path:
-    """Where a recipe's `teacher`, `alone` and `distilled` runs go."""
-    return Path("runs") / recipe.name / job
 
 
 def teacher_section(recipe: config.Recipe) -> config.Model:

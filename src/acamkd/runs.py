@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from acamkd import config, models
-from acamkd.engine import CHECKPOINT, PREVIOUS
 from acamkd.errors import AcamkdError
 from acamkd.models.base import TaskModel
 
@@ -22,6 +21,8 @@ Role: TypeAlias = Literal["teacher", "student"]
 RECIPE = "recipe.yaml"
 METRICS = "metrics.json"
 LOG = "log.txt"
+CHECKPOINT = "last.ckpt"
+PREVIOUS = "previous.ckpt"
 
 
 @dataclass(frozen=True, repr=False)
@@ -158,6 +159,11 @@ class Run:
         data = self.recipe.data
         assert data.classes is not None
         return models.build(section, self.recipe.task, len(data.classes), data.resize, teacher=True).eval()
+
+
+def default_folder(recipe: config.Recipe, job: str) -> Path:
+    """Where a recipe's `teacher`, `alone` and `distilled` runs go."""
+    return Path("runs") / recipe.name / job
 
 
 def open_run(folder: Path, overrides: Sequence[str] = ()) -> Run:

@@ -22,12 +22,13 @@ from acamkd.distiller import Distiller
 from acamkd.engine import METRICS, score
 from acamkd.errors import AcamkdError
 from acamkd.features import FeatureTap
-from acamkd.jobs import Batches, build_network, default_folder, teacher_section
+from acamkd.jobs import Batches, build_network, teacher_section
 from acamkd.losses.acam import ACAM, ASCM
 from acamkd.losses.freekd import FrequencyTokens
 from acamkd.losses.maskd import TokenMasks
 from acamkd.methods import build_distiller
 from acamkd.models.base import TaskModel
+from acamkd.runs import default_folder
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from acamkd.compare import tables
 from acamkd.compare.cells import Cell, plan
 from acamkd.compare.statistics import Row, summarize
 from acamkd.errors import AcamkdError
-from acamkd.jobs import default_folder, teacher_section, train
+from acamkd.runs import default_folder
 
 __all__ = ["Cell", "Row", "compare", "expected_seconds", "plan", "run_cell", "tabulate"]
 
@@ -175,6 +175,8 @@ def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results:
 
 
 def _train_teacher(recipe: config.Recipe) -> None:
+    from acamkd.jobs import teacher_section, train  # with Lightning: see Cell.run
+
     try:
         teacher_section(recipe)
     except AcamkdError:

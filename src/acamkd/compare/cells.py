@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from acamkd import config
-from acamkd.engine import CHECKPOINT, METRICS, PREVIOUS
 from acamkd.errors import AcamkdError, nearest
-from acamkd.jobs import default_folder, distill, train
 from acamkd.methods import METHODS as CLASSES
-from acamkd.runs import RECIPE, write_json
+from acamkd.runs import CHECKPOINT, PREVIOUS, RECIPE, default_folder, write_json
 
 NONE = "none"
 """The student alone."""
@@ -82,6 +80,9 @@ class Cell:
 
     def run(self, results: Path) -> dict[str, Any]:
         """Train, or go on training, and write the cell's JSON; the run folder stays beside those of the recipe."""
+        from acamkd.engine import METRICS  # with Lightning, whose import is longer than all that tables take
+        from acamkd.jobs import distill, train
+
         folder = default_folder(self.recipe, "compare") / f"{self.name}-{self.key}"
         job = distill if self.recipe.losses else train
         resume = (folder / RECIPE).is_file()

@@ -1,15 +1,13 @@
 """Training and evaluation by Lightning."""
 
-from acamkd.engine.checkpoint import CHECKPOINT, PREVIOUS, TERMINATED, find_checkpoint
+from acamkd.engine.checkpoint import TERMINATED, find_checkpoint
 from acamkd.engine.metrics import METRICS, Scorer, score
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.replay import REPLAY, Replay
 from acamkd.engine.trainer import Recorder, build_trainer
 
 __all__ = [
-    "CHECKPOINT",
     "METRICS",
-    "PREVIOUS",
     "REPLAY",
     "TERMINATED",
     "Recorder",

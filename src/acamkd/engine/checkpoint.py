@@ -18,11 +18,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from acamkd.data.loading import PictureLoader
 from acamkd.errors import AcamkdError
 from acamkd.models.weights import DamagedFileError, read_file
+from acamkd.runs import CHECKPOINT, PREVIOUS
 
 log = logging.getLogger(__name__)
-
-CHECKPOINT = "last.ckpt"
-PREVIOUS = "previous.ckpt"
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit code of a run that was asked to end and saved itself: what a shell gives a process that SIGTERM ended."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from acamkd import config, data
 from acamkd.data import PictureDataset
@@ -16,6 +15,7 @@ from acamkd.engine import METRICS, REPLAY
 from acamkd.engine.replay import spread
 from acamkd.errors import AcamkdError
 from acamkd.models.base import TaskModel
+from acamkd.report import environment
 from acamkd.report.charts import Chart, curve, draw, loss_charts, read_history
 from acamkd.report.cost import Cost, cost, threads
 from acamkd.report.gain import PICTURES, Gain, compare, rows
@@ -102,25 +102,6 @@ def write_report(run: Run, alone: Run | None = None) -> Path:
     write_text(file, page)
     log.info("%s: the report, %.1f MB", file, len(page) / 1e6)
     return file
-
-
-def environment() -> Environment:
-    """The templates of the pages, with their filters."""
-    found = Environment(
-        loader=PackageLoader("acamkd.report", "."), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    found.filters["signed"] = lambda value: f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
-    found.filters["si"] = _si
-    return found
-
-
-def _si(count: float) -> str:
-    """A number with three digits and a unit: 1.23 M."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.3g}"
 
 
 def _own_name(run: Run) -> str:
