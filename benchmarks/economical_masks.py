@@ -35,6 +35,7 @@ from acamkd.engine import find_checkpoint
 from acamkd.losses import ACAM, acam
 from acamkd.losses.functional import standardize
 from acamkd.methods import build_distiller
+from acamkd.models.weights import read_file
 from acamkd.runs import open_run
 
 Rows: TypeAlias = list[dict[str, Any]]
@@ -111,9 +112,8 @@ def of_run(folder: Path) -> Iterator[tuple[ACAM, Tensor, Tensor]]:
     if file is None:
         raise SystemExit(f"{folder} has no checkpoint, which alone holds what makes the masks")
     batches = jobs.Batches(run.recipe)
-    losses = [entry.model_copy(update={"weight": 1.0}) for entry in run.recipe.losses]
-    distiller = build_distiller(run.load(), run.load_teacher(), losses).eval()
-    state = torch.load(file, weights_only=True)["state_dict"]
+    distiller = build_distiller(run.load(), run.load_teacher(), run.recipe.losses).eval()
+    state = read_file(file)["state_dict"]
     prefix = "distiller."
     distiller.load_state_dict({name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)})
     images, _ = next(iter(batches.val))
@@ -153,10 +153,10 @@ def plot(rows: Rows) -> Figure:
     """Correlation by keys."""
     figure = Figure(figsize=(5, 4))
     axes = figure.subplots()
-    for row in rows:
-        found = [row["correlations"][str(keys)] for keys in KEYS]
+    for made in rows:
+        found = [made["correlations"][str(keys)] for keys in KEYS]
         for kind, line in (("spatial", "o-"), ("channel", "s:")):
-            label = f"{kind}, {' x '.join(map(str, row['map']))}, {row['when']}"
+            label = f"{kind}, {' x '.join(map(str, made['map']))}, {made['when']}"
             axes.semilogx(KEYS, [each[kind] for each in found], line, label=label)
     axes.axhline(0.95, color="black", linewidth=0.5)
     axes.set(xlabel="keys at most", ylabel="correlation with the exact masks")

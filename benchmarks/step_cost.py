@@ -138,13 +138,14 @@ def measure(name: str, size: tuple[int, int], rounds: int) -> Iterator[dict[str,
     """Cost of the parts and of a step with each loss, and the ratios to the reference, after every round."""
     student, teacher = networks(name, size)
     batch = batch_of(student, size)
-    calls: dict[str, Callable[[], object]] = {"student alone": step(alone := Distiller(student), batch)}
+    alone = Distiller(student)
+    calls: dict[str, Callable[[], object]] = {"student alone": step(alone, batch)}
     gflops = {"student alone": step_of(alone, batch)[0]}
     for method, entry in LOSSES[name].items():
         distiller = build_distiller(student, teacher, [entry])
         if method == next(iter(LOSSES[name])):
-            calls["teacher's forward"] = looked = partial(distiller.teacher_maps, batch)
-            gflops["teacher's forward"] = measured(looked)[0]
+            calls["teacher's forward"] = partial(distiller.teacher_maps, batch)
+            gflops["teacher's forward"] = measured(calls["teacher's forward"])[0]
         calls[method] = step(distiller, batch)
         gflops[method] = step_of(distiller, batch)[0]
     calls[method]()  # memory and kernels as in every later step
