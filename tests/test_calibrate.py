@@ -123,7 +123,9 @@ def test_only_the_first_batches_are_read(segmentation: Path) -> None:
 def test_a_run_holds_the_number_and_is_reproduced_by_it(
     segmentation: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    auto = config.load(segmentation, ["losses.0.weight=auto"])
+    # The weight not last: written as a number it may come elsewhere, which is no other recipe.
+    overrides = ["losses.0.weight=auto", "losses.0.distance=l1"]
+    auto = config.load(segmentation, overrides)
     caplog.set_level(logging.INFO, "acamkd")
     distill(auto, out=tmp_path / "auto")
     resolved = config.load(tmp_path / "auto/recipe.yaml")
@@ -140,7 +142,7 @@ def test_a_run_holds_the_number_and_is_reproduced_by_it(
     assert "measuring" not in caplog.text
     assert config.load(tmp_path / "auto/recipe.yaml") == resolved
     with pytest.raises(AcamkdError, match="another recipe"):
-        distill(config.load(segmentation, ["losses.0.weight=auto", "train.seed=1"]), out=tmp_path / "auto", resume=True)
+        distill(config.load(segmentation, [*overrides, "train.seed=1"]), out=tmp_path / "auto", resume=True)
 
 
 def test_weights_are_only_adopted_by_the_same_methods() -> None:

@@ -111,7 +111,6 @@ class Run:
             AcamkdError: There is a run already and neither `resume` nor `overwrite` is set, the run to resume had
                 another recipe, or the folder holds something else or cannot be written.
         """
-        text = config.dump(self.recipe)
         try:
             # Both, because a folder with a recipe.yaml of the user's own must never be replaced.
             if (self.folder / RECIPE).is_file() and (self.folder / LOG).is_file():
@@ -120,7 +119,8 @@ class Run:
                         f"{self.folder} already holds a run: --resume continues it, --overwrite replaces it, "
                         "--out FOLDER writes elsewhere"
                     )
-                if resume and (self.folder / RECIPE).read_text(encoding="utf-8") != text:
+                # As JSON, where neither the order of keys nor tuple or list makes a difference.
+                if resume and _content(config.load(self.folder / RECIPE)) != _content(self.recipe):
                     raise AcamkdError(
                         f"{self.folder} was made by another recipe or command (compare {RECIPE} in it): "
                         "resume with the same recipe and overrides, or write elsewhere with --out"
@@ -131,7 +131,7 @@ class Run:
                 raise AcamkdError(f"{self.folder} exists and is not a run: choose another folder with --out")
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / LOG).touch()
-            write_text(self.folder / RECIPE, text)
+            write_text(self.folder / RECIPE, config.dump(self.recipe))
         except OSError as error:
             raise AcamkdError(f"cannot write the run folder {self.folder}: {error.strerror or error}") from error
         return resume and self.has_checkpoint
@@ -205,6 +205,10 @@ def write_json(path: Path, content: Mapping[Any, Any]) -> None:
 def as_json(content: Any) -> str:
     """Indented JSON; NaN, which JSON does not know, becomes null."""
     return json.dumps(_without_nan(content), indent=2)
+
+
+def _content(recipe: config.Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json")
 
 
 def _percent(score: float | None) -> str:
