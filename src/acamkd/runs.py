@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from html import escape
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from acamkd import config, models
+from acamkd import config
 from acamkd.errors import AcamkdError
-from acamkd.models.base import TaskModel
+
+if TYPE_CHECKING:
+    from acamkd.models.base import TaskModel
 
 Role: TypeAlias = Literal["teacher", "student"]
 
@@ -156,6 +158,8 @@ class Run:
         return self._build(self.recipe.teacher)
 
     def _build(self, section: config.Model) -> TaskModel:
+        from acamkd import models  # with torch, which a comparison's tables do without
+
         data = self.recipe.data
         assert data.classes is not None
         return models.build(section, self.recipe.task, len(data.classes), data.resize, teacher=True).eval()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -147,6 +148,24 @@ def test_the_command_runs_what_is_missing_each_in_its_own_process(
     }  # fmt: skip
     rows = json.loads((results / "comparison.json").read_text())["rows"]
     assert {row["method"]: row["n"] for row in rows} == {"none": 3, "acam": 3, "fitnet": 3}
+
+
+def test_tables_do_not_wait_for_torch(recipe: Path, tmp_path: Path) -> None:
+    for cell in plan(config.load(recipe), ["acam"], 3, tmp_path):
+        fake(cell, tmp_path, 40.0 + cell.seed)
+    words = ["compare", str(recipe), "--methods", "acam", "--seeds", "3", "--tables", "--results", str(tmp_path)]
+    script = f"""
+import sys
+from acamkd.cli import main
+sys.argv = ["acamkd", *{words}]
+try:
+    main()
+finally:
+    print(sorted({{"torch", "lightning", "torchvision", "timm"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert (tmp_path / "comparison.html").is_file()
 
 
 def test_a_failed_cell_is_said_and_the_others_go_on(recipe: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What surrounds ACAM's masks: application, measurement, collapse and the look-ahead reward."""
+"""What surrounds ACAM's masks: application, measurement and the look-ahead reward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from acamkd.losses.functional import dice_overlap, imitation_errors
 from acamkd.losses.masks import (
     Masks,
     apply_masks,
-    collapse,
     look_ahead_reward,
     mask_overlap,
     mask_statistics,
@@ -43,13 +42,6 @@ def test_statistics_tell_a_living_mask_from_a_dead_one() -> None:
     assert dead["mask_std"] == dead["mask_correlation"] == 0
     assert dead["mask_overlap"] == 1
     assert dead["mask_entropy"] == 1
-
-
-def test_a_collapse_is_low_high_or_flat() -> None:
-    assert collapse(0.05, 0.1) == "their mean is 0.05, below 0.1: hardly anything is distilled any more"
-    assert collapse(0.95, 0.1).startswith("their mean is 0.95, above 0.9: everything is imitated alike")
-    assert collapse(0.5, 0.1) == ""
-    assert collapse(0.5, 0.01) == "they vary by 0.010 only, less than 0.02: they choose nothing"
 
 
 @pytest.mark.parametrize("form", ["squared", "softmax"])

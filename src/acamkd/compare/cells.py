@@ -12,7 +12,6 @@ from typing import Any
 
 from acamkd import config
 from acamkd.errors import AcamkdError, nearest
-from acamkd.methods import METHODS as CLASSES
 from acamkd.runs import CHECKPOINT, PREVIOUS, RECIPE, default_folder, write_json
 
 NONE = "none"
@@ -80,7 +79,7 @@ class Cell:
 
     def run(self, results: Path) -> dict[str, Any]:
         """Train, or go on training, and write the cell's JSON; the run folder stays beside those of the recipe."""
-        from acamkd.engine import METRICS  # with Lightning, whose import is longer than all that tables take
+        from acamkd.engine import METRICS  # with torch and Lightning, whose import takes longer than all tables
         from acamkd.jobs import distill, train
 
         folder = default_folder(self.recipe, "compare") / f"{self.name}-{self.key}"
@@ -168,10 +167,12 @@ def _variant(recipe: config.Recipe, method: str, overrides: Sequence[str] = ()) 
     named: Mapping[str, Mapping[str, Any]] = {NONE: {"losses": []}, **recipe.compare.methods}
     if method in named:
         changes = dict(named[method])
-    elif method in CLASSES and recipe.losses:
-        changes = {"losses.0.name": method}
     else:
-        raise AcamkdError(f"there is no method {method!r} to compare; {nearest(method, [*named, *CLASSES])}")
+        from acamkd.methods import METHODS  # with torch, which tables of named methods do without
+
+        if method not in METHODS or not recipe.losses:
+            raise AcamkdError(f"there is no method {method!r} to compare; {nearest(method, [*named, *METHODS])}")
+        changes = {"losses.0.name": method}
     given = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
     return config.override(recipe, [*given, *overrides])
 

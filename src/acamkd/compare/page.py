@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from acamkd import config
+from acamkd.collapse import collapse
 from acamkd.compare.cells import NONE
 from acamkd.compare.statistics import Row, final_means, mask_courses
-from acamkd.losses.masks import collapse
 from acamkd.report import environment
 from acamkd.report.charts import Chart, Points, draw
 from acamkd.report.masks import mask_charts

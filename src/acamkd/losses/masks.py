@@ -9,13 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from acamkd.collapse import collapse
 from acamkd.errors import AcamkdError
 from acamkd.losses.functional import dice_overlap, imitation_errors, safe_divide
 
 log = logging.getLogger(__name__)
-
-CLOSED, OPEN, FLAT = 0.1, 0.9, 0.02
-"""Masks have collapsed below or above these means, or below this standard deviation over channels or positions."""
 
 WATCH_EVERY = 100
 """Steps between two looks at the masks."""
@@ -77,17 +75,6 @@ def mask_statistics(mask: Tensor, error: Tensor) -> dict[str, Tensor]:
         "mask_overlap": dice_overlap(mask),
         "mask_correlation": safe_divide(torch.einsum("nmk,nk->nm", centred, error), norms).mean(),
     }
-
-
-def collapse(mean: float, spread: float) -> str:
-    """Why masks of this mean and standard deviation have collapsed; nothing if they have not."""
-    if mean < CLOSED:
-        return f"their mean is {mean:.2f}, below {CLOSED}: hardly anything is distilled any more"
-    if mean > OPEN:
-        return f"their mean is {mean:.2f}, above {OPEN}: everything is imitated alike, as if there were no masks"
-    if spread < FLAT:
-        return f"they vary by {spread:.3f} only, less than {FLAT}: they choose nothing"
-    return ""
 
 
 class CollapseWatch:
