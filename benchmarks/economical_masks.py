@@ -20,6 +20,7 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
+from unittest.mock import patch
 
 import timm
 import torch
@@ -75,11 +76,22 @@ def correlation(ours: Tensor, theirs: Tensor) -> float:
 
 
 def compare(loss: ACAM, student: Tensor, teacher: Tensor) -> dict[str, dict[str, float]]:
-    """Correlations by cap of the keys; and how much the exact masks vary over positions and channels."""
+    """Correlations by cap of the keys; how much the exact masks vary over positions, and how sharp the attention is.
+
+    `keys seen` is the exponential of the entropy of a query's attention, averaged over queries and pictures.
+    """
     loss.fusion.kv_stride = 1
-    exact = loss.masks_of(student, teacher)
+    with patch.object(acam, "cross_attention", wraps=acam.cross_attention) as attention:
+        exact = loss.masks_of(student, teacher)
+    query, key, _ = attention.call_args.args
+    seen = (query.mT @ key * query.shape[1] ** -0.5).softmax(dim=2)
     assert exact.channel is not None and exact.spatial is not None  # noqa: PT018
-    found = {"exact": {"std spatial": float(exact.spatial.flatten(2).std(dim=2).mean())}}
+    found = {
+        "exact": {
+            "std spatial": float(exact.spatial.flatten(2).std(dim=2).mean()),
+            "keys seen": float(torch.special.entr(seen).sum(dim=2).exp().mean()),
+        }
+    }
     loss.fusion.kv_stride = "auto"
     for keys in KEYS:
         acam.KEYS = keys

@@ -43,6 +43,8 @@ OPTIONS: list[Mapping[str, Any]] = [
     {"diversity": "literal", "num_masks": 4},
     {"kv_stride": 2},
     {"kv_stride": 3, "query": "student"},
+    {"normalize": True, "kv_stride": 2},
+    {"normalize": True, "imitation": "standardized", "mask_source": "teacher"},
     {"imitation": "standardized"},
     {"imitation": "softmax"},
     {"imitation": "softmax", "temperature": 4.0, "mask_grad": "detached"},
@@ -94,6 +96,11 @@ def overlap(masks: Tensor, form: str) -> Tensor:
     return torch.stack(per_image).mean()
 
 
+def standardized(x: Tensor) -> Tensor:
+    """Each channel with mean 0 and deviation 1 over the batch."""
+    return torch.stack([(channel - channel.mean()) / (channel.std() + 1e-6) for channel in x.unbind(1)], dim=1)
+
+
 def textbook(
     parameters: Mapping[str, Tensor],
     student: Tensor,
@@ -108,6 +115,7 @@ def textbook(
     mask_grad: str = "joint",
     diversity: str = "pairwise",
     kv_stride: int = 1,
+    normalize: bool = False,
     align: bool = False,
     tokens: Mapping[str, Tensor] | None = None,
     imitation: str = "squared",
@@ -135,6 +143,8 @@ def textbook(
         else:
             partner = teacher if mask_source == "teacher" else student if mask_grad == "joint" else student.detach()
             asking, answering = (teacher, partner) if query == "teacher" else (partner, teacher)
+            if normalize:
+                asking, answering = standardized(asking), standardized(answering)
             whole, answering = answering, windows(answering, kv_stride)
             q = projected(p["fusion.query.weight"], p["fusion.query.bias"], asking).flatten(2)
             k = projected(p["fusion.key.weight"], p["fusion.key.bias"], answering).flatten(2)
@@ -155,10 +165,7 @@ def textbook(
 
     compared = [student, teacher]
     if imitation == "standardized":
-        compared = [
-            torch.stack([(x[:, k] - x[:, k].mean()) / (x[:, k].std() + 1e-6) for k in range(channels)], dim=1)
-            for x in compared
-        ]
+        compared = [standardized(x) for x in compared]
     difference = (compared[1] - compared[0]).unsqueeze(1)  # (N, 1, C, H, W)
     shapes = {"channel": (n, num_masks, channels, 1, 1), "spatial": (n, num_masks, 1, height, width)}
     complement = {"channel": height * width, "spatial": channels}

@@ -20,6 +20,7 @@ from acamkd.losses.functional import (
     imitation_errors,
     masked_error,
     resample,
+    standardize,
 )
 from acamkd.losses.masks import (
     CollapseWatch,
@@ -279,6 +280,8 @@ class ACAM(FeatureLoss):
             the spatial masks near the exact ones only while attention is soft, as it starts. 1 is exact.
             `auto`: on each level the smallest side that leaves at most 256 windows (1 on maps of up to 256 positions),
             which makes the cost linear in the positions.
+        normalize: Fuse maps whose channels have mean 0 and deviation 1 over the batch. Raw maps are the paper's; where
+            their values are large, as in torchvision's pyramids, every query sees a single key.
         align: Project the student even where the channels agree.
         on_mask_collapse: Masks that learn are looked at every 100 steps. Where their mean or their deviation has left
             what can still select, `warn` says so once, `stop` ends the training.
@@ -309,6 +312,7 @@ class ACAM(FeatureLoss):
         diversity: Literal["pairwise", "literal"] = "pairwise",
         tokens: Mapping[str, Tensor] | None = None,
         kv_stride: int | Literal["auto"] = 1,
+        normalize: bool = False,
         align: bool = False,
         on_mask_collapse: Literal["warn", "stop"] = "warn",
     ) -> None:
@@ -341,6 +345,7 @@ class ACAM(FeatureLoss):
         self.imitation = imitation
         self.temperature = temperature
         self.diversity = diversity
+        self.normalize = normalize
         self.watch = CollapseWatch(stop=on_mask_collapse == "stop")
         self.align = align_layer(student_channels, teacher_channels, align)
         if mask_source not in ("fixed", "uniform"):
@@ -391,6 +396,8 @@ class ACAM(FeatureLoss):
             if self.mask_source == "fixed":
                 masks: Masks = self.selection(teacher)
                 return masks
+            if self.normalize:
+                student, teacher = standardize(student), standardize(teacher)
             partner = teacher if self.mask_source == "teacher" else student
             asking, answering = (teacher, partner) if self.query == "teacher" else (partner, teacher)
             return self.selection.masks(*self.fusion(asking, answering, self.selection.spatial_units()))
