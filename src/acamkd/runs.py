@@ -113,6 +113,7 @@ class Run:
             AcamkdError: There is a run already and neither `resume` nor `overwrite` is set, the run to resume had
                 another recipe, or the folder holds something else or cannot be written.
         """
+        text = config.dump(self.recipe)
         try:
             # Both, because a folder with a recipe.yaml of the user's own must never be replaced.
             if (self.folder / RECIPE).is_file() and (self.folder / LOG).is_file():
@@ -133,7 +134,7 @@ class Run:
                 raise AcamkdError(f"{self.folder} exists and is not a run: choose another folder with --out")
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / LOG).touch()
-            write_text(self.folder / RECIPE, config.dump(self.recipe))
+            write_text(self.folder / RECIPE, text)
         except OSError as error:
             raise AcamkdError(f"cannot write the run folder {self.folder}: {error.strerror or error}") from error
         return resume and self.has_checkpoint

@@ -44,7 +44,8 @@ OPTIONS: list[Mapping[str, Any]] = [
     {"kv_stride": 2},
     {"kv_stride": 3, "query": "student"},
     {"normalize": True, "kv_stride": 2},
-    {"normalize": True, "imitation": "standardized", "mask_source": "teacher"},
+    {"normalize": True, "mask_source": "teacher", "mask_grad": "look_ahead"},
+    {"normalize": True, "mask_source": "random"},
     {"imitation": "standardized"},
     {"imitation": "softmax"},
     {"imitation": "softmax", "temperature": 4.0, "mask_grad": "detached"},
@@ -96,11 +97,6 @@ def overlap(masks: Tensor, form: str) -> Tensor:
     return torch.stack(per_image).mean()
 
 
-def standardized(x: Tensor) -> Tensor:
-    """Each channel with mean 0 and deviation 1 over the batch."""
-    return torch.stack([(channel - channel.mean()) / (channel.std() + 1e-6) for channel in x.unbind(1)], dim=1)
-
-
 def textbook(
     parameters: Mapping[str, Tensor],
     student: Tensor,
@@ -144,7 +140,10 @@ def textbook(
             partner = teacher if mask_source == "teacher" else student if mask_grad == "joint" else student.detach()
             asking, answering = (teacher, partner) if query == "teacher" else (partner, teacher)
             if normalize:
-                asking, answering = standardized(asking), standardized(answering)
+                asking, answering = (
+                    (x - x.mean(dim=1, keepdim=True)) / (x.var(dim=1, keepdim=True, correction=0) + 1e-5).sqrt()
+                    for x in (asking, answering)
+                )
             whole, answering = answering, windows(answering, kv_stride)
             q = projected(p["fusion.query.weight"], p["fusion.query.bias"], asking).flatten(2)
             k = projected(p["fusion.key.weight"], p["fusion.key.bias"], answering).flatten(2)
@@ -165,7 +164,10 @@ def textbook(
 
     compared = [student, teacher]
     if imitation == "standardized":
-        compared = [standardized(x) for x in compared]
+        compared = [
+            torch.stack([(x[:, k] - x[:, k].mean()) / (x[:, k].std() + 1e-6) for k in range(channels)], dim=1)
+            for x in compared
+        ]
     difference = (compared[1] - compared[0]).unsqueeze(1)  # (N, 1, C, H, W)
     shapes = {"channel": (n, num_masks, channels, 1, 1), "spatial": (n, num_masks, 1, height, width)}
     complement = {"channel": height * width, "spatial": channels}
@@ -357,7 +359,7 @@ def test_the_paper_preset_is_the_literal_method() -> None:
     assert ACAM.PRESETS["paper"] == {
         "num_masks": 6, "weight": 1.0, "diversity_weight": 1.0, "query": "teacher", "masks": "both",
         "mask_source": "cooperative", "mask_grad": "joint", "imitation": "squared", "diversity": "literal",
-        "kv_stride": 1,
+        "kv_stride": 1, "normalize": False,
     }  # fmt: skip
 
 
@@ -620,6 +622,10 @@ def test_the_student_takes_part_in_its_masks() -> None:
         ({"num_masks": 0}, "num_masks must be at least 1, not 0"),
         ({"kv_stride": 0}, "kv_stride must be a whole number from 1, or 'auto', not 0"),
         ({"kv_stride": "half"}, "kv_stride must be a whole number from 1, or 'auto', not 'half'"),
+        (
+            {"normalize": True, "mask_source": "uniform"},
+            "normalize acts on the fusion, and mask_source='uniform' has none",
+        ),
         ({"tokens": {}}, "tokens belong to mask_source='fixed', not to 'cooperative'"),
         (
             {"mask_source": "fixed", "masks": "channel", "tokens": {"channel": torch.zeros(3, 1)}},

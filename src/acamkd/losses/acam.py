@@ -20,7 +20,6 @@ from acamkd.losses.functional import (
     imitation_errors,
     masked_error,
     resample,
-    standardize,
 )
 from acamkd.losses.masks import (
     CollapseWatch,
@@ -127,6 +126,11 @@ def window_covariance(x: Tensor, means: Tensor, side: int, vectors: Tensor) -> T
     return moments / values.shape[2]
 
 
+def layer_norm(x: Tensor) -> Tensor:
+    """Mean 0 and deviation 1 over the channels of each position, (N, C, H, W)."""
+    return F.layer_norm(x.movedim(1, 3), x.shape[1:2]).movedim(3, 1)
+
+
 class STCAFF(nn.Module):
     """Student-teacher cross-attention feature fusion: one network asks, the other answers.
 
@@ -141,11 +145,13 @@ class STCAFF(nn.Module):
     Args:
         channels: C, of both maps.
         kv_stride: Side of the windows, or `auto` for `window_side`; 1 is the paper.
+        normalize: Layer norm of both maps first, over the channels of each position and without parameters.
     """
 
-    def __init__(self, channels: int, kv_stride: int | Literal["auto"] = 1) -> None:
+    def __init__(self, channels: int, kv_stride: int | Literal["auto"] = 1, normalize: bool = False) -> None:
         super().__init__()
         self.kv_stride = kv_stride
+        self.normalize = normalize
         query_channels = max(1, channels // 2)
         self.query = nn.Conv2d(channels, query_channels, kernel_size=1)
         self.key = nn.Conv2d(channels, query_channels, kernel_size=1)
@@ -153,6 +159,8 @@ class STCAFF(nn.Module):
 
     def forward(self, asking: Tensor, answering: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
         """Fuse two maps of (N, C, H, W) into F, seen through units (M, C): its average (N, C), and (N, M, H, W)."""
+        if self.normalize:
+            asking, answering = layer_norm(asking), layer_norm(answering)
         side = window_side(answering.shape[-2:]) if self.kv_stride == "auto" else self.kv_stride
         weight, bias = self.value.weight.flatten(1), self.value.bias
         assert bias is not None
@@ -277,11 +285,11 @@ class ACAM(FeatureLoss):
             Without it the tokens stay random.
         kv_stride: Side of the square windows over which the map that answers is averaged before keys and values are
             made of it; every position still asks, and what varies within the windows counts to first order, which keeps
-            the spatial masks near the exact ones only while attention is soft, as it starts. 1 is exact.
+            the spatial masks near the exact ones only while attention is soft (see `normalize`). 1 is exact.
             `auto`: on each level the smallest side that leaves at most 256 windows (1 on maps of up to 256 positions),
             which makes the cost linear in the positions.
-        normalize: Fuse maps whose channels have mean 0 and deviation 1 over the batch. Raw maps are the paper's; where
-            their values are large, as in torchvision's pyramids, every query sees a single key.
+        normalize: Fuse maps after a layer norm, over the channels of each position and without parameters. Raw maps are
+            the paper's; where their values are large, a query may see a single key (1.1 of 320 in a trained FCOS).
         align: Project the student even where the channels agree.
         on_mask_collapse: Masks that learn are looked at every 100 steps. Where their mean or their deviation has left
             what can still select, `warn` says so once, `stop` ends the training.
@@ -291,7 +299,7 @@ class ACAM(FeatureLoss):
         "paper": {
             "num_masks": 6, "weight": 1.0, "diversity_weight": 1.0, "query": "teacher", "masks": "both",
             "mask_source": "cooperative", "mask_grad": "joint", "imitation": "squared", "diversity": "literal",
-            "kv_stride": 1,
+            "kv_stride": 1, "normalize": False,
         }
     }  # fmt: skip
 
@@ -332,6 +340,8 @@ class ACAM(FeatureLoss):
             raise ValueError(f"num_masks must be at least 1, not {num_masks}")
         if kv_stride != "auto" and not (isinstance(kv_stride, int) and kv_stride >= 1):
             raise ValueError(f"kv_stride must be a whole number from 1, or 'auto', not {kv_stride!r}")
+        if normalize and mask_source in ("fixed", "uniform"):
+            raise ValueError(f"normalize acts on the fusion, and mask_source={mask_source!r} has none")
         if mask_grad == "task" and mask_source not in LEARNING:
             raise ValueError(f"mask_grad='task' needs masks that learn, and mask_source={mask_source!r} has none")
         if mask_grad == "look_ahead" and mask_source in LEARNING:
@@ -345,11 +355,10 @@ class ACAM(FeatureLoss):
         self.imitation = imitation
         self.temperature = temperature
         self.diversity = diversity
-        self.normalize = normalize
         self.watch = CollapseWatch(stop=on_mask_collapse == "stop")
         self.align = align_layer(student_channels, teacher_channels, align)
         if mask_source not in ("fixed", "uniform"):
-            self.fusion = STCAFF(teacher_channels, kv_stride)
+            self.fusion = STCAFF(teacher_channels, kv_stride, normalize)
         if mask_source != "uniform":
             self.selection = ASCM(teacher_channels, num_masks, self.kinds)
         if mask_source == "fixed":
@@ -396,8 +405,6 @@ class ACAM(FeatureLoss):
             if self.mask_source == "fixed":
                 masks: Masks = self.selection(teacher)
                 return masks
-            if self.normalize:
-                student, teacher = standardize(student), standardize(teacher)
             partner = teacher if self.mask_source == "teacher" else student
             asking, answering = (teacher, partner) if self.query == "teacher" else (partner, teacher)
             return self.selection.masks(*self.fusion(asking, answering, self.selection.spatial_units()))
