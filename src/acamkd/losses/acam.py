@@ -340,7 +340,8 @@ class ACAM(FeatureLoss):
             raise ValueError(f"num_masks must be at least 1, not {num_masks}")
         if kv_stride != "auto" and not (isinstance(kv_stride, int) and kv_stride >= 1):
             raise ValueError(f"kv_stride must be a whole number from 1, or 'auto', not {kv_stride!r}")
-        if normalize and mask_source in ("fixed", "uniform"):
+        fuses = mask_source not in ("fixed", "uniform")
+        if normalize and not fuses:
             raise ValueError(f"normalize acts on the fusion, and mask_source={mask_source!r} has none")
         if mask_grad == "task" and mask_source not in LEARNING:
             raise ValueError(f"mask_grad='task' needs masks that learn, and mask_source={mask_source!r} has none")
@@ -357,7 +358,7 @@ class ACAM(FeatureLoss):
         self.diversity = diversity
         self.watch = CollapseWatch(stop=on_mask_collapse == "stop")
         self.align = align_layer(student_channels, teacher_channels, align)
-        if mask_source not in ("fixed", "uniform"):
+        if fuses:
             self.fusion = STCAFF(teacher_channels, kv_stride, normalize)
         if mask_source != "uniform":
             self.selection = ASCM(teacher_channels, num_masks, self.kinds)
