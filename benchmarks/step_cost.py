@@ -1,12 +1,16 @@
 """What distillation adds to a whole training step.
 
     python benchmarks/step_cost.py [detection | segmentation] [--quick]
+    python benchmarks/step_cost.py detection --methods 'acam, auto' cwd --rounds 9
 
 RetinaNet R101 -> R50 on one picture and DeepLabV3-R101 -> DeepLabV3-MobileNetV2 on two (batch norm after global pooling
 needs two): forward, backward and SGD step by the package's own Distiller. The reference
 is the step of the student alone plus the teacher's forward up to the last tapped layer, which every method needs.
 Beside the time stands the arithmetic of a step, which no other program on the machine can disturb: torch's counter sees
 convolutions, matrix products and what is made of them. Weights and pictures are random, which changes no cost.
+
+On a machine whose speed drifts, choose few methods and many rounds: the less stands between a step and its reference,
+the truer is their ratio.
 """
 
 from __future__ import annotations
@@ -134,16 +138,16 @@ def step(distiller: Distiller, batch: Batch) -> Callable[[], None]:
     return run
 
 
-def measure(name: str, size: tuple[int, int], rounds: int) -> Iterator[dict[str, Any]]:
+def measure(name: str, size: tuple[int, int], losses: Mapping[str, Loss], rounds: int) -> Iterator[dict[str, Any]]:
     """Cost of the parts and of a step with each loss, and the ratios to the reference, after every round."""
     student, teacher = networks(name, size)
     batch = batch_of(student, size)
     alone = Distiller(student)
     calls: dict[str, Callable[[], object]] = {"student alone": step(alone, batch)}
     gflops = {"student alone": step_of(alone, batch)[0]}
-    for method, entry in LOSSES[name].items():
+    for method, entry in losses.items():
         distiller = build_distiller(student, teacher, [entry])
-        if method == next(iter(LOSSES[name])):
+        if "teacher's forward" not in calls:
             calls["teacher's forward"] = partial(distiller.teacher_maps, batch)
             gflops["teacher's forward"] = measured(calls["teacher's forward"])[0]
         calls[method] = step(distiller, batch)
@@ -168,14 +172,20 @@ def main() -> None:
     """Measure, print and plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", nargs="?", choices=["detection", "segmentation"], help="one of the two alone")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows of one task's table, all by default")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"{ROUNDS} by default")
     given = arguments(parser, keep_heap=True)
     logging.getLogger("acamkd").setLevel(logging.ERROR)
     for name, (task, *_) in NETWORKS.items():
         if given.task in (None, task):
             size = (128, 256) if given.quick else SIZES[name]
-            for rows in measure(name, size, 1 if given.quick else ROUNDS):
+            chosen = given.methods or list(LOSSES[name])
+            if unknown := set(chosen) - set(LOSSES[name]):
+                parser.error(f"{name} has no {', '.join(sorted(unknown))}; there are: {'; '.join(LOSSES[name])}")
+            losses = {method: LOSSES[name][method] for method in chosen}
+            for rows in measure(name, size, losses, 1 if given.quick else given.rounds):
                 save(
-                    f"step_cost_{task}",
+                    f"step_cost_{task}" + ("_selected" if given.methods else ""),
                     {"networks": name, "rows": rows},
                     plot(name, rows),
                     quick=given.quick,
