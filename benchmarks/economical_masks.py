@@ -33,7 +33,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 from acamkd import jobs
 from acamkd.engine import find_checkpoint
-from acamkd.losses import ACAM, acam
+from acamkd.losses import ACAM, acam, attention
 from acamkd.losses.functional import standardize
 from acamkd.methods import build_distiller
 from acamkd.models.weights import read_file
@@ -81,9 +81,9 @@ def compare(loss: ACAM, student: Tensor, teacher: Tensor) -> dict[str, dict[str,
     `keys seen` is the exponential of the entropy of a query's attention, averaged over queries and pictures.
     """
     loss.fusion.kv_stride = 1
-    with patch.object(acam, "cross_attention", wraps=acam.cross_attention) as attention:
+    with patch.object(acam, "cross_attention", wraps=acam.cross_attention) as attend:
         exact = loss.masks_of(student, teacher)
-    query, key, _ = attention.call_args.args
+    query, key, *_ = attend.call_args.args
     seen = (query.mT @ key * query.shape[1] ** -0.5).softmax(dim=2)
     assert exact.channel is not None and exact.spatial is not None  # noqa: PT018
     found = {
@@ -94,11 +94,11 @@ def compare(loss: ACAM, student: Tensor, teacher: Tensor) -> dict[str, dict[str,
     }
     loss.fusion.kv_stride = "auto"
     for keys in KEYS:
-        acam.KEYS = keys
+        attention.KEYS = keys
         masks = loss.masks_of(student, teacher)
         assert masks.channel is not None and masks.spatial is not None  # noqa: PT018
         found[str(keys)] = {
-            "side": acam.window_side(teacher.shape[-2:]),
+            "side": attention.window_side(teacher.shape[-2:]),
             "spatial": correlation(masks.spatial, exact.spatial),
             "channel": correlation(masks.channel, exact.channel),
         }

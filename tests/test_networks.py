@@ -50,6 +50,15 @@ def test_operations_of_the_smallest_network() -> None:
     assert f"{cost / 2e9:.0f}" == TABLE["pspnet, tu-resnet18"]["GMAC"]
 
 
+def test_operations_of_a_training_picture() -> None:
+    [row] = [row for row in rows(PAGE, "recipe") if row["recipe"] == "deeplabv3_mbv2"]
+    cost = networks.training_cost(networks.recipes()["deeplabv3_mbv2"])
+    assert {part: f"{each / 1e12:.2f}" for part, each in cost.items()} == {part: row[part] for part in cost}
+    # On logits of 65 x 129: scores and values of 19 masks, made twice, and the products with the gradients of them.
+    size, queried, masks = 64 * 128, 19 // 2, 19
+    assert cost["losses"] > 2 * size**2 * (4 * queried + 3 * masks)
+
+
 def test_hours_are_operations_times_pictures() -> None:
     for row in rows(PAGE, "recipe"):
         recipe = networks.recipes()[row["recipe"]]

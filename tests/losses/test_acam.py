@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from acamkd.errors import AcamkdError
-from acamkd.losses import acam
-from acamkd.losses.acam import ACAM, ASCM, window_side
+from acamkd.losses import attention
+from acamkd.losses.acam import ACAM, ASCM
+from acamkd.losses.attention import window_side
 from acamkd.losses.base import DistillationContext
 from acamkd.losses.masks import WATCH_EVERY, apply_masks, mask_overlap
 
@@ -72,11 +73,12 @@ def projected(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     return torch.einsum("oc,nchw->nohw", weight[:, :, 0, 0], x) + bias[:, None, None]
 
 
-def windows(x: Tensor, stride: int) -> Tensor:
-    """Means over windows; those at the right and bottom may be smaller."""
+def windows(x: Tensor, stride: int, *, mean: bool = True) -> Tensor:
+    """Means or sums over windows; those at the right and bottom may be smaller."""
+    reduce = torch.mean if mean else torch.sum
     rows = [
         torch.stack(
-            [x[..., i : i + stride, j : j + stride].mean(dim=(2, 3)) for j in range(0, x.shape[-1], stride)], dim=-1
+            [reduce(x[..., i : i + stride, j : j + stride], dim=(2, 3)) for j in range(0, x.shape[-1], stride)], dim=-1
         )
         for i in range(0, x.shape[-2], stride)
     ]
@@ -148,8 +150,9 @@ def textbook(
             q = projected(p["fusion.query.weight"], p["fusion.query.bias"], asking).flatten(2)
             k = projected(p["fusion.key.weight"], p["fusion.key.bias"], answering).flatten(2)
             v = projected(p["fusion.value.weight"], p["fusion.value.bias"], answering).flatten(2)
-            attention = (q.transpose(1, 2) @ k / q.shape[1] ** 0.5).softmax(dim=2)  # (N, HW, H_k W_k)
-            fused = (attention @ v.transpose(1, 2)).transpose(1, 2)  # (N, C, HW)
+            sizes = windows(torch.ones_like(whole[:1, :1]), kv_stride, mean=False).flatten()
+            scores = q.transpose(1, 2) @ k / q.shape[1] ** 0.5 + sizes.log()  # each window counts by its positions
+            fused = (scores.softmax(dim=2) @ v.transpose(1, 2)).transpose(1, 2)  # (N, C, HW)
             spread = answering.repeat_interleave(kv_stride, 2).repeat_interleave(kv_stride, 3)
             rest = whole - spread[..., :height, :width]  # zero without windows
             dk = torch.einsum("oc,nchw->nohw", p["fusion.key.weight"][:, :, 0, 0], rest).flatten(2)
@@ -236,7 +239,7 @@ def test_values_and_gradients_are_those_of_the_dense_version(
 def test_attention_in_blocks_is_the_same(
     options: Mapping[str, Any], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(acam, "BLOCK", block)
+    monkeypatch.setattr(attention, "BLOCK", block)
     student, teacher = maps(3, 4, 6, 5, 3)
     compare(joint(4, 6, **options).double(), options, student, teacher, student)
 
@@ -248,7 +251,7 @@ def test_auto_takes_the_smallest_windows_that_leave_256_keys(monkeypatch: pytest
     whole, auto = joint(3, 3).double(), joint(3, 3, kv_stride="auto").double()
     auto.load_state_dict(whole.state_dict())
     assert auto(student, teacher) == whole(student, teacher)  # 35 positions
-    monkeypatch.setattr(acam, "KEYS", 6)  # 3 x 2 windows
+    monkeypatch.setattr(attention, "KEYS", 6)  # 3 x 2 windows
     compare(auto, {"kv_stride": 3}, student, teacher, student)
 
 
@@ -262,6 +265,17 @@ def test_windows_keep_the_masks_where_attention_is_soft() -> None:
         assert theirs is not None
         for one, other in zip(ours.flatten(2)[0], theirs.flatten(2)[0], strict=True):
             assert torch.corrcoef(torch.stack([one, other]))[0, 1] > 0.95
+
+
+def test_smaller_windows_at_the_border_count_less() -> None:
+    """Where all keys are alike, the fused map is the mean over positions, and not over windows."""
+    student, teacher = maps(2, 4, 4, 7, 5)
+    whole, windowed = joint(4, 4).double(), joint(4, 4, kv_stride=3).double()
+    torch.nn.init.zeros_(whole.fusion.key.weight)
+    windowed.load_state_dict(whole.state_dict())
+    torch.testing.assert_close(
+        windowed.masks_of(student, teacher), whole.masks_of(student, teacher), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -441,7 +455,7 @@ def _tensors(result: Any) -> Iterator[Tensor]:
 def test_nothing_is_ever_as_large_as_the_dense_maps(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     n, channels, side = 2, 32, 60
     one_map = n * channels * side**2
-    monkeypatch.setattr(acam, "BLOCK", one_map)
+    monkeypatch.setattr(attention, "BLOCK", one_map)
     student, teacher = maps(n, channels, channels, side, side, torch.float32)
     loss, saved = joint(channels, channels, **options), [0]
 

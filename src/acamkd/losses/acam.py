@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import count
-from math import prod
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from acamkd.losses.attention import cross_attention, layer_norm, window_counts, window_covariance, window_side
 from acamkd.losses.base import DistillationContext, FeatureLoss
 from acamkd.losses.functional import (
     align_layer,
     check_choices,
     freeze_tokens,
+    full_precision,
     imitation_errors,
     masked_error,
     resample,
@@ -34,102 +33,6 @@ from acamkd.losses.masks import (
 LEARNING = ("cooperative", "teacher")
 """Sources of masks that learn while the student does."""
 
-BLOCK = 2**22
-"""Elements of an attention map that exist at a time, 16 MiB in float32."""
-
-KEYS = 256
-"""Key positions that kv_stride="auto" leaves at most."""
-
-
-def cross_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """A V and the average row of A = softmax(Q^T K / sqrt(C_q)), over the key positions.
-
-    A exists in blocks of at most BLOCK elements, which the backward computes anew.
-
-    Args:
-        query: (N, C_q, HW).
-        key: (N, C_q, K).
-        value: (N, C, K); C may be 0.
-
-    Returns:
-        (N, C, HW), and the attention that each key receives, (N, K), of sum 1.
-    """
-    rows = max(1, BLOCK // (len(query) * key.shape[2]))
-    queries = query.mT * query.shape[1] ** -0.5
-    read, received = _BlockAttention.apply(queries, key.mT, value.mT, rows)
-    return read.mT, received[:, 0] / query.shape[2]
-
-
-class _BlockAttention(torch.autograd.Function):
-    """P V and the column sums of P = softmax(Q K^T), some rows of P at a time.
-
-    Whatever outlives a block is allocated beforehand; otherwise it would settle in the memory that a block has freed,
-    which the next one could not take again.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """(N, HW, C_q), (N, K, C_q), (N, K, C) -> (N, HW, C), (N, 1, K)."""
-        read = query.new_empty(*query.shape[:2], value.shape[2])
-        received = query.new_zeros(len(query), 1, key.shape[1])
-        for q, out in zip(torch.split(query, rows, 1), torch.split(read, rows, 1), strict=True):
-            attention = (q @ key.mT).softmax(dim=2)
-            out.copy_(attention @ value)
-            received += attention.sum(dim=1, keepdim=True)
-        ctx.rows = rows
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, read)
-        return read, received
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, of_read: Tensor | None, of_received: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, None]:
-        """With dP = dR V^T + 1 dr^T: dS = P (dP - sum_k P dP) for S = Q K^T."""
-        query, key, value, read = ctx.saved_tensors
-        d_read = torch.zeros_like(read) if of_read is None else of_read
-        d_received = key.new_zeros(len(key), 1, key.shape[1]) if of_received is None else of_received
-        d_query, d_key, d_value = (torch.zeros_like(x) for x in (query, key, value))
-        blocks = zip(*(torch.split(x, ctx.rows, 1) for x in (query, read, d_read, d_query)), strict=True)
-        with torch.autocast(query.device.type, enabled=False):  # a gradient may be asked for within autocast
-            for q, out, d_out, d_q in blocks:
-                attention = (q @ key.mT).softmax(dim=2)
-                d_value.baddbmm_(attention.mT, d_out)
-                mean = (d_out * out).sum(dim=2, keepdim=True) + attention @ d_received.mT  # sum_k P dP
-                d_scores = (d_out @ value.mT).add_(d_received).sub_(mean).mul_(attention)
-                d_q.copy_(d_scores @ key)
-                d_key.baddbmm_(d_scores.mT, q)
-        return d_query, d_key, None if of_read is None else d_value, None
-
-
-def window_side(size: Sequence[int]) -> int:
-    """Smallest side of square windows of which at most KEYS cover a map of this (height, width)."""
-    return next(side for side in count(1) if prod(-(-length // side) for length in size) <= KEYS)
-
-
-def window_covariance(x: Tensor, means: Tensor, side: int, vectors: Tensor) -> Tensor:
-    """E[D D^T] Y, with D what a position differs by from the mean of its window, averaged over all positions.
-
-    Args:
-        x: (N, C, H, W).
-        means: Over the windows, (N, C, H_k, W_k).
-        side: Of the windows.
-        vectors: Y, (N, C, R).
-
-    Returns:
-        (N, C, R); the covariance itself, (N, C, C), is never made.
-    """
-    counts = F.avg_pool2d(torch.ones_like(x[:1, :1]), side, ceil_mode=True, divisor_override=1).flatten(2).mT
-    values, averages = x.flatten(2), means.flatten(2)
-    moments = values @ (values.mT @ vectors) - averages @ (counts * (averages.mT @ vectors))
-    return moments / values.shape[2]
-
-
-def layer_norm(x: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 over the channels of each position, (N, C, H, W)."""
-    return F.layer_norm(x.movedim(1, 3), x.shape[1:2]).movedim(3, 1)
-
 
 class STCAFF(nn.Module):
     """Student-teacher cross-attention feature fusion: one network asks, the other answers.
@@ -138,9 +41,9 @@ class STCAFF(nn.Module):
     are linear in V, so that F itself, and V, need never be computed: (A V)^T m = A (V^T m), and the average of F is V
     times the average row of A.
 
-    With windows, all keys of one count as their mean, and so do the values. What this leaves out, that a query attends
-    more to some positions of a window than to others, is put back to first order in the query, by the covariance of
-    keys and values within windows, averaged over all of them: F_i += E[dV dK^T] q_i / sqrt(C_q).
+    With windows, each key counts as the mean of its window, and so does each value. What this leaves out, that a query
+    attends more to some positions of a window than to others, is put back to first order in the query, by the
+    covariance of keys and values within windows, averaged over all of them: F_i += E[dV dK^T] q_i / sqrt(C_q).
 
     Args:
         channels: C, of both maps.
@@ -167,13 +70,14 @@ class STCAFF(nn.Module):
         query, readout = self.query(asking).flatten(2), units @ weight  # (N, C_q, HW), (M, C)
         # Averaged before the projections: they are linear, so the result is the same and costs less.
         means = F.avg_pool2d(answering, side, ceil_mode=True) if side > 1 else answering
+        counts = window_counts(answering, side) if side > 1 else None
         answers = means.flatten(2)  # (N, C, K)
-        read, received = cross_attention(query, self.key(means).flatten(2), readout @ answers)
+        read, received = cross_attention(query, self.key(means).flatten(2), readout @ answers, counts)
         pooled = torch.einsum("nck,nk->nc", answers, received)
-        if side > 1:
+        if counts is not None:
             to_key = self.key.weight.flatten(1) * query.shape[1] ** -0.5  # (C_q, C)
             seen = torch.cat([readout.mT.expand(len(query), -1, -1), (query.mean(dim=2) @ to_key).unsqueeze(2)], dim=2)
-            varied = window_covariance(answering, means, side, seen)  # (N, C, M + 1)
+            varied = window_covariance(answering, means, counts, seen)  # (N, C, M + 1)
             read, pooled = read + (to_key @ varied[:, :, :-1]).mT @ query, pooled + varied[:, :, -1]
         logits = read + (units @ bias).unsqueeze(1)  # the rows of A sum to 1, so that the bias of V is one of F
         return F.linear(pooled, weight, bias), logits.reshape(*logits.shape[:2], *asking.shape[-2:])
@@ -428,7 +332,7 @@ class ACAM(FeatureLoss):
             student: (N, C_s, H_s, W_s).
             teacher: (N, C_t, H, W).
         """
-        with torch.autocast(teacher.device.type, enabled=False):
+        with full_precision(teacher):
             aligned, target = self._to_common_form(student.detach(), teacher)
             return apply_masks(self._masks(self.align(aligned).detach(), target), target).to(teacher.dtype)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from acamkd.losses.functional import resample
+from acamkd.losses.functional import full_precision, resample
 
 if TYPE_CHECKING:
     from acamkd.models.base import Batch, TaskModel
@@ -107,7 +107,7 @@ class FeatureLoss(nn.Module, ABC):
         context = context or DistillationContext()
         self._check(student, teacher, context)
         # The projections stay float32 under autocast, and half-precision sums over a map lose digits or overflow.
-        with torch.autocast(student.device.type, enabled=False):
+        with full_precision(student):
             student, teacher = self._to_common_form(student, teacher)
             return self.terms(student, teacher, context)
 

@@ -15,7 +15,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import generalized_box_iou_loss
 
 from acamkd.losses.base import HeadLoss
-from acamkd.losses.functional import safe_divide
+from acamkd.losses.functional import full_precision, safe_divide
 
 if TYPE_CHECKING:
     from acamkd.models.base import Batch, Target, TaskModel
@@ -128,7 +128,7 @@ class CrossKD(HeadLoss):
         if batch.targets is None:
             raise ValueError("CrossKD needs targets: the number of anchors that stand for an object scales its loss")
         net: Any = teacher.net
-        with torch.autocast(batch.pixels.device.type, enabled=False):
+        with full_precision(batch.pixels):
             logits, target_logits, _ = self._predictions(net, CLASSES, student_taps, teacher_taps)  # (N, R, K)
             codes, target_codes, maps = self._predictions(net, BOXES, student_taps, teacher_taps)  # (N, R, 4)
             anchors = net.anchor_generator(ImageList(batch.pixels, batch.sizes), maps)  # (R, 4) per image

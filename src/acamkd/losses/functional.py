@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import get_args, get_type_hints
 
 import torch
@@ -31,6 +32,12 @@ def resample(x: Tensor, size: Sequence[int]) -> Tensor:
     if height <= x.shape[-2] and width <= x.shape[-1]:
         return F.adaptive_avg_pool2d(x, (height, width))
     return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager[object]:
+    """No autocast on this tensor's device, within; some devices have none (meta)."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def align_layer(student_channels: int, teacher_channels: int, align: bool = False) -> nn.Module:
