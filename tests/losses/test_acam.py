@@ -50,6 +50,7 @@ OPTIONS: list[Mapping[str, Any]] = [
     {"imitation": "standardized"},
     {"imitation": "softmax"},
     {"imitation": "softmax", "temperature": 4.0, "mask_grad": "detached"},
+    {"imitation": "correlation", "temperature": 2.0},
     {"mask_grad": "look_ahead"},
     {"mask_grad": "look_ahead", "mask_source": "teacher", "masks": "spatial", "weight": 3.0},
     ACAM.PRESETS["paper"],
@@ -185,6 +186,13 @@ def textbook(
             p_student, p_teacher = ((x.flatten(2) / temperature).softmax(dim=summed[kind]) for x in (student, teacher))
             divergence = temperature**2 * (p_teacher * (p_teacher / p_student).log()).sum(dim=summed[kind])  # (N, K)
             normalised = (read.square() * divergence.unsqueeze(1)).sum(dim=2) / read.sum(dim=2)
+        elif imitation == "correlation":
+            p_student, p_teacher = ((x.flatten(2) / temperature).softmax(dim=1) for x in (student, teacher))
+            centred = [p - p.mean(dim=summed[kind], keepdim=True) for p in (p_student, p_teacher)]
+            lengths = [p.norm(dim=summed[kind]) for p in centred]
+            similar = (centred[0] * centred[1]).sum(dim=summed[kind]) / (lengths[0] * lengths[1] + 1e-8)
+            distance = temperature**2 * (1 - similar)
+            normalised = (read.square() * distance.unsqueeze(1)).sum(dim=2) / read.sum(dim=2)
         else:
             norms = (read.view(shapes[kind]) * difference).square().sum(dim=(2, 3, 4))  # (N, M)
             normalised = norms / (complement[kind] * read.sum(dim=2))
@@ -628,7 +636,10 @@ def test_the_student_takes_part_in_its_masks() -> None:
         ({"mask_grad": "none"}, "mask_grad must be one of 'look_ahead', 'joint', 'detached', 'task', not 'none'"),
         ({"mask_grad": "task", "mask_source": "uniform"}, "mask_source='uniform' has none"),
         ({"mask_grad": "task", "mask_source": "random"}, "mask_source='random' has none"),
-        ({"imitation": "cosine"}, "imitation must be one of 'squared', 'standardized', 'softmax', not 'cosine'"),
+        (
+            {"imitation": "cosine"},
+            "imitation must be one of 'squared', 'standardized', 'softmax', 'correlation', not 'cosine'",
+        ),
         ({"diversity": "dice"}, "diversity must be one of 'pairwise', 'literal', not 'dice'"),
         ({"masks": "position"}, "masks must be 'both', 'channel' or 'spatial', .* not 'position'"),
         ({"masks": ["channel", "both"]}, r"masks must be 'both', .* not \['channel', 'both'\]"),

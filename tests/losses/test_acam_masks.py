@@ -44,7 +44,7 @@ def test_statistics_tell_a_living_mask_from_a_dead_one() -> None:
     assert dead["mask_entropy"] == 1
 
 
-@pytest.mark.parametrize("form", ["squared", "softmax"])
+@pytest.mark.parametrize("form", ["squared", "standardized", "softmax", "correlation"])
 def test_the_look_ahead_reward_is_what_a_step_of_imitation_does_to_the_task_loss(form: str) -> None:
     student = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     teacher = torch.randn(2, 3, 4, 5, dtype=torch.float64)

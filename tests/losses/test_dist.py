@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from acamkd.losses.dist import DIST, pearson
+from acamkd.losses.dist import DIST
+from acamkd.losses.functional import pearson
 
 
 def logits(seed: int) -> Tensor:

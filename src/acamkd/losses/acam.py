@@ -153,7 +153,7 @@ class ACAM(FeatureLoss):
     and nothing holds the masks up, so that training drives them to zero and the distillation with them. The default is
     mask_grad="look_ahead", with an objective of the masks' own, for every mask and image
 
-        L_sel = -sum_p M_p r_p / sum_p M_p + 10 (mean_p M_p - 1/2)^2,  r_p = <dL_task/dS'_p, dD_p/dS'_p>
+        L_sel = -sum_p M_p r_p / sum_p M_p + 10 (mean_p M_p - 1/2)^2,  r_p = <dL_task/dS', dD_p/dS'>
 
     where r is what a step of imitation at p does to the student's task loss, to first order, divided by the image's
     mean |r|; for channels likewise. mask_grad="task" holds them up too: a teacher whose features are masked away loses
@@ -182,8 +182,10 @@ class ACAM(FeatureLoss):
             teacher.
         imitation: What D is. `squared`: the method. `standardized`: both maps standardised per channel over the batch
             (PKD). `softmax`, for logits: divergence of each position's distribution over the channels (L_s) and of
-            each channel's over the positions (L_c, CWD).
-        temperature: tau of imitation="softmax".
+            each channel's over the positions (L_c, CWD). `correlation`, for logits: one minus the correlation of the
+            channels' probabilities, over the channels of a position (L_s) and the positions of a channel (L_c), as in
+            DIST.
+        temperature: tau of imitation="softmax" and "correlation".
         diversity: `pairwise` or `literal`.
         tokens: With mask_source="fixed": learnt state of `selection`; in a recipe the file that `acamkd tokens` wrote.
             Without it the tokens stay random.
@@ -219,7 +221,7 @@ class ACAM(FeatureLoss):
         masks: Literal["both", "channel", "spatial"] | Sequence[str] = "both",
         mask_source: Literal["cooperative", "teacher", "fixed", "random", "uniform"] = "cooperative",
         mask_grad: Literal["look_ahead", "joint", "detached", "task"] = "look_ahead",
-        imitation: Literal["squared", "standardized", "softmax"] = "squared",
+        imitation: Literal["squared", "standardized", "softmax", "correlation"] = "squared",
         temperature: float = 1.0,
         diversity: Literal["pairwise", "literal"] = "pairwise",
         tokens: Mapping[str, Tensor] | None = None,
@@ -342,4 +344,5 @@ class ACAM(FeatureLoss):
         if isinstance(self.align, nn.Conv2d):
             # A step of S' is felt through the transposed align, so the task's gradient is carried over by the align.
             gradient = F.conv2d(gradient, self.align.weight.detach())
-        return look_ahead_reward(student, teacher, gradient, self.imitation, self.temperature)
+        rewards: tuple[Tensor, Tensor] = look_ahead_reward(student, teacher, gradient, self.imitation, self.temperature)
+        return rewards

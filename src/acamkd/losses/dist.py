@@ -5,18 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from acamkd.losses.base import DistillationContext, FeatureLoss
-from acamkd.losses.functional import align_layer
-
-
-def pearson(x: Tensor, y: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
-    """Pearson correlation of two tensors of one shape along `dim`, which is reduced; 0 where one is constant."""
-    x, y = x - x.mean(dim, keepdim=True), y - y.mean(dim, keepdim=True)
-    norms: Tensor = torch.linalg.vector_norm(x, dim=dim) * torch.linalg.vector_norm(y, dim=dim)
-    return (x * y).sum(dim) / (norms + eps)
+from acamkd.losses.functional import align_layer, pearson
 
 
 class DIST(FeatureLoss):

@@ -82,12 +82,14 @@ def imitation_errors(
 
     `squared`: mean squared difference. `standardized`: likewise, of maps whose channels have mean 0 and deviation 1
     over the batch, as PKD compares. `softmax`, for logits: tau^2 times the KL divergence of each channel's distribution
-    over the positions, as CWD compares, and of each position's distribution over the channels.
+    over the positions, as CWD compares, and of each position's distribution over the channels. `correlation`, for
+    logits, as DIST compares: tau^2 times one minus Pearson's correlation of the channels' probabilities (the softmax of
+    each position), over the positions of a channel and over the channels of a position.
 
     Args:
         student: (N, C, H, W).
         teacher: (N, C, H, W).
-        form: `squared`, `standardized` or `softmax`.
+        form: `squared`, `standardized`, `softmax` or `correlation`.
         temperature: tau.
 
     Returns:
@@ -99,10 +101,21 @@ def imitation_errors(
             distribution_error(student, teacher, temperature, dim=2),
             distribution_error(student, teacher, temperature, dim=1),
         )
+    if form == "correlation":
+        student, teacher = ((x / temperature).softmax(dim=1) for x in (student, teacher))
+        over_positions, over_channels = (pearson(student, teacher, dim) for dim in (2, 1))
+        return temperature**2 * (1 - over_positions), temperature**2 * (1 - over_channels)
     if form == "standardized":
         student, teacher = standardize(student), standardize(teacher)
     squared = (teacher - student).square()
     return squared.mean(dim=2), squared.mean(dim=1)
+
+
+def pearson(x: Tensor, y: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
+    """Pearson correlation of two tensors of one shape along `dim`, which is reduced; 0 where one is constant."""
+    x, y = x - x.mean(dim, keepdim=True), y - y.mean(dim, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(x, dim=dim) * torch.linalg.vector_norm(y, dim=dim)
+    return (x * y).sum(dim) / (norms + eps)
 
 
 def masked_error(error: Tensor, mask: Tensor) -> Tensor:
