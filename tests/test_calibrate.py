@@ -12,6 +12,7 @@ from torch import Tensor
 import tiny_recipes
 from acamkd import config
 from acamkd.calibrate import BATCHES, adopt, calibrate, gradient_norms, measuring, prepared, total_norms
+from acamkd.distiller import Distiller
 from acamkd.errors import AcamkdError
 from acamkd.jobs import Batches, build_network, distill, teacher_section
 from acamkd.methods import METHODS, build_distiller
@@ -85,17 +86,29 @@ def test_nothing_of_the_measurement_remains(segmentation: Path) -> None:
     assert all(parameter.grad is None for parameter in student.parameters())
 
 
+def test_batch_norm_is_restored_where_a_device_changed_its_buffers(
+    segmentation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = config.load(segmentation, ["losses.0.weight=auto"])
+    student, teacher, batches = networks(recipe)
+    state = {name: value.clone() for name, value in student.state_dict().items()}
+    # What a change of device does: every buffer becomes another tensor.
+    monkeypatch.setattr(Distiller, "to", lambda self, _: self._apply(torch.clone))
+    calibrate(student, teacher, recipe.losses, batches.train)
+    assert all(torch.equal(value, state[name]) for name, value in student.state_dict().items())
+
+
 def test_each_loss_gets_its_own_share_and_a_ramp_changes_nothing(segmentation: Path) -> None:
     recipe = config.load(
         segmentation,
         ["losses=[{name: cwd, pairs: [segmentation_head.0], weight: auto, ramp_epochs: 1},"
          " {name: fitnet, pairs: [encoder:5], weight: 2},"
-         " {name: pkd, pairs: [encoder:5], weight: auto, gradient_ratio: 0.1, stop_epoch: 1}]"],
+         " {name: pkd, pairs: [encoder:5], weight: auto, gradient_ratio: 0.1, stop_epoch: 0.4}]"],
     )  # fmt: skip
     student, teacher, batches = networks(recipe)
     cwd, fitnet, pkd = calibrate(student, teacher, recipe.losses, batches.train)
     assert fitnet == recipe.losses[1]
-    assert (cwd.ramp_epochs, pkd.stop_epoch) == (1, 1)
+    assert (cwd.ramp_epochs, pkd.stop_epoch) == (1, 0.4)
     for loss, ratio in ((cwd, 0.5), (pkd, 0.1)):
         assert measured(student, teacher, [loss], batches)[0] == pytest.approx(ratio, rel=0.2)
     assert calibrate(student, teacher, recipe.losses[:1], batches.train) == (cwd,)  # not what the others weigh

@@ -17,7 +17,9 @@ import tiny_recipes
 from acamkd import cli, config, doctor, models
 from acamkd.data.scenes import write_scenes
 from acamkd.doctor import Finding, examine, ignorance
+from acamkd.jobs import build_network
 from acamkd.models.base import VOID
+from acamkd.models.weights import LoadReport
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +116,23 @@ def test_a_students_own_weights_are_counted(segmentation: Path, trained: str, tm
     (finding,) = found(segmentation, trained, f"student.weights={tmp_path / 'part.safetensors'}")["student's weights"]
     assert finding.status == "warn"
     assert "2 missing (segmentation_head.0.weight, segmentation_head.0.bias)" in finding.text
+
+
+def test_weights_are_counted_by_their_own_names(segmentation: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of another framework's detector are read by its convention, as when they were loaded."""
+    recipe = config.load(segmentation)
+    net = build_network(recipe, recipe.student, ("a", "b"))
+    section = config.Model(arch="retinanet", backbone="torchvision/resnet50", weights="file",
+                           options={"convention": "mmdetection"})  # fmt: skip
+    asked: list[object] = []
+
+    def load_weights(*_: object, **options: object) -> LoadReport:
+        asked.append(options["convention"])
+        return LoadReport("retinanet", "file", matched=("a",), missing=(), unexpected=(), mismatched=())
+
+    monkeypatch.setattr(models, "load_weights", load_weights)
+    assert doctor._weights("weights", net, section).status == "pass"
+    assert asked == ["mmdetection"]
 
 
 def test_knowing_nothing() -> None:

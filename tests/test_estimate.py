@@ -79,6 +79,12 @@ def test_memory_is_by_picture(root: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert by_two.picture == pytest.approx(by_four.picture, rel=0.05)
 
 
+def test_a_system_that_does_not_say_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError("/proc/meminfo")))
+    with pytest.raises(AcamkdError, match="how much memory is free can be read on Linux alone, or of a GPU: /proc"):
+        module.free_memory(torch.device("cpu"))
+
+
 def test_the_teacher_is_needed_but_not_its_weights(root: Path) -> None:
     raw = tiny.recipe(root)
     assert raw.teacher is not None

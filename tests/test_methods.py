@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from acamkd.config import Loss, Model
-from acamkd.distiller import Distiller
+from acamkd.distiller import Distiller, WeightSchedule
 from acamkd.errors import AcamkdError
 from acamkd.losses import ACAM, FeatureLoss, FitNet, FreeKD, HeadLoss, MasKD
 from acamkd.losses.acam import ASCM
@@ -169,7 +169,7 @@ def test_layers_may_have_two_names(segmenters: tuple[TaskModel, TaskModel]) -> N
         entry("pkd", ("encoder.model.conv_stem", "segmentation_head.0"), "decoder"),
         entry("acam", "segmentation_head.0", preset="paper", ramp_epochs=0.5, stop_epoch=1.5),
     ]
-    distiller = build_distiller(*segmenters, entries, steps_per_epoch=10)
+    distiller = build_distiller(*segmenters, entries)
     assert distiller.pairs == [
         ("encoder.model.conv_stem", "segmentation_head.0"), ("decoder", "decoder"),
         ("segmentation_head.0", "segmentation_head.0"),
@@ -178,7 +178,10 @@ def test_layers_may_have_two_names(segmenters: tuple[TaskModel, TaskModel]) -> N
     acam = distiller.losses[2]
     assert isinstance(acam, ACAM)
     assert acam.diversity == "literal"
-    assert [distiller.schedules[2](step) for step in (0, 4, 14, 15)] == [0.2, 1, 1, 0]
+    schedule = distiller.schedules[2]
+    assert isinstance(schedule, WeightSchedule)
+    schedule.steps_per_epoch = 10
+    assert [schedule(step) for step in (0, 4, 14, 15)] == [0.2, 1, 1, 0]
     assert [distiller.schedules[0](step) for step in (0, 99)] == [1, 1]
 
 

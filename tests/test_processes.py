@@ -152,7 +152,20 @@ def test_processes_agree(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytes
     assert log.count("the step is left out, 1 so far") == log.count("terminated; --resume goes on at step 5") == 1
     monkeypatch.undo()
     assert _together(lambda rank: distill(recipe, out=tmp_path / "run", resume=True)) == [0, 0]
-    assert [row["step"] for row in tiny.rows(tmp_path / "run/history.csv")] == ["2", "4", "6"]
+    history = tiny.rows(tmp_path / "run/history.csv")
+    assert [row["step"] for row in history] == ["2", "4", "6"]
+    spatial = next(name for name in history[0] if name.endswith("/acam/spatial"))
+    assert [bool(row[spatial]) for row in history] == [True, False, False]  # an epoch is 2 steps of each process
+
+
+def test_too_few_pictures_for_so_many_processes_are_one_message(raw: dict[str, Any], tmp_path: Path) -> None:
+    recipe = _shared(raw, epochs=1, batch_size=5)
+
+    def refused(rank: int) -> None:
+        with pytest.raises(AcamkdError, match="do not make one batch of 5 for each of 2 processes: lower"):
+            distill(recipe, out=tmp_path / "run")
+
+    assert _together(refused) == [0, 0]
 
 
 def test_slurm_is_recognised(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_a_recipe_trains(name: str, roots: dict[str, Path]) -> None:
     teacher = build_network(recipe, recipe.teacher, batches.classes)
     student = build_network(recipe, recipe.student, batches.classes)
     models.inherit(student, teacher, recipe.student.inherit)
-    distiller = build_distiller(student, teacher, recipe.losses, batches.steps_per_epoch)
+    distiller = build_distiller(student, teacher, recipe.losses)
     module = TrainingModule(distiller, recipe.train, batches.scorer)
     before = {name: tensor.clone() for name, tensor in student.net.state_dict().items()}
     trainer = L.Trainer(

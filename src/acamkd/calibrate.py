@@ -57,7 +57,7 @@ def calibrate(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss], p
 def _calibrate(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss], index: int, pictures: Pictures) -> Loss:
     entry, weights = entries[index], weights_of(entries[index])
     log.info("%s, weight: auto: measuring its gradient beside the task's", entry.name)
-    alone = [other.model_copy(update={"stop_epoch": None if other is entry else 0}) for other in entries]
+    alone = [other if other is entry else other.model_copy(update={"stop_epoch": 0}) for other in entries]
     with measuring(student, teacher, alone) as distiller:
         norms = [gradient_norms(distiller, batch) for batch in prepared(student, islice(pictures, BATCHES))]
     ratios = [distillation / task if task else math.inf for distillation, task in map(total_norms, norms)]
@@ -105,13 +105,19 @@ def weights_of(entry: Loss) -> dict[str, float]:
 
 @contextmanager
 def measuring(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss]) -> Iterator[Distiller]:
-    """Within, a Distiller in training mode whose forwards leave no trace: not in the student, not in torch's state."""
+    """Within, a Distiller in training mode whose forwards leave no trace: not in the student, not in torch's state.
+
+    Its losses are at full strength, whatever their schedules; one with `stop_epoch` 0 is left out.
+    """
     modes = [(module, module.training) for module in student.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in student.buffers()]
+    buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
     device = student.mean.device
     with torch.random.fork_rng(devices=[]):
-        unramped = [entry.model_copy(update={"ramp_epochs": 0}) for entry in entries]
-        distiller = build_distiller(student, teacher, unramped).to("cuda" if torch.cuda.is_available() else "cpu")
+        unscheduled = [
+            entry.model_copy(update={"ramp_epochs": 0, "stop_epoch": None if entry.stop_epoch else entry.stop_epoch})
+            for entry in entries
+        ]
+        distiller = build_distiller(student, teacher, unscheduled).to("cuda" if torch.cuda.is_available() else "cpu")
         distiller.eval()  # its own audit is for the training
         distiller.student.train()
         distiller.losses.train()
@@ -121,8 +127,8 @@ def measuring(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss]) -
             distiller.to(device)
             for module, training in modes:
                 module.training = training
-            for buffer, value in buffers:
-                buffer.data.copy_(value)
+            for name, buffer in student.named_buffers():  # other tensors than before, where the device has changed
+                buffer.data.copy_(buffers[name])
 
 
 def gradient_norms(distiller: Distiller, batch: Batch) -> dict[str, tuple[float, float]]:

@@ -28,30 +28,29 @@ AUDITED_STEPS = 20
 
 
 class NonFiniteError(AcamkdError):
-    """A loss term is NaN or infinite.
+    """A loss term is NaN or infinite."""
 
-    Args:
-        message: What is wrong.
-        terms: Of that forward, all of them.
+
+@dataclass
+class WeightSchedule:
+    """Factor of a loss by step: a linear ramp from 0 to 1 over the first epochs, and 0 from some epoch on.
+
+    Attributes:
+        ramp_epochs: Of the ramp.
+        stop_epoch: From where on the loss is left out.
+        steps_per_epoch: Of one process; a trainer sets it, who alone knows how many processes share the pictures.
     """
 
-    def __init__(self, message: str, terms: Mapping[str, Tensor]) -> None:
-        super().__init__(message)
-        self.terms = terms
-
-
-@dataclass(frozen=True)
-class WeightSchedule:
-    """Factor of a loss by step: a linear ramp from 0 to 1 over `ramp_steps`, and 0 from `stop_step` on."""
-
-    ramp_steps: int = 0
-    stop_step: int | None = None
+    ramp_epochs: float = 0
+    stop_epoch: float | None = None
+    steps_per_epoch: int = 1
 
     def __call__(self, step: int) -> float:
         """The factor at one step."""
-        if self.stop_step is not None and step >= self.stop_step:
+        if self.stop_epoch is not None and step >= round(self.stop_epoch * self.steps_per_epoch):
             return 0.0
-        return min(1.0, (step + 1) / self.ramp_steps) if self.ramp_steps else 1.0
+        ramp = round(self.ramp_epochs * self.steps_per_epoch)
+        return min(1.0, (step + 1) / ramp) if ramp else 1.0
 
 
 class Distiller(nn.Module):
@@ -339,6 +338,5 @@ def _check_finite(terms: Mapping[str, Tensor], step: int) -> None:
         bad = [f"{name} is {x}" for name, x in zip(terms, values.tolist(), strict=True) if not isfinite(x)]
         raise NonFiniteError(
             f"step {step}: the loss is not finite, {', '.join(bad)}: "
-            "lower the learning rate or the loss's weight, or clip the gradient (train.clip)",
-            terms,
+            "lower the learning rate or the loss's weight, or clip the gradient (train.clip)"
         )

@@ -194,8 +194,15 @@ def _size(module: nn.Module, *, trained: bool = False) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a device can still give; of the CPU's memory also what the system could reclaim (Linux)."""
+    """Bytes that a device can still give; of the CPU's memory also what the system could reclaim.
+
+    Raises:
+        AcamkdError: The system does not say.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError as error:
+        raise AcamkdError(f"how much memory is free can be read on Linux alone, or of a GPU: {error}") from error
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

@@ -119,7 +119,7 @@ def distill(
         torch.cuda.set_device(local % torch.cuda.device_count())
     with data.naming_pictures(batches.train):
         losses = calibrate(student, teacher, losses, batches.train)
-    distiller = build_distiller(student, teacher, losses, batches.steps_per_epoch)
+    distiller = build_distiller(student, teacher, losses)
     if batches.mixed is not batches.train:
         distiller.check_unlabelled()
     run = Run(folder, batches.resolved.model_copy(update={"teacher": section, "losses": losses}), "student")
@@ -176,7 +176,6 @@ class Batches:
             self.mixed = shuffled(data.WithUnlabelled(splits["train"], more))
             log.info("%d unlabelled pictures, which only the distillation sees", len(more))
         self.val = data.loader(splits["val"], size, workers, shuffle=False, seed=seed)
-        self.steps_per_epoch = -(-len(self.train) // accumulate)
         self.scorer = Scorer(recipe.task, self.classes)
         self.resolved = recipe.model_copy(update={"data": source.model_copy(update={"classes": self.classes})})
         log.info("%d training and %d validation pictures, %d classes",

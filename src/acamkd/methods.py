@@ -90,16 +90,13 @@ def options(name: str, preset: str | None = None, given: Mapping[str, Any] | Non
     return {option: getattr(checked, option) for option in merged}
 
 
-def build_distiller(
-    student: TaskModel, teacher: TaskModel, entries: Sequence[config.Loss], steps_per_epoch: int = 1
-) -> Distiller:
+def build_distiller(student: TaskModel, teacher: TaskModel, entries: Sequence[config.Loss]) -> Distiller:
     """Build every loss that a recipe lists, with the channels that both networks turn out to have.
 
     Args:
         student: The network to train.
         teacher: The network to imitate.
         entries: The recipe's `losses`.
-        steps_per_epoch: Turns the entries' epochs into steps.
 
     Raises:
         AcamkdError: A method, option or layer does not exist, or a pair does not match; the entry is named.
@@ -115,8 +112,7 @@ def build_distiller(
             raise AcamkdError(f"losses.{index} ({entry.name}): {error}") from error
         pairs += [pair for pair, _ in built]
         modules += [module for _, module in built]
-        stop_step = None if entry.stop_epoch is None else round(entry.stop_epoch * steps_per_epoch)
-        schedules += [WeightSchedule(round(entry.ramp_epochs * steps_per_epoch), stop_step)] * len(built)
+        schedules += [WeightSchedule(entry.ramp_epochs, entry.stop_epoch)] * len(built)
     return Distiller(student, teacher, pairs, modules, schedules)
 
 

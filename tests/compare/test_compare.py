@@ -54,8 +54,9 @@ def test_a_cell_knows_what_its_outcome_depends_on(recipe: Path, tmp_path: Path) 
     more = "compare.methods.acam={losses.0.name: acam, losses.0.num_masks: 3}"
     for change in ("train.epochs=3", more, "student.options={}", "data.resize=[32, 32]"):
         assert key(change) != key(), change
-    files = [key(f"student.backbone_weights={folder}/lite0.safetensors") for folder in ("a", "b")]
-    assert files[0] == files[1] != key()
+    for weights in ("backbone_weights", "weights"):
+        files = [key(f"student.{weights}={folder}/lite0.safetensors") for folder in ("a", "b")]
+        assert files[0] == files[1] != key()
 
 
 def test_tuning_comes_first_and_decides(recipe: Path, tmp_path: Path) -> None:
@@ -72,6 +73,12 @@ def test_tuning_comes_first_and_decides(recipe: Path, tmp_path: Path) -> None:
     final = plan(tuned, ["acam"], 1, results)[5]
     assert (final.setting, final.recipe.losses[0].options["weight"]) == (2.0, 2.0)
     assert cells[2].recipe.losses[0].options["weight"] == 2.0
+
+
+def test_a_search_that_would_change_nothing_is_refused(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(AcamkdError, match=r"gradient_ratio, which acts only on .*`weight: auto`, and acam has none"):
+        plan(config.load(recipe, ["compare.tune={}"]), ["acam"], 1, tmp_path)
+    assert len(plan(config.load(recipe, ["compare.tune={}", "losses.0.weight=auto"]), ["fitnet"], 1, tmp_path)) == 5
 
 
 def test_a_cell_is_one_small_file_and_is_not_run_again(
@@ -180,6 +187,13 @@ def test_a_failed_cell_is_said_and_the_others_go_on(recipe: Path, tmp_path: Path
         )
     assert (results / "logs/acam-seed1.txt").read_text() == "no memory\n"
     assert (results / "comparison.md").is_file()
+
+
+def test_where_all_cells_fail_that_is_what_is_said(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(AcamkdError, match=r"2 cells failed; what they said: .*none-seed0\.txt, .*acam-seed0\.txt"):
+        compare.compare(
+            config.load(recipe), ["acam"], 1, tmp_path / "results", lambda number: [sys.executable, "-c", "exit(3)"]
+        )
 
 
 def test_cells_of_other_pictures_or_teachers_are_refused(recipe: Path, tmp_path: Path) -> None:

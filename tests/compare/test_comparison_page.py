@@ -66,6 +66,18 @@ def test_a_teacher_of_other_classes_has_no_score(tmp_path: Path) -> None:
     assert '<h3>teacher</h3><div class="score number">\N{EN DASH} ' in page
 
 
+def test_masks_of_a_loss_that_stopped_are_judged_by_their_last_epoch(tmp_path: Path) -> None:
+    recipe, results = config.load(write_recipe(tmp_path, "segmentation")), tmp_path / "results"
+    masks = {"head/acam/spatial_mask": [0.5, 0.05, None], "head/acam/spatial_mask_std": [0.2, 0.1, None]}
+    for cell in plan(recipe, ["acam"], 1, results):
+        fake(cell, results, 40.0, history=[40.0] * 3, masks=masks if cell.method == "acam" else {})
+    tabulate(recipe, ["acam"], 1, results)
+    page = (results / "comparison.html").read_text(encoding="utf-8")
+    assert "collapsed" in page
+    assert "nan" not in page
+    assert "| `acam` | spatial | 0.5, 0.05, 0.05 | 0.2, 0.1, 0.1 |" in (results / "comparison.md").read_text()
+
+
 @pytest.mark.parametrize("methods", [["none"], ["acam"], ["none", "acam"]])
 def test_a_page_of_what_is_there(methods: list[str], tmp_path: Path) -> None:
     recipe = config.load(write_recipe(tmp_path, "segmentation"))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from torch import Tensor
 import tiny
 from acamkd import config
 from acamkd.data.base import read_picture
-from acamkd.distiller import Distiller
+from acamkd.distiller import Distiller, NonFiniteError
+from acamkd.engine import TrainingModule
 from acamkd.engine.nonfinite import IN_A_ROW, KEPT
 from acamkd.errors import AcamkdError
-from acamkd.jobs import distill
+from acamkd.jobs import Batches, build_network, distill
+from acamkd.methods import build_distiller
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,47 @@ def test_the_run_stops_and_keeps_the_pictures(
     assert not (tmp_path / "run/metrics.json").exists()
 
 
+def test_the_parameter_is_named(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = TrainingModule.training_step
+
+    def spoiled(self: TrainingModule, *arguments: Any) -> Tensor:
+        net: Any = self.distiller.student.net
+        harmless: Tensor = _Poison.apply(net.segmentation_head[0].bias).sum() * 0
+        return original(self, *arguments) + harmless
+
+    monkeypatch.setattr(TrainingModule, "training_step", spoiled)
+    name = r"distiller\.student\.net\.segmentation_head\.0\.bias"
+    with pytest.raises(AcamkdError, match=rf"step 0: the gradient is not finite at 1 parameter \({name}\), though"):
+        distill(tiny.recipe(root, epochs=1, batch_size=2), out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("where", ["labelled", "unlabelled"])
+def test_every_parameter_gets_a_gradient_of_a_broken_step(
+    where: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other processes wait for each, also for those that the broken forward did not come to."""
+    forward = Distiller.forward
+
+    def broken(self: Distiller, *arguments: Any, labelled: bool = True) -> dict[str, Tensor]:
+        if labelled == (where == "labelled"):
+            raise NonFiniteError("test")
+        return forward(self, *arguments, labelled=labelled)
+
+    recipe = tiny.recipe(root, batch_size=2)
+    assert recipe.teacher is not None
+    batches = Batches(recipe)
+    student, teacher = (build_network(recipe, section, batches.classes) for section in (recipe.student, recipe.teacher))
+    module = TrainingModule(build_distiller(student, teacher, recipe.losses), recipe.train, batches.scorer)
+    monkeypatch.setattr(Distiller, "forward", broken)
+    position = {"current_epoch": 0, "global_step": 0, "global_rank": 0}
+    monkeypatch.setattr(module, "_trainer", SimpleNamespace(num_training_batches=1, world_size=2, **position))
+    images, targets = next(iter(batches.train))
+    module.training_step((images, targets, images), 0).backward()  # type: ignore[no-untyped-call]
+    gradients = [p.grad for p in module.distiller.parameters() if p.requires_grad]
+    assert all(gradient is not None and gradient.isnan().all() for gradient in gradients)
+    assert (module.values, module.faults) == ({}, ["test"])
+
+
 @pytest.mark.parametrize("backwards", [False, True])
 def test_a_step_that_is_left_out_leaves_no_trace(
     backwards: bool, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -89,6 +133,15 @@ def test_a_step_that_is_left_out_leaves_no_trace(
     states = [end["optimizer_states"][0]["state"] for end in (after, before)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
     assert after["lr_schedulers"] != before["lr_schedulers"]  # it counts as a step
+
+
+def test_an_epoch_of_which_nothing_is_left_is_said(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _poison(monkeypatch, set(range(99)), backwards=False)
+    caplog.set_level(logging.INFO, "acamkd")
+    distill(tiny.recipe(root, epochs=1, batch_size=2, on_nonfinite="skip"), out=tmp_path / "run")
+    assert "epoch 1/1, mIoU " in caplog.text
 
 
 def test_too_many_in_a_row_stop_the_run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

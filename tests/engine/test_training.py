@@ -114,6 +114,13 @@ def test_one_cycle(tmp_path: Path) -> None:
     assert found == pytest.approx(rise + fall)
 
 
+def test_one_cycle_leaves_the_recipes_momentum_alone(tmp_path: Path) -> None:
+    optimizer = config.Optimizer(name="sgd", lr=0.5, momentum=0.7)
+    schedule = config.Schedule(name="one_cycle")
+    trainer, *_ = _fit(tmp_path, _batches(4), schedule=schedule, optimizer=optimizer)
+    assert [group["momentum"] for group in trainer.optimizers[0].param_groups] == [0.7]
+
+
 def test_the_schedule_counts_steps_rather_than_batches(tmp_path: Path) -> None:
     found = _rates(tmp_path, 2, 5, config.Schedule(name="polynomial", power=1), accumulate=2)
     per_step = [0.5 * (1 - step / 6) for step in range(6)]  # 5 batches are 3 steps
@@ -208,7 +215,7 @@ def test_every_term_and_mask_mean_is_in_both_tables_from_the_first_step(tmp_path
 
 def test_a_weight_rises_over_its_epochs_and_stops(tmp_path: Path) -> None:
     entry = config.Loss(name="acam", pairs=("1",), num_masks=2, ramp_epochs=2, stop_epoch=3)
-    distiller = build_distiller(_model(), _model(1), [entry], steps_per_epoch=2)
+    distiller = build_distiller(_model(), _model(1), [entry])
     still = config.Optimizer(lr=1e-12, weight_decay=0)
     _fit(tmp_path, _batches(1) * 2, distiller, epochs=4, optimizer=still)
     steps = [row for row in rows(tmp_path / "logs" / "metrics.csv") if row["loss_step"]]

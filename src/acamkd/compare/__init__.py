@@ -57,11 +57,12 @@ def compare(
         if any(cells[number].recipe.losses for number in due):
             _train_teacher(recipe)
         failed += run_cells(cells, due, results, command, end=end, jobs=jobs)
-    rows = tabulate(recipe, methods, seeds, results)
-    if failed:
-        logs = ", ".join(str(_log_file(results, cell)) for cell in failed)
-        raise AcamkdError(f"{len(failed)} cells failed; what they said: {logs}")
-    return rows
+    try:
+        return tabulate(recipe, methods, seeds, results)
+    finally:
+        if failed:
+            logs = ", ".join(str(_log_file(results, cell)) for cell in failed)
+            raise AcamkdError(f"{len(failed)} cells failed; what they said: {logs}")
 
 
 def run_cell(cells: Sequence[Cell], number: int, results: Path) -> None:

@@ -59,13 +59,13 @@ class Cell:
             "data": ("root", "workers", "check", "classes"),
             "train": ("seed", "accelerator", "devices"),
             "teacher": ("weights",),
-            "student": ("weights",),
         }.items():
             for name in names:
                 content.get(section, {}).pop(name, None)
         for role in ("teacher", "student"):
-            if file := content.get(role, {}).get("backbone_weights"):
-                content[role]["backbone_weights"] = Path(file).name
+            for name in ("weights", "backbone_weights"):
+                if file := content.get(role, {}).get(name):
+                    content[role][name] = Path(file).name
         del content["name"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -147,6 +147,11 @@ def _tuning_cells(recipe: config.Recipe, method: str) -> list[Cell]:
     search = recipe.compare.tune
     if search is None or not _variant(recipe, method).losses:
         return []
+    if search.option == "gradient_ratio" and not any(loss.is_auto for loss in _variant(recipe, method).losses):
+        raise AcamkdError(
+            f"compare.tune searches gradient_ratio, which acts only on losses with `weight: auto`, and {method} has "
+            "none: give it `weight: auto`, or tune another option"
+        )
     seeds = range(TUNING_SEED, TUNING_SEED + search.seeds)
     return [_cell(recipe, method, seed, value, tuning=True) for value in search.values for seed in seeds]
 

@@ -119,7 +119,8 @@ def _mask_charts(rows: Sequence[Row], cells: Cells) -> list[Chart]:
         for statistic, words in MOVEMENTS.items():
             if statistic in statistics:
                 course = [1 - x if words == "diversity" else x for x in statistics[statistic]]
-                curves.setdefault(f"{kind} masks: {words}", {})[method] = list(enumerate(course, start=1))
+                points = [(epoch, x) for epoch, x in enumerate(course, start=1) if x == x]
+                curves.setdefault(f"{kind} masks: {words}", {})[method] = points
     return mask_charts(dict(sorted(curves.items())))
 
 
@@ -130,8 +131,10 @@ def _collapses(rows: Sequence[Row], cells: Cells) -> list[tuple[str, str, int, i
         for column, course in cell["masks"].items():
             kind = column.rpartition("/")[2].removesuffix("_mask")
             if column.endswith("_mask"):
-                fallen = collapse(course[-1], cell["masks"][f"{column}_std"][-1])
-                found.setdefault((cell["method"], kind), []).append(bool(fallen))
+                spreads = cell["masks"][f"{column}_std"]
+                known = [pair for pair in zip(course, spreads, strict=True) if None not in pair]  # until a loss stops
+                if known:
+                    found.setdefault((cell["method"], kind), []).append(bool(collapse(*known[-1])))
     return [
         (row.method, kind, sum(sets), len(sets))
         for row in rows

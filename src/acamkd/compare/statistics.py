@@ -155,7 +155,7 @@ def final_means(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> dict
 def mask_courses(
     rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]
 ) -> dict[tuple[str, str], dict[str, list[float]]]:
-    """(method, kind of masks) -> statistic -> its mean over seeds and layers, epoch by epoch."""
+    """(method, kind of masks) -> statistic -> its mean over seeds and layers, epoch by epoch until a loss stops."""
     found: dict[tuple[str, str], dict[str, list[list[float]]]] = {}
     for row in rows:
         for cell in (cell for cell in cells if cell["method"] == row.method):
@@ -163,6 +163,11 @@ def mask_courses(
                 kind, _, statistic = column.rpartition("/")[2].partition("_mask")
                 found.setdefault((row.method, kind), {}).setdefault(statistic, []).append(course)
     return {
-        masks: {name: np.mean(np.array(courses, dtype=float), axis=0).tolist() for name, courses in statistics.items()}
+        masks: {name: _mean_course(courses) for name, courses in statistics.items()}
         for masks, statistics in found.items()
     }
+
+
+def _mean_course(courses: Sequence[Sequence[float | None]]) -> list[float]:
+    means: list[float] = np.mean(np.array(courses, dtype=float), axis=0).tolist()
+    return means[: max((epoch for epoch, mean in enumerate(means, start=1) if mean == mean), default=0)]

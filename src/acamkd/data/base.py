@@ -253,11 +253,21 @@ def listed(problems: Sequence[str]) -> list[str]:
 
 
 def read_picture(file: Path) -> Tensor:
-    """Decode a picture of any 8-bit mode to (3, H, W) uint8 RGB, rotated as its EXIF orientation says."""
-    with Image.open(file) as image:
-        if image.mode[0] in "IF":  # Pillow would clip them to white without a word
-            raise AcamkdError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
-        pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    """Decode a picture of any 8-bit mode to (3, H, W) uint8 RGB, rotated as its EXIF orientation says.
+
+    Raises:
+        AcamkdError: It cannot be decoded, or has more bits; the file is named.
+    """
+    try:
+        with Image.open(file) as image:
+            mode = image.mode
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:  # decoders of broken files raise whatever they meet first
+        raise AcamkdError(f"{file}: the picture cannot be read: {error}") from error
+    if mode[0] in "IF":  # Pillow has clipped them to white without a word
+        raise AcamkdError(
+            f"{file}: the picture cannot be read: its pixels are of mode {mode}; save it with 8 bits per channel"
+        )
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -312,7 +322,9 @@ def look_at(dataset: PictureDataset, index: int, *, decode: bool) -> tuple[Pixel
     size: Any
     try:
         size = read_picture(file).shape[-2:] if decode else read_size(file)
-    except Exception as error:  # decoders of broken files raise whatever they meet first
+    except AcamkdError as error:
+        return None, [str(error)]
+    except Exception as error:  # as decoders, the readers of headers
         return None, [f"{file}: the picture cannot be read: {error}"]
     return tuple(size), dataset.inspect(index, tuple(size), decode=decode)
 

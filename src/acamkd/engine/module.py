@@ -13,8 +13,9 @@ from torch.optim import lr_scheduler
 from acamkd.config import Train
 from acamkd.data.base import seed_of
 from acamkd.data.loading import Pictures
-from acamkd.distiller import Distiller, NonFiniteError
+from acamkd.distiller import Distiller, NonFiniteError, WeightSchedule
 from acamkd.engine.metrics import Scorer
+from acamkd.errors import AcamkdError
 from acamkd.models.base import Target
 
 
@@ -41,6 +42,12 @@ class TrainingModule(L.LightningModule):
         self.faults: list[str] = []
         """What was not finite in the batches of the current step."""
 
+    def on_train_start(self) -> None:
+        """Turn the epochs of the losses' schedules into steps: only now is it known how many processes there are."""
+        for schedule in self.distiller.schedules:
+            if isinstance(schedule, WeightSchedule):
+                schedule.steps_per_epoch = -(-int(self.trainer.num_training_batches) // self.config.accumulate)
+
     def training_step(self, batch: tuple[Any, ...], batch_idx: int) -> Tensor:
         """Return the training loss of one batch.
 
@@ -57,7 +64,8 @@ class TrainingModule(L.LightningModule):
         except NonFiniteError as error:  # dealt with where all processes are behind their backward pass
             self.values = {}
             self.faults.append(str(error))
-            return torch.stack(list(error.terms.values())).sum() * torch.nan
+            # DDP waits for every gradient, and this forward may not have come to what gives some of them.
+            return torch.nan * torch.stack([p.sum() for p in self.distiller.parameters() if p.requires_grad]).sum()
         total = torch.stack(list(terms.values())).sum()
         found = {f"loss/{name}": term for name, term in terms.items()} | statistics | {"loss": total}
         numbers = torch.stack([value.detach().float() for value in found.values()]).tolist()
@@ -107,13 +115,21 @@ class TrainingModule(L.LightningModule):
     def _schedule(self, optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
         config = self.config.schedule
         total_steps = int(self.trainer.estimated_stepping_batches)
+        if not total_steps:
+            raise AcamkdError(
+                f"the training pictures do not make one batch of {self.config.batch_size} for each of "
+                f"{self.trainer.world_size} processes: lower train.batch_size or train.devices"
+            )
         steps_per_epoch = total_steps // self.config.epochs
         if config.name == "one_cycle":
             peaks = [group["lr"] for group in optimizer.param_groups]
             total_steps = max(total_steps, 2)
             # torch divides by zero where exactly one step rises, or none falls.
             pct_start = min(max(config.pct_start, 1.5 / total_steps), 1 - 0.5 / total_steps)
-            return lr_scheduler.OneCycleLR(optimizer, max_lr=peaks, total_steps=total_steps, pct_start=pct_start)
+            return lr_scheduler.OneCycleLR(
+                optimizer, max_lr=peaks, total_steps=total_steps, pct_start=pct_start,
+                cycle_momentum=self.config.optimizer.name != "sgd",  # whose momentum is the recipe's
+            )  # fmt: skip
         parts: list[lr_scheduler.LRScheduler] = []
         if config.warmup_steps:
             parts.append(lr_scheduler.LinearLR(optimizer, start_factor=1e-3, total_iters=config.warmup_steps))

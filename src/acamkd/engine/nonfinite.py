@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
 from acamkd.data.loading import PictureLoader, Pictures
 from acamkd.engine.module import TrainingModule
@@ -76,7 +75,8 @@ class NonFinite(Callback):
         if trainer.precision == "16-mixed":
             is_finite = not trainer.strategy.reduce_boolean_decision(bool(faults), all=False)
         else:
-            is_finite = bool(nn.utils.clip_grad_norm_(pl_module.parameters(), math.inf).isfinite())  # clips nothing
+            norms = [p.grad.norm() for p in pl_module.parameters() if p.grad is not None]
+            is_finite = bool(torch.stack(norms).isfinite().all())
         if is_finite:
             self.in_a_row = 0
             return
@@ -95,8 +95,9 @@ class NonFinite(Callback):
     def _describe(self, trainer: L.Trainer, module: TrainingModule) -> str:
         """What is wrong in this process, with which pictures."""
         broken = [n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        count = f"{len(broken)} parameter{'s' if len(broken) > 1 else ''}"
         text = "; ".join(module.faults) or (
-            f"step {trainer.global_step}: the gradient is not finite at {len(broken)} parameters "
+            f"step {trainer.global_step}: the gradient is not finite at {count} "
             f"({', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}), though every loss term of this process is"
         )
         loader = trainer.train_dataloader

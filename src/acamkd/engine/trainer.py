@@ -136,7 +136,9 @@ class Recorder(Callback):
                 kind = kind if kind in ("task", "teacher") else "distillation"
                 sums[kind] = sums.get(kind, 0.0) + value
         left = timedelta(seconds=round(self.seconds / epoch * (epochs - epoch)))
-        parts = [f"epoch {epoch}/{epochs}", f"task loss {sums['task']:.3f}"]
+        parts = [f"epoch {epoch}/{epochs}"]
+        if "task" in sums:  # there is none where every step was left out
+            parts.append(f"task loss {sums['task']:.3f}")
         if "distillation" in sums:
             parts.append(f"distillation {sums['distillation']:.3f}")
         if scores:
