@@ -189,12 +189,12 @@ def test_the_loops_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     built = subprocess.run(
         words, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     )
     assert built.returncode == 0, built.stderr
-    assert built.stderr == ""
+    assert "WARNING" not in built.stderr
     home = (tmp_path / "site/index.html").read_text(encoding="utf-8")
     assert 'src="scenes-report.html#viewer"' in home
     assert 'id="viewer"' in (tmp_path / "site/scenes-report.html").read_text(encoding="utf-8")

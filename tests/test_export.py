@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import huggingface_hub
 import numpy as np
@@ -17,9 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from acamkd import cli, config, load_student
+import tiny
+from acamkd import cli, config, load_student, models
 from acamkd.errors import AcamkdError
 from acamkd.export import Export, check_repository, export, graph, push_to_hub, require
+from acamkd.export.card import write_card
 from acamkd.jobs import distill
 from acamkd.onnx_model import OnnxModel
 from acamkd.predict import predict
@@ -95,6 +98,30 @@ def test_the_card_runs_what_lies_beside_it(run: Run, exported: Export, picture: 
     ours = load_student(run.folder).net
     pixels = torch.rand(1, 3, 64, 64)
     torch.testing.assert_close(_tensors(plain["net"](pixels)), _tensors(ours(pixels)))
+
+
+@torch.no_grad()
+def test_the_card_builds_another_frameworks_network(tmp_path: Path) -> None:
+    section = {"arch": "retinanet", "backbone": "torchvision/resnet50", "backbone_weights": None, "fpn_channels": 8,
+               "options": {"convention": "mmdetection"}}  # fmt: skip
+    raw = tiny.raw_recipe(tmp_path, "detection") | {"student": section}
+    raw["data"]["resize"] = {"short": 64, "long": 96}
+    recipe = config.parse(raw)
+    model = models.build(recipe.student, "detection", 2, recipe.data.resize).eval()
+    models.save_weights(model.net, tmp_path / "student.safetensors")
+    figures = SimpleNamespace(
+        measured=[SimpleNamespace(network="student", runtime="PyTorch", scores={"mAP": 1.0}, cost=None)],
+        pictures=4, threads=1, difference=0.0, relative_difference=0.0,
+    )  # fmt: skip
+    graph_inputs = [SimpleNamespace(shape=["batch", 3, 64, 96])]
+    exported: Any = SimpleNamespace(classes=("a", "b"), session=SimpleNamespace(get_inputs=lambda: graph_inputs))
+    run: Any = SimpleNamespace(recipe=recipe, role="student")
+    write_card(tmp_path / "README.md", run, model, exported, cast(Export, figures))
+    block = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)[1]
+    found: dict[str, Any] = {}
+    exec(block.replace("student.safetensors", str(tmp_path / "student.safetensors")), found)
+    pixels = [torch.rand(3, 48, 80)]
+    torch.testing.assert_close(_tensors(found["net"](pixels)), _tensors(model.net(pixels)))
 
 
 def _tensors(found: Any) -> list[Tensor]:

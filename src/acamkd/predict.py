@@ -35,7 +35,7 @@ def predict(model: Path, source: Path, *, out: Path | None = None, score: float 
 
     Args:
         model: Run folder, or a file that `acamkd export` wrote.
-        source: A picture, a folder of pictures, or a video, which needs `pip install 'acamkd[video]'`.
+        source: A picture, a folder of pictures, or a video, which needs `pip install '.[video]'`.
         out: Output folder; `predictions` beside the model where not given.
         score: Detections below it are left out.
 
@@ -92,7 +92,7 @@ class Film:
         try:
             import av
         except ImportError as error:
-            raise AcamkdError("a video needs PyAV: pip install 'acamkd[video]'") from error
+            raise AcamkdError("a video needs PyAV: pip install '.[video]' in the checkout") from error
         self.source = source
         self.failure: type[Exception] = av.FFmpegError
         try:

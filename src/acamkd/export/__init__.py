@@ -165,7 +165,7 @@ def check_repository(name: str) -> None:
 def require(*packages: str) -> None:
     """Raise AcamkdError unless these packages of the extra are installed."""
     if missing := [name for name in packages if find_spec(name) is None]:
-        raise AcamkdError(f"export needs {', '.join(missing)}: pip install 'acamkd[export]'")
+        raise AcamkdError(f"export needs {', '.join(missing)}: pip install '.[export]' in the checkout")
 
 
 @torch.no_grad()
