@@ -144,7 +144,7 @@ def start_and_train(pictures: Path, *, quick: bool) -> None:
     rows: Rows = []
     for student, teacher in maps(files[:: max(1, len(files) // count)][:count], size):
         torch.manual_seed(0)
-        loss = ACAM(student.shape[1], teacher.shape[1], mask_grad="joint")
+        loss = ACAM(student.shape[1], teacher.shape[1], mask_grad="joint", imitation="squared")
         for when in ("at the start", "trained", "sharpened"):
             if when == "trained":
                 train(loss, student[::2], teacher[::2], steps)

@@ -28,8 +28,8 @@ from acamkd.methods import build_distiller
 
 SIZES = {"detection": (800, 1344), "segmentation": (512, 1024)}
 LOSSES = {
-    "detection": loss("acam", PYRAMID, kv_stride="auto", mask_grad="detached"),
-    "segmentation": loss("acam", LOGITS, num_masks=19, kv_stride="auto", mask_grad="detached"),
+    "detection": loss("acam", PYRAMID, kv_stride="auto", mask_grad="detached", imitation="squared"),
+    "segmentation": loss("acam", LOGITS, num_masks=19, kv_stride="auto", mask_grad="detached", imitation="squared"),
 }
 
 

@@ -24,7 +24,13 @@ def measure(name: str, size: tuple[int, int]) -> tuple[float, float]:
     torch.set_num_threads(2)
     logging.getLogger("acamkd").setLevel(logging.ERROR)
     student, teacher = networks(name, size)
-    entry = loss("acam", PYRAMID if student.task == "detection" else LOGITS, kv_stride="auto", mask_grad="joint")
+    entry = loss(
+        "acam",
+        PYRAMID if student.task == "detection" else LOGITS,
+        kv_stride="auto",
+        mask_grad="joint",
+        imitation="squared",
+    )
     distiller = build_distiller(student, teacher, [entry]).eval()
     distiller.student.train()
     batch = batch_of(student, size)

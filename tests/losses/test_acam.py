@@ -58,8 +58,8 @@ OPTIONS: list[Mapping[str, Any]] = [
 
 
 def joint(student_channels: int, teacher_channels: int, **options: Any) -> ACAM:
-    """ACAM with the published training of the masks, unless the options name another."""
-    return ACAM(student_channels, teacher_channels, **({"mask_grad": "joint"} | options))
+    """ACAM with the published training of the masks and the published imitation, unless the options name others."""
+    return ACAM(student_channels, teacher_channels, **({"mask_grad": "joint", "imitation": "squared"} | options))
 
 
 def maps(

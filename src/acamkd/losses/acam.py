@@ -149,9 +149,11 @@ class ACAM(FeatureLoss):
         - MasKD's softmax weighting of the masks is left out: nothing in the paper speaks of it.
         - `query="student"`: Q from the student, K and V from the teacher.
 
-    One departure: with mask_grad="joint", the method as published (preset `paper`), both terms shrink with the masks
-    and nothing holds the masks up, so that training drives them to zero and the distillation with them. The default is
-    mask_grad="look_ahead", with an objective of the masks' own, for every mask and image
+    Two defaults depart from the method as published, which is the preset `paper`. With imitation="squared" the channels
+    with the largest values decide, and their scale is the loss's; the default compares channels that are standardised
+    over the batch. With mask_grad="joint" both terms shrink with the masks and nothing holds the masks up, so that
+    training drives them to zero and the distillation with them. The default is mask_grad="look_ahead", with an
+    objective of the masks' own, for every mask and image
 
         L_sel = -sum_p M_p r_p / sum_p M_p + 10 (mean_p M_p - 1/2)^2,  r_p = <dL_task/dS', dD_p/dS'>
 
@@ -180,11 +182,11 @@ class ACAM(FeatureLoss):
             all others the student feels only the finished masks. `detached`: nothing. `task`: the frozen teacher's own
             loss on the map that they mask, mean_m M^s_m M^c_m T. This costs a second forward and a backward of the
             teacher.
-        imitation: What D is. `squared`: the method. `standardized`: both maps standardised per channel over the batch
-            (PKD). `softmax`, for logits: divergence of each position's distribution over the channels (L_s) and of
-            each channel's over the positions (L_c, CWD). `correlation`, for logits: one minus the correlation of the
-            channels' probabilities, over the channels of a position (L_s) and the positions of a channel (L_c), as in
-            DIST.
+        imitation: What D is. `squared`: the method. `standardized`: the same of maps standardised per channel over the
+            batch (PKD). `softmax`, for logits: divergence of each position's distribution over the channels (L_s) and
+            of each channel's over the positions (L_c, CWD). `correlation`, for logits: one minus the correlation of
+            the channels' probabilities, over the channels of a position (L_s) and the positions of a channel (L_c), as
+            in DIST.
         temperature: tau of imitation="softmax" and "correlation".
         diversity: `pairwise` or `literal`.
         tokens: With mask_source="fixed": learnt state of `selection`; in a recipe the file that `acamkd tokens` wrote.
@@ -221,7 +223,7 @@ class ACAM(FeatureLoss):
         masks: Literal["both", "channel", "spatial"] | Sequence[str] = "both",
         mask_source: Literal["cooperative", "teacher", "fixed", "random", "uniform"] = "cooperative",
         mask_grad: Literal["look_ahead", "joint", "detached", "task"] = "look_ahead",
-        imitation: Literal["squared", "standardized", "softmax", "correlation"] = "squared",
+        imitation: Literal["squared", "standardized", "softmax", "correlation"] = "standardized",
         temperature: float = 1.0,
         diversity: Literal["pairwise", "literal"] = "pairwise",
         tokens: Mapping[str, Tensor] | None = None,
