@@ -69,3 +69,23 @@ class Difference(ACAM):
 
     def _masks(self, student: Tensor, teacher: Tensor) -> Masks:
         return super()._masks(teacher - student, teacher)
+
+
+class ExactReward(ACAM):
+    """The reward of a place is what weighing its own error changes, <dL_task/dS', de_k/dS'>, statistics included.
+
+    Under imitation="standardized" an error moves every other place of its channel, too; ACAM's reward looks only at
+    what the place itself does.
+    """
+
+    def _rewards(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> tuple[Tensor, Tensor]:
+        assert context.task_gradient is not None
+        with torch.enable_grad():
+            student = student.detach().requires_grad_()
+            errors = imitation_errors(student, teacher, self.imitation, self.temperature)
+            # A backward is linear in what it starts from: its derivative by that is the derivative forward.
+            starts = [torch.zeros_like(error, requires_grad=True) for error in errors]
+            (backward,) = torch.autograd.grad(errors, student, starts, create_graph=True)
+            rewards = torch.autograd.grad(backward, starts, context.task_gradient)
+        channel, spatial = (safe_divide(x, x.abs().mean(dim=1, keepdim=True)) for x in rewards)
+        return channel, spatial

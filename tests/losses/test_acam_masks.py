@@ -58,13 +58,15 @@ def test_the_look_ahead_reward_is_what_a_step_of_imitation_does_to_the_task_loss
     for kind, reward in enumerate(rewards):
         assert not reward.requires_grad
         torch.testing.assert_close(reward.abs().mean(dim=1), torch.ones(2, dtype=torch.float64))
-        for place in (0, 2):  # a small step on the error of this channel or position alone
-            error = imitation_errors(student, teacher, form, 2.0)[kind][1, place]
-            (step,) = torch.autograd.grad(error, student)
-            gain = task(student) - task(student - 1e-6 * step)
-            other = imitation_errors(student, teacher, form, 2.0)[kind][1, 1]
-            (other_step,) = torch.autograd.grad(other, student)
-            ratio = gain / (task(student) - task(student - 1e-6 * other_step))
+        (step,) = torch.autograd.grad(imitation_errors(student, teacher, form, 2.0)[kind].sum(), student)
+
+        steps = [torch.zeros_like(step).flatten(2) for _ in range(3)]
+        for place, alone in enumerate(steps):  # a small step of this channel or position alone
+            at = (1, place) if kind == 0 else (1, slice(None), place)
+            alone[at] = step.flatten(2)[at]
+        gains = [task(student) - task(student - 1e-6 * alone.view_as(step)) for alone in steps]
+        for place in (0, 2):
+            ratio = gains[place] / gains[1]
             torch.testing.assert_close(reward[1, place] / reward[1, 1], ratio.detach(), rtol=1e-3, atol=0)
 
 

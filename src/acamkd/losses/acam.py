@@ -155,7 +155,7 @@ class ACAM(FeatureLoss):
     training drives them to zero and the distillation with them. The default is mask_grad="look_ahead", with an
     objective of the masks' own, for every mask and image
 
-        L_sel = -sum_p M_p r_p / sum_p M_p + 10 (mean_p M_p - 1/2)^2,  r_p = <dL_task/dS', dD_p/dS'>
+        L_sel = -sum_p M_p r_p / sum_p M_p + 10 (mean_p M_p - 1/2)^2,  r_p = <dL_task/dS'_p, d(sum D)/dS'_p>
 
     where r is what a step of imitation at p does to the student's task loss, to first order, divided by the image's
     mean |r|; for channels likewise. mask_grad="task" holds them up too: a teacher whose features are masked away loses
@@ -346,5 +346,4 @@ class ACAM(FeatureLoss):
         if isinstance(self.align, nn.Conv2d):
             # A step of S' is felt through the transposed align, so the task's gradient is carried over by the align.
             gradient = F.conv2d(gradient, self.align.weight.detach())
-        rewards: tuple[Tensor, Tensor] = look_ahead_reward(student, teacher, gradient, self.imitation, self.temperature)
-        return rewards
+        return look_ahead_reward(student, teacher, gradient, self.imitation, self.temperature)

@@ -102,16 +102,15 @@ class CollapseWatch:
                 self._said.add(kind)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch.compile knows no second derivatives
 def look_ahead_reward(
     student: Tensor, teacher: Tensor, task_gradient: Tensor, form: str = "squared", temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """How much a small step of imitation of one channel, or at one position, lowers the student's task loss.
+    """How much the student's task loss falls where one channel, or one position, moves as imitation would move it.
 
-    A step against the gradient of the error e_k changes the task loss by -<grad L_task, grad e_k>, to first order, so
-    the reward of k is this inner product, divided by the image's mean magnitude. It is the derivative of e_k along the
-    task's gradient, for all k at once, and so exact where an error depends on other places, too (by the statistics of
-    a batch, or by a softmax).
+    A step of x_k, the student's values there, against the gradient of all errors changes the task loss by
+    -<dL_task/dx_k, d(sum_j e_j)/dx_k>, to first order; the reward of k is this inner product, divided by the image's
+    mean magnitude. Where errors share statistics (`standardized`, `correlation`) this is not what weighing e_k alone
+    would change, which made worse masks (docs/masks.md).
 
     Args:
         student: Aligned map S', (N, C, H, W).
@@ -123,17 +122,14 @@ def look_ahead_reward(
     Returns:
         (N, C) and (N, HW), without gradient.
     """
+    rewards = []
     with torch.enable_grad():
         student = student.detach().requires_grad_()
-        errors = imitation_errors(student, teacher, form, temperature)
-        # A backward is linear in what it starts from: its derivative by that is the derivative forward.
-        starts = [torch.zeros_like(error, requires_grad=True) for error in errors]
-        (backward,) = torch.autograd.grad(errors, student, starts, create_graph=True)
-        channel, spatial = torch.autograd.grad(backward, starts, task_gradient)
-    return (
-        safe_divide(channel, channel.abs().mean(dim=1, keepdim=True)),
-        safe_divide(spatial, spatial.abs().mean(dim=1, keepdim=True)),
-    )
+        for error, dims in zip(imitation_errors(student, teacher, form, temperature), ((2, 3), (1,)), strict=True):
+            (gradient,) = torch.autograd.grad(error.sum(), student, retain_graph=True)
+            reward = (gradient * task_gradient).sum(dim=dims).flatten(1)
+            rewards.append(safe_divide(reward, reward.abs().mean(dim=1, keepdim=True)))
+    return rewards[0], rewards[1]
 
 
 def selection_loss(mask: Tensor, reward: Tensor, budget: float = 0.5) -> Tensor:
