@@ -115,8 +115,8 @@ def test_jobs_do_not_import_each_other_in_a_circle() -> None:
 @pytest.mark.parametrize("path", [each for each in FILES if own_part(each) == "losses"], ids=lambda path: path.name)
 def test_losses_need_torch_alone(path: Path) -> None:
     standard = {
-        "abc", "collections", "dataclasses", "functools", "itertools", "logging", "math", "types", "typing",
-        "__future__",
+        "abc", "collections", "contextlib", "dataclasses", "functools", "itertools", "logging", "math", "types",
+        "typing", "__future__",
     }  # fmt: skip
     allowed = standard | {"torch", "acamkd"} | ({"torchvision"} if path.name == "crosskd.py" else set())
     assert {dotted.partition(".")[0] for dotted, _ in read(path)} <= allowed

@@ -1,4 +1,4 @@
-"""The one exception that users are meant to see."""
+"""The exceptions that users are meant to see."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,10 @@ class AcamkdError(ValueError):
 
     The command line prints the message alone and exits with 1; any other exception is a bug and keeps its traceback.
     """
+
+
+class PictureError(AcamkdError, OSError):
+    """A picture cannot be decoded. An OSError, too, as of a picture that has gone: a training says how to go on."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

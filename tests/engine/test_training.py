@@ -156,7 +156,7 @@ def test_accumulation_steps_with_the_mean_gradient_and_never_drops_the_last_batc
 
 
 def test_a_term_that_also_sees_unlabelled_pictures_is_the_mean_of_both(tmp_path: Path) -> None:
-    entries = [config.Loss(name="fitnet", pairs=("1",)), config.Loss(name="acam", pairs=("0",), mask_grad="look_ahead")]
+    entries = [config.Loss(name="fitnet", pairs=("1",)), config.Loss(name="acam", pairs=("0",), imitation="squared")]
     distiller = build_distiller(_model(), _model(1), entries)
     student = distiller.student
     ((images, targets),), ((more, _),) = _batches(1), _batches(1, seed=5)

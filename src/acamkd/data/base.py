@@ -21,7 +21,7 @@ from torch import Tensor, distributed
 from torch.utils.data import Dataset, Sampler, get_worker_info
 from torchvision import tv_tensors
 
-from acamkd.errors import AcamkdError
+from acamkd.errors import AcamkdError, PictureError
 from acamkd.models.base import PixelSize, Target
 
 log = logging.getLogger(__name__)
@@ -256,18 +256,18 @@ def read_picture(file: Path) -> Tensor:
     """Decode a picture of any 8-bit mode to (3, H, W) uint8 RGB, rotated as its EXIF orientation says.
 
     Raises:
-        AcamkdError: It cannot be decoded, or has more bits; the file is named.
+        PictureError: It cannot be decoded, or has more bits; the file is named.
+        FileNotFoundError: It is not there.
     """
     try:
         with Image.open(file) as image:
-            mode = image.mode
+            if image.mode[0] in "IF":  # Pillow would clip them to white without a word
+                raise PictureError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
             pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except FileNotFoundError:
+        raise
     except Exception as error:  # decoders of broken files raise whatever they meet first
-        raise AcamkdError(f"{file}: the picture cannot be read: {error}") from error
-    if mode[0] in "IF":  # Pillow has clipped them to white without a word
-        raise AcamkdError(
-            f"{file}: the picture cannot be read: its pixels are of mode {mode}; save it with 8 bits per channel"
-        )
+        raise PictureError(f"{file}: the picture cannot be read: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -322,7 +322,7 @@ def look_at(dataset: PictureDataset, index: int, *, decode: bool) -> tuple[Pixel
     size: Any
     try:
         size = read_picture(file).shape[-2:] if decode else read_size(file)
-    except AcamkdError as error:
+    except PictureError as error:
         return None, [str(error)]
     except Exception as error:  # as decoders, the readers of headers
         return None, [f"{file}: the picture cannot be read: {error}"]
