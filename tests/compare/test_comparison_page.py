@@ -66,6 +66,18 @@ def test_a_teacher_of_other_classes_has_no_score(tmp_path: Path) -> None:
     assert '<h3>teacher</h3><div class="score number">\N{EN DASH} ' in page
 
 
+@pytest.mark.parametrize("source", ["uniform", "cooperative"])
+def test_masks_that_are_ones_by_design_have_not_collapsed(source: str, tmp_path: Path) -> None:
+    overrides = ["losses.0.name=acam", f"losses.0.mask_source={source}"]
+    recipe, results = config.load(write_recipe(tmp_path, "segmentation"), overrides), tmp_path / "results"
+    masks = {"head/acam/spatial_mask": [1.0], "head/acam/spatial_mask_std": [0.0]}
+    for cell in plan(recipe, ["acam"], 1, results):
+        fake(cell, results, 40.0, masks=masks if cell.method == "acam" else {})
+    tabulate(recipe, ["acam"], 1, results)
+    page = (results / "comparison.html").read_text(encoding="utf-8")
+    assert ("Masks have collapsed" in page) == (source == "cooperative")
+
+
 def test_masks_of_a_loss_that_stopped_are_judged_by_their_last_epoch(tmp_path: Path) -> None:
     recipe, results = config.load(write_recipe(tmp_path, "segmentation")), tmp_path / "results"
     masks = {"head/acam/spatial_mask": [0.5, 0.05, None], "head/acam/spatial_mask_std": [0.2, 0.1, None]}

@@ -125,9 +125,14 @@ def _mask_charts(rows: Sequence[Row], cells: Cells) -> list[Chart]:
 
 
 def _collapses(rows: Sequence[Row], cells: Cells) -> list[tuple[str, str, int, int]]:
-    """(method, kind of masks, collapsed sets, all sets) at the end; a set is those of one layer and seed."""
+    """(method, kind of masks, collapsed sets, all sets) at the end; a set is those of one layer and seed.
+
+    Masks that are ones by design (`mask_source: uniform`) are not among them.
+    """
     found: dict[tuple[str, str], list[bool]] = {}
     for cell in cells:
+        if any(loss.get("mask_source") == "uniform" for loss in cell["losses"]):
+            continue
         for column, course in cell["masks"].items():
             kind = column.rpartition("/")[2].removesuffix("_mask")
             if column.endswith("_mask"):
