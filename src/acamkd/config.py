@@ -139,6 +139,11 @@ class Model(Section):
     std: tuple[Deviation, Deviation, Deviation] | None = None
     """Standard deviation of the colours, likewise."""
 
+    @property
+    def convention(self) -> Any:
+        """Whose conventions a detector follows: the option of that name, torchvision's where there is none."""
+        return self.options.get("convention", "torchvision")
+
 
 class Loss(BaseModel):
     """One method at one or more pairs of layers; every other key is an option of the method itself."""

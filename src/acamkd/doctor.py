@@ -130,8 +130,9 @@ def examine_data(recipe: config.Recipe) -> dict[str, Statistics]:
 def _weights(check: str, model: TaskModel, section: config.Model) -> Finding:
     """What of the network comes from where; it has been loaded once already, so that nothing can be refused here."""
     if section.weights is not None:
-        convention = section.options.get("convention", "torchvision")
-        report = models.load_weights(model.net, section.weights, strict=False, what=section.arch, convention=convention)
+        report = models.load_weights(
+            model.net, section.weights, strict=False, what=section.arch, convention=section.convention
+        )
     elif section.backbone_weights not in (None, "imagenet"):
         report = models.load_weights(model.backbone, section.backbone_weights, strict=False, what=section.backbone)
     elif section.backbone_weights == "imagenet":

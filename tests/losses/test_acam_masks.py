@@ -59,7 +59,6 @@ def test_the_look_ahead_reward_is_what_a_step_of_imitation_does_to_the_task_loss
         assert not reward.requires_grad
         torch.testing.assert_close(reward.abs().mean(dim=1), torch.ones(2, dtype=torch.float64))
         (step,) = torch.autograd.grad(imitation_errors(student, teacher, form, 2.0)[kind].sum(), student)
-
         steps = [torch.zeros_like(step).flatten(2) for _ in range(3)]
         for place, alone in enumerate(steps):  # a small step of this channel or position alone
             at = (1, place) if kind == 0 else (1, slice(None), place)

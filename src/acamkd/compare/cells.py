@@ -144,10 +144,10 @@ def best_setting(cells: Iterable[Cell], results: Path) -> float | None:
 
 
 def _tuning_cells(recipe: config.Recipe, method: str) -> list[Cell]:
-    search = recipe.compare.tune
-    if search is None or not _variant(recipe, method).losses:
+    search, losses = recipe.compare.tune, _variant(recipe, method).losses
+    if search is None or not losses:
         return []
-    if search.option == "gradient_ratio" and not any(loss.is_auto for loss in _variant(recipe, method).losses):
+    if search.option == "gradient_ratio" and not any(loss.is_auto for loss in losses):
         raise AcamkdError(
             f"compare.tune searches gradient_ratio, which acts only on losses with `weight: auto`, and {method} has "
             "none: give it `weight: auto`, or tune another option"

@@ -102,15 +102,16 @@ def _hues(rows: Sequence[Row]) -> dict[str, str]:
 def _metric_chart(rows: Sequence[Row], cells: Cells) -> Chart:
     metric, curves = cells[0]["metric"], {}
     for row in rows:
-        curves[row.method] = _points(np.array([c["history"] for c in cells if c["method"] == row.method], dtype=float))
+        courses = np.array([c["history"] for c in cells if c["method"] == row.method], dtype=float)
+        curves[row.method] = _points(courses.mean(axis=0).tolist())
     scores = [cell["teacher"][metric] for cell in cells if cell["teacher"]]  # None where its classes are others
     level = ("teacher", scores[0]) if scores and scores[0] is not None else None
     return draw(f"{metric}, mean over the seeds", curves, level=level)
 
 
-def _points(courses: Any) -> Points:
-    """Mean of courses (seeds, epochs) in the epochs in which all were scored."""
-    return [(epoch, mean) for epoch, mean in enumerate(courses.mean(axis=0).tolist(), start=1) if mean == mean]
+def _points(course: Sequence[float]) -> Points:
+    """A mean course, without the epochs in which something was missing."""
+    return [(epoch, mean) for epoch, mean in enumerate(course, start=1) if mean == mean]
 
 
 def _mask_charts(rows: Sequence[Row], cells: Cells) -> list[Chart]:
@@ -119,8 +120,7 @@ def _mask_charts(rows: Sequence[Row], cells: Cells) -> list[Chart]:
         for statistic, words in MOVEMENTS.items():
             if statistic in statistics:
                 course = [1 - x if words == "diversity" else x for x in statistics[statistic]]
-                points = [(epoch, x) for epoch, x in enumerate(course, start=1) if x == x]
-                curves.setdefault(f"{kind} masks: {words}", {})[method] = points
+                curves.setdefault(f"{kind} masks: {words}", {})[method] = _points(course)
     return mask_charts(dict(sorted(curves.items())))
 
 

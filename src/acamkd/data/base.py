@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -259,25 +260,32 @@ def read_picture(file: Path) -> Tensor:
         PictureError: It cannot be decoded, or has more bits; the file is named.
         FileNotFoundError: It is not there.
     """
-    try:
-        with Image.open(file) as image:
-            if image.mode[0] in "IF":  # Pillow would clip them to white without a word
-                raise PictureError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
-            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # decoders of broken files raise whatever they meet first
-        raise PictureError(f"{file}: the picture cannot be read: {error}") from error
+    with _opened(file) as image:
+        if image.mode[0] in "IF":  # Pillow would clip them to white without a word
+            raise PictureError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
+        pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def read_size(file: Path) -> PixelSize:
-    """(height, width) after EXIF rotation, from the file's header."""
-    with Image.open(file) as image:
+    """(height, width) after EXIF rotation, from the file's header; raises as `read_picture`."""
+    with _opened(file) as image:
         width, height = image.size
         # Without this question Pillow would decode a whole PNG in search of an entry after its pixels.
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in image.info else 1
     return (width, height) if orientation >= 5 else (height, width)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """A picture; whatever goes wrong with it within becomes a PictureError that names it, unless it is not there."""
+    try:
+        with Image.open(file) as image:
+            yield image
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # decoders of broken files raise whatever they meet first
+        raise PictureError(f"{file}: the picture cannot be read: {error}") from error
 
 
 def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
@@ -322,10 +330,8 @@ def look_at(dataset: PictureDataset, index: int, *, decode: bool) -> tuple[Pixel
     size: Any
     try:
         size = read_picture(file).shape[-2:] if decode else read_size(file)
-    except PictureError as error:
+    except (PictureError, FileNotFoundError) as error:
         return None, [str(error)]
-    except Exception as error:  # as decoders, the readers of headers
-        return None, [f"{file}: the picture cannot be read: {error}"]
     return tuple(size), dataset.inspect(index, tuple(size), decode=decode)
 
 

@@ -58,8 +58,7 @@ def build(
     who = f"{model.arch} on {model.backbone}"
     if model.weights is not None:
         log.info("%s", load_weights(
-            built.net, model.weights, strict=teacher, what=who,
-            convention=model.options.get("convention", "torchvision"),
+            built.net, model.weights, strict=teacher, what=who, convention=model.convention,
         ))  # fmt: skip
         if model.weights.startswith(_WITHOUT_EPSILON):
             overwrite_eps(built.net, 0.0)
