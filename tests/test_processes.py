@@ -86,6 +86,8 @@ def _together(run: Callable[[int], object], launcher: Launcher = _torchrun) -> l
         os.environ.update({name: str(value) for name, value in launcher(rank, port).items()})
         code: Any = 1
         try:
+            # torch renews its pool of threads at the first use after a fork, which two threads at once must not do.
+            torch.set_num_threads(torch.get_num_threads())
             run(rank)
             code = 0
         except SystemExit as end:

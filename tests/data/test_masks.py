@@ -10,7 +10,7 @@ from PIL import Image
 
 from acamkd import data
 from acamkd.data import MaskFolder
-from acamkd.errors import AcamkdError
+from acamkd.errors import AcamkdError, PictureError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 IDS = np.array([[0, 1, 2], [11, 1, 0]], np.uint8)
@@ -99,6 +99,8 @@ def test_broken_mask(tmp_path: Path) -> None:
     (masks / "b.png").write_bytes((masks / "b.png").read_bytes()[:45])
     with pytest.raises(AcamkdError, match=r"1 problem:\n.*b\.png: the mask cannot be read"):
         data.check(_dataset(tmp_path), "full")
+    with pytest.raises(PictureError, match=r"b\.png: the mask cannot be read"):  # damaged after the check
+        _dataset(tmp_path)[1]
 
 
 def test_picture_without_mask_and_mask_without_picture(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def read_picture(file: Path) -> Tensor:
         PictureError: It cannot be decoded, or has more bits; the file is named.
         FileNotFoundError: It is not there.
     """
-    with _opened(file) as image:
+    with opened(file) as image:
         if image.mode[0] in "IF":  # Pillow would clip them to white without a word
             raise PictureError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
         pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
@@ -269,7 +269,7 @@ def read_picture(file: Path) -> Tensor:
 
 def read_size(file: Path) -> PixelSize:
     """(height, width) after EXIF rotation, from the file's header; raises as `read_picture`."""
-    with _opened(file) as image:
+    with opened(file) as image:
         width, height = image.size
         # Without this question Pillow would decode a whole PNG in search of an entry after its pixels.
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in image.info else 1
@@ -277,7 +277,7 @@ def read_size(file: Path) -> PixelSize:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[Image.Image]:
+def opened(file: Path, what: str = "picture") -> Iterator[Image.Image]:
     """A picture; whatever goes wrong with it within becomes a PictureError that names it, unless it is not there."""
     try:
         with Image.open(file) as image:
@@ -285,7 +285,7 @@ def _opened(file: Path) -> Iterator[Image.Image]:
     except FileNotFoundError:
         raise
     except Exception as error:  # decoders of broken files raise whatever they meet first
-        raise PictureError(f"{file}: the picture cannot be read: {error}") from error
+        raise PictureError(f"{file}: the {what} cannot be read: {error}") from error
 
 
 def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 
-from acamkd.data.base import PICTURES, PictureDataset, Transform, describe, files_of, twins
-from acamkd.errors import AcamkdError
+from acamkd.data.base import PICTURES, PictureDataset, Transform, describe, files_of, opened, twins
+from acamkd.errors import AcamkdError, PictureError
 from acamkd.models.base import VOID, PixelSize, Target
 
 
@@ -50,14 +51,13 @@ class MaskDataset(PictureDataset):
         """The mask must have its picture's size, one channel, and known ids only."""
         file = self.annotation_files[index]
         try:
-            with Image.open(file) as image:
-                _require_ids(image)
+            with _opened_mask(file) as image:
                 mask_size = (image.height, image.width)
             values = torch.unique(_read_mask(file)).tolist() if decode else []
         except FileNotFoundError:
             return [f"{file}: there is no such mask"]
-        except Exception as error:  # decoders of broken files raise whatever they meet first
-            return [f"{file}: the mask cannot be read: {error}"]
+        except PictureError as error:
+            return [str(error)]
         if mask_size != size:
             return [f"{file}: the mask has {describe(mask_size)}, but {self.files[index].name} has {describe(size)}"]
         if unknown := [str(value) for value in values if value not in self.ids]:
@@ -117,13 +117,16 @@ class MaskFolder(MaskDataset):
 
 def _read_mask(file: Path) -> Tensor:
     """(H, W) uint8, values as stored; a palette's colours do not matter."""
-    with Image.open(file) as image:
-        _require_ids(image)
+    with _opened_mask(file) as image:
         return torch.from_numpy(np.array(image, dtype=np.uint8))
 
 
-def _require_ids(image: Image.Image) -> None:
-    if image.mode not in ("1", "L", "P"):
-        raise AcamkdError(
-            f"it is of mode {image.mode}; save class ids, as 8-bit grey or with a palette, not colours or 16 bits"
-        )
+@contextmanager
+def _opened_mask(file: Path) -> Iterator[Image.Image]:
+    """A mask whose mode can hold class ids; raises as `opened` does."""
+    with opened(file, "mask") as image:
+        if image.mode not in ("1", "L", "P"):
+            raise AcamkdError(
+                f"it is of mode {image.mode}; save class ids, as 8-bit grey or with a palette, not colours or 16 bits"
+            )
+        yield image
