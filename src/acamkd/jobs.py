@@ -9,6 +9,8 @@ import os
 import platform
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -211,38 +213,20 @@ def _fit(run: Run, distiller: Distiller, batches: Batches, *, resume: bool, over
     trainer = build_trainer(recipe.train, recorder, progress=sys.stdout.isatty(), callbacks=watching)
     is_first = trainer.is_global_zero  # of several processes, it alone writes and speaks
     goes_on = run.create(resume=resume, overwrite=overwrite) if is_first else resume and run.has_checkpoint
-    handler = logging.FileHandler(run.folder / LOG, encoding="utf-8") if is_first else logging.NullHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    package = logging.getLogger("acamkd")
-    level = package.level
-    # The file is to be complete, whatever a program around this wants on its screen.
-    package.setLevel(logging.INFO if is_first else logging.ERROR)
-    package.addHandler(handler)
-    try:
+    with _log_file(run.folder / LOG, is_first), _explaining(run.folder):
         if resume and not goes_on:
             log.warning("%s has no finished epoch to resume from: it starts anew", run.folder)
         checkpoint = find_checkpoint(run.folder) if goes_on else None
-        with data.naming_pictures(batches.val):
-            teacher_scores = (
-                _score_teacher(distiller.teacher.to(trainer.strategy.root_device), batches) if distiller.losses else {}
-            )
-        teacher_hash = _hash(distiller.teacher.net) if distiller.losses else None
+        taught_by: dict[str, Any] = {}
+        if distiller.losses:
+            with data.naming_pictures(batches.val):
+                scores = _score_teacher(distiller.teacher.to(trainer.strategy.root_device), batches)
+            taught_by = {"teacher": scores, "teacher_sha256": _hash(distiller.teacher.net)}
         torch.manual_seed(recipe.train.seed)
         module = TrainingModule(distiller, recipe.train, batches.scorer)
-        on_interrupt = signal.getsignal(signal.SIGINT)
-        try:
-            with data.naming_pictures(batches.mixed, batches.val):
-                trainer.fit(module, batches.mixed, batches.val, ckpt_path=checkpoint)
-        except SystemExit as end:
-            done = len(recorder.history)
-            if end.code == TERMINATED:
-                log.warning("%s: terminated; --resume goes on at step %d", run.folder, recorder.step)
-                raise
-            # Lightning's answer to Ctrl-C, which it ignores from then on.
-            signal.signal(signal.SIGINT, on_interrupt)
-            log.warning("%s: interrupted; --resume goes on after epoch %d of %d", run.folder, done, recipe.train.epochs)
-            raise KeyboardInterrupt from None
-        if distiller.losses and _hash(distiller.teacher.net) != teacher_hash:
+        with data.naming_pictures(batches.mixed, batches.val), _stopping(run.folder, recorder, recipe.train.epochs):
+            trainer.fit(module, batches.mixed, batches.val, ckpt_path=checkpoint)
+        if taught_by and _hash(distiller.teacher.net) != taught_by["teacher_sha256"]:
             raise RuntimeError("the teacher changed during training")
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()  # what follows is for the first process alone
@@ -253,7 +237,7 @@ def _fit(run: Run, distiller: Distiller, batches: Batches, *, resume: bool, over
             "metric": metric,
             "best_epoch": recorder.best_epoch,
             run.role: recorder.best,
-            **({"teacher": teacher_scores, "teacher_sha256": teacher_hash} if teacher_hash else {}),
+            **taught_by,
             "parameters": count_parameters(distiller.student.net),
             "seconds": round(recorder.seconds, 1),
             "seed": recipe.train.seed,
@@ -268,16 +252,53 @@ def _fit(run: Run, distiller: Distiller, batches: Batches, *, resume: bool, over
                  run.folder, metric, recorder.best[metric], recorder.best_epoch, run.weights.name)  # fmt: skip
         write_report(run)
         return run
-    except OSError as error:  # a full disk, or pictures that have gone; a loading process sends a whole traceback
-        reason = str(error).rstrip().splitlines()[-1]
-        raise AcamkdError(
-            f"{run.folder}: the training stopped: {reason}; once that is mended, --resume goes on from the last "
-            "checkpoint"
-        ) from error
+
+
+@contextmanager
+def _log_file(file: Path, is_first: bool) -> Iterator[None]:
+    """Write what the package says into a file too; of several processes only the first one speaks."""
+    handler = logging.FileHandler(file, encoding="utf-8") if is_first else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    package = logging.getLogger("acamkd")
+    level = package.level
+    # The file is to be complete, whatever a program around this wants on its screen.
+    package.setLevel(logging.INFO if is_first else logging.ERROR)
+    package.addHandler(handler)
+    try:
+        yield
     finally:
         package.removeHandler(handler)
         package.setLevel(level)
         handler.close()
+
+
+@contextmanager
+def _explaining(folder: Path) -> Iterator[None]:
+    """Say of a full disk, or of pictures that have gone, what is to be done."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).rstrip().splitlines()[-1]  # a loading process sends a whole traceback
+        raise AcamkdError(
+            f"{folder}: the training stopped: {reason}; once that is mended, --resume goes on from the last checkpoint"
+        ) from error
+
+
+@contextmanager
+def _stopping(folder: Path, recorder: Recorder, epochs: int) -> Iterator[None]:
+    """Say where `--resume` goes on when a signal ends the training within."""
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as end:
+        if end.code == TERMINATED:
+            log.warning("%s: terminated; --resume goes on at step %d", folder, recorder.step)
+            raise
+        # Lightning's answer to Ctrl-C, which it ignores from then on.
+        signal.signal(signal.SIGINT, on_interrupt)
+        done = len(recorder.history)
+        log.warning("%s: interrupted; --resume goes on after epoch %d of %d", folder, done, epochs)
+        raise KeyboardInterrupt from None
 
 
 def count_parameters(net: nn.Module) -> int:
