@@ -98,7 +98,9 @@ def figure(file: Path, rows: Sequence[Row], cells: Sequence[Mapping[str, Any]], 
     height = 1.2 + 0.34 * len(rows)
     picture, (left, right) = plt.subplots(1, 2, figsize=(11, max(3.2, height)), layout="constrained")
     compared = [row for row in rows if row.gain is not None]
-    colors = {row.method: f"C{index % 10}" for index, row in enumerate(rows)}
+    methods = [row.method for row in rows if row.method != NONE]
+    palette = plt.get_cmap("tab10" if len(methods) <= 10 else "tab20")
+    colors = {NONE: "black"} | {method: palette(index % palette.N) for index, method in enumerate(methods)}
     for place, row in enumerate(reversed(compared)):
         assert row.gain is not None
         if row.gain.low is not None and row.gain.high is not None:
