@@ -548,6 +548,14 @@ def test_a_collapse_is_said_once_or_stops(caplog: pytest.LogCaptureFixture) -> N
     assert len(caplog.messages) == 1
 
 
+def test_masks_of_a_single_position_have_not_collapsed() -> None:
+    """The last level of a pyramid over small pictures: nothing to choose, and no reason to stop."""
+    loss = ACAM(3, 4, masks="spatial", mask_grad="detached", on_mask_collapse="stop").double()
+    loss(*maps(2, 3, 4, 1, 1), DistillationContext(step=WATCH_EVERY - 1))
+    assert loss.statistics["spatial_mask_std"] == 0
+    assert 0.1 < loss.statistics["spatial_mask"] < 0.9
+
+
 def test_an_align_carries_the_task_gradient_to_the_teachers_channels() -> None:
     student, teacher = maps(1, 2, 3, 2, 2)
     loss = joint(2, 3, num_masks=1, mask_grad="look_ahead").double()

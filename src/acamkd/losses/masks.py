@@ -92,7 +92,9 @@ class CollapseWatch:
         """Judge the masks in use by their statistics, `KIND_mask` and `KIND_mask_std`."""
         if step % WATCH_EVERY != WATCH_EVERY - 1:
             return
-        for kind in (kind for kind, mask in masks._asdict().items() if mask is not None and kind not in self._said):
+        for kind, mask in masks._asdict().items():
+            if mask is None or kind in self._said or mask.flatten(2).shape[2] == 1:  # a single position cannot vary
+                continue
             mean, spread = (statistics[f"{kind}_{name}"].item() for name in ("mask", "mask_std"))
             if why := collapse(mean, spread):
                 message = f"the {kind} masks have collapsed by step {step + 1}: {why}"
