@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 from acamkd import config, data
 from acamkd.data.base import LISTED_PROBLEMS, read_picture, read_size, seed_of
 from acamkd.errors import AcamkdError
+from acamkd.models.base import Target
 
 
 def _write(file: Path, image: Image.Image) -> None:
@@ -50,6 +52,21 @@ def test_seed_epoch_and_index_each_change_the_draws(tmp_path: Path) -> None:
     assert not torch.equal(_train(tmp_path)[5][0], image)  # the same picture in epoch 1
     assert not torch.equal(_train(tmp_path, seed=1)[0][0], image)
     assert len({seed_of(0, epoch, index) for epoch in range(20) for index in range(20)}) == 400
+
+
+def test_a_hand_over_that_the_end_of_training_cuts_off_prints_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    dataset = _train(tmp_path)
+    target = dataset.target
+
+    def cut_off(index: int, size: tuple[int, int]) -> Target:
+        sys.excepthook(EOFError, EOFError("cut off"), None)  # as multiprocessing does in a loading process
+        return target(index, size)
+
+    monkeypatch.setattr(dataset, "target", cut_off)
+    assert len(list(data.loader(dataset, 2, 1, shuffle=False, seed=0))) == 3
+    assert "cut off" not in capfd.readouterr().err
 
 
 def test_items_leave_the_global_generator_alone(tmp_path: Path) -> None:

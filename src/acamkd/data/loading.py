@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ class PictureLoader(DataLoader[Any]):
     ) -> None:
         super().__init__(
             dataset, sampler=sampler, num_workers=workers, persistent_workers=workers > 0, collate_fn=_as_lists,
-            worker_init_fn=_outlive_sigterm, **options,
+            worker_init_fn=_be_ended, **options,
         )  # fmt: skip
         dataset.reading = torch.full((workers, 2), -1).share_memory_() if workers else None  # type: ignore[no-untyped-call]
 
@@ -100,9 +101,12 @@ def _death(what: str, loaders: Sequence[PictureLoader], is_dead: Callable[[int],
     )
 
 
-def _outlive_sigterm(_: int) -> None:
-    """Leave a loading process to the training process, which ends it; schedulers send their signal to every process."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _be_ended(_: int) -> None:
+    """Leave the end of a loading process to the training process."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send theirs to every process
+    # By this hook multiprocessing prints that training has ended amid a hand-over, and nothing else: every other
+    # exception is sent to the training process.
+    sys.excepthook = lambda *_: None
 
 
 def _as_lists(samples: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
