@@ -45,7 +45,8 @@ class MaskDataset(PictureDataset):
 
     def target(self, index: int, size: PixelSize) -> Target:
         """`mask` (H, W) int64, VOID where nothing is known."""
-        return {"mask": tv_tensors.Mask(self._table[_read_mask(self.annotation_files[index]).long()])}
+        with _opened_mask(self.annotation_files[index]) as mask:
+            return {"mask": tv_tensors.Mask(self._table[_ids(mask).long()])}
 
     def inspect(self, index: int, size: PixelSize, *, decode: bool) -> list[str]:
         """The mask must have its picture's size, one channel, and known ids only."""
@@ -53,7 +54,7 @@ class MaskDataset(PictureDataset):
         try:
             with _opened_mask(file) as image:
                 mask_size = (image.height, image.width)
-            values = torch.unique(_read_mask(file)).tolist() if decode else []
+                values = torch.unique(_ids(image)).tolist() if decode else []
         except FileNotFoundError:
             return [f"{file}: there is no such mask"]
         except PictureError as error:
@@ -115,10 +116,9 @@ class MaskFolder(MaskDataset):
         self.problems += twins(pictures, "mask")
 
 
-def _read_mask(file: Path) -> Tensor:
+def _ids(mask: Image.Image) -> Tensor:
     """(H, W) uint8, values as stored; a palette's colours do not matter."""
-    with _opened_mask(file) as image:
-        return torch.from_numpy(np.array(image, dtype=np.uint8))
+    return torch.from_numpy(np.array(mask, dtype=np.uint8))
 
 
 @contextmanager
