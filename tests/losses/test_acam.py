@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from math import log
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from acamkd.losses import attention
 from acamkd.losses.acam import ACAM, ASCM
 from acamkd.losses.attention import window_side
 from acamkd.losses.base import DistillationContext
-from acamkd.losses.masks import WATCH_EVERY, apply_masks, mask_overlap
+from acamkd.losses.masks import WATCH_EVERY, Masks, apply_masks, mask_overlap
 
 SHAPES = [(1, 3, 3, 5, 7), (3, 4, 6, 5, 3), (3, 1, 1, 4, 3), (2, 2, 1, 1, 5)]
 """(N, C_s, C_t, H, W)."""
@@ -74,16 +75,42 @@ def projected(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
     return torch.einsum("oc,nchw->nohw", weight[:, :, 0, 0], x) + bias[:, None, None]
 
 
-def windows(x: Tensor, stride: int, *, mean: bool = True) -> Tensor:
-    """Means or sums over windows; those at the right and bottom may be smaller."""
-    reduce = torch.mean if mean else torch.sum
-    rows = [
-        torch.stack(
-            [reduce(x[..., i : i + stride, j : j + stride], dim=(2, 3)) for j in range(0, x.shape[-1], stride)], dim=-1
-        )
-        for i in range(0, x.shape[-2], stride)
+def fuse(
+    q: Tensor, k: Tensor, v: Tensor, units: Tensor | None, size: tuple[int, int], stride: int
+) -> tuple[Tensor, Tensor]:
+    """F of one image from its queries, keys and values (C, HW), and its products with units (M, C)."""
+    height, width = size
+    scale = float(q.shape[0]) ** -0.5
+    if stride == 1:
+        fused = v @ (q.T @ k * scale).softmax(dim=1).T
+        return fused, fused if units is None else units @ fused
+    grid = next(s for s in range(1, 999) if -(-height // s) * -(-width // s) <= attention.PROBES)
+    probes = [i * width + j for i in range(0, height, grid) for j in range(0, width, grid)]
+    received = (q[:, probes].T @ k * scale).softmax(dim=1).sum(dim=0)
+    singles = received.topk(min(attention.KEYS, height * width) // 2).indices.tolist()
+    members = [
+        [p for p in range(height * width) if (p // width // stride, p % width // stride) == (i, j) and p not in singles]
+        for i in range(-(-height // stride))
+        for j in range(-(-width // stride))
     ]
-    return torch.stack(rows, dim=-2)
+    members = [window for window in members if window]
+    scores = [scale * q.T @ k[:, window].mean(dim=1) + log(len(window)) for window in members]
+    scores += [scale * q.T @ k[:, p] for p in singles]
+    shares = torch.stack(scores).softmax(dim=0)  # (K, HW)
+    answers = torch.stack([v[:, window].mean(dim=1) for window in members] + [v[:, p] for p in singles], dim=1)
+    varied = torch.zeros_like(v @ k.T)
+    for window in members:
+        dv, dk = (x[:, window] - x[:, window].mean(dim=1, keepdim=True) for x in (v, k))
+        varied = varied + dv @ dk.T / sum(map(len, members))
+    fused = answers @ shares
+    if units is None:
+        return fused, fused
+    shift = units @ varied @ q * scale
+    variance = torch.zeros(len(units), dtype=q.dtype)
+    for window in members:
+        variance = variance + (units @ v[:, window]).var(dim=1, correction=0) * len(window) / sum(map(len, members))
+    damped = shift / (1 + shift.square() / variance.clamp_min(1e-300)[:, None]).sqrt()
+    return fused, units @ fused + shares[: len(members)].sum(dim=0) * damped
 
 
 def overlap(masks: Tensor, form: str) -> Tensor:
@@ -139,6 +166,7 @@ def textbook(
     else:
         if mask_source == "fixed":
             fused = teacher.flatten(2)
+            seen = p["selection.spatial"] @ fused if "spatial" in kinds else fused
         else:
             partner = teacher if mask_source == "teacher" else student if mask_grad == "joint" else student.detach()
             asking, answering = (teacher, partner) if query == "teacher" else (partner, teacher)
@@ -147,24 +175,18 @@ def textbook(
                     (x - x.mean(dim=1, keepdim=True)) / (x.var(dim=1, keepdim=True, correction=0) + 1e-5).sqrt()
                     for x in (asking, answering)
                 )
-            whole, answering = answering, windows(answering, kv_stride)
             q = projected(p["fusion.query.weight"], p["fusion.query.bias"], asking).flatten(2)
             k = projected(p["fusion.key.weight"], p["fusion.key.bias"], answering).flatten(2)
             v = projected(p["fusion.value.weight"], p["fusion.value.bias"], answering).flatten(2)
-            sizes = windows(torch.ones_like(whole[:1, :1]), kv_stride, mean=False).flatten()
-            scores = q.transpose(1, 2) @ k / q.shape[1] ** 0.5 + sizes.log()  # each window counts by its positions
-            fused = (scores.softmax(dim=2) @ v.transpose(1, 2)).transpose(1, 2)  # (N, C, HW)
-            spread = answering.repeat_interleave(kv_stride, 2).repeat_interleave(kv_stride, 3)
-            rest = whole - spread[..., :height, :width]  # zero without windows
-            dk = torch.einsum("oc,nchw->nohw", p["fusion.key.weight"][:, :, 0, 0], rest).flatten(2)
-            dv = torch.einsum("oc,nchw->nohw", p["fusion.value.weight"][:, :, 0, 0], rest).flatten(2)
-            fused = fused + dv @ dk.transpose(1, 2) / (height * width) @ q / q.shape[1] ** 0.5
+            units = p.get("selection.spatial")
+            images = [fuse(*image, units, (height, width), kv_stride) for image in zip(q, k, v, strict=True)]
+            fused, seen = (torch.stack(each) for each in zip(*images, strict=True))
         if mask_source in ("fixed", "random"):
-            fused = fused.detach()
+            fused, seen = fused.detach(), seen.detach()
         if "channel" in kinds:
             made["channel"] = torch.sigmoid(p["selection.channel"] @ fused.mean(dim=2).unsqueeze(1))
         if "spatial" in kinds:
-            made["spatial"] = torch.sigmoid(p["selection.spatial"] @ fused)
+            made["spatial"] = torch.sigmoid(seen)
 
     compared = [student, teacher]
     if imitation == "standardized":
@@ -252,27 +274,37 @@ def test_attention_in_blocks_is_the_same(
     compare(joint(4, 6, **options).double(), options, student, teacher, student)
 
 
-def test_auto_takes_the_smallest_windows_that_leave_256_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_leaves_at_most_256_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [(100, 168), (50, 84), (25, 42), (16, 16), (1, 257), (129, 257), (1, 1)]
-    assert [window_side(size) for size in sizes] == [9, 5, 3, 1, 2, 12, 1]
+    assert [window_side(size) for size in sizes] == [12, 6, 3, 1, 3, 17, 1]
     student, teacher = maps(2, 3, 3, 7, 5)
     whole, auto = joint(3, 3).double(), joint(3, 3, kv_stride="auto").double()
     auto.load_state_dict(whole.state_dict())
     assert auto(student, teacher) == whole(student, teacher)  # 35 positions
-    monkeypatch.setattr(attention, "KEYS", 6)  # 3 x 2 windows
+    monkeypatch.setattr(attention, "KEYS", 12)  # 3 x 2 windows and 6 positions
+    monkeypatch.setattr(attention, "PROBES", 10)  # 4 x 2 queries on the corners of 2 x 2 ones
     compare(auto, {"kv_stride": 3}, student, teacher, student)
 
 
-def test_windows_keep_the_masks_where_attention_is_soft() -> None:
-    """Maps without any structure, for which averages over windows alone would say nothing."""
+def correlations(ours: Masks, theirs: Masks) -> list[float]:
+    """Of each mask of one image with its other form."""
+    pairs = [
+        torch.stack([one.flatten(), other.flatten()])
+        for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None
+        for one, other in zip(a[0], b[0], strict=True)
+    ]  # fmt: skip
+    return [float(torch.corrcoef(pair)[0, 1]) for pair in pairs]
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 30.0])
+def test_windows_keep_the_masks(sharpness: float) -> None:
+    """Maps without any structure: of soft attention averages alone would say nothing, of sharp attention even less."""
     student, teacher = maps(1, 8, 8, 24, 24)
     whole, windowed = joint(8, 8).double(), joint(8, 8, kv_stride=4).double()
+    with torch.no_grad():
+        whole.fusion.query.weight *= sharpness
     windowed.load_state_dict(whole.state_dict())
-    for ours, theirs in zip(windowed.masks_of(student, teacher), whole.masks_of(student, teacher), strict=True):
-        assert ours is not None
-        assert theirs is not None
-        for one, other in zip(ours.flatten(2)[0], theirs.flatten(2)[0], strict=True):
-            assert torch.corrcoef(torch.stack([one, other]))[0, 1] > 0.95
+    assert min(correlations(windowed.masks_of(student, teacher), whole.masks_of(student, teacher))) > 0.95
 
 
 def test_smaller_windows_at_the_border_count_less() -> None:
@@ -684,3 +716,14 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 def test_maps_that_do_not_fit_are_refused(student: tuple[int, ...], teacher: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         joint(3, 4)(torch.zeros(student), torch.zeros(teacher))
+
+
+@pytest.mark.parametrize("kv_stride", [1, 2, "auto"])
+def test_compiled_the_fusion_is_one_graph(kv_stride: Any) -> None:
+    student, teacher = maps(2, 4, 4, 18, 16)
+    loss = joint(4, 4, kv_stride=kv_stride).double()
+    units = loss.selection.spatial_units()
+    plain = loss.fusion(teacher, student, units)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(loss.fusion, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(teacher, student, units), plain)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acamkd.losses.attention import cross_attention, layer_norm, window_counts, window_covariance, window_side
+from acamkd.losses.attention import Condensed, cross_attention, heavy_hitters, layer_norm, window_side
 from acamkd.losses.base import DistillationContext, FeatureLoss
 from acamkd.losses.functional import (
     align_layer,
@@ -19,6 +19,7 @@ from acamkd.losses.functional import (
     imitation_errors,
     masked_error,
     resample,
+    safe_divide,
 )
 from acamkd.losses.masks import (
     CollapseWatch,
@@ -41,9 +42,12 @@ class STCAFF(nn.Module):
     are linear in V, so that F itself, and V, need never be computed: (A V)^T m = A (V^T m), and the average of F is V
     times the average row of A.
 
-    With windows, each key counts as the mean of its window, and so does each value. What this leaves out, that a query
-    attends more to some positions of a window than to others, is put back to first order in the query, by the
-    covariance of keys and values within windows, averaged over all of them: F_i += E[dV dK^T] q_i / sqrt(C_q).
+    With windows, the positions to which a sample of the queries attends most stay keys of their own, and of the others
+    each window is one key, the mean of its positions, and counts as many times. What this leaves out, that a query
+    attends more to some positions of a window than to others, is put back into what the spatial units see, to first
+    order in the query: by the covariance of keys and values within windows, averaged over all of them, times the
+    attention a_i that the query pays to windows, m F_i += a_i m E[dV dK^T] q_i / sqrt(C_q). The shift is damped to stay
+    below the deviation of m V within windows, as no mean over a window can differ by much more from the plain one.
 
     Args:
         channels: C, of both maps.
@@ -64,23 +68,35 @@ class STCAFF(nn.Module):
         """Fuse two maps of (N, C, H, W) into F, seen through units (M, C): its average (N, C), and (N, M, H, W)."""
         if self.normalize:
             asking, answering = layer_norm(asking), layer_norm(answering)
-        side = window_side(answering.shape[-2:]) if self.kv_stride == "auto" else self.kv_stride
         weight, bias = self.value.weight.flatten(1), self.value.bias
         assert bias is not None
-        query, readout = self.query(asking).flatten(2), units @ weight  # (N, C_q, HW), (M, C)
-        # Averaged before the projections: they are linear, so the result is the same and costs less.
-        means = F.avg_pool2d(answering, side, ceil_mode=True) if side > 1 else answering
-        counts = window_counts(answering, side) if side > 1 else None
-        answers = means.flatten(2)  # (N, C, K)
-        read, received = cross_attention(query, self.key(means).flatten(2), readout @ answers, counts)
-        pooled = torch.einsum("nck,nk->nc", answers, received)
-        if counts is not None:
-            to_key = self.key.weight.flatten(1) * query.shape[1] ** -0.5  # (C_q, C)
-            seen = torch.cat([readout.mT.expand(len(query), -1, -1), (query.mean(dim=2) @ to_key).unsqueeze(2)], dim=2)
-            varied = window_covariance(answering, means, counts, seen)  # (N, C, M + 1)
-            read, pooled = read + (to_key @ varied[:, :, :-1]).mT @ query, pooled + varied[:, :, -1]
+        query, readout = self.query(asking), units @ weight  # (N, C_q, H, W), (M, C)
+        side = window_side(answering.shape[2:]) if self.kv_stride == "auto" else self.kv_stride
+        if side == 1:
+            answers = answering.flatten(2)
+            read, received = cross_attention(query.flatten(2), self.key(answering).flatten(2), readout @ answers)
+            pooled = torch.einsum("nck,nk->nc", answers, received)
+        else:
+            read, pooled = self._condensed(query, answering, readout, side)
         logits = read + (units @ bias).unsqueeze(1)  # the rows of A sum to 1, so that the bias of V is one of F
         return F.linear(pooled, weight, bias), logits.reshape(*logits.shape[:2], *asking.shape[-2:])
+
+    def _condensed(self, query: Tensor, answering: Tensor, readout: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        """A V seen through the units, (N, M, HW), and the average answer, (N, C), with windows of keys."""
+        to_key = self.key.weight.flatten(1) * query.shape[1] ** -0.5  # (C_q, C)
+        singles = heavy_hitters(answering, query, to_key)
+        keys = Condensed.of(answering, side, singles)
+        query, answers = query.flatten(2), torch.cat([keys.means, keys.singles], dim=2)
+        counts = F.pad(keys.counts, (0, singles.shape[1]), value=1.0)
+        in_windows = F.pad(torch.ones_like(keys.counts), (0, singles.shape[1])).unsqueeze(1)
+        values = torch.cat([readout @ answers, in_windows], dim=1)
+        read, received = cross_attention(query, self.key(answers.unsqueeze(3)).flatten(2), values, counts)
+        # The covariance is that of the map; what keys and values make of it is linear.
+        varied = keys.covariance(readout.mT.expand(len(query), -1, -1))  # (N, C, M)
+        shift = (to_key @ varied).mT @ query
+        variance = (readout.mT * varied).sum(dim=1).unsqueeze(2)  # of m V within windows
+        shift = shift * torch.rsqrt(1 + safe_divide(shift.square(), variance))
+        return read[:, :-1] + read[:, -1:] * shift, torch.einsum("nck,nk->nc", answers, received)
 
 
 class ASCM(nn.Module):
@@ -192,10 +208,10 @@ class ACAM(FeatureLoss):
         tokens: With mask_source="fixed": learnt state of `selection`; in a recipe the file that `acamkd tokens` wrote.
             Without it the tokens stay random.
         kv_stride: Side of the square windows over which the map that answers is averaged before keys and values are
-            made of it; every position still asks, and what varies within the windows counts to first order, which keeps
-            the spatial masks near the exact ones only while attention is soft (see `normalize`). 1 is exact.
-            `auto`: on each level the smallest side that leaves at most 256 windows (1 on maps of up to 256 positions),
-            which makes the cost linear in the positions.
+            made of it. Every position still asks, up to 128 positions that get the most attention stay keys of their
+            own, and what varies within the windows counts to first order. 1 is exact. `auto`: on each level the
+            smallest side that leaves at most 128 windows (1 on maps of up to 256 positions), which makes the cost
+            linear in the positions.
         normalize: Fuse maps after a layer norm, over the channels of each position and without parameters. Raw maps are
             the paper's; where their values are large, a query may see a single key (1.1 of 320 in a trained FCOS).
         align: Project the student even where the channels agree.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import count
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,10 @@ BLOCK = 2**22
 """Elements of an attention map that exist at a time, 16 MiB in float32."""
 
 KEYS = 256
-"""Key positions that kv_stride="auto" leaves at most."""
+"""Keys that kv_stride="auto" leaves at most: half of them windows, half single positions."""
+
+PROBES = 128
+"""Queries at most that find the single positions."""
 
 
 def cross_attention(query: Tensor, key: Tensor, value: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -30,17 +32,17 @@ def cross_attention(query: Tensor, key: Tensor, value: Tensor, counts: Tensor | 
         query: (N, C_q, HW).
         key: (N, C_q, K).
         value: (N, C, K); C may be 0.
-        counts: How many equal keys each of them stands for, (K,); one where not given.
+        counts: How many equal keys each of them stands for, (N, K); one where not given.
 
     Returns:
         (N, C, HW), and the attention that each key receives, (N, K), of sum 1.
     """
-    rows = max(1, BLOCK // (len(query) * key.shape[2]))
     queries, keys = query.mT * query.shape[1] ** -0.5, key.mT
     if counts is not None:  # n exp(q k) = exp(q k + log n): one channel more, which is 1 in every query
         queries = F.pad(queries, (0, 1), value=1.0)
-        keys = torch.cat([keys, counts.log().expand(len(keys), 1, -1).mT], dim=2)
-    read, received = _BlockAttention.apply(queries, keys, value.mT, rows)
+        # A key that stands for none is out of reach of every logit, and finite: its gradient is 0 times it.
+        keys = torch.cat([keys, counts.log().clamp_min(-1e30).unsqueeze(2)], dim=2)
+    read, received = _BlockAttention.apply(queries, keys, value.mT)
     return read.mT, received[:, 0] / query.shape[2]
 
 
@@ -52,8 +54,9 @@ class _BlockAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """(N, HW, C_q), (N, K, C_q), (N, K, C) -> (N, HW, C), (N, 1, K)."""
+        rows = max(1, BLOCK // (len(query) * key.shape[1]))
         read = query.new_empty(*query.shape[:2], value.shape[2])
         received = query.new_zeros(len(query), 1, key.shape[1])
         for q, out in zip(torch.split(query, rows, 1), torch.split(read, rows, 1), strict=True):
@@ -67,9 +70,7 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, of_read: Tensor | None, of_received: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, of_read: Tensor | None, of_received: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """With dP = dR V^T + 1 dr^T: dS = P (dP - sum_k P dP) for S = Q K^T."""
         query, key, value, read = ctx.saved_tensors
         d_read = torch.zeros_like(read) if of_read is None else of_read
@@ -84,34 +85,75 @@ class _BlockAttention(torch.autograd.Function):
                 d_scores = (d_out @ value.mT).add_(d_received).sub_(mean).mul_(attention)
                 d_q.copy_(d_scores @ key)
                 d_key += d_scores.mT @ q
-        return d_query, d_key, None if of_read is None else d_value, None
+        return d_query, d_key, None if of_read is None else d_value
 
 
 def window_side(size: Sequence[int]) -> int:
-    """Smallest side of square windows of which at most KEYS cover a map of this (height, width)."""
-    return next(side for side in count(1) if prod(-(-length // side) for length in size) <= KEYS)
+    """For kv_stride="auto": 1 where a map of this (height, width) has at most KEYS positions, or KEYS / 2 windows."""
+    return 1 if prod(size) <= KEYS else _side(size, KEYS // 2)
 
 
-def window_counts(x: Tensor, side: int) -> Tensor:
-    """Positions in each window, (H_k W_k,): those at the right and bottom of a map (N, C, H, W) may be smaller."""
-    return F.avg_pool2d(torch.ones_like(x[:1, :1]), side, ceil_mode=True, divisor_override=1).flatten()
+def _side(size: Sequence[int], most: int) -> int:
+    """Smallest side of so many square windows, at most, that cover a map of this (height, width)."""
+    side = 1  # a plain loop, which torch.compile does not break at
+    while prod([-(-length // side) for length in size]) > most:
+        side += 1
+    return side
 
 
-def window_covariance(x: Tensor, means: Tensor, counts: Tensor, vectors: Tensor) -> Tensor:
-    """E[D D^T] Y, with D what a position differs by from the mean of its window, averaged over all positions.
+@torch.no_grad()
+def heavy_hitters(x: Tensor, query: Tensor, to_key: Tensor) -> Tensor:
+    """The positions of a map that get the most attention: KEYS / 2, but no more than half of them.
 
     Args:
-        x: (N, C, H, W).
-        means: Over the windows, (N, C, H_k, W_k).
-        counts: Their positions, (H_k W_k,).
-        vectors: Y, (N, C, R).
+        x: (N, C, H, W), the map.
+        query: (N, C_q, H_q, W_q), of which PROBES at most, on a grid, are asked.
+        to_key: (C_q, C), what makes keys of the map.
 
     Returns:
-        (N, C, R); the covariance itself, (N, C, C), is never made.
+        Their indices in the flattened map, (N, S).
     """
-    values, averages = x.flatten(2), means.flatten(2)
-    moments = values @ (values.mT @ vectors) - averages @ (counts.unsqueeze(1) * (averages.mT @ vectors))
-    return moments / values.shape[2]
+    side = _side(query.shape[2:], PROBES)
+    probes = to_key.mT @ query[:, :, ::side, ::side].flatten(2)
+    keys = x.flatten(2).mT
+    _, received = _BlockAttention.apply(probes.mT, keys, keys[:, :, :0])
+    indices: Tensor = received[:, 0].topk(min(KEYS, keys.shape[1]) // 2, dim=1).indices
+    return indices
+
+
+class Condensed(NamedTuple):
+    """A map (N, C, H, W) as K windows, and S single positions, which the windows leave out."""
+
+    means: Tensor
+    """Of the windows, (N, C, K)."""
+    counts: Tensor
+    """Their positions, (N, K): fewer at the map's right and bottom, and 0 where all are single."""
+    singles: Tensor
+    """(N, C, S)."""
+    rest: Tensor
+    """The map with 0 in the place of the single positions, (N, C, HW)."""
+
+    @classmethod
+    def of(cls, x: Tensor, side: int, singles: Tensor) -> Condensed:
+        """Windows of this side over (N, C, H, W), and the positions with the indices (N, S)."""
+        indices = singles.unsqueeze(1)
+        pooled = torch.ones_like(x[:, 0]).flatten(1).scatter(1, singles, 0).view_as(x[:, :1])
+        rest = x * pooled
+        sums, counts = (F.avg_pool2d(y, side, ceil_mode=True, divisor_override=1).flatten(2) for y in (rest, pooled))
+        chosen = x.flatten(2).gather(2, indices.expand(-1, x.shape[1], -1))
+        return cls(sums / counts.clamp_min(1), counts.squeeze(1), chosen, rest.flatten(2))
+
+    def covariance(self, vectors: Tensor) -> Tensor:
+        """E[D D^T] Y, with D what a position of a window differs by from its mean, averaged over all such positions.
+
+        Args:
+            vectors: Y, (N, C, R).
+
+        Returns:
+            (N, C, R); the covariance itself, (N, C, C), is never made.
+        """
+        of_means = self.means @ (self.counts.unsqueeze(2) * (self.means.mT @ vectors))
+        return (self.rest @ (self.rest.mT @ vectors) - of_means) / (self.rest.shape[2] - self.singles.shape[2])
 
 
 def layer_norm(x: Tensor) -> Tensor:
