@@ -165,11 +165,11 @@ def plot(rows: Rows) -> Figure:
     """Correlation by keys."""
     figure = Figure(figsize=(5, 4))
     axes = figure.subplots()
-    for made in rows:
+    for number, made in enumerate(rows):
         found = [made["correlations"][str(keys)] for keys in KEYS]
         for kind, line in (("spatial", "o-"), ("channel", "s:")):
             label = f"{kind}, {' x '.join(map(str, made['map']))}, {made['when']}"
-            axes.semilogx(KEYS, [each[kind] for each in found], line, label=label)
+            axes.semilogx(KEYS, [each[kind] for each in found], line, color=f"C{number}", label=label)
     axes.axhline(0.95, color="black", linewidth=0.5)
     axes.set(xlabel="keys at most", ylabel="correlation with the exact masks")
     axes.legend(fontsize=6)
