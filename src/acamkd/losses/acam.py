@@ -75,20 +75,19 @@ class STCAFF(nn.Module):
         if side == 1:
             answers = answering.flatten(2)
             read, received = cross_attention(query.flatten(2), self.key(answering).flatten(2), readout @ answers)
-            pooled = torch.einsum("nck,nk->nc", answers, received)
         else:
-            read, pooled = self._condensed(query, answering, readout, side)
+            answers, read, received = self._condensed(query, answering, readout, side)
+        pooled = torch.einsum("nck,nk->nc", answers, received)
         logits = read + (units @ bias).unsqueeze(1)  # the rows of A sum to 1, so that the bias of V is one of F
         return F.linear(pooled, weight, bias), logits.reshape(*logits.shape[:2], *asking.shape[-2:])
 
-    def _condensed(self, query: Tensor, answering: Tensor, readout: Tensor, side: int) -> tuple[Tensor, Tensor]:
-        """A V seen through the units, (N, M, HW), and the average answer, (N, C), with windows of keys."""
+    def _condensed(self, query: Tensor, answering: Tensor, readout: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
+        """With windows: what answers (N, C, K), A V seen through the units (N, M, HW), the average row of A (N, K)."""
         to_key = self.key.weight.flatten(1) * query.shape[1] ** -0.5  # (C_q, C)
-        singles = heavy_hitters(answering, query, to_key)
-        keys = Condensed.of(answering, side, singles)
+        keys = Condensed.of(answering, side, heavy_hitters(answering, query, to_key))
         query, answers = query.flatten(2), torch.cat([keys.means, keys.singles], dim=2)
-        counts = F.pad(keys.counts, (0, singles.shape[1]), value=1.0)
-        in_windows = F.pad(torch.ones_like(keys.counts), (0, singles.shape[1])).unsqueeze(1)
+        counts = F.pad(keys.counts, (0, keys.singles.shape[2]), value=1.0)
+        in_windows = F.pad(torch.ones_like(keys.counts), (0, keys.singles.shape[2])).unsqueeze(1)
         values = torch.cat([readout @ answers, in_windows], dim=1)
         read, received = cross_attention(query, self.key(answers.unsqueeze(3)).flatten(2), values, counts)
         # The covariance is that of the map; what keys and values make of it is linear.
@@ -96,7 +95,7 @@ class STCAFF(nn.Module):
         shift = (to_key @ varied).mT @ query
         variance = (readout.mT * varied).sum(dim=1).unsqueeze(2)  # of m V within windows
         shift = shift * torch.rsqrt(1 + safe_divide(shift.square(), variance))
-        return read[:, :-1] + read[:, -1:] * shift, torch.einsum("nck,nk->nc", answers, received)
+        return answers, read[:, :-1] + read[:, -1:] * shift, received
 
 
 class ASCM(nn.Module):

@@ -134,14 +134,13 @@ class Condensed(NamedTuple):
     """The map with 0 in the place of the single positions, (N, C, HW)."""
 
     @classmethod
-    def of(cls, x: Tensor, side: int, singles: Tensor) -> Condensed:
-        """Windows of this side over (N, C, H, W), and the positions with the indices (N, S)."""
-        indices = singles.unsqueeze(1)
-        pooled = torch.ones_like(x[:, 0]).flatten(1).scatter(1, singles, 0).view_as(x[:, :1])
+    def of(cls, x: Tensor, side: int, indices: Tensor) -> Condensed:
+        """Windows of this side over (N, C, H, W), and single positions by their indices (N, S) in the flattened map."""
+        pooled = torch.ones_like(x[:, 0]).flatten(1).scatter(1, indices, 0).view_as(x[:, :1])
         rest = x * pooled
         sums, counts = (F.avg_pool2d(y, side, ceil_mode=True, divisor_override=1).flatten(2) for y in (rest, pooled))
-        chosen = x.flatten(2).gather(2, indices.expand(-1, x.shape[1], -1))
-        return cls(sums / counts.clamp_min(1), counts.squeeze(1), chosen, rest.flatten(2))
+        singles = x.flatten(2).gather(2, indices.unsqueeze(1).expand(-1, x.shape[1], -1))
+        return cls(sums / counts.clamp_min(1), counts.squeeze(1), singles, rest.flatten(2))
 
     def covariance(self, vectors: Tensor) -> Tensor:
         """E[D D^T] Y, with D what a position of a window differs by from its mean, averaged over all such positions.
