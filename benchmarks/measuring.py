@@ -88,11 +88,15 @@ def medians(costs: Sequence[Cost]) -> Cost:
 
 
 def ratios(these: Sequence[Cost], those: Sequence[Cost]) -> dict[str, float]:
-    """Medians over the rounds of the quotients within a round, of wall and of processor time."""
+    """Medians over the rounds of the quotients within a round, of wall and of processor time, and of the fastest.
+
+    What else happens on a machine only adds time, so the quotient of the fastest rounds settles where medians do not.
+    """
     pairs = list(zip(these, those, strict=True))
     return {
         "ratio": statistics.median(a.seconds / b.seconds for a, b in pairs),
         "cpu_ratio": statistics.median(a.cpu_seconds / b.cpu_seconds for a, b in pairs),
+        "fastest_ratio": min(a.cpu_seconds for a in these) / min(b.cpu_seconds for b in those),
     }
 
 

@@ -190,10 +190,11 @@ def main() -> None:
                     plot(name, rows),
                     quick=given.quick,
                 )
-            print(f"\n| {name} | seconds | CPU seconds | ratio | CPU ratio | GFLOPs | ratio |")
-            print("|---|---:|---:|---:|---:|---:|---:|")
+            print(f"\n| {name} | seconds | CPU seconds | ratio | CPU ratio | of the fastest | GFLOPs | ratio |")
+            print("|---|---:|---:|---:|---:|---:|---:|---:|")
             for method, row in rows.items():
-                times = f"{row['seconds']:.2f} | {row['cpu_seconds']:.2f} | {row['ratio']:.3f} | {row['cpu_ratio']:.3f}"
+                times = f"{row['seconds']:.2f} | {row['cpu_seconds']:.2f}"
+                times += "".join(f" | {row[key]:.3f}" for key in ("ratio", "cpu_ratio", "fastest_ratio"))
                 print(f"| {method} | {times} | {row['gflops']:.0f} | {row['gflops_ratio']:.3f} |")
 
 

@@ -54,9 +54,10 @@ def test_a_cell_knows_what_its_outcome_depends_on(recipe: Path, tmp_path: Path) 
     more = "compare.methods.acam={losses.0.name: acam, losses.0.num_masks: 3}"
     for change in ("train.epochs=3", more, "student.options={}", "data.resize=[32, 32]"):
         assert key(change) != key(), change
-    for weights in ("backbone_weights", "weights"):
-        files = [key(f"student.{weights}={folder}/lite0.safetensors") for folder in ("a", "b")]
-        assert files[0] == files[1] != key()
+    fixed = "compare.methods.acam={{losses.0.name: acam, losses.0.mask_source: fixed, losses.0.tokens: {}}}"
+    for override in ("student.backbone_weights={}", "student.weights={}", fixed):
+        files = [key(override.format(f"{name}.safetensors")) for name in ("a/lite0", "b/lite0", "b/lite1")]
+        assert files[0] == files[1] != files[2]
 
 
 def test_tuning_comes_first_and_decides(recipe: Path, tmp_path: Path) -> None:

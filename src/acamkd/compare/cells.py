@@ -66,6 +66,9 @@ class Cell:
             for name in ("weights", "backbone_weights"):
                 if file := content.get(role, {}).get(name):
                     content[role][name] = Path(file).name
+        for loss in content.get("losses", []):
+            if file := loss.get("tokens"):
+                loss["tokens"] = Path(file).name
         del content["name"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
