@@ -67,8 +67,8 @@ def loss_forms(size: tuple[int, int]) -> dict[str, Callable[[], object]]:
         torch.stack(list(call(student, teacher).values())).sum().backward()
 
     forms = {
-        "acam, exact": ACAM(256, 256, mask_grad="joint", imitation="squared"),
-        "acam, auto": ACAM(256, 256, mask_grad="joint", imitation="squared", kv_stride="auto"),
+        "acam, exact": ACAM(256, 256, masks="both", mask_grad="joint", imitation="squared"),
+        "acam, auto": ACAM(256, 256, masks="both", mask_grad="joint", imitation="squared", kv_stride="auto"),
     }
     return {name: partial(run, module) for name, module in forms.items()} | {
         f"{name}, compiled": partial(run, torch.compile(module)) for name, module in forms.items()

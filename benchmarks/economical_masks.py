@@ -35,6 +35,7 @@ from acamkd import jobs
 from acamkd.engine import find_checkpoint
 from acamkd.losses import ACAM, acam, attention
 from acamkd.losses.functional import standardize
+from acamkd.losses.masks import Masks
 from acamkd.methods import build_distiller
 from acamkd.models.weights import read_file
 from acamkd.runs import open_run
@@ -85,7 +86,7 @@ def compare(loss: ACAM, student: Tensor, teacher: Tensor) -> dict[str, dict[str,
         exact = loss.masks_of(student, teacher)
     query, key, *_ = attend.call_args.args
     seen = (query.mT @ key * query.shape[1] ** -0.5).softmax(dim=2)
-    assert exact.channel is not None and exact.spatial is not None  # noqa: PT018
+    assert exact.spatial is not None
     found = {
         "exact": {
             "std spatial": float(exact.spatial.flatten(2).std(dim=2).mean()),
@@ -95,12 +96,10 @@ def compare(loss: ACAM, student: Tensor, teacher: Tensor) -> dict[str, dict[str,
     loss.fusion.kv_stride = "auto"
     for keys in KEYS:
         attention.KEYS = keys
-        masks = loss.masks_of(student, teacher)
-        assert masks.channel is not None and masks.spatial is not None  # noqa: PT018
-        found[str(keys)] = {
-            "side": attention.window_side(teacher.shape[-2:]),
-            "spatial": correlation(masks.spatial, exact.spatial),
-            "channel": correlation(masks.channel, exact.channel),
+        found[str(keys)] = {"side": attention.window_side(teacher.shape[-2:])} | {
+            kind: correlation(ours, theirs)
+            for kind, ours, theirs in zip(Masks._fields, loss.masks_of(student, teacher), exact, strict=True)
+            if ours is not None and theirs is not None
         }
     loss.fusion.kv_stride = 1
     return found
@@ -144,7 +143,7 @@ def start_and_train(pictures: Path, *, quick: bool) -> None:
     rows: Rows = []
     for student, teacher in maps(files[:: max(1, len(files) // count)][:count], size):
         torch.manual_seed(0)
-        loss = ACAM(student.shape[1], teacher.shape[1], mask_grad="joint", imitation="squared")
+        loss = ACAM(student.shape[1], teacher.shape[1], masks="both", mask_grad="joint", imitation="squared")
         for when in ("at the start", "trained", "sharpened"):
             if when == "trained":
                 train(loss, student[::2], teacher[::2], steps)
@@ -168,8 +167,9 @@ def plot(rows: Rows) -> Figure:
     for number, made in enumerate(rows):
         found = [made["correlations"][str(keys)] for keys in KEYS]
         for kind, line in (("spatial", "o-"), ("channel", "s:")):
-            label = f"{kind}, {' x '.join(map(str, made['map']))}, {made['when']}"
-            axes.semilogx(KEYS, [each[kind] for each in found], line, color=f"C{number}", label=label)
+            if kind in found[0]:
+                label = f"{kind}, {' x '.join(map(str, made['map']))}, {made['when']}"
+                axes.semilogx(KEYS, [each[kind] for each in found], line, color=f"C{number}", label=label)
     axes.axhline(0.95, color="black", linewidth=0.5)
     axes.set(xlabel="keys at most", ylabel="correlation with the exact masks")
     axes.legend(fontsize=6)

@@ -46,7 +46,9 @@ SHAPES: Mapping[str, tuple[int, list[Level]]] = {
 
 def losses(channels: int, levels: Sequence[Level]) -> dict[str, partial[FeatureLoss]]:
     """Every method that can be run on such maps."""
-    masks = {"num_masks": 6 if channels == 256 else channels, "mask_grad": "joint", "imitation": "squared"}
+    masks = {
+        "num_masks": 6 if channels == 256 else channels, "masks": "both", "mask_grad": "joint", "imitation": "squared",
+    }  # fmt: skip
     found = {
         name: partial(method, channels, channels)
         for name, method in METHODS.items()

@@ -90,7 +90,7 @@ def medians(costs: Sequence[Cost]) -> Cost:
 def ratios(these: Sequence[Cost], those: Sequence[Cost]) -> dict[str, float]:
     """Medians over the rounds of the quotients within a round, of wall and of processor time, and of the fastest.
 
-    What else happens on a machine only adds time, so the quotient of the fastest rounds settles where medians do not.
+    What else happens on a machine only adds time: over many rounds, the quotient of the fastest is the steadier one.
     """
     pairs = list(zip(these, those, strict=True))
     return {

@@ -20,8 +20,8 @@ from acamkd.losses import ACAM, FitNet
 SIZES = ((400, 672), (560, 944), (800, 1344), (1120, 1888))
 ROUNDS = 2
 BUILDS = {
-    "acam, exact": partial(ACAM, 256, 256, mask_grad="joint", imitation="squared"),
-    "acam, auto": partial(ACAM, 256, 256, mask_grad="joint", imitation="squared", kv_stride="auto"),
+    "acam, exact": partial(ACAM, 256, 256, masks="both", mask_grad="joint", imitation="squared"),
+    "acam, auto": partial(ACAM, 256, 256, masks="both", mask_grad="joint", imitation="squared", kv_stride="auto"),
     "fitnet": partial(FitNet, 256, 256),
 }
 

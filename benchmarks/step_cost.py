@@ -56,8 +56,8 @@ PYRAMID, LOGITS, FEATURES = "backbone:*", ("segmentation_head.0", "classifier"),
 
 
 def loss(name: str, layers: Any, **options: Any) -> Loss:
-    """One entry of a recipe's `losses`."""
-    return Loss(name=name, pairs=[layers], **options)
+    """One entry of a recipe's `losses`; ACAM with both kinds of masks, as in the paper."""
+    return Loss(name=name, pairs=[layers], **({"masks": "both"} if name == "acam" else {}) | options)
 
 
 LOSSES: Mapping[str, Mapping[str, Loss]] = {

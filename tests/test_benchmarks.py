@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,14 @@ def test_quick_runs(script: str) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "acam, exact" in done.stdout or "RetinaNet" in done.stdout
+
+
+def test_ratios_are_of_medians_within_a_round_and_of_the_fastest() -> None:
+    measuring = runpy.run_path(str(ROOT / "benchmarks/measuring.py"))
+    these, those = (
+        [measuring["Cost"](2 * x, x, 0.0) for x in seconds] for seconds in ((3.0, 2.0, 9.0), (2.0, 4.0, 3.0))
+    )
+    assert measuring["ratios"](these, those) == {"ratio": 1.5, "cpu_ratio": 1.5, "fastest_ratio": 1.0}
 
 
 def test_halving_keeps_few_labels(tmp_path: Path) -> None:

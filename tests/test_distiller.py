@@ -129,7 +129,7 @@ def test_the_teacher_is_no_part_of_the_distiller(student: Tiny, teacher: Tiny) -
 
 def test_the_teacher_is_unchanged_by_training_and_gets_no_gradient(student: Tiny, teacher: Tiny, batch: Batch) -> None:
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    distiller = Distiller(student, teacher, [BODY], [ACAM(4, 6)]).train()
+    distiller = Distiller(student, teacher, [BODY], [ACAM(4, 6, masks="both")]).train()
     torch.stack(list(distiller(batch).values())).sum().backward()  # type: ignore[no-untyped-call]
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -316,7 +316,7 @@ def test_audit_leaves_the_training_gradient_alone(student: Tiny, teacher: Tiny, 
 
 
 def test_masks_that_learn_from_the_teachers_own_loss(student: Tiny, teacher: Tiny, batch: Batch) -> None:
-    loss = ACAM(4, 6, mask_grad="task")
+    loss = ACAM(4, 6, masks="both", mask_grad="task")
     distiller = Distiller(student, teacher, [BODY], [loss]).eval()
     terms = distiller(batch)
     assert teacher.net.head_runs == 1
@@ -377,8 +377,8 @@ def test_with_real_networks(task: Any) -> None:
     terms = distiller(student.prepare(images, [target, target]))
     own = f"{LEVELS[task][0][0]}/acam"
     assert {name for name in terms if not name.startswith("task/")} == {
-        f"{own}/channel", f"{own}/channel_selection", f"{own}/spatial", f"{own}/spatial_selection", f"{own}/diversity",
-    }  # fmt: skip
+        f"{own}/{term}" for term in ("spatial", "spatial_selection", "diversity")
+    }
     torch.stack([term for name, term in terms.items() if name.startswith(own)]).sum().backward()  # type: ignore[no-untyped-call]
     stem = next(student.backbone.parameters())
     assert stem.grad is not None
@@ -390,7 +390,7 @@ def test_with_real_networks(task: Any) -> None:
 def test_looking_ahead_before_an_operation_in_place_and_at_a_map_of_two_names(
     pairs: list[tuple[str, str]], student: Tiny, teacher: Tiny, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    distiller = Distiller(student, teacher, pairs, [ACAM(4, 6) for _ in pairs]).eval()
+    distiller = Distiller(student, teacher, pairs, [ACAM(4, 6, masks="both") for _ in pairs]).eval()
 
     def gradients() -> list[Tensor]:
         student.zero_grad()
@@ -424,7 +424,7 @@ def test_looking_ahead_repeats_no_work_of_a_detectors_heads_and_changes_no_gradi
 
     def distiller(mask_grad: str) -> Distiller:
         torch.manual_seed(0)
-        losses = [ACAM(32, 32, mask_grad=mask_grad) for _ in levels]  # type: ignore[arg-type]
+        losses = [ACAM(32, 32, masks="both", mask_grad=mask_grad) for _ in levels]  # type: ignore[arg-type]
         whole = Distiller(student, teacher, pairs, losses).train()
         whole.training = False  # without the watch over the first steps, which costs a backward
         return whole
@@ -464,7 +464,7 @@ def test_unlabelled_pictures_are_compared_and_nothing_else(caplog: pytest.LogCap
 
 def test_look_ahead_masks_choose_on_unlabelled_pictures_what_labelled_ones_taught() -> None:
     student, teacher = Tiny(4), Tiny(6)
-    acam = ACAM(4, 6, mask_grad="look_ahead")
+    acam = ACAM(4, 6, masks="both", mask_grad="look_ahead")
     distiller = Distiller(student, teacher, [("body", "body")], [acam])
     batch = student.prepare(torch.rand(2, 3, 8, 8))  # type: ignore[arg-type]
     distiller.check_unlabelled()

@@ -27,7 +27,7 @@ def test_the_proposal_trains(task: Task, tmp_path: Path) -> None:
     assert proposed["losses"][0]["pairs"] == [tiny_recipes.PAIRS[task]]
     distill(config.load(recipe, [f"losses={json.dumps(proposed['losses'])}"]), out=tmp_path / "run")
     terms = (tmp_path / "run/history.csv").read_text().partition("\n")[0]
-    assert ("backbone:p7/acam/channel" if task == "detection" else "segmentation_head.0/acam/channel") in terms
+    assert ("backbone:p7/acam/spatial" if task == "detection" else "segmentation_head.0/acam/spatial") in terms
 
 
 def test_layers_are_named_with_channels_and_stride() -> None:

@@ -90,7 +90,7 @@ def test_options_are_those_given_over_the_presets() -> None:
         ("acam", None, {"num_masks": True}, r"acam.num_masks: .*integer.* \(given: True\)"),
         ("acam", None, {"weight": "1"}, r"acam.weight: .*number.* \(given: '1'\)"),
         ("acam", None, {"query": "pupil"}, r"acam.query: Input should be 'teacher' or 'student' \(given: 'pupil'\)"),
-        ("acam", None, {"masks": "all"}, r"acam.masks: Input should be 'both', 'channel' or 'spatial'"),
+        ("acam", None, {"masks": "all"}, r"acam.masks: Input should be 'spatial', 'channel' or 'both'"),
         ("fitnet", None, {"align": 1}, r"fitnet.align: .*boolean.* \(given: 1\)"),
         ("maskd", None, {"tokens": 3}, r"maskd.tokens: .*string.* \(given: 3\)"),
         ("acam", None, {"a": 1, "num_masks": "x"}, "acam.num_masks.*; acam has no option 'a'"),
@@ -142,8 +142,8 @@ def test_a_description_by_hand() -> None:
     assert (distance["name"], distance["type"]) == ("distance", "mse | l1 | smooth_l1")
     assert (align["name"], align["type"], align["default"]) == ("align", "bool", False)
     acam = describe("acam")
-    assert acam["parameters"] == 2 * (128 * 256 + 128) + 256 * 256 + 256 + 6 + 6 * 256
-    assert acam["terms"] == ["channel", "channel_selection", "diversity", "spatial", "spatial_selection"]
+    assert acam["parameters"] == 2 * (128 * 256 + 128) + 256 * 256 + 256 + 6 * 256
+    assert acam["terms"] == ["diversity", "spatial", "spatial_selection"]
     assert acam["needs"] == ["task_gradient"]
     by_name = {option["name"]: option["type"] for option in acam["options"]}
     assert by_name["query"] == "teacher | student"
@@ -270,7 +270,9 @@ def test_tokens_reach_their_levels(
     acam = {level: ASCM(12, 6).state_dict() for level in levels}
     entries = [
         entry("maskd", *levels, tokens=write_tokens(tmp_path / "maskd.safetensors", maskd)),
-        entry("acam", *levels, mask_source="fixed", tokens=write_tokens(tmp_path / "acam.safetensors", acam)),
+        entry(
+            "acam", *levels, masks="both", mask_source="fixed", tokens=write_tokens(tmp_path / "acam.safetensors", acam)
+        ),
     ]
     distiller = build_distiller(*detectors, entries)
     assert "untrained" not in caplog.text

@@ -151,7 +151,8 @@ def test_a_recipe_trains(name: str, roots: dict[str, Path]) -> None:
     assert all(torch.isfinite(torch.as_tensor(value)) for value in values.values())
     levels = 5 if recipe.task == "detection" else 1
     found = {key for key in values if re.search(r"loss/.*/acam/(channel|spatial|diversity)(_step)?$", key)}
-    assert len({key.removesuffix("_step") for key in found}) == 3 * levels
+    terms = 2 if recipe.losses[0].options.get("masks") == "spatial" else 3
+    assert len({key.removesuffix("_step") for key in found}) == terms * levels
     moved = {name for name, tensor in student.net.state_dict().items() if not torch.equal(tensor, before[name])}
     trained = {name for name, parameter in student.net.named_parameters() if parameter.requires_grad}
     assert len(moved & trained) > 0.9 * len(trained)

@@ -40,7 +40,7 @@ def gradients(total: Tensor, module: nn.Module) -> list[Tensor | None]:
 
 
 def test_the_teachers_loss_reaches_the_masks_alone() -> None:
-    loss = ACAM(8, 16, num_masks=3, mask_grad="task")
+    loss = ACAM(8, 16, num_masks=3, masks="both", mask_grad="task")
     model = distiller(loss)
     terms = model(noisy_squares(model.student))
     assert {name for name in terms if name.startswith("teacher/")} == {"teacher/cross_entropy"}
@@ -54,7 +54,7 @@ def test_the_teachers_loss_reaches_the_masks_alone() -> None:
 
 
 def test_distillation_and_diversity_do_not_pass_through_the_masks_to_the_student() -> None:
-    loss = ACAM(8, 16, num_masks=3, mask_grad="task")
+    loss = ACAM(8, 16, num_masks=3, masks="both", mask_grad="task")
     model = distiller(loss)
     terms = model(noisy_squares(model.student))
     imitation = terms[f"{LAYER}/acam/channel"] + terms[f"{LAYER}/acam/spatial"]
@@ -67,7 +67,7 @@ def test_distillation_and_diversity_do_not_pass_through_the_masks_to_the_student
 
 
 def test_the_teacher_goes_on_with_its_masked_map() -> None:
-    loss = ACAM(8, 16, num_masks=3, mask_grad="task")
+    loss = ACAM(8, 16, num_masks=3, masks="both", mask_grad="task")
     model = distiller(loss)
     batch = noisy_squares(model.student)
     student_net: Any = model.student.net
@@ -106,7 +106,9 @@ def test_masks_that_joint_training_drives_to_zero_stay() -> None:
         optimizer.zero_grad()
         teacher.loss(teacher(batch), batch)["cross_entropy"].backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    joint, task = (_masks_after(ACAM(8, 16, num_masks=4, mask_grad=how), teacher) for how in ("joint", "task"))
+    joint, task = (
+        _masks_after(ACAM(8, 16, num_masks=4, masks="both", mask_grad=how), teacher) for how in ("joint", "task")
+    )
     assert joint["spatial_mask"] < 0.01
     assert task["spatial_mask"] > 0.3
     assert task["channel_mask"] > 0.3

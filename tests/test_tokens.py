@@ -35,6 +35,11 @@ CASES: dict[str, tuple[Task, list[str], set[str]]] = {
     "acam": (
         "segmentation",
         ["losses.0.name=acam", "losses.0.mask_source=fixed", "losses.0.num_masks=3"],
+        {"segmentation_head.0/spatial"},
+    ),
+    "acam_both": (
+        "segmentation",
+        ["losses.0.name=acam", "losses.0.mask_source=fixed", "losses.0.masks=both", "losses.0.num_masks=3"],
         {"segmentation_head.0/channel", "segmentation_head.0/spatial"},
     ),
 }  # fmt: skip
@@ -76,7 +81,7 @@ def test_tokens_learn_the_teacher_stays_and_distillation_takes_them(
     given = config.load(recipes[task], [*overrides, f"losses.0.tokens={last}"])
     distill(given, out=run)
     state = torch.load(run / "last.ckpt", weights_only=False)["state_dict"]
-    module = "selection" if case == "acam" else "token_module"
+    module = "selection" if case.startswith("acam") else "token_module"
     layers = sorted({name.partition("/")[0] for name in names})
     for index, layer in enumerate(layers):
         for name in (name for name in names if name.startswith(f"{layer}/")):

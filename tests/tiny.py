@@ -26,7 +26,7 @@ RETINANET: dict[str, Any] = {
     "fpn_channels": 16,
     "options": {"anchor_sizes": [8, 16, 32, 64, 96], "detections_per_img": 20},
 }
-ACAM = {"name": "acam", "pairs": ["segmentation_head.0"], "num_masks": 3}
+ACAM = {"name": "acam", "pairs": ["segmentation_head.0"], "num_masks": 3, "masks": "both"}
 
 
 def write_data(root: Path, task: Task = "segmentation") -> Path:

@@ -134,5 +134,4 @@ def _pair(ours: Layer, theirs: Layer) -> Pair:
 def as_losses(pairs: Sequence[Pair], model: TaskModel) -> list[dict[str, Any]]:
     """A recipe's `losses` with ACAM-KD at these pairs."""
     masks = {"num_masks": model.num_classes} if model.task == "segmentation" else {}
-    imitation = "softmax" if model.task == "segmentation" else "standardized"
-    return [{"name": "acam", "pairs": list(pairs), **masks, "weight": "auto", "imitation": imitation}]
+    return [{"name": "acam", "pairs": list(pairs), **masks, "weight": "auto"}]

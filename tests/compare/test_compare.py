@@ -58,6 +58,7 @@ def test_a_cell_knows_what_its_outcome_depends_on(recipe: Path, tmp_path: Path) 
     for override in ("student.backbone_weights={}", "student.weights={}", fixed):
         files = [key(override.format(f"{name}.safetensors")) for name in ("a/lite0", "b/lite0", "b/lite1")]
         assert files[0] == files[1] != files[2]
+        assert key() not in files
 
 
 def test_tuning_comes_first_and_decides(recipe: Path, tmp_path: Path) -> None:

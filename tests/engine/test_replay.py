@@ -107,7 +107,7 @@ def _batch(model: Segmenter) -> Batch:
 
 
 def test_look_keeps_what_the_loss_sees_without_the_padding() -> None:
-    student, teacher, loss = _model(4).eval(), _model(5), ACAM(4, 5, num_masks=3)
+    student, teacher, loss = _model(4).eval(), _model(5), ACAM(4, 5, num_masks=3, masks="both")
     batch = _batch(student)
     distiller = Distiller(student, teacher, [("1", "1")], [loss])
     found = look(distiller, batch, see_teacher(distiller, batch))
@@ -139,7 +139,7 @@ def test_masks_of_every_method_have_one_form() -> None:
     shapes = {
         name: {kind: tuple(mask.shape) for kind, mask in masks_of(loss, x, x, context).items()}
         for name, loss in {
-            "acam": ACAM(3, 3, num_masks=2),
+            "acam": ACAM(3, 3, num_masks=2, masks="both"),
             "spatial": ACAM(3, 3, num_masks=2, masks="spatial"),
             "maskd": MasKD(3, 3, num_tokens=5),
             "fgd": FGD(3, 3),

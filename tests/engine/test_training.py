@@ -130,7 +130,7 @@ def test_the_schedule_counts_steps_rather_than_batches(tmp_path: Path) -> None:
 def test_student_and_losses_have_groups_of_their_own(tmp_path: Path) -> None:
     student = _model()
     student.net[0].requires_grad_(False)
-    entry = config.Loss(name="acam", pairs=("1",), num_masks=2)
+    entry = config.Loss(name="acam", pairs=("1",), num_masks=2, masks="both")
     distiller = build_distiller(student, _model(1), [entry])
     optimizer = config.Optimizer(lr=0.1, losses_lr=0.2, weight_decay=0.3)
     trainer, _, _ = _fit(tmp_path, _batches(1), distiller, optimizer=optimizer)
@@ -156,7 +156,10 @@ def test_accumulation_steps_with_the_mean_gradient_and_never_drops_the_last_batc
 
 
 def test_a_term_that_also_sees_unlabelled_pictures_is_the_mean_of_both(tmp_path: Path) -> None:
-    entries = [config.Loss(name="fitnet", pairs=("1",)), config.Loss(name="acam", pairs=("0",), imitation="squared")]
+    entries = [
+        config.Loss(name="fitnet", pairs=("1",)),
+        config.Loss(name="acam", pairs=("0",), masks="both", imitation="squared"),
+    ]
     distiller = build_distiller(_model(), _model(1), entries)
     student = distiller.student
     ((images, targets),), ((more, _),) = _batches(1), _batches(1, seed=5)
@@ -182,7 +185,7 @@ def test_clipping_bounds_the_whole_gradient(tmp_path: Path) -> None:
 def test_bf16_runs_the_network_in_bf16_and_keeps_float32_weights(tmp_path: Path) -> None:
     model, seen = _model(), []
     model.net.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
-    distiller = build_distiller(model, _model(1), [config.Loss(name="acam", pairs=("1",), num_masks=2)])
+    distiller = build_distiller(model, _model(1), [config.Loss(name="acam", pairs=("1",), num_masks=2, masks="both")])
     seen.clear()
     _fit(tmp_path, _batches(2), distiller, precision="bf16-mixed")
     assert set(seen) == {torch.bfloat16}
@@ -191,7 +194,7 @@ def test_bf16_runs_the_network_in_bf16_and_keeps_float32_weights(tmp_path: Path)
 
 
 def test_every_term_and_mask_mean_is_in_both_tables_from_the_first_step(tmp_path: Path) -> None:
-    acam = config.Loss(name="acam", pairs=("0", "1"), num_masks=2, mask_grad="joint")
+    acam = config.Loss(name="acam", pairs=("0", "1"), num_masks=2, masks="both", mask_grad="joint")
     entries = [acam, config.Loss(name="fitnet", pairs=("1",))]
     distiller = build_distiller(_model(), _model(1), entries)
     _fit(tmp_path, _batches(3), distiller, epochs=2)
@@ -214,7 +217,7 @@ def test_every_term_and_mask_mean_is_in_both_tables_from_the_first_step(tmp_path
 
 
 def test_a_weight_rises_over_its_epochs_and_stops(tmp_path: Path) -> None:
-    entry = config.Loss(name="acam", pairs=("1",), num_masks=2, ramp_epochs=2, stop_epoch=3)
+    entry = config.Loss(name="acam", pairs=("1",), num_masks=2, masks="both", ramp_epochs=2, stop_epoch=3)
     distiller = build_distiller(_model(), _model(1), [entry])
     still = config.Optimizer(lr=1e-12, weight_decay=0)
     _fit(tmp_path, _batches(1) * 2, distiller, epochs=4, optimizer=still)

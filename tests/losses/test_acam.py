@@ -59,8 +59,9 @@ OPTIONS: list[Mapping[str, Any]] = [
 
 
 def joint(student_channels: int, teacher_channels: int, **options: Any) -> ACAM:
-    """ACAM with the published training of the masks and the published imitation, unless the options name others."""
-    return ACAM(student_channels, teacher_channels, **({"mask_grad": "joint", "imitation": "squared"} | options))
+    """ACAM with the published masks, their published training and imitation, unless the options name others."""
+    published = {"masks": "both", "mask_grad": "joint", "imitation": "squared"}
+    return ACAM(student_channels, teacher_channels, **(published | options))
 
 
 def maps(
@@ -681,9 +682,9 @@ def test_the_student_takes_part_in_its_masks() -> None:
             "imitation must be one of 'squared', 'standardized', 'softmax', 'correlation', not 'cosine'",
         ),
         ({"diversity": "dice"}, "diversity must be one of 'pairwise', 'literal', not 'dice'"),
-        ({"masks": "position"}, "masks must be 'both', 'channel' or 'spatial', .* not 'position'"),
-        ({"masks": ["channel", "both"]}, r"masks must be 'both', .* not \['channel', 'both'\]"),
-        ({"masks": []}, r"masks must be 'both', .* not \[\]"),
+        ({"masks": "position"}, "masks must be 'spatial', 'channel' or 'both', .* not 'position'"),
+        ({"masks": ["channel", "both"]}, r"masks must be 'spatial', .* not \['channel', 'both'\]"),
+        ({"masks": []}, r"masks must be 'spatial', .* not \[\]"),
         ({"num_masks": 0}, "num_masks must be at least 1, not 0"),
         ({"kv_stride": 0}, "kv_stride must be a whole number from 1, or 'auto', not 0"),
         ({"kv_stride": "half"}, "kv_stride must be a whole number from 1, or 'auto', not 'half'"),

@@ -24,7 +24,7 @@ FEATURE_LOSSES = {name: method for name, method in METHODS.items() if issubclass
 HEAD_LOSSES = {name: method for name, method in METHODS.items() if issubclass(method, HeadLoss)}
 
 ZERO_AT_EQUAL_MAPS = {
-    "acam": {"channel", "spatial"},  # the overlap of the masks remains
+    "acam": {"spatial"},  # the overlap of the masks remains
     "at": {"attention"},
     "cankd": {"feature"},  # as long as its batch norm is at its start
     "cwd": {"channel"},

@@ -52,7 +52,10 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Hash of everything that the outcome depends on but the seed, the pictures, the teacher and the machine."""
+        """Hash of everything that the outcome depends on but the seed, the pictures, the teacher and the machine.
+
+        Weights and tokens count by the names of their files.
+        """
         # Without defaults, so that a key that a later version adds does not make every cell stale.
         content = self.recipe.model_dump(mode="json", exclude_defaults=True)
         for section, names in {

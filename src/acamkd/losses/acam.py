@@ -164,11 +164,13 @@ class ACAM(FeatureLoss):
         - MasKD's softmax weighting of the masks is left out: nothing in the paper speaks of it.
         - `query="student"`: Q from the student, K and V from the teacher.
 
-    Two defaults depart from the method as published, which is the preset `paper`. With imitation="squared" the channels
-    with the largest values decide, and their scale is the loss's; the default compares channels that are standardised
-    over the batch. With mask_grad="joint" both terms shrink with the masks and nothing holds the masks up, so that
-    training drives them to zero and the distillation with them. The default is mask_grad="look_ahead", with an
-    objective of the masks' own, for every mask and image
+    Three defaults depart from the method as published, which is the preset `paper`. Of the two kinds of masks the
+    default has the spatial ones alone: with channel masks beside them students were worse on one data set and no better
+    on the other (docs/results.md). With imitation="squared" the channels with the largest values decide, and their
+    scale is the loss's; the default compares channels that are standardised over the batch. With mask_grad="joint" both
+    terms shrink with the masks and nothing holds the masks up, so that training drives them to zero and the
+    distillation with them. The default is mask_grad="look_ahead", with an objective of the masks' own, for every mask
+    and image
 
         L_sel = -sum_p M_p r_p / sum_p M_p + 10 (mean_p M_p - 1/2)^2,  r_p = <dL_task/dS'_p, d(sum D)/dS'_p>
 
@@ -183,7 +185,7 @@ class ACAM(FeatureLoss):
         weight: alpha, factor of L_c and L_s.
         diversity_weight: lambda, factor of L_div.
         query: Who asks in the fusion: `teacher` (the paper's choice) or `student`.
-        masks: `both`, `channel` or `spatial`; or a list of the latter two.
+        masks: `spatial`, `channel` or `both` (the paper's choice); or a list of the first two.
         mask_source: What the masks come from. `cooperative`: the method. `teacher`: Q, K and V all from the teacher.
             `fixed`: frozen tokens, learnt beforehand (`acamkd tokens RECIPE`, by the teacher's own loss on
             mean_m M^s_m M^c_m T), on the teacher's map without fusion.
@@ -235,7 +237,7 @@ class ACAM(FeatureLoss):
         weight: float = 1.0,
         diversity_weight: float = 1.0,
         query: Literal["teacher", "student"] = "teacher",
-        masks: Literal["both", "channel", "spatial"] | Sequence[str] = "both",
+        masks: Literal["spatial", "channel", "both"] | Sequence[str] = "spatial",
         mask_source: Literal["cooperative", "teacher", "fixed", "random", "uniform"] = "cooperative",
         mask_grad: Literal["look_ahead", "joint", "detached", "task"] = "look_ahead",
         imitation: Literal["squared", "standardized", "softmax", "correlation"] = "standardized",
@@ -254,9 +256,7 @@ class ACAM(FeatureLoss):
         )  # fmt: skip
         self.kinds = Masks._fields if masks == "both" else (masks,) if isinstance(masks, str) else tuple(masks)
         if not self.kinds or not set(self.kinds) <= set(Masks._fields):
-            raise ValueError(
-                f"masks must be 'both', 'channel' or 'spatial', or a list of the latter two, not {masks!r}"
-            )
+            raise ValueError(f"masks must be 'spatial', 'channel' or 'both', or a list of the first two, not {masks!r}")
         if tokens is not None and mask_source != "fixed":
             raise ValueError(f"tokens belong to mask_source='fixed', not to {mask_source!r}")
         if num_masks < 1:
