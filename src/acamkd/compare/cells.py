@@ -65,13 +65,10 @@ class Cell:
         }.items():
             for name in names:
                 content.get(section, {}).pop(name, None)
-        for role in ("teacher", "student"):
-            for name in ("weights", "backbone_weights"):
-                if file := content.get(role, {}).get(name):
-                    content[role][name] = Path(file).name
-        for loss in content.get("losses", []):
-            if file := loss.get("tokens"):
-                loss["tokens"] = Path(file).name
+        for entry in (content.get("teacher", {}), content.get("student", {}), *content.get("losses", [])):
+            for name in ("weights", "backbone_weights", "tokens"):
+                if file := entry.get(name):
+                    entry[name] = Path(file).name
         del content["name"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
