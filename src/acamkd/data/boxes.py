@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torchvision import tv_tensors
@@ -22,6 +22,12 @@ class Box(NamedTuple):
     label: int
     corners: tuple[float, float, float, float]
     crowd: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether its width or its height is 0, and neither is below."""
+        left, top, right, bottom = self.corners
+        return left <= right and top <= bottom and (left == right or top == bottom)
 
 
 class BoxDataset(PictureDataset):
@@ -42,6 +48,9 @@ class BoxDataset(PictureDataset):
         transform: Random changes.
         seed: Of the random changes.
     """
+
+    LEAVES_OUT_EMPTY: ClassVar[bool] = False
+    """Whether boxes of width or height 0 are left out, with a warning, or refused."""
 
     def __init__(
         self,
@@ -90,10 +99,13 @@ class BoxDataset(PictureDataset):
     def _gather(self, entries: Iterable[tuple[str, Any]]) -> None:
         """Turn entries, each with its place, into one table sorted by picture: few large tensors are shared well."""
         rows: list[Box] = []
-        clipped = 0
+        clipped = empty = 0
         for where, entry in entries:
             try:
                 given = self._parse(entry)
+                if self.LEAVES_OUT_EMPTY and given.is_empty:
+                    empty += 1
+                    continue
                 box = given._replace(corners=self._clip(given))
             except AcamkdError as error:
                 self.problems.append(f"{where}: {error}")
@@ -107,12 +119,14 @@ class BoxDataset(PictureDataset):
         self._labels = torch.tensor([box.label for box in rows], dtype=torch.int64)
         self._iscrowd = torch.tensor([box.crowd for box in rows], dtype=torch.int64)
         self._boxes = torch.tensor([box.corners for box in rows], dtype=torch.float32).reshape(-1, 4)
+        if empty:
+            self.warnings.append(f"{self.source}: {empty} boxes have no area and are left out")
         if clipped:
             self.warnings.append(f"{self.source}: {clipped} boxes reach beyond their picture and are clipped")
         if not rows and not self.problems:
             self.problems.append(f"{self.source}: there is no box for any picture")
-        elif empty := int((counts == 0).sum()):
-            self.warnings.append(f"{self.source}: {empty} of {len(self)} pictures have no boxes")
+        elif without := int((counts == 0).sum()):
+            self.warnings.append(f"{self.source}: {without} of {len(self)} pictures have no boxes")
 
     def _clip(self, box: Box) -> tuple[float, float, float, float]:
         size = (1, 1) if self.sizes is None else self.sizes[box.picture]

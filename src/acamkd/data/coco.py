@@ -35,6 +35,8 @@ class CocoDetection(BoxDataset):
         AcamkdError: The file cannot be read, is not a COCO JSON, or lists other classes.
     """
 
+    LEAVES_OUT_EMPTY = True  # train2017 has two
+
     def __init__(
         self,
         images: Path,
