@@ -18,6 +18,7 @@ from acamkd.config import Model
 from acamkd.errors import AcamkdError
 from acamkd.models import build, inherit, load_weights, save_weights
 from acamkd.models.detection import Detector
+from acamkd.models.weights import with_epsilon
 
 
 def small(outputs: int = 3) -> nn.Module:
@@ -150,7 +151,19 @@ def test_coco_detectors_of_torchvision_fit_the_80_real_classes(
         predictor, full = teacher.net.roi_heads.box_predictor, head.roi_heads.box_predictor
         assert torch.equal(predictor.cls_score.weight, full.cls_score.weight[kept])
         assert torch.equal(predictor.bbox_pred.bias.view(81, 4), full.bbox_pred.bias.view(91, 4)[kept])
-    assert {m.eps for m in teacher.modules() if isinstance(m, torchvision.ops.FrozenBatchNorm2d)} == {0.0}
+    norms = [net.backbone.body.bn1 for net in (teacher.net, head)]
+    assert torch.equal(norms[0].weight, norms[1].weight * float(1 + 1e-5) ** 0.5)  # its variance is 1
+
+
+def test_frozen_batch_norm_without_epsilon_is_the_same_with_one() -> None:
+    without, with_one = (torchvision.ops.FrozenBatchNorm2d(4, eps) for eps in (0.0, 1e-5))
+    for tensor, values in (("weight", [1, -2, 0.5, 3]), ("running_mean", [0, 1, 2, 3]), ("bias", [1, 1, 0, 0]),
+                           ("running_var", [1, 1e-3, 1e-8, 5.6e-45])):  # fmt: skip
+        getattr(without, tensor).copy_(torch.tensor(values))
+    net = nn.ModuleDict({"bn": with_one})
+    net.load_state_dict(with_epsilon(nn.ModuleDict({"bn": without}).state_dict()))
+    pictures = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(with_one(pictures), without(pictures), rtol=1e-5, atol=1e-5)
 
 
 def test_torchvisions_older_names_are_understood(tmp_path: Path) -> None:

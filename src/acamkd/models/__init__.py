@@ -7,7 +7,6 @@ from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
-from torchvision.models.detection._utils import overwrite_eps
 
 from acamkd.config import Model, ShortLong, imported
 from acamkd.errors import AcamkdError
@@ -19,9 +18,6 @@ from acamkd.models.weights import LoadReport, inherit, load_weights, save_weight
 __all__ = ["Batch", "LoadReport", "Target", "Task", "TaskModel", "build", "inherit", "load_weights", "save_weights"]
 
 log = logging.getLogger(__name__)
-
-_WITHOUT_EPSILON = ("RetinaNet_ResNet50_FPN_Weights", "FasterRCNN_ResNet50_FPN_Weights")
-"""torchvision's weights whose batch norm statistics mean variance + 0, not + 1e-5."""
 
 
 def build(
@@ -60,8 +56,6 @@ def build(
         log.info("%s", load_weights(
             built.net, model.weights, strict=teacher, what=who, convention=model.convention,
         ))  # fmt: skip
-        if model.weights.startswith(_WITHOUT_EPSILON):
-            overwrite_eps(built.net, 0.0)
     elif model.backbone_weights not in (None, "imagenet"):
         log.info("%s", load_weights(built.backbone, model.backbone_weights, strict=False, what=f"{who}, backbone"))
     elif teacher and ":" not in model.arch:

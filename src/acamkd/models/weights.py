@@ -19,6 +19,12 @@ from acamkd.errors import AcamkdError, nearest
 from acamkd.models.base import TaskModel
 from acamkd.models.convert import convention_of, to_torchvision
 
+WITHOUT_EPSILON = ("RetinaNet_ResNet50_FPN_Weights", "FasterRCNN_ResNet50_FPN_Weights")
+"""torchvision's weights whose frozen batch norm was trained without an epsilon."""
+
+EPSILON = 1e-5
+"""Of torch's and torchvision's batch norm."""
+
 
 class DamagedFileError(AcamkdError):
     """A file that is cut short, or not what its name says."""
@@ -266,7 +272,23 @@ def _read_torchvision(source: str, own: Mapping[str, tuple[int, ...]]) -> dict[s
         raise AcamkdError(f"torchvision has no weights {source}; {nearest(source, known)}") from error
     with hub_errors(source, "weights"):
         state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+    if source.startswith(WITHOUT_EPSILON):
+        state = with_epsilon(state)
     return _drop_unused_classes(state, own, weights.meta.get("categories", ()))
+
+
+def with_epsilon(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Batch norm in eval mode that divides by sqrt(variance), as the same with sqrt(variance + EPSILON).
+
+    In the tensors rather than in the modules, so that whatever is saved of the network loads like any other.
+    """
+    scaled = dict(state)
+    for name, variance in state.items():
+        layer, _, entry = name.rpartition(".")
+        if entry == "running_var":
+            factor = (1 + EPSILON / variance.double()).sqrt()  # dead filters have variances down to float32's last
+            scaled[f"{layer}.weight"] = (state[f"{layer}.weight"] * factor).to(variance.dtype)
+    return scaled
 
 
 def _drop_unused_classes(
