@@ -79,6 +79,20 @@ def test_memory_is_by_picture(root: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert by_two.picture == pytest.approx(by_four.picture, rel=0.05)
 
 
+def test_unlabelled_pictures_are_counted(root: Path) -> None:
+    recipe = tiny.recipe(root)
+    without, with_them = (
+        estimate(recipe.model_copy(update={"data": recipe.data.model_copy(update={"unlabelled": folder})}))
+        for folder in (None, "images/val")
+    )
+    assert [part.gflops for part in with_them.parts[:2]] == [part.gflops for part in without.parts[:2]]
+    teacher, student = without.parts[:2]
+    more = with_them.parts[2].gflops - without.parts[2].gflops
+    # Both networks run once more, and the loss: at the segmenter's logits nothing is left out but the task loss.
+    assert more == pytest.approx(teacher.gflops + student.gflops + without.parts[2].gflops, rel=0.05)
+    assert 1.5 * without.picture < with_them.picture < 2 * without.picture
+
+
 def test_a_system_that_does_not_say_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError("/proc/meminfo")))
     with pytest.raises(AcamkdError, match="how much memory is free can be read on Linux alone, or of a GPU: /proc"):

@@ -121,7 +121,10 @@ def _print_estimate(recipe: Recipe) -> None:
     found = estimate(recipe)
     table = Table("part", "parameters", "GFLOPs per picture", "MiB per picture")
     for part in found.parts:
-        table.add_row(part.name, f"{part.parameters:,}", f"{part.gflops:.2f}", f"{part.memory / 2**20:.1f}")
+        unlabelled = " and unlabelled pictures" if part.name == "losses" and recipe.data.unlabelled else ""
+        table.add_row(
+            part.name + unlabelled, f"{part.parameters:,}", f"{part.gflops:.2f}", f"{part.memory / 2**20:.1f}"
+        )
     console = Console()
     console.print(table)
     height, width = found.frame

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ class Part:
 
     Attributes:
         name: `teacher`, whose forward ends at the last tapped layer; `student`, forward and backward of its own task;
-            `losses`, what they add to both, with the teacher's maps that they keep; `attention`, ACAM's fusion where
-            there is one: forward and backward, counted among the losses' too, and its memory by itself.
+            `losses`, what they add to both, with the teacher's maps that they keep, and both networks on as many
+            unlabelled pictures, where there are some; `attention`, ACAM's fusion where there is one: forward and
+            backward, counted among the losses' too, and its memory by itself, of labelled pictures alone.
         parameters: Their number.
         gflops: 1e9 floating-point operations per picture, counted as in `acamkd.report.cost`.
         memory: Largest number of bytes per picture that are alive at a time, without the parameters.
@@ -95,7 +96,7 @@ def estimate(recipe: config.Recipe) -> Estimate:
         free = free_memory(batch.pixels.device)
         looked = measured(lambda: distiller.teacher_maps(batch))
         alone = step_of(Distiller(distiller.student), batch)
-        whole = step_of(distiller, batch)
+        whole = step_of(distiller, batch, unlabelled=recipe.data.unlabelled is not None)
         fusions = nn.ModuleList(module for module in distiller.losses.modules() if isinstance(module, STCAFF))
         fusing = _fusing(fusions, distiller, batch) if fusions else (0.0, 0)
     count = len(batch.sizes)
@@ -118,14 +119,20 @@ def estimate(recipe: config.Recipe) -> Estimate:
     )
 
 
-def step_of(distiller: Distiller, batch: Batch) -> tuple[float, int]:
-    """GFLOPs and peak bytes of forward and backward, without the gradients, which are dropped as they come."""
+def step_of(distiller: Distiller, batch: Batch, *, unlabelled: bool = False) -> tuple[float, int]:
+    """GFLOPs and peak bytes of forward and backward, without the gradients, which are dropped as they come.
+
+    With `unlabelled` the pictures are distilled once more without their targets, as many unlabelled ones would be.
+    """
 
     def drop(parameter: Tensor) -> None:
         parameter.grad = None
 
     def run() -> None:
-        torch.stack(list(distiller(batch).values())).sum().backward()  # type: ignore[no-untyped-call]
+        terms = list(distiller(batch).values())
+        if unlabelled:
+            terms += distiller(replace(batch, targets=None), labelled=False).values()
+        torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
 
     with ExitStack() as stack:
         for parameter in distiller.parameters():
