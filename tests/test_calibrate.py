@@ -15,6 +15,7 @@ from acamkd.calibrate import BATCHES, adopt, calibrate, gradient_norms, measurin
 from acamkd.distiller import Distiller
 from acamkd.errors import AcamkdError
 from acamkd.jobs import Batches, build_network, distill, teacher_section
+from acamkd.losses.base import DistillationContext, FeatureLoss
 from acamkd.methods import METHODS, build_distiller
 from acamkd.models.base import Target, TaskModel
 
@@ -177,6 +178,40 @@ def test_a_loss_without_gradient_is_an_error(segmentation: Path) -> None:
         calibrate(student, teacher, [silent, entry], batches.train)
     with pytest.raises(AcamkdError, match=r"auto of dist: the gradient of the distillation is 0"):
         calibrate(student, teacher, [silent], batches.train)
+
+
+def test_a_gradient_ratio_without_effect_is_said(segmentation: Path, caplog: pytest.LogCaptureFixture) -> None:
+    student, teacher, batches = networks(config.load(segmentation))
+    warning = "fitnet: gradient_ratio acts only with `weight: auto`, which is not set"
+    for options, said in (({"gradient_ratio": 4}, True), ({"gradient_ratio": 4, "weight": 2.0}, False), ({}, False)):
+        caplog.clear()
+        entry = config.Loss(name="fitnet", pairs=("segmentation_head.0",), **options)
+        assert calibrate(student, teacher, [entry], batches.train) == (entry,)
+        assert (warning in caplog.messages) == said
+
+
+class Weightless(FeatureLoss):
+    """Compares maps. Paper: none, none, none 2026.
+
+    Args:
+        power: Of the difference.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int, *, power: int = 2) -> None:
+        super().__init__(student_channels, teacher_channels)
+        self.power = power
+
+    def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
+        """`distance` alone."""
+        return {"distance": (student - teacher).abs().pow(self.power).mean()}
+
+
+def test_a_method_without_a_weight_cannot_be_calibrated(segmentation: Path) -> None:
+    name = f"{__name__}:Weightless"
+    recipe = config.load(segmentation, [f"losses=[{{name: '{name}', pairs: [segmentation_head.0], weight: auto}}]"])
+    student, teacher, batches = networks(recipe)
+    with pytest.raises(AcamkdError, match=f"{name} has no option `weight` that `weight: auto` could set"):
+        calibrate(student, teacher, recipe.losses, batches.train)
 
 
 def test_a_distiller_alone_cannot_calibrate(segmentation: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from acamkd.config import Loss, Model
 from acamkd.distiller import Distiller, WeightSchedule
@@ -188,9 +188,11 @@ def test_layers_may_have_two_names(segmenters: tuple[TaskModel, TaskModel]) -> N
 def test_building_leaves_the_networks_as_they_were(segmenters: tuple[TaskModel, TaskModel]) -> None:
     student, teacher = segmenters
     student.train()
+    frozen = next(module for module in student.modules() if isinstance(module, nn.BatchNorm2d)).eval()
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     build_distiller(student, teacher, [entry("fitnet", "segmentation_head.0")])
     assert student.training
+    assert [module for module in student.modules() if not module.training] == [frozen]
     assert not teacher.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
 

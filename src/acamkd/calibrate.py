@@ -18,7 +18,7 @@ from acamkd.data.base import seed_of
 from acamkd.distiller import Distiller
 from acamkd.errors import AcamkdError
 from acamkd.methods import build_distiller, options, options_of
-from acamkd.models.base import Batch, Target, TaskModel
+from acamkd.models.base import Batch, Target, TaskModel, keeping_modes
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +47,9 @@ def calibrate(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss], p
     Raises:
         AcamkdError: A gradient is zero or not finite, or a loss cannot be built.
     """
+    for entry in entries:
+        if "weight" not in entry.options and entry.gradient_ratio != Loss.model_fields["gradient_ratio"].default:
+            log.warning("%s: gradient_ratio acts only with `weight: auto`, which is not set", entry.name)
     plain = [uncalibrated(entry) for entry in entries]
     return tuple(
         _calibrate(student, teacher, plain, index, pictures) if entry.is_auto else entry
@@ -100,6 +103,8 @@ def weights_of(entry: Loss) -> dict[str, float]:
     values = defaults | options(entry.name, entry.preset, entry.options)
     # ACAM's diversity reaches the student only where the masks' gradient does.
     names = ("weight", "diversity_weight") if values.get("mask_grad") == "joint" else ("weight",)
+    if "weight" not in values:
+        raise AcamkdError(f"{entry.name} has no option `weight` that `weight: auto` could set: leave it out")
     return {name: values[name] for name in names}
 
 
@@ -109,10 +114,9 @@ def measuring(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss]) -
 
     Its losses are at full strength, whatever their schedules; one with `stop_epoch` 0 is left out.
     """
-    modes = [(module, module.training) for module in student.modules()]
     buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
     device = student.mean.device
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), keeping_modes(student):
         unscheduled = [
             entry.model_copy(update={"ramp_epochs": 0, "stop_epoch": None if entry.stop_epoch else entry.stop_epoch})
             for entry in entries
@@ -125,8 +129,6 @@ def measuring(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss]) -
             yield distiller
         finally:
             distiller.to(device)
-            for module, training in modes:
-                module.training = training
             for name, buffer in student.named_buffers():  # other tensors than before, where the device has changed
                 buffer.data.copy_(buffers[name])
 

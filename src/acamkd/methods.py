@@ -20,7 +20,7 @@ from acamkd.distiller import Distiller, Pair, WeightSchedule
 from acamkd.errors import AcamkdError, nearest
 from acamkd.features import FeatureTap
 from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
-from acamkd.models.base import Batch, TaskModel
+from acamkd.models.base import Batch, TaskModel, keeping_modes
 from acamkd.models.weights import read_tensors
 
 log = logging.getLogger(__name__)
@@ -188,13 +188,9 @@ def _maps_of(who: str, model: TaskModel, name: str, batch: Batch) -> dict[str, T
 @torch.no_grad()
 def probe(model: TaskModel, names: Sequence[str], batch: Batch) -> dict[str, Tensor]:
     """The outputs that some names stand for, `*` expanded, from one forward in eval mode."""
-    training = model.training
-    try:
-        with FeatureTap(model.eval().net, names) as tap:
-            model(batch)
-            return tap.features()
-    finally:
-        model.train(training)
+    with keeping_modes(model), FeatureTap(model.eval().net, names) as tap:
+        model(batch)
+        return tap.features()
 
 
 def _level_tokens(tokens: Mapping[str, Tensor], layer: str) -> dict[str, Tensor]:

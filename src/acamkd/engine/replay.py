@@ -22,7 +22,7 @@ from acamkd.engine.module import TrainingModule
 from acamkd.features import FeatureTap
 from acamkd.losses.base import DistillationContext, HeadLoss
 from acamkd.losses.functional import dice_overlap
-from acamkd.models.base import Batch
+from acamkd.models.base import Batch, keeping_modes
 
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 
@@ -80,18 +80,16 @@ class Replay(Callback):
         if not trainer.is_global_zero:
             return
         student = pl_module.distiller.student
-        modes = [(module, module.training) for module in student.modules()]
-        student.eval()  # before prepare: a detector in training mode may draw its input size
         images, targets = zip(*(self.pictures[index] for index in self.chosen), strict=True)
-        batch = student.prepare(
-            [image.to(pl_module.device) for image in images],
-            [{name: value.to(pl_module.device) for name, value in target.items()} for target in targets],
-        )
-        if not self.teacher_maps:  # the teacher never changes, and is the expensive one
-            self.teacher_maps = {name: x.cpu() for name, x in see_teacher(pl_module.distiller, batch).items()}
-        self.moments.append({"epoch": np.array(epoch), **look(pl_module.distiller, batch, self.teacher_maps)})
-        for module, training in modes:
-            module.training = training
+        with keeping_modes(student):
+            student.eval()  # before prepare: a detector in training mode may draw its input size
+            batch = student.prepare(
+                [image.to(pl_module.device) for image in images],
+                [{name: value.to(pl_module.device) for name, value in target.items()} for target in targets],
+            )
+            if not self.teacher_maps:  # the teacher never changes, and is the expensive one
+                self.teacher_maps = {name: x.cpu() for name, x in see_teacher(pl_module.distiller, batch).items()}
+            self.moments.append({"epoch": np.array(epoch), **look(pl_module.distiller, batch, self.teacher_maps)})
         self._write()
 
     def _write(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -51,6 +52,17 @@ class Batch:
     def input_size(self) -> PixelSize:
         """(height, width) of the common frame."""
         return (self.pixels.shape[-2], self.pixels.shape[-1])
+
+
+@contextmanager
+def keeping_modes(net: nn.Module) -> Iterator[None]:
+    """Afterwards each module is in training or eval mode as before; single layers may be frozen, so one by one."""
+    modes = [(module, module.training) for module in net.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 class TaskModel(nn.Module, ABC):
