@@ -110,6 +110,29 @@ def test_what_is_wrong_is_found(
     assert finding.advice or status == "fail"
 
 
+def test_a_missing_picture_and_a_bad_box_of_the_validation_are_found(tmp_path: Path) -> None:
+    recipe = tiny_recipes.write_recipe(tmp_path, "detection")
+    next((tmp_path / "data/images/val").iterdir()).unlink()
+    *_, last = examine(config.load(recipe))
+    assert (last.check, last.status) == ("teacher's score", "fail")
+    assert "images/val" in last.text
+    assert "there is no such picture" in last.text
+    annotations = tmp_path / "data/annotations/instances_val.json"
+    content = json.loads(annotations.read_text())
+    content["annotations"][0]["bbox"] = [1, 1, -3, 4]
+    annotations.write_text(json.dumps(content))
+    (finding,) = examine(config.load(recipe))
+    assert (finding.check, finding.status) == ("data", "fail")
+    assert "has no area" in finding.text
+
+
+def test_a_factory_may_bring_weights(segmentation: Path) -> None:
+    recipe = config.load(segmentation)
+    net = build_network(recipe, recipe.student, tuple(recipe.data.classes or ()))
+    finding = doctor._weights("student's weights", net, config.Model(arch="own.nets:small"))
+    assert (finding.status, finding.text) == ("pass", "whatever own.nets:small brings")
+
+
 def test_a_students_own_weights_are_counted(segmentation: Path, trained: str, tmp_path: Path) -> None:
     state = load_file(segmentation.parent / "teacher.safetensors")
     save_file({name: x for name, x in state.items() if "segmentation_head" not in name}, tmp_path / "part.safetensors")

@@ -21,7 +21,7 @@ from acamkd import config, models, runs
 from acamkd.data.scenes import CLASSES
 from acamkd.engine import TrainingModule
 from acamkd.errors import AcamkdError
-from acamkd.jobs import _hash, distill, train
+from acamkd.jobs import Batches, _hash, distill, teacher_section, train
 from acamkd.runs import Role
 
 
@@ -164,6 +164,12 @@ def test_distill_finds_the_teacher_that_was_trained_before(
     kept = config.load(tmp_path / "runs/tiny/distilled/recipe.yaml")
     assert kept.teacher is not None
     assert kept.teacher.weights == "runs/tiny/teacher/teacher.safetensors"
+    # A factory may bring weights of its own, but what was trained is newer.
+    factory = config.load(
+        tmp_path / "runs/tiny/distilled/recipe.yaml", ["teacher.weights=null", "teacher.arch=own:net"]
+    )
+    assert teacher_section(factory).weights == kept.teacher.weights
+    assert teacher_section(factory.model_copy(update={"name": "other"})).weights is None
 
 
 def _interrupt_at(monkeypatch: pytest.MonkeyPatch, epoch: int, batch: int) -> None:
@@ -286,6 +292,9 @@ def test_unlabelled_pictures_change_the_distillation_alone(
     distill(config.parse(raw), out=tmp_path / "without")
     run = distill(config.parse(with_unlabelled), out=tmp_path / "with")
     assert set(run.metrics["data"]) == {"train", "val", "unlabelled"}
+    loading = Batches(config.parse({**with_unlabelled, "data": {**with_unlabelled["data"], "workers": 2}}),
+                      with_unlabelled=True)  # fmt: skip
+    assert (loading.train.num_workers, loading.mixed.num_workers) == (0, 2)  # the former only feeds a calibration
     assert "4 unlabelled pictures, which only the distillation sees" in caplog.messages
     before, after = (tiny.rows(tmp_path / name / "logs/metrics.csv") for name in ("without", "with"))
     task, feature = "loss/task/cross_entropy_step", "loss/segmentation_head.0/acam/spatial_step"

@@ -71,6 +71,8 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
             for split in ("train", "val")
         )
         data.check_same_classes(train, val)
+        for split in (train, val):
+            data.refuse(split.problems)
         yield Finding(
             stage, "pass", f"{len(train)} training and {len(val)} validation pictures, {len(train.classes)} classes"
         )
@@ -135,6 +137,8 @@ def _weights(check: str, model: TaskModel, section: config.Model) -> Finding:
         )
     elif section.backbone_weights not in (None, "imagenet"):
         report = models.load_weights(model.backbone, section.backbone_weights, strict=False, what=section.backbone)
+    elif ":" in section.arch:
+        return Finding(check, "pass", f"whatever {section.arch} brings")
     elif section.backbone_weights == "imagenet":
         return Finding(check, "pass", f"{section.backbone} pretrained on ImageNet, everything else starts anew")
     else:

@@ -12,7 +12,7 @@ class AcamkdError(ValueError):
 
 
 class PictureError(AcamkdError, OSError):
-    """A picture cannot be decoded. An OSError, too, as of a picture that has gone: a training says how to go on."""
+    """A picture is not there or cannot be decoded. An OSError, too: a training says how to go on."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from acamkd import config, models
+from acamkd.data import voc
 from acamkd.errors import AcamkdError
 from acamkd.features import entries_of
 from acamkd.models.base import Task, TaskModel
@@ -23,7 +24,7 @@ SIDE = 256
 DEPTH = 2
 """Layers down to this depth are listed, which are stages rather than single convolutions."""
 CLASSES = 19
-"""Of networks that are named without a recipe."""
+"""Of networks whose classes are not known, as Cityscapes has."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ def of_recipe(recipe: config.Recipe) -> tuple[TaskModel, TaskModel]:
     """A recipe's teacher and student, without weights."""
     if recipe.teacher is None:
         raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
-    classes = len(recipe.data.classes or range(CLASSES))
+    background = recipe.task == "segmentation"
+    usual = len(voc.CLASSES) + background if recipe.data.format == "voc" else CLASSES
+    classes = len(recipe.data.classes or range(usual))
     return _build(recipe.teacher, recipe.task, classes), _build(recipe.student, recipe.task, classes)
 
 

@@ -140,14 +140,16 @@ def teacher_section(recipe: config.Recipe) -> config.Model:
     """
     assert recipe.teacher is not None
     trained = default_folder(recipe, "teacher") / "teacher.safetensors"
-    if recipe.teacher.weights is not None or ":" in recipe.teacher.arch:  # a factory may bring weights of its own
+    if recipe.teacher.weights is not None:
         return recipe.teacher
-    if not trained.is_file():
-        raise AcamkdError(
-            f"the teacher has no weights: set teacher.weights, or train it first (acamkd train RECIPE --model teacher "
-            f"writes {trained})"
-        )
-    return recipe.teacher.model_copy(update={"weights": str(trained)})
+    if trained.is_file():
+        return recipe.teacher.model_copy(update={"weights": str(trained)})
+    if ":" in recipe.teacher.arch:  # a factory may bring weights of its own
+        return recipe.teacher
+    raise AcamkdError(
+        f"the teacher has no weights: set teacher.weights, or train it first (acamkd train RECIPE --model teacher "
+        f"writes {trained})"
+    )
 
 
 class Batches:
@@ -172,6 +174,8 @@ class Batches:
         )
         self.train = self.mixed = shuffled(splits["train"])
         if with_unlabelled and source.unlabelled is not None:
+            # It only feeds the calibration now: processes of its own would idle from then on.
+            self.train = shuffled(splits["train"], workers=0)
             more = data.build_unlabelled(source, recipe.task, seed=seed)
             data.check(more, recipe.data.check)
             self.fingerprint["unlabelled"] = more.fingerprint()

@@ -42,6 +42,7 @@ __all__ = [
     "check_same_classes",
     "loader",
     "naming_pictures",
+    "refuse",
     "resolve",
 ]
 

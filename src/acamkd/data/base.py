@@ -257,8 +257,7 @@ def read_picture(file: Path) -> Tensor:
     """Decode a picture of any 8-bit mode to (3, H, W) uint8 RGB, rotated as its EXIF orientation says.
 
     Raises:
-        PictureError: It cannot be decoded, or has more bits; the file is named.
-        FileNotFoundError: It is not there.
+        PictureError: It is not there, cannot be decoded, or has more bits; the file is named.
     """
     with opened(file) as image:
         if image.mode[0] in "IF":  # Pillow would clip them to white without a word
@@ -278,12 +277,12 @@ def read_size(file: Path) -> PixelSize:
 
 @contextmanager
 def opened(file: Path, what: str = "picture") -> Iterator[Image.Image]:
-    """A picture; whatever goes wrong with it within becomes a PictureError that names it, unless it is not there."""
+    """A picture; whatever goes wrong with it within becomes a PictureError that names it."""
     try:
         with Image.open(file) as image:
             yield image
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        raise PictureError(f"{file}: there is no such {what}") from error
     except Exception as error:  # decoders of broken files raise whatever they meet first
         raise PictureError(f"{file}: the {what} cannot be read: {error}") from error
 
@@ -325,12 +324,10 @@ def describe(size: Sequence[int]) -> str:
 def look_at(dataset: PictureDataset, index: int, *, decode: bool) -> tuple[PixelSize | None, list[str]]:
     """One picture's size, and what is wrong with it or, now that its size is known, with its target."""
     file = dataset.files[index]
-    if not file.is_file():
-        return None, [f"{file}: there is no such picture"]
     size: Any
     try:
         size = read_picture(file).shape[-2:] if decode else read_size(file)
-    except (PictureError, FileNotFoundError) as error:
+    except PictureError as error:
         return None, [str(error)]
     return tuple(size), dataset.inspect(index, tuple(size), decode=decode)
 

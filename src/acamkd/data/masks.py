@@ -55,8 +55,6 @@ class MaskDataset(PictureDataset):
             with _opened_mask(file) as image:
                 mask_size = (image.height, image.width)
                 values = torch.unique(_ids(image)).tolist() if decode else []
-        except FileNotFoundError:
-            return [f"{file}: there is no such mask"]
         except PictureError as error:
             return [str(error)]
         if mask_size != size:
