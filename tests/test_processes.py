@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import tiny
 from acamkd import config, models
+from acamkd.compare import plan, run_cell
 from acamkd.data.loading import Pictures
 from acamkd.data.scenes import CLASSES, write_scenes
 from acamkd.engine import TERMINATED, TrainingModule
@@ -175,6 +176,13 @@ def test_slurm_is_recognised(raw: dict[str, Any], tmp_path: Path) -> None:
     recipe = _shared(raw, epochs=1)
     assert _together(lambda rank: distill(recipe, out=tmp_path / "run"), _slurm) == [0, 0]
     assert open_run(tmp_path / "run").metrics["processes"] == 2
+
+
+def test_a_cell_of_two_processes_is_one(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cells = plan(_shared(raw, epochs=1), ["acam"], 1, tmp_path / "results")
+    assert _together(lambda rank: run_cell(cells, 1, tmp_path / "results")) == [0, 0]
+    assert cells[1].read(tmp_path / "results") is not None
 
 
 def test_devices_that_are_not_there_are_one_message(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -63,6 +63,15 @@ def test_resume_says_whether_there_is_a_checkpoint(tmp_path: Path) -> None:
     assert run.create(resume=True, overwrite=False) is True
 
 
+def test_what_changes_no_figure_may_change_on_resuming(tmp_path: Path) -> None:
+    run = _run(tmp_path / "run")
+    run.create(resume=False, overwrite=False)
+    changed = config.override(run.recipe, ["data.workers=1", "data.check=headers", "train.checkpoint_every=7"])
+    assert Run(run.folder, changed, "student").create(resume=True, overwrite=False) is False
+    with pytest.raises(AcamkdError, match="another recipe or command"):
+        Run(run.folder, config.override(changed, ["data.root=other"]), "student").create(resume=True, overwrite=False)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_is_not_a_run_is_left_alone(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "recipe.yaml").write_text("the user's own")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -550,9 +549,9 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    ranks = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ]
-    # Of several processes the first one speaks.
-    logging.getLogger("acamkd").setLevel(logging.ERROR if ranks and ranks[0] != "0" else logging.INFO)
+    from acamkd.runs import is_first_process
+
+    logging.getLogger("acamkd").setLevel(logging.INFO if is_first_process() else logging.ERROR)
     logging.getLogger("acamkd").handlers = [_Lines()]
 
 

@@ -166,6 +166,12 @@ class Run:
         return models.build(section, self.recipe.task, len(data.classes), data.resize, teacher=True).eval()
 
 
+def is_first_process() -> bool:
+    """Whether this is the first of the processes that a launcher has started, or the only one."""
+    ranks = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ]
+    return not ranks or ranks[0] == "0"
+
+
 def default_folder(recipe: config.Recipe, job: str) -> Path:
     """Where a recipe's `teacher`, `alone` and `distilled` runs go."""
     return Path("runs") / recipe.name / job
@@ -213,7 +219,8 @@ def as_json(content: Any) -> str:
 
 
 def _content(recipe: config.Recipe) -> dict[str, Any]:
-    return recipe.model_dump(mode="json")
+    """What the outcome depends on."""
+    return recipe.model_dump(mode="json", exclude={"data": {"workers", "check"}, "train": {"checkpoint_every"}})
 
 
 def _percent(score: float | None) -> str:

@@ -83,6 +83,20 @@ def test_a_search_that_would_change_nothing_is_refused(recipe: Path, tmp_path: P
     assert len(plan(config.load(recipe, ["compare.tune={}", "losses.0.weight=auto"]), ["fitnet"], 1, tmp_path)) == 5
 
 
+def test_a_class_may_be_called_like_a_mask(recipe: Path, tmp_path: Path) -> None:
+    names = ["with_mask", "without_mask", "c", "d", "e", "f"]
+    results = tmp_path / "results"
+    loaded = config.load(recipe, [f"data.classes={json.dumps(names)}"])
+    cells = plan(loaded, ["acam"], 1, results)
+    for number in range(2):
+        run_cell(cells, number, results)
+    content = json.loads((results / "acam-seed0.json").read_text())
+    assert {f"IoU/{name}" for name in names} <= set(content["final"])
+    assert all(name.startswith("segmentation_head.0/acam/") for name in content["masks"])
+    tabulate(loaded, ["acam"], 1, results)
+    assert "| IoU/with_mask |" in (results / "comparison.md").read_text()
+
+
 def test_a_cell_is_one_small_file_and_is_not_run_again(
     recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

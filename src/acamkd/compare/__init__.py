@@ -180,9 +180,19 @@ def _train_teacher(recipe: config.Recipe) -> None:
 
     try:
         teacher_section(recipe)
-    except AcamkdError:
+    except AcamkdError as error:
+        if _devices(recipe.train) > 1:  # each would begin this comparison again
+            raise AcamkdError(f"{error}; with several devices a comparison cannot train it") from error
         log.info("the teacher has no weights: it is trained first")
         train(recipe, "teacher", resume=default_folder(recipe, "teacher").exists())
+
+
+def _devices(settings: config.Train) -> int:
+    if settings.devices != "auto":
+        return settings.devices
+    import torch  # as late as the training
+
+    return 1 if settings.accelerator == "cpu" else torch.cuda.device_count()
 
 
 def _log_file(results: Path, cell: Cell) -> Path:

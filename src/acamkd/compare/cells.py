@@ -12,7 +12,7 @@ from typing import Any
 
 from acamkd import config
 from acamkd.errors import AcamkdError, nearest
-from acamkd.runs import CHECKPOINT, PREVIOUS, RECIPE, default_folder, write_json
+from acamkd.runs import CHECKPOINT, PREVIOUS, RECIPE, default_folder, is_first_process, write_json
 
 NONE = "none"
 """The student alone."""
@@ -60,7 +60,7 @@ class Cell:
         content = self.recipe.model_dump(mode="json", exclude_defaults=True)
         for section, names in {
             "data": ("root", "workers", "check", "classes"),
-            "train": ("seed", "accelerator", "devices"),
+            "train": ("seed", "accelerator", "devices", "checkpoint_every"),
             "teacher": ("weights",),
         }.items():
             for name in names:
@@ -80,7 +80,7 @@ class Cell:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return found if found["recipe"] == self.key else None
 
-    def run(self, results: Path) -> dict[str, Any]:
+    def run(self, results: Path) -> None:
         """Train, or go on training, and write the cell's JSON; the run folder stays beside those of the recipe."""
         from acamkd.engine import METRICS  # with torch and Lightning, whose import takes longer than all tables
         from acamkd.jobs import distill, train
@@ -88,7 +88,10 @@ class Cell:
         folder = default_folder(self.recipe, "compare") / f"{self.name}-{self.key}"
         job = distill if self.recipe.losses else train
         resume = (folder / RECIPE).is_file()
-        metrics = job(self.recipe, out=folder, resume=resume).metrics
+        run = job(self.recipe, out=folder, resume=resume)
+        if not is_first_process():  # the others have no figures
+            return
+        metrics = run.metrics
         name = METRICS[self.recipe.task]
         columns = _columns(folder / "history.csv")
         content = {
@@ -103,9 +106,9 @@ class Cell:
             "history": columns[name],
             "final": {
                 key: values[-1] for key, values in columns.items()
-                if key not in ("epoch", "step", "seconds") and not key.startswith("loss") and "_mask" not in key
+                if key not in ("epoch", "step", "seconds") and not key.startswith("loss") and not _is_of_masks(key)
             },
-            "masks": {key: values for key, values in columns.items() if "_mask" in key},
+            "masks": {key: values for key, values in columns.items() if _is_of_masks(key)},
             "wall_time": metrics["seconds"],
             "versions": metrics["versions"],
             "machine": metrics["machine"],
@@ -114,7 +117,6 @@ class Cell:
         write_json(results / f"{self.name}.json", content)
         for name in (CHECKPOINT, PREVIOUS):
             (folder / name).unlink(missing_ok=True)  # the largest files, and of no more use
-        return content
 
 
 def plan(recipe: config.Recipe, methods: Sequence[str], seeds: int, results: Path) -> list[Cell]:
@@ -183,6 +185,10 @@ def _variant(recipe: config.Recipe, method: str, overrides: Sequence[str] = ()) 
         changes = {"losses.0.name": method}
     given = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
     return config.override(recipe, [*given, *overrides])
+
+
+def _is_of_masks(column: str) -> bool:
+    return "_mask" in column and not column.startswith(("AP/", "IoU/"))  # a class may be called with_mask
 
 
 def _columns(file: Path) -> dict[str, list[float | None]]:
