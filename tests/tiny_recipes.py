@@ -63,7 +63,8 @@ def fake(cell: Cell, results: Path, score: float, **more: Any) -> None:
     """Write what a comparison's cell of this score would have left."""
     results.mkdir(exist_ok=True)
     content = {
-        "method": cell.method, "setting": cell.setting, "seed": cell.seed, "recipe": cell.key, "metric": "mIoU",
+        "method": cell.method, "setting": cell.setting, "option": cell.option, "seed": cell.seed, "recipe": cell.key,
+        "metric": "mIoU",
         "losses": [loss.model_dump(mode="json") for loss in cell.recipe.losses], "data": {"train": "a", "val": "b"},
         "teacher": {"sha256": "c" * 64, "mIoU": 50.0} if cell.recipe.losses else None,
         "history": [score], "final": {"mIoU": score}, "masks": {}, "wall_time": 120.0, "machine": "x86_64",

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,6 +78,29 @@ def test_tuning_comes_first_and_decides(recipe: Path, tmp_path: Path) -> None:
     assert cells[2].recipe.losses[0].options["weight"] == 2.0
 
 
+def test_the_tables_tell_what_the_tuning_found(recipe: Path, tmp_path: Path) -> None:
+    tuned = config.load(recipe, ["compare.tune={option: weight, values: [0.5, 2, 8], seeds: 2}"])
+    results = tmp_path / "results"
+    scores = {"acam-0.5": 43.0, "acam-2": 41.5, "cwd-0.5": 40.0, "cwd-2": 41.25}
+    for cell in plan(tuned, ["acam", "cwd"], 1, results):
+        name = cell.name.rpartition("-")[0]
+        if cell.tuning and name in scores:
+            fake(cell, results, scores[name] + cell.seed - 1000)
+    for cell in plan(tuned, ["acam", "cwd"], 1, results):
+        if not cell.tuning:
+            fake(cell, results, 40.0)
+    tabulate(tuned, ["acam", "cwd"], 1, results)
+    text = (results / "comparison.md").read_text()
+    assert "mIoU by `weight`; seeds, which the table above does not use: 1000, 1001." in text
+    assert "| method | 0.5 | 2 |\n|---|---|---|\n| `acam` | **43.50** | 42.00 |\n| `cwd` | 40.50 | **41.75** |" in text
+    assert "| `acam` | 0.5 | 1 | 40.00 |" in text
+    tuning = json.loads((results / "comparison.json").read_text())["tuning"]
+    assert tuning == {"acam": {"0.5": 43.5, "2.0": 42.0}, "cwd": {"0.5": 40.5, "2.0": 41.75}}
+    page = (results / "comparison.html").read_text(encoding="utf-8")
+    assert '<tr><th scope="row">cwd</th><td>40.50</td><td><b>41.75</b></td></tr>' in page
+    assert "mean over seeds 1000, 1001" in page
+
+
 def test_a_search_that_would_change_nothing_is_refused(recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(AcamkdError, match=r"gradient_ratio, which acts only on .*`weight: auto`, and acam has none"):
         plan(config.load(recipe, ["compare.tune={}"]), ["acam"], 1, tmp_path)
@@ -95,6 +119,23 @@ def test_a_class_may_be_called_like_a_mask(recipe: Path, tmp_path: Path) -> None
     assert all(name.startswith("segmentation_head.0/acam/") for name in content["masks"])
     tabulate(loaded, ["acam"], 1, results)
     assert "| IoU/with_mask |" in (results / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize(("train", "devices", "refused"), [
+    ({"devices": 2, "accelerator": "cpu"}, 0, True),
+    ({"accelerator": "cpu"}, 2, False),
+    ({"accelerator": "auto"}, 2, True),
+    ({"accelerator": "auto", "devices": 1}, 2, False),
+])  # fmt: skip
+def test_a_comparison_of_several_devices_does_not_train_its_teacher(
+    train: dict[str, Any], devices: int, refused: bool, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
+    monkeypatch.setattr("acamkd.jobs.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    loaded = config.load(recipe, ["teacher.weights=null", *(f"train.{name}={value}" for name, value in train.items())])
+    with pytest.raises(AcamkdError if refused else KeyboardInterrupt) as caught:
+        compare.compare(loaded, ["acam"], 1, tmp_path / "results", lambda number: [])
+    assert refused == ("with several devices a comparison cannot train it" in str(caught.value))
 
 
 def test_a_cell_is_one_small_file_and_is_not_run_again(

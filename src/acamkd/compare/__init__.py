@@ -156,22 +156,21 @@ def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results:
     Raises:
         AcamkdError: There is none, or they were made on other pictures or by another teacher.
     """
-    cells = [cell for cell in plan(recipe, methods, seeds, results) if not cell.tuning]
-    done_cells = [cell for cell in cells if cell.read(results)]
-    found = [done for cell in done_cells if (done := cell.read(results))]
+    done = [(cell, content) for cell in plan(recipe, methods, seeds, results) if (content := cell.read(results))]
+    found, tuning = ([content for cell, content in done if cell.tuning is kind] for kind in (False, True))
     if not found:
         raise AcamkdError(f"{results} holds no cell of this comparison yet")
     shared = {
-        f"{split} pictures": [done["data"].get(split) for done in found]
+        f"{split} pictures": [content["data"].get(split) for _, content in done]
         for split in ("train", "val", "unlabelled")  # the student alone sees nothing unlabelled
-    } | {"teacher": [done["teacher"] and done["teacher"]["sha256"] for done in found]}
+    } | {"teacher": [content["teacher"] and content["teacher"]["sha256"] for _, content in done]}
     for what, values in shared.items():
         usual, *others = [value for value, _ in Counter(value for value in values if value).most_common()] or [None]
         if others:
-            odd = [cell.name for cell, value in zip(done_cells, values, strict=True) if value not in (usual, None)]
+            odd = [cell.name for (cell, _), value in zip(done, values, strict=True) if value not in (usual, None)]
             raise AcamkdError(f"the cells in {results} do not share their {what}: remove {', '.join(odd)}")
     rows = summarize(found)
-    tables.write(results, recipe, rows, found)
+    tables.write(results, recipe, rows, found, tuning)
     return rows
 
 

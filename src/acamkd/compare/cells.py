@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from acamkd import config
@@ -29,13 +30,15 @@ class Cell:
 
     Attributes:
         method: Its name in the table.
-        setting: Value of the tuned key; None where nothing is tuned.
+        setting: Value of the tuned option; None where nothing is tuned.
+        option: Name of the tuned option.
         tuning: Whether it serves the choice of the setting rather than the table.
         recipe: What it runs, seed included.
     """
 
     method: str
     setting: float | None
+    option: str | None
     tuning: bool
     recipe: config.Recipe
 
@@ -97,6 +100,7 @@ class Cell:
         content = {
             "method": self.method,
             "setting": self.setting,
+            "option": self.option,
             "seed": self.seed,
             "recipe": self.key,
             "losses": [loss.model_dump(mode="json") for loss in config.load(folder / RECIPE).losses],
@@ -137,15 +141,18 @@ def plan(recipe: config.Recipe, methods: Sequence[str], seeds: int, results: Pat
     return cells
 
 
-def best_setting(cells: Iterable[Cell], results: Path) -> float | None:
+def best_setting(cells: Sequence[Cell], results: Path) -> float | None:
     """The setting with the best mean at the last epoch; the first one where nothing has been run."""
+    means = setting_means([found for cell in cells if (found := cell.read(results))])
+    return max(means, key=means.__getitem__) if means else next((cell.setting for cell in cells), None)
+
+
+def setting_means(found: Iterable[Mapping[str, Any]]) -> dict[float, float]:
+    """Setting -> mean over the seeds of the metric at the last epoch, of one method's finished tuning cells."""
     scores: dict[float, list[float]] = {}
-    for cell in cells:
-        assert cell.setting is not None
-        found = cell.read(results)
-        scores.setdefault(cell.setting, []).extend(found["history"][-1:] if found else [])
-    means = {setting: sum(values) / len(values) if values else float("-inf") for setting, values in scores.items()}
-    return max(means, key=means.__getitem__) if means else None
+    for cell in found:
+        scores.setdefault(cell["setting"], []).append(cell["history"][-1])
+    return {setting: mean(values) for setting, values in scores.items()}
 
 
 def _tuning_cells(recipe: config.Recipe, method: str) -> list[Cell]:
@@ -162,14 +169,13 @@ def _tuning_cells(recipe: config.Recipe, method: str) -> list[Cell]:
 
 
 def _cell(recipe: config.Recipe, method: str, seed: int, setting: float | None, *, tuning: bool) -> Cell:
+    search = recipe.compare.tune
+    option = None if setting is None or search is None else search.option
     overrides = [f"train.seed={seed}"]
-    if setting is not None and recipe.compare.tune is not None:
-        overrides += [
-            f"losses.{index}.{recipe.compare.tune.option}={setting}"
-            for index in range(len(_variant(recipe, method).losses))
-        ]
+    if option is not None:
+        overrides += [f"losses.{index}.{option}={setting}" for index in range(len(_variant(recipe, method).losses))]
     varied = _variant(recipe, method, overrides)
-    return Cell(method, setting, tuning, varied.model_copy(update={"compare": config.Comparison()}))
+    return Cell(method, setting, option, tuning, varied.model_copy(update={"compare": config.Comparison()}))
 
 
 def _variant(recipe: config.Recipe, method: str, overrides: Sequence[str] = ()) -> config.Recipe:

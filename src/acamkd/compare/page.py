@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from acamkd import config
 from acamkd.collapse import collapse
 from acamkd.compare.cells import NONE
-from acamkd.compare.statistics import Row, final_means, mask_courses
+from acamkd.compare.statistics import Row, final_means, mask_courses, tuned
 from acamkd.report import environment
 from acamkd.report.charts import Chart, Points, draw
 from acamkd.report.masks import mask_charts
@@ -38,7 +38,7 @@ class Difference:
     seeds: dict[int, float]
 
 
-def write_page(file: Path, recipe: config.Recipe, rows: Sequence[Row], cells: Cells) -> None:
+def write_page(file: Path, recipe: config.Recipe, rows: Sequence[Row], cells: Cells, tuning: Cells = ()) -> None:
     """Write the page of finished cells.
 
     Args:
@@ -46,6 +46,7 @@ def write_page(file: Path, recipe: config.Recipe, rows: Sequence[Row], cells: Ce
         recipe: What was compared on.
         rows: The table, best first.
         cells: What it was made of.
+        tuning: Cells that served the choice of the settings.
     """
     metric = cells[0]["metric"]
     differences = _differences(rows, cells)
@@ -55,6 +56,10 @@ def write_page(file: Path, recipe: config.Recipe, rows: Sequence[Row], cells: Ce
         recipe_text=config.dump(recipe),
         metric=metric,
         rows=rows,
+        tuned=tuned(tuning),
+        option=next((cell["option"] for cell in tuning), None),
+        settings=sorted({cell["setting"] for cell in tuning}),
+        tuning_seeds=sorted({cell["seed"] for cell in tuning}),
         best=differences[0] if differences else None,
         differences=differences,
         axis=axis,

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from scipy import stats
 
-from acamkd.compare.cells import NONE
+from acamkd.compare.cells import NONE, setting_means
 
 Verdict: TypeAlias = Literal["gain", "no evidence", "harm", "too few seeds"]
 
@@ -138,6 +138,12 @@ def _verdict(gain: Paired, p: float | None) -> Verdict:
     if p < LEVEL and gain.high < 0:
         return "harm"
     return "no evidence"
+
+
+def tuned(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, float]]:
+    """Method -> setting -> its mean over the tuning seeds."""
+    methods = dict.fromkeys(cell["method"] for cell in cells)
+    return {method: setting_means(cell for cell in cells if cell["method"] == method) for method in methods}
 
 
 def final_means(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:

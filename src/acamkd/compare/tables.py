@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 
 from acamkd import config
 from acamkd.compare.cells import NONE
-from acamkd.compare.page import write_page
-from acamkd.compare.statistics import STATISTICS, Paired, Row, final_means, mask_courses
+from acamkd.compare.page import Cells, write_page
+from acamkd.compare.statistics import STATISTICS, Paired, Row, final_means, mask_courses, tuned
 from acamkd.runs import write_json, write_text
 
 DASH = "-"
 
 
-def write(results: Path, recipe: config.Recipe, rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> None:
-    """Write comparison.md, .json, .png and .html."""
+def write(results: Path, recipe: config.Recipe, rows: Sequence[Row], cells: Cells, tuning: Cells) -> None:
+    """Write comparison.md, .json, .png and .html; `tuning` are the cells that served the choice of the settings."""
     metric = cells[0]["metric"]
-    write_text(results / "comparison.md", f"# Comparison on {recipe.name}\n\n{markdown(rows, cells)}")
-    write_json(results / "comparison.json", {"metric": metric, "rows": [asdict(row) for row in rows]})
+    write_text(results / "comparison.md", f"# Comparison on {recipe.name}\n\n{markdown(rows, cells, tuning)}")
+    content = {"metric": metric, "rows": [asdict(row) for row in rows], "tuning": tuned(tuning)}
+    write_json(results / "comparison.json", content)
     figure(results / "comparison.png", rows, cells, metric)
-    write_page(results / "comparison.html", recipe, rows, cells)
+    write_page(results / "comparison.html", recipe, rows, cells, tuning)
 
 
-def markdown(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> str:
+def markdown(rows: Sequence[Row], cells: Cells, tuning: Cells = ()) -> str:
     """Tables and what must be known to read them."""
     metric = cells[0]["metric"]
     teachers = {cell["teacher"]["sha256"][:12]: cell["teacher"][metric] for cell in cells if cell["teacher"]}
@@ -43,6 +43,7 @@ def markdown(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
         *(_line(row) for row in rows),
         "",
+        *_tuning(tuning),
         *_classes(rows, cells),
         *_masks(rows, cells),
     ]
@@ -66,7 +67,26 @@ def _difference(paired: Paired) -> str:
     return f"{paired.mean:+.2f}{interval}"
 
 
-def _classes(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> list[str]:
+def _tuning(cells: Cells) -> list[str]:
+    """What the search for each method's setting found, the best in bold."""
+    if not cells:
+        return []
+    settings = sorted({cell["setting"] for cell in cells})
+    seeds = ", ".join(str(seed) for seed in sorted({cell["seed"] for cell in cells}))
+    lines = [
+        "## Tuning", "",
+        f"{cells[0]['metric']} by `{cells[0]['option']}`; seeds, which the table above does not use: {seeds}.", "",
+        f"| method | {' | '.join(f'{setting:g}' for setting in settings)} |", "|---" * (len(settings) + 1) + "|",
+    ]  # fmt: skip
+    for method, means in tuned(cells).items():
+        best = max(means, key=means.__getitem__)
+        values = {setting: f"{mean:.2f}" for setting, mean in means.items()}
+        values[best] = f"**{values[best]}**"
+        lines.append(f"| `{method}` | {' | '.join(values.get(setting, DASH) for setting in settings)} |")
+    return [*lines, ""]
+
+
+def _classes(rows: Sequence[Row], cells: Cells) -> list[str]:
     lines = ["## By class and size", "", f"| | {' | '.join(f'`{row.method}`' for row in rows)} |"]
     lines.append("|---" * (len(rows) + 1) + "|")
     for name, means in final_means(rows, cells).items():
@@ -74,7 +94,7 @@ def _classes(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> list[st
     return lines
 
 
-def _masks(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> list[str]:
+def _masks(rows: Sequence[Row], cells: Cells) -> list[str]:
     """How the masks moved: every statistic in the first, the middle and the last epoch."""
     lines = [
         f"| `{method}` | {kind} | {' | '.join(_course(courses.get(statistic)) for statistic in STATISTICS)} |"
@@ -93,7 +113,7 @@ def _course(means: Sequence[float] | None) -> str:
     return ", ".join(f"{means[epoch]:.3g}" for epoch in (0, len(means) // 2, -1))
 
 
-def figure(file: Path, rows: Sequence[Row], cells: Sequence[Mapping[str, Any]], metric: str) -> None:
+def figure(file: Path, rows: Sequence[Row], cells: Cells, metric: str) -> None:
     """Differences with their intervals, and the metric over the epochs."""
     height = 1.2 + 0.34 * len(rows)
     picture, (left, right) = plt.subplots(1, 2, figsize=(11, max(3.2, height)), layout="constrained")
