@@ -192,7 +192,7 @@ def test_an_interrupted_run_resumes_to_the_same_end(
         _interrupt_at(patch, epoch=1, batch=1)
         with pytest.raises(KeyboardInterrupt):
             distill(recipe, out=folder)
-    assert caplog.messages[-1] == f"{folder}: interrupted; --resume goes on after epoch 1 of 3"
+    assert caplog.messages[-1] == f"{folder}: interrupted after epoch 1 of 3; --resume goes on at the last checkpoint"
     assert signal.getsignal(signal.SIGINT) is before  # the next Ctrl-C works, too
     assert [row["epoch"] for row in tiny.rows(folder / "history.csv")] == ["1"]
     assert not (folder / "metrics.json").exists()
@@ -271,7 +271,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(root: Path, tmp_path: Path) -> Non
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert (
-        errors.rstrip().rpartition("\n")[2].partition(" ")[2].startswith("warning: run: interrupted; --resume goes on")
+        errors.rstrip().rpartition("\n")[2].partition(" ")[2].startswith("warning: run: interrupted after epoch")
     )
     assert (tmp_path / "run" / "student.safetensors").is_file()
 

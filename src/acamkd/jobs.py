@@ -301,7 +301,9 @@ def _stopping(folder: Path, recorder: Recorder, epochs: int) -> Iterator[None]:
         # Lightning's answer to Ctrl-C, which it ignores from then on.
         signal.signal(signal.SIGINT, on_interrupt)
         done = len(recorder.history)
-        log.warning("%s: interrupted; --resume goes on after epoch %d of %d", folder, done, epochs)
+        log.warning(
+            "%s: interrupted after epoch %d of %d; --resume goes on at the last checkpoint", folder, done, epochs
+        )
         raise KeyboardInterrupt from None
 
 

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchmetrics.detection import MeanAveragePrecision
 
-from acamkd.models.base import VOID, Prediction, Target, Task, TaskModel
+from acamkd.models.base import VOID, Prediction, Target, Task, TaskModel, keeping_modes
 
 T = TypeVar("T")
 
@@ -90,20 +90,19 @@ def score(
     """Score a network on pictures.
 
     Args:
-        model: The network; its mode is restored afterwards.
+        model: The network; its modes are restored afterwards.
         batches: (images, targets) each.
         scorer: Fresh, or computed before.
     """
-    training = model.training
     device = model.mean.device
-    model.eval()
     scorer.to(device)
-    for images, targets in batches:
-        scorer.update(
-            model.predict([image.to(device) for image in images]),
-            [{name: value.to(device) for name, value in target.items()} for target in targets],
-        )
-    model.train(training)
+    with keeping_modes(model):
+        model.eval()
+        for images, targets in batches:
+            scorer.update(
+                model.predict([image.to(device) for image in images]),
+                [{name: value.to(device) for name, value in target.items()} for target in targets],
+            )
     return scorer.compute()
 
 
