@@ -2,7 +2,7 @@
 
     python benchmarks/memory_estimate.py [--quick]
 
-One forward and backward of the networks of step_cost.py with ACAM (kv_stride: auto, mask_grad: joint), counted, and
+One forward and backward of the networks of step_cost.py with ACAM (kv_stride: auto), counted, and
 measured as the growth of the process's resident memory in that very step, without the parameters' gradients.
 """
 
@@ -24,13 +24,7 @@ def measure(name: str, size: tuple[int, int]) -> tuple[float, float]:
     torch.set_num_threads(2)
     logging.getLogger("acamkd").setLevel(logging.ERROR)
     student, teacher = networks(name, size)
-    entry = loss(
-        "acam",
-        PYRAMID if student.task == "detection" else LOGITS,
-        kv_stride="auto",
-        mask_grad="joint",
-        imitation="squared",
-    )
+    entry = loss("acam", PYRAMID if student.task == "detection" else LOGITS, kv_stride="auto")
     distiller = build_distiller(student, teacher, [entry]).eval()
     distiller.student.train()
     batch = batch_of(student, size)

@@ -56,8 +56,8 @@ PYRAMID, LOGITS, FEATURES = "backbone:*", ("segmentation_head.0", "classifier"),
 
 
 def loss(name: str, layers: Any, **options: Any) -> Loss:
-    """One entry of a recipe's `losses`; ACAM with both kinds of masks, as in the paper."""
-    return Loss(name=name, pairs=[layers], **({"masks": "both"} if name == "acam" else {}) | options)
+    """One entry of a recipe's `losses`."""
+    return Loss(name=name, pairs=[layers], **options)
 
 
 LOSSES: Mapping[str, Mapping[str, Loss]] = {
@@ -69,7 +69,8 @@ LOSSES: Mapping[str, Mapping[str, Loss]] = {
         "cwd": loss("cwd", PYRAMID),
         "acam, exact": loss("acam", PYRAMID),
         "acam, auto": loss("acam", PYRAMID, kv_stride="auto"),
-        "acam, auto, joint": loss("acam", PYRAMID, kv_stride="auto", mask_grad="joint"),
+        "acam, both kinds, auto": loss("acam", PYRAMID, masks="both", kv_stride="auto"),
+        "acam, paper, auto": loss("acam", PYRAMID, preset="paper", kv_stride="auto"),
     },
     SEGMENTATION: {
         "fitnet, 256 channels": loss("fitnet", FEATURES),
@@ -80,7 +81,7 @@ LOSSES: Mapping[str, Mapping[str, Loss]] = {
         "acam, logits, auto": loss("acam", LOGITS, num_masks=19, kv_stride="auto"),
         "acam, 256 channels, exact": loss("acam", FEATURES, num_masks=19),
         "acam, 256 channels, auto": loss("acam", FEATURES, num_masks=19, kv_stride="auto"),
-        "acam, 256 channels, auto, joint": loss("acam", FEATURES, num_masks=19, kv_stride="auto", mask_grad="joint"),
+        "acam, 256 channels, paper, auto": loss("acam", FEATURES, preset="paper", num_masks=19, kv_stride="auto"),
     },
 }
 

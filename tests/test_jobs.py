@@ -270,9 +270,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(root: Path, tmp_path: Path) -> Non
         process.kill()
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
-    assert (
-        errors.rstrip().rpartition("\n")[2].partition(" ")[2].startswith("warning: run: interrupted after epoch")
-    )
+    assert errors.rstrip().rpartition("\n")[2].partition(" ")[2].startswith("warning: run: interrupted after epoch")
     assert (tmp_path / "run" / "student.safetensors").is_file()
 
 
