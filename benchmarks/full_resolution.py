@@ -28,8 +28,10 @@ from acamkd.methods import build_distiller
 
 SIZES = {"detection": (800, 1344), "segmentation": (512, 1024)}
 LOSSES = {
-    "detection": loss("acam", PYRAMID, kv_stride="auto", mask_grad="detached", imitation="squared"),
-    "segmentation": loss("acam", LOGITS, num_masks=19, kv_stride="auto", mask_grad="detached", imitation="squared"),
+    "detection": loss("acam", PYRAMID, masks="both", kv_stride="auto", mask_grad="detached", imitation="squared"),
+    "segmentation": loss(
+        "acam", LOGITS, num_masks=19, masks="both", kv_stride="auto", mask_grad="detached", imitation="squared"
+    ),
 }
 
 
