@@ -100,6 +100,16 @@ def test_the_best_rival_is_of_another_class() -> None:
     assert rows["none"].over_rival is None
 
 
+def test_a_rival_of_a_single_seed_is_the_best_only_where_all_are() -> None:
+    scores = {"none": [1.0, 1.0, 1.0], "acam": [5.0, 6.0, 6.0], "cwd": [4.0, 4.0, 4.0], "pkd": [9.0]}
+    rival = table(scores, {})["acam"].over_rival
+    assert rival is not None
+    assert rival.other == "cwd"
+    rival = table({name: values[:1] for name, values in scores.items()}, {})["acam"].over_rival
+    assert rival is not None
+    assert rival.other == "pkd"
+
+
 def test_the_page_shows_what_was_measured() -> None:
     cells = [cell("none", seed, 40.0 + seed) for seed in range(3)]
     cells += [cell("cwd", seed, 42.0 + seed * 1.5, ("cwd",), setting=0.5) for seed in range(3)]

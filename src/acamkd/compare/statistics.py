@@ -54,7 +54,7 @@ class Row:
         std: Its standard deviation over the seeds (n - 1); None with one seed.
         gain: Against the student alone; None for that itself.
         p_corrected: Holm's correction of `gain.p` over the methods of the table.
-        over_rival: Against the best method of another class.
+        over_rival: Against the best method of another class; of those with enough seeds, where there are some.
         verdict: `gain` or `harm` where the corrected p is below 0.05 and the interval is on that side of 0.
         minutes: Median wall time.
     """
@@ -110,7 +110,8 @@ def summarize(cells: Sequence[Mapping[str, Any]]) -> list[Row]:
     corrected = dict(zip(tested, holm([gains[method].p or 0.0 for method in tested]), strict=True))
     rows = []
     for method, values in scores.items():
-        rivals = [other for other in scores if classes[other] and not classes[other] & classes[method]]
+        others = [other for other in scores if classes[other] and not classes[other] & classes[method]]
+        rivals = [other for other in others if len(scores[other]) >= SEEDS_NEEDED] or others
         rival = max(rivals, key=means.__getitem__, default=None) if classes[method] else None
         gain = gains.get(method)
         rows.append(
