@@ -88,7 +88,7 @@ def test_the_tables_tell_what_the_tuning_found(recipe: Path, tmp_path: Path) -> 
             fake(cell, results, scores[name] + cell.seed - 1000)
     for cell in plan(tuned, ["acam", "cwd"], 1, results):
         if not cell.tuning:
-            fake(cell, results, 40.0)
+            fake(cell, results, 40.0, setting=None)  # as if it had been run before the tuning
     tabulate(tuned, ["acam", "cwd"], 1, results)
     text = (results / "comparison.md").read_text()
     assert "mIoU by `weight`; seeds, which the table above does not use: 1000, 1001." in text

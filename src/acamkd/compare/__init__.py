@@ -156,7 +156,14 @@ def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results:
     Raises:
         AcamkdError: There is none, or they were made on other pictures or by another teacher.
     """
-    done = [(cell, content) for cell in plan(recipe, methods, seeds, results) if (content := cell.read(results))]
+    done = [
+        (
+            cell,
+            {**content, "setting": cell.setting, "option": cell.option},
+        )  # also of one that was run before the tuning
+        for cell in plan(recipe, methods, seeds, results)
+        if (content := cell.read(results))
+    ]
     found, tuning = ([content for cell, content in done if cell.tuning is kind] for kind in (False, True))
     if not found:
         raise AcamkdError(f"{results} holds no cell of this comparison yet")
