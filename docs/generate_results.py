@@ -1,7 +1,8 @@
 """Write the tables and figures in the pages anew from the cells in benchmarks/results: python docs/generate_results.py.
 
 A page says where: what stands between `<!-- cells: NAME METHOD ... -->` and `<!-- end -->` is of these methods, or of
-all where none is named, in benchmarks/results/NAME.
+all where none is named, in benchmarks/results/NAME; between `<!-- ablations: NAME NAME -->` and `<!-- end -->`, the
+paper's ablations beside those of two comparisons.
 """
 
 from __future__ import annotations
@@ -10,62 +11,117 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any, TypeAlias
 
 from acamkd.compare import tables
 from acamkd.compare.cells import TUNING_SEED
-from acamkd.compare.statistics import summarize
+from acamkd.compare.statistics import Row, paired, summarize
 
 HERE = Path(__file__).parent
 CELLS = HERE.parent / "benchmarks/results"
 BLOCK = re.compile(r"(<!-- cells: (\w+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+ABLATIONS_BLOCK = re.compile(r"(<!-- ablations: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+DEFAULT = "acam"
+ABLATIONS = (
+    ("masks", "spatial, the default", "acam", 40.9),
+    ("", "channel", "acam-channel", 40.4),
+    ("", "both, the paper's choice", "acam-both", 41.2),
+    ("who asks", "the teacher, the default", "acam", 41.2),
+    ("", "the student", "acam-student", 41.0),
+    ("masks made by", "nobody: masks of ones, in the paper the student alone", "acam-uniform", 37.4),
+    ("", "the teacher, beforehand", "acam-fixed", 39.8),
+    ("", "the teacher, adaptive", "acam-teacher", 39.9),
+    ("", "student and teacher, the default", "acam", 41.2),
+)
+"""What is varied, how, the method of the recipes, and mAP of a RetinaNet on COCO in the paper's tables 8 to 10."""
 
 Cells: TypeAlias = list[Mapping[str, Any]]
 
 
 def pages() -> dict[str, str]:
     """Every page with such blocks, by file name."""
-    return {page.name: BLOCK.sub(_block(page), text) for page, text in _texts() if BLOCK.search(text)}
+    found = {page: text for page, text in _texts() if BLOCK.search(text) or ABLATIONS_BLOCK.search(text)}
+    return {page.name: ABLATIONS_BLOCK.sub(_ablations, BLOCK.sub(_block(page), text)) for page, text in found.items()}
 
 
-def figures() -> Iterator[tuple[Path, Cells]]:
-    """Files of the figures, and the cells that they show."""
+def figures() -> Iterator[tuple[Path, list[Row], Cells]]:
+    """Files of the figures, and the rows and cells that they show."""
     for page, text in _texts():
-        for _, name, methods, _ in BLOCK.findall(text):
-            yield _figure(page, name), _cells(name, methods)
+        for match in BLOCK.finditer(text):
+            cells, _ = _cells(match[2])
+            yield _figure(page, match), _rows(cells, match[3]), cells
 
 
 def _texts() -> Iterator[tuple[Path, str]]:
     return ((page, page.read_text(encoding="utf-8")) for page in sorted(HERE.glob("*.md")))
 
 
-def _cells(name: str, methods: str) -> Cells:
-    """The finished cells of a comparison, without those that served the tuning."""
-    wanted = methods.split()
+def _cells(name: str) -> tuple[Cells, Cells]:
+    """The finished cells of a comparison, and those that served the tuning."""
     found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((CELLS / name).glob("*-seed*.json"))]
-    return [cell for cell in found if cell["seed"] < TUNING_SEED and (not wanted or cell["method"] in wanted)]
+    return [cell for cell in found if cell["seed"] < TUNING_SEED], [c for c in found if c["seed"] >= TUNING_SEED]
 
 
-def _figure(page: Path, name: str) -> Path:
-    return page.with_name(f"{page.stem}-{name}.png")
+def _rows(cells: Cells, methods: str) -> list[Row]:
+    """Rows of some methods; p and the best rival are of the whole comparison, whatever a page shows of it."""
+    rows = summarize(cells)
+    wanted = set(methods.split()) or {row.method for row in rows}
+    if missing := wanted - {row.method for row in rows}:
+        raise SystemExit(f"there is no cell of {', '.join(sorted(missing))}")
+    return [row for row in rows if row.method in wanted]
+
+
+def _figure(page: Path, block: re.Match[str]) -> Path:
+    """Of a block; the second one of the same comparison on a page is NAME-2, and so on."""
+    name = block[2]
+    number = sum(other[2] == name for other in BLOCK.finditer(block.string, endpos=block.end()))
+    return page.with_name(f"{page.stem}-{name}{f'-{number}' if number > 1 else ''}.png")
 
 
 def _block(page: Path) -> Callable[[re.Match[str]], str]:
     def write(match: re.Match[str]) -> str:
         begin, name, methods, end = match.groups()
-        cells = _cells(name, methods)
-        text = tables.markdown(summarize(cells), cells).replace("\n## ", "\n### ")
-        return f"{begin}\n{text}\n![Differences and curves]({_figure(page, name).name})\n\n{end}"
+        cells, tuning = _cells(name)
+        rows = _rows(cells, methods)
+        shown = {row.method for row in rows}
+        text = tables.markdown(rows, cells, [cell for cell in tuning if cell["method"] in shown])
+        text = text.replace("\n## ", "\n### ")
+        return f"{begin}\n{text}\n![Differences and curves]({_figure(page, match).name})\n\n{end}"
 
     return write
+
+
+def _ablations(match: re.Match[str]) -> str:
+    """Every ablation against the default on the seeds that both have."""
+    begin, names, end = match.groups()
+    comparisons = {name: _cells(name)[0] for name in names.split()}
+    heads = [f"`{name}`, {cells[0]['metric']}" for name, cells in comparisons.items()]
+    lines = [f"| | | the paper, mAP | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]
+    for what, how, method, published in ABLATIONS:
+        figures = " | ".join(_against_default(cells, method) for cells in comparisons.values())
+        lines.append(f"| {what} | {how} (`{method}`) | {published} | {figures} |")
+    return "\n".join([begin, *lines, "", end])
+
+
+def _against_default(cells: Cells, method: str) -> str:
+    scores, usual = (
+        {cell["seed"]: cell["history"][-1] for cell in cells if cell["method"] == name} for name in (method, DEFAULT)
+    )
+    if method == DEFAULT:
+        return f"{mean(scores.values()):.2f}, n {len(scores)}"
+    difference = paired(scores, usual, DEFAULT)
+    interval = f" [{difference.low:+.2f}, {difference.high:+.2f}]" if difference.n > 2 else ""
+    return f"{difference.mean:+.2f}{interval}, n {difference.n}"
 
 
 def main() -> None:
     """Write pages and figures."""
     for page, text in pages().items():
         (HERE / page).write_text(text, encoding="utf-8")
-    for file, cells in figures():
-        tables.figure(file, summarize(cells), cells, cells[0]["metric"])
+    for file, rows, cells in figures():
+        tables.figure(file, rows, cells, cells[0]["metric"])
 
 
 if __name__ == "__main__":
