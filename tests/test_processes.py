@@ -34,8 +34,16 @@ PAIRS = {"detection": "backbone:*", "segmentation": "segmentation_head.0"}
 @pytest.fixture(scope="module", autouse=True)
 def _comparable() -> Iterator[None]:
     """Batch norm's statistics are the only part of these networks that couples the pictures of a batch."""
+    norm = nn.modules.batchnorm._BatchNorm
+    initialise = norm.__init__
+
+    def frozen(self: Any, *args: Any, **options: Any) -> None:
+        initialise(self, *args, **options)
+        self.training = False
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn.modules.batchnorm._BatchNorm, "train", lambda self, mode=True: nn.Module.train(self, False))
+        patch.setattr(norm, "__init__", frozen)
+        patch.setattr(norm, "train", lambda self, mode=True: nn.Module.train(self, False))
         patch.setattr("acamkd.jobs.write_report", lambda run: None)
         yield
 

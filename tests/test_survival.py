@@ -251,6 +251,6 @@ def test_pictures_that_vanish_end_the_run_with_one_message(
 
     monkeypatch.setattr(TrainingModule, "on_train_epoch_end", remove)
     with pytest.raises(
-        AcamkdError, match=r"run: the training stopped: .*No such file.*images/train.* --resume goes on"
+        AcamkdError, match=r"run: the training stopped: .*images/train.*there is no such picture.* --resume goes on"
     ):
         train(config.parse(_raw(data, workers=1)), out=tmp_path / "run")
