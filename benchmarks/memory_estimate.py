@@ -2,8 +2,8 @@
 
     python benchmarks/memory_estimate.py [--quick]
 
-One forward and backward of the networks of step_cost.py with ACAM (kv_stride: auto), counted, and
-measured as the growth of the process's resident memory in that very step, without the parameters' gradients.
+One forward and backward of the networks of step_cost.py with ACAM (kv_stride: auto), counted, and measured as the
+growth of the process's resident memory in that very step, without the parameters' gradients.
 """
 
 from __future__ import annotations

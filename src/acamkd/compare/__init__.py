@@ -156,11 +156,9 @@ def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results:
     Raises:
         AcamkdError: There is none, or they were made on other pictures or by another teacher.
     """
+    # With the setting, which a cell that was run before the tuning does not know of.
     done = [
-        (
-            cell,
-            {**content, "setting": cell.setting, "option": cell.option},
-        )  # also of one that was run before the tuning
+        (cell, {**content, "setting": cell.setting, "option": cell.option})
         for cell in plan(recipe, methods, seeds, results)
         if (content := cell.read(results))
     ]

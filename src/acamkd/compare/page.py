@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
@@ -13,13 +12,11 @@ from matplotlib.ticker import MaxNLocator
 from acamkd import config
 from acamkd.collapse import collapse
 from acamkd.compare.cells import NONE
-from acamkd.compare.statistics import Row, final_means, mask_courses, tuned
+from acamkd.compare.statistics import Cells, Row, final_means, mask_courses, tuned
 from acamkd.report import environment
 from acamkd.report.charts import Chart, Points, draw
 from acamkd.report.masks import mask_charts
 from acamkd.runs import write_text
-
-Cells = Sequence[Mapping[str, Any]]
 
 MOVEMENTS = {"": "mean", "_std": "variation", "_overlap": "diversity"}
 """Ending of a mask's column -> what its chart shows; diversity is 1 minus the overlap."""

@@ -11,6 +11,9 @@ from scipy import stats
 
 from acamkd.compare.cells import NONE, setting_means
 
+Cells: TypeAlias = Sequence[Mapping[str, Any]]
+"""What finished cells left behind."""
+
 Verdict: TypeAlias = Literal["gain", "no evidence", "harm", "too few seeds"]
 
 LEVEL = 0.05
@@ -96,7 +99,7 @@ def holm(values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def summarize(cells: Sequence[Mapping[str, Any]]) -> list[Row]:
+def summarize(cells: Cells) -> list[Row]:
     """The table of finished cells, the best method first."""
     scores: dict[str, dict[int, float]] = {}
     for cell in cells:
@@ -141,13 +144,13 @@ def _verdict(gain: Paired, p: float | None) -> Verdict:
     return "no evidence"
 
 
-def tuned(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[float, float]]:
+def tuned(cells: Cells) -> dict[str, dict[float, float]]:
     """Method -> setting -> its mean over the tuning seeds."""
     methods = dict.fromkeys(cell["method"] for cell in cells)
     return {method: setting_means(cell for cell in cells if cell["method"] == method) for method in methods}
 
 
-def final_means(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+def final_means(rows: Sequence[Row], cells: Cells) -> dict[str, list[float | None]]:
     """Every figure of the last epoch but the metric -> its mean over the seeds, method by method in the rows' order."""
     means: dict[str, list[float | None]] = {}
     for name in (name for name in cells[0]["final"] if name != cells[0]["metric"]):
@@ -159,9 +162,7 @@ def final_means(rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]) -> dict
     return means
 
 
-def mask_courses(
-    rows: Sequence[Row], cells: Sequence[Mapping[str, Any]]
-) -> dict[tuple[str, str], dict[str, list[float]]]:
+def mask_courses(rows: Sequence[Row], cells: Cells) -> dict[tuple[str, str], dict[str, list[float]]]:
     """(method, kind of masks) -> statistic -> its mean over seeds and layers, epoch by epoch until a loss stops."""
     found: dict[tuple[str, str], dict[str, list[list[float]]]] = {}
     for row in rows:

@@ -11,8 +11,8 @@ import numpy as np
 
 from acamkd import config
 from acamkd.compare.cells import NONE
-from acamkd.compare.page import Cells, write_page
-from acamkd.compare.statistics import STATISTICS, Paired, Row, final_means, mask_courses, tuned
+from acamkd.compare.page import write_page
+from acamkd.compare.statistics import STATISTICS, Cells, Paired, Row, final_means, mask_courses, tuned
 from acamkd.runs import write_json, write_text
 
 DASH = "-"
