@@ -95,7 +95,10 @@ def test_the_tables_tell_what_the_tuning_found(recipe: Path, tmp_path: Path) -> 
     assert "| method | 0.5 | 2 |\n|---|---|---|\n| `acam` | **43.50** | 42.00 |\n| `cwd` | 40.50 | **41.75** |" in text
     assert "| `acam` | 0.5 | 1 | 40.00 |" in text
     tuning = json.loads((results / "comparison.json").read_text())["tuning"]
-    assert tuning == {"acam": {"0.5": 43.5, "2.0": 42.0}, "cwd": {"0.5": 40.5, "2.0": 41.75}}
+    assert tuning == {
+        "option": "weight", "settings": [0.5, 2.0], "seeds": [1000, 1001],
+        "means": {"acam": {"0.5": 43.5, "2.0": 42.0}, "cwd": {"0.5": 40.5, "2.0": 41.75}},
+    }  # fmt: skip
     page = (results / "comparison.html").read_text(encoding="utf-8")
     assert '<tr><th scope="row">cwd</th><td>40.50</td><td><b>41.75</b></td></tr>' in page
     assert "mean over seeds 1000, 1001" in page

@@ -99,6 +99,28 @@ def holm(values: Sequence[float]) -> list[float]:
     return corrected
 
 
+@dataclass(frozen=True)
+class Tuning:
+    """What the search for the methods' settings found.
+
+    Attributes:
+        option: Name of the tuned option.
+        settings: Its values, ascending.
+        seeds: Seeds of the search, which no row uses.
+        means: Method -> setting -> mean of the metric at the last epoch over these seeds.
+    """
+
+    option: str
+    settings: list[float]
+    seeds: list[int]
+    means: dict[str, dict[float, float]]
+
+    def best(self, method: str) -> float:
+        """The setting of the highest mean."""
+        means = self.means[method]
+        return max(means, key=means.__getitem__)
+
+
 def summarize(cells: Cells) -> list[Row]:
     """The table of finished cells, the best method first."""
     scores: dict[str, dict[int, float]] = {}
@@ -144,10 +166,19 @@ def _verdict(gain: Paired, p: float | None) -> Verdict:
     return "no evidence"
 
 
-def tuned(cells: Cells) -> dict[str, dict[float, float]]:
-    """Method -> setting -> its mean over the tuning seeds."""
-    methods = dict.fromkeys(cell["method"] for cell in cells)
-    return {method: setting_means(cell for cell in cells if cell["method"] == method) for method in methods}
+def tuned(cells: Cells) -> Tuning | None:
+    """What tuning cells found; None where there is none."""
+    if not cells:
+        return None
+    return Tuning(
+        option=cells[0]["option"],
+        settings=sorted({cell["setting"] for cell in cells}),
+        seeds=sorted({cell["seed"] for cell in cells}),
+        means={
+            method: setting_means(cell for cell in cells if cell["method"] == method)
+            for method in dict.fromkeys(cell["method"] for cell in cells)
+        },
+    )
 
 
 def final_means(rows: Sequence[Row], cells: Cells) -> dict[str, list[float | None]]:

@@ -22,7 +22,8 @@ def write(results: Path, recipe: config.Recipe, rows: Sequence[Row], cells: Cell
     """Write comparison.md, .json, .png and .html; `tuning` are the cells that served the choice of the settings."""
     metric = cells[0]["metric"]
     write_text(results / "comparison.md", f"# Comparison on {recipe.name}\n\n{markdown(rows, cells, tuning)}")
-    content = {"metric": metric, "rows": [asdict(row) for row in rows], "tuning": tuned(tuning)}
+    search = tuned(tuning)
+    content = {"metric": metric, "rows": [asdict(row) for row in rows], "tuning": search and asdict(search)}
     write_json(results / "comparison.json", content)
     figure(results / "comparison.png", rows, cells, metric)
     write_page(results / "comparison.html", recipe, rows, cells, tuning)
@@ -69,20 +70,20 @@ def _difference(paired: Paired) -> str:
 
 def _tuning(cells: Cells) -> list[str]:
     """What the search for each method's setting found, the best in bold."""
-    if not cells:
+    search = tuned(cells)
+    if search is None:
         return []
-    settings = sorted({cell["setting"] for cell in cells})
-    seeds = ", ".join(str(seed) for seed in sorted({cell["seed"] for cell in cells}))
+    seeds = ", ".join(map(str, search.seeds))
     lines = [
         "## Tuning", "",
-        f"{cells[0]['metric']} by `{cells[0]['option']}`; seeds, which the table above does not use: {seeds}.", "",
-        f"| method | {' | '.join(f'{setting:g}' for setting in settings)} |", "|---" * (len(settings) + 1) + "|",
+        f"{cells[0]['metric']} by `{search.option}`; seeds, which the table above does not use: {seeds}.", "",
+        f"| method | {' | '.join(f'{setting:g}' for setting in search.settings)} |",
+        "|---" * (len(search.settings) + 1) + "|",
     ]  # fmt: skip
-    for method, means in tuned(cells).items():
-        best = max(means, key=means.__getitem__)
+    for method, means in search.means.items():
         values = {setting: f"{mean:.2f}" for setting, mean in means.items()}
-        values[best] = f"**{values[best]}**"
-        lines.append(f"| `{method}` | {' | '.join(values.get(setting, DASH) for setting in settings)} |")
+        values[search.best(method)] = f"**{values[search.best(method)]}**"
+        lines.append(f"| `{method}` | {' | '.join(values.get(setting, DASH) for setting in search.settings)} |")
     return [*lines, ""]
 
 
