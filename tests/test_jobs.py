@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -69,6 +70,7 @@ def test_a_run_folder_holds_all_that_is_promised(whole: Path, root: Path) -> Non
     assert metrics["seed"] == 0
     assert metrics["device"] == "cpu"
     assert set(metrics["versions"]) >= {"acamkd", "torch", "lightning", "timm"}
+    assert re.fullmatch(r"\w+, \w+, \d+ threads?", metrics["machine"])
     assert set(metrics["data"]) == {"train", "val"}
     assert config.load(whole / "recipe.yaml") == tiny.recipe(root, epochs=3)
     log = (whole / "log.txt").read_text()

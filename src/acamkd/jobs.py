@@ -248,7 +248,7 @@ def _fit(run: Run, distiller: Distiller, batches: Batches, *, resume: bool, over
             "data": batches.fingerprint,
             "device": str(module.device),
             "processes": trainer.world_size,
-            "machine": platform.processor() or platform.machine(),
+            "machine": _machine(),
             "versions": {"acamkd": __version__, **{name: version(name) for name in LIBRARIES}},
         }
         run.write_metrics(metrics)
@@ -310,6 +310,13 @@ def _stopping(folder: Path, recorder: Recorder, epochs: int) -> Iterator[None]:
 def count_parameters(net: nn.Module) -> int:
     """Number of parameters of a network."""
     return sum(parameter.numel() for parameter in net.parameters())
+
+
+def _machine() -> str:
+    """What a CPU's rounding depends on: its kind, the instructions that torch uses, and the number of threads."""
+    threads = torch.get_num_threads()
+    kind, instructions = platform.processor() or platform.machine(), torch.backends.cpu.get_cpu_capability()
+    return f"{kind}, {instructions}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _hash(net: nn.Module) -> str:
