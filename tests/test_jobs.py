@@ -166,6 +166,11 @@ def test_distill_finds_the_teacher_that_was_trained_before(
     kept = config.load(tmp_path / "runs/tiny/distilled/recipe.yaml")
     assert kept.teacher is not None
     assert kept.teacher.weights == "runs/tiny/teacher/teacher.safetensors"
+    # What an interrupted training has left so far is not taken for the teacher.
+    (tmp_path / "runs/tiny/teacher/metrics.json").rename(tmp_path / "metrics.json")
+    with pytest.raises(AcamkdError, match=r"runs/tiny/teacher: the teacher's training has not ended: .* --resume goes"):
+        distill(config.parse(raw), overwrite=True)
+    (tmp_path / "metrics.json").rename(tmp_path / "runs/tiny/teacher/metrics.json")
     # A factory may bring weights of its own, but what was trained is newer.
     factory = config.load(
         tmp_path / "runs/tiny/distilled/recipe.yaml", ["teacher.weights=null", "teacher.arch=own:net"]

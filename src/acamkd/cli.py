@@ -306,6 +306,8 @@ def compare(
 
     loaded = config.load(recipe, set_ or ())
     names = methods.split(",") if methods else list(loaded.compare.methods)
+    if not names:
+        raise AcamkdError(f"{recipe} has no compare.methods: name what to compare by --methods")
     folder = results or Path("runs") / loaded.name / "compare"
     cells = comparison.plan(loaded, names, seeds, folder)
     if plan:

@@ -80,14 +80,16 @@ def train(
     folder = Path(out) if out else default_folder(recipe, "teacher" if role == "teacher" else "alone")
     # Only what the run depends on, so that --resume tells it from a distillation.
     used: dict[str, Any] = {"losses": ()}
+    inherited = None
     if role == "student" and recipe.student.inherit:  # as the distilled student does, which is compared with this one
         used["teacher"] = teacher_section(recipe)
         teacher = build_network(recipe, used["teacher"], batches.classes, teacher=True)
         models.inherit(model, teacher, recipe.student.inherit)
+        inherited = _hash(teacher.net)
     elif role == "student":
         used["teacher"] = None
     run = Run(folder, batches.resolved.model_copy(update=used), role)
-    return _fit(run, Distiller(model), batches, resume=resume, overwrite=overwrite)
+    return _fit(run, Distiller(model), batches, resume=resume, overwrite=overwrite, inherited=inherited)
 
 
 def distill(
@@ -136,19 +138,25 @@ def teacher_section(recipe: config.Recipe) -> config.Model:
     """The recipe's teacher with the weights it is to be loaded from.
 
     Raises:
-        AcamkdError: There are none.
+        AcamkdError: There are none, or their training has not ended.
     """
-    assert recipe.teacher is not None
-    trained = default_folder(recipe, "teacher") / "teacher.safetensors"
+    if recipe.teacher is None:
+        raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section")
+    trained = Run(default_folder(recipe, "teacher"), recipe, "teacher")
     if recipe.teacher.weights is not None:
         return recipe.teacher
-    if trained.is_file():
-        return recipe.teacher.model_copy(update={"weights": str(trained)})
+    if trained.weights.is_file():
+        if trained.has_begun and not trained.has_ended:
+            raise AcamkdError(
+                f"{trained.folder}: the teacher's training has not ended: acamkd train RECIPE --model teacher --resume "
+                f"goes on with it; to use it as it is, set teacher.weights={trained.weights}"
+            )
+        return recipe.teacher.model_copy(update={"weights": str(trained.weights)})
     if ":" in recipe.teacher.arch:  # a factory may bring weights of its own
         return recipe.teacher
     raise AcamkdError(
         f"the teacher has no weights: set teacher.weights, or train it first (acamkd train RECIPE --model teacher "
-        f"writes {trained})"
+        f"writes {trained.weights})"
     )
 
 
@@ -209,8 +217,10 @@ def _score_teacher(teacher: TaskModel, batches: Batches) -> dict[str, float]:
     return scores
 
 
-def _fit(run: Run, distiller: Distiller, batches: Batches, *, resume: bool, overwrite: bool) -> Run:
-    """Train into the run folder."""
+def _fit(
+    run: Run, distiller: Distiller, batches: Batches, *, resume: bool, overwrite: bool, inherited: str | None = None
+) -> Run:
+    """Train into the run folder; `inherited` is the hash of a teacher that only the student's first weights are of."""
     recipe, metric = run.recipe, METRICS[run.recipe.task]
     recorder = Recorder(run.folder, run.weights.name, metric)
     watching = [Replay(run.folder, batches.splits["val"])] if distiller.losses else []
@@ -221,7 +231,7 @@ def _fit(run: Run, distiller: Distiller, batches: Batches, *, resume: bool, over
         if resume and not goes_on:
             log.warning("%s has no finished epoch to resume from: it starts anew", run.folder)
         checkpoint = find_checkpoint(run.folder) if goes_on else None
-        taught_by: dict[str, Any] = {}
+        taught_by: dict[str, Any] = {"inherited_sha256": inherited} if inherited else {}
         if distiller.losses:
             with data.naming_pictures(batches.val):
                 scores = _score_teacher(distiller.teacher.to(trainer.strategy.root_device), batches)
@@ -230,7 +240,7 @@ def _fit(run: Run, distiller: Distiller, batches: Batches, *, resume: bool, over
         module = TrainingModule(distiller, recipe.train, batches.scorer)
         with data.naming_pictures(batches.mixed, batches.val), _stopping(run.folder, recorder, recipe.train.epochs):
             trainer.fit(module, batches.mixed, batches.val, ckpt_path=checkpoint)
-        if taught_by and _hash(distiller.teacher.net) != taught_by["teacher_sha256"]:
+        if distiller.losses and _hash(distiller.teacher.net) != taught_by["teacher_sha256"]:
             raise RuntimeError("the teacher changed during training")
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()  # what follows is for the first process alone

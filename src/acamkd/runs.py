@@ -56,6 +56,11 @@ class Run:
         return self.folder / CHECKPOINT
 
     @property
+    def has_begun(self) -> bool:
+        """Whether the folder holds a run; both files, since a recipe.yaml alone may be the user's own."""
+        return (self.folder / RECIPE).is_file() and (self.folder / LOG).is_file()
+
+    @property
     def has_checkpoint(self) -> bool:
         """Whether there is anything to resume from."""
         return any((self.folder / name).exists() for name in (CHECKPOINT, PREVIOUS))
@@ -115,8 +120,7 @@ class Run:
         """
         text = config.dump(self.recipe)
         try:
-            # Both, because a folder with a recipe.yaml of the user's own must never be replaced.
-            if (self.folder / RECIPE).is_file() and (self.folder / LOG).is_file():
+            if self.has_begun:
                 if not (resume or overwrite):
                     raise AcamkdError(
                         f"{self.folder} already holds a run: --resume continues it, --overwrite replaces it, "

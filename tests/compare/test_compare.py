@@ -170,6 +170,28 @@ def test_a_cell_is_one_small_file_and_is_not_run_again(
         run_cell(cells, 2, results)
 
 
+def test_a_cell_that_is_run_anew_measures_its_weight_anew(recipe: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    cell = plan(config.load(recipe, ["losses.0.weight=auto"]), ["fitnet"], 1, results)[1]
+    file, kept = results / "fitnet-seed0.json", tmp_path / f"runs/recipe/compare/fitnet-seed0-{cell.key}/recipe.yaml"
+    cell.run(results)
+    weight = json.loads(file.read_text())["losses"][0]["weight"]
+    text = kept.read_text()
+    assert f"weight: {weight}\n" in text
+    kept.write_text(text.replace(f"weight: {weight}\n", "weight: 123.0\n"))  # as of another teacher
+    cell.run(results)
+    assert json.loads(file.read_text())["losses"][0]["weight"] == weight
+
+
+def test_nothing_to_compare_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["acamkd", "compare", str(write_recipe(tmp_path, "segmentation"))])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "has no compare.methods: name what to compare by --methods" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize("inherit", [[], ["decoder", "segmentation_head"]])
 def test_none_and_its_rival_start_from_the_same_student(inherit: list[str], recipe: Path, tmp_path: Path) -> None:
     raw = config.load(recipe, ["losses.0.weight=1e-12", "compare.methods.idle={}", f"student.inherit={inherit}"])
@@ -182,6 +204,7 @@ def test_none_and_its_rival_start_from_the_same_student(inherit: list[str], reci
     assert idle is not None
     assert none["final"] == idle["final"]
     assert none["data"] == idle["data"]
+    assert none["inherited"] == (idle["teacher"]["sha256"] if inherit else None)
 
 
 def test_the_command_runs_what_is_missing_each_in_its_own_process(
@@ -268,7 +291,15 @@ def test_cells_of_other_pictures_or_teachers_are_refused(recipe: Path, tmp_path:
     fake(cells[3], results, 40.0, teacher={"sha256": "d" * 64, "mIoU": 51.0})
     with pytest.raises(AcamkdError, match="do not share their teacher: remove acam-seed1"):
         tabulate(loaded, ["acam"], 3, results)
+    fake(cells[2], results, 40.0, inherited="d" * 64)
     fake(cells[3], results, 40.0)
+    with pytest.raises(AcamkdError, match="do not share their teacher: remove none-seed1"):
+        tabulate(loaded, ["acam"], 3, results)
+    fake(cells[2], results, 40.0)
+    for cell in cells:
+        fake(cell, results, 40.0, processes=4 if cell is cells[3] else 1)
+    with pytest.raises(AcamkdError, match="do not share their number of processes: remove acam-seed1"):
+        tabulate(loaded, ["acam"], 3, results)
     for cell in cells:
         unlabelled = {} if cell.method == "none" else {"unlabelled": "c"}
         fake(cell, results, 40.0, data={"train": "a", "val": "b"} | unlabelled)

@@ -54,7 +54,7 @@ def compare(
     for tuning in (True, False):  # what a method is tuned to is known only once its tuning cells have ended
         cells = plan(recipe, methods, seeds, results)
         due = [number for number, cell in enumerate(cells) if cell.tuning is tuning and cell.read(results) is None]
-        if any(cells[number].recipe.losses for number in due):
+        if any(cells[number].recipe.losses or cells[number].recipe.student.inherit for number in due):
             _train_teacher(recipe)
         failed += run_cells(cells, due, results, command, end=end, jobs=jobs)
     try:
@@ -168,7 +168,12 @@ def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results:
     shared = {
         f"{split} pictures": [content["data"].get(split) for _, content in done]
         for split in ("train", "val", "unlabelled")  # the student alone sees nothing unlabelled
-    } | {"teacher": [content["teacher"] and content["teacher"]["sha256"] for _, content in done]}
+    } | {
+        "teacher": [
+            content["teacher"]["sha256"] if content["teacher"] else content.get("inherited") for _, content in done
+        ],
+        "number of processes": [content.get("processes") for _, content in done],  # which batch sizes are each one's
+    }
     for what, values in shared.items():
         usual, *others = [value for value, _ in Counter(value for value in values if value).most_common()] or [None]
         if others:
@@ -187,7 +192,7 @@ def _train_teacher(recipe: config.Recipe) -> None:
     except AcamkdError as error:
         if _devices(recipe.train) > 1:  # each would begin this comparison again
             raise AcamkdError(f"{error}; with several devices a comparison cannot train it") from error
-        log.info("the teacher has no weights: it is trained first")
+        log.info("the teacher is trained first")
         train(recipe, "teacher", resume=default_folder(recipe, "teacher").exists())
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from acamkd import config
 from acamkd.errors import AcamkdError, nearest
-from acamkd.runs import CHECKPOINT, PREVIOUS, RECIPE, default_folder, is_first_process, write_json
+from acamkd.runs import CHECKPOINT, PREVIOUS, RECIPE, Run, default_folder, is_first_process, write_json
 
 NONE = "none"
 """The student alone."""
@@ -90,8 +90,9 @@ class Cell:
 
         folder = default_folder(self.recipe, "compare") / f"{self.name}-{self.key}"
         job = distill if self.recipe.losses else train
-        resume = (folder / RECIPE).is_file()
-        run = job(self.recipe, out=folder, resume=resume)
+        # Without a checkpoint nothing of a former run counts, such as weights that its teacher's gradients set.
+        resume = Run(folder, self.recipe, "student").has_checkpoint
+        run = job(self.recipe, out=folder, resume=resume, overwrite=not resume)
         if not is_first_process():  # the others have no figures
             return
         metrics = run.metrics
@@ -106,6 +107,7 @@ class Cell:
             "losses": [loss.model_dump(mode="json") for loss in config.load(folder / RECIPE).losses],
             "data": metrics["data"],
             "teacher": {"sha256": metrics["teacher_sha256"], **metrics["teacher"]} if "teacher" in metrics else None,
+            "inherited": metrics.get("inherited_sha256"),
             "metric": name,
             "history": columns[name],
             "final": {
@@ -115,6 +117,7 @@ class Cell:
             "masks": {key: values for key, values in columns.items() if _is_of_masks(key)},
             "wall_time": metrics["seconds"],
             "versions": metrics["versions"],
+            "processes": metrics["processes"],
             "machine": metrics["machine"],
         }  # fmt: skip
         results.mkdir(parents=True, exist_ok=True)
