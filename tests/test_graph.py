@@ -139,6 +139,14 @@ def test_first_part_leaves_float16_to_its_loss_scale(dtype: torch.dtype, head_ba
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
+def test_first_part_sees_a_pixels_share_of_a_large_mean_in_float16() -> None:
+    features = torch.ones(8, dtype=torch.float16, requires_grad=True) * 1
+    copy = features.clone()
+    (gradient,), _ = first_part({"mean": copy.float().sum() / 1e8}, [features], [get_gradient_edge(copy)])
+    assert torch.tensor(1e-8).half() == 0  # what it would be without a factor
+    torch.testing.assert_close(gradient, torch.full((8,), 1e-8), rtol=0.01, atol=0)
+
+
 def test_first_part_keeps_the_precision_that_the_forward_had() -> None:
     weight, x = torch.randn(4, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
     found = []

@@ -12,6 +12,9 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from acamkd.errors import AcamkdError
 
+HALF_SCALE = 2.0**10
+"""Factor of the loss while its gradients pass float16, where a pixel's share of a mean over a batch would be 0."""
+
 
 def leaves_below(start: Iterable[Node | None], stop: Iterable[GradientEdge] = ()) -> tuple[list[Tensor], bool]:
     """The trained tensors, parameters as a rule, that what some nodes give was computed from.
@@ -72,7 +75,9 @@ def first_part(
     hooked = any(leaf._backward_hooks for leaf in above)
     with torch.autocast(device, enabled=False):  # a backward runs without, and rounds nothing more than its forward did
         if half or nested or around or hooked:
-            return list(torch.autograd.grad(total, maps, retain_graph=True, materialize_grads=True)), dict(terms)
+            scale = HALF_SCALE if half else 1.0
+            gradients = torch.autograd.grad(scale * total, maps, retain_graph=True, materialize_grads=True)
+            return [gradient.float() / scale if half else gradient for gradient in gradients], dict(terms)
         edges = [*onward, *map(get_gradient_edge, above)]
         found = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
         direct = [torch.zeros_like(x) if g is None else g for x, g in zip((*maps, *above), found, strict=True)]

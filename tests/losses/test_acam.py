@@ -550,6 +550,15 @@ def test_task_gradients_reach_what_makes_the_masks_and_nothing_else() -> None:
     assert student.grad is None
 
 
+def test_task_gradients_reach_the_masks_of_an_earlier_layer() -> None:
+    student, teacher = maps(2, 3, 4, 6, 5)
+    earlier, later = (joint(3, 4, mask_grad="task").double() for _ in range(2))
+    seen = later.masked(student, earlier.masked(student, teacher))
+    seen.square().sum().backward()  # type: ignore[no-untyped-call]
+    for loss in (earlier, later):
+        assert all(p.grad is not None and p.grad.any() for p in loss.selection.parameters())
+
+
 def test_the_masks_of_the_last_forward_are_measured() -> None:
     student, teacher = maps(2, 3, 4, 6, 5)
     loss = joint(3, 4).double()

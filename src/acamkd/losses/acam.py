@@ -345,7 +345,9 @@ class ACAM(FeatureLoss):
         return self.mask_grad == "task"
 
     def masked(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The teacher's map under the masks, for its own loss; the gradient reaches nothing but the masks' parts.
+        """The teacher's map under the masks, for its own loss.
+
+        The gradient reaches the masks' parts and whatever the map was computed from, as the masks of an earlier layer.
 
         Args:
             student: (N, C_s, H_s, W_s).
@@ -353,7 +355,8 @@ class ACAM(FeatureLoss):
         """
         with full_precision(teacher):
             aligned, target = self._to_common_form(student.detach(), teacher)
-            return apply_masks(self._masks(self.align(aligned).detach(), target), target).to(teacher.dtype)
+            masks = self._masks(self.align(aligned).detach(), target)
+            return apply_masks(masks, teacher.to(target.dtype)).to(teacher.dtype)
 
     def _rewards(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> tuple[Tensor, Tensor]:
         assert context.task_gradient is not None  # `needs` names it, and the pictures are labelled
