@@ -567,7 +567,8 @@ def test_the_masks_of_the_last_forward_are_measured() -> None:
         torch.testing.assert_close(loss.statistics[f"{kind}_mask"], mask.mean())
 
 
-def test_a_collapse_is_said_once_or_stops(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("numbered", [True, False])  # a loop of one's own may pass no step
+def test_a_collapse_is_said_once_or_stops(numbered: bool, caplog: pytest.LogCaptureFixture) -> None:
     student, teacher = maps(2, 3, 4, 6, 5)
 
     def train(**options: Any) -> None:
@@ -578,7 +579,7 @@ def test_a_collapse_is_said_once_or_stops(caplog: pytest.LogCaptureFixture) -> N
         for step in range(3 * WATCH_EVERY):
             if step == WATCH_EVERY:
                 torch.nn.init.zeros_(loss.selection.spatial)
-            loss(student, teacher, DistillationContext(step=step))
+            loss(student, teacher, DistillationContext(step=step) if numbered else None)
 
     said = "the spatial masks have collapsed by step 200: they vary by 0.000 only, less than 0.02: they choose nothing"
     train()

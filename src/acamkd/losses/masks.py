@@ -86,18 +86,21 @@ class CollapseWatch:
 
     def __init__(self, stop: bool) -> None:
         self.stop = stop
+        self._looks = 0
         self._said: set[str] = set()
 
     def look(self, masks: Masks, statistics: Mapping[str, Tensor], step: int) -> None:
         """Judge the masks in use by their statistics, `KIND_mask` and `KIND_mask_std`."""
-        if step % WATCH_EVERY != WATCH_EVERY - 1:
+        self._looks += 1
+        steps = step + 1 if step else self._looks  # a loop of one's own need not number its steps
+        if steps % WATCH_EVERY:
             return
         for kind, mask in masks._asdict().items():
             if mask is None or kind in self._said or mask.flatten(2).shape[2] == 1:  # a single position cannot vary
                 continue
             mean, spread = (statistics[f"{kind}_{name}"].item() for name in ("mask", "mask_std"))
             if why := collapse(mean, spread):
-                message = f"the {kind} masks have collapsed by step {step + 1}: {why}"
+                message = f"the {kind} masks have collapsed by step {steps}: {why}"
                 if self.stop:
                     raise AcamkdError(f"{message} (on_mask_collapse: stop)")
                 log.warning(message)
