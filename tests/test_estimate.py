@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
+from acamkd import config
 from acamkd import estimate as module
 from acamkd.errors import AcamkdError
 from acamkd.estimate import LiveMemory, estimate
@@ -77,6 +78,17 @@ def test_memory_is_by_picture(root: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for part, same in zip(by_two.parts, by_four.parts, strict=True):
         assert part.gflops == pytest.approx(same.gflops, rel=0.01)
     assert by_two.picture == pytest.approx(by_four.picture, rel=0.05)
+
+
+def test_a_fusion_that_runs_twice_counts_twice(root: Path) -> None:
+    once, twice = (
+        estimate(config.override(tiny.recipe(root), [f"losses.0.mask_grad={value}"])).parts[-1]
+        for value in ("detached", "task")
+    )
+    assert once.name == twice.name == "attention"
+    assert twice.parameters == once.parameters
+    assert twice.gflops == pytest.approx(2 * once.gflops)
+    assert once.memory < twice.memory < 2 * once.memory  # both wait for the backward, and work one after the other
 
 
 def test_unlabelled_pictures_are_counted(root: Path) -> None:

@@ -143,10 +143,10 @@ def step_of(distiller: Distiller, batch: Batch, *, unlabelled: bool = False) -> 
 
 def _fusing(fusions: nn.ModuleList, distiller: Distiller, batch: Batch) -> tuple[float, int]:
     """GFLOPs and peak bytes of the fusions of one step, forward and backward, by themselves."""
-    inputs: list[list[Tensor]] = []
+    calls: list[tuple[nn.Module, list[Tensor]]] = []  # one fusion may be called twice: masks that learn by the teacher
 
     def note(fusion: nn.Module, maps: tuple[Tensor, ...]) -> None:
-        inputs.append([x.detach().requires_grad_(x.requires_grad) for x in maps])
+        calls.append((fusion, [x.detach().requires_grad_(x.requires_grad) for x in maps]))
 
     with ExitStack() as stack:
         for fusion in fusions:
@@ -154,7 +154,7 @@ def _fusing(fusions: nn.ModuleList, distiller: Distiller, batch: Batch) -> tuple
         distiller(batch)
 
     def run() -> None:
-        read = [x.sum() for fusion, maps in zip(fusions, inputs, strict=True) for x in fusion(*maps)]
+        read = [x.sum() for fusion, maps in calls for x in fusion(*maps)]
         total = torch.stack(read).sum()
         if total.requires_grad:  # not where the masks are frozen
             total.backward()  # type: ignore[no-untyped-call]
