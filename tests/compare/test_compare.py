@@ -12,6 +12,7 @@ from acamkd import cli, compare, config
 from acamkd.compare import Cell, plan, run_cell, tabulate
 from acamkd.errors import AcamkdError
 from acamkd.jobs import Batches
+from acamkd.methods import options
 from tiny_recipes import fake, write_recipe
 
 METHODS = {"acam": {"losses.0.name": "acam", "losses.0.num_masks": 2}, "longer": {"losses": [], "train.epochs": 2}}
@@ -76,6 +77,20 @@ def test_tuning_comes_first_and_decides(recipe: Path, tmp_path: Path) -> None:
     final = plan(tuned, ["acam"], 1, results)[5]
     assert (final.setting, final.recipe.losses[0].options["weight"]) == (2.0, 2.0)
     assert cells[2].recipe.losses[0].options["weight"] == 2.0
+
+
+def test_whole_numbers_tune_options_of_both_kinds(recipe: Path, tmp_path: Path) -> None:
+    def tuned(option: str) -> Cell:
+        loaded = config.load(recipe, [f"compare.tune={{option: {option}, values: [3, 6]}}"])
+        return plan(loaded, ["acam"], 1, tmp_path)[0]
+
+    (loss,) = tuned("num_masks").recipe.losses
+    assert options(loss.name, loss.preset, loss.options) == {"num_masks": 3}
+    (loss,) = tuned("weight").recipe.losses
+    assert options(loss.name, loss.preset, loss.options) == {"num_masks": 2, "weight": 3.0}
+    written = {"losses.0.name": "acam", "losses.0.num_masks": 2, "losses.0.weight": 3.0}
+    by_hand = plan(config.load(recipe, [f"compare.methods.acam={json.dumps(written)}"]), ["acam"], 1, tmp_path)[1]
+    assert tuned("weight").key == by_hand.key
 
 
 def test_the_tables_tell_what_the_tuning_found(recipe: Path, tmp_path: Path) -> None:

@@ -72,6 +72,9 @@ class Cell:
             for name in ("weights", "backbone_weights", "tokens"):
                 if file := entry.get(name):
                     entry[name] = Path(file).name
+        for entry in content.get("losses", []):
+            if self.option in entry:  # the number that was searched, however the recipe writes it
+                entry[self.option] = self.setting
         del content["name"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -175,8 +178,9 @@ def _cell(recipe: config.Recipe, method: str, seed: int, setting: float | None, 
     search = recipe.compare.tune
     option = None if setting is None or search is None else search.option
     overrides = [f"train.seed={seed}"]
-    if option is not None:
-        overrides += [f"losses.{index}.{option}={setting}" for index in range(len(_variant(recipe, method).losses))]
+    if option is not None and setting is not None:
+        value = int(setting) if setting.is_integer() else setting  # options such as num_masks take no 3.0
+        overrides += [f"losses.{index}.{option}={value}" for index in range(len(_variant(recipe, method).losses))]
     varied = _variant(recipe, method, overrides)
     return Cell(method, setting, option, tuning, varied.model_copy(update={"compare": config.Comparison()}))
 
