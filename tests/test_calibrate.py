@@ -75,7 +75,8 @@ def test_every_term_is_multiplied_by_one_factor(segmentation: Path) -> None:
 def test_nothing_of_the_measurement_remains(segmentation: Path) -> None:
     recipe = config.load(segmentation, ["losses.0.name=cankd", "losses.0.weight=auto"])
     student, teacher, batches = networks(recipe)
-    student.eval()
+    student.backbone.eval()
+    modes = [module.training for module in student.modules()]
     state = {name: value.clone() for name, value in student.state_dict().items()}
     generator = torch.get_rng_state()
     first = calibrate(student, teacher, recipe.losses, batches.train)
@@ -83,8 +84,21 @@ def test_nothing_of_the_measurement_remains(segmentation: Path) -> None:
     torch.rand(7)  # the result does not depend on torch's state
     assert calibrate(student, teacher, recipe.losses, batches.train) == first
     assert all(torch.equal(value, state[name]) for name, value in student.state_dict().items())
-    assert not student.training
+    assert [module.training for module in student.modules()] == modes
     assert all(parameter.grad is None for parameter in student.parameters())
+
+
+def test_frozen_layers_are_measured_frozen(segmentation: Path) -> None:
+    recipe = config.load(segmentation)
+    student, teacher, batches = networks(recipe)
+    student.backbone.eval()
+    modes = [module.training for module in student.modules()]
+    assert len(set(modes)) == 2
+    with measuring(student, teacher, recipe.losses) as distiller:
+        gradient_norms(distiller, next(prepared(student, batches.train)))
+        assert [module.training for module in student.modules()] == modes
+        assert distiller.losses.training
+        assert not distiller.teacher.training
 
 
 def test_batch_norm_is_restored_where_a_device_changed_its_buffers(

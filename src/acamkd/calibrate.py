@@ -18,7 +18,7 @@ from acamkd.data.base import seed_of
 from acamkd.distiller import Distiller
 from acamkd.errors import AcamkdError
 from acamkd.methods import build_distiller, options, options_of
-from acamkd.models.base import Batch, Target, TaskModel, keeping_modes
+from acamkd.models.base import Batch, Target, TaskModel
 
 log = logging.getLogger(__name__)
 
@@ -110,21 +110,20 @@ def weights_of(entry: Loss) -> dict[str, float]:
 
 @contextmanager
 def measuring(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss]) -> Iterator[Distiller]:
-    """Within, a Distiller in training mode whose forwards leave no trace: not in the student, not in torch's state.
+    """Within, a Distiller whose forwards leave no trace: not in the student, not in torch's state.
 
-    Its losses are at full strength, whatever their schedules; one with `stop_epoch` 0 is left out.
+    Every layer stays in the mode that it is in, as in a training: single ones may be frozen. The losses are at full
+    strength, whatever their schedules; one with `stop_epoch` 0 is left out.
     """
     buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
     device = student.mean.device
-    with torch.random.fork_rng(devices=[]), keeping_modes(student):
+    with torch.random.fork_rng(devices=[]):
         unscheduled = [
             entry.model_copy(update={"ramp_epochs": 0, "stop_epoch": None if entry.stop_epoch else entry.stop_epoch})
             for entry in entries
         ]
         distiller = build_distiller(student, teacher, unscheduled).to("cuda" if torch.cuda.is_available() else "cpu")
-        distiller.eval()  # its own audit is for the training
-        distiller.student.train()
-        distiller.losses.train()
+        distiller.training = False  # of itself alone: its own audit is for the training
         try:
             yield distiller
         finally:
