@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,22 @@ def test_a_loss_without_gradient_is_an_error(segmentation: Path) -> None:
         calibrate(student, teacher, [silent, entry], batches.train)
     with pytest.raises(AcamkdError, match=r"auto of dist: the gradient of the distillation is 0"):
         calibrate(student, teacher, [silent], batches.train)
+
+
+@pytest.mark.parametrize(("norms", "said"), [
+    ((math.nan, 1.0), "distillation is nan"),
+    ((1.0, math.inf), "task is inf"),
+    ((math.inf, 0.0), "distillation is inf"),
+])  # fmt: skip
+def test_a_gradient_that_is_not_finite_is_named(
+    norms: tuple[float, float], said: str, segmentation: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = config.load(segmentation, ["losses.0.weight=auto"])
+    student, teacher, batches = networks(recipe)
+    found = iter([{"a": (1.0, 1.0)}, {"a": norms, "b": (1.0, 1.0)}])
+    monkeypatch.setattr("acamkd.calibrate.gradient_norms", lambda *_: next(found))
+    with pytest.raises(AcamkdError, match=f"auto of fitnet: the gradient of the {said} in 1 of 2 batches at"):
+        calibrate(student, teacher, recipe.losses, batches.train)
 
 
 def test_a_gradient_ratio_without_effect_is_said(segmentation: Path, caplog: pytest.LogCaptureFixture) -> None:

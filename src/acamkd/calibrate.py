@@ -62,14 +62,22 @@ def _calibrate(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss], 
     log.info("%s, weight: auto: measuring its gradient beside the task's", entry.name)
     alone = [other if other is entry else other.model_copy(update={"stop_epoch": 0}) for other in entries]
     with measuring(student, teacher, alone) as distiller:
-        norms = [gradient_norms(distiller, batch) for batch in prepared(student, islice(pictures, BATCHES))]
-    ratios = [distillation / task if task else math.inf for distillation, task in map(total_norms, norms)]
+        norms = [
+            total_norms(gradient_norms(distiller, batch)) for batch in prepared(student, islice(pictures, BATCHES))
+        ]
+    where = f"at the student's parameters below {', '.join(map(str, entry.pairs)) or 'the heads'}"
+    for which, values in zip(("distillation", "task"), zip(*norms, strict=True), strict=True):
+        if bad := [value for value in values if not math.isfinite(value)]:
+            raise AcamkdError(
+                f"weight: auto of {entry.name}: the gradient of the {which} is {bad[0]} in {len(bad)} of {len(norms)} "
+                f"batches {where}"
+            )
+    ratios = [distillation / task if task else math.inf for distillation, task in norms]
     ratio = median(ratios)
     if not 0 < ratio < math.inf:
         which = "distillation" if ratio == 0 else "task"
         raise AcamkdError(
-            f"weight: auto of {entry.name}: the gradient of the {which} is 0 at the student's parameters below "
-            f"{', '.join(map(str, entry.pairs)) or 'the heads'}; give the weight as a number"
+            f"weight: auto of {entry.name}: the gradient of the {which} is 0 {where}; give the weight as a number"
         )
     scaled = {name: float(f"{value * entry.gradient_ratio / ratio:.3g}") for name, value in weights.items()}
     log.info(
