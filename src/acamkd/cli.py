@@ -364,7 +364,7 @@ def _print_comparison(rows: Sequence[Row], results: Path) -> None:
             row.method, str(row.n), f"{row.mean:.2f}", f"{row.std:.2f}" if row.std is not None else "",
             f"{gain.mean:+.2f}" if gain else "",
             f"{gain.low:+.2f} to {gain.high:+.2f}" if gain and gain.low is not None else "",
-            f"{row.p_corrected:.3f}" if row.p_corrected is not None else "", row.verdict or "",
+            row.p_text, row.verdict or "",
         )  # fmt: skip
     console = Console()
     console.print(table)

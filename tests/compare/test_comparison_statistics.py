@@ -76,6 +76,8 @@ def test_verdicts() -> None:
     assert rows["good"].gain is not None
     assert rows["good"].gain.p is not None
     assert rows["good"].p_corrected == pytest.approx(min(1, 3 * rows["good"].gain.p), rel=0.7)
+    assert (rows["good"].p_text, rows["none"].p_text) == ("<0.001", "")
+    assert rows["same"].p_text == f"{rows['same'].p_corrected:.3f}"
     assert rows["none"].minutes == pytest.approx(62 / 60)
 
 

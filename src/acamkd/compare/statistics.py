@@ -73,6 +73,13 @@ class Row:
     verdict: Verdict | None
     minutes: float
 
+    @property
+    def p_text(self) -> str:
+        """The corrected p as tables write it; empty where there is none."""
+        if self.p_corrected is None:
+            return ""
+        return f"{self.p_corrected:.3f}" if self.p_corrected >= 0.001 else "<0.001"
+
 
 def paired(scores: Mapping[int, float], others: Mapping[int, float], other: str) -> Paired:
     """Compare two methods seed by seed; both map a seed to a score."""

@@ -54,11 +54,10 @@ def markdown(rows: Sequence[Row], cells: Cells, tuning: Cells = ()) -> str:
 def _line(row: Row) -> str:
     spread = f" ± {row.std:.2f}" if row.std is not None else ""
     setting = f"{row.setting:g}" if row.setting is not None else DASH
-    p = f"{row.p_corrected:.3f}" if row.p_corrected is not None else DASH
     rival = f"{_difference(row.over_rival)} ({row.over_rival.other})" if row.over_rival else DASH
     cells = (
         f"`{row.method}`", setting, str(row.n), f"{row.mean:.2f}{spread}",
-        _difference(row.gain) if row.gain else DASH, p, row.verdict or DASH, rival, f"{row.minutes:.1f}",
+        _difference(row.gain) if row.gain else DASH, row.p_text or DASH, row.verdict or DASH, rival, f"{row.minutes:.1f}",
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
