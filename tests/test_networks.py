@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from test_recipes import PAGE as PAPERS_PAGE
 from test_recipes import rows
 
 ROOT = Path(__file__).parents[1]
@@ -65,3 +66,8 @@ def test_hours_are_operations_times_pictures() -> None:
         operations = sum(float(row[part]) for part in ("student", "teacher", "losses")) * 1e12
         hours = networks.pictures(recipe) * operations / networks.RATE / 8 / 3600
         assert hours == pytest.approx(float(row["hours"]), abs=0.09)  # each figure is rounded
+
+
+def test_the_papers_page_gives_the_same_hours() -> None:
+    papers = {row["recipe"].strip("`"): row["hours"] for row in rows(PAPERS_PAGE, "recipe")}
+    assert papers == {row["recipe"]: row["hours"] for row in rows(PAGE, "recipe")}
