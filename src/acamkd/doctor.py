@@ -266,6 +266,8 @@ def _tap(method: str, pair: tuple[str, str], student: TaskModel, teacher: TaskMo
 def _total(norms: dict[str, tuple[float, float]], recipe: config.Recipe) -> Finding:
     distillation, task = total_norms(norms)
     text = f"distillation {distillation:.3g}, task {task:.3g}"
+    if not math.isfinite(distillation + task):
+        return Finding("gradient", "fail", f"{text}: not finite", "check the layers and what was read from the weights")
     if distillation == 0:
         return Finding("gradient", "fail", f"{text}: nothing of the distillation arrives", "check pairs and weights")
     ratio = distillation / task if task else math.inf
