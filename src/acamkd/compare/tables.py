@@ -57,7 +57,8 @@ def _line(row: Row) -> str:
     rival = f"{_difference(row.over_rival)} ({row.over_rival.other})" if row.over_rival else DASH
     cells = (
         f"`{row.method}`", setting, str(row.n), f"{row.mean:.2f}{spread}",
-        _difference(row.gain) if row.gain else DASH, row.p_text or DASH, row.verdict or DASH, rival, f"{row.minutes:.1f}",
+        _difference(row.gain) if row.gain else DASH, row.p_text or DASH, row.verdict or DASH, rival,
+        f"{row.minutes:.1f}",
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
