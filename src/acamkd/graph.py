@@ -58,10 +58,10 @@ def first_part(
             another, as P6 is from P5, if not by way of a copy.
 
     Returns:
-        The gradients, and the terms in a form whose backward starts at the maps, with what was found here. Where that
-        cannot be, the terms as they were, so that their backward does the work of this one again: where another way
-        leads around the copies, or from one of them to another; where hooks would change a gradient twice; and in
-        float16, whose gradients need the factor that the loss is to be given later.
+        The gradients, in float16 as float32, and the terms in a form whose backward starts at the maps, with what was
+        found here. Where that cannot be, the terms as they were, so that their backward does the work of this one
+        again: where another way leads around the copies, or from one of them to another; where hooks would change a
+        gradient twice; and in float16, whose gradients need the factor that the loss is to be given later.
     """
     total = torch.stack(list(terms.values())).sum()
     device = total.device.type

@@ -47,7 +47,8 @@ def compare(
         jobs: Cells that run at the same time.
 
     Raises:
-        AcamkdError: A method is unknown, the cells were made on other pictures or by another teacher, or cells failed.
+        AcamkdError: A method is unknown, cells failed, or they do not share their pictures, teacher and number of
+            processes.
     """
     end = None if seconds is None else time.monotonic() + seconds
     failed: list[Cell] = []
@@ -154,7 +155,7 @@ def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results:
     """Write the tables of the cells that are there; needs neither pictures nor weights.
 
     Raises:
-        AcamkdError: There is none, or they were made on other pictures or by another teacher.
+        AcamkdError: There is none, or they do not share their pictures, teacher and number of processes.
     """
     # With the setting, which a cell that was run before the tuning does not know of.
     done = [
