@@ -27,11 +27,11 @@ class Shuffled(ACAM):
         terms = super().terms(student, teacher, context)
         with torch.no_grad():
             masks = self._masks(self.align(student), teacher)
-        errors = imitation_errors(self.align(student), teacher, self.imitation, self.temperature)
-        for kind, mask, error in zip(("channel", "spatial"), masks, errors, strict=True):
+        errors = imitation_errors(self.align(student), teacher, self.kinds, self.imitation, self.temperature)
+        for kind, mask in masks._asdict().items():
             if mask is not None:
                 shuffled = mask.flatten(2).roll(1, dims=0)
-                norms = torch.einsum("nmk,nk->nm", shuffled.square(), error)
+                norms = torch.einsum("nmk,nk->nm", shuffled.square(), errors[kind])
                 terms[kind] = self.weight * safe_divide(norms, shuffled.sum(dim=2)).mean()
         return terms
 
@@ -46,11 +46,11 @@ class DegreeZero(ACAM):
         """`channel` and `spatial` of degree 0 in the masks, and `diversity`."""
         terms = super().terms(student, teacher, context)
         aligned = self.align(student)
-        errors = imitation_errors(aligned, teacher, self.imitation, self.temperature)
-        for kind, mask, error in zip(("channel", "spatial"), self._masks(aligned, teacher), errors, strict=True):
+        errors = imitation_errors(aligned, teacher, self.kinds, self.imitation, self.temperature)
+        for kind, mask in self._masks(aligned, teacher)._asdict().items():
             if mask is not None:
                 mask = mask.flatten(2)
-                collected = safe_divide(torch.einsum("nmk,nk->nm", mask, error), mask.sum(dim=2))
+                collected = safe_divide(torch.einsum("nmk,nk->nm", mask, errors[kind]), mask.sum(dim=2))
                 terms[kind] = self.weight * collected.mean()
         return terms
 
@@ -58,10 +58,9 @@ class DegreeZero(ACAM):
 class Adversarial(ACAM):
     """The masks collect error instead of reward, within the same budget: they rise where the student lags."""
 
-    def _rewards(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> tuple[Tensor, Tensor]:
-        errors = [error.detach() for error in imitation_errors(student, teacher, self.imitation, self.temperature)]
-        channel, spatial = (safe_divide(error, error.mean(dim=1, keepdim=True)) for error in errors)
-        return channel, spatial
+    def _rewards(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
+        errors = imitation_errors(student.detach(), teacher, self.kinds, self.imitation, self.temperature)
+        return {kind: safe_divide(error, error.mean(dim=1, keepdim=True)) for kind, error in errors.items()}
 
 
 class Difference(ACAM):
@@ -78,14 +77,15 @@ class ExactReward(ACAM):
     what the place itself does.
     """
 
-    def _rewards(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> tuple[Tensor, Tensor]:
+    def _rewards(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
         assert context.task_gradient is not None
         with torch.enable_grad():
             student = student.detach().requires_grad_()
-            errors = imitation_errors(student, teacher, self.imitation, self.temperature)
+            errors = imitation_errors(student, teacher, self.kinds, self.imitation, self.temperature)
             # A backward is linear in what it starts from: its derivative by that is the derivative forward.
-            starts = [torch.zeros_like(error, requires_grad=True) for error in errors]
-            (backward,) = torch.autograd.grad(errors, student, starts, create_graph=True)
+            starts = [torch.zeros_like(error, requires_grad=True) for error in errors.values()]
+            (backward,) = torch.autograd.grad(tuple(errors.values()), student, starts, create_graph=True)
             rewards = torch.autograd.grad(backward, starts, context.task_gradient)
-        channel, spatial = (safe_divide(x, x.abs().mean(dim=1, keepdim=True)) for x in rewards)
-        return channel, spatial
+        return {
+            kind: safe_divide(x, x.abs().mean(dim=1, keepdim=True)) for kind, x in zip(errors, rewards, strict=True)
+        }

@@ -603,8 +603,9 @@ def test_an_align_carries_the_task_gradient_to_the_teachers_channels() -> None:
     student, teacher = maps(1, 2, 3, 2, 2)
     loss = joint(2, 3, num_masks=1, mask_grad="look_ahead").double()
     gradient = torch.randn_like(student)
-    channel, spatial = loss._rewards(loss.align(student), teacher, DistillationContext(task_gradient=gradient))
-    for reward, dims in ((channel, (2, 3)), (spatial, 1)):
+    rewards = loss._rewards(loss.align(student), teacher, DistillationContext(task_gradient=gradient))
+    for kind, dims in (("channel", (2, 3)), ("spatial", 1)):
+        reward = rewards[kind]
         squared = (loss.align(student) - teacher).square().mean(dim=dims).flatten()
         felt = torch.stack([
             (torch.autograd.grad(error, student, retain_graph=True)[0] * gradient).sum() for error in squared

@@ -54,14 +54,15 @@ def test_the_look_ahead_reward_is_what_a_step_of_imitation_does_to_the_task_loss
         return F.cross_entropy(x, labels, reduction="sum")
 
     (gradient,) = torch.autograd.grad(task(student), student)
-    rewards = look_ahead_reward(student, teacher, gradient, form, temperature=2.0)
-    for kind, reward in enumerate(rewards):
+    rewards = look_ahead_reward(student, teacher, gradient, Masks._fields, form, temperature=2.0)
+    for kind, reward in rewards.items():
         assert not reward.requires_grad
         torch.testing.assert_close(reward.abs().mean(dim=1), torch.ones(2, dtype=torch.float64))
-        (step,) = torch.autograd.grad(imitation_errors(student, teacher, form, 2.0)[kind].sum(), student)
+        (error,) = imitation_errors(student, teacher, (kind,), form, 2.0).values()
+        (step,) = torch.autograd.grad(error.sum(), student)
         steps = [torch.zeros_like(step).flatten(2) for _ in range(3)]
         for place, alone in enumerate(steps):  # a small step of this channel or position alone
-            at = (1, place) if kind == 0 else (1, slice(None), place)
+            at = (1, place) if kind == "channel" else (1, slice(None), place)
             alone[at] = step.flatten(2)[at]
         gains = [task(student) - task(student - 1e-6 * alone.view_as(step)) for alone in steps]
         for place in (0, 2):

@@ -19,6 +19,7 @@ from acamkd.losses.functional import (
     resample,
     safe_divide,
 )
+from acamkd.losses.masks import Masks
 
 ROWS = torch.tensor([[[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]]])
 """(1, 3, 2): squared norms 1, 2, 4; inner products 1 (first and second), 0 (first and third), 2."""
@@ -36,7 +37,7 @@ def test_resample_averages_where_the_map_shrinks() -> None:
     x = torch.arange(16.0).view(1, 1, 4, 4)
     torch.testing.assert_close(resample(x, (2, 2)).flatten(), torch.tensor([2.5, 4.5, 10.5, 12.5]))
     torch.testing.assert_close(resample(x, (4, 1)).flatten(), torch.tensor([1.5, 5.5, 9.5, 13.5]))
-    assert torch.equal(resample(x, (4, 4)), x)
+    assert resample(x, (4, 4)) is x
 
 
 @pytest.mark.parametrize("size", [(8, 8), (2, 8), (7, 3)])
@@ -98,7 +99,9 @@ def test_masked_error_under_a_constant_mask_is_that_share_of_the_mean() -> None:
 @pytest.mark.parametrize("form", ["squared", "standardized", "softmax", "correlation"])
 def test_imitation_errors_of_a_channel_and_of_a_position(form: str) -> None:
     student, teacher = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
-    over_channels, over_positions = imitation_errors(student, teacher, form, temperature=2.0)
+    student_given, teacher_given = student, teacher
+    errors = imitation_errors(student, teacher, Masks._fields, form, temperature=2.0)
+    over_channels, over_positions = errors["channel"], errors["spatial"]
     assert over_channels.shape == (2, 3)
     assert over_positions.shape == (2, 20)
     if form == "softmax":
@@ -120,7 +123,11 @@ def test_imitation_errors_of_a_channel_and_of_a_position(form: str) -> None:
         squared = (student - teacher).square()
         torch.testing.assert_close(over_channels, squared.mean(dim=(2, 3)), rtol=1e-4, atol=0)
         torch.testing.assert_close(over_positions, squared.mean(dim=1).flatten(1), rtol=1e-4, atol=0)
-    for error in imitation_errors(teacher, teacher, form):
+    for kind in Masks._fields:
+        (alone,) = imitation_errors(student_given, teacher_given, (kind,), form, temperature=2.0).items()
+        assert alone[0] == kind
+        torch.testing.assert_close(alone[1], errors[kind])
+    for error in imitation_errors(teacher, teacher, Masks._fields, form).values():
         assert error.abs().max() < (1e-5 if form == "correlation" else 1e-12)  # whose denominator has 1e-8 more
 
 

@@ -29,6 +29,11 @@ def test_statistics_are_those_of_the_batch() -> None:
     torch.testing.assert_close(standardize(x).flatten(), torch.tensor([-(0.5**0.5), 0.5**0.5]))
 
 
+def test_a_single_value_cannot_be_standardised() -> None:
+    with pytest.raises(ValueError, match=r"a map of \(1, 3, 1, 1\) has a single value per channel"):
+        PKD(3, 3)(torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1))
+
+
 def test_a_constant_channel_has_a_finite_gradient() -> None:
     student = torch.ones(2, 3, 4, 4, requires_grad=True)
     loss = PKD(3, 3)(student, torch.randn(2, 3, 4, 4))["correlation"]

@@ -295,20 +295,20 @@ class ACAM(FeatureLoss):
         """Return `channel`, `spatial`, `diversity` and the look-ahead's `KIND_selection`, as far as they are in use."""
         student = self.align(student)
         masks = self._masks(student if self.mask_grad == "joint" else student.detach(), teacher)
-        errors = imitation_errors(student, teacher, self.imitation, self.temperature)
+        errors = imitation_errors(student, teacher, self.kinds, self.imitation, self.temperature)
         looking_ahead = "task_gradient" in self.needs and context.labelled and context.task_gradient is not None
-        rewards = self._rewards(student, teacher, context) if looking_ahead else (None, None)
+        rewards = self._rewards(student, teacher, context) if looking_ahead else {}
         terms = {}
         self.statistics = {}
-        for kind, mask, error, reward in zip(Masks._fields, masks, errors, rewards, strict=True):
+        for kind, mask in masks._asdict().items():
             if mask is None:
                 continue
             mask = mask.flatten(2)  # (N, M, C) or (N, M, HW)
             selecting = mask if self.mask_grad == "joint" else mask.detach()
-            terms[kind] = self.weight * masked_error(error, selecting).mean()
-            if reward is not None:
-                terms[f"{kind}_selection"] = selection_loss(mask, reward)
-            figures = mask_statistics(mask.detach(), error.detach())
+            terms[kind] = self.weight * masked_error(errors[kind], selecting).mean()
+            if kind in rewards:
+                terms[f"{kind}_selection"] = selection_loss(mask, rewards[kind])
+            figures = mask_statistics(mask.detach(), errors[kind].detach())
             self.statistics |= {f"{kind}_{name}": value for name, value in figures.items()}
         if self.mask_source != "uniform":
             terms["diversity"] = self.diversity_weight * mask_overlap(masks, self.diversity)
@@ -358,10 +358,10 @@ class ACAM(FeatureLoss):
             masks = self._masks(self.align(aligned).detach(), target)
             return apply_masks(masks, teacher.to(target.dtype)).to(teacher.dtype)
 
-    def _rewards(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> tuple[Tensor, Tensor]:
+    def _rewards(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
         assert context.task_gradient is not None  # `needs` names it, and the pictures are labelled
         gradient = resample(context.task_gradient.detach().to(student.dtype), student.shape[-2:])
         if isinstance(self.align, nn.Conv2d):
             # A step of S' is felt through the transposed align, so the task's gradient is carried over by the align.
             gradient = F.conv2d(gradient, self.align.weight.detach())
-        return look_ahead_reward(student, teacher, gradient, self.imitation, self.temperature)
+        return look_ahead_reward(student, teacher, gradient, self.kinds, self.imitation, self.temperature)

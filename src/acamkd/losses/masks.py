@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
@@ -108,8 +108,13 @@ class CollapseWatch:
 
 
 def look_ahead_reward(
-    student: Tensor, teacher: Tensor, task_gradient: Tensor, form: str = "squared", temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+    student: Tensor,
+    teacher: Tensor,
+    task_gradient: Tensor,
+    kinds: Collection[str],
+    form: str = "squared",
+    temperature: float = 1.0,
+) -> dict[str, Tensor]:
     """How much the student's task loss falls where one channel, or one position, moves as imitation would move it.
 
     A step of x_k, the student's values there, against the gradient of all errors changes the task loss by
@@ -121,20 +126,21 @@ def look_ahead_reward(
         student: Aligned map S', (N, C, H, W).
         teacher: (N, C, H, W).
         task_gradient: Of the task loss at S', (N, C, H, W).
+        kinds: Which of `channel` and `spatial`.
         form: Of the imitation: see `imitation_errors`.
         temperature: tau.
 
     Returns:
-        (N, C) and (N, HW), without gradient.
+        `channel`, (N, C), and `spatial`, (N, HW), as far as asked for, without gradient.
     """
-    rewards = []
+    rewards = {}
     with torch.enable_grad():
         student = student.detach().requires_grad_()
-        for error, dims in zip(imitation_errors(student, teacher, form, temperature), ((2, 3), (1,)), strict=True):
+        for kind, error in imitation_errors(student, teacher, kinds, form, temperature).items():
             (gradient,) = torch.autograd.grad(error.sum(), student, retain_graph=True)
-            reward = (gradient * task_gradient).sum(dim=dims).flatten(1)
-            rewards.append(safe_divide(reward, reward.abs().mean(dim=1, keepdim=True)))
-    return rewards[0], rewards[1]
+            reward = (gradient * task_gradient).sum(dim=(2, 3) if kind == "channel" else 1).flatten(1)
+            rewards[kind] = safe_divide(reward, reward.abs().mean(dim=1, keepdim=True))
+    return rewards
 
 
 def selection_loss(mask: Tensor, reward: Tensor, budget: float = 0.5) -> Tensor:

@@ -27,7 +27,7 @@ class PKD(FeatureLoss):
     RetinaNet with a Mask R-CNN as teacher, have 6. The published settings distil the first four levels of the pyramid.
 
     Deviations: the statistics are those of the batch on one device, so that the value depends on its size; a batch of
-    one 1x1 map has no deviation and gives NaN. The authors need equal channels; where they differ, the student is
+    one 1x1 map has no deviation, an error. The authors need equal channels; where they differ, the student is
     projected by a 1x1 convolution here. A student's map that is larger than the teacher's is averaged over areas, where
     their code samples it bilinearly.
 
