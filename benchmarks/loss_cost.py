@@ -3,8 +3,9 @@
     python benchmarks/loss_cost.py [--quick]
 
 The maps are random: a picture's pyramid of strides 8 to 128 with 256 channels, the pyramid's finest level alone, or
-logits of 19 classes. CrossKD compares heads and FGD needs boxes, so that the one is missing and the other is not run on
-logits; the tokens of MasKD and FreeKD are random, which changes no cost.
+logits of 19 classes. So are the task gradient that ACAM reads for its look-ahead masks and the tokens of MasKD and
+FreeKD, which changes no cost. CrossKD compares heads and FGD needs boxes, so that the one is missing and the other is
+not run on logits. ACAM has its defaults, or where the name says so the published form.
 """
 
 from __future__ import annotations
@@ -46,20 +47,20 @@ SHAPES: Mapping[str, tuple[int, list[Level]]] = {
 
 def losses(channels: int, levels: Sequence[Level]) -> dict[str, partial[FeatureLoss]]:
     """Every method that can be run on such maps."""
-    masks = {
-        "num_masks": 6 if channels == 256 else channels, "masks": "both", "mask_grad": "joint", "imitation": "squared",
-    }  # fmt: skip
+    number = {"num_masks": 6 if channels == 256 else channels}
+    paper = {**number, "masks": "both", "mask_grad": "joint", "imitation": "squared"}
     found = {
         name: partial(method, channels, channels)
         for name, method in METHODS.items()
         if not issubclass(method, HeadLoss) and name != "acam" and (channels == 256 or "boxes" not in method.needs)
     }
     acam = METHODS["acam"]
-    found["acam, exact"] = partial(acam, channels, channels, **masks)  # type: ignore[arg-type]
-    found["acam, auto"] = partial(acam, channels, channels, **masks, kv_stride="auto")  # type: ignore[arg-type]
-    found["acam, uniform masks"] = partial(acam, channels, channels, **masks, mask_source="uniform")  # type: ignore[arg-type]
+    found["acam, auto"] = partial(acam, channels, channels, **number, kv_stride="auto")  # type: ignore[arg-type]
+    found["acam, paper, exact"] = partial(acam, channels, channels, **paper)  # type: ignore[arg-type]
+    found["acam, paper, auto"] = partial(acam, channels, channels, **paper, kv_stride="auto")  # type: ignore[arg-type]
+    found["acam, uniform masks"] = partial(acam, channels, channels, **paper, mask_source="uniform")  # type: ignore[arg-type]
     if 4 * max(height * width for height, width in levels) ** 2 <= 1.1 * LARGEST:
-        found["acam, textbook"] = partial(Textbook, channels, channels, **masks)
+        found["acam, textbook"] = partial(Textbook, channels, channels, **paper)
     return found
 
 
@@ -73,12 +74,16 @@ def measure(build: partial[FeatureLoss], channels: int, levels: Sequence[Level])
     height, width = (8 * side for side in levels[0])
     boxes = torch.rand(10, 4) * torch.tensor([width / 2, height / 2, width / 2, height / 2])
     boxes[:, 2:] += boxes[:, :2]
-    context = DistillationContext(input_size=(height, width), boxes=[boxes])
+    contexts = [
+        DistillationContext(input_size=(height, width), boxes=[boxes], task_gradient=torch.randn_like(x))
+        for x in maps[0]
+    ]
     for student in maps[0]:
         student.requires_grad_()
 
     def step() -> None:
-        terms = [term for module, s, t in zip(modules, *maps, strict=True) for term in module(s, t, context).values()]
+        calls = zip(modules, *maps, contexts, strict=True)
+        terms = [term for module, *given in calls for term in module(*given).values()]
         torch.stack(terms).sum().backward()
 
     first = cost(step)  # before anything is kept for later
