@@ -91,6 +91,17 @@ def test_version(acamkd: Command) -> None:
     assert acamkd("--version").out == "acamkd 0.1.0\n"
 
 
+def test_brackets_in_the_names_of_classes_are_shown(
+    acamkd: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("acamkd.runs.open_run", lambda run, overrides: run)
+    monkeypatch.setattr("acamkd.evaluate.evaluate", lambda run: {"AP/sign [red]": 12.5, "AP/car [/old]": 3.0})
+    shown = acamkd("evaluate", tmp_path)
+    assert (shown.code, shown.err) == (0, "")
+    assert re.search(r"│ AP/sign \[red\] +│ 12\.50", shown.out)
+    assert re.search(r"│ AP/car \[/old\] +│ 3\.00", shown.out)
+
+
 def test_train_distill_evaluate(acamkd: Command, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     raw = tiny.raw_recipe(drawn / "segmentation", epochs=1)

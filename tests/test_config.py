@@ -123,6 +123,11 @@ def test_words_that_look_like_numbers_are_words(path: Path, text: str) -> None:
         ({"task": "segmentation"}, "task segmentation needs data.format: voc, masks, cityscapes, not coco"),
         ({"task": "depth"}, r"task: Input should be 'detection' or 'segmentation' \(given: 'depth'\)"),
         ({"data": {**changed()["data"], "val": {"images": "x"}}}, "data.val.annotations is missing"),
+        ({"data": {"format": "coco", "val": {"name": "x", "masks": "y"}}}, "data.val.masks: data.format coco does not"),
+        (
+            {"data": {"format": "voc", "val": {"name": "x", "annotations": "y"}}},
+            "data.val.annotations: data.format voc",
+        ),
         ({"data": {"format": "voc", "val": {"images": "x"}}}, "data.val.images: .* give the split's `name` instead"),
         (
             {"data": {"val": {"images": "x", "name": "y"}}},

@@ -113,10 +113,22 @@ def _shared(raw: dict[str, Any], **train: Any) -> config.Recipe:
     return config.parse({**raw, "train": {**raw["train"], "batch_size": 2, "devices": 2, **train}})
 
 
-def test_two_processes_do_what_one_does(raw: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_do_what_one_does(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when they are ended in the middle of an epoch, and go on."""
     distill(config.parse(raw), out=tmp_path / "one")
     recipe = _shared(raw)
-    assert _together(lambda rank: distill(recipe, out=tmp_path / "two")) == [0, 0]
+    original = TrainingModule.training_step
+
+    def ended(self: TrainingModule, batch: Pictures, batch_idx: int) -> Tensor:
+        if self.global_rank == 1 and self.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(TrainingModule, "training_step", ended)
+    assert _together(lambda rank: distill(recipe, out=tmp_path / "two")) == [TERMINATED, TERMINATED]
+    assert torch.load(tmp_path / "two/last.ckpt", weights_only=True)["global_step"] == 3  # of 2 in each epoch
+    monkeypatch.undo()
+    assert _together(lambda rank: distill(recipe, out=tmp_path / "two", resume=True)) == [0, 0]
     one, two = (load_file(tmp_path / name / "student.safetensors") for name in ("one", "two"))
     classes = config.load(tmp_path / "one/recipe.yaml").data.classes
     start = build_network(recipe, recipe.student, classes or ()).net.state_dict()

@@ -342,6 +342,7 @@ def test_every_loss_term_has_a_curve(runs: Path) -> None:
 
 
 def test_a_curve_lies_where_its_values_are() -> None:
+    assert charts.draw("nothing yet", {"a": []}).lines == ()
     chart = charts.draw("x", {"a": [(0, 0.0), (2, 1.0)], "b": []}, limits=(0, 1), bands=[(0.9, 1)])
     [line] = chart.lines
     bottom = charts.HEIGHT - charts.BOTTOM

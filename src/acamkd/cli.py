@@ -181,7 +181,7 @@ def evaluate(
         return
     table = Table("metric", "percent")
     for name, value in scores.items():
-        table.add_row(name, f"{value:.2f}")
+        table.add_row(escape(name), f"{value:.2f}")
     Console().print(table)
 
 
@@ -231,7 +231,7 @@ def export(
         f"largest value; times on {figures.threads} CPU thread{'s' if figures.threads > 1 else ''}"
     )
     if push_to_hub:
-        console.print(job.push_to_hub(figures.folder, push_to_hub))
+        console.print(job.push_to_hub(figures.folder, push_to_hub), markup=False)
 
 
 @app.command(
@@ -347,7 +347,7 @@ def _plan_table(cells: Sequence[Cell], results: Path) -> Table:
         missing += 0 if done or seconds is None else seconds
         minutes = f"{(done['wall_time'] if done else seconds or 0) / 60:.1f}" if done or seconds is not None else "?"
         purpose = "table" if not cell.tuning else f"tuning, {cell.setting:g}"
-        table.add_row(str(number), cell.method, str(cell.seed), purpose, "done" if done else "to do", minutes)
+        table.add_row(str(number), escape(cell.method), str(cell.seed), purpose, "done" if done else "to do", minutes)
     known = any(cell.read(results) for cell in cells)
     table.caption = (
         f"{missing / 3600:.1f} hours to do, one cell at a time, by the finished ones" if known
@@ -361,14 +361,16 @@ def _print_comparison(rows: Sequence[Row], results: Path) -> None:
     for row in rows:
         gain = row.gain
         table.add_row(
-            row.method, str(row.n), f"{row.mean:.2f}", f"{row.std:.2f}" if row.std is not None else "",
+            escape(row.method), str(row.n), f"{row.mean:.2f}", f"{row.std:.2f}" if row.std is not None else "",
             f"{gain.mean:+.2f}" if gain else "",
             f"{gain.low:+.2f} to {gain.high:+.2f}" if gain and gain.low is not None else "",
             row.p_text, row.verdict or "",
         )  # fmt: skip
     console = Console()
     console.print(table)
-    console.print(f"{results}: comparison.html, comparison.md, comparison.json, comparison.png", soft_wrap=True)
+    console.print(
+        f"{results}: comparison.html, comparison.md, comparison.json, comparison.png", markup=False, soft_wrap=True
+    )
 
 
 @app.command(
@@ -480,7 +482,7 @@ def inspect(
     for who, network in zip(("teacher", "student"), networks, strict=True):
         table = Table("layer", "channels", "stride", title=f"{who}: {type(network.net).__name__}", title_justify="left")
         for layer in inspection.layers(network):
-            table.add_row(layer.name, str(layer.channels), str(layer.stride))
+            table.add_row(escape(layer.name), str(layer.channels), str(layer.stride))
         Console().print(table)
     losses = inspection.as_losses(inspection.propose(*networks), networks[1])
     typer.echo("# for the recipe\n" + yaml.safe_dump({"losses": losses}, sort_keys=False, default_flow_style=None))

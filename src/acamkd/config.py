@@ -51,7 +51,8 @@ class Split(Section):
     masks: Path | None = None
     """Format masks: folder of PNG masks, one per picture, of the same name."""
     annotations: Path | None = None
-    """Format coco: the JSON. Format yolo: folder of labels, if it is not beside `images`."""
+    """Format coco: the JSON, if it is not the one of this `name`. Format yolo: folder of labels, if it is not beside
+    `images`."""
 
     @model_validator(mode="after")
     def _check(self) -> Split:
@@ -300,10 +301,13 @@ def check_data(data: Data, task: str) -> None:
     if task not in FORMATS[data.format]:
         fitting = [name for name, tasks in FORMATS.items() if task in tasks]
         raise AcamkdError(f"task {task} needs data.format: {', '.join(fitting)}, not {data.format}")
-    source = {"coco": "annotations", "masks": "masks"}.get(data.format)
+    source = {"coco": "annotations", "yolo": "annotations", "masks": "masks"}.get(data.format)
     for name in ("train", "val"):
         split: Split = getattr(data, name)
-        if source and split.images is not None and getattr(split, source) is None:
+        for key in ("masks", "annotations"):
+            if getattr(split, key) is not None and key != source:
+                raise AcamkdError(f"data.{name}.{key}: data.format {data.format} does not read it")
+        if source and data.format != "yolo" and split.images is not None and getattr(split, source) is None:
             raise AcamkdError(f"data.{name}.{source} is missing: data.format {data.format} needs it beside `images`")
         if data.format in ("voc", "cityscapes") and split.images is not None:
             raise AcamkdError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -92,7 +93,7 @@ def read_recipe(task: Task, out: Path) -> config.Recipe:
     """The packaged recipe of a task, with its data below `out` and the teacher that the demo itself trains."""
     folder = out / task
     with resources.as_file(resources.files("acamkd") / "recipes" / f"demo_{task}.yaml") as file:
-        return config.load(file, [f"data.root={folder / 'data'}"])
+        return config.load(file, [f"data.root={json.dumps(str(folder / 'data'))}"])
 
 
 def _train_all(recipe: config.Recipe, folder: Path, before: int, total: int) -> dict[str, float]:

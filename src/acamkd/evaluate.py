@@ -24,7 +24,7 @@ def evaluate(run: Run) -> dict[str, float]:
     """
     recipe = run.recipe
     pictures = data.build(recipe.data, recipe.task, "val", seed=recipe.train.seed, augment=False)
-    for warning in data.check(pictures, "headers"):
+    for warning in data.check(pictures, recipe.data.check):
         log.warning("%s", warning)
     model = run.load().to("cuda" if torch.cuda.is_available() else "cpu")
     batches = data.loader(pictures, recipe.train.batch_size, recipe.data.workers, shuffle=False, seed=0)

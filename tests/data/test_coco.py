@@ -24,7 +24,7 @@ def _content() -> dict[str, Any]:
         ],
         "categories": [{"id": 9, "name": "dog"}, {"id": 2, "name": "cat"}],
         "annotations": [
-            {"id": 1, "image_id": 7, "category_id": 9, "bbox": [1, 2, 3, 4], "iscrowd": 0},
+            {"id": 1, "image_id": 7, "category_id": 9, "bbox": [1, 2, 3, 4], "iscrowd": 0, "area": 7.5},
             {"id": 2, "image_id": 7, "category_id": 2, "bbox": [10, 0, 10, 10], "iscrowd": 1},
             {"id": 3, "image_id": 7, "category_id": 2, "bbox": [5.5, 1, 2, 2]},
         ],
@@ -45,7 +45,8 @@ def test_targets(tmp_path: Path) -> None:
     assert [file.name for file in dataset.files] == ["a.png", "b.png"]
     image, target = dataset[0]
     assert image.shape == (3, 10, 20)
-    assert set(target) == {"boxes", "labels", "iscrowd"}
+    assert set(target) == {"boxes", "labels", "iscrowd", "area"}
+    assert target["area"].tolist() == [7.5, 0, 0]
     assert target["boxes"].dtype == torch.float32
     assert target["boxes"].tolist() == [[1, 2, 4, 6], [10, 0, 20, 10], [5.5, 1, 7.5, 3]]
     assert target["labels"].tolist() == [2, 1, 1]
@@ -96,6 +97,7 @@ def test_boxes_beyond_the_picture_are_clipped(tmp_path: Path) -> None:
         ({"bbox": [1, 2, 3, -4]}, r"annotation 1 of image 7: the box from \(1, 2\) to \(4, -2\) on a\.png has no area"),
         ({"bbox": [1, 2, 0, -4]}, "has no area"),
         ({"bbox": [1, 2, 3]}, r"annotation 1 of image 7: it needs image_id, category_id and bbox"),
+        ({"area": "wide"}, r"annotation 1 of image 7: .* an area must be a number"),
         ({"bbox": ["a", 2, 3, 4]}, "it needs image_id, category_id and bbox"),
         ({"image_id": [7]}, "it needs image_id, category_id and bbox"),
         ({"category_id": 5}, "annotation 1 of image 7: the file lists no category 5, only 2, 9"),

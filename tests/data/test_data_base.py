@@ -11,7 +11,7 @@ from PIL import Image
 
 from acamkd import config, data
 from acamkd.data.base import LISTED_PROBLEMS, read_picture, read_size, seed_of
-from acamkd.errors import AcamkdError
+from acamkd.errors import AcamkdError, PictureError
 from acamkd.models.base import Target
 
 
@@ -305,3 +305,6 @@ def test_fingerprint_follows_content_but_not_place(tmp_path: Path) -> None:
     assert dataset.fingerprint() != here
     other_names = data.MaskFolder(tmp_path / "a" / "train" / "images", tmp_path / "a" / "train" / "masks", ("a", "b"))
     assert other_names.fingerprint() != here
+    dataset.files[0].unlink()
+    with pytest.raises(PictureError, match=rf"{dataset.files[0].name}: No such file"):
+        dataset.fingerprint()

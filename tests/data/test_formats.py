@@ -103,6 +103,10 @@ def test_cocos_own_names(tmp_path: Path, place: str) -> None:
     dataset = data.build(config.Data(root=tmp_path), "detection", "train", seed=0, augment=False)
     assert data.check(dataset, "full") == []
     assert dataset.files[0].parent == tmp_path / place
+    (tmp_path / "annotations/instances_train2017.json").rename(tmp_path / "few.json")
+    split = config.Split(name="train", annotations=Path("few.json"))  # other labels of the same pictures
+    given = data.build(config.Data(root=tmp_path, train=split), "detection", "train", seed=0, augment=False)
+    assert (given.annotation_files, given.files) == ([tmp_path / "few.json"], dataset.files)
     with pytest.raises(AcamkdError, match=r"cannot read the annotations .*annotations/instances_minival\.json"):
         data.build(
             config.Data(root=tmp_path, train=config.Split(name="minival")), "detection", "train", seed=0, augment=False

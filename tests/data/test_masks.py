@@ -92,6 +92,8 @@ def test_unknown_ids(tmp_path: Path) -> None:
     message = r"a\.png: the mask holds 11, but the values for the 3 classes and for void are 0 to 2 and 255"
     with pytest.raises(AcamkdError, match=message):
         data.check(dataset, "full")
+    with pytest.raises(PictureError, match=message):  # which a look at the headers did not see
+        dataset[0]
 
 
 def test_broken_mask(tmp_path: Path) -> None:

@@ -150,6 +150,10 @@ def test_where_pictures_and_labels_lie(tmp_path: Path) -> None:
     (tmp_path / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\n")
     (tmp_path / "valid/images").mkdir(parents=True)
     assert folders(tmp_path, "val") == (tmp_path / "valid/images", tmp_path / "valid/labels")
+    (tmp_path / "several").mkdir()
+    (tmp_path / "several/data.yaml").write_text("train: [images/a, images/b]\n")
+    with pytest.raises(AcamkdError, match=r"data\.yaml: train must be one folder of pictures, not \['images/a', 'imag"):
+        folders(tmp_path / "several", "train")
     with pytest.raises(AcamkdError, match=r"no folder of pictures for the split train; looked for .*\.\./train/images"):
         folders(tmp_path, "train")
     given = folders(tmp_path, "train", images=tmp_path / "a/images/b", labels=None)

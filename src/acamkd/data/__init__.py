@@ -166,8 +166,9 @@ def _coco_paths(root: Path, split: config.Split) -> tuple[Path, Path]:
     # COCO's own train and val are called so, and its archives lay their folders of pictures beside `annotations`.
     names = [str(split.name), f"{split.name}2017"]
     name = next((each for each in names if _instances(root, each).is_file()), names[0])
-    folders = [root / "images" / name, root / name]
-    return next((folder for folder in folders if folder.is_dir()), folders[0]), _instances(root, name)
+    annotations = root / split.annotations if split.annotations else _instances(root, name)
+    folders = [folder for each in dict.fromkeys([name, *names]) for folder in (root / "images" / each, root / each)]
+    return next((folder for folder in folders if folder.is_dir()), folders[0]), annotations
 
 
 def _instances(root: Path, name: str) -> Path:

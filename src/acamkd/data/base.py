@@ -117,12 +117,19 @@ class PictureDataset(Dataset[Sample], ABC):
         return (self[index] for index in range(len(self)))
 
     def fingerprint(self) -> str:
-        """Short name of the data's content: class names, names and sizes of the pictures, bytes of the annotations."""
+        """Short name of the data's content: class names, names and sizes of the pictures, bytes of the annotations.
+
+        Raises:
+            PictureError: One of the files is not there.
+        """
         digest = hashlib.sha256(repr(self.classes).encode())
-        for file in self.files:
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        for file in self.annotation_files:
-            digest.update(file.read_bytes())
+        try:
+            for file in self.files:
+                digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            for file in self.annotation_files:
+                digest.update(file.read_bytes())
+        except OSError as error:
+            raise PictureError(f"{error.filename}: {error.strerror}") from error
         return digest.hexdigest()[:16]
 
 

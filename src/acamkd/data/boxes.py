@@ -16,12 +16,17 @@ from acamkd.models.base import PixelSize, Target
 
 
 class Box(NamedTuple):
-    """One object: number of its picture, label from 1, x1 y1 x2 y2, and whether training does without it."""
+    """One object: number of its picture, label from 1, x1 y1 x2 y2, whether training does without it, and its area.
+
+    The area is that of its outline in pixels, by which COCO calls it small or large; 0 where nothing but the box is
+    known.
+    """
 
     picture: int
     label: int
     corners: tuple[float, float, float, float]
     crowd: bool = False
+    area: float = 0.0
 
     @property
     def is_empty(self) -> bool:
@@ -74,7 +79,7 @@ class BoxDataset(PictureDataset):
         """One entry of the format; raises AcamkdError with what is wrong."""
 
     def target(self, index: int, size: PixelSize) -> Target:
-        """`boxes` (K, 4) float32 x1 y1 x2 y2, `labels` (K,) and `iscrowd` (K,) int64."""
+        """`boxes` (K, 4) float32 x1 y1 x2 y2, `labels` (K,) and `iscrowd` (K,) int64, `area` (K,) as in Box."""
         rows = slice(self._first[index], self._first[index + 1])
         height, width = size if self.sizes is None else (1, 1)
         # A product is a copy: a transform that works in place must not reach the table.
@@ -83,6 +88,7 @@ class BoxDataset(PictureDataset):
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
             "labels": self._labels[rows].clone(),
             "iscrowd": self._iscrowd[rows].clone(),
+            "area": self._area[rows].clone(),
         }
 
     def inspect(self, index: int, size: PixelSize, *, decode: bool) -> list[str]:
@@ -118,6 +124,7 @@ class BoxDataset(PictureDataset):
         self._first: list[int] = [0, *counts.cumsum(0).tolist()]
         self._labels = torch.tensor([box.label for box in rows], dtype=torch.int64)
         self._iscrowd = torch.tensor([box.crowd for box in rows], dtype=torch.int64)
+        self._area = torch.tensor([box.area for box in rows], dtype=torch.float32)
         self._boxes = torch.tensor([box.corners for box in rows], dtype=torch.float32).reshape(-1, 4)
         if empty:
             self.warnings.append(f"{self.source}: {empty} boxes have no area and are left out")

@@ -25,7 +25,7 @@ class CocoDetection(BoxDataset):
     Args:
         images: Folder that the JSON's `file_name` entries are relative to.
         annotations: The JSON: `images` (id, file_name, width, height), `annotations` (image_id, category_id, bbox
-            [x, y, width, height], iscrowd) and `categories` (id, name).
+            [x, y, width, height], iscrowd, area) and `categories` (id, name).
         classes: Names that the file must list; None takes the file's own.
         keep_crowd: Keep the boxes around crowds; see BoxDataset.
         transform: Random changes.
@@ -77,16 +77,19 @@ class CocoDetection(BoxDataset):
         try:
             image, category, crowd = entry["image_id"], entry["category_id"], entry.get("iscrowd", 0)
             x, y, width, height = (float(value) for value in entry["bbox"])
+            area = float(entry.get("area") or 0)
             index, label = self._index_of.get(image), self._label_of.get(category)
         except (KeyError, TypeError, ValueError) as error:
-            raise AcamkdError("it needs image_id, category_id and bbox [x, y, width, height]") from error
+            raise AcamkdError(
+                "it needs image_id, category_id and bbox [x, y, width, height]; an area must be a number"
+            ) from error
         if crowd not in (0, 1):
             raise AcamkdError(f"iscrowd must be 0 or 1, not {crowd}")
         if index is None:
             raise AcamkdError(f"the file lists no image {image}")
         if label is None:
             raise AcamkdError(f"the file lists no category {category}, only {', '.join(map(str, self._label_of))}")
-        return Box(index, label, (x, y, x + width, y + height), bool(crowd))
+        return Box(index, label, (x, y, x + width, y + height), bool(crowd), area)
 
 
 def _read(annotations: Path) -> dict[str, Any]:

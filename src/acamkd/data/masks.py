@@ -41,12 +41,17 @@ class MaskDataset(PictureDataset):
     ) -> None:
         super().__init__(files, masks, classes, transform=transform, seed=seed)
         self.ids = dict(ids) if ids is not None else {**{k: k for k in range(len(classes))}, VOID: VOID}
-        self._table = torch.tensor([self.ids.get(value, VOID) for value in range(256)])
+        self._table = torch.tensor([self.ids.get(value, -1) for value in range(256)])
 
     def target(self, index: int, size: PixelSize) -> Target:
-        """`mask` (H, W) int64, VOID where nothing is known."""
-        with _opened_mask(self.annotation_files[index]) as mask:
-            return {"mask": tv_tensors.Mask(self._table[_ids(mask).long()])}
+        """`mask` (H, W) int64, VOID where nothing is known; a PictureError if it holds other values."""
+        file = self.annotation_files[index]
+        with _opened_mask(file) as image:
+            values = _ids(image)
+        mask = self._table[values.long()]
+        if mask.min() < 0:
+            raise PictureError(f"{file}: {self._unknown(torch.unique(values).tolist())}")
+        return {"mask": tv_tensors.Mask(mask)}
 
     def inspect(self, index: int, size: PixelSize, *, decode: bool) -> list[str]:
         """The mask must have its picture's size, one channel, and known ids only."""
@@ -59,13 +64,18 @@ class MaskDataset(PictureDataset):
             return [str(error)]
         if mask_size != size:
             return [f"{file}: the mask has {describe(mask_size)}, but {self.files[index].name} has {describe(size)}"]
-        if unknown := [str(value) for value in values if value not in self.ids]:
-            *most, last = sorted(self.ids)
-            return [
-                f"{file}: the mask holds {', '.join(unknown)}, but the values for the {len(self.classes)} classes and "
-                f"for void are {most[0]} to {most[-1]} and {last}"
-            ]
-        return []
+        return [f"{file}: {unknown}"] if (unknown := self._unknown(values)) else []
+
+    def _unknown(self, values: Sequence[int]) -> str:
+        """What is wrong with a mask's values; empty where nothing is."""
+        unknown = [str(value) for value in values if value not in self.ids]
+        if not unknown:
+            return ""
+        *most, last = sorted(self.ids)
+        return (
+            f"the mask holds {', '.join(unknown)}, but the values for the {len(self.classes)} classes and for void are "
+            f"{most[0]} to {most[-1]} and {last}"
+        )
 
 
 class MaskFolder(MaskDataset):

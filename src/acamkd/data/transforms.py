@@ -60,6 +60,6 @@ class RandomScale(nn.Module):
         return resized
 
 
-def _per_box(sample: Sample) -> tuple[Tensor, Tensor]:
+def _per_box(sample: Sample) -> tuple[Tensor, ...]:
     """What goes when its box goes."""
-    return sample[1]["labels"], sample[1]["iscrowd"]
+    return tuple(value for name, value in sample[1].items() if name != "boxes")

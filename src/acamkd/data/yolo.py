@@ -88,11 +88,15 @@ def folders(root: Path, split: str, *, images: Path | None = None, labels: Path 
         labels: The folder of labels, likewise.
 
     Raises:
-        AcamkdError: There is no such folder of pictures, or the labels' place does not follow from it.
+        AcamkdError: There is no such folder of pictures, or there are several, or the labels' place does not follow.
     """
     if images is None:
-        said = _content(root).get(split)
-        given = said if isinstance(said, str) else f"images/{split}"
+        given = _content(root).get(split) or f"images/{split}"
+        if not isinstance(given, str):
+            raise AcamkdError(
+                f"{root / NAMES}: {split} must be one folder of pictures, not {given!r}: lay them into one, or "
+                "give the split's `images`"
+            )
         # Exports of Roboflow say ../train/images for what is train/images beside their data.yaml.
         candidates = [root / given, root / given.removeprefix("../"), root / split / "images"]
         images = next((folder for folder in candidates if folder.is_dir()), None)

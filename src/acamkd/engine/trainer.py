@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger
 from acamkd.config import Train
 from acamkd.data.loading import Pictures
 from acamkd.engine.checkpoint import CheckpointFiles, Checkpoints
-from acamkd.engine.metrics import gathered
+from acamkd.engine.metrics import gathered, own_part
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.nonfinite import NonFinite
 from acamkd.errors import AcamkdError
@@ -64,14 +64,14 @@ class Recorder(Callback):
         self._steps = _rows(folder / "logs/metrics.csv")  # now, because Lightning's logger deletes the file
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on."""
-        names = ("best", "best_epoch", "history", "seconds", "step", "sums")
-        return {name: getattr(self, name) for name in names}
+        """What a resumed run needs to go on, of every process its own sums; all of them are to ask."""
+        names = ("best", "best_epoch", "history", "seconds", "step")
+        return {name: getattr(self, name) for name in names} | {"sums": gathered(self.sums)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint, with as many processes."""
         for name, value in state_dict.items():
-            setattr(self, name, value)
+            setattr(self, name, own_part(value) if name == "sums" else value)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock and the log of the steps where a resumed run's checkpoint left them."""

@@ -11,6 +11,8 @@ from typing import TypeAlias
 
 from matplotlib.ticker import MaxNLocator
 
+from acamkd.config import read_text
+
 Points: TypeAlias = Sequence[tuple[float, float]]
 """(epoch, value)."""
 
@@ -60,9 +62,13 @@ class Chart:
 
 
 def read_history(file: Path) -> list[dict[str, float]]:
-    """Rows of a history.csv; a cell that is empty or not a finite number is left out."""
-    with file.open(newline="", encoding="utf-8") as lines:
-        rows = [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(lines)]
+    """Rows of a history.csv; a cell that is empty or not a finite number is left out.
+
+    Raises:
+        AcamkdError: The file cannot be read.
+    """
+    lines = read_text(file, "history").splitlines()
+    rows = [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(lines)]
     return [{name: value for name, value in row.items() if math.isfinite(value)} for row in rows]
 
 
@@ -83,13 +89,13 @@ def draw(
 
     Args:
         title: What is drawn.
-        curves: Points by name, at least one in all.
+        curves: Points by name; without any, the axes alone are drawn.
         limits: Lowest and highest value; those of the curves where not given.
         bands: Ranges of values to warn of.
         level: Name and value of a horizontal line.
     """
-    epochs = [epoch for points in curves.values() for epoch, _ in points]
-    values = [value for points in curves.values() for _, value in points] + ([level[1]] if level else [])
+    epochs = [epoch for points in curves.values() for epoch, _ in points] or [1.0]
+    values = [value for points in curves.values() for _, value in points] + ([level[1]] if level else []) or [0.0]
     first, last = min(epochs), max(epochs)
     marks = MaxNLocator(4, min_n_ticks=3).tick_values(*(limits or (min(values), max(values))))
     low, high = limits or (marks[0], marks[-1])
