@@ -152,7 +152,7 @@ def test_weights_are_counted_by_their_own_names(segmentation: Path, monkeypatch:
 
     def load_weights(*_: object, **options: object) -> LoadReport:
         asked.append(options["convention"])
-        return LoadReport("retinanet", "file", matched=("a",), missing=(), unexpected=(), mismatched=())
+        return LoadReport("retinanet", "file", matched=("a",), missing=(), unexpected=(), deeper=(), mismatched=())
 
     monkeypatch.setattr(models, "load_weights", load_weights)
     assert doctor._weights("weights", net, section).status == "pass"

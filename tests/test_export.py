@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import huggingface_hub
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -205,6 +206,18 @@ def test_the_full_graph_suppresses_boxes_itself(
     np.testing.assert_allclose(found["scores"], expected["scores"].numpy(), atol=1e-5)
     ours, theirs = (sorted(boxes.round(1).tolist()) for boxes in (expected["boxes"].numpy(), found["boxes"]))
     np.testing.assert_allclose(theirs, ours, atol=0.11)  # sorted, since some scores are equal
+
+
+@pytest.mark.parametrize("run", ["segmentation"], indirect=True)
+def test_a_file_that_another_tool_has_changed_is_still_read(exported: Export, tmp_path: Path) -> None:
+    content = onnx.load(exported.folder / "student.onnx")
+    content.metadata_props.add(key="onnx.infer", value="onnxruntime.quant")  # as its quantization does
+    onnx.save(content, tmp_path / "quantized.onnx")
+    assert OnnxModel(tmp_path / "quantized.onnx").metadata == OnnxModel(exported.folder / "student.onnx").metadata
+    del content.metadata_props[:]
+    onnx.save(content, tmp_path / "bare.onnx")
+    with pytest.raises(AcamkdError, match=r"bare\.onnx was not written by acamkd export"):
+        OnnxModel(tmp_path / "bare.onnx")
 
 
 @pytest.mark.parametrize("run", ["segmentation"], indirect=True)

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import tiny_recipes
 from acamkd import cli, config
 from acamkd.errors import AcamkdError
-from acamkd.inspection import Layer, as_losses, layers, of_names, propose
+from acamkd.inspection import Layer, as_losses, layers, of_names, of_recipe, propose
 from acamkd.jobs import distill
 from acamkd.models.base import Task
 
@@ -58,6 +58,20 @@ def test_pairs_are_of_one_stride_or_the_logits(teacher: str, student: str, pairs
     assert propose(*networks) == pairs
     (loss,) = as_losses(pairs, networks[1])
     assert loss.get("num_masks") == (None if networks[1].task == "detection" else 19)
+
+
+def test_the_classes_are_those_of_the_format_that_is_found(tmp_path: Path) -> None:
+    for folder in ("SegmentationClass", "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    networks = {
+        "teacher": {"arch": "fpn", "backbone": f"tu-{SMALL}"},
+        "student": {"arch": "fpn", "backbone": f"tu-{SMALL}"},
+    }
+    raw = {"name": "x", "task": "segmentation", "data": {"root": str(tmp_path)}, **networks, "train": {"epochs": 1}}
+    assert [network.num_classes for network in of_recipe(config.parse(raw))] == [
+        21,
+        21,
+    ]  # Pascal VOC's, with background
 
 
 def test_what_cannot_be_paired_is_said() -> None:

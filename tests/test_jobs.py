@@ -190,6 +190,28 @@ def _interrupt_at(monkeypatch: pytest.MonkeyPatch, epoch: int, batch: int) -> No
     monkeypatch.setattr(TrainingModule, "training_step", stop)
 
 
+def test_the_colours_of_a_downloaded_backbone_stay_with_the_run(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of smp's encoders were pretrained with others than ImageNet's, which only the download tells."""
+    create, half = smp.create_model, {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.5, 0.5]}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        smp, "create_model", lambda *args, **options: create(*args, **options | {"encoder_weights": None})
+    )
+    monkeypatch.setattr(smp.encoders, "get_preprocessing_params", lambda encoder: half)
+    raw = tiny.raw_recipe(root, epochs=1)
+    network = {"arch": "fpn", "backbone": "resnet18", "options": tiny.FPN["options"]}
+    recipe = config.parse({**raw, "student": network, "teacher": network})
+    for role in ("teacher", "student"):
+        trained = train(recipe, role)
+        monkeypatch.setattr(smp.encoders, "get_preprocessing_params", None)
+        assert trained.load().mean.flatten().tolist() == half["mean"]
+        assert trained.load().std.flatten().tolist() == half["std"]
+        monkeypatch.setattr(smp.encoders, "get_preprocessing_params", lambda encoder: half)
+    assert teacher_section(recipe).mean == (0.5, 0.5, 0.5)
+
+
 def test_an_interrupted_run_resumes_to_the_same_end(
     whole: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

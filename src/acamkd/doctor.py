@@ -143,8 +143,10 @@ def _weights(check: str, model: TaskModel, section: config.Model) -> Finding:
         return Finding(check, "pass", f"{section.backbone} pretrained on ImageNet, everything else starts anew")
     else:
         return Finding(check, "warn", "nothing is pretrained", "give weights or backbone_weights, if there are any")
-    complete = len(report.matched) == report.total
-    return Finding(check, "pass" if complete else "warn", str(report), "" if complete else "the rest starts anew")
+    advice = "" if len(report.matched) == report.total else "the rest starts anew"
+    if section.weights is not None and report.deeper:
+        advice = f"the file is of a network with further parts, {report.deeper[0]} among them: check the backbone"
+    return Finding(check, "warn" if advice else "pass", str(report), advice)
 
 
 def _colours(student: TaskModel, teacher: TaskModel) -> Finding:

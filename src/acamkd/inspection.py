@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from acamkd import config, models
+from acamkd import config, data, models
 from acamkd.data import voc
 from acamkd.errors import AcamkdError
 from acamkd.features import entries_of
@@ -47,8 +47,9 @@ def of_recipe(recipe: config.Recipe) -> tuple[TaskModel, TaskModel]:
     if recipe.teacher is None:
         raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
     background = recipe.task == "segmentation"
-    usual = len(voc.CLASSES) + background if recipe.data.format == "voc" else CLASSES
-    classes = len(recipe.data.classes or range(usual))
+    source = data.resolve(recipe.data, recipe.task) if recipe.data.root.is_dir() else recipe.data
+    usual = len(voc.CLASSES) + background if source.format == "voc" else CLASSES
+    classes = len(source.classes or range(usual))
     return _build(recipe.teacher, recipe.task, classes), _build(recipe.student, recipe.task, classes)
 
 

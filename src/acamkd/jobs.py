@@ -88,6 +88,7 @@ def train(
         inherited = _hash(teacher.net)
     elif role == "student":
         used["teacher"] = None
+    used[role] = _with_colours(section, model)
     run = Run(folder, batches.resolved.model_copy(update=used), role)
     return _fit(run, Distiller(model), batches, resume=resume, overwrite=overwrite, inherited=inherited)
 
@@ -126,7 +127,8 @@ def distill(
     distiller = build_distiller(student, teacher, losses)
     if batches.mixed is not batches.train:
         distiller.check_unlabelled()
-    run = Run(folder, batches.resolved.model_copy(update={"teacher": section, "losses": losses}), "student")
+    used = {"teacher": section, "student": _with_colours(recipe.student, student), "losses": losses}
+    run = Run(folder, batches.resolved.model_copy(update=used), "student")
     return _fit(run, distiller, batches, resume=resume, overwrite=overwrite)
 
 
@@ -151,13 +153,27 @@ def teacher_section(recipe: config.Recipe) -> config.Model:
                 f"{trained.folder}: the teacher's training has not ended: acamkd train RECIPE --model teacher --resume "
                 f"goes on with it; to use it as it is, set teacher.weights={trained.weights}"
             )
-        return recipe.teacher.model_copy(update={"weights": str(trained.weights)})
+        own = config.load(trained.folder / RECIPE).teacher if trained.has_begun else recipe.teacher
+        assert own is not None
+        colours = {"mean": recipe.teacher.mean or own.mean, "std": recipe.teacher.std or own.std}
+        return recipe.teacher.model_copy(update={"weights": str(trained.weights), **colours})
     if ":" in recipe.teacher.arch:  # a factory may bring weights of its own
         return recipe.teacher
     raise AcamkdError(
         f"the teacher has no weights: set teacher.weights, or train it first (acamkd train RECIPE --model teacher "
         f"writes {trained.weights})"
     )
+
+
+def _with_colours(section: config.Model, model: TaskModel) -> config.Model:
+    """A network's description with the mean and deviation of the colours that its downloaded backbone brought.
+
+    Who loads the trained weights downloads nothing, and could not know them.
+    """
+    if section.weights is not None or section.backbone_weights != "imagenet":
+        return section
+    mean, std = ([round(value, 6) for value in x.flatten().tolist()] for x in (model.mean, model.std))
+    return section.model_copy(update={"mean": section.mean or tuple(mean), "std": section.std or tuple(std)})
 
 
 class Batches:

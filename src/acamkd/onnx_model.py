@@ -35,6 +35,9 @@ Prediction: TypeAlias = dict[str, npt.NDArray[Any]]
 STRIDE = 32
 """Frames are padded to multiples of this."""
 
+METADATA = ("acamkd_version", "task", "classes", "resize", "mean", "nms")
+"""Entries that the export writes, each as JSON."""
+
 
 class OnnxModel:
     """An exported network: pictures in, predictions out.
@@ -73,11 +76,13 @@ class OnnxModel:
         except Exception as error:  # onnxruntime has a class of its own for every kind of damage
             raise AcamkdError(f"{file}: onnxruntime cannot read it: {error}") from error
         found = self.session.get_modelmeta().custom_metadata_map
-        if "acamkd_version" not in found:
+        try:
+            # Other tools, such as onnxruntime's quantization, add entries of their own.
+            self.metadata: dict[str, Any] = {name: json.loads(found[name]) for name in METADATA}
+        except (KeyError, ValueError) as error:
             raise AcamkdError(
                 f"{file} was not written by acamkd export: it does not say how pictures go in and predictions come out"
-            )
-        self.metadata: dict[str, Any] = {name: json.loads(value) for name, value in found.items()}
+            ) from error
         self.task: str = self.metadata["task"]
         self.classes: tuple[str, ...] = tuple(self.metadata["classes"])
 

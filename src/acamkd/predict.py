@@ -9,7 +9,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ def predict(model: Path, source: Path, *, out: Path | None = None, score: float 
     """Predict on pictures or on a video, and write what was found.
 
     The output folder holds `overlays/`, the pictures or the video with the predictions drawn on them, and for detection
-    `predictions.json` (entries of COCO's results format with the names of file and category; of a video, `frame` counts
-    from 0), for segmentation `masks/` (PNG files of class ids; of a video, a folder with one per frame).
+    `predictions.json` (entries with `file_name`, `category_id`, which counts the recipe's classes from 1,
+    `category_name`, `bbox` [x, y, width, height] in pixels and `score`; of a video, `frame` counts from 0), for
+    segmentation `masks/` (PNG files of class ids; of a video, a folder with one per frame).
 
     Args:
         model: Run folder, or a file that `acamkd export` wrote.
@@ -230,4 +231,5 @@ def _whole(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise AcamkdError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # the error above says it
+            unfinished.unlink(missing_ok=True)

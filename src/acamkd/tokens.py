@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from acamkd import config
@@ -218,12 +218,10 @@ def _save(modules: Mapping[str, TokenModule], path: Path) -> None:
     """Write `LAYER/NAME` tensors; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
-    save_file(
-        {
-            f"{layer}/{name}": tensor.detach().cpu().contiguous()
-            for layer, module in modules.items()
-            for name, tensor in module.state_dict().items()
-        },
-        unfinished,
-    )
+    state = {
+        f"{layer}/{name}": tensor.detach().cpu().contiguous()
+        for layer, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+    unfinished.write_bytes(save(state))  # save_file would make it unreadable to everybody else
     unfinished.replace(path)

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from acamkd.config import Model
 from acamkd.errors import AcamkdError
 from acamkd.models import build
 from acamkd.models.base import Batch
+from acamkd.models.conventions import AlignedRoIAlign
 from acamkd.models.convert import to_torchvision
 from acamkd.models.detection import Detector
 
@@ -270,6 +271,24 @@ def test_retinanet_says_what_the_framework_says(
     logits = outputs["cls_logits"][0]
     torch.testing.assert_close(logits[:, 1:], torch.cat(scores), rtol=1e-3, atol=1e-2)
     assert (logits[:, 0] == -20).all()
+
+
+def test_regions_of_a_traced_network_may_be_any_number() -> None:
+    maps = {str(level): torch.randn(1, 4, 32 // 2**level, 32 // 2**level) for level in range(4)}
+
+    class Regions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = AlignedRoIAlign()
+
+        def forward(self, boxes: Tensor) -> Tensor:
+            return self.pool(maps, [boxes], None)  # type: ignore[no-any-return]
+
+    corners = torch.rand(10, 2) * 60
+    boxes = torch.cat([corners, corners + 5 + 60 * torch.rand(10, 2)], dim=1)
+    traced = torch.jit.trace(Regions(), boxes)  # type: ignore[no-untyped-call]  # as the exporter does, with the proposals of one picture
+    for count in (10, 3, 1):
+        torch.testing.assert_close(traced(boxes[:count]), Regions()(boxes[:count]))
 
 
 @pytest.mark.parametrize("convention", CONVENTIONS)

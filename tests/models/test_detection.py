@@ -266,6 +266,12 @@ def test_a_channels_last_backbone_feeds_the_pyramid() -> None:
     assert [tuple(x.shape[1:]) for x in outputs["features"].values()][:2] == [(8, 8, 12), (8, 4, 6)]
 
 
+def test_a_swin_takes_pictures_of_any_size() -> None:
+    model = detector("retinanet", backbone="swin_tiny_patch4_window7_224", fpn_channels=8).eval()
+    outputs = model(model.prepare([torch.rand(3, 64, 96)]))
+    assert [tuple(x.shape[1:]) for x in outputs["features"].values()][:2] == [(8, 8, 12), (8, 4, 6)]
+
+
 @pytest.mark.parametrize("backbone", ["mobilenet_v3_large", "efficientnet_b0", "convnext_tiny"])
 def test_torchvisions_other_backbones_feed_the_pyramid_at_the_usual_strides(backbone: str) -> None:
     model = detector("retinanet", backbone=f"torchvision/{backbone}").eval()

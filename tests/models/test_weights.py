@@ -68,7 +68,7 @@ def test_a_student_takes_what_fits_and_the_report_says_what_did_not(tmp_path: Pa
     target = small()
     report = load_weights(target, str(file), strict=False, what="student")
     assert report.missing == ("1.bias",)
-    assert report.unexpected == ("9.weight",)
+    assert report.unexpected == report.deeper == ("9.weight",)
     assert report.mismatched == (("2.weight", (7, 4, 1, 1), (3, 4, 1, 1)), ("2.bias", (7,), (3,)))
     assert len(report.matched) == 5
     assert torch.equal(target.state_dict()["0.weight"], state["0.weight"])
@@ -78,6 +78,20 @@ def test_a_student_takes_what_fits_and_the_report_says_what_did_not(tmp_path: Pa
     )
     with pytest.raises(AcamkdError, match="every tensor is needed here"):
         load_weights(target, str(file), strict=True, what="teacher")
+
+
+def test_a_deeper_teachers_file_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """All that a ResNet-50 has is in a ResNet-101's file, too; a head that is absent altogether is legitimate."""
+    state = {**small().state_dict(), "aux.weight": torch.zeros(1)}
+    torch.save(state, tmp_path / "same.pth")
+    torch.save({**state, "3.weight": torch.zeros(1)}, tmp_path / "deeper.pth")
+    assert load_weights(small(), str(tmp_path / "same.pth"), strict=True, what="teacher").deeper == ()
+    assert caplog.messages == []
+    load_weights(small(), str(tmp_path / "deeper.pth"), strict=True, what="teacher")
+    (message,) = caplog.messages
+    assert message.endswith(
+        "deeper.pth is of a network with further parts (3.weight), of which teacher has none: check its backbone"
+    )
 
 
 def test_step_counters_of_batch_norm_do_not_count(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from acamkd import __version__, config
+from acamkd.models.backbones import timm_options
 from acamkd.models.base import TaskModel
 from acamkd.models.detection import ARCHITECTURES
 
@@ -31,15 +32,18 @@ def write_card(
         licence: Of the weights, as the Hub names it; the card asks for one where it is not given.
     """
     recipe = run.recipe
+    section = recipe.teacher if run.role == "teacher" else recipe.student
+    assert section is not None
     text = _environment().get_template("card.md.jinja").render(
         recipe=recipe,
         role=run.role,
-        section=recipe.teacher if run.role == "teacher" else recipe.student,
+        section=section,
         distilled=run.role == "student" and bool(recipe.losses),
         losses=[_describe(loss) for loss in recipe.losses],
         data_folder=recipe.data.root.resolve().name,
         model=model,
         detectors={name: kind.__name__ for name, kind in ARCHITECTURES.items()},
+        timm_options=timm_options(section.backbone),
         exported=exported,
         shape=exported.session.get_inputs()[0].shape,
         figures=figures,

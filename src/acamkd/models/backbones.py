@@ -87,7 +87,7 @@ def build_backbone(model: Model, strides: Sequence[int], top: Top) -> tuple[nn.M
     pretrained = model.backbone_weights == "imagenet"
     with hub_errors(name) if pretrained else nullcontext():
         try:
-            body: Any = timm.create_model(name, pretrained=pretrained, features_only=True)
+            body: Any = timm.create_model(name, pretrained=pretrained, features_only=True, **timm_options(name))
         except AttributeError as error:  # timm's answer for models without feature extraction
             raise AcamkdError(f"timm's {name} cannot give feature maps; take another backbone") from error
     reductions = body.feature_info.reduction()
@@ -98,6 +98,11 @@ def build_backbone(model: Model, strides: Sequence[int], top: Top) -> tuple[nn.M
         )
     cfg: Any = timm.get_pretrained_cfg(name)
     return TimmWithFPN(body, strides, model.fpn_channels, top), cfg.mean, cfg.std
+
+
+def timm_options(name: str) -> dict[str, Any]:
+    """What timm's constructor needs beside the name: Swin transformers refuse pictures of another size unless told."""
+    return {"strict_img_size": False} if name.startswith("swin") else {}
 
 
 def _torchvision(model: Model, strides: Sequence[int], top: Top) -> nn.Module:

@@ -85,7 +85,7 @@ class AlignedRoIAlign(MultiScaleRoIAlign):  # type: ignore[misc]
         rois = torch.cat([F.pad(each, (1, 0), value=index) for index, each in enumerate(boxes)])
         side = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
         levels = (side / 56 + 1e-6).log2().floor().clamp(0, 3)
-        pooled = rois.new_zeros(len(rois), x["0"].shape[1], *self.output_size)
+        pooled = rois.new_zeros(rois.shape[0], x["0"].shape[1], *self.output_size)
         for level, stride in enumerate(ROI_STRIDES):
             own = levels == level
             pooled[own] = roi_align(x[str(level)], rois[own], self.output_size, 1 / stride, aligned=True)

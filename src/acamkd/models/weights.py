@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from acamkd.errors import AcamkdError, nearest
 from acamkd.models.base import TaskModel
 from acamkd.models.convert import convention_of, to_torchvision
+
+log = logging.getLogger(__name__)
 
 WITHOUT_EPSILON = ("RetinaNet_ResNet50_FPN_Weights", "FasterRCNN_ResNet50_FPN_Weights")
 """torchvision's weights whose frozen batch norm was trained without an epsilon."""
@@ -40,6 +43,7 @@ class LoadReport:
         matched: Tensors that were taken over.
         missing: Tensors of the network that the file lacks.
         unexpected: Tensors of the file that the network lacks.
+        deeper: Those of them that belong to a further block of a part that the network has.
         mismatched: (name, shape in the file, shape in the network).
     """
 
@@ -48,6 +52,7 @@ class LoadReport:
     matched: tuple[str, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    deeper: tuple[str, ...]
     mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
 
     @property
@@ -109,6 +114,7 @@ def load_weights(
         matched=tuple(name for name in own if name not in unmatched and not _is_counter(name)),
         missing=tuple(missing),
         unexpected=tuple(name for name in result.unexpected_keys if not _is_counter(name)),
+        deeper=tuple(name for name in result.unexpected_keys if _is_further_part(module, name)),
         mismatched=tuple((name, *shapes) for name, shapes in mismatched.items()),
     )
     if strict and unmatched:
@@ -116,6 +122,11 @@ def load_weights(
             f"{report}\n  every tensor is needed here: check arch, backbone, fpn_channels, options and the classes "
             "(teacher.num_classes, where it was trained on others)"
         )
+    if strict and report.deeper:
+        log.warning(
+            "%s is of a network with further parts (%s), of which %s has none: check its backbone",
+            source, _first(report.deeper), what,
+        )  # fmt: skip
     if 2 * len(report.matched) < report.total:
         raise AcamkdError(
             f"{source} matched almost nothing of {what}: {len(report.matched)} of {report.total} tensors; "
@@ -188,6 +199,16 @@ def _first(names: Iterable[str], count: int = 3) -> str:
 
 def _is_counter(name: str) -> bool:
     return name.endswith("num_batches_tracked")
+
+
+def _is_further_part(module: nn.Module, name: str) -> bool:
+    """Whether a tensor's name leads into a numbered module that a network does not have, where it has others."""
+    for part in name.split(".")[:-1]:
+        children = dict(module.named_children())
+        if part not in children:
+            return part.isdigit()
+        module = children[part]
+    return False
 
 
 def _adapt_names(state: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
