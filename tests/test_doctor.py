@@ -259,6 +259,12 @@ def test_pixels_are_counted(tmp_path: Path) -> None:
     assert (found["without"], found["boxes"], found["sides"]) == (1, {}, {})
     shown = CliRunner().invoke(cli.app, ["doctor", str(recipe), "--data"]).stdout
     assert "│ road          │ 60.00 % " in shown
+    for number in (1, 2):
+        Image.fromarray(np.full((2, 2), 7, np.uint8)).save(tmp_path / f"d/masks/val/{number}.png")
+    options = {"classes": ["sky", "road", "car"], "ignore_index": 9, "check": "headers"}
+    val = doctor.examine_data(config.load(_picture_recipe(tmp_path / "d", "segmentation", **options)))["val"]
+    assert [problem.partition(": ")[0][-5:] for problem in val.problems] == ["1.png", "2.png"]
+    assert (val.pictures, val.classes["sky"]) == (3, 25)  # of the mask that can be read
 
 
 def test_every_problem_of_the_data_is_listed(tmp_path: Path) -> None:

@@ -67,11 +67,21 @@ def test_the_classes_are_those_of_the_format_that_is_found(tmp_path: Path) -> No
         "teacher": {"arch": "fpn", "backbone": f"tu-{SMALL}"},
         "student": {"arch": "fpn", "backbone": f"tu-{SMALL}"},
     }
-    raw = {"name": "x", "task": "segmentation", "data": {"root": str(tmp_path)}, **networks, "train": {"epochs": 1}}
+    raw: dict[str, Any] = {
+        "name": "x",
+        "task": "segmentation",
+        "data": {"root": str(tmp_path)},
+        **networks,
+        "train": {"epochs": 1},
+    }
     assert [network.num_classes for network in of_recipe(config.parse(raw))] == [
         21,
         21,
     ]  # Pascal VOC's, with background
+    (tmp_path / "SegmentationClass").rmdir()
+    assert [network.num_classes for network in of_recipe(config.parse(raw))] == [19, 19]  # nothing is known
+    raw["data"]["classes"] = ["a", "b"]
+    assert [network.num_classes for network in of_recipe(config.parse(raw))] == [2, 2]
 
 
 def test_what_cannot_be_paired_is_said() -> None:

@@ -320,6 +320,14 @@ def test_pictures_are_ordered_by_what_they_gained(tmp_path: Path) -> None:
     assert found.harmed == []
     assert [panel.title for panel in found.improved[0].panels] == ["truth", "before", "after"]
 
+    file = tmp_path / "s/annotations/instances_val.json"
+    content = json.loads(file.read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != content["images"][1]["id"]]
+    file.write_text(json.dumps(content))
+    data = CocoDetection(tmp_path / "s/images/val", file)
+    found = gain.compare(data, [0, 1, 2], ("before", _Scripted([nothing] * 3)), ("after", _Scripted(perfect)))
+    assert sorted(change.index for change in found.changes) == [0, 2]  # what has no objects has no score
+
 
 def test_rows_by_class_and_size() -> None:
     before = {"mAP": 1.0, "AP_s": None, "AP_l": 5.0, "AP/a": 10.0, "AP/b": 20.0}

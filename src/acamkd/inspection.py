@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -47,9 +48,11 @@ def of_recipe(recipe: config.Recipe) -> tuple[TaskModel, TaskModel]:
     if recipe.teacher is None:
         raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
     background = recipe.task == "segmentation"
-    source = data.resolve(recipe.data, recipe.task) if recipe.data.root.is_dir() else recipe.data
-    usual = len(voc.CLASSES) + background if source.format == "voc" else CLASSES
-    classes = len(source.classes or range(usual))
+    form = recipe.data.format
+    with suppress(AcamkdError):  # the pictures need not be there yet
+        form = data.resolve(recipe.data, recipe.task).format
+    usual = len(voc.CLASSES) + background if form == "voc" else CLASSES
+    classes = len(recipe.data.classes or range(usual))
     return _build(recipe.teacher, recipe.task, classes), _build(recipe.student, recipe.task, classes)
 
 

@@ -146,17 +146,14 @@ def teacher_section(recipe: config.Recipe) -> config.Model:
         raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section")
     trained = Run(default_folder(recipe, "teacher"), recipe, "teacher")
     if recipe.teacher.weights is not None:
-        return recipe.teacher
+        return _with_colours_of_run(recipe.teacher)
     if trained.weights.is_file():
         if trained.has_begun and not trained.has_ended:
             raise AcamkdError(
                 f"{trained.folder}: the teacher's training has not ended: acamkd train RECIPE --model teacher --resume "
                 f"goes on with it; to use it as it is, set teacher.weights={trained.weights}"
             )
-        own = config.load(trained.folder / RECIPE).teacher if trained.has_begun else recipe.teacher
-        assert own is not None
-        colours = {"mean": recipe.teacher.mean or own.mean, "std": recipe.teacher.std or own.std}
-        return recipe.teacher.model_copy(update={"weights": str(trained.weights), **colours})
+        return _with_colours_of_run(recipe.teacher.model_copy(update={"weights": str(trained.weights)}))
     if ":" in recipe.teacher.arch:  # a factory may bring weights of its own
         return recipe.teacher
     raise AcamkdError(
@@ -172,8 +169,20 @@ def _with_colours(section: config.Model, model: TaskModel) -> config.Model:
     """
     if section.weights is not None or section.backbone_weights != "imagenet":
         return section
-    mean, std = ([round(value, 6) for value in x.flatten().tolist()] for x in (model.mean, model.std))
+    mean, std = ([float(f"{value:.9g}") for value in x.flatten().tolist()] for x in (model.mean, model.std))  # exact
     return section.model_copy(update={"mean": section.mean or tuple(mean), "std": section.std or tuple(std)})
+
+
+def _with_colours_of_run(section: config.Model) -> config.Model:
+    """The same where its weights are a run's, with the colours that the run kept."""
+    assert section.weights is not None
+    file = Path(section.weights)
+    if not ((file.parent / RECIPE).is_file() and (file.parent / LOG).is_file()):
+        return section
+    trained = config.load(file.parent / RECIPE)
+    own = trained.teacher if file.stem == "teacher" else trained.student
+    assert own is not None
+    return section.model_copy(update={"mean": section.mean or own.mean, "std": section.std or own.std})
 
 
 class Batches:

@@ -152,6 +152,10 @@ def test_where_pictures_and_labels_lie(tmp_path: Path) -> None:
     assert folders(tmp_path, "val") == (tmp_path / "valid/images", tmp_path / "valid/labels")
     (tmp_path / "several").mkdir()
     (tmp_path / "several/data.yaml").write_text("train: [images/a, images/b]\n")
+    (tmp_path / "several/images/a").mkdir(parents=True)
+    (tmp_path / "several/data.yaml").write_text("train: [images/a]\n")
+    assert folders(tmp_path / "several", "train")[0] == tmp_path / "several/images/a"
+    (tmp_path / "several/data.yaml").write_text("train: [images/a, images/b]\n")
     with pytest.raises(AcamkdError, match=r"data\.yaml: train must be one folder of pictures, not \['images/a', 'imag"):
         folders(tmp_path / "several", "train")
     with pytest.raises(AcamkdError, match=r"no folder of pictures for the split train; looked for .*\.\./train/images"):

@@ -13,7 +13,6 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from acamkd.engine import Scorer, score
-from acamkd.errors import AcamkdError
 from acamkd.models.base import VOID, Prediction, Target
 from acamkd.models.segmentation import Segmenter
 
@@ -137,18 +136,6 @@ def test_sizes_are_those_of_the_outlines_where_they_are_known() -> None:
         scores = scorer.compute()
         assert [name for name in ("AP_s", "AP_m", "AP_l") if not math.isnan(scores[name])] == [size]
         assert scores[size] == scores["mAP"] == 100
-
-
-def test_a_set_in_which_nothing_counts_is_an_error() -> None:
-    crowd = {"boxes": torch.tensor([[0.0, 0, 50, 50]]), "labels": torch.tensor([2]), "iscrowd": torch.tensor([1])}
-    scorer = Scorer("detection", CLASSES)
-    scorer.update([{"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "scores": torch.zeros(0)}], [crowd])
-    with pytest.raises(AcamkdError, match="mAP has no basis: the validation pictures have no box but crowds"):
-        scorer.compute()
-    scorer = Scorer("segmentation", CLASSES)
-    scorer.update([{"mask": torch.zeros(2, 3).long()}], [{"mask": torch.full((2, 3), VOID)}])
-    with pytest.raises(AcamkdError, match="mIoU has no basis: every pixel of the validation masks is void"):
-        scorer.compute()
 
 
 def test_segmentation_is_one_confusion_matrix_over_the_set() -> None:

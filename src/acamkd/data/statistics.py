@@ -12,7 +12,8 @@ import torch
 
 from acamkd.data.base import PictureDataset, describe, look_at
 from acamkd.data.boxes import BoxDataset
-from acamkd.models.base import VOID, Target
+from acamkd.errors import PictureError
+from acamkd.models.base import VOID, PixelSize, Target
 
 SMALL, LARGE = 32**2, 96**2
 """Areas in pixels of the picture that part COCO's small, medium and large boxes."""
@@ -60,7 +61,7 @@ def count(dataset: PictureDataset, *, decode: bool) -> Statistics:
     )
     result.sizes = dict(Counter(describe(size) for size, _ in looks if size is not None).most_common())
     sound = [(index, size) for index, (size, problems) in enumerate(looks) if size is not None and not problems]
-    targets: Iterator[Target] = (dataset.target(index, size) for index, size in sound)
+    targets = _readable(dataset, sound, result.problems)
     if not dataset.classes:  # nothing is known of unlabelled pictures
         return result
     if isinstance(dataset, BoxDataset):
@@ -70,12 +71,22 @@ def count(dataset: PictureDataset, *, decode: bool) -> Statistics:
     return result
 
 
+def _readable(dataset: PictureDataset, sound: Sequence[tuple[int, PixelSize]], problems: list[str]) -> Iterator[Target]:
+    """The targets of pictures whose headers are sound, as far as they can be read."""
+    for index, size in sound:
+        try:
+            yield dataset.target(index, size)
+        except PictureError as error:
+            problems.append(str(error))
+
+
 def _count_boxes(result: Statistics, targets: Sequence[Target], classes: Sequence[str]) -> None:
     counted = [target["iscrowd"] == 0 for target in targets]
     boxes = torch.cat([torch.empty(0, 4), *(t["boxes"][kept] for t, kept in zip(targets, counted, strict=True))])
     labels = [t["labels"][kept] for t, kept in zip(targets, counted, strict=True)]
     sides = boxes[:, 2:] - boxes[:, :2]
-    areas = sides.prod(dim=1)
+    outlines = torch.cat([torch.empty(0), *(t["area"][kept] for t, kept in zip(targets, counted, strict=True))])
+    areas = torch.where(outlines > 0, outlines, sides.prod(dim=1))  # as the score by size goes
     numbers = torch.cat([torch.empty(0, dtype=torch.int64), *labels]).bincount(minlength=len(classes) + 1)
     result.classes = dict(zip(classes, numbers[1:].tolist(), strict=True))
     result.without = sum(len(each) == 0 for each in labels)

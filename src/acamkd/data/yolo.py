@@ -92,6 +92,8 @@ def folders(root: Path, split: str, *, images: Path | None = None, labels: Path 
     """
     if images is None:
         given = _content(root).get(split) or f"images/{split}"
+        if isinstance(given, list) and len(given) == 1:
+            (given,) = given
         if not isinstance(given, str):
             raise AcamkdError(
                 f"{root / NAMES}: {split} must be one folder of pictures, not {given!r}: lay them into one, or "

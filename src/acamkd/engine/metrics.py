@@ -13,7 +13,6 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchmetrics.detection import MeanAveragePrecision
 
-from acamkd.errors import AcamkdError
 from acamkd.models.base import VOID, Prediction, Target, Task, TaskModel, keeping_modes
 
 T = TypeVar("T")
@@ -32,9 +31,8 @@ class Scorer(nn.Module):
     Detection: COCO's mAP, AP50, AP75, AP by object size (small below 32^2, large above 96^2 pixels of the picture as
     it lies on disk, by the target's `area`, or that of the box where there is none) and `AP/CLASS`. Segmentation: mIoU
     from one confusion matrix over the whole set, and `IoU/CLASS`. A figure that has no basis (no such object in the
-    set) is NaN and does not enter a mean; where mAP or mIoU itself has none, as every object is a crowd or every pixel
-    void, that is an error. Of several processes each adds its own pictures, in any number, and all of them get the
-    figures of the whole set.
+    set) is NaN and does not enter a mean. Of several processes each adds its own pictures, in any number, and all of
+    them get the figures of the whole set.
 
     Args:
         task: `detection` or `segmentation`.
@@ -66,7 +64,7 @@ class Scorer(nn.Module):
             self.metric.update(prediction["mask"].unsqueeze(0), target["mask"].unsqueeze(0))
 
     def compute(self) -> dict[str, float]:
-        """Return every figure by name, in percent, and start anew; an AcamkdError if the deciding one has no basis."""
+        """Return every figure by name, in percent, and start anew."""
         if self.task == "detection":
             for picture in _interleaved(gathered(self._pictures)):
                 self.metric.update(*([side] for side in picture))
@@ -74,19 +72,12 @@ class Scorer(nn.Module):
         result = self.metric.compute()
         self.metric.reset()
         if self.task == "segmentation":
-            if result.isnan().all():
-                raise AcamkdError(
-                    "mIoU has no basis: every pixel of the validation masks is void; check data.val and "
-                    "data.ignore_index"
-                )
             per_class = dict(zip(self.classes, result, strict=True))
             return {
                 "mIoU": 100 * float(result.nanmean()),
                 **{f"IoU/{name}": 100 * float(value) for name, value in per_class.items()},
             }
         scores = {name: _percent(result[key]) for name, key in _COCO_NAMES.items()}
-        if math.isnan(scores["mAP"]):
-            raise AcamkdError("mAP has no basis: the validation pictures have no box but crowds; check data.val")
         found = dict(zip(result["classes"].reshape(-1).tolist(), result["map_per_class"].reshape(-1), strict=True))
         for label, name in enumerate(self.classes, start=1):
             scores[f"AP/{name}"] = _percent(found[label]) if label in found else math.nan
@@ -125,9 +116,10 @@ def gathered(own: T) -> list[T]:
     return everything
 
 
-def own_part(everything: Sequence[T]) -> T:
-    """What `gathered` had of this process."""
-    return everything[distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0]
+def own_part(everything: Sequence[T]) -> T | None:
+    """What `gathered` had of this process; nothing where there were fewer of them."""
+    rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return everything[rank] if rank < len(everything) else None
 
 
 def _interleaved(shares: Sequence[Sequence[T]]) -> list[T]:

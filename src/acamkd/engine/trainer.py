@@ -69,9 +69,9 @@ class Recorder(Callback):
         return {name: getattr(self, name) for name in names} | {"sums": gathered(self.sums)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint, with as many processes."""
+        """Go on from a checkpoint."""
         for name, value in state_dict.items():
-            setattr(self, name, own_part(value) if name == "sums" else value)
+            setattr(self, name, (own_part(value) or {}) if name == "sums" else value)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock and the log of the steps where a resumed run's checkpoint left them."""
@@ -106,6 +106,9 @@ class Recorder(Callback):
         self.seconds = time.monotonic() - self._started
         epoch, scores, pl_module.scores = trainer.current_epoch + 1, pl_module.scores, {}
         losses = _means(gathered(self.sums))
+        if scores and math.isnan(scores[self.metric]):
+            log.warning("%s has no basis: in the validation pictures every pixel is void, or every box a crowd: check "
+                        "data.val and data.ignore_index", self.metric)  # fmt: skip
         if scores:
             trainer.loggers[0].log_metrics({"epoch": trainer.current_epoch, **scores}, self.step - 1)
         if scores and not scores[self.metric] <= self.best.get(self.metric, -math.inf):

@@ -15,8 +15,8 @@ Task: TypeAlias = Literal["detection", "segmentation"]
 
 Target: TypeAlias = dict[str, Tensor]
 """What is known of one picture, in its own pixels. Detection: `boxes` (K, 4) float x1 y1 x2 y2, `labels` (K,) int64
-from 1 (0 is background, torchvision's convention), `iscrowd` (K,) int64. Segmentation: `mask` (H, W) int64, VOID where
-nothing is known."""
+from 1 (0 is background, torchvision's convention), `iscrowd` (K,) int64, and from data sets `area` (K,) of the outlines
+in pixels, 0 where it is unknown. Segmentation: `mask` (H, W) int64, VOID where nothing is known."""
 
 Prediction: TypeAlias = dict[str, Tensor]
 """What a network says of one picture, in the picture's own pixels. Detection: `boxes` (K, 4), `scores` (K,), `labels`
