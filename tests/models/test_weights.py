@@ -189,6 +189,16 @@ def test_torchvisions_older_names_are_understood(tmp_path: Path) -> None:
     assert equal(source.net, target.net)
 
 
+def test_a_student_that_starts_from_a_part_of_a_file_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = detector().net.state_dict()
+    del state["backbone.fpn.inner_blocks.0.0.bias"]
+    torch.save(state, tmp_path / "part.pth")
+    detector(weights=str(tmp_path / "part.pth"))
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "1 missing (backbone.fpn.inner_blocks.0.0.bias)" in record.message
+
+
 @pytest.mark.parametrize("backbone", ["mobilenetv3_small_050", "convnext_atto"])
 def test_classification_file_fills_a_timm_backbone(
     backbone: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

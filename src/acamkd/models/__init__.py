@@ -53,14 +53,16 @@ def build(
         built = build_segmenter(model, num_classes, resize)
     who = f"{model.arch} on {model.backbone}"
     if model.weights is not None:
-        log.info("%s", load_weights(
-            built.net, model.weights, strict=teacher, what=who, convention=model.convention,
-        ))  # fmt: skip
+        _say(load_weights(built.net, model.weights, strict=teacher, what=who, convention=model.convention))
     elif model.backbone_weights not in (None, "imagenet"):
-        log.info("%s", load_weights(built.backbone, model.backbone_weights, strict=False, what=f"{who}, backbone"))
+        _say(load_weights(built.backbone, model.backbone_weights, strict=False, what=f"{who}, backbone"))
     elif teacher and ":" not in model.arch:
         log.warning("the teacher, %s, has no `weights`: nothing was trained but, at most, its backbone", who)
     return built
+
+
+def _say(report: LoadReport) -> None:
+    log.log(logging.INFO if len(report.matched) == report.total else logging.WARNING, "%s", report)
 
 
 def _from_factory(model: Model, task: Task, num_classes: int, resize: PixelSize | ShortLong | None) -> TaskModel:
