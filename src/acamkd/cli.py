@@ -164,6 +164,7 @@ def tokens(
     epilog=_examples(
         "acamkd evaluate runs/camvid/distilled",
         "acamkd evaluate runs/camvid/distilled --set data.root=/data/camvid --json",
+        "acamkd evaluate runs/camvid/distilled --set data.val.images=images/test --set data.val.masks=masks/test",
     )
 )
 def evaluate(
