@@ -68,6 +68,8 @@ def _signalled(raw: dict[str, Any], folder: Path, hook: str, at: tuple[int, int]
     setattr(TrainingModule, hook, signalled)
     code: Any = 0
     try:
+        # torch renews its pool of threads at the first use after a fork, which two threads at once must not do.
+        torch.set_num_threads(torch.get_num_threads())
         distill(config.parse(raw), out=folder)
     except SystemExit as end:
         code = end.code
