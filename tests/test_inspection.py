@@ -63,21 +63,11 @@ def test_pairs_are_of_one_stride_or_the_logits(teacher: str, student: str, pairs
 def test_the_classes_are_those_of_the_format_that_is_found(tmp_path: Path) -> None:
     for folder in ("SegmentationClass", "ImageSets/Segmentation"):
         (tmp_path / folder).mkdir(parents=True)
-    networks = {
-        "teacher": {"arch": "fpn", "backbone": f"tu-{SMALL}"},
-        "student": {"arch": "fpn", "backbone": f"tu-{SMALL}"},
-    }
-    raw: dict[str, Any] = {
-        "name": "x",
-        "task": "segmentation",
-        "data": {"root": str(tmp_path)},
-        **networks,
-        "train": {"epochs": 1},
-    }
-    assert [network.num_classes for network in of_recipe(config.parse(raw))] == [
-        21,
-        21,
-    ]  # Pascal VOC's, with background
+    network = {"arch": "fpn", "backbone": f"tu-{SMALL}"}
+    raw: dict[str, Any] = {"name": "x", "task": "segmentation", "data": {"root": str(tmp_path)}, "train": {"epochs": 1}}
+    raw |= {"teacher": network, "student": network}
+    voc = [network.num_classes for network in of_recipe(config.parse(raw))]
+    assert voc == [21, 21]  # with the background
     (tmp_path / "SegmentationClass").rmdir()
     assert [network.num_classes for network in of_recipe(config.parse(raw))] == [19, 19]  # nothing is known
     raw["data"]["classes"] = ["a", "b"]

@@ -146,14 +146,14 @@ def teacher_section(recipe: config.Recipe) -> config.Model:
         raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section")
     trained = Run(default_folder(recipe, "teacher"), recipe, "teacher")
     if recipe.teacher.weights is not None:
-        return _with_colours_of_run(recipe.teacher)
+        return _with_colours_of_run(recipe, recipe.teacher)
     if trained.weights.is_file():
         if trained.has_begun and not trained.has_ended:
             raise AcamkdError(
                 f"{trained.folder}: the teacher's training has not ended: acamkd train RECIPE --model teacher --resume "
                 f"goes on with it; to use it as it is, set teacher.weights={trained.weights}"
             )
-        return _with_colours_of_run(recipe.teacher.model_copy(update={"weights": str(trained.weights)}))
+        return _with_colours_of_run(recipe, recipe.teacher.model_copy(update={"weights": str(trained.weights)}))
     if ":" in recipe.teacher.arch:  # a factory may bring weights of its own
         return recipe.teacher
     raise AcamkdError(
@@ -173,11 +173,11 @@ def _with_colours(section: config.Model, model: TaskModel) -> config.Model:
     return section.model_copy(update={"mean": section.mean or tuple(mean), "std": section.std or tuple(std)})
 
 
-def _with_colours_of_run(section: config.Model) -> config.Model:
-    """The same where its weights are a run's, with the colours that the run kept."""
+def _with_colours_of_run(recipe: config.Recipe, section: config.Model) -> config.Model:
+    """A teacher's description with the colours that a run kept, where its weights are a run's."""
     assert section.weights is not None
     file = Path(section.weights)
-    if not ((file.parent / RECIPE).is_file() and (file.parent / LOG).is_file()):
+    if not Run(file.parent, recipe, "teacher").has_begun:
         return section
     trained = config.load(file.parent / RECIPE)
     own = trained.teacher if file.stem == "teacher" else trained.student

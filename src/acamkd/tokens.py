@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from acamkd import config
@@ -28,6 +27,7 @@ from acamkd.losses.freekd import FrequencyTokens
 from acamkd.losses.maskd import TokenMasks
 from acamkd.methods import build_distiller
 from acamkd.models.base import TaskModel
+from acamkd.models.weights import save_tensors
 from acamkd.runs import default_folder
 
 log = logging.getLogger(__name__)
@@ -217,11 +217,5 @@ def _score_masked(teacher: TaskModel, modules: Mapping[str, TokenModule], batche
 def _save(modules: Mapping[str, TokenModule], path: Path) -> None:
     """Write `LAYER/NAME` tensors; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    state = {
-        f"{layer}/{name}": tensor.detach().cpu().contiguous()
-        for layer, module in modules.items()
-        for name, tensor in module.state_dict().items()
-    }
-    unfinished.write_bytes(save(state))  # save_file would make it unreadable to everybody else
-    unfinished.replace(path)
+    named = ((layer, module.state_dict()) for layer, module in modules.items())
+    save_tensors({f"{layer}/{name}": tensor for layer, state in named for name, tensor in state.items()}, path)

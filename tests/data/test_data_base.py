@@ -147,7 +147,7 @@ def test_a_batch_names_its_pictures(tmp_path: Path) -> None:
 def test_processes_share_an_epoch_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = data.SeededSampler(11, seed=0)
     whole = list(sampler)
-    monkeypatch.setattr("acamkd.data.base._process", lambda: (1, 3))
+    monkeypatch.setattr("acamkd.data.base.process", lambda: (1, 3))
     assert list(sampler) == whole[1:9:3]
     assert len(sampler) == 3
 
@@ -162,7 +162,7 @@ def test_epochs_of_any_length_go_on_pass_after_pass(
         sampler.set_epoch(epoch)
         shares = []
         for rank in range(processes):
-            monkeypatch.setattr("acamkd.data.base._process", lambda rank=rank: (rank, processes))
+            monkeypatch.setattr("acamkd.data.base.process", lambda rank=rank: (rank, processes))
             shares.append(list(sampler))
             assert len(sampler) == len(shares[-1]) == length
         keys += [key for together in zip(*shares, strict=True) for key in together]
@@ -185,7 +185,7 @@ def test_an_epoch_of_so_many_batches_repeats_pictures_with_other_changes(tmp_pat
 def test_processes_share_the_validation_pictures_and_repeat_none(monkeypatch: pytest.MonkeyPatch) -> None:
     shares = []
     for rank in range(3):
-        monkeypatch.setattr("acamkd.data.base._process", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr("acamkd.data.base.process", lambda rank=rank: (rank, 3))
         sampler = data.ShareSampler(7)
         shares.append(list(sampler))
         assert len(sampler) == len(shares[-1])

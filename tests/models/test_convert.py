@@ -286,7 +286,8 @@ def test_regions_of_a_traced_network_may_be_any_number() -> None:
 
     corners = torch.rand(10, 2) * 60
     boxes = torch.cat([corners, corners + 5 + 60 * torch.rand(10, 2)], dim=1)
-    traced = torch.jit.trace(Regions(), boxes)  # type: ignore[no-untyped-call]  # as the exporter does, with the proposals of one picture
+    # As the exporter does, with the proposals of one picture.
+    traced = torch.jit.trace(Regions(), boxes)  # type: ignore[no-untyped-call]
     for count in (10, 3, 1):
         torch.testing.assert_close(traced(boxes[:count]), Regions()(boxes[:count]))
 

@@ -166,7 +166,7 @@ class SeededSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length or self.n // _process()[1]
+        return self.length or self.n // process()[1]
 
     def __iter__(self) -> Iterator[int]:
         epoch, seen = self.begin
@@ -174,7 +174,7 @@ class SeededSampler(Sampler[int]):
 
     def keys(self) -> list[int]:
         """This process's keys of the whole current epoch."""
-        rank, processes = _process()
+        rank, processes = process()
         count = len(self) * processes
         start = self.epoch * (count if self.length else self.n)
         passes = range(start // self.n, -(-(start + count) // self.n))
@@ -204,7 +204,7 @@ class ShareSampler(Sampler[int]):
         return iter(self._share())
 
     def _share(self) -> range:
-        rank, processes = _process()
+        rank, processes = process()
         return range(rank, self.n, processes)
 
 
@@ -339,7 +339,7 @@ def look_at(dataset: PictureDataset, index: int, *, decode: bool) -> tuple[Pixel
     return tuple(size), dataset.inspect(index, tuple(size), decode=decode)
 
 
-def _process() -> tuple[int, int]:
+def process() -> tuple[int, int]:
     """Rank of this process and number of processes."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchmetrics.detection import MeanAveragePrecision
 
+from acamkd.data.base import process
 from acamkd.models.base import VOID, Prediction, Target, Task, TaskModel, keeping_modes
 
 T = TypeVar("T")
@@ -118,7 +119,7 @@ def gathered(own: T) -> list[T]:
 
 def own_part(everything: Sequence[T]) -> T | None:
     """What `gathered` had of this process; nothing where there were fewer of them."""
-    rank = distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    rank, _ = process()
     return everything[rank] if rank < len(everything) else None
 
 

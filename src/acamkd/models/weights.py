@@ -96,28 +96,8 @@ def load_weights(
             )
         tensors = to_torchvision(tensors, framework)
     state = _adapt_names(tensors, own)
-    mismatched = {
-        name: (tuple(tensor.shape), own[name])
-        for name, tensor in state.items()
-        if name in own and tuple(tensor.shape) != own[name]
-    }
-    try:
-        # Not a plain comparison of names: modules may still convert older names of theirs while they load.
-        result = module.load_state_dict({n: t for n, t in state.items() if n not in mismatched}, strict=False)
-    except RuntimeError as error:
-        raise AcamkdError(f"{source} does not fit {what}: {error}") from error
-    missing = [name for name in result.missing_keys if name not in mismatched and not _is_counter(name)]
-    unmatched = {*missing, *mismatched}
-    report = LoadReport(
-        what=what,
-        source=source,
-        matched=tuple(name for name in own if name not in unmatched and not _is_counter(name)),
-        missing=tuple(missing),
-        unexpected=tuple(name for name in result.unexpected_keys if not _is_counter(name)),
-        deeper=tuple(name for name in result.unexpected_keys if _is_further_part(module, name)),
-        mismatched=tuple((name, *shapes) for name, shapes in mismatched.items()),
-    )
-    if strict and unmatched:
+    report = _fill(module, state, source, what)
+    if strict and len(report.matched) < report.total:
         raise AcamkdError(
             f"{report}\n  every tensor is needed here: check arch, backbone, fpn_channels, options and the classes "
             "(teacher.num_classes, where it was trained on others)"
@@ -135,10 +115,41 @@ def load_weights(
     return report
 
 
+def _fill(module: nn.Module, state: Mapping[str, Tensor], source: str, what: str) -> LoadReport:
+    """Take over what fits, and account for the rest."""
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    mismatched = {
+        name: (tuple(tensor.shape), own[name])
+        for name, tensor in state.items()
+        if name in own and tuple(tensor.shape) != own[name]
+    }
+    try:
+        # Not a plain comparison of names: modules may still convert older names of theirs while they load.
+        result = module.load_state_dict({n: t for n, t in state.items() if n not in mismatched}, strict=False)
+    except RuntimeError as error:
+        raise AcamkdError(f"{source} does not fit {what}: {error}") from error
+    missing = [name for name in result.missing_keys if name not in mismatched and not _is_counter(name)]
+    unmatched = {*missing, *mismatched}
+    return LoadReport(
+        what=what,
+        source=source,
+        matched=tuple(name for name in own if name not in unmatched and not _is_counter(name)),
+        missing=tuple(missing),
+        unexpected=tuple(name for name in result.unexpected_keys if not _is_counter(name)),
+        deeper=tuple(name for name in result.unexpected_keys if _is_further_part(module, name)),
+        mismatched=tuple((name, *shapes) for name, shapes in mismatched.items()),
+    )
+
+
 def save_weights(net: nn.Module, path: Path) -> None:
     """Write a network's state dict as safetensors; the file appears whole or not at all."""
+    save_tensors(net.state_dict(), path)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors of any device likewise."""
     # Clones, since safetensors refuses tensors that share memory, and every name must be in the file.
-    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in net.state_dict().items()}
+    state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     unfinished = path.with_name(path.name + ".tmp")
     unfinished.write_bytes(save(state))  # save_file would make it unreadable to everybody else
     unfinished.replace(path)
