@@ -225,6 +225,9 @@ class Train(Section):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
+    channels_last: bool = False
+    """Student, teacher and losses keep weights and maps channels last: other rounding, and less time where convolutions
+    are made for it, most of all with bf16-mixed (docs/performance.md)."""
     accumulate: Positive = 1
     """Batches per optimisation step."""
     clip: Annotated[float, Field(gt=0)] | None = None

@@ -193,6 +193,47 @@ def test_bf16_runs_the_network_in_bf16_and_keeps_float32_weights(tmp_path: Path)
     assert math.isfinite(float(rows(tmp_path / "history.csv")[0]["loss/1/acam/channel"]))
 
 
+def test_channels_last_is_the_format_of_both_networks_and_changes_rounding_alone(tmp_path: Path) -> None:
+    weights = {}
+    for wanted in (False, True):
+        torch.manual_seed(0)
+        nets = [nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 3, padding=1)) for _ in range(2)]
+        student, teacher = (Segmenter(net, 2, (0.5,) * 3, (0.2,) * 3, None) for net in nets)
+        distiller = build_distiller(student, teacher, [config.Loss(name="acam", pairs=("0",), num_masks=2)])
+        seen: list[bool] = []
+        for net in nets:
+            net[0].register_forward_hook(
+                lambda _module, _inputs, x, seen=seen: seen.append(x.is_contiguous(memory_format=torch.channels_last))
+            )
+        folder = tmp_path / str(wanted)
+        _fit(folder, _batches(3), distiller, optimizer=config.Optimizer(name="sgd", lr=0.1), channels_last=wanted)
+        assert set(seen) == {wanted}
+        weights[wanted] = load_file(folder / "student.safetensors")
+    for name, tensor in weights[True].items():
+        assert tensor.is_contiguous()
+        torch.testing.assert_close(tensor, weights[False][name])
+
+
+@pytest.mark.parametrize("convolution", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_bf16_gradients_of_dilated_depthwise_convolutions_are_right(
+    tmp_path: Path, convolution: type[nn.Conv2d | nn.ConvTranspose2d], channels_last: bool
+) -> None:
+    gradients = []
+    for precision in ("32", "bf16-mixed"):
+        torch.manual_seed(0)
+        depthwise = convolution(64, 64, 3, padding=2, dilation=2, groups=64)
+        net = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), depthwise, nn.Conv2d(64, 2, 3, padding=1))
+        depthwise.weight.register_hook(lambda x: gradients.append(x.float().flatten()))  # type: ignore[no-untyped-call]
+        # Maps that are channels last by themselves, as a network's own permutations leave them.
+        net[0].register_forward_hook(lambda _module, _inputs, x: x.contiguous(memory_format=torch.channels_last))
+        batch: Batch = [torch.rand(3, 32, 48)], [{"mask": torch.ones(32, 48, dtype=torch.long)}]
+        distiller = Distiller(Segmenter(net, 2, (0.5,) * 3, (0.2,) * 3, None))
+        _fit(tmp_path / precision, [batch], distiller, precision=precision, channels_last=channels_last)
+    plain, mixed = gradients
+    assert (mixed - plain).norm() < 0.02 * plain.norm()
+
+
 def test_every_term_and_mask_mean_is_in_both_tables_from_the_first_step(tmp_path: Path) -> None:
     acam = config.Loss(name="acam", pairs=("0", "1"), num_masks=2, masks="both", mask_grad="joint")
     entries = [acam, config.Loss(name="fitnet", pairs=("1",))]

@@ -142,6 +142,18 @@ def test_autocast_changes_nothing(name: str) -> None:
     assert {key: term.item() for key, term in mixed.items()} == {key: term.item() for key, term in plain.items()}
 
 
+def test_the_memory_format_changes_nothing_but_rounding(name: str) -> None:
+    case = CASES["other channels"]
+    loss, (student, teacher) = make(name, case), maps(case)
+    plain = run(loss, student, teacher)
+    direction = gradient(plain, student)  # before a second forward moves CanKD's running statistics
+    student, teacher = (x.detach().contiguous(memory_format=torch.channels_last) for x in (student, teacher))
+    terms = run(loss.to(memory_format=torch.channels_last), student.requires_grad_(), teacher)
+    for key, term in plain.items():
+        torch.testing.assert_close(terms[key], term)
+    torch.testing.assert_close(gradient(terms, student), direction, check_stride=False)
+
+
 def test_equal_maps_cost_nothing_where_the_formula_says_so(name: str) -> None:
     case = CASES["equal"]
     loss, (student, teacher) = make(name, case), maps(case)

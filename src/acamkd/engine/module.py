@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from acamkd.config import Train
@@ -25,7 +25,7 @@ class TrainingModule(L.LightningModule):
     What a step found is in `values`, and what a validation found in `scores`, for the recorder.
 
     Args:
-        distiller: The student and whatever it learns from.
+        distiller: The student and whatever it learns from; brought into the memory format that `config` asks for.
         config: The recipe's `train`.
         scorer: Collects the validation metric.
     """
@@ -33,6 +33,8 @@ class TrainingModule(L.LightningModule):
     def __init__(self, distiller: Distiller, config: Train, scorer: Scorer) -> None:
         super().__init__()
         self.distiller = distiller
+        if config.channels_last:  # the maps follow their convolutions' weights
+            distiller.to(memory_format=torch.channels_last)
         self.config = config
         self.scorer = scorer
         self.scores: dict[str, float] = {}
@@ -41,6 +43,11 @@ class TrainingModule(L.LightningModule):
         """Loss, its terms and the losses' statistics in the last step; empty where a term was not finite."""
         self.faults: list[str] = []
         """What was not finite in the batches of the current step."""
+
+    def on_fit_start(self) -> None:
+        """Mend what torch gets wrong in the training's precision on its device."""
+        if self.trainer.precision == "bf16-mixed" and self.trainer.strategy.root_device.type == "cpu":
+            mend_convolutions(self.distiller.student.net)
 
     def on_train_start(self) -> None:
         """Turn the epochs of the losses' schedules into steps: only now is it known how many processes there are."""
@@ -139,3 +146,24 @@ class TrainingModule(L.LightningModule):
         elif config.name == "polynomial":
             parts.append(lr_scheduler.PolynomialLR(optimizer, total_iters=total_steps, power=config.power))
         return lr_scheduler.ChainedScheduler(parts or [lr_scheduler.ConstantLR(optimizer, factor=1.0)], optimizer)
+
+
+def mend_convolutions(net: nn.Module) -> None:
+    """Keep a network's dilated depthwise convolutions from channels last, and leave the rest of it as it is.
+
+    In bfloat16 on a CPU torch (2.14, by oneDNN) gives the weights of such a convolution a wrong gradient as soon as
+    they or its input are channels last, which a network's own permutations can bring about too.
+    """
+    for layer in net.modules():
+        if (
+            isinstance(layer, nn.Conv2d | nn.ConvTranspose2d)
+            and layer.groups == layer.in_channels
+            and max(layer.dilation) > 1
+        ):
+            # `contiguous` would leave weights of (C, 1, H, W) as they are, in either format.
+            layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
+            layer.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous() for x in inputs)
