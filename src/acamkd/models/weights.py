@@ -96,7 +96,7 @@ def load_weights(
             )
         tensors = to_torchvision(tensors, framework)
     state = _adapt_names(tensors, own)
-    report = _fill(module, state, source, what)
+    report = _fill(module, own, state, source, what)
     if strict and len(report.matched) < report.total:
         raise AcamkdError(
             f"{report}\n  every tensor is needed here: check arch, backbone, fpn_channels, options and the classes "
@@ -115,9 +115,10 @@ def load_weights(
     return report
 
 
-def _fill(module: nn.Module, state: Mapping[str, Tensor], source: str, what: str) -> LoadReport:
-    """Take over what fits, and account for the rest."""
-    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+def _fill(
+    module: nn.Module, own: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], source: str, what: str
+) -> LoadReport:
+    """Take over what fits the module's `own` shapes, and account for the rest."""
     mismatched = {
         name: (tuple(tensor.shape), own[name])
         for name, tensor in state.items()
