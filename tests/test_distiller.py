@@ -137,8 +137,31 @@ def test_the_teacher_is_unchanged_by_training_and_gets_no_gradient(student: Tiny
 
 
 def test_the_teachers_forward_ends_at_the_last_tapped_layer(student: Tiny, teacher: Tiny, batch: Batch) -> None:
-    Distiller(student, teacher, [BODY], [FitNet(4, 6)])(batch)
-    assert (student.net.head_runs, teacher.net.head_runs) == (1, 0)
+    distiller = Distiller(student, teacher, [BODY], [FitNet(4, 6)])
+    distiller(batch, 0)
+    assert (student.net.head_runs, teacher.net.head_runs) == (1, 1)  # looks once for layers that run again
+    distiller(batch, 1)
+    assert (student.net.head_runs, teacher.net.head_runs) == (2, 1)
+
+
+def test_a_teachers_layer_that_runs_again_behind_the_last_tapped_one_is_named(
+    student: Tiny, teacher: Tiny, batch: Batch
+) -> None:
+    class Twice(Net):
+        def forward(self, pixels: Tensor) -> Tensor:
+            return self.head(self.body(self.body(self.stem(pixels))))  # type: ignore[no-any-return]
+
+    teacher.net = Twice(6)
+    with pytest.raises(AcamkdError, match=r"the layer body ran 2 times in one forward: name one call \(body@0 "):
+        Distiller(student, teacher, [BODY], [FitNet(4, 6)])(batch)
+    distiller = Distiller(student, teacher, [("body", "body@0")], [FitNet(4, 6)])
+    assert len(distiller(batch)) == 3
+
+
+def test_what_a_loss_refuses_names_it(student: Tiny, teacher: Tiny) -> None:
+    batch = student.prepare([torch.rand(3, 1, 1)])
+    with pytest.raises(AcamkdError, match=r"^body/pkd: a map of \(1, 6, 1, 1\) has a single value"):
+        Distiller(student.eval(), teacher, [BODY], [PKD(4, 6)])(batch)
 
 
 def test_terms_are_those_of_the_task_and_of_the_losses(student: Tiny, teacher: Tiny, batch: Batch) -> None:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,21 @@ from safetensors.torch import load_file
 import tiny
 from acamkd import config, models
 from acamkd.errors import AcamkdError
-from acamkd.runs import LOG, RECIPE, Role, Run, as_json, open_run, write_json
+from acamkd.runs import LOCK, LOG, RECIPE, Role, Run, as_json, open_run, write_json
 
 
 def _run(folder: Path, role: Role = "student", **train: Any) -> Run:
     return Run(folder, tiny.recipe(Path("data"), **train), role)
 
 
+def _enter(run: Run, *, resume: bool, overwrite: bool) -> bool:
+    with run.entered(resume=resume, overwrite=overwrite) as goes_on:
+        return goes_on
+
+
 def _fill(run: Run) -> torch.nn.Module:
     """Make the folder and put weights into it."""
-    run.create(resume=False, overwrite=False)
+    _enter(run, resume=False, overwrite=False)
     torch.manual_seed(3)
     net = models.build(config.Model(**tiny.FPN), "segmentation", 6).net
     models.save_weights(net, run.weights)
@@ -31,45 +39,45 @@ def _fill(run: Run) -> torch.nn.Module:
 
 def test_the_folder_holds_the_whole_recipe(tmp_path: Path) -> None:
     run = _run(tmp_path / "deep" / "run")
-    assert run.create(resume=False, overwrite=False) is False
+    assert _enter(run, resume=False, overwrite=False) is False
     assert config.load(run.folder / RECIPE) == run.recipe
     assert "weight_decay: 0.0001" in (run.folder / RECIPE).read_text()  # defaults are spelled out
     assert (run.weights.name, run.checkpoint.name) == ("student.safetensors", "last.ckpt")
 
 
 def test_an_empty_folder_may_be_there(tmp_path: Path) -> None:
-    _run(tmp_path).create(resume=False, overwrite=False)
+    _enter(_run(tmp_path), resume=False, overwrite=False)
     assert (tmp_path / RECIPE).is_file()
 
 
 def test_a_run_is_never_replaced_unasked(tmp_path: Path) -> None:
-    _run(tmp_path / "run").create(resume=False, overwrite=False)
+    _enter(_run(tmp_path / "run"), resume=False, overwrite=False)
     (tmp_path / "run" / "history.csv").touch()
     with pytest.raises(AcamkdError, match=r"run already holds a run: --resume continues it, --overwrite replaces it"):
-        _run(tmp_path / "run").create(resume=False, overwrite=False)
+        _enter(_run(tmp_path / "run"), resume=False, overwrite=False)
     with pytest.raises(AcamkdError, match=r"another recipe or command \(compare recipe.yaml in it\)"):
-        _run(tmp_path / "run", epochs=7).create(resume=True, overwrite=False)
+        _enter(_run(tmp_path / "run", epochs=7), resume=True, overwrite=False)
     assert (tmp_path / "run" / "history.csv").exists()
-    _run(tmp_path / "run", epochs=7).create(resume=False, overwrite=True)
-    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [LOG, RECIPE]
+    _enter(_run(tmp_path / "run", epochs=7), resume=False, overwrite=True)
+    assert sorted(file.name for file in (tmp_path / "run").iterdir()) == [LOCK, LOG, RECIPE]
     assert config.load(tmp_path / "run" / RECIPE).train.epochs == 7
 
 
 def test_resume_says_whether_there_is_a_checkpoint(tmp_path: Path) -> None:
     run = _run(tmp_path / "run")
-    assert run.create(resume=True, overwrite=False) is False  # no run at all
-    assert run.create(resume=True, overwrite=False) is False
+    assert _enter(run, resume=True, overwrite=False) is False  # no run at all
+    assert _enter(run, resume=True, overwrite=False) is False
     run.checkpoint.touch()
-    assert run.create(resume=True, overwrite=False) is True
+    assert _enter(run, resume=True, overwrite=False) is True
 
 
 def test_what_changes_no_figure_may_change_on_resuming(tmp_path: Path) -> None:
     run = _run(tmp_path / "run")
-    run.create(resume=False, overwrite=False)
+    _enter(run, resume=False, overwrite=False)
     changed = config.override(run.recipe, ["data.workers=1", "data.check=headers", "train.checkpoint_every=7"])
-    assert Run(run.folder, changed, "student").create(resume=True, overwrite=False) is False
+    assert _enter(Run(run.folder, changed, "student"), resume=True, overwrite=False) is False
     with pytest.raises(AcamkdError, match="another recipe or command"):
-        Run(run.folder, config.override(changed, ["data.root=other"]), "student").create(resume=True, overwrite=False)
+        _enter(Run(run.folder, config.override(changed, ["data.root=other"]), "student"), resume=True, overwrite=False)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -77,16 +85,52 @@ def test_what_is_not_a_run_is_left_alone(tmp_path: Path, overwrite: bool) -> Non
     (tmp_path / "recipe.yaml").write_text("the user's own")
     (tmp_path / "holiday.jpg").touch()
     with pytest.raises(AcamkdError, match="exists and is not a run: choose another folder with --out"):
-        _run(tmp_path).create(resume=False, overwrite=overwrite)
+        _enter(_run(tmp_path), resume=False, overwrite=overwrite)
     assert (tmp_path / "recipe.yaml").read_text() == "the user's own"
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(AcamkdError, match=r"cannot write the run folder .*file/run: Not a directory"):
-        _run(tmp_path / "file" / "run").create(resume=False, overwrite=False)
+        _enter(_run(tmp_path / "file" / "run"), resume=False, overwrite=False)
     with pytest.raises(AcamkdError, match=r"cannot write the run folder .*file: Not a directory"):
-        _run(tmp_path / "file").create(resume=False, overwrite=False)
+        _enter(_run(tmp_path / "file"), resume=False, overwrite=False)
+
+
+def test_only_one_process_is_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("acamkd.runs.PATIENCE", 0.2)
+    run = _run(tmp_path / "run")
+    other = f"""
+import time
+from filelock import FileLock
+with FileLock({str(run.folder / LOCK)!r}):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+    run.folder.mkdir()
+    with subprocess.Popen([sys.executable, "-c", other], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        for overwrite in (False, True):
+            with pytest.raises(AcamkdError, match=r"another process is at work in .*run: wait for its end, or write"):
+                _enter(run, resume=False, overwrite=overwrite)
+        assert [file.name for file in run.folder.iterdir()] == [LOCK]
+        process.kill()
+    assert _enter(run, resume=False, overwrite=False) is False  # a lock ends with its process
+
+
+def test_a_run_that_could_not_begin_may_begin_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str) -> None:
+        path.with_name(path.name + ".tmp").touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run = _run(tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr("acamkd.runs.write_text", full)
+        with pytest.raises(AcamkdError, match=r"cannot write the run folder .*run: No space left on device"):
+            _enter(run, resume=False, overwrite=False)
+    _enter(run, resume=False, overwrite=False)
+    assert run.has_begun
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
@@ -110,7 +154,7 @@ def test_a_network_of_another_recipe_is_refused(tmp_path: Path) -> None:
 def test_folders_that_hold_no_run_or_no_weights(tmp_path: Path) -> None:
     with pytest.raises(AcamkdError, match=r"nowhere is not a run folder: it has no recipe.yaml"):
         open_run(tmp_path / "nowhere")
-    _run(tmp_path / "run").create(resume=False, overwrite=False)
+    _enter(_run(tmp_path / "run"), resume=False, overwrite=False)
     with pytest.raises(AcamkdError, match="holds no weights yet: its first epoch has not ended"):
         open_run(tmp_path / "run")
 

@@ -23,6 +23,8 @@ Size: TypeAlias = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]
 Positive: TypeAlias = Annotated[int, Field(gt=0)]
 Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Deviation: TypeAlias = Annotated[float, Field(gt=0)]
+FileName: TypeAlias = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+"""What files and folders can be called."""
 
 
 class Section(BaseModel):
@@ -269,8 +271,8 @@ class Search(Section):
 class Comparison(Section):
     """What `acamkd compare` runs beside the student alone."""
 
-    methods: dict[str, dict[str, Any]] = {}
-    """By name, keys of this recipe to override: `{losses.0.num_masks: 3}`, or `{losses: [...]}`."""
+    methods: dict[FileName, dict[str, Any]] = {}
+    """By name, which files get too, keys of this recipe to override: `{losses.0.weight: 3}`, or `{losses: [...]}`."""
     tune: Search | None = None
     """Nothing = every method runs with the weights that it is written with."""
 
@@ -278,7 +280,7 @@ class Comparison(Section):
 class Recipe(Section):
     """Everything that a run depends on."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: FileName
     """Runs go to `runs/NAME/`; nothing = the recipe file's name."""
     task: Literal["detection", "segmentation"]
     data: Data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from typing import TypeAlias
@@ -58,7 +58,7 @@ class Distiller(nn.Module):
 
     The losses are sub-modules, the student too; the teacher is none: it is absent from `parameters()`, `state_dict()`
     and DDP, stays in eval mode whatever `train()` says, receives no gradient, and still follows `to()`. Its forward
-    ends at the last layer that a loss needs.
+    ends at the last layer that a loss needs, but for the first of a training.
 
     A loss whose `teacher_task` is true (ACAM with mask_grad="task") learns its masks from the teacher's own loss: the
     teacher runs a second time, with the loss's `masked(student_map, teacher_map)` in the place of the tapped map.
@@ -150,7 +150,9 @@ class Distiller(nn.Module):
                 return copy
 
             student_tap = stack.enter_context(FeatureTap(self.student.net, names, edit=hand_on))
-            teacher_maps = self.teacher_maps(batch, active) if active else {}
+            # Whole once: a layer that runs again behind the last one needed is to be named with its call.
+            whole = self.training and not self._audit.has_begun
+            teacher_maps = self.teacher_maps(batch, active, whole=whole) if active else {}
             terms: dict[str, Tensor] = {}
             if labelled:
                 outputs = self.student(batch)
@@ -161,7 +163,7 @@ class Distiller(nn.Module):
             gradients, terms = self._task_gradients(active, student_tap, onward, terms)
             distillation: dict[str, Tensor] = {}
             for index in active:
-                context = DistillationContext(step, batch.input_size, _boxes(batch), gradients.get(index), labelled)
+                context = DistillationContext(step, batch.input_size, batch.boxes, gradients.get(index), labelled)
                 for name, term in self._compare(index, student_tap, teacher_maps, batch, context).items():
                     distillation[f"{self._keys[index]}/{name}"] = factors[index] * term
             terms |= self._teacher_task(active, student_tap, batch)
@@ -198,13 +200,18 @@ class Distiller(nn.Module):
         assert pair is not None
         return [pair[0]], [pair[1]]
 
-    def teacher_maps(self, batch: Batch, active: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """What the losses, or those of some indices, need of the teacher, by tap; it runs no layer behind the last."""
+    def teacher_maps(
+        self, batch: Batch, active: Sequence[int] | None = None, *, whole: bool = False
+    ) -> dict[str, Tensor]:
+        """What the losses, or those of some indices, need of the teacher, by tap.
+
+        It runs no layer behind the last of these, unless it is to run as a `whole`.
+        """
         indices = range(len(self.losses)) if active is None else active
         names = _flat(self._layers(index)[1] for index in indices)
         # Not inference_mode: its tensors cannot enter a trainable projection.
         with torch.no_grad(), FeatureTap(self.teacher.net, names) as tap:
-            with tap.early_stop():
+            with nullcontext() if whole else tap.early_stop():
                 self.teacher(batch)
             return tap.features()
 
@@ -260,10 +267,13 @@ class Distiller(nn.Module):
         context: DistillationContext,
     ) -> dict[str, Tensor]:
         pair, loss = self.pairs[index], self.losses[index]
-        if isinstance(loss, HeadLoss):
-            return loss(self.student, self.teacher, student_tap.features(), teacher_maps, batch)  # type: ignore[no-any-return]
-        assert pair is not None
-        return loss(student_tap[pair[0]], teacher_maps[pair[1]], context)  # type: ignore[no-any-return]
+        try:
+            if isinstance(loss, HeadLoss):
+                return loss(self.student, self.teacher, student_tap.features(), teacher_maps, batch)  # type: ignore[no-any-return]
+            assert pair is not None
+            return loss(student_tap[pair[0]], teacher_maps[pair[1]], context)  # type: ignore[no-any-return]
+        except ValueError as error:
+            raise AcamkdError(f"{self._keys[index]}: {error}") from error
 
 
 class _Audit:
@@ -273,6 +283,11 @@ class _Audit:
         self._steps = 0
         self._zero = True
         self._unreached: dict[str, nn.Parameter] | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has seen a step."""
+        return self._steps > 0
 
     def __call__(self, net: nn.Module, maps: Mapping[str, Tensor], terms: Mapping[str, Tensor]) -> None:
         if self._steps == AUDITED_STEPS or not (self._zero or self._unreached is None or self._unreached):
@@ -321,15 +336,6 @@ def _needs_targets(loss: nn.Module) -> bool:
 
 def _flat(names: Iterable[Sequence[str]]) -> list[str]:
     return list(dict.fromkeys(name for group in names for name in group))
-
-
-def _boxes(batch: Batch) -> list[Tensor] | None:
-    """The boxes of single objects; a box around a crowd is none."""
-    if batch.targets is None or any("boxes" not in target for target in batch.targets):
-        return None
-    return [
-        target["boxes"][target["iscrowd"] == 0] if "iscrowd" in target else target["boxes"] for target in batch.targets
-    ]
 
 
 def _check_finite(terms: Mapping[str, Tensor], step: int) -> None:

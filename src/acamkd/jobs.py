@@ -10,7 +10,7 @@ import platform
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -251,8 +251,9 @@ def _fit(
     watching = [Replay(run.folder, batches.splits["val"])] if distiller.losses else []
     trainer = build_trainer(recipe.train, recorder, progress=sys.stdout.isatty(), callbacks=watching)
     is_first = trainer.is_global_zero  # of several processes, it alone writes and speaks
-    goes_on = run.create(resume=resume, overwrite=overwrite) if is_first else resume and run.has_checkpoint
-    with _log_file(run.folder / LOG, is_first), _explaining(run.folder):
+    others = nullcontext(resume and run.has_checkpoint)
+    entered = run.entered(resume=resume, overwrite=overwrite) if is_first else others
+    with entered as goes_on, _log_file(run.folder / LOG, is_first), _explaining(run.folder):
         if resume and not goes_on:
             log.warning("%s has no finished epoch to resume from: it starts anew", run.folder)
         checkpoint = find_checkpoint(run.folder) if goes_on else None

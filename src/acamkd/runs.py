@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from filelock import FileLock, Timeout
 
 from acamkd import config
 from acamkd.errors import AcamkdError
@@ -25,6 +28,17 @@ METRICS = "metrics.json"
 LOG = "log.txt"
 CHECKPOINT = "last.ckpt"
 PREVIOUS = "previous.ckpt"
+LOCK = ".lock"
+
+_BEGINNING = {LOCK, LOG, RECIPE + ".tmp"}
+"""What a run may leave behind that could not begin."""
+
+PATIENCE = 10.0
+"""Seconds to wait for a run folder that another process holds: what loads a killed training's pictures stays a few."""
+
+
+class OtherRunError(AcamkdError):
+    """The run to resume had another recipe."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -108,40 +122,65 @@ class Run:
         lines = ("".join(f"<td>{cell}</td>" for cell in row) for row in cells)
         return f"<p>{escape(repr(self))}</p><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
-    def create(self, *, resume: bool, overwrite: bool) -> bool:
-        """Make the folder, or enter it again.
+    @contextmanager
+    def entered(self, *, resume: bool, overwrite: bool) -> Iterator[bool]:
+        """Make the folder, or enter it again, and keep other processes out of it within.
 
-        Returns:
+        Yields:
             Whether there is a checkpoint to resume from.
 
         Raises:
-            AcamkdError: There is a run already and neither `resume` nor `overwrite` is set, the run to resume had
-                another recipe, or the folder holds something else or cannot be written.
+            OtherRunError: The run to resume had another recipe.
+            AcamkdError: There is a run already and neither `resume` nor `overwrite` is set, another process is at work
+                in it, or the folder holds something else or cannot be written.
         """
-        text = config.dump(self.recipe)
+        lock = FileLock(self.folder / LOCK, timeout=PATIENCE)
         try:
-            if self.has_begun:
-                if not (resume or overwrite):
-                    raise AcamkdError(
-                        f"{self.folder} already holds a run: --resume continues it, --overwrite replaces it, "
-                        "--out FOLDER writes elsewhere"
-                    )
-                # As JSON, where neither the order of keys nor tuple or list makes a difference.
-                if resume and _content(config.load(self.folder / RECIPE)) != _content(self.recipe):
-                    raise AcamkdError(
-                        f"{self.folder} was made by another recipe or command (compare {RECIPE} in it): "
-                        "resume with the same recipe and overrides, or write elsewhere with --out"
-                    )
-                if not resume:
-                    shutil.rmtree(self.folder)
-            elif self.folder.exists() and any(self.folder.iterdir()):
-                raise AcamkdError(f"{self.folder} exists and is not a run: choose another folder with --out")
+            self._check(resume, overwrite)
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / LOG).touch()
-            write_text(self.folder / RECIPE, text)
+            lock.acquire()
+        except Timeout as error:
+            raise AcamkdError(
+                f"another process is at work in {self.folder}: wait for its end, or write elsewhere with --out"
+            ) from error
         except OSError as error:
-            raise AcamkdError(f"cannot write the run folder {self.folder}: {error.strerror or error}") from error
-        return resume and self.has_checkpoint
+            raise self._unwritable(error) from error
+        try:
+            try:
+                self._check(resume, overwrite)  # again: it may have waited for another process
+                if self.has_begun and not resume:
+                    _empty(self.folder)
+                (self.folder / LOG).touch()
+                write_text(self.folder / RECIPE, config.dump(self.recipe))
+            except OSError as error:
+                raise self._unwritable(error) from error
+            yield resume and self.has_checkpoint
+        finally:
+            lock.release()
+
+    def _check(self, resume: bool, overwrite: bool) -> None:
+        """Raise AcamkdError unless the folder may be entered."""
+        if self.has_begun:
+            if not (resume or overwrite):
+                raise AcamkdError(
+                    f"{self.folder} already holds a run: --resume continues it, --overwrite replaces it, "
+                    "--out FOLDER writes elsewhere"
+                )
+            # As JSON, where neither the order of keys nor tuple or list makes a difference.
+            if resume and _content(config.load(self.folder / RECIPE)) != _content(self.recipe):
+                raise OtherRunError(
+                    f"{self.folder} was made by another recipe or command (compare {RECIPE} in it): "
+                    "resume with the same recipe and overrides, or write elsewhere with --out"
+                )
+        elif (
+            self.folder.exists()
+            and (names := {file.name for file in self.folder.iterdir()})
+            and not (LOCK in names and names <= _BEGINNING)
+        ):
+            raise AcamkdError(f"{self.folder} exists and is not a run: choose another folder with --out")
+
+    def _unwritable(self, error: OSError) -> AcamkdError:
+        return AcamkdError(f"cannot write the run folder {self.folder}: {error.strerror or error}")
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Write metrics.json."""
@@ -220,6 +259,15 @@ def write_json(path: Path, content: Mapping[Any, Any]) -> None:
 def as_json(content: Any) -> str:
     """Indented JSON; NaN, which JSON does not know, becomes null."""
     return json.dumps(_without_nan(content), indent=2)
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a run folder holds but its lock."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK:
+            entry.unlink()
 
 
 def _content(recipe: config.Recipe) -> dict[str, Any]:

@@ -1,15 +1,23 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from acamkd import cli, compare, config
-from acamkd.compare import Cell, plan, run_cell, tabulate
+from acamkd.compare import Cell, plan, run_cell, run_cells, tabulate
+from acamkd.engine import TrainingModule
 from acamkd.errors import AcamkdError
 from acamkd.jobs import Batches
 from acamkd.methods import options
@@ -123,6 +131,76 @@ def test_a_search_that_would_change_nothing_is_refused(recipe: Path, tmp_path: P
     with pytest.raises(AcamkdError, match=r"gradient_ratio, which acts only on .*`weight: auto`, and acam has none"):
         plan(config.load(recipe, ["compare.tune={}"]), ["acam"], 1, tmp_path)
     assert len(plan(config.load(recipe, ["compare.tune={}", "losses.0.weight=auto"]), ["fitnet"], 1, tmp_path)) == 5
+
+
+@pytest.mark.parametrize("name", ["acam/few", "fitnet,cwd", ""])
+def test_a_methods_name_is_one_that_files_can_have(recipe: Path, name: str) -> None:
+    with pytest.raises(AcamkdError, match=r"compare\.methods.*should match pattern"):
+        config.load(recipe, [f"compare.methods={json.dumps({name: {}})}"])
+
+
+def test_a_stopped_cell_whose_pictures_have_moved_begins_anew(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = tmp_path / "results"
+    cell, moved = (
+        plan(config.load(recipe, ["train.epochs=2", *more]), ["acam"], 1, results)[1]
+        for more in ((), (f"data.root={tmp_path / 'moved'}",))
+    )
+    step = TrainingModule.training_step
+
+    def stop(self: TrainingModule, batch: Any, batch_idx: int) -> Any:
+        if self.current_epoch == 1:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainingModule, "training_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            cell.run(results)
+    shutil.move(cell.recipe.data.root, tmp_path / "moved")
+    assert moved.key == cell.key
+    moved.run(results)
+    assert len(json.loads((results / "acam-seed0.json").read_text())["history"]) == 2
+
+
+def test_a_cell_without_a_score_fails_and_can_be_run_again(recipe: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    cell = plan(config.load(recipe), ["acam"], 1, results)[0]
+    masks = {file: file.read_bytes() for file in (cell.recipe.data.root / "masks/val").iterdir()}
+    for file in masks:
+        Image.fromarray(np.full_like(np.array(Image.open(file)), 255)).save(file)
+    with pytest.raises(AcamkdError, match=r"none-seed0: mIoU has no basis, .* check data\.val and data\.ignore_index"):
+        cell.run(results)
+    assert cell.read(results) is None
+    for file, content in masks.items():
+        file.write_bytes(content)
+    cell.run(results)
+    assert json.loads((results / "none-seed0.json").read_text())["history"][-1] > 0
+
+
+def test_a_comparison_that_is_terminated_ends_its_cells(recipe: Path, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    script = f"import pathlib, time; pathlib.Path({str(begun)!r}).touch(); time.sleep(60)"
+    started: list[int] = []
+
+    def command(number: int) -> list[str]:
+        started.append(number)
+        threading.Thread(target=end, daemon=True).start()
+        return [sys.executable, "-c", script]
+
+    def end() -> None:
+        while not begun.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    cells = plan(config.load(recipe), ["acam"], 1, tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        run_cells(cells, [0, 1], tmp_path / "results", command, end=None, jobs=1)
+    assert ended.value.code == 143
+    assert started == [0]  # whose process has ended too, as leaving the pool waits for it
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_class_may_be_called_like_a_mask(recipe: Path, tmp_path: Path) -> None:

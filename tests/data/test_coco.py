@@ -72,8 +72,8 @@ def test_pictures_without_boxes_are_a_warning(tmp_path: Path) -> None:
     assert warning.endswith("boxes.json: 1 of 2 pictures have no boxes")
 
 
-@pytest.mark.parametrize("bbox", [[1, 2, 0, 4], [1, 2, 3, 0], [1, 2, 0, 0]])
-def test_boxes_without_area_are_left_out(tmp_path: Path, bbox: list[int]) -> None:
+@pytest.mark.parametrize("bbox", [[1, 2, 0, 4], [1, 2, 3, 0], [1, 2, 0, 0], [0, 2, 1e-6, 4], [20 - 1e-13, 2, 1e-13, 4]])
+def test_boxes_without_area_are_left_out(tmp_path: Path, bbox: list[float]) -> None:
     content = _content()
     before = len(_dataset(tmp_path, content)[0][1]["boxes"])
     content["annotations"].append({**content["annotations"][0], "id": 99, "bbox": bbox})
@@ -94,6 +94,7 @@ def test_boxes_beyond_the_picture_are_clipped(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"bbox": [20, 0, 5, 5]}, r"annotation 1 of image 7: the box from \(20, 0\) to \(25, 5\) lies outside a\.png"),
+        ({"bbox": [19.999999, 0, 5, 5]}, r"the box from \(20, 0\) to \(25, 5\) lies outside a\.png"),
         ({"bbox": [1, 2, 3, -4]}, r"annotation 1 of image 7: the box from \(1, 2\) to \(4, -2\) on a\.png has no area"),
         ({"bbox": [1, 2, 0, -4]}, "has no area"),
         ({"bbox": [1, 2, 3]}, r"annotation 1 of image 7: it needs image_id, category_id and bbox"),

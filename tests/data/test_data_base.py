@@ -3,11 +3,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from acamkd import config, data
 from acamkd.data.base import LISTED_PROBLEMS, read_picture, read_size, seed_of
@@ -217,6 +218,24 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     assert read_size(tmp_path / "a.jpg") == (24, 8)
     assert picture[:, :8].min() > 250
     assert picture[:, 8:].max() < 5
+
+
+@pytest.mark.parametrize("orientation", [1, 4, 5, 8, 9, 255])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
+@pytest.mark.parametrize("where", ["exif", "xmp"])
+def test_the_headers_say_what_decoding_finds(tmp_path: Path, name: str, where: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    xmp = f'<x:xmpmeta><rdf:Description tiff:Orientation="{orientation}"/></x:xmpmeta>'.encode()
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt("XML:com.adobe.xmp", xmp.decode())
+    options: dict[str, Any] = {"exif": exif} if where == "exif" else {"xmp": xmp}
+    if (where, name) == ("xmp", "a.png"):
+        options = {"pnginfo": chunks}
+    Image.new("RGB", (24, 8)).save(tmp_path / name, **options)
+    assert tuple(read_picture(tmp_path / name).shape[1:]) == read_size(tmp_path / name)
+    if orientation < 10 or where == "exif":  # of an XMP entry the first digit is read
+        assert read_size(tmp_path / name) == ((24, 8) if orientation in (5, 8) else (8, 24))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])

@@ -24,7 +24,7 @@ ANNOTATION = """<annotation>
 """
 
 
-def _object(name: str, *corners: float | str, difficult: int | None = 0, part: str = "") -> str:
+def _object(name: str, *corners: float | str, difficult: int | str | None = 0, part: str = "") -> str:
     sides = zip(("xmax", "xmin", "ymax", "ymin"), (corners[2], corners[0], corners[3], corners[1]), strict=True)
     box = "".join(f"<{side}>{value}</{side}>" for side, value in sides)  # the order in which VOC2012 writes them
     flag = "" if difficult is None else f"<difficult>{difficult}</difficult>"
@@ -77,6 +77,22 @@ def test_difficult_objects_are_for_evaluation_only(tmp_path: Path) -> None:
     assert val[0][1]["iscrowd"].tolist() == [0, 1]
 
 
+def test_names_may_hold_blanks_and_lists_of_one_class_a_flag(tmp_path: Path) -> None:
+    _write(tmp_path, {"my picture 1": [_object("dog", 1, 1, 5, 5)], "other 2": []})
+    (tmp_path / "ImageSets/Main/mine.txt").write_text("my picture 1\n\nother 2\n")
+    (tmp_path / "ImageSets/Main/dog_mine.txt").write_text("my picture 1  1\nother 2 -1\n")
+    for split in ("mine", "dog_mine"):
+        dataset = VocDetection(tmp_path, split)
+        assert [file.stem for file in dataset.files] == ["my picture 1", "other 2"]
+
+
+def test_an_infinite_size_is_a_problem(tmp_path: Path) -> None:
+    file = _write(tmp_path) / "Annotations/2007_000027.xml"
+    file.write_text(file.read_text().replace("<width>20</width>", "<width>inf</width>"))
+    with pytest.raises(AcamkdError, match=r"2007_000027\.xml: it has no size with width and height above 0"):
+        data.check(VocDetection(tmp_path, "train"), "headers")
+
+
 def test_a_box_of_one_pixel_has_an_area_and_an_empty_one_has_none(tmp_path: Path) -> None:
     _write(tmp_path, {"a": [_object("cow", 3, 3, 3, 3), _object("cow", 4, 3, 3, 9), _object("cow", 9, 9, 8, 8)]})
     dataset = VocDetection(tmp_path, "train")
@@ -109,6 +125,7 @@ def test_other_names_than_vocs_are_the_classes(tmp_path: Path) -> None:
         ([_object("dog", 1, 1, 5, "x")], r"object 1 \(dog\): it needs a bndbox with the numbers xmin, ymin"),
         (["<object><name>dog</name></object>"], r"object 1 \(dog\): it needs a bndbox"),
         (["<object/>"], r"object 1 \(None\): there is no class ''"),
+        ([_object("dog", 1, 1, 5, 5, difficult="Hard")], r"object 1 \(dog\): difficult must be 0 or 1, not 'Hard'"),
         ([_object("dog", 22, 1, 25, 5)], r"the box from \(21, 0\) to \(25, 5\) lies outside a\.jpg, which has 20 x 10"),
         (["</annotation>"], r"a\.xml: it is not valid XML: .*line 6"),
         ([], r"train\.txt: there is no box for any picture"),

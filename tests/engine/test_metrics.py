@@ -13,6 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from acamkd.engine import Scorer, score
+from acamkd.errors import AcamkdError
 from acamkd.models.base import VOID, Prediction, Target
 from acamkd.models.segmentation import Segmenter
 
@@ -179,6 +180,11 @@ def test_compute_starts_anew(task: Any) -> None:
     scorer.update(predictions, targets)
     assert scorer.compute() == pytest.approx(first, nan_ok=True)
     assert alone != pytest.approx(first, nan_ok=True)
+
+
+def test_a_single_class_cannot_be_segmented() -> None:
+    with pytest.raises(AcamkdError, match=r"data\.classes has cat alone: list the background too"):
+        Scorer("segmentation", ("cat",))
 
 
 def test_score_takes_eval_mode_and_restores_what_was() -> None:

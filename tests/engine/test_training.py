@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from acamkd import config
 from acamkd.distiller import Distiller
 from acamkd.engine import Recorder, Scorer, TrainingModule, build_trainer
+from acamkd.errors import AcamkdError
 from acamkd.methods import build_distiller
 from acamkd.models.base import Target
 from acamkd.models.segmentation import Segmenter
@@ -153,6 +154,25 @@ def test_accumulation_steps_with_the_mean_gradient_and_never_drops_the_last_batc
     for found, wanted in zip(module.distiller.student.net.parameters(), expected, strict=True):
         torch.testing.assert_close(found, wanted)
     assert _fit(tmp_path, _batches(3), optimizer=optimizer, accumulate=2)[0].global_step == 2
+
+
+def test_an_epochs_last_short_window_has_the_mean_of_its_own_batches(tmp_path: Path) -> None:
+    optimizer = config.Optimizer(name="sgd", lr=0.1, momentum=0, weight_decay=0)
+    steps = []
+    for accumulate, batches in ((1, _batches(1)), (3, _batches(1)), (3, _batches(2)), (2, _batches(2))):
+        model = _model()
+        before = torch.cat([p.detach().clone().flatten() for p in model.net.parameters()])
+        _fit(tmp_path, batches, Distiller(model), optimizer=optimizer, accumulate=accumulate)
+        steps.append(torch.cat([p.detach().flatten() for p in model.net.parameters()]) - before)
+    torch.testing.assert_close(steps[0], steps[1])
+    torch.testing.assert_close(steps[2], steps[3])
+
+
+def test_a_batch_too_small_for_batch_norm_is_named(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    model = Segmenter(net, 2, (0.5,) * 3, (0.2,) * 3, None)
+    with pytest.raises(AcamkdError, match=r"raise train\.batch_size, which is 1, .*\[1, 4, 1, 1\]"):
+        _fit(tmp_path, _batches(1), Distiller(model), batch_size=1)
 
 
 def test_a_term_that_also_sees_unlabelled_pictures_is_the_mean_of_both(tmp_path: Path) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
@@ -123,11 +126,16 @@ def run_cells(
         log.info("%s begins", cell.name)
         file = _log_file(results, cell)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("w", encoding="utf-8") as output:
-            code = subprocess.run(
-                command(number), stdin=subprocess.DEVNULL, stdout=output, stderr=output, check=False,
+        with (
+            file.open("w", encoding="utf-8") as output,
+            subprocess.Popen(
+                command(number), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 env={"OMP_NUM_THREADS": threads, **os.environ},
-            ).returncode  # fmt: skip
+            ) as process,
+        ):  # fmt: skip
+            running.add(process)
+            code = process.wait()
+            running.remove(process)
         found = cell.read(results)
         if code or found is None:
             failed.append(cell)
@@ -139,9 +147,32 @@ def run_cells(
             timedelta(seconds=round(found["wall_time"])), left,
         )  # fmt: skip
 
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(run, due))
+    running: set[subprocess.Popen[bytes]] = set()
+    with ThreadPoolExecutor(jobs) as pool, _ending_on_sigterm():
+        try:
+            list(pool.map(run, due))
+        except BaseException:  # or they would go on without whoever began them
+            for process in tuple(running):
+                process.terminate()
+            raise
     return failed
+
+
+@contextmanager
+def _ending_on_sigterm() -> Iterator[None]:
+    """Within, SIGTERM ends the main thread as Ctrl-C does, rather than at once."""
+    if threading.current_thread() is not threading.main_thread():  # no other one gets signals
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def expected_seconds(cell: Cell, cells: Sequence[Cell], results: Path) -> float | None:

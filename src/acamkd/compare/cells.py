@@ -13,7 +13,7 @@ from typing import Any
 
 from acamkd import config
 from acamkd.errors import AcamkdError, nearest
-from acamkd.runs import CHECKPOINT, PREVIOUS, RECIPE, Run, default_folder, is_first_process, write_json
+from acamkd.runs import CHECKPOINT, PREVIOUS, RECIPE, OtherRunError, Run, default_folder, is_first_process, write_json
 
 NONE = "none"
 """The student alone."""
@@ -95,7 +95,10 @@ class Cell:
         job = distill if self.recipe.losses else train
         # Without a checkpoint nothing of a former run counts, such as weights that its teacher's gradients set.
         resume = Run(folder, self.recipe, "student").has_checkpoint
-        run = job(self.recipe, out=folder, resume=resume, overwrite=not resume)
+        try:
+            run = job(self.recipe, out=folder, resume=resume, overwrite=not resume)
+        except OtherRunError:  # since then pictures, teacher or device have moved, which the key does not count
+            run = job(self.recipe, out=folder, overwrite=True)
         if not is_first_process():  # the others have no figures
             return
         metrics = run.metrics
@@ -123,10 +126,17 @@ class Cell:
             "processes": metrics["processes"],
             "machine": metrics["machine"],
         }  # fmt: skip
-        results.mkdir(parents=True, exist_ok=True)
-        write_json(results / f"{self.name}.json", content)
-        for name in (CHECKPOINT, PREVIOUS):
-            (folder / name).unlink(missing_ok=True)  # the largest files, and of no more use
+        has_score = columns[name][-1] == columns[name][-1]  # not NaN
+        if has_score:
+            results.mkdir(parents=True, exist_ok=True)
+            write_json(results / f"{self.name}.json", content)
+        for file in (CHECKPOINT, PREVIOUS):
+            (folder / file).unlink(missing_ok=True)  # the largest files, and of no more use
+        if not has_score:
+            raise AcamkdError(
+                f"{self.name}: {name} has no basis, since in the validation pictures every pixel is void, or every box "
+                "a crowd: check data.val and data.ignore_index"
+            )
 
 
 def plan(recipe: config.Recipe, methods: Sequence[str], seeds: int, results: Path) -> list[Cell]:

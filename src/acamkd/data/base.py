@@ -278,8 +278,9 @@ def read_size(file: Path) -> PixelSize:
     with opened(file) as image:
         width, height = image.size
         # Without this question Pillow would decode a whole PNG in search of an entry after its pixels.
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in image.info else 1
-    return (width, height) if orientation >= 5 else (height, width)
+        says = any(entry in image.info for entry in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"))
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if says else 1
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)  # there are no others that turn
 
 
 @contextmanager

@@ -14,6 +14,9 @@ from acamkd.data.base import PictureDataset, Transform, describe
 from acamkd.errors import AcamkdError
 from acamkd.models.base import PixelSize, Target
 
+_THINNEST = 1e-6
+"""A box that is no wider than this share of its picture has no area: float32 could lose it at the far edge."""
+
 
 class Box(NamedTuple):
     """One object: number of its picture, label from 1, x1 y1 x2 y2, whether training does without it, and its area.
@@ -27,12 +30,6 @@ class Box(NamedTuple):
     corners: tuple[float, float, float, float]
     crowd: bool = False
     area: float = 0.0
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether its width or its height is 0, and neither is below."""
-        left, top, right, bottom = self.corners
-        return left <= right and top <= bottom and (left == right or top == bottom)
 
 
 class BoxDataset(PictureDataset):
@@ -55,7 +52,7 @@ class BoxDataset(PictureDataset):
     """
 
     LEAVES_OUT_EMPTY: ClassVar[bool] = False
-    """Whether boxes of width or height 0 are left out, with a warning, or refused."""
+    """Whether boxes without area are left out, with a warning, or refused."""
 
     def __init__(
         self,
@@ -109,12 +106,12 @@ class BoxDataset(PictureDataset):
         for where, entry in entries:
             try:
                 given = self._parse(entry)
-                if self.LEAVES_OUT_EMPTY and given.is_empty:
-                    empty += 1
-                    continue
-                box = given._replace(corners=self._clip(given))
+                box = self._clip(given)
             except AcamkdError as error:
                 self.problems.append(f"{where}: {error}")
+                continue
+            if box is None:
+                empty += 1
                 continue
             clipped += box != given
             if self.keep_crowd or not box.crowd:
@@ -135,16 +132,24 @@ class BoxDataset(PictureDataset):
         elif without := int((counts == 0).sum()):
             self.warnings.append(f"{self.source}: {without} of {len(self)} pictures have no boxes")
 
-    def _clip(self, box: Box) -> tuple[float, float, float, float]:
+    def _clip(self, box: Box) -> Box | None:
+        """What of a box lies within its picture; None if it is to be left out. Raises AcamkdError if nothing does."""
         size = (1, 1) if self.sizes is None else self.sizes[box.picture]
         if size is None:  # a problem of its own
-            return box.corners
+            return box
         left, top, right, bottom = box.corners
         name = f"the box from ({left:g}, {top:g}) to ({right:g}, {bottom:g})"
         picture = self.files[box.picture].name
-        if not (left < right and top < bottom):
+        if not _has_area(box.corners, size):
+            if self.LEAVES_OUT_EMPTY and left <= right and top <= bottom:
+                return None
             raise AcamkdError(f"{name} on {picture} has no area")
-        x1, y1, x2, y2 = max(left, 0.0), max(top, 0.0), min(right, float(size[1])), min(bottom, float(size[0]))
-        if not (x1 < x2 and y1 < y2):
+        inside = max(left, 0.0), max(top, 0.0), min(right, float(size[1])), min(bottom, float(size[0]))
+        if not _has_area(inside, size):
             raise AcamkdError(f"{name} lies outside {picture}, which has {describe(size)}")
-        return x1, y1, x2, y2
+        return box._replace(corners=inside)
+
+
+def _has_area(corners: tuple[float, float, float, float], size: PixelSize) -> bool:
+    left, top, right, bottom = corners
+    return right - left > _THINNEST * size[1] and bottom - top > _THINNEST * size[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -86,9 +87,12 @@ class VocDetection(BoxDataset):
             raise AcamkdError(f"there is no class {name!r}; {nearest(name, self.classes)}")
         try:
             x1, y1, x2, y2 = (_number(element, f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax"))
-            difficult = bool(_number(element, "difficult")) if element.find("difficult") is not None else False
         except ValueError as error:
             raise AcamkdError("it needs a bndbox with the numbers xmin, ymin, xmax and ymax") from error
+        try:
+            difficult = element.find("difficult") is not None and bool(_number(element, "difficult"))
+        except ValueError as error:
+            raise AcamkdError(f"difficult must be 0 or 1, not {element.findtext('difficult')!r}") from error
         return Box(index, self.classes.index(name) + 1, (x1 - 1, y1 - 1, x2, y2), difficult)
 
 
@@ -136,8 +140,13 @@ def _names(root: Path, task: str, split: str) -> tuple[list[str], Path]:
             f"there is no list {listing}; name one with data.train.name and data.val.name (there are: "
             f"{', '.join(known) or 'none'})"
         )
-    # The lists of single classes have 1, 0 or -1 after the name.
-    return [line.split()[0] for line in lines_of(listing) if line.strip()], listing
+    return [_name(root, line.strip()) for line in lines_of(listing) if line.strip()], listing
+
+
+def _name(root: Path, line: str) -> str:
+    """The name in a line; the lists of single classes have 1, 0 or -1 behind it, but a name may end like that, too."""
+    name = re.sub(r"\s+(1|0|-1)$", "", line)
+    return line if name != line and _picture(root, line).is_file() else name
 
 
 def _picture(root: Path, name: str) -> Path:
@@ -159,7 +168,7 @@ def _read(file: Path) -> Element | str:
 def _size(root: Element) -> PixelSize | None:
     try:
         height, width = (int(_number(root, f"size/{side}")) for side in ("height", "width"))
-    except ValueError:
+    except (ValueError, OverflowError):  # no number, or infinite
         return None
     return (height, width) if height > 0 and width > 0 else None
 

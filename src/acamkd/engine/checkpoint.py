@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from acamkd.models.weights import DamagedFileError, read_file
 from acamkd.runs import CHECKPOINT, PREVIOUS
 
 log = logging.getLogger(__name__)
+
+DAMAGED = "damaged.ckpt"
+"""A last checkpoint that could not be read."""
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit code of a run that was asked to end and saved itself: what a shell gives a process that SIGTERM ended."""
@@ -43,6 +47,9 @@ def find_checkpoint(folder: Path) -> Path | None:
             continue
         for damage in damaged:
             log.warning("%s; going on from the one before, %s", damage, file)
+            with suppress(FileNotFoundError):  # another process was first
+                # Aside, or the next save would keep it in the place of the one that can be read.
+                (folder / CHECKPOINT).replace(folder / DAMAGED)
         return file
     if damaged:
         raise AcamkdError(f"{damaged[0]}, or start again with --overwrite") from damaged[0]

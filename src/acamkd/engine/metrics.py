@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from torchmetrics.detection import MeanAveragePrecision
 
 from acamkd.data.base import process
+from acamkd.errors import AcamkdError
 from acamkd.models.base import VOID, Prediction, Target, Task, TaskModel, keeping_modes
 
 T = TypeVar("T")
@@ -38,6 +39,9 @@ class Scorer(nn.Module):
     Args:
         task: `detection` or `segmentation`.
         classes: Class names in the order of their ids.
+
+    Raises:
+        AcamkdError: There is a single class to segment.
     """
 
     def __init__(self, task: Task, classes: Sequence[str]) -> None:
@@ -51,6 +55,11 @@ class Scorer(nn.Module):
                 backend="faster_coco_eval", class_metrics=True, sync_on_compute=False
             )
         else:
+            if len(classes) < 2:
+                raise AcamkdError(
+                    f"a segmenter tells classes apart, and data.classes has {', '.join(classes)} alone: list the "
+                    "background too, with an id of its own"
+                )
             self.metric = MulticlassJaccardIndex(
                 num_classes=len(classes), ignore_index=VOID, average="none", zero_division=math.nan
             )

@@ -64,7 +64,8 @@ class TrainingModule(L.LightningModule):
             batch_idx: Its place in the epoch.
         """
         # Every draw inside a step (dropout, a random mask, sampled boxes) is a function of the seed and the position.
-        position = self.current_epoch * int(self.trainer.num_training_batches) + batch_idx
+        batches = int(self.trainer.num_training_batches)
+        position = self.current_epoch * batches + batch_idx
         torch.manual_seed(seed_of(self.config.seed, position, self.global_rank))
         try:
             terms, statistics = self._terms(*batch)
@@ -73,13 +74,22 @@ class TrainingModule(L.LightningModule):
             self.faults.append(str(error))
             # DDP waits for every gradient, and this forward may not have come to what gives some of them.
             return torch.nan * torch.stack([p.sum() for p in self.distiller.parameters() if p.requires_grad]).sum()
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):  # torch's batch norm
+                raise
+            raise AcamkdError(
+                f"a batch norm needs more than one value of each channel: raise train.batch_size, which is "
+                f"{self.config.batch_size}, or give larger pictures ({error})"
+            ) from error
         total = torch.stack(list(terms.values())).sum()
         found = {f"loss/{name}": term for name, term in terms.items()} | statistics | {"loss": total}
         numbers = torch.stack([value.detach().float() for value in found.values()]).tolist()
         self.values = dict(zip(found, numbers, strict=True))
         if self.trainer.world_size > 1:  # DDP waits for every gradient, also for that of a loss that has stopped
             total = total + 0 * sum(p.sum() for p in self.distiller.losses.parameters() if p.requires_grad)
-        return total
+        # Lightning divides by `accumulate`, and an epoch may end with fewer batches than that.
+        accumulate = self.config.accumulate
+        return total * (accumulate / min(accumulate, batches - batch_idx // accumulate * accumulate))
 
     def _terms(
         self, images: list[Tensor], targets: list[Target], unlabelled: list[Tensor] | None = None

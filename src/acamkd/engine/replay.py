@@ -131,8 +131,7 @@ def see_teacher(distiller: Distiller, batch: Batch) -> dict[str, Tensor]:
 def look(distiller: Distiller, batch: Batch, teacher_maps: Mapping[str, Tensor]) -> Arrays:
     """Maps and masks of one batch as `Replay` keeps them; the student is in eval mode."""
     pairs = list(_pairs(distiller))
-    boxes = [target["boxes"] for target in batch.targets or () if "boxes" in target] or None
-    context = DistillationContext(input_size=batch.input_size, boxes=boxes)
+    context = DistillationContext(input_size=batch.input_size, boxes=batch.boxes)
     shares = [(h / batch.input_size[0], w / batch.input_size[1]) for h, w in batch.sizes]
     found: Arrays = {}
     with FeatureTap(distiller.student.net, [pair[0] for pair in pairs]) as tap:

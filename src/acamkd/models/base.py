@@ -53,6 +53,16 @@ class Batch:
         """(height, width) of the common frame."""
         return (self.pixels.shape[-2], self.pixels.shape[-1])
 
+    @property
+    def boxes(self) -> list[Tensor] | None:
+        """(K, 4) of each picture's single objects; a box around a crowd is none. None where the targets have none."""
+        if self.targets is None or any("boxes" not in target for target in self.targets):
+            return None
+        return [
+            target["boxes"][target["iscrowd"] == 0] if "iscrowd" in target else target["boxes"]
+            for target in self.targets
+        ]
+
 
 @contextmanager
 def keeping_modes(net: nn.Module) -> Iterator[None]:
