@@ -166,6 +166,19 @@ def test_a_bar_shows_how_many_go_through(red: Path, tmp_path: Path, monkeypatch:
     assert shown[0] == {"total": 5, "unit": " frames", "disable": None}
 
 
+def test_a_picture_that_cannot_be_read_does_not_lose_the_others(box: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "pictures", tmp_path / "out"
+    source.mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (32, 32)).save(source / name)
+    (source / "b.png").write_bytes((source / "b.png").read_bytes()[:60])
+    with pytest.raises(AcamkdError, match=r"1 of 3 pictures are left out: .*b\.png: the picture cannot be read"):
+        predict(box, source, out=out)
+    found = json.loads((out / "predictions.json").read_text())
+    assert {entry["file_name"] for entry in found} == {"a.png", "c.png"}
+    assert sorted(file.name for file in (out / "overlays").iterdir()) == ["a.png", "c.png"]
+
+
 def test_a_source_without_pictures_is_refused(tmp_path: Path) -> None:
     model = tmp_path / "none.onnx"
     for source, message in {

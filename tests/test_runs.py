@@ -71,6 +71,22 @@ def test_resume_says_whether_there_is_a_checkpoint(tmp_path: Path) -> None:
     assert _enter(run, resume=True, overwrite=False) is True
 
 
+def test_to_go_on_and_to_replace_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(AcamkdError, match="--resume continues a run and --overwrite replaces it: give one of them"):
+        _enter(_run(tmp_path / "run"), resume=True, overwrite=True)
+
+
+def test_a_run_that_has_not_ended_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = _run(tmp_path / "run")
+    _fill(run)
+    open_run(run.folder)
+    assert caplog.messages == [f"{run.folder}: its training has not ended; its weights are of the best epoch so far"]
+    run.write_metrics({})
+    caplog.clear()
+    open_run(run.folder)
+    assert not caplog.messages
+
+
 def test_what_changes_no_figure_may_change_on_resuming(tmp_path: Path) -> None:
     run = _run(tmp_path / "run")
     _enter(run, resume=False, overwrite=False)
@@ -93,7 +109,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(AcamkdError, match=r"cannot write the run folder .*file/run: Not a directory"):
         _enter(_run(tmp_path / "file" / "run"), resume=False, overwrite=False)
-    with pytest.raises(AcamkdError, match=r"cannot write the run folder .*file: Not a directory"):
+    with pytest.raises(AcamkdError, match=r"cannot write the run folder .*file: File exists"):
         _enter(_run(tmp_path / "file"), resume=False, overwrite=False)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from acamkd.errors import AcamkdError, nearest
 
@@ -141,6 +141,13 @@ class Model(Section):
     """Mean colour; nothing = what the backbone was pretrained with."""
     std: tuple[Deviation, Deviation, Deviation] | None = None
     """Standard deviation of the colours, likewise."""
+
+    @field_validator("weights", "backbone_weights")
+    @classmethod
+    def _check_none(cls, given: str | None) -> str | None:
+        if given is not None and given.lower() == "none":
+            raise ValueError("YAML writes nothing as null")
+        return given
 
     @property
     def convention(self) -> Any:

@@ -76,6 +76,8 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
         yield Finding(
             stage, "pass", f"{len(train)} training and {len(val)} validation pictures, {len(train.classes)} classes"
         )
+        for warning in data.compare_splits(train, val, source):
+            yield Finding(stage, "warn", warning)
         stage = "teacher's weights"
         if recipe.teacher is None or not recipe.losses:
             raise AcamkdError("the recipe needs a `teacher` section and `losses` to distil")
@@ -213,7 +215,10 @@ def _score(teacher: TaskModel, val: PictureDataset, recipe: config.Recipe) -> Fi
     chance = ignorance(seen, len(val.classes)) if recipe.task == "segmentation" else 0.0
     text = f"{metric} {reached:.2f} on {len(seen)} validation pictures; {chance:.2f} without looking"
     if not reached >= chance + MARGIN:
-        advice = "its weights were not trained on these classes in this order, or its mean, std or resize are others"
+        advice = (
+            "its weights were not trained on these classes in this order, or hardly trained, or its mean, std or "
+            "resize are others"
+        )
         return Finding("teacher's score", "fail", text, advice)
     return Finding("teacher's score", "pass", text)
 

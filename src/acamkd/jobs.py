@@ -73,11 +73,12 @@ def train(
         raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
     if section.num_classes is not None:
         raise AcamkdError("teacher.num_classes: a teacher with classes of its own cannot be trained on these pictures")
+    folder = Path(out) if out else default_folder(recipe, "teacher" if role == "teacher" else "alone")
+    Run(folder, recipe, role).check_free(resume=resume, overwrite=overwrite)  # before minutes of looking at pictures
     batches = Batches(recipe)
     if recipe.data.unlabelled is not None:
         log.info("data.unlabelled is not used: only a distillation learns from unlabelled pictures")
     model = build_network(recipe, section, batches.classes)
-    folder = Path(out) if out else default_folder(recipe, "teacher" if role == "teacher" else "alone")
     # Only what the run depends on, so that --resume tells it from a distillation.
     used: dict[str, Any] = {"losses": ()}
     inherited = None
@@ -110,13 +111,14 @@ def distill(
     recipe = _loaded(recipe)
     if recipe.teacher is None or not recipe.losses:
         raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section and `losses` to distil")
+    folder, losses = Path(out) if out else default_folder(recipe, "distilled"), recipe.losses
+    Run(folder, recipe, "student").check_free(resume=resume, overwrite=overwrite)
     batches = Batches(recipe, with_unlabelled=True)
     section = teacher_section(recipe)
     teacher = build_network(recipe, section, batches.classes, teacher=True)
     student = build_network(recipe, recipe.student, batches.classes)
     if recipe.student.inherit:
         models.inherit(student, teacher, recipe.student.inherit)
-    folder, losses = Path(out) if out else default_folder(recipe, "distilled"), recipe.losses
     if resume and (folder / RECIPE).is_file():
         losses = adopt(losses, config.load(folder / RECIPE).losses)
     if torch.cuda.is_available():  # each process of a launcher measures on a device of its own
@@ -200,6 +202,8 @@ class Batches:
             for warning in data.check(split, recipe.data.check):
                 log.warning("%s data: %s", name, warning)
         data.check_same_classes(splits["train"], splits["val"])
+        for warning in data.compare_splits(splits["train"], splits["val"], source):
+            log.warning("%s", warning)
         self.classes = splits["train"].classes
         self.fingerprint = {name: split.fingerprint() for name, split in splits.items()}
         shuffled = partial(
@@ -239,6 +243,9 @@ def _score_teacher(teacher: TaskModel, batches: Batches) -> dict[str, float]:
     log.info("scoring the teacher on the validation pictures")
     scores = score(teacher, batches.val, batches.scorer)
     log.info("teacher: %s %.2f", metric, scores[metric])
+    # One class everywhere comes to no more; of a detector less than a point is nothing.
+    if scores[metric] <= (1.0 if teacher.task == "detection" else 100 / teacher.num_classes):
+        log.warning("that teacher has next to nothing to teach: acamkd doctor RECIPE examines it")
     return scores
 
 
@@ -254,6 +261,8 @@ def _fit(
     others = nullcontext(resume and run.has_checkpoint)
     entered = run.entered(resume=resume, overwrite=overwrite) if is_first else others
     with entered as goes_on, _log_file(run.folder / LOG, is_first), _explaining(run.folder):
+        if goes_on and run.has_ended:
+            log.info("%s: all epochs are done already", run.folder)
         if resume and not goes_on:
             log.warning("%s has no finished epoch to resume from: it starts anew", run.folder)
         checkpoint = find_checkpoint(run.folder) if goes_on else None

@@ -68,13 +68,23 @@ def predict(model: Path, source: Path, *, out: Path | None = None, score: float 
             for count, picture in enumerate(tqdm(film.frames(), total=film.length, unit=" frames", disable=None), 1):
                 mask = f"{source.stem}/{count - 1:06d}.png"
                 film.write(look(picture, mask, file_name=source.name, frame=count - 1))
+    unreadable: list[str] = []
     for file in tqdm(files, unit=" pictures", disable=None):
-        _save(look(read_picture(file), f"{file.stem}.png", file_name=file.name), folder / "overlays" / file.name)
+        try:
+            picture = read_picture(file)
+        except AcamkdError as error:
+            unreadable.append(str(error))
+            continue
+        _save(look(picture, f"{file.stem}.png", file_name=file.name), folder / "overlays" / file.name)
     if task == "detection":
         with _whole(folder / "predictions.json") as unfinished:
             unfinished.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    count -= len(unreadable)
     rate = count / (time.monotonic() - start)
     log.info("%d %s, %.1f per second, in %s", count, "frames" if is_video else "pictures", rate, folder)
+    if unreadable:
+        first = "; ".join(unreadable[:3]) + ("; ..." if len(unreadable) > 3 else "")
+        raise AcamkdError(f"{len(unreadable)} of {len(files)} pictures are left out: {first}")
     return folder
 
 

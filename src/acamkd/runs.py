@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ from acamkd.errors import AcamkdError
 
 if TYPE_CHECKING:
     from acamkd.models.base import TaskModel
+
+log = logging.getLogger(__name__)
 
 Role: TypeAlias = Literal["teacher", "student"]
 
@@ -136,7 +139,7 @@ class Run:
         """
         lock = FileLock(self.folder / LOCK, timeout=PATIENCE)
         try:
-            self._check(resume, overwrite)
+            self.check_free(resume=resume, overwrite=overwrite)
             self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout as error:
@@ -147,7 +150,13 @@ class Run:
             raise self._unwritable(error) from error
         try:
             try:
-                self._check(resume, overwrite)  # again: it may have waited for another process
+                self.check_free(resume=resume, overwrite=overwrite)  # again: it may have waited for another process
+                # As JSON, where neither the order of keys nor tuple or list makes a difference.
+                if self.has_begun and resume and _content(config.load(self.folder / RECIPE)) != _content(self.recipe):
+                    raise OtherRunError(
+                        f"{self.folder} was made by another recipe or command (compare {RECIPE} in it): "
+                        "resume with the same recipe and overrides, or write elsewhere with --out"
+                    )
                 if self.has_begun and not resume:
                     _empty(self.folder)
                 (self.folder / LOG).touch()
@@ -158,26 +167,20 @@ class Run:
         finally:
             lock.release()
 
-    def _check(self, resume: bool, overwrite: bool) -> None:
-        """Raise AcamkdError unless the folder may be entered."""
+    def check_free(self, *, resume: bool, overwrite: bool) -> None:
+        """Raise AcamkdError if the folder holds something that may not be touched."""
+        if resume and overwrite:
+            raise AcamkdError("--resume continues a run and --overwrite replaces it: give one of them")
         if self.has_begun:
             if not (resume or overwrite):
                 raise AcamkdError(
                     f"{self.folder} already holds a run: --resume continues it, --overwrite replaces it, "
                     "--out FOLDER writes elsewhere"
                 )
-            # As JSON, where neither the order of keys nor tuple or list makes a difference.
-            if resume and _content(config.load(self.folder / RECIPE)) != _content(self.recipe):
-                raise OtherRunError(
-                    f"{self.folder} was made by another recipe or command (compare {RECIPE} in it): "
-                    "resume with the same recipe and overrides, or write elsewhere with --out"
-                )
-        elif (
-            self.folder.exists()
-            and (names := {file.name for file in self.folder.iterdir()})
-            and not (LOCK in names and names <= _BEGINNING)
-        ):
-            raise AcamkdError(f"{self.folder} exists and is not a run: choose another folder with --out")
+        elif self.folder.is_dir():
+            names = {file.name for file in self.folder.iterdir()}
+            if names and not (LOCK in names and names <= _BEGINNING):
+                raise AcamkdError(f"{self.folder} exists and is not a run: choose another folder with --out")
 
     def _unwritable(self, error: OSError) -> AcamkdError:
         return AcamkdError(f"cannot write the run folder {self.folder}: {error.strerror or error}")
@@ -229,6 +232,8 @@ def open_run(folder: Path, overrides: Sequence[str] = ()) -> Run:
     for role in roles:
         run = Run(folder, recipe, role)
         if run.weights.is_file():
+            if not run.has_ended:
+                log.warning("%s: its training has not ended; its weights are of the best epoch so far", folder)
             return run
     raise AcamkdError(f"{folder} holds no weights yet: its first epoch has not ended (--resume continues it)")
 

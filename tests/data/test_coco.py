@@ -82,6 +82,18 @@ def test_boxes_without_area_are_left_out(tmp_path: Path, bbox: list[float]) -> N
     assert "boxes.json: 1 boxes have no area and are left out" in data.check(dataset, "headers")[0]
 
 
+def test_boxes_of_another_unit_are_a_warning(tmp_path: Path) -> None:
+    content = _content()
+    for entry in content["annotations"]:
+        entry["bbox"] = [0.1, 0.2, 0.3, 0.4]
+    (shares,) = (text for text in data.check(_dataset(tmp_path, content), "full") if "shares" in text)
+    assert shares.endswith("boxes.json: most boxes have a pixel or less: are they shares of the picture?")
+    for entry in content["annotations"]:
+        entry["bbox"] = [15, 4, 19, 8]  # x1 y1 x2 y2
+    (clipped, *_) = data.check(_dataset(tmp_path, content), "full")
+    assert clipped.endswith("are clipped, of 3: are their numbers in another order or unit?")
+
+
 def test_boxes_beyond_the_picture_are_clipped(tmp_path: Path) -> None:
     content = _content()
     content["annotations"][0]["bbox"] = [-2, 4, 30, 4]

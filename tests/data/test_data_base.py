@@ -251,6 +251,22 @@ def test_16_bit_pictures_are_refused(tmp_path: Path) -> None:
         read_picture(tmp_path / "a.png")
 
 
+def test_training_and_validation_are_compared(tmp_path: Path) -> None:
+    options = _masks(tmp_path)
+    train, val = (data.build(options, "segmentation", split, seed=0, augment=False) for split in ("train", "val"))
+
+    def warnings(val: data.PictureDataset, **augment: Any) -> list[str]:
+        changed = {"resize": (6, 8), "augment": config.Augmentation(**augment)}
+        return data.compare_splits(train, val, options.model_copy(update=changed))
+
+    assert data.compare_splits(train, val, options) == []  # without resize a crop has the scale of the picture
+    assert warnings(val) == warnings(val, crop=(12, 16)) == warnings(val, crop=(6, 8), scale=(0.5, 1)) == []
+    (shared,) = warnings(train)
+    assert shared.startswith("5 of 5 validation pictures are training pictures too")
+    (smaller,) = warnings(val, crop=(6, 8), scale=(0.75, 1.5))
+    assert "training sees things 1.5 to 3 times as large as validation, where 0.png, 16 x 12 pixels" in smaller
+
+
 def _truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-80])
 

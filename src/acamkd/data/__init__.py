@@ -11,7 +11,16 @@ import torch
 
 from acamkd import config
 from acamkd.data import yolo
-from acamkd.data.base import PictureDataset, SeededSampler, ShareSampler, Transform, check, check_same_classes, refuse
+from acamkd.data.base import (
+    PictureDataset,
+    SeededSampler,
+    ShareSampler,
+    Transform,
+    check,
+    check_same_classes,
+    compare_splits,
+    refuse,
+)
 from acamkd.data.cityscapes import Cityscapes
 from acamkd.data.coco import CocoDetection
 from acamkd.data.loading import PictureLoader, naming_pictures
@@ -40,6 +49,7 @@ __all__ = [
     "build_unlabelled",
     "check",
     "check_same_classes",
+    "compare_splits",
     "loader",
     "naming_pictures",
     "refuse",

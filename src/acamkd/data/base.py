@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -22,6 +23,7 @@ from torch import Tensor, distributed
 from torch.utils.data import Dataset, Sampler, get_worker_info
 from torchvision import tv_tensors
 
+from acamkd.config import Data
 from acamkd.errors import AcamkdError, PictureError
 from acamkd.models.base import PixelSize, Target
 
@@ -34,6 +36,9 @@ Transform: TypeAlias = Callable[[Tensor, Target], Sample]
 """A joint change of picture and target (tv_tensors); draws from torch's default CPU generator only."""
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+UNNOTICED = 1.25
+"""By this factor training and validation may differ in scale without a warning."""
 
 LISTED_PROBLEMS = 10
 """An error lists this many problems and counts the others."""
@@ -235,6 +240,30 @@ def check_same_classes(train: PictureDataset, val: PictureDataset) -> None:
             f"train and val must list the same classes in the same order, but train has {', '.join(train.classes)} "
             f"and val has {', '.join(val.classes)}: give both annotation files the same categories"
         )
+
+
+def compare_splits(train: PictureDataset, val: PictureDataset, options: Data) -> list[str]:
+    """What is legitimate, but seldom meant, of training and validation together."""
+    warnings = []
+    shared = {file.resolve() for file in train.files} & {file.resolve() for file in val.files}
+    if shared:
+        warnings.append(
+            f"{len(shared)} of {len(val)} validation pictures are training pictures too: scores on them say nothing of "
+            "others"
+        )
+    crop = options.augment.crop
+    if crop is not None and isinstance(options.resize, tuple) and val.files:
+        size = read_size(val.files[0])
+        # A crop is of the picture as it lies on disk, and is then resized as a whole picture is.
+        larger = math.sqrt(math.prod(size) / math.prod(crop))
+        low, high = (larger * factor for factor in options.augment.scale or (1.0, 1.0))
+        if not low / UNNOTICED <= 1 <= high * UNNOTICED:
+            warnings.append(
+                f"data.augment: training sees things {low:.2g} to {high:.2g} times as large as validation, where "
+                f"{val.files[0].name}, {describe(size)}, is resized as a whole: make crop about as large as the "
+                "pictures, or choose another scale"
+            )
+    return warnings
 
 
 def check_classes(given: Sequence[str] | None, own: Sequence[str], whose: str) -> None:

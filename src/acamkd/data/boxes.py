@@ -126,7 +126,12 @@ class BoxDataset(PictureDataset):
         if empty:
             self.warnings.append(f"{self.source}: {empty} boxes have no area and are left out")
         if clipped:
-            self.warnings.append(f"{self.source}: {clipped} boxes reach beyond their picture and are clipped")
+            text = f"{self.source}: {clipped} boxes reach beyond their picture and are clipped"
+            much = f", of {len(rows)}: are their numbers in another order or unit?" if 5 * clipped > len(rows) else ""
+            self.warnings.append(text + much)
+        sides = (self._boxes[:, 2:] - self._boxes[:, :2]).amax(dim=1)
+        if self.sizes is not None and 2 * (sides <= 1).sum() > len(rows):
+            self.warnings.append(f"{self.source}: most boxes have a pixel or less: are they shares of the picture?")
         if not rows and not self.problems:
             self.problems.append(f"{self.source}: there is no box for any picture")
         elif without := int((counts == 0).sum()):

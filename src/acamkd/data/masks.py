@@ -123,6 +123,10 @@ class MaskFolder(MaskDataset):
         self.problems += [f"{file}: the mask has no picture in {images}" for file in by_stem if file.stem not in stems]
         self.problems += twins(pictures, "mask")
 
+    def _unknown(self, values: Sequence[int]) -> str:
+        text = super()._unknown(values)
+        return text and f"{text} (data.ignore_index says what void is)"
+
 
 def _ids(mask: Image.Image) -> Tensor:
     """(H, W) uint8, values as stored; a palette's colours do not matter."""

@@ -37,6 +37,7 @@ def write_card(
     text = _environment().get_template("card.md.jinja").render(
         recipe=recipe,
         role=run.role,
+        ended=run.has_ended,
         section=section,
         distilled=run.role == "student" and bool(recipe.losses),
         losses=[_describe(loss) for loss in recipe.losses],
