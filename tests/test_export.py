@@ -116,8 +116,10 @@ def test_the_card_builds_another_frameworks_network(tmp_path: Path) -> None:
     )  # fmt: skip
     graph_inputs = [SimpleNamespace(shape=["batch", 3, 64, 96])]
     exported: Any = SimpleNamespace(classes=("a", "b"), session=SimpleNamespace(get_inputs=lambda: graph_inputs))
-    run: Any = SimpleNamespace(recipe=recipe, role="student")
-    write_card(tmp_path / "README.md", run, model, exported, cast(Export, figures))
+    for has_ended in (False, True):
+        run: Any = SimpleNamespace(recipe=recipe, role="student", has_ended=has_ended)
+        write_card(tmp_path / "README.md", run, model, exported, cast(Export, figures))
+        assert ("stopped before their end" in (tmp_path / "README.md").read_text()) is not has_ended
     block = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)[1]
     found: dict[str, Any] = {}
     exec(block.replace("student.safetensors", str(tmp_path / "student.safetensors")), found)

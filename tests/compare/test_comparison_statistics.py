@@ -100,6 +100,10 @@ def test_the_best_rival_is_of_another_class() -> None:
     assert rows["cwd"].over_rival is not None
     assert rows["cwd"].over_rival.other == "acam-uniform"
     assert rows["none"].over_rival is None
+    of_my_own = {"acam": [5.0, 6.0], "acam-mine": [7.0, 7.0], "cwd": [4.0, 4.0]}
+    rival = table(of_my_own, {"acam-mine": ("package.module:Mine",)})["acam"].over_rival
+    assert rival is not None
+    assert rival.other == "cwd"  # a variant by its name
 
 
 def test_a_rival_of_a_single_seed_is_the_best_only_where_all_are() -> None:

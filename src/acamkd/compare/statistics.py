@@ -57,7 +57,7 @@ class Row:
         std: Its standard deviation over the seeds (n - 1); None with one seed.
         gain: Against the student alone; None for that itself.
         p_corrected: Holm's correction of `gain.p` over the methods of the table.
-        over_rival: Against the best method of another class; of those with enough seeds, where there are some.
+        over_rival: Against the best method that is no variant of it; of those with enough seeds, where there are some.
         verdict: `gain` or `harm` where the corrected p is below 0.05 and the interval is on that side of 0.
         minutes: Median wall time.
     """
@@ -134,7 +134,7 @@ def summarize(cells: Cells) -> list[Row]:
     for cell in cells:
         scores.setdefault(cell["method"], {})[cell["seed"]] = cell["history"][-1]
     first = {method: next(cell for cell in cells if cell["method"] == method) for method in scores}
-    classes = {method: {loss["name"] for loss in cell["losses"]} for method, cell in first.items()}
+    families = {method: _family(method, cell["losses"]) for method, cell in first.items()}
     means = {method: float(np.mean(list(values.values()))) for method, values in scores.items()}
     alone = scores.get(NONE, {})
     gains = {method: paired(values, alone, NONE) for method, values in scores.items() if method != NONE and alone}
@@ -142,9 +142,9 @@ def summarize(cells: Cells) -> list[Row]:
     corrected = dict(zip(tested, holm([gains[method].p or 0.0 for method in tested]), strict=True))
     rows = []
     for method, values in scores.items():
-        others = [other for other in scores if classes[other] and not classes[other] & classes[method]]
+        others = [other for other in scores if families[other] and not families[other] & families[method]]
         rivals = [other for other in others if len(scores[other]) >= SEEDS_NEEDED] or others
-        rival = max(rivals, key=means.__getitem__, default=None) if classes[method] else None
+        rival = max(rivals, key=means.__getitem__, default=None) if families[method] else None
         gain = gains.get(method)
         rows.append(
             Row(
@@ -161,6 +161,11 @@ def summarize(cells: Cells) -> list[Row]:
             )
         )
     return sorted(rows, key=lambda row: -row.mean)
+
+
+def _family(method: str, losses: Sequence[Mapping[str, Any]]) -> set[str]:
+    """What makes two methods variants of each other: a shared class, or a name such as `acam-shuffled`."""
+    return {method.partition("-")[0], *(loss["name"] for loss in losses)} if losses else set()
 
 
 def _verdict(gain: Paired, p: float | None) -> Verdict:
