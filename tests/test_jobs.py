@@ -275,6 +275,16 @@ def test_only_the_same_recipe_and_command_resume(whole: Path, root: Path) -> Non
         (root / "moved").rename(root / "images")
 
 
+def test_a_launchers_other_processes_find_the_folder_begun(
+    whole: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("acamkd.jobs.Batches", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    for job in (train, distill):
+        with pytest.raises(KeyboardInterrupt):  # rather than that the folder holds a run already
+            job(tiny.recipe(root, epochs=3), out=whole)
+
+
 def test_overwriting_leaves_nothing_of_the_old_run(root: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(tiny.recipe(root, epochs=1), "teacher", out=folder)

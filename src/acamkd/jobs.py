@@ -37,7 +37,7 @@ from acamkd.errors import AcamkdError
 from acamkd.methods import build_distiller
 from acamkd.models.base import TaskModel
 from acamkd.report.run import write_report
-from acamkd.runs import LOG, RECIPE, Role, Run, default_folder
+from acamkd.runs import LOG, RECIPE, Role, Run, default_folder, is_first_process
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,8 @@ def train(
     if section.num_classes is not None:
         raise AcamkdError("teacher.num_classes: a teacher with classes of its own cannot be trained on these pictures")
     folder = Path(out) if out else default_folder(recipe, "teacher" if role == "teacher" else "alone")
-    Run(folder, recipe, role).check_free(resume=resume, overwrite=overwrite)  # before minutes of looking at pictures
+    if is_first_process():  # before minutes of looking at pictures
+        Run(folder, recipe, role).check_free(resume=resume, overwrite=overwrite)
     batches = Batches(recipe)
     if recipe.data.unlabelled is not None:
         log.info("data.unlabelled is not used: only a distillation learns from unlabelled pictures")
@@ -112,7 +113,8 @@ def distill(
     if recipe.teacher is None or not recipe.losses:
         raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section and `losses` to distil")
     folder, losses = Path(out) if out else default_folder(recipe, "distilled"), recipe.losses
-    Run(folder, recipe, "student").check_free(resume=resume, overwrite=overwrite)
+    if is_first_process():
+        Run(folder, recipe, "student").check_free(resume=resume, overwrite=overwrite)
     batches = Batches(recipe, with_unlabelled=True)
     section = teacher_section(recipe)
     teacher = build_network(recipe, section, batches.classes, teacher=True)

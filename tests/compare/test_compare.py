@@ -140,7 +140,7 @@ def test_a_methods_name_is_one_that_files_can_have(recipe: Path, name: str) -> N
 
 
 def test_a_stopped_cell_whose_pictures_have_moved_begins_anew(
-    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     results = tmp_path / "results"
     cell, moved = (
@@ -161,6 +161,7 @@ def test_a_stopped_cell_whose_pictures_have_moved_begins_anew(
     shutil.move(cell.recipe.data.root, tmp_path / "moved")
     assert moved.key == cell.key
     moved.run(results)
+    assert "acam-seed0: its pictures, teacher or device have moved since it stopped: it begins anew" in caplog.messages
     assert len(json.loads((results / "acam-seed0.json").read_text())["history"]) == 2
 
 

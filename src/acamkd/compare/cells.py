@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 from acamkd import config
 from acamkd.errors import AcamkdError, nearest
 from acamkd.runs import CHECKPOINT, PREVIOUS, RECIPE, OtherRunError, Run, default_folder, is_first_process, write_json
+
+log = logging.getLogger(__name__)
 
 NONE = "none"
 """The student alone."""
@@ -97,7 +100,8 @@ class Cell:
         resume = Run(folder, self.recipe, "student").has_checkpoint
         try:
             run = job(self.recipe, out=folder, resume=resume, overwrite=not resume)
-        except OtherRunError:  # since then pictures, teacher or device have moved, which the key does not count
+        except OtherRunError:  # the key does not count where pictures and teacher lie, and the device
+            log.warning("%s: its pictures, teacher or device have moved since it stopped: it begins anew", self.name)
             run = job(self.recipe, out=folder, overwrite=True)
         if not is_first_process():  # the others have no figures
             return
