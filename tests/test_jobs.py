@@ -179,17 +179,6 @@ def test_distill_finds_the_teacher_that_was_trained_before(
     assert teacher_section(factory.model_copy(update={"name": "other"})).weights is None
 
 
-def _interrupt_at(monkeypatch: pytest.MonkeyPatch, epoch: int, batch: int) -> None:
-    step = TrainingModule.training_step
-
-    def stop(self: TrainingModule, batch_: Any, batch_idx: int) -> torch.Tensor:
-        if (self.current_epoch, batch_idx) == (epoch, batch):
-            raise KeyboardInterrupt
-        return step(self, batch_, batch_idx)
-
-    monkeypatch.setattr(TrainingModule, "training_step", stop)
-
-
 def test_the_colours_of_a_downloaded_backbone_stay_with_the_run(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,7 +208,7 @@ def test_an_interrupted_run_resumes_to_the_same_end(
     recipe, folder = tiny.recipe(root, epochs=3), tmp_path / "run"
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patch:
-        _interrupt_at(patch, epoch=1, batch=1)
+        tiny.interrupt_at(patch, epoch=1, batch=1)
         with pytest.raises(KeyboardInterrupt):
             distill(recipe, out=folder)
     assert caplog.messages[-1] == f"{folder}: interrupted after epoch 1 of 3; --resume goes on at the last checkpoint"
@@ -244,7 +233,7 @@ def test_a_run_without_a_finished_epoch_starts_anew(
 ) -> None:
     recipe, folder = tiny.recipe(root, epochs=3), tmp_path / "run"
     with monkeypatch.context() as patch:
-        _interrupt_at(patch, epoch=0, batch=1)
+        tiny.interrupt_at(patch, epoch=0, batch=1)
         with pytest.raises(KeyboardInterrupt):
             distill(recipe, out=folder)
     assert not (folder / "last.ckpt").exists()
@@ -356,7 +345,7 @@ def test_a_run_with_unlabelled_pictures_resumes_to_the_same_end(
     recipe = config.parse(with_unlabelled)
     distill(recipe, out=tmp_path / "whole")
     with monkeypatch.context() as patch:
-        _interrupt_at(patch, epoch=1, batch=1)
+        tiny.interrupt_at(patch, epoch=1, batch=1)
         with pytest.raises(KeyboardInterrupt):
             distill(recipe, out=tmp_path / "run")
     distill(recipe, out=tmp_path / "run", resume=True)

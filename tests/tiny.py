@@ -7,10 +7,13 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
 from acamkd import config, models
 from acamkd.data.scenes import CLASSES, write_scenes
+from acamkd.engine import TrainingModule
 from acamkd.models.base import Task
 
 FPN: dict[str, Any] = {
@@ -73,3 +76,15 @@ def rows(file: Path) -> list[dict[str, str]]:
     """Rows of a CSV, without the time that they took."""
     with file.open(newline="") as lines:
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(lines)]
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, epoch: int, batch: int) -> None:
+    """Let a training be interrupted, as by Ctrl-C, where it comes to this batch."""
+    step = TrainingModule.training_step
+
+    def stop(self: TrainingModule, batch_: Any, batch_idx: int) -> Tensor:
+        if (self.current_epoch, batch_idx) == (epoch, batch):
+            raise KeyboardInterrupt
+        return step(self, batch_, batch_idx)
+
+    monkeypatch.setattr(TrainingModule, "training_step", stop)

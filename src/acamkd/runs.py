@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ LOG = "log.txt"
 CHECKPOINT = "last.ckpt"
 PREVIOUS = "previous.ckpt"
 LOCK = ".lock"
+
+TERMINATED = 128 + signal.SIGTERM
+"""Exit code of what was asked to end and saved itself: what a shell gives a process that SIGTERM ended."""
 
 _BEGINNING = {LOCK, LOG, RECIPE + ".tmp"}
 """What a run may leave behind that could not begin."""

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import tiny
 from acamkd import cli, compare, config
 from acamkd.compare import Cell, plan, run_cell, run_cells, tabulate
-from acamkd.engine import TrainingModule
 from acamkd.errors import AcamkdError
 from acamkd.jobs import Batches
 from acamkd.methods import options
@@ -147,15 +147,8 @@ def test_a_stopped_cell_whose_pictures_have_moved_begins_anew(
         plan(config.load(recipe, ["train.epochs=2", *more]), ["acam"], 1, results)[1]
         for more in ((), (f"data.root={tmp_path / 'moved'}",))
     )
-    step = TrainingModule.training_step
-
-    def stop(self: TrainingModule, batch: Any, batch_idx: int) -> Any:
-        if self.current_epoch == 1:
-            raise KeyboardInterrupt
-        return step(self, batch, batch_idx)
-
     with monkeypatch.context() as patched:
-        patched.setattr(TrainingModule, "training_step", stop)
+        tiny.interrupt_at(patched, epoch=1, batch=0)
         with pytest.raises(KeyboardInterrupt):
             cell.run(results)
     shutil.move(cell.recipe.data.root, tmp_path / "moved")

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import nn
 
 import tiny
 from acamkd import jobs
 from acamkd.distiller import Distiller
-from acamkd.engine import REPLAY, Replay, TrainingModule
+from acamkd.engine import REPLAY, Replay
 from acamkd.engine.replay import MOMENTS, is_kept, look, masks_of, see_teacher, spread
 from acamkd.jobs import distill
 from acamkd.losses import ACAM, FGD, FitNet, MasKD
@@ -78,15 +78,8 @@ def test_the_training_does_not_notice(whole: Path, root: Path, tmp_path: Path, m
 def test_a_resumed_run_has_the_same_replay(
     whole: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = TrainingModule.training_step
-
-    def stop(self: TrainingModule, batch: Any, batch_idx: int) -> Tensor:
-        if self.current_epoch == 1:
-            raise KeyboardInterrupt
-        return step(self, batch, batch_idx)
-
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingModule, "training_step", stop)
+        tiny.interrupt_at(patch, epoch=1, batch=0)
         with pytest.raises(KeyboardInterrupt):
             distill(tiny.recipe(root, epochs=2), out=tmp_path / "run")
     assert _stored(tmp_path / "run")["epoch"].tolist() == [0, 1]

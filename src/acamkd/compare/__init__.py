@@ -21,7 +21,7 @@ from acamkd.compare import tables
 from acamkd.compare.cells import Cell, plan
 from acamkd.compare.statistics import Row, summarize
 from acamkd.errors import AcamkdError
-from acamkd.runs import default_folder
+from acamkd.runs import TERMINATED, default_folder
 
 __all__ = ["Cell", "Row", "compare", "expected_seconds", "plan", "run_cell", "tabulate"]
 
@@ -166,7 +166,7 @@ def _ending_on_sigterm() -> Iterator[None]:
         return
 
     def end(*_: object) -> None:
-        raise SystemExit(128 + signal.SIGTERM)
+        raise SystemExit(TERMINATED)
 
     before = signal.signal(signal.SIGTERM, end)
     try:

@@ -19,15 +19,12 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from acamkd.data.loading import PictureLoader
 from acamkd.errors import AcamkdError
 from acamkd.models.weights import DamagedFileError, read_file
-from acamkd.runs import CHECKPOINT, PREVIOUS
+from acamkd.runs import CHECKPOINT, PREVIOUS, TERMINATED
 
 log = logging.getLogger(__name__)
 
 DAMAGED = "damaged.ckpt"
 """A last checkpoint that could not be read."""
-
-TERMINATED = 128 + signal.SIGTERM
-"""Exit code of a run that was asked to end and saved itself: what a shell gives a process that SIGTERM ended."""
 
 
 def find_checkpoint(folder: Path) -> Path | None:
