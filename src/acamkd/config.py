@@ -44,7 +44,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
 
 
 class Split(Section):
-    """Where one split of a data set lies: by its name in the format's own layout, or by paths below `data.root`."""
+    """Where one split lies: by `name`, in the format's own layout, or by `images`, with paths below `data.root`."""
 
     name: str | None = None
     """Such as `val`, `trainval` (VOC) or `train2017` (COCO)."""
@@ -124,7 +124,7 @@ class Model(Section):
     backbone: str = "resnet50"
     """A timm name, or `torchvision/NAME`; for segmentation architectures any smp encoder name (`tu-NAME`: timm)."""
     weights: str | None = None
-    """The whole network: a .safetensors or .pth file (of a detector also MMDetection's or detectron2's), or a
+    """The whole network: a .safetensors, .pth or .pt file (of a detector also MMDetection's or detectron2's), or a
     torchvision weights name (`..._Weights.COCO_V1`)."""
     backbone_weights: str | None = "imagenet"
     """The backbone alone: `imagenet` (the framework's own), a file, or nothing."""
@@ -234,6 +234,7 @@ class Train(Section):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
+    """What the networks compute in; losses and weights are of 32 bits with each."""
     channels_last: bool = False
     """Student, teacher and losses keep weights and maps channels last: other rounding, and less time where convolutions
     are made for it, most of all with bf16-mixed (docs/performance.md)."""
@@ -244,6 +245,7 @@ class Train(Section):
     sync_batchnorm: bool = False
     """Batch norm takes its statistics over the pictures of all devices, rather than over those of its own."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of first weights, order of the pictures, augmentation and everything else that is drawn."""
     eval_every: Positive = 1
     """Epochs between two evaluations; must divide `epochs`, so that the last one is evaluated."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -252,6 +254,7 @@ class Train(Section):
     checkpoint_every: Positive | None = None
     """Optimisation steps between two checkpoints within an epoch; nothing = only at the ends of epochs."""
     accelerator: str = "auto"
+    """Such as `cpu`, `gpu` or `mps`, by Lightning's names; `auto` takes what is there."""
     devices: int | Literal["auto"] = "auto"
     """Of each node; each takes batches of `batch_size`."""
     num_nodes: Positive = 1
@@ -271,6 +274,7 @@ class Search(Section):
     option: str = "gradient_ratio"
     """Option of each entry of `losses`."""
     values: Annotated[tuple[float, ...], Field(min_length=2)] = (0.25, 0.5, 1.0)
+    """What it is set to."""
     seeds: Positive = 1
     """Trainings per value."""
 
@@ -288,7 +292,7 @@ class Recipe(Section):
     """Everything that a run depends on."""
 
     name: FileName
-    """Runs go to `runs/NAME/`; nothing = the recipe file's name."""
+    """Letters, digits and `_.-`; runs go to `runs/NAME/`. In a file it may be left out, and is the file's name then."""
     task: Literal["detection", "segmentation"]
     data: Data
     teacher: Model | None = None
