@@ -274,6 +274,19 @@ def test_a_launchers_other_processes_find_the_folder_begun(
             job(tiny.recipe(root, epochs=3), out=whole)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [("student.backbone=tu-resnet_of_nobody", "resnet_of_nobody"), ("losses.0.pairs=[nowhere]", "nowhere")],
+)
+def test_what_a_recipe_misspells_is_said_before_the_pictures_are_looked_at(
+    wrong: str, said: str, whole: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Batches, "check", lambda _: pytest.fail("it looked at the pictures"))
+    with pytest.raises(AcamkdError, match=said):
+        distill(config.override(tiny.recipe(root), [wrong]), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_overwriting_leaves_nothing_of_the_old_run(root: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     train(tiny.recipe(root, epochs=1), "teacher", out=folder)

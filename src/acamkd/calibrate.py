@@ -17,7 +17,7 @@ from acamkd.config import Loss
 from acamkd.data.base import seed_of
 from acamkd.distiller import Distiller
 from acamkd.errors import AcamkdError
-from acamkd.methods import build_distiller, options, options_of
+from acamkd.methods import build_distiller, options, options_of, quietly
 from acamkd.models.base import Batch, Target, TaskModel
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,20 @@ def _calibrate(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss], 
     return entry.model_copy(update=scaled)
 
 
+def tried(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss]) -> Distiller:
+    """The losses as far as they can be built without pictures, to find what is wrong with them before these are read.
+
+    Raises:
+        AcamkdError: As `build_distiller`, and where a loss has no weight that could be `auto`.
+    """
+    plain = [uncalibrated(entry) for entry in entries]
+    for entry, given in zip(plain, entries, strict=True):
+        if given.is_auto:
+            weights_of(entry)
+    with quietly(), torch.random.fork_rng(devices=[]):
+        return build_distiller(student, teacher, plain)
+
+
 def uncalibrated(entry: Loss) -> Loss:
     """The entry without `weight: auto`, which leaves the weight of its preset or class."""
     if not entry.is_auto:
@@ -130,7 +144,9 @@ def measuring(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss]) -
             entry.model_copy(update={"ramp_epochs": 0, "stop_epoch": None if entry.stop_epoch else entry.stop_epoch})
             for entry in entries
         ]
-        distiller = build_distiller(student, teacher, unscheduled).to("cuda" if torch.cuda.is_available() else "cpu")
+        with quietly():
+            distiller = build_distiller(student, teacher, unscheduled)
+        distiller.to("cuda" if torch.cuda.is_available() else "cpu")
         distiller.training = False  # of itself alone: its own audit is for the training
         try:
             yield distiller

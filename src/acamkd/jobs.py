@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from acamkd import __version__, config, data, models
-from acamkd.calibrate import adopt, calibrate
+from acamkd.calibrate import adopt, calibrate, tried
 from acamkd.distiller import Distiller
 from acamkd.engine import (
     METRICS,
@@ -91,6 +91,7 @@ def train(
     elif role == "student":
         used["teacher"] = None
     used[role] = _with_colours(section, model)
+    batches.check()
     run = Run(folder, batches.resolved.model_copy(update=used), role)
     return _fit(run, Distiller(model), batches, resume=resume, overwrite=overwrite, inherited=inherited)
 
@@ -121,6 +122,10 @@ def distill(
     student = build_network(recipe, recipe.student, batches.classes)
     if recipe.student.inherit:
         models.inherit(student, teacher, recipe.student.inherit)
+    trial = tried(student, teacher, losses)
+    if batches.unlabelled is not None:
+        trial.check_unlabelled()
+    batches.check()
     if resume and (folder / RECIPE).is_file():
         losses = adopt(losses, config.load(folder / RECIPE).losses)
     if torch.cuda.is_available():  # each process of a launcher measures on a device of its own
@@ -129,8 +134,6 @@ def distill(
     with data.naming_pictures(batches.train):
         losses = calibrate(student, teacher, losses, batches.train)
     distiller = build_distiller(student, teacher, losses)
-    if batches.mixed is not batches.train:
-        distiller.check_unlabelled()
     used = {"teacher": section, "student": _with_colours(recipe.student, student), "losses": losses}
     run = Run(folder, batches.resolved.model_copy(update=used), "student")
     return _fit(run, distiller, batches, resume=resume, overwrite=overwrite)
@@ -190,7 +193,10 @@ def _with_colours_of_run(recipe: config.Recipe, section: config.Model) -> config
 
 
 class Batches:
-    """A recipe's data, checked and ready to be read; `mixed` is `train` with unlabelled pictures, if there are some."""
+    """A recipe's data, to be read once `check` has passed; `mixed` is `train` with unlabelled pictures, if any."""
+
+    fingerprint: dict[str, str]
+    """Of each split; known once `check` has passed."""
 
     def __init__(self, recipe: config.Recipe, *, with_unlabelled: bool = False) -> None:
         seed, size, workers = recipe.train.seed, recipe.train.batch_size, recipe.data.workers
@@ -200,31 +206,43 @@ class Batches:
             split: data.build(source, recipe.task, split, seed=seed, augment=split == "train")
             for split in ("train", "val")
         }
-        for name, split in splits.items():
-            for warning in data.check(split, recipe.data.check):
-                log.warning("%s data: %s", name, warning)
+        for split in splits.values():
+            if split.problems:
+                data.check(split, recipe.data.check)  # which tells them beside those of the pictures
         data.check_same_classes(splits["train"], splits["val"])
-        for warning in data.compare_splits(splits["train"], splits["val"], source):
-            log.warning("%s", warning)
         self.classes = splits["train"].classes
-        self.fingerprint = {name: split.fingerprint() for name, split in splits.items()}
         shuffled = partial(
             data.loader, batch_size=size, workers=workers, shuffle=True, seed=seed, batches=steps and steps * accumulate
         )
         self.train = self.mixed = shuffled(splits["train"])
+        self.unlabelled = None
         if with_unlabelled and source.unlabelled is not None:
             # It only feeds the calibration now: processes of its own would idle from then on.
             self.train = shuffled(splits["train"], workers=0)
-            more = data.build_unlabelled(source, recipe.task, seed=seed)
-            data.check(more, recipe.data.check)
-            self.fingerprint["unlabelled"] = more.fingerprint()
-            self.mixed = shuffled(data.WithUnlabelled(splits["train"], more))
-            log.info("%d unlabelled pictures, which only the distillation sees", len(more))
+            self.unlabelled = data.build_unlabelled(source, recipe.task, seed=seed)
+            self.mixed = shuffled(data.WithUnlabelled(splits["train"], self.unlabelled))
         self.val = data.loader(splits["val"], size, workers, shuffle=False, seed=seed)
         self.scorer = Scorer(recipe.task, self.classes)
         self.resolved = recipe.model_copy(update={"data": source.model_copy(update={"classes": self.classes})})
+
+    def check(self) -> None:
+        """Look at every picture, and keep a fingerprint of each split.
+
+        It can take minutes, so that what is wrong with networks and losses is better said before.
+        """
+        how, source = self.resolved.data.check, self.resolved.data
+        for name, split in self.splits.items():
+            for warning in data.check(split, how):
+                log.warning("%s data: %s", name, warning)
+        for warning in data.compare_splits(self.splits["train"], self.splits["val"], source):
+            log.warning("%s", warning)
+        self.fingerprint = {name: split.fingerprint() for name, split in self.splits.items()}
+        if self.unlabelled is not None:
+            data.check(self.unlabelled, how)
+            self.fingerprint["unlabelled"] = self.unlabelled.fingerprint()
+            log.info("%d unlabelled pictures, which only the distillation sees", len(self.unlabelled))
         log.info("%d training and %d validation pictures, %d classes",
-                 len(splits["train"]), len(splits["val"]), len(self.classes))  # fmt: skip
+                 len(self.splits["train"]), len(self.splits["val"]), len(self.classes))  # fmt: skip
 
 
 def build_network(

@@ -6,7 +6,8 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -88,6 +89,20 @@ def options(name: str, preset: str | None = None, given: Mapping[str, Any] | Non
     except ValidationError as error:
         raise AcamkdError("; ".join(_explain(name, model, entry) for entry in error.errors())) from error
     return {option: getattr(checked, option) for option in merged}
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Within, nothing is said of layers and untrained tokens: it is when the losses are built for good."""
+    loggers = [logging.getLogger(name) for name in ("acamkd.methods", "acamkd.losses")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def build_distiller(student: TaskModel, teacher: TaskModel, entries: Sequence[config.Loss]) -> Distiller:

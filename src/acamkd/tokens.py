@@ -25,7 +25,7 @@ from acamkd.jobs import Batches, build_network, teacher_section
 from acamkd.losses.acam import ACAM, ASCM
 from acamkd.losses.freekd import FrequencyTokens
 from acamkd.losses.maskd import TokenMasks
-from acamkd.methods import build_distiller
+from acamkd.methods import build_distiller, quietly
 from acamkd.models.base import TaskModel
 from acamkd.models.weights import save_tensors
 from acamkd.runs import default_folder
@@ -85,9 +85,10 @@ def learn_tokens(
         for entry in map(uncalibrated, recipe.losses)
     ]
     torch.manual_seed(recipe.train.seed)
-    with _without_warning():
+    with quietly():
         distiller = build_distiller(student, teacher, entries)
     modules = _token_modules(distiller, recipe.name)
+    batches.check()
     distiller.to("cuda" if torch.cuda.is_available() else "cpu")
     courses = _learn(distiller, modules, batches, iterations, lr)
     scores = {
@@ -107,18 +108,6 @@ def _check_file(path: Path, overwrite: bool) -> None:
         raise AcamkdError(f"tokens are written as safetensors: name a file .safetensors, not {path}")
     if path.exists() and not overwrite:
         raise AcamkdError(f"{path} exists: --overwrite replaces it, --out FILE writes elsewhere")
-
-
-@contextmanager
-def _without_warning() -> Iterator[None]:
-    """Keep the losses from warning that their tokens are untrained; that is about to change."""
-    logger = logging.getLogger("acamkd.losses.functional")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _token_modules(distiller: Distiller, name: str) -> dict[str, TokenModule]:

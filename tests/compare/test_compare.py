@@ -300,9 +300,11 @@ def test_the_command_runs_what_is_missing_each_in_its_own_process(
     results = tmp_path / "results"
     loaded = config.load(recipe)
     cells = plan(loaded, ["acam", "fitnet"], 3, results)
-    pictures = Batches(loaded).fingerprint
+    batches = Batches(loaded)
+    batches.check()
     for cell in cells[1:]:
-        fake(cell, results, 40.0 + cell.seed if cell.method == "none" else 42.0 + 1.2 * cell.seed, data=pictures)
+        score = 40.0 + cell.seed if cell.method == "none" else 42.0 + 1.2 * cell.seed
+        fake(cell, results, score, data=batches.fingerprint)
 
     def run(*words: str) -> str:
         monkeypatch.setattr(sys, "argv", ["acamkd", "compare", str(recipe), "--results", str(results), *words])
