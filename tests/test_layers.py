@@ -22,7 +22,7 @@ LAYERS = {
     "engine": 3, "methods": 3, "runs": 3,
     "distiller": 2, "models": 2, "data": 2,
     "losses": 1, "features": 1, "graph": 1, "onnx_model": 1,
-    "config": 0, "errors": 0, "collapse": 0,
+    "config": 0, "errors": 0, "collapse": 0, "files": 0,
 }  # fmt: skip
 
 SAME_LAYER = {

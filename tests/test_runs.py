@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import tiny
 from acamkd import config, models
 from acamkd.errors import AcamkdError
+from acamkd.files import unfinished_name
 from acamkd.runs import LOCK, LOG, RECIPE, Role, Run, as_json, open_run, write_json
 
 
@@ -55,7 +56,7 @@ def test_a_run_is_never_replaced_unasked(tmp_path: Path) -> None:
     (tmp_path / "run" / "history.csv").touch()
     with pytest.raises(AcamkdError, match=r"run already holds a run: --resume continues it, --overwrite replaces it"):
         _enter(_run(tmp_path / "run"), resume=False, overwrite=False)
-    with pytest.raises(AcamkdError, match=r"another recipe or command \(compare recipe.yaml in it\)"):
+    with pytest.raises(AcamkdError, match=r"another recipe or command \(train.epochs was \d+, is 7\)"):
         _enter(_run(tmp_path / "run", epochs=7), resume=True, overwrite=False)
     assert (tmp_path / "run" / "history.csv").exists()
     _enter(_run(tmp_path / "run", epochs=7), resume=False, overwrite=True)
@@ -92,8 +93,10 @@ def test_what_changes_no_figure_may_change_on_resuming(tmp_path: Path) -> None:
     _enter(run, resume=False, overwrite=False)
     changed = config.override(run.recipe, ["data.workers=1", "data.check=headers", "train.checkpoint_every=7"])
     assert _enter(Run(run.folder, changed, "student"), resume=True, overwrite=False) is False
-    with pytest.raises(AcamkdError, match="another recipe or command"):
-        _enter(Run(run.folder, config.override(changed, ["data.root=other"]), "student"), resume=True, overwrite=False)
+    other = config.override(changed, ["data.root=other", "losses.0.name=pkd", "train.seed=3", "train.clip=1"])
+    said = r'command \(data.root was "data", is "other", losses.0.name was "acam", is "pkd", .* and \d more\)'
+    with pytest.raises(AcamkdError, match=said):
+        _enter(Run(run.folder, other, "student"), resume=True, overwrite=False)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -137,7 +140,7 @@ with FileLock({str(run.folder / LOCK)!r}):
 
 def test_a_run_that_could_not_begin_may_begin_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, text: str) -> None:
-        path.with_name(path.name + ".tmp").touch()
+        path.with_name(unfinished_name(path.name)).touch()
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     run = _run(tmp_path / "run")

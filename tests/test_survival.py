@@ -7,6 +7,7 @@ import os
 import signal
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from acamkd.data import base
 from acamkd.data.loading import Pictures
 from acamkd.engine import TrainingModule
 from acamkd.errors import AcamkdError
+from acamkd.files import written_whole
 from acamkd.jobs import distill, train
 
 
@@ -199,19 +201,22 @@ def test_where_nothing_can_be_written_the_last_checkpoint_stays(
 ) -> None:
     raw, folder, written = _raw(root, checkpoint_every=3), tmp_path / "run", 0
 
-    def full(_: int) -> None:
+    @contextmanager
+    def full(path: Path, **options: Any) -> Iterator[Path]:
         nonlocal written
-        written += 1
-        if written == 3:
-            raise OSError(number, os.strerror(number))
+        with written_whole(path, **options) as unfinished:
+            yield unfinished
+            written += 1
+            if written == 3:
+                raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr("acamkd.engine.checkpoint.os.fsync", full)
+        patch.setattr("acamkd.engine.checkpoint.written_whole", full)
         with pytest.raises(
             AcamkdError, match=rf"run: the training stopped: .*{os.strerror(number)}.* --resume goes on"
         ):
             distill(config.parse(raw), out=folder)
-    assert not list(folder.rglob("*.tmp"))
+    assert not list(folder.rglob(".unfinished-*"))
     assert torch.load(folder / runs.CHECKPOINT, weights_only=True)["global_step"] == 6
     distill(config.parse(raw), out=folder, resume=True)
     _same(whole, folder)

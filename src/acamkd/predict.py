@@ -5,11 +5,10 @@ from __future__ import annotations
 import colorsys
 import json
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from acamkd.errors import AcamkdError
+from acamkd.files import written_whole
 from acamkd.onnx_model import OnnxModel, Picture, Prediction, read_picture
 
 log = logging.getLogger(__name__)
@@ -231,15 +231,10 @@ def _save(image: Image.Image, path: Path) -> None:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """A name to write to; the file then appears whole under its own."""
-    # The suffix stays, since Pillow takes the format from it.
-    unfinished = path.with_name(f".unfinished-{path.name}")
+    """`written_whole` in a folder that need not exist yet; AcamkdError where that cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield unfinished
-        os.replace(unfinished, path)
+        with written_whole(path, durable=False) as unfinished:
+            yield unfinished
     except OSError as error:
         raise AcamkdError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):  # the error above says it
-            unfinished.unlink(missing_ok=True)

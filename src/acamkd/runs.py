@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from acamkd import config
 from acamkd.errors import AcamkdError
+from acamkd.files import unfinished_name, written_whole
 
 if TYPE_CHECKING:
     from acamkd.models.base import TaskModel
@@ -37,7 +38,7 @@ LOCK = ".lock"
 TERMINATED = 128 + signal.SIGTERM
 """Exit code of what was asked to end and saved itself: what a shell gives a process that SIGTERM ended."""
 
-_BEGINNING = {LOCK, LOG, RECIPE + ".tmp"}
+_BEGINNING = {LOCK, LOG, unfinished_name(RECIPE)}
 """What a run may leave behind that could not begin."""
 
 PATIENCE = 10.0
@@ -156,11 +157,8 @@ class Run:
             try:
                 self.check_free(resume=resume, overwrite=overwrite)  # again: it may have waited for another process
                 # As JSON, where neither the order of keys nor tuple or list makes a difference.
-                if self.has_begun and resume and _content(config.load(self.folder / RECIPE)) != _content(self.recipe):
-                    raise OtherRunError(
-                        f"{self.folder} was made by another recipe or command (compare {RECIPE} in it): "
-                        "resume with the same recipe and overrides, or write elsewhere with --out"
-                    )
+                if self.has_begun and resume:
+                    self._check_same()
                 if self.has_begun and not resume:
                     _empty(self.folder)
                 (self.folder / LOG).touch()
@@ -185,6 +183,16 @@ class Run:
             names = {file.name for file in self.folder.iterdir()}
             if names and not (LOCK in names and names <= _BEGINNING):
                 raise AcamkdError(f"{self.folder} exists and is not a run: choose another folder with --out")
+
+    def _check_same(self) -> None:
+        """Raise OtherRunError where the folder's recipe would have come to another outcome."""
+        changes = list(_changes(_content(config.load(self.folder / RECIPE)), _content(self.recipe)))
+        if changes:
+            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+            raise OtherRunError(
+                f"{self.folder} was made by another recipe or command ({', '.join(changes[:3])}{more}): "
+                "resume with the same recipe and overrides, or write elsewhere with --out"
+            )
 
     def _unwritable(self, error: OSError) -> AcamkdError:
         return AcamkdError(f"cannot write the run folder {self.folder}: {error.strerror or error}")
@@ -255,9 +263,8 @@ def load_student(run: Path | str) -> TaskModel:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is either there whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with written_whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Mapping[Any, Any]) -> None:
@@ -282,6 +289,26 @@ def _empty(folder: Path) -> None:
 def _content(recipe: config.Recipe) -> dict[str, Any]:
     """What the outcome depends on."""
     return recipe.model_dump(mode="json", exclude={"data": {"workers", "check"}, "train": {"checkpoint_every"}})
+
+
+_MISSING = "not given"
+
+
+def _changes(before: Any, now: Any, key: str = "") -> Iterator[str]:
+    """Where two contents differ: keys as `--set` names them, with both values."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in {**before, **now}:
+            was, is_now = (content.get(name, _MISSING) for content in (before, now))
+            yield from _changes(was, is_now, f"{key}.{name}" if key else str(name))
+    elif before != now:
+        yield f"{key} was {_short(before)}, is {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = value if value is _MISSING else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:28]} ... {text[-28:]}"
 
 
 def _percent(score: float | None) -> str:

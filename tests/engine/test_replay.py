@@ -88,7 +88,7 @@ def test_a_resumed_run_has_the_same_replay(
     assert resumed.keys() == expected.keys()
     for name, array in expected.items():
         assert np.array_equal(resumed[name], array), name
-    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert not list((tmp_path / "run").glob(".unfinished-*"))
 
 
 def _model(channels: int) -> Segmenter:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import signal
 import threading
 from contextlib import suppress
@@ -18,6 +17,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from acamkd.data.loading import PictureLoader
 from acamkd.errors import AcamkdError
+from acamkd.files import written_whole
 from acamkd.models.weights import DamagedFileError, read_file
 from acamkd.runs import CHECKPOINT, PREVIOUS, TERMINATED
 
@@ -59,20 +59,10 @@ class CheckpointFiles(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a file beside `path` and move it there; what `path` held before becomes PREVIOUS."""
         path = Path(path)
-        unfinished = path.with_name(path.name + ".tmp")
         content = io.BytesIO()  # torch.save would turn a full disk into a RuntimeError about positions
         torch.save(checkpoint, content)
-        try:
-            with unfinished.open("wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())  # or a power cut leaves the new name with nothing behind it
-            if path.exists():
-                path.replace(path.with_name(PREVIOUS))
-            unfinished.replace(path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
+        with written_whole(path, previous=path.with_name(PREVIOUS)) as unfinished:
+            unfinished.write_bytes(content.getbuffer())
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,6 +19,7 @@ from acamkd.data import PictureDataset
 from acamkd.distiller import Distiller
 from acamkd.engine.module import TrainingModule
 from acamkd.features import FeatureTap
+from acamkd.files import written_whole
 from acamkd.losses.base import DistillationContext, HeadLoss
 from acamkd.losses.functional import dice_overlap
 from acamkd.models.base import Batch, keeping_modes
@@ -93,11 +93,9 @@ class Replay(Callback):
         self._write()
 
     def _write(self) -> None:
-        temporary = self.file.with_name(self.file.name + ".tmp")
-        with temporary.open("wb") as file:
-            stacked = {name: np.stack([moment[name] for moment in self.moments]) for name in self.moments[0]}
-            np.savez(file, **stacked, pictures=np.array(self.chosen))  # type: ignore[arg-type]
-        os.replace(temporary, self.file)
+        stacked = {name: np.stack([moment[name] for moment in self.moments]) for name in self.moments[0]}
+        with written_whole(self.file) as unfinished:
+            np.savez(unfinished, **stacked, pictures=np.array(self.chosen))  # type: ignore[arg-type]
 
 
 def read_moments(file: Path) -> list[Arrays]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import logging
 import math
-import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from acamkd.engine.metrics import gathered, own_part
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.nonfinite import NonFinite
 from acamkd.errors import AcamkdError
+from acamkd.files import written_whole
 from acamkd.models.weights import save_weights
 
 log = logging.getLogger(__name__)
@@ -123,12 +123,13 @@ class Recorder(Callback):
 
     def _write_history(self) -> None:
         columns = list(dict.fromkeys(name for row in self.history for name in row))
-        temporary = self.folder / "history.csv.tmp"
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with (
+            written_whole(self.folder / "history.csv") as unfinished,
+            unfinished.open("w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(self.history)
-        os.replace(temporary, self.folder / "history.csv")
 
     def _say(self, epoch: int, epochs: int, losses: dict[str, float], scores: dict[str, float]) -> None:
         sums: dict[str, float] = {}

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from acamkd.errors import AcamkdError, nearest
+from acamkd.files import written_whole
 from acamkd.models.base import TaskModel
 from acamkd.models.convert import convention_of, to_torchvision
 
@@ -151,9 +152,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write tensors of any device likewise."""
     # Clones, since safetensors refuses tensors that share memory, and every name must be in the file.
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_bytes(save(state))  # save_file would make it unreadable to everybody else
-    unfinished.replace(path)
+    with written_whole(path) as unfinished:
+        unfinished.write_bytes(save(state))  # save_file would make it unreadable to everybody else
 
 
 def inherit(student: TaskModel, teacher: TaskModel, parts: Sequence[str]) -> None:

@@ -1,0 +1,37 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+def unfinished_name(name: str) -> str:
+    """Under which a file is written first; its suffix stays, since Pillow takes the format from it."""
+    return f".unfinished-{name}"
+
+
+@contextmanager
+def written_whole(path: Path, *, previous: Path | None = None, durable: bool = True) -> Iterator[Path]:
+    """A file to write to, which takes the place of `path` at the end; after an error, `path` is as it was.
+
+    Args:
+        path: Where it is to be.
+        previous: Where to keep what was there; nothing = it is replaced.
+        durable: Wait until it is on the disk, or a power cut leaves the name with nothing behind it.
+    """
+    unfinished = path.with_name(unfinished_name(path.name))
+    try:
+        yield unfinished
+        if durable:
+            with unfinished.open("rb+") as file:
+                os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            path.replace(previous)
+        unfinished.replace(path)
+    except BaseException:
+        with suppress(OSError):  # the error above is the one to tell
+            unfinished.unlink(missing_ok=True)
+        raise
