@@ -32,11 +32,13 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 from acamkd import jobs
+from acamkd.distiller import Distiller
 from acamkd.engine import find_checkpoint
 from acamkd.losses import ACAM, acam, attention
 from acamkd.losses.functional import standardize
 from acamkd.losses.masks import Masks
 from acamkd.methods import build_distiller
+from acamkd.models.base import Batch
 from acamkd.models.weights import read_file
 from acamkd.runs import open_run
 
@@ -116,23 +118,38 @@ def train(loss: ACAM, student: Tensor, teacher: Tensor, steps: int) -> None:
         optimizer.step()
 
 
-@torch.no_grad()
-def of_run(folder: Path) -> Iterator[tuple[ACAM, Tensor, Tensor]]:
-    """Each ACAM of a run as its last epoch left it, with student's and teacher's maps of some validation pictures."""
+def trained(folder: Path) -> tuple[Distiller, jobs.Batches]:
+    """A run's student and losses as its last epoch left them, and its data."""
     run, file = open_run(folder), find_checkpoint(folder)
     if file is None:
         raise SystemExit(f"{folder} has no checkpoint, which alone holds what makes the masks")
-    batches = jobs.Batches(run.recipe)
     distiller = build_distiller(run.load(), run.load_teacher(), run.recipe.losses).eval()
     state = read_file(file)["state_dict"]
     prefix = "distiller."
     distiller.load_state_dict({name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)})
-    images, _ = next(iter(batches.val))
+    return distiller, jobs.Batches(run.recipe)
+
+
+@torch.no_grad()
+def seen_by_masks(distiller: Distiller, batch: Batch) -> list[tuple[ACAM, Tensor, Tensor]]:
+    """Each ACAM with student's and teacher's maps of a batch."""
     found: list[tuple[ACAM, Tensor, Tensor]] = []
-    for loss in distiller.losses:
-        if isinstance(loss, ACAM):
-            loss.register_forward_pre_hook(lambda loss, given: found.append((loss, given[0], given[1])))
-    distiller(distiller.student.prepare(images), labelled=False)
+    hooks = [
+        loss.register_forward_pre_hook(lambda loss, given: found.append((loss, given[0], given[1])))
+        for loss in distiller.losses
+        if isinstance(loss, ACAM)
+    ]
+    distiller(batch, labelled=False)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def of_run(folder: Path) -> Iterator[tuple[ACAM, Tensor, Tensor]]:
+    """Each ACAM of a run on levels that pooling changes, with student's and teacher's maps of validation pictures."""
+    distiller, batches = trained(folder)
+    images, _ = next(iter(batches.val))
+    found = seen_by_masks(distiller, distiller.student.prepare(images))
     yield from ((loss, student, teacher) for loss, student, teacher in found if teacher[0, 0].numel() > min(KEYS))
 
 

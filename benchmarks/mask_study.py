@@ -12,7 +12,7 @@ from torch import Tensor
 
 from acamkd.losses.acam import ACAM
 from acamkd.losses.base import DistillationContext
-from acamkd.losses.functional import imitation_errors, safe_divide
+from acamkd.losses.functional import imitation_errors, masked_error, safe_divide
 from acamkd.losses.masks import Masks
 
 
@@ -30,10 +30,44 @@ class Shuffled(ACAM):
         errors = imitation_errors(self.align(student), teacher, self.kinds, self.imitation, self.temperature)
         for kind, mask in masks._asdict().items():
             if mask is not None:
-                shuffled = mask.flatten(2).roll(1, dims=0)
-                norms = torch.einsum("nmk,nk->nm", shuffled.square(), errors[kind])
-                terms[kind] = self.weight * safe_divide(norms, shuffled.sum(dim=2)).mean()
+                terms[kind] = self.weight * masked_error(errors[kind], self.misplaced(mask).flatten(2)).mean()
         return terms
+
+    def misplaced(self, mask: Tensor) -> Tensor:
+        """(N, M, C) or (N, M, H, W), where they do not belong."""
+        return mask.roll(1, dims=0)
+
+
+class Moved(Shuffled):
+    """Control: masks moved by half the picture's height, so that they miss what they were made for.
+
+    Pictures of a data set can be so alike that the masks of another one fit as well.
+    """
+
+    def misplaced(self, mask: Tensor) -> Tensor:
+        """(N, M, H, W), cyclically; a level of one row stays."""
+        if mask.dim() != 4:
+            raise ValueError("only spatial masks can be moved: set masks: spatial")
+        return mask.roll(mask.shape[2] // 2, dims=2)
+
+
+class HalfOpen(ACAM):
+    """Control: untrained masks that are as hard as trained ones and open about half of each picture.
+
+    With `mask_source: random`. The logits of each mask and picture are standardised and stretched, so that these masks
+    vary by 0.46, as learnt ones do, where untrained ones vary by 0.2: they differ only in where they are open.
+    """
+
+    def _masks(self, student: Tensor, teacher: Tensor) -> Masks:
+        masks = super()._masks(student, teacher)
+        hard = [None if mask is None else torch.sigmoid(10 * self._standardized(mask)) for mask in masks]
+        return Masks(*hard)
+
+    @staticmethod
+    def _standardized(mask: Tensor) -> Tensor:
+        logits = torch.logit(mask, eps=1e-6).flatten(2)
+        centred = logits - logits.mean(dim=2, keepdim=True)
+        return safe_divide(centred, centred.square().mean(dim=2, keepdim=True).sqrt()).view_as(mask)
 
 
 class DegreeZero(ACAM):

@@ -9,7 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+
+import tiny_recipes
+from acamkd.data.scenes import CLASSES
+from acamkd.jobs import distill
+from acamkd.losses.base import DistillationContext
+from acamkd.losses.functional import imitation_errors, masked_error
+from acamkd.models.base import Task
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,3 +64,34 @@ def test_halving_keeps_few_labels(tmp_path: Path) -> None:
     few = json.loads((half / "annotations/instances_few.json").read_text())
     assert [image["file_name"] for image in few["images"]] == ["0.jpg", "2.jpg", "4.jpg"]
     assert [entry["bbox"] for entry in few["annotations"]] == [[1, 0, 2, 3]] * 3
+
+
+def test_controls_differ_from_acam_in_what_they_are_named_after() -> None:
+    study = runpy.run_path(str(ROOT / "benchmarks/mask_study.py"))
+    torch.manual_seed(0)
+    student, teacher = 3 * torch.randn(2, 5, 12, 16), 3 * torch.randn(2, 5, 12, 16)
+    for control, shift in (("Shuffled", (1, 0)), ("Moved", (0, 6))):
+        loss = study[control](5, 5)
+        term = loss.terms(student, teacher, DistillationContext())["spatial"]
+        masks = loss.masks_of(student, teacher).spatial.roll(shift, dims=(0, 2)).flatten(2)
+        errors = imitation_errors(student, teacher, ("spatial",), "standardized")["spatial"]
+        torch.testing.assert_close(term, masked_error(errors, masks).mean())
+    with pytest.raises(ValueError, match="only spatial masks can be moved"):
+        study["Moved"](5, 5, masks="both").terms(student, teacher, DistillationContext())
+    masks = study["HalfOpen"](5, 5, mask_source="random", mask_grad="detached").masks_of(student, teacher).spatial
+    assert masks.mean().item() == pytest.approx(0.5, abs=0.03)
+    assert masks.flatten(2).std(dim=2).mean().item() == pytest.approx(0.46, abs=0.02)
+
+
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_where_masks_point_is_told_for_every_class(task: Task, tmp_path: Path) -> None:
+    losses = [{"name": "acam", "pairs": [tiny_recipes.PAIRS[task]]}]
+    run = distill(tiny_recipes.write_recipe(tmp_path, task, losses=losses), out=tmp_path / "run")
+    command = [sys.executable, str(ROOT / "benchmarks/mask_places.py"), str(run.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
+    figures = {row[0]: (float(row[1].removesuffix(" %")), float(row[2])) for row in rows[2:]}
+    thirds = [figures.pop(name) for name in ("top", "middle", "bottom")]
+    assert sum(share * weight for share, weight in thirds) == pytest.approx(100, abs=2)
+    assert {"background"} < figures.keys() <= {"background", *CLASSES}

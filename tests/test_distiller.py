@@ -186,7 +186,7 @@ def test_statistics_have_the_losses_names(student: Tiny, teacher: Tiny, batch: B
     distiller = Distiller(student, teacher, [BODY, None], [ACAM(4, 6, masks="spatial"), Heads()])
     assert distiller.statistics() == {}
     distiller(batch)
-    figures = ("mask", "mask_std", "mask_entropy", "mask_overlap", "mask_correlation")
+    figures = ("mask", "mask_std", "mask_entropy", "mask_overlap", "mask_correlation", "mask_weight_std")
     assert list(distiller.statistics()) == [f"body/acam/spatial_{figure}" for figure in figures]
     assert 0 < distiller.statistics()["body/acam/spatial_mask"].item() < 1
 

@@ -131,6 +131,9 @@ def test_the_page_shows_how_masks_moved() -> None:
     dead = {"0/acam/spatial_mask_std": [0.1, None, 0.0]}
     cells = [cell("none", 0, 40.0), cell("acam", 0, 42.0, ("acam",), masks=course | dead)]
     cells.append(cell("acam", 1, 42.0, ("acam",), masks={name: [0.5, 0.3, 0.2] for name in course}))
+    cells.append(cell("acam-b", 1, 41.0, ("acam",), masks={"0/acam/spatial_mask_weight_std": [0.1, 0.2, 0.3]}))
     page = markdown(summarize(cells), cells)
-    assert "| `acam` | spatial | 0.5, 0.3, 0.2 | 0.1, nan, 0 | - | - | - |" in page
+    assert "| method | masks | mean | std | weight std |" in page  # of what no cell has there is no column
+    assert "| `acam` | spatial | 0.5, 0.3, 0.2 | 0.1, nan, 0 | - |" in page
+    assert "| `acam-b` | spatial | - | - | 0.1, 0.2, 0.3 |" in page
     assert "## Masks" not in markdown(summarize(cells[:1]), cells[:1])

@@ -262,7 +262,8 @@ def test_every_term_and_mask_mean_is_in_both_tables_from_the_first_step(tmp_path
     terms = [f"loss/{layer}/acam/{term}" for layer in (0, 1) for term in ("channel", "spatial", "diversity")]
     terms += ["loss/1/fitnet/feature", "loss/task/cross_entropy"]
     means = [f"{layer}/acam/{kind}_mask" for layer in (0, 1) for kind in ("channel", "spatial")]
-    masks = means + [f"{mean}_{what}" for mean in means for what in ("std", "entropy", "overlap", "correlation")]
+    figures = ("std", "entropy", "overlap", "correlation", "weight_std")
+    masks = means + [f"{mean}_{figure}" for mean in means for figure in figures]
     history = rows(tmp_path / "history.csv")
     assert [(row["epoch"], row["step"]) for row in history] == [("1", "3"), ("2", "6")]
     assert set(history[0]) == {"epoch", "step", "mIoU", "IoU/a", "IoU/b", "loss", *terms, *masks}

@@ -38,6 +38,10 @@ def test_statistics_tell_a_living_mask_from_a_dead_one() -> None:
     torch.testing.assert_close(statistics["mask_correlation"], torch.tensor(0.0), atol=1e-6, rtol=0)
     torch.testing.assert_close(mask_statistics(rising[:, :1], error)["mask_correlation"], torch.tensor(1.0))
     torch.testing.assert_close(statistics["mask_overlap"], torch.tensor(20 / 55))  # 2 (1 4 + 2 3) / (1 + 4 + ... + 25)
+    halves = torch.tensor([[[1.0, 0, 1, 0], [0, 1, 0, 1]], [[1, 0, 1, 0], [1, 0, 1, 0]]])  # they cancel, and they agree
+    for masks, spread in zip(halves, (0.0, 1.0), strict=True):
+        weights = mask_statistics(masks[None], error[:1, :4])["mask_weight_std"]
+        torch.testing.assert_close(weights, torch.tensor(spread))
     dead = mask_statistics(torch.full((2, 2, 6), 0.5), error)
     assert dead["mask_std"] == dead["mask_correlation"] == 0
     assert dead["mask_overlap"] == 1

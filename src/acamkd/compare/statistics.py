@@ -20,7 +20,7 @@ LEVEL = 0.05
 SEEDS_NEEDED = 3
 RESAMPLES = 9999
 
-STATISTICS = ("", "_std", "_entropy", "_overlap", "_correlation")
+STATISTICS = ("", "_std", "_entropy", "_overlap", "_correlation", "_weight_std")
 """Endings of the columns that tell how masks move, after KIND_mask."""
 
 

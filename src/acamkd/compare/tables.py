@@ -97,13 +97,15 @@ def _classes(rows: Sequence[Row], cells: Cells) -> list[str]:
 
 def _masks(rows: Sequence[Row], cells: Cells) -> list[str]:
     """How the masks moved: every statistic in the first, the middle and the last epoch."""
-    lines = [
-        f"| `{method}` | {kind} | {' | '.join(_course(courses.get(statistic)) for statistic in STATISTICS)} |"
-        for (method, kind), courses in mask_courses(rows, cells).items()
-    ]
-    if not lines:
+    found = mask_courses(rows, cells)
+    if not found:
         return []
-    columns = [statistic.removeprefix("_") or "mean" for statistic in STATISTICS]
+    known = [statistic for statistic in STATISTICS if any(statistic in courses for courses in found.values())]
+    lines = [
+        f"| `{method}` | {kind} | {' | '.join(_course(courses.get(statistic)) for statistic in known)} |"
+        for (method, kind), courses in found.items()
+    ]
+    columns = [statistic.removeprefix("_").replace("_", " ") or "mean" for statistic in known]
     head = ["", "## Masks: first, middle and last epoch", "", f"| method | masks | {' | '.join(columns)} |"]
     return [*head, "|---" * (len(columns) + 2) + "|", *lines]
 

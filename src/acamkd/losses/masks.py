@@ -62,18 +62,22 @@ def mask_statistics(mask: Tensor, error: Tensor) -> dict[str, Tensor]:
 
     Returns:
         `mask`, the mean; `mask_std` over the K channels or positions; `mask_entropy` in bits; `mask_overlap`, the
-        pairwise Dice overlap; `mask_correlation` with the error.
+        pairwise Dice overlap; `mask_correlation` with the error; `mask_weight_std`, how far the weights vary that all
+        masks together give to the errors, mean_m M^2 / sum M, relative to their mean. Hard masks that differ can
+        give equal weights.
     """
     inside = mask.clamp(1e-6, 1 - 1e-6)
     entropy = -(inside * inside.log2() + (1 - inside) * (1 - inside).log2())
     centred, error = mask - mask.mean(dim=2, keepdim=True), error - error.mean(dim=1, keepdim=True)
     norms = centred.norm(dim=2) * error.norm(dim=1, keepdim=True)
+    weights = safe_divide(mask.square(), mask.sum(dim=2, keepdim=True)).mean(dim=1)  # (N, K), as in `masked_error`
     return {
         "mask": mask.mean(),
         "mask_std": centred.square().mean(dim=2).sqrt().mean(),
         "mask_entropy": entropy.mean(),
         "mask_overlap": dice_overlap(mask),
         "mask_correlation": safe_divide(torch.einsum("nmk,nk->nm", centred, error), norms).mean(),
+        "mask_weight_std": safe_divide(weights.std(dim=1, correction=0), weights.mean(dim=1)).mean(),
     }
 
 
