@@ -19,7 +19,8 @@ from acamkd.losses.masks import Masks
 class Shuffled(ACAM):
     """Control: every picture is imitated under the masks of the picture before it in the batch.
 
-    The masks learn as in ACAM. If they do as well on the wrong picture, where they look is not why they help.
+    The masks learn as in ACAM. If they do as well on the wrong picture, they need not be of the right one; but pictures
+    that are alike, as a driving car's, may share the right places.
     """
 
     def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
@@ -41,7 +42,7 @@ class Shuffled(ACAM):
 class Moved(Shuffled):
     """Control: masks moved by half the picture's height, so that they miss what they were made for.
 
-    Pictures of a data set can be so alike that the masks of another one fit as well.
+    The masks learn as in ACAM, but for a student that imitates elsewhere, so that they come to be others.
     """
 
     def misplaced(self, mask: Tensor) -> Tensor:
@@ -51,11 +52,31 @@ class Moved(Shuffled):
         return mask.roll(mask.shape[2] // 2, dims=2)
 
 
+class Steady(ACAM):
+    """sum M^2 e / sum M^2 in place of sum M^2 e / sum M, so that masks do not pull harder as they harden.
+
+    Of soft masks, around 1/2, the latter is half as strong as of hard ones, and `weight: auto` is set at the start.
+    """
+
+    def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
+        """As ACAM, each mask's term divided by its strength, sum M^2 / sum M."""
+        terms = super().terms(student, teacher, context)
+        with torch.no_grad():
+            masks = self._masks(self.align(student), teacher)
+        errors = imitation_errors(self.align(student), teacher, self.kinds, self.imitation, self.temperature)
+        for kind, mask in masks._asdict().items():
+            if mask is not None:
+                mask = mask.flatten(2)
+                collected = torch.einsum("nmk,nk->nm", mask.square(), errors[kind])
+                terms[kind] = self.weight * safe_divide(collected, mask.square().sum(dim=2)).mean()
+        return terms
+
+
 class HalfOpen(ACAM):
     """Control: untrained masks that are as hard as trained ones and open about half of each picture.
 
     With `mask_source: random`. The logits of each mask and picture are standardised and stretched, so that these masks
-    vary by 0.46, as learnt ones do, where untrained ones vary by 0.2: they differ only in where they are open.
+    vary by 0.46, as learnt ones do, where untrained ones vary by 0.2.
     """
 
     def _masks(self, student: Tensor, teacher: Tensor) -> Masks:

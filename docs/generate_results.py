@@ -1,8 +1,8 @@
 """Write the tables and figures in the pages anew from the cells in benchmarks/results: python docs/generate_results.py.
 
 A page says where: what stands between `<!-- cells: NAME METHOD ... -->` and `<!-- end -->` is of these methods, or of
-all where none is named, in benchmarks/results/NAME; between `<!-- ablations: NAME NAME -->` and `<!-- end -->`, the
-paper's ablations beside those of two comparisons.
+all where none is named, in benchmarks/results/NAME. Between `<!-- ablations: NAME NAME -->` and `<!-- end -->` are the
+paper's ablations beside those of two comparisons, with `controls` in that place ACAM's controls, seed by seed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from acamkd.compare.statistics import Row, paired, summarize
 HERE = Path(__file__).parent
 CELLS = HERE.parent / "benchmarks/results"
 BLOCK = re.compile(r"(<!-- cells: (\w+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-ABLATIONS_BLOCK = re.compile(r"(<!-- ablations: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+AGAINST_DEFAULT = re.compile(r"(<!-- (ablations|controls): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 DEFAULT = "acam"
 ABLATIONS = (
@@ -37,13 +37,29 @@ ABLATIONS = (
 )
 """What is varied, how, the method of the recipes, and mAP of a RetinaNet on COCO in the paper's tables 8 to 10."""
 
+CONTROLS = (
+    ("no masks: the same imitation", "pkd"),
+    ("... twice as strong", "pkd-16"),
+    ("masks of ones, of both kinds", "acam-uniform"),
+    ("masks fixed beforehand, nearly constant in a picture", "acam-fixed"),
+    ("untrained masks, soft", "acam-random"),
+    ("untrained masks, as hard as learnt ones", "acam-half-open"),
+    ("... twice as strong", "acam-half-open-16"),
+    ("learnt masks, half the picture's height from where they belong", "acam-moved"),
+    ("learnt masks that do not pull harder as they harden", "acam-steady"),
+    ("learnt masks, each laid on another picture", "acam-shuffled"),
+    ("masks that learn from the teacher alone", "acam-teacher"),
+    ("learnt masks without the diversity term", "acam-agree"),
+)
+"""What stands in the place of ACAM's masks, and the method of the recipes."""
+
 Cells: TypeAlias = list[Mapping[str, Any]]
 
 
 def pages() -> dict[str, str]:
     """Every page with such blocks, by file name."""
-    found = {page: text for page, text in _texts() if BLOCK.search(text) or ABLATIONS_BLOCK.search(text)}
-    return {page.name: ABLATIONS_BLOCK.sub(_ablations, BLOCK.sub(_block(page), text)) for page, text in found.items()}
+    found = {page: text for page, text in _texts() if BLOCK.search(text) or AGAINST_DEFAULT.search(text)}
+    return {page.name: AGAINST_DEFAULT.sub(_against, BLOCK.sub(_block(page), text)) for page, text in found.items()}
 
 
 def figures() -> Iterator[tuple[Path, list[Row], Cells]]:
@@ -93,22 +109,39 @@ def _block(page: Path) -> Callable[[re.Match[str]], str]:
     return write
 
 
-def _ablations(match: re.Match[str]) -> str:
-    """Every ablation against the default on the seeds that both have."""
-    begin, names, end = match.groups()
+def _against(match: re.Match[str]) -> str:
+    """Every ablation or control against the default on the seeds that both have."""
+    begin, kind, names, end = match.groups()
     comparisons = {name: _cells(name)[0] for name in names.split()}
     heads = [f"`{name}`, {cells[0]['metric']}" for name, cells in comparisons.items()]
-    lines = [f"| | | the paper, mAP | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]
-    for what, how, method, published in ABLATIONS:
-        figures = " | ".join(_against_default(cells, method) for cells in comparisons.values())
-        lines.append(f"| {what} | {how} (`{method}`) | {published} | {figures} |")
+    if kind == "ablations":
+        lines = [f"| | | the paper, mAP | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]
+        for what, how, method, published in ABLATIONS:
+            figures = " | ".join(_against_default(cells, method) for cells in comparisons.values())
+            lines.append(f"| {what} | {how} (`{method}`) | {published} | {figures} |")
+    else:
+        lines = [f"| against `{DEFAULT}` | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+        for what, method in CONTROLS:
+            figures = " | ".join(_seed_by_seed(cells, method) for cells in comparisons.values())
+            lines.append(f"| {what} (`{method}`) | {figures} |")
     return "\n".join([begin, *lines, "", end])
 
 
+def _scores(cells: Cells, method: str) -> dict[int, float]:
+    return {cell["seed"]: cell["history"][-1] for cell in cells if cell["method"] == method}
+
+
+def _seed_by_seed(cells: Cells, method: str) -> str:
+    scores, usual = _scores(cells, method), _scores(cells, DEFAULT)
+    each = [f"{scores[seed] - usual[seed]:+.1f}" for seed in sorted(scores.keys() & usual.keys())]
+    if len(each) < 2:
+        return ", ".join(each) or tables.DASH
+    difference = paired(scores, usual, DEFAULT)
+    return f"{', '.join(each)}: {difference.mean:+.1f}, p {difference.p:.2f}"
+
+
 def _against_default(cells: Cells, method: str) -> str:
-    scores, usual = (
-        {cell["seed"]: cell["history"][-1] for cell in cells if cell["method"] == name} for name in (method, DEFAULT)
-    )
+    scores, usual = _scores(cells, method), _scores(cells, DEFAULT)
     if method == DEFAULT:
         return f"{mean(scores.values()):.2f}, n {len(scores)}"
     difference = paired(scores, usual, DEFAULT)

@@ -78,6 +78,10 @@ def test_controls_differ_from_acam_in_what_they_are_named_after() -> None:
         torch.testing.assert_close(term, masked_error(errors, masks).mean())
     with pytest.raises(ValueError, match="only spatial masks can be moved"):
         study["Moved"](5, 5, masks="both").terms(student, teacher, DistillationContext())
+    steady = study["Steady"](5, 5)
+    term = steady.terms(student, teacher, DistillationContext())["spatial"]
+    squares = steady.masks_of(student, teacher).spatial.flatten(2).square()
+    torch.testing.assert_close(term, (torch.einsum("nmk,nk->nm", squares, errors) / squares.sum(dim=2)).mean())
     masks = study["HalfOpen"](5, 5, mask_source="random", mask_grad="detached").masks_of(student, teacher).spatial
     assert masks.mean().item() == pytest.approx(0.5, abs=0.03)
     assert masks.flatten(2).std(dim=2).mean().item() == pytest.approx(0.46, abs=0.02)
