@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,8 +20,12 @@ import torch.nn.functional as F
 from economical_masks import seen_by_masks, trained
 from torch import Tensor
 
-from acamkd.losses.functional import imitation_errors, safe_divide
+from acamkd.losses import ACAM
+from acamkd.losses.functional import imitation_errors
+from acamkd.losses.masks import mask_weights
 from acamkd.models.base import VOID, Batch
+
+THIRDS = ("top", "middle", "bottom")
 
 
 def classes_at(batch: Batch, size: tuple[int, int]) -> Tensor:
@@ -39,6 +44,32 @@ def classes_at(batch: Batch, size: tuple[int, int]) -> Tensor:
 
 
 @torch.no_grad()
+def level(loss: ACAM, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Weight and error of every position, (N, H, W) and relative to the picture's mean; nothing without thirds."""
+    mask = loss.masks_of(student, teacher).spatial
+    if mask is None or mask.shape[2] < len(THIRDS):
+        return None
+    aligned, teacher = loss._to_common_form(student, teacher)
+    kinds = ("spatial",)
+    error = imitation_errors(loss.align(aligned), teacher, kinds, loss.imitation, loss.temperature)["spatial"]
+    weight, error = (x / x.mean(dim=1, keepdim=True) for x in (mask_weights(mask.flatten(2)), error))
+    return weight.view(-1, *mask.shape[2:]), error.view(-1, *mask.shape[2:])
+
+
+def places(batch: Batch, size: tuple[int, int], names: Sequence[str]) -> Iterator[tuple[str, float, Tensor]]:
+    """Where each of the classes is, and each third: its name, share of the positions, and (N, H, W) of booleans."""
+    label_maps = classes_at(batch, size)
+    known = (label_maps != VOID).sum()
+    for index, name in enumerate(names):
+        where = label_maps == index
+        if where.any():
+            yield name, (where.sum() / known).item(), where
+    third = torch.cat([torch.full((len(rows),), k) for k, rows in enumerate(torch.arange(size[0]).tensor_split(3))])
+    for index, name in enumerate(THIRDS):
+        where = (third == index)[:, None].expand_as(label_maps)
+        yield name, where.float().mean().item(), where
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,32 +80,16 @@ def main() -> None:
     spread: list[float] = []
     for images, targets in batches.val:
         batch = distiller.student.prepare(images, targets)
-        for loss, student, teacher in seen_by_masks(distiller, batch):
-            mask = loss.masks_of(student, teacher).spatial
-            if mask is None or mask.shape[2] < 3:
-                continue
-            mask, size = mask.flatten(2), (mask.shape[2], mask.shape[3])
-            weight = safe_divide(mask.square(), mask.sum(dim=2, keepdim=True)).mean(dim=1)  # (N, HW)
-            aligned = loss.align(loss._to_common_form(student, teacher)[0])
-            error = imitation_errors(aligned, teacher, ("spatial",), loss.imitation, loss.temperature)["spatial"]
-            weight, error = (x / x.mean(dim=1, keepdim=True) for x in (weight, error))
-            spread.append(weight.std(dim=1, correction=0).mean().item())
-            places = classes_at(batch, size).flatten(1)
-            known = places != VOID
-            for index, name in enumerate(names):
-                where = places == index
-                if where.any():
-                    share = (where.sum() / known.sum()).item()
-                    found[name].append((share, weight[where].mean().item(), error[where].mean().item()))
-            thirds = (x.view(-1, *size).tensor_split(3, 1) for x in (weight, error))
-            for name, of_weight, of_error in zip(("top", "middle", "bottom"), *thirds, strict=True):
-                share = of_weight[0].numel() / weight.shape[1]
-                found[name].append((share, of_weight.mean().item(), of_error.mean().item()))
+        for seen in filter(None, (level(*maps) for maps in seen_by_masks(distiller, batch))):
+            weight, error = seen
+            spread.append(weight.flatten(1).std(dim=1, correction=0).mean().item())
+            for name, share, where in places(batch, (weight.shape[1], weight.shape[2]), names):
+                found[name].append((share, weight[where].mean().item(), error[where].mean().item()))
     print(f"deviation of the weight: {sum(spread) / len(spread):.2f}\n")
     print("| | share | weight | error |\n|---|---:|---:|---:|")
     for name, figures in found.items():
-        share, weight, error = torch.tensor(figures).mean(dim=0).tolist()
-        print(f"| {name} | {100 * share:.1f} % | {weight:.2f} | {error:.2f} |")
+        share, weight_there, error_there = torch.tensor(figures).mean(dim=0).tolist()
+        print(f"| {name} | {100 * share:.1f} % | {weight_there:.2f} | {error_there:.2f} |")
 
 
 if __name__ == "__main__":

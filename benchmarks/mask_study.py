@@ -16,23 +16,36 @@ from acamkd.losses.functional import imitation_errors, masked_error, safe_divide
 from acamkd.losses.masks import Masks
 
 
-class Shuffled(ACAM):
-    """Control: every picture is imitated under the masks of the picture before it in the batch.
-
-    The masks learn as in ACAM. If they do as well on the wrong picture, they need not be of the right one; but pictures
-    that are alike, as a driving car's, may share the right places.
-    """
+class OtherTerm(ACAM):
+    """ACAM with another imitation under its masks, which learn as usual."""
 
     def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
-        """As ACAM, with the imitation under shuffled masks."""
+        """As ACAM, but for `channel` and `spatial`, which are of `imitation_under`."""
         terms = super().terms(student, teacher, context)
-        with torch.no_grad():
-            masks = self._masks(self.align(student), teacher)
-        errors = imitation_errors(self.align(student), teacher, self.kinds, self.imitation, self.temperature)
+        aligned = self.align(student)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.mask_grad == "joint"):
+            masks = self._masks(aligned, teacher)
+        errors = imitation_errors(aligned, teacher, self.kinds, self.imitation, self.temperature)
         for kind, mask in masks._asdict().items():
             if mask is not None:
-                terms[kind] = self.weight * masked_error(errors[kind], self.misplaced(mask).flatten(2)).mean()
+                terms[kind] = self.weight * self.imitation_under(mask, errors[kind]).mean()
         return terms
+
+    def imitation_under(self, mask: Tensor, error: Tensor) -> Tensor:
+        """(N, M) of masks (N, M, C) or (N, M, H, W) and errors (N, C) or (N, HW)."""
+        raise NotImplementedError
+
+
+class Shuffled(OtherTerm):
+    """Control: every picture is imitated under the masks of the picture before it in the batch.
+
+    If they do as well on the wrong picture, they need not be of the right one; but pictures that are alike, as a
+    driving car's, may share the right places.
+    """
+
+    def imitation_under(self, mask: Tensor, error: Tensor) -> Tensor:
+        """As ACAM's, under masks that belong elsewhere."""
+        return masked_error(error, self.misplaced(mask).flatten(2))
 
     def misplaced(self, mask: Tensor) -> Tensor:
         """(N, M, C) or (N, M, H, W), where they do not belong."""
@@ -42,7 +55,7 @@ class Shuffled(ACAM):
 class Moved(Shuffled):
     """Control: masks moved by half the picture's height, so that they miss what they were made for.
 
-    The masks learn as in ACAM, but for a student that imitates elsewhere, so that they come to be others.
+    They learn for a student that imitates elsewhere, so that they come to be others than ACAM's.
     """
 
     def misplaced(self, mask: Tensor) -> Tensor:
@@ -52,24 +65,16 @@ class Moved(Shuffled):
         return mask.roll(mask.shape[2] // 2, dims=2)
 
 
-class Steady(ACAM):
+class Steady(OtherTerm):
     """sum M^2 e / sum M^2 in place of sum M^2 e / sum M, so that masks do not pull harder as they harden.
 
     Of soft masks, around 1/2, the latter is half as strong as of hard ones, and `weight: auto` is set at the start.
     """
 
-    def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
-        """As ACAM, each mask's term divided by its strength, sum M^2 / sum M."""
-        terms = super().terms(student, teacher, context)
-        with torch.no_grad():
-            masks = self._masks(self.align(student), teacher)
-        errors = imitation_errors(self.align(student), teacher, self.kinds, self.imitation, self.temperature)
-        for kind, mask in masks._asdict().items():
-            if mask is not None:
-                mask = mask.flatten(2)
-                collected = torch.einsum("nmk,nk->nm", mask.square(), errors[kind])
-                terms[kind] = self.weight * safe_divide(collected, mask.square().sum(dim=2)).mean()
-        return terms
+    def imitation_under(self, mask: Tensor, error: Tensor) -> Tensor:
+        """Each mask's term divided by its strength, sum M^2 / sum M."""
+        squares = mask.flatten(2).square()
+        return safe_divide(torch.einsum("nmk,nk->nm", squares, error), squares.sum(dim=2))
 
 
 class HalfOpen(ACAM):
@@ -91,23 +96,16 @@ class HalfOpen(ACAM):
         return safe_divide(centred, centred.square().mean(dim=2, keepdim=True).sqrt()).view_as(mask)
 
 
-class DegreeZero(ACAM):
+class DegreeZero(OtherTerm):
     """Joint training with sum M e / sum M: no pull on the masks' scale, but on every place harder than the mean.
 
     dL/dM_p is proportional to e_p - L: the masks leave the places where the student is far from the teacher.
     """
 
-    def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
-        """`channel` and `spatial` of degree 0 in the masks, and `diversity`."""
-        terms = super().terms(student, teacher, context)
-        aligned = self.align(student)
-        errors = imitation_errors(aligned, teacher, self.kinds, self.imitation, self.temperature)
-        for kind, mask in self._masks(aligned, teacher)._asdict().items():
-            if mask is not None:
-                mask = mask.flatten(2)
-                collected = safe_divide(torch.einsum("nmk,nk->nm", mask, errors[kind]), mask.sum(dim=2))
-                terms[kind] = self.weight * collected.mean()
-        return terms
+    def imitation_under(self, mask: Tensor, error: Tensor) -> Tensor:
+        """Of degree 0 in the masks."""
+        mask = mask.flatten(2)
+        return safe_divide(torch.einsum("nmk,nk->nm", mask, error), mask.sum(dim=2))
 
 
 class Adversarial(ACAM):

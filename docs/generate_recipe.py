@@ -31,7 +31,7 @@ def page() -> str:
     """The whole page."""
     schema = Recipe.model_json_schema()
     lines = [INTRODUCTION.rstrip()]
-    for where, section in _sections("", schema, schema["$defs"]):
+    for where, section in _sections(schema, schema["$defs"]):
         lines += ["", f"## {where or 'At the top'}", "", " ".join(section["description"].split()), ""]
         lines += ["| key | takes | default | |", "|---|---|---|---|"]
         for key, value in section["properties"].items():
@@ -42,7 +42,7 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _sections(where: str, section: Schema, named: Schema) -> Iterator[tuple[str, Schema]]:
+def _sections(recipe: Schema, named: Schema) -> Iterator[tuple[str, Schema]]:
     """Each section once, by where it is met first, in the order of the keys."""
     met: dict[str, list[str]] = {}
 
@@ -55,8 +55,8 @@ def _sections(where: str, section: Schema, named: Schema) -> Iterator[tuple[str,
                 if is_new:
                     walk(f"{place}.", named[name])
 
-    walk(where, section)
-    yield where, section
+    walk("", recipe)
+    yield "", recipe
     for name, places in met.items():
         yield ", ".join(f"`{place}`" for place in places), named[name]
 

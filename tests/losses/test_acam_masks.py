@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acamkd.losses.functional import dice_overlap, imitation_errors
+from acamkd.losses.functional import dice_overlap, imitation_errors, masked_error
 from acamkd.losses.masks import (
     Masks,
     apply_masks,
     look_ahead_reward,
     mask_overlap,
     mask_statistics,
+    mask_weights,
     selection_loss,
 )
 
@@ -42,6 +43,7 @@ def test_statistics_tell_a_living_mask_from_a_dead_one() -> None:
     for masks, spread in zip(halves, (0.0, 1.0), strict=True):
         weights = mask_statistics(masks[None], error[:1, :4])["mask_weight_std"]
         torch.testing.assert_close(weights, torch.tensor(spread))
+    torch.testing.assert_close((mask_weights(rising) * error).sum(dim=1), masked_error(error, rising).mean(dim=1))
     dead = mask_statistics(torch.full((2, 2, 6), 0.5), error)
     assert dead["mask_std"] == dead["mask_correlation"] == 0
     assert dead["mask_overlap"] == 1

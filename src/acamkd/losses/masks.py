@@ -53,6 +53,14 @@ def mask_overlap(masks: Masks, form: str = "pairwise") -> Tensor:
     return torch.stack([dice_overlap(x.flatten(2), form) for x in masks if x is not None]).sum()
 
 
+def mask_weights(mask: Tensor) -> Tensor:
+    """What the masks of a picture together give each error, mean_m M^2 / sum M: from (N, M, K) to (N, K).
+
+    The mean over the masks of `masked_error` is sum_k w_k e_k.
+    """
+    return safe_divide(mask.square(), mask.sum(dim=2, keepdim=True)).mean(dim=1)
+
+
 def mask_statistics(mask: Tensor, error: Tensor) -> dict[str, Tensor]:
     """What tells a living mask from a dead one, averaged over images and masks.
 
@@ -62,15 +70,14 @@ def mask_statistics(mask: Tensor, error: Tensor) -> dict[str, Tensor]:
 
     Returns:
         `mask`, the mean; `mask_std` over the K channels or positions; `mask_entropy` in bits; `mask_overlap`, the
-        pairwise Dice overlap; `mask_correlation` with the error; `mask_weight_std`, how far the weights vary that all
-        masks together give to the errors, mean_m M^2 / sum M, relative to their mean. Hard masks that differ can
-        give equal weights.
+        pairwise Dice overlap; `mask_correlation` with the error; `mask_weight_std`, how far `mask_weights` vary,
+        relative to their mean: hard masks that differ can give equal weights.
     """
     inside = mask.clamp(1e-6, 1 - 1e-6)
     entropy = -(inside * inside.log2() + (1 - inside) * (1 - inside).log2())
     centred, error = mask - mask.mean(dim=2, keepdim=True), error - error.mean(dim=1, keepdim=True)
     norms = centred.norm(dim=2) * error.norm(dim=1, keepdim=True)
-    weights = safe_divide(mask.square(), mask.sum(dim=2, keepdim=True)).mean(dim=1)  # (N, K), as in `masked_error`
+    weights = mask_weights(mask)
     return {
         "mask": mask.mean(),
         "mask_std": centred.square().mean(dim=2).sqrt().mean(),
