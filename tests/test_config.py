@@ -166,6 +166,7 @@ def test_masks_need_class_names() -> None:
     ("override", "read"),
     [
         ("train.epochs=8", lambda recipe: recipe.train.epochs == 8),
+        ("train.precision=32", lambda recipe: recipe.train.precision == "32"),
         ("train.schedule.milestones=[1]", lambda recipe: recipe.train.schedule.milestones == (1,)),
         ("losses.1.weight=2", lambda recipe: recipe.losses[1].options == {"weight": 2}),
         ("losses.0.pairs.1=layer1", lambda recipe: recipe.losses[0].pairs == ("backbone:*", "layer1")),

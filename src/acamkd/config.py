@@ -261,6 +261,11 @@ class Train(Section):
     strategy: str = "auto"
     """How devices work together, by Lightning's names."""
 
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _name(cls, precision: Any) -> Any:
+        return str(precision) if isinstance(precision, int) else precision  # YAML reads 32 as a number
+
     @model_validator(mode="after")
     def _check(self) -> Train:
         if self.epochs % self.eval_every:
