@@ -16,13 +16,13 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch.fx.experimental import _config
-from torch.utils.flop_counter import FlopCounterMode
 
 from acamkd import config, models
 from acamkd.features import FeatureTap
 from acamkd.losses.base import DistillationContext, FeatureLoss
 from acamkd.methods import find, options
 from acamkd.models.base import Task, TaskModel
+from acamkd.report.cost import flop_counter
 
 RECIPES = Path(__file__).parents[1] / "recipes/paper"
 CLASSES = {"detection": 80, "segmentation": 19}
@@ -83,7 +83,7 @@ def run(model: TaskModel, pixels: Tensor, proposals: int) -> list[Tensor]:
 
 def forward_cost(model: TaskModel, size: Sequence[int], proposals: int = 0) -> float:
     """Operations of one picture."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with flop_counter() as counter, torch.no_grad():
         run(model.eval(), torch.empty(1, 3, *size, device="meta"), proposals)
     return float(counter.get_total_flops())
 
@@ -97,19 +97,19 @@ def training_cost(recipe: config.Recipe) -> dict[str, float]:
     pixels = torch.empty(2, 3, *TRAINED[recipe.task], device="meta")  # batch norm refuses one
     student, teacher = build(recipe.student, recipe.task), build(recipe.teacher, recipe.task)
     entry = recipe.losses[0]
-    with FlopCounterMode(display=False) as counted, FeatureTap(student.net, list(map(str, entry.pairs))) as tap:
+    with flop_counter() as counted, FeatureTap(student.net, list(map(str, entry.pairs))) as tap:
         outputs = run(student.train(), pixels, PROPOSALS["trained"])
         maps = tap.features()
         torch.stack([output.sum() for output in outputs]).sum().backward()  # type: ignore[no-untyped-call]
     of_student = counted.get_total_flops()
-    with FlopCounterMode(display=False) as counted, FeatureTap(teacher.net, list(map(str, entry.pairs))) as tap:
+    with flop_counter() as counted, FeatureTap(teacher.net, list(map(str, entry.pairs))) as tap:
         with torch.no_grad(), tap.early_stop():
             run(teacher.eval(), pixels, PROPOSALS["trained"])
         teacher_maps = tap.features()
     of_teacher = counted.get_total_flops()
     # ACAM picks pairs of masks by a mask, after everything that counts.
     assume_all = patch.object(_config, "meta_nonzero_assume_all_nonzero", True)
-    with assume_all, FlopCounterMode(display=False) as counted:
+    with assume_all, flop_counter() as counted:
         for ours, theirs in zip(maps.values(), teacher_maps.values(), strict=True):
             with torch.device("meta"):
                 loss = find(entry.name)(

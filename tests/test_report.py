@@ -33,7 +33,7 @@ from acamkd.losses import FGD, MasKD
 from acamkd.models.base import Prediction
 from acamkd.models.segmentation import Segmenter
 from acamkd.report import charts, gain, masks, pictures
-from acamkd.report.cost import cost
+from acamkd.report.cost import cost, flop_counter
 from acamkd.report.run import write_report
 from acamkd.runs import open_run
 from browser import Browser
@@ -373,3 +373,20 @@ def test_cost_counts_two_operations_per_multiply_add() -> None:
     assert spent.parameters == 3 * 4 * 9 + 4
     assert spent.gflops == pytest.approx(2 * 3 * 4 * 9 * 32 * 64 / 1e9)
     assert spent.milliseconds > 0
+
+
+@pytest.mark.parametrize(
+    ("layer", "forward"),
+    [
+        (nn.Conv2d(8, 4, 3, padding=1), 2 * 8 * 4 * 9 * 16 * 16),
+        (nn.Conv2d(8, 8, 3, stride=2, padding=1, groups=8), 2 * 8 * 9 * 8 * 8),
+        (nn.ConvTranspose2d(8, 8, 2, stride=2, groups=4), 2 * 8 * 2 * 4 * 16 * 16),
+    ],
+    ids=["dense", "depthwise", "transposed"],
+)
+def test_each_gradient_of_a_convolution_costs_what_its_forward_does(layer: nn.Module, forward: int) -> None:
+    picture = torch.zeros(1, 8, 16, 16)
+    for x, passes in ((picture, 2), (picture.clone().requires_grad_(), 3)):
+        with flop_counter() as counter:
+            layer(x).sum().backward()
+        assert counter.get_total_flops() == passes * forward

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from acamkd import config, data
 from acamkd.calibrate import measuring, prepared, uncalibrated
@@ -22,6 +21,7 @@ from acamkd.errors import AcamkdError
 from acamkd.jobs import build_network
 from acamkd.losses.acam import STCAFF
 from acamkd.models.base import Batch
+from acamkd.report.cost import flop_counter
 
 PICTURES = 2
 """Training pictures that are run; batch norm may refuse a single one."""
@@ -164,7 +164,7 @@ def _fusing(fusions: nn.ModuleList, distiller: Distiller, batch: Batch) -> tuple
 
 def measured(call: Callable[[], object]) -> tuple[float, int]:
     """GFLOPs and peak bytes of a call."""
-    with FlopCounterMode(display=False) as counter, LiveMemory() as memory:
+    with flop_counter() as counter, LiveMemory() as memory:
         call()
     return counter.get_total_flops() / 1e9, memory.peak
 

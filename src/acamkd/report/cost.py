@@ -6,10 +6,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from acamkd.models.base import TaskModel
 
@@ -36,13 +37,25 @@ class Cost:
 
 def cost(model: TaskModel, picture: Tensor) -> Cost:
     """Measure a network in eval mode on the CPU, on one picture (3, H, W)."""
-    with FlopCounterMode(display=False) as counter:  # also warms up
+    with flop_counter() as counter:  # also warms up
         model.predict([picture])
     return Cost(
         parameters=sum(parameter.numel() for parameter in model.net.parameters()),
         gflops=counter.get_total_flops() / 1e9,
         milliseconds=median_milliseconds(lambda: model.predict([picture])),
     )
+
+
+def flop_counter() -> FlopCounterMode:
+    """Within, counts floating-point operations, of backward passes too, 2 per multiply-add."""
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
+
+
+def _convolution_backward(gradient: list[int], x: list[int], weight: list[int], *settings: Any, **_out: object) -> int:
+    """Each gradient takes what the forward took; torch 2.14 counts the weights' once per group."""
+    _, _, _, _, transposed, _, _, (of_x, of_weight, _) = settings
+    flops: int = (of_x + of_weight) * conv_flop_count(x, weight, gradient, transposed=transposed)
+    return flops
 
 
 def median_milliseconds(call: Callable[[], object]) -> float:
