@@ -25,15 +25,19 @@ class OtherTerm(ACAM):
         aligned = self.align(student)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mask_grad == "joint"):
             masks = self._masks(aligned, teacher)
-        errors = imitation_errors(aligned, teacher, self.kinds, self.imitation, self.temperature)
+        errors = self.errors(aligned, teacher)
         for kind, mask in masks._asdict().items():
             if mask is not None:
                 terms[kind] = self.weight * self.imitation_under(mask, errors[kind]).mean()
         return terms
 
+    def errors(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """`channel`, (N, C), and `spatial`, (N, HW), as far as in use."""
+        return imitation_errors(student, teacher, self.kinds, self.imitation, self.temperature)
+
     def imitation_under(self, mask: Tensor, error: Tensor) -> Tensor:
         """(N, M) of masks (N, M, C) or (N, M, H, W) and errors (N, C) or (N, HW)."""
-        raise NotImplementedError
+        return masked_error(error, mask.flatten(2))
 
 
 class Shuffled(OtherTerm):
@@ -75,6 +79,18 @@ class Steady(OtherTerm):
         """Each mask's term divided by its strength, sum M^2 / sum M."""
         squares = mask.flatten(2).square()
         return safe_divide(torch.einsum("nmk,nk->nm", squares, error), squares.sum(dim=2))
+
+
+class Scaled(OtherTerm):
+    """Squares of maps divided by the teacher's deviation of each channel.
+
+    Channels count alike, as under imitation="standardized", but the student has to meet their scale and mean.
+    """
+
+    def errors(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+        """As ACAM's with imitation="squared", of scaled maps."""
+        deviation = teacher.std(dim=(0, 2, 3), correction=0, keepdim=True)
+        return imitation_errors(safe_divide(student, deviation), safe_divide(teacher, deviation), self.kinds)
 
 
 class HalfOpen(ACAM):

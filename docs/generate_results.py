@@ -2,7 +2,8 @@
 
 A page says where: what stands between `<!-- cells: NAME METHOD ... -->` and `<!-- end -->` is of these methods, or of
 all where none is named, in benchmarks/results/NAME. Between `<!-- ablations: NAME NAME -->` and `<!-- end -->` are the
-paper's ablations beside those of two comparisons, with `controls` in that place ACAM's controls, seed by seed.
+paper's ablations beside those of two comparisons, with `controls` in that place ACAM's controls, seed by seed, and with
+`summary` what each comparison came to.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from statistics import mean
 from typing import Any, TypeAlias
 
 from acamkd.compare import tables
-from acamkd.compare.cells import TUNING_SEED
-from acamkd.compare.statistics import Row, paired, summarize
+from acamkd.compare.cells import NONE, TUNING_SEED
+from acamkd.compare.statistics import Paired, Row, paired, summarize
 
 HERE = Path(__file__).parent
 CELLS = HERE.parent / "benchmarks/results"
 BLOCK = re.compile(r"(<!-- cells: (\w+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-AGAINST_DEFAULT = re.compile(r"(<!-- (ablations|controls): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+AGAINST_DEFAULT = re.compile(r"(<!-- (ablations|controls|summary): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 DEFAULT = "acam"
 ABLATIONS = (
@@ -110,7 +111,7 @@ def _block(page: Path) -> Callable[[re.Match[str]], str]:
 
 
 def _against(match: re.Match[str]) -> str:
-    """Every ablation or control against the default on the seeds that both have."""
+    """What is compared with the default on the seeds that both have."""
     begin, kind, names, end = match.groups()
     comparisons = {name: _cells(name)[0] for name in names.split()}
     heads = [f"`{name}`, {cells[0]['metric']}" for name, cells in comparisons.items()]
@@ -119,6 +120,9 @@ def _against(match: re.Match[str]) -> str:
         for what, how, method, published in ABLATIONS:
             figures = " | ".join(_against_default(cells, method) for cells in comparisons.values())
             lines.append(f"| {what} | {how} (`{method}`) | {published} | {figures} |")
+    elif kind == "summary":
+        lines = ["| | student alone | ACAM-KD | gain | best rival | ACAM-KD over it | teacher |", "|---" * 7 + "|"]
+        lines += [f"| {head} | {_summary(cells)} |" for head, cells in zip(heads, comparisons.values(), strict=True)]
     else:
         lines = [f"| against `{DEFAULT}` | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
         for what, method in CONTROLS:
@@ -129,6 +133,25 @@ def _against(match: re.Match[str]) -> str:
 
 def _scores(cells: Cells, method: str) -> dict[int, float]:
     return {cell["seed"]: cell["history"][-1] for cell in cells if cell["method"] == method}
+
+
+def _summary(cells: Cells) -> str:
+    """Of one comparison; rivals are the other methods, without their variants and with three seeds or more."""
+    rows = {row.method: row for row in summarize(cells)}
+    ours, alone = rows[DEFAULT], rows[NONE]
+    others = [row for name, row in rows.items() if "-" not in name and name not in (DEFAULT, NONE) and row.n > 2]
+    rival = max(others, key=lambda row: row.mean)
+    over_rival = paired(_scores(cells, DEFAULT), _scores(cells, rival.method), rival.method)
+    assert ours.gain is not None
+    return " | ".join([
+        f"{alone.mean:.2f}", f"{ours.mean:.2f}, n {ours.n}", f"{_difference(ours.gain)}, p {ours.p_text}",
+        f"`{rival.method}` {rival.mean:.2f}, n {rival.n}", _difference(over_rival),
+        f"{cells[0]['teacher'][cells[0]['metric']]:.2f}",
+    ])  # fmt: skip
+
+
+def _difference(found: Paired) -> str:
+    return f"{found.mean:+.2f}" + (f" [{found.low:+.2f}, {found.high:+.2f}]" if found.n > 2 else "")
 
 
 def _seed_by_seed(cells: Cells, method: str) -> str:
@@ -145,8 +168,7 @@ def _against_default(cells: Cells, method: str) -> str:
     if method == DEFAULT:
         return f"{mean(scores.values()):.2f}, n {len(scores)}"
     difference = paired(scores, usual, DEFAULT)
-    interval = f" [{difference.low:+.2f}, {difference.high:+.2f}]" if difference.n > 2 else ""
-    return f"{difference.mean:+.2f}{interval}, n {difference.n}"
+    return f"{_difference(difference)}, n {difference.n}"
 
 
 def main() -> None:

@@ -82,6 +82,12 @@ def test_controls_differ_from_acam_in_what_they_are_named_after() -> None:
     term = steady.terms(student, teacher, DistillationContext())["spatial"]
     squares = steady.masks_of(student, teacher).spatial.flatten(2).square()
     torch.testing.assert_close(term, (torch.einsum("nmk,nk->nm", squares, errors) / squares.sum(dim=2)).mean())
+    loss, scales = study["Scaled"](5, 5, weight=2), torch.tensor([1.0, 10, 100, 1, 1]).view(1, 5, 1, 1)
+    term = loss.terms(scales * student, scales * teacher, DistillationContext())["spatial"]
+    deviation = teacher.std(dim=(0, 2, 3), correction=0, keepdim=True)
+    errors = ((student - teacher) / deviation).square().mean(dim=1).flatten(1)
+    masks = loss.masks_of(scales * student, scales * teacher).spatial.flatten(2)
+    torch.testing.assert_close(term, 2 * masked_error(errors, masks).mean())
     masks = study["HalfOpen"](5, 5, mask_source="random", mask_grad="detached").masks_of(student, teacher).spatial
     assert masks.mean().item() == pytest.approx(0.5, abs=0.03)
     assert masks.flatten(2).std(dim=2).mean().item() == pytest.approx(0.46, abs=0.02)
