@@ -102,8 +102,9 @@ def _block(page: Path) -> Callable[[re.Match[str]], str]:
         begin, name, methods, end = match.groups()
         cells, tuning = _cells(name)
         rows = _rows(cells, methods)
-        shown = {row.method for row in rows}
-        text = tables.markdown(rows, cells, [cell for cell in tuning if cell["method"] in shown])
+        if methods:  # otherwise of all that were searched, whether or not they are in the table
+            tuning = [cell for cell in tuning if cell["method"] in {row.method for row in rows}]
+        text = tables.markdown(rows, cells, tuning)
         text = text.replace("\n## ", "\n### ")
         return f"{begin}\n{text}\n![Differences and curves]({_figure(page, match).name})\n\n{end}"
 
