@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from acamkd.collapse import collapse
@@ -76,14 +77,13 @@ def mask_statistics(mask: Tensor, error: Tensor) -> dict[str, Tensor]:
     inside = mask.clamp(1e-6, 1 - 1e-6)
     entropy = -(inside * inside.log2() + (1 - inside) * (1 - inside).log2())
     centred, error = mask - mask.mean(dim=2, keepdim=True), error - error.mean(dim=1, keepdim=True)
-    norms = centred.norm(dim=2) * error.norm(dim=1, keepdim=True)
     weights = mask_weights(mask)
     return {
         "mask": mask.mean(),
         "mask_std": centred.square().mean(dim=2).sqrt().mean(),
         "mask_entropy": entropy.mean(),
         "mask_overlap": dice_overlap(mask),
-        "mask_correlation": safe_divide(torch.einsum("nmk,nk->nm", centred, error), norms).mean(),
+        "mask_correlation": F.cosine_similarity(centred, error.unsqueeze(1), dim=2).mean(),
         "mask_weight_std": safe_divide(weights.std(dim=1, correction=0), weights.mean(dim=1)).mean(),
     }
 
