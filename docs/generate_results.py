@@ -51,6 +51,8 @@ CONTROLS = (
     ("learnt masks, each laid on another picture", "acam-shuffled"),
     ("masks that learn from the teacher alone", "acam-teacher"),
     ("learnt masks without the diversity term", "acam-agree"),
+    ("learnt masks that are fed the difference to the teacher", "acam-difference"),
+    ("masks that learn as published, from the imitation itself", "acam-joint"),
 )
 """What stands in the place of ACAM's masks, and the method of the recipes."""
 
