@@ -163,7 +163,8 @@ def _seed_by_seed(cells: Cells, method: str) -> str:
     if len(each) < 2:
         return ", ".join(each) or tables.DASH
     difference = paired(scores, usual, DEFAULT)
-    return f"{', '.join(each)}: {difference.mean:+.1f}, p {difference.p:.2f}"
+    p = "<0.01" if difference.p < 0.005 else f"{difference.p:.2f}"
+    return f"{', '.join(each)}: {difference.mean:+.1f}, p {p}"
 
 
 def _against_default(cells: Cells, method: str) -> str:
