@@ -49,7 +49,7 @@ class Shuffled(OtherTerm):
 
     def imitation_under(self, mask: Tensor, error: Tensor) -> Tensor:
         """As ACAM's, under masks that belong elsewhere."""
-        return masked_error(error, self.misplaced(mask).flatten(2))
+        return super().imitation_under(self.misplaced(mask), error)
 
     def misplaced(self, mask: Tensor) -> Tensor:
         """(N, M, C) or (N, M, H, W), where they do not belong."""
