@@ -135,6 +135,11 @@ def test_words_that_look_like_numbers_are_words(path: Path, text: str) -> None:
         ),
         ({"data": {"val": {"annotations": "x"}}}, "data.val: give either the split's `name`"),
         ({"name": "a/b"}, "name: "),
+        ({"train": {"epochs": 1, "devices": -1}}, "train.devices: give their number, or auto"),
+        (
+            {"teacher": {"arch": "fcos", "inherit": ["head"]}},
+            "teacher.inherit: only a student inherits, from the teacher",
+        ),
     ],
     ids=str,
 )
@@ -240,6 +245,8 @@ def test_what_is_written_is_read_back(path: Path, tmp_path: Path, overrides: lis
         (b"", "boxes.yaml must hold a mapping"),
         (b"name: \xff\xfe", "cannot read the recipe .*boxes.yaml: "),
         (b"task: !!python/name:os.system", "boxes.yaml is not valid YAML"),
+        (b"losses: [a]\nname: b\nlosses: []", r"is not valid YAML: losses is given a second time\n.*line 3"),
+        (b"name: {{ name }}", "is not valid YAML: while constructing a mapping"),
         (b"name: 2024-01-01", "date is not JSON serializable; write it in quotes"),
     ],
 )
@@ -265,3 +272,20 @@ def test_importing_needs_no_torch(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'lightning', 'timm', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arch", "title"),
+    [("fpn", "fpn on resnet50"), ("torchvision/lraspp_mobilenet_v3_large",) * 2, ("package.module:factory",) * 2],
+)
+def test_a_network_is_called_by_what_the_recipe_chooses(arch: str, title: str) -> None:
+    assert config.Model(arch=arch).title == title
+
+
+def test_merged_keys_are_not_given_twice(path: Path) -> None:
+    path.write_text(
+        path.read_text()
+        + "compare:\n  methods:\n    a: &base {train.seed: 1}\n    b: &mid {<<: *base, train.seed: 2}\n"
+        "    c: {<<: *mid, train.epochs: 3}\n"
+    )
+    assert config.load(path).compare.methods["c"] == {"train.seed": 2, "train.epochs": 3}

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from acamkd.config import Model
-from acamkd.distiller import AUDITED_STEPS, Distiller, WeightSchedule
+from acamkd.distiller import AUDITED_STEPS, Distiller, NonFiniteError, WeightSchedule, _anywhere
 from acamkd.errors import AcamkdError
 from acamkd.estimate import step_of
 from acamkd.losses import ACAM, FGD, PKD, DistillationContext, FeatureLoss, FitNet, HeadLoss
@@ -220,9 +220,10 @@ def test_the_context_is_the_batchs(student: Tiny, teacher: Tiny) -> None:
     boxes = [{"boxes": torch.ones(2, 4), "iscrowd": torch.tensor([0, 1])}, {"boxes": torch.ones(0, 4)}]
     loss = Constant(1.0)
     distiller = Distiller(student, teacher, [BODY], [loss])
+    distiller(student.prepare(images, boxes), 8)
+    loss.needs = frozenset({"boxes"})
     distiller(student.prepare(images, boxes), 7)
-    distiller(student.prepare(images), 8)
-    with_boxes, without = loss.seen
+    without, with_boxes = loss.seen
     assert (with_boxes.step, with_boxes.input_size) == (7, (6, 5))
     assert with_boxes.boxes is not None
     assert [len(each) for each in with_boxes.boxes] == [1, 0]
@@ -266,8 +267,11 @@ def test_what_cannot_be_is_refused(student: Tiny, teacher: Tiny, batch: Batch) -
 def test_a_term_that_is_not_finite_stops_the_run(value: float, student: Tiny, teacher: Tiny, batch: Batch) -> None:
     distiller = Distiller(student, teacher, [BODY], [Constant(lambda step: 1.0 if step < 3 else value)])
     distiller(batch, 2)
-    with pytest.raises(AcamkdError, match=rf"step 3: the loss is not finite, body/constant/value is {value}: lower"):
+    message = rf"step 3: the loss is not finite, body/constant/value is {value}: lower"
+    with pytest.raises(NonFiniteError, match=message) as caught:
         distiller(batch, 3)
+    assert set(caught.value.terms) == {"task/size", "task/level", "body/constant/value"}
+    assert all(term.requires_grad for term in caught.value.terms.values())
     with torch.no_grad():
         student.net.head.weight.fill_(value)
     with pytest.raises(AcamkdError, match=r"step 4: the loss is not finite, task/size is .*, task/level is "):
@@ -304,6 +308,50 @@ def test_audit_names_the_parameters_that_are_never_reached(student: Tiny, teache
         r"stem\.weight, stem\.bias, body\.0\.weight, body\.0\.bias, body\.2\.weight, \.\.\.; tap a layer behind",
     ):
         deaf(batch)
+
+
+def test_audit_sees_what_a_schedule_or_float16_makes_too_small(student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    distiller = Distiller(student, teacher, [BODY], [FitNet(4, 6)], schedules=[lambda step: 1e-50])
+    train(distiller, batch)
+    assert distiller(batch, 3)["body/fitnet/feature"] == 0
+    with torch.autocast("cpu", torch.float16):
+        train(Distiller(student, teacher, [BODY], [Constant(1e-8)]), batch)
+
+
+def test_audit_is_not_content_with_what_is_not_finite(student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    distiller = Distiller(student, teacher, [BODY], [Constant(lambda step: 0.0 if step else torch.nan)]).train()
+    with pytest.raises(NonFiniteError):
+        distiller(batch, 0)
+    for step in range(1, AUDITED_STEPS - 1):
+        distiller(batch, step)
+    with pytest.raises(AcamkdError, match="the distillation total was exactly 0 in each of the first 20 steps"):
+        distiller(batch, AUDITED_STEPS)
+
+
+def test_audit_warns_of_a_single_loss_that_stays_zero_or_compares_a_frozen_layer(
+    student: Tiny, teacher: Tiny, batch: Batch, caplog: pytest.LogCaptureFixture
+) -> None:
+    student.net.stem.requires_grad_(False)
+    pairs, losses = [BODY, BODY, ("stem", "stem")], [Constant(0.0), FitNet(4, 6), FitNet(4, 6)]
+    train(Distiller(student, teacher, pairs, losses), batch)
+    assert caplog.messages == [
+        "no trainable student parameter lies below stem: nothing can be distilled there",
+        "in each of the first 20 steps body/constant was exactly 0: check that teacher and student differ and that the "
+        "loss weights are not 0",
+    ]
+
+
+def test_audit_comes_to_the_same_in_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cpu")
+    assert _anywhere([True, False, False], device) == [True, False, False]
+
+    def reduce(found: Tensor, operation: Any) -> None:
+        assert operation is distributed.ReduceOp.MAX
+        found.copy_(found.maximum(torch.tensor([0, 1, 0])))  # of another process
+
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "all_reduce", reduce)
+    assert _anywhere([True, False, False], device) == [True, True, False]
 
 
 def test_audit_is_content_with_a_gradient_in_a_later_step(student: Tiny, teacher: Tiny, batch: Batch) -> None:

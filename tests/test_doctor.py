@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import tiny_recipes
-from acamkd import cli, config, doctor, models
+from acamkd import cli, config, data, doctor, models
 from acamkd.data.scenes import write_scenes
 from acamkd.doctor import Finding, examine, ignorance
 from acamkd.jobs import build_network
-from acamkd.models.base import VOID
+from acamkd.models.base import VOID, TaskModel
 from acamkd.models.weights import LoadReport
 
 
@@ -62,6 +62,20 @@ def test_a_sound_recipe_passes(segmentation: Path, trained: str) -> None:
     assert total.text.endswith("times as strong, before `weight: auto` sets fitnet")
     assert {"gradient at encoder.model", "gradient at segmentation_head.0"} <= set(findings)
     assert found(segmentation, trained)["gradient"][0].text.partition(":")[0] == total.text.partition(":")[0]
+
+
+def test_both_networks_are_on_one_device_after_the_score(
+    segmentation: Path, trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    went: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(TaskModel, "to", lambda self, device: went.append(str(device)))
+    recipe = config.load(segmentation, [trained])
+    val = data.build(recipe.data, recipe.task, "val", seed=0, augment=False)
+    assert recipe.teacher is not None
+    teacher = build_network(recipe, recipe.teacher, val.classes, teacher=True)
+    doctor._score(teacher, val, recipe)
+    assert went == ["cuda", "cpu"]
 
 
 def test_a_random_teacher_fails(detection: Path, segmentation: Path) -> None:

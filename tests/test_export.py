@@ -17,7 +17,7 @@ import onnx
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import tiny
 from acamkd import cli, config, load_student, models
@@ -25,6 +25,7 @@ from acamkd.errors import AcamkdError
 from acamkd.export import Export, check_repository, export, graph, push_to_hub, require
 from acamkd.export.card import write_card
 from acamkd.jobs import distill
+from acamkd.models.segmentation import Segmenter
 from acamkd.onnx_model import OnnxModel
 from acamkd.predict import predict
 from acamkd.runs import Run, open_run
@@ -110,21 +111,31 @@ def test_the_card_builds_another_frameworks_network(tmp_path: Path) -> None:
     recipe = config.parse(raw)
     model = models.build(recipe.student, "detection", 2, recipe.data.resize).eval()
     models.save_weights(model.net, tmp_path / "student.safetensors")
+    for has_ended in (False, True):
+        _write_card(tmp_path, recipe, model, has_ended=has_ended)
+        assert ("stopped before their end" in (tmp_path / "README.md").read_text()) is not has_ended
+    pixels = [torch.rand(3, 48, 80)]
+    torch.testing.assert_close(_tensors(_run_card(tmp_path)["net"](pixels)), _tensors(model.net(pixels)))
+
+
+def _write_card(folder: Path, recipe: config.Recipe, model: models.TaskModel, *, has_ended: bool = True) -> None:
+    metric = "mAP" if recipe.task == "detection" else "mIoU"
     figures = SimpleNamespace(
-        measured=[SimpleNamespace(network="student", runtime="PyTorch", scores={"mAP": 1.0}, cost=None)],
+        measured=[SimpleNamespace(network="student", runtime="PyTorch", scores={metric: 1.0}, cost=None)],
         pictures=4, threads=1, difference=0.0, relative_difference=0.0,
     )  # fmt: skip
     graph_inputs = [SimpleNamespace(shape=["batch", 3, 64, 96])]
     exported: Any = SimpleNamespace(classes=("a", "b"), session=SimpleNamespace(get_inputs=lambda: graph_inputs))
-    for has_ended in (False, True):
-        run: Any = SimpleNamespace(recipe=recipe, role="student", has_ended=has_ended)
-        write_card(tmp_path / "README.md", run, model, exported, cast(Export, figures))
-        assert ("stopped before their end" in (tmp_path / "README.md").read_text()) is not has_ended
-    block = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)[1]
+    run: Any = SimpleNamespace(recipe=recipe, role="student", has_ended=has_ended)
+    write_card(folder / "README.md", run, model, exported, cast(Export, figures))
+
+
+def _run_card(folder: Path) -> dict[str, Any]:
+    """What the card's code for PyTorch leaves behind."""
+    block = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
     found: dict[str, Any] = {}
-    exec(block.replace("student.safetensors", str(tmp_path / "student.safetensors")), found)
-    pixels = [torch.rand(3, 48, 80)]
-    torch.testing.assert_close(_tensors(found["net"](pixels)), _tensors(model.net(pixels)))
+    exec(block.replace("student.safetensors", str(folder / "student.safetensors")), found)
+    return found
 
 
 def _tensors(found: Any) -> list[Tensor]:
@@ -231,6 +242,10 @@ def test_what_cannot_be_exported_is_said(run: Run, monkeypatch: pytest.MonkeyPat
         require("onnx", "onnxruntime")
 
 
+class ConnectionlessError(Exception):
+    """Of the transport's own, as where there is no network."""
+
+
 class Hub:
     """The Hub, offline."""
 
@@ -245,6 +260,8 @@ class Hub:
     def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
         if repo_id.endswith("full"):
             raise OSError("no space left")
+        if repo_id.endswith("away"):
+            raise ConnectionlessError("no route")
         self.files = sorted(file.name for file in folder_path.iterdir())
 
 
@@ -255,6 +272,8 @@ def test_an_export_goes_to_the_hub(exported: Export, monkeypatch: pytest.MonkeyP
     assert hub.files == FILES
     with pytest.raises(AcamkdError, match=r"me/full could not be uploaded: no space left\n .*`hf upload me/full"):
         push_to_hub(exported.folder, "me/full")
+    with pytest.raises(AcamkdError, match=r"me/away could not be uploaded: no route\n .* is complete"):
+        push_to_hub(exported.folder, "me/away")
     with pytest.raises(AcamkdError, match="--push-to-hub student: give OWNER/NAME"):
         check_repository("student")
 
@@ -298,3 +317,24 @@ def test_a_run_prints_itself(run: Run) -> None:
     assert open_run(run.folder).metrics == run.metrics
     unfinished = Run(run.folder / "none", run.recipe, "student")
     assert repr(unfinished) == f"{run.folder / 'none'}: student of recipe, not ended" == unfinished._repr_html_()
+
+
+class OwnSegmenter(Segmenter):
+    """A TaskModel of the user's, which holds the network."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(nn.Conv2d(3, num_classes, 1), num_classes, (0.5,) * 3, (0.2,) * 3, None)
+
+
+def test_the_card_takes_the_network_out_of_a_task_model(tmp_path: Path) -> None:
+    raw = tiny.raw_recipe(tmp_path)
+    raw["student"] = {"arch": f"{__name__}:OwnSegmenter", "backbone": "resnet50"}
+    recipe = config.parse(raw)
+    model = models.build(recipe.student, "segmentation", 2).eval()
+    models.save_weights(model.net, tmp_path / "student.safetensors")
+    _write_card(tmp_path, recipe, model)
+    text = (tmp_path / "README.md").read_text()
+    assert f"# tiny: {__name__}:OwnSegmenter\n" in text
+    found = _run_card(tmp_path)
+    pixels = torch.rand(1, 3, 8, 8)
+    torch.testing.assert_close(found["net"](pixels), model.net(pixels))

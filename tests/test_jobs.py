@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,6 +227,19 @@ def test_resuming_a_finished_run_changes_nothing(whole: Path, root: Path, tmp_pa
     assert distill(tiny.recipe(root, epochs=3), out=whole, resume=True).metrics == metrics
     assert ((whole / "history.csv").read_bytes(), (whole / "student.safetensors").read_bytes()) == before
     assert tiny.rows(whole / "logs" / "metrics.csv") == steps
+
+
+def test_a_finished_run_without_its_checkpoints_is_finished(
+    whole: Path, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(whole, tmp_path / "run")
+    for file in folder.glob("*.ckpt"):
+        file.unlink()
+    before = {file: file.read_bytes() for file in folder.rglob("*.*") if file.name != "log.txt"}
+    run = distill(tiny.recipe(root, epochs=3), out=folder, resume=True)
+    assert f"{folder}: all epochs are done already" in caplog.messages
+    assert run.metrics["best_epoch"] >= 1
+    assert {file: file.read_bytes() for file in before} == before
 
 
 def test_a_run_without_a_finished_epoch_starts_anew(

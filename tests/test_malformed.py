@@ -284,7 +284,7 @@ RECIPES: dict[str, Case] = {
     "unknown accelerator": Case(SEG, put("train.accelerator", "abacus"), "train",
         ("train: this machine, or what launched it, cannot run accelerator abacus, ", "Available names are")),
     "no such device": Case(SEG, put("train.devices", 0), "train",
-        ("train: this machine, or what launched it, cannot run accelerator cpu, devices 0",)),
+        ("train.devices: give their number, or auto for all of them",)),
     "broken YAML": Case(SEG, text("train: [1"), "train", ("recipe.yaml is not valid YAML: ",)),
     "empty recipe": Case(SEG, text(""), "train", ("recipe.yaml must hold a mapping with the keys name, task, data",)),
     "a list as a recipe": Case(SEG, text("- 1\n- 2"), "train", ("recipe.yaml must hold a mapping with the keys",)),

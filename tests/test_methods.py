@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from acamkd.config import Loss, Model
 from acamkd.distiller import Distiller, WeightSchedule
 from acamkd.errors import AcamkdError
-from acamkd.losses import ACAM, FeatureLoss, FitNet, FreeKD, HeadLoss, MasKD
+from acamkd.losses import ACAM, DistillationContext, FeatureLoss, FitNet, FreeKD, HeadLoss, MasKD
 from acamkd.losses.acam import ASCM
 from acamkd.losses.maskd import TokenMasks
 from acamkd.methods import METHODS, build_distiller, describe, find, options, probe
@@ -342,3 +342,29 @@ def test_a_teacher_of_other_classes_gives_features_only(task: Task, loss: Loss, 
         return
     with pytest.raises(AcamkdError, match=message):
         build_distiller(student, teacher, [loss])
+
+
+class Plain(FeatureLoss):
+    """Says nothing of itself but this line."""
+
+    def __init__(self, student_channels: int, teacher_channels: int, *, factor: float = 1.0) -> None:
+        super().__init__(student_channels, teacher_channels)
+        self.factor = factor
+
+    def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
+        return {"size": self.factor * student.square().mean()}
+
+
+class Untyped(Plain):
+    """An option without a type."""
+
+    def __init__(self, student_channels, teacher_channels, *, factor=1.0):  # type: ignore[no-untyped-def]
+        super().__init__(student_channels, teacher_channels, factor=factor)
+
+
+def test_a_method_of_ones_own_may_be_terse_but_has_types() -> None:
+    description = describe(f"{__name__}:Plain")
+    assert (description["paper"], description["options"][0]["help"], description["terms"]) == ("", "", ["size"])
+    message = r":Untyped: Untyped.__init__ gives no type for factor: annotate it"
+    with pytest.raises(AcamkdError, match=message):
+        options(f"{__name__}:Untyped", None, {"factor": 2.0})

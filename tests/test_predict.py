@@ -185,15 +185,22 @@ def test_a_source_without_pictures_is_refused(tmp_path: Path) -> None:
         "missing": "there is no such picture, folder or video",
         "empty": "the folder holds no pictures",
         "notes.txt": "give a picture .* a folder of them or a video",
-        "twins": "2 pictures are called a, and their masks would be one file",
     }.items():
         path = tmp_path / source
-        if source in ("empty", "twins"):
+        if source == "empty":
             path.mkdir()
-        if source == "twins":
-            (path / "a.png").touch()
-            (path / "a.jpg").touch()
         if source == "notes.txt":
             path.touch()
         with pytest.raises(AcamkdError, match=rf"{source}: {message}"):
             predict(model, path)
+
+
+def test_two_pictures_of_one_name_are_for_a_detector_alone(red: Path, box: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("a.jpg", "a.png"):
+        Image.new("RGB", (16, 8)).save(folder / name)
+    with pytest.raises(AcamkdError, match=rf"{folder}: 2 pictures are called a, and their masks would be one file"):
+        predict(red, folder)
+    out = predict(box, folder, out=tmp_path / "found")
+    assert [entry["file_name"] for entry in json.loads((out / "predictions.json").read_text())] == ["a.jpg", "a.png"]

@@ -26,7 +26,7 @@ from acamkd.data.coco import CocoDetection
 from acamkd.data.scenes import write_scenes
 from acamkd.distiller import Distiller
 from acamkd.engine import REPLAY
-from acamkd.engine.replay import look, see_teacher
+from acamkd.engine.replay import look
 from acamkd.errors import AcamkdError
 from acamkd.jobs import distill, train
 from acamkd.losses import FGD, MasKD
@@ -101,6 +101,20 @@ def test_the_headline_is_the_difference_to_the_student_alone(runs: Path) -> None
     assert metrics["distilled"]["data"]["val"] in text
     assert f"torch {torch.__version__.partition('+')[0]}" in text
     assert "num_masks: 3" in text
+
+
+def test_a_student_that_distillation_made_worse_is_warned_of(
+    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(runs / "alone", tmp_path / "alone")
+    run = open_run(shutil.copytree(runs / "distilled", tmp_path / "distilled"))
+    for alone, warned in ((99.0, True), (0.0, False)):
+        caplog.clear()
+        metrics = json.loads((tmp_path / "alone/metrics.json").read_text())
+        metrics["student"]["mIoU"] = alone
+        (tmp_path / "alone/metrics.json").write_text(json.dumps(metrics))
+        write_report(run)
+        assert any("the distilled student is below the student alone" in text for text in caplog.messages) is warned
 
 
 def test_the_student_alone_has_a_report_without_comparison(runs: Path) -> None:
@@ -218,7 +232,7 @@ def test_masks_of_other_methods_are_shown_too(runs: Path, browser: Browser, tmp_
     for _ in range(2):
         losses = [MasKD(4, 4, num_tokens=3), FGD(4, 4)]
         distiller = Distiller(student, copy.deepcopy(student), [("0", "0")] * 2, losses)
-        moments.append(look(distiller, batch, see_teacher(distiller, batch)))
+        moments.append(look(distiller, batch, distiller.teacher_maps(batch)))
     stacked = {name: np.stack([moment[name] for moment in moments]) for name in moments[0]}
     np.savez(folder / REPLAY, epoch=np.arange(2), pictures=np.arange(4), **stacked)  # type: ignore[arg-type]
     browser.open(write_report(open_run(folder)))

@@ -93,6 +93,8 @@ def test_what_changes_no_figure_may_change_on_resuming(tmp_path: Path) -> None:
     _enter(run, resume=False, overwrite=False)
     changed = config.override(run.recipe, ["data.workers=1", "data.check=headers", "train.checkpoint_every=7"])
     assert _enter(Run(run.folder, changed, "student"), resume=True, overwrite=False) is False
+    methods = config.override(changed, ["compare.methods.cwd={losses.0.name: cwd}"])
+    assert _enter(Run(run.folder, methods, "student"), resume=True, overwrite=False) is False
     other = config.override(changed, ["data.root=other", "losses.0.name=pkd", "train.seed=3", "train.clip=1"])
     said = r'command \(data.root was "data", is "other", losses.0.name was "acam", is "pkd", .* and \d more\)'
     with pytest.raises(AcamkdError, match=said):
@@ -193,3 +195,13 @@ def test_json_says_null_for_what_has_no_figure(tmp_path: Path) -> None:
     write_json(tmp_path / "x.json", content)
     assert (tmp_path / "x.json").read_text().endswith("}\n")
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_teachers_run_does_not_depend_on_the_student(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", _run(tmp_path / "run").recipe, "teacher")
+    _enter(run, resume=False, overwrite=False)
+    changed = config.override(run.recipe, ["student.backbone=mobilenetv3_small_100"])
+    assert _enter(Run(run.folder, changed, "teacher"), resume=True, overwrite=False) is False
+    other = config.override(changed, ["student.backbone=mobilenetv3_small_075"])
+    with pytest.raises(AcamkdError, match=r"student\.backbone was"):
+        _enter(Run(run.folder, other, "student"), resume=True, overwrite=False)

@@ -149,6 +149,13 @@ def test_what_cannot_learn_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_that_cannot_be_written_is_said_first(recipes: dict[Task, Path], tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    file = tmp_path / "taken" / "tokens.safetensors"
+    with pytest.raises(AcamkdError, match=rf"{file} cannot be written, since {file.parent} cannot: --out FILE"):
+        learn_tokens(config.load(recipes["segmentation"], MASKD), out=file, iterations=10**9)
+
+
 def test_the_file_must_be_safetensors(recipes: dict[Task, Path], tmp_path: Path) -> None:
     with pytest.raises(AcamkdError, match=r"name a file \.safetensors"):
         learn_tokens(config.load(recipes["segmentation"], MASKD), out=tmp_path / "tokens.pth")

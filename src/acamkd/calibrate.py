@@ -18,7 +18,7 @@ from acamkd.data.base import seed_of
 from acamkd.distiller import Distiller
 from acamkd.errors import AcamkdError
 from acamkd.methods import build_distiller, options, options_of, quietly
-from acamkd.models.base import Batch, Target, TaskModel
+from acamkd.models.base import Batch, Target, TaskModel, moved
 
 log = logging.getLogger(__name__)
 
@@ -189,11 +189,7 @@ def prepared(student: TaskModel, pictures: Pictures) -> Iterator[Batch]:
     """Each batch in the student's frame, with torch's random state a function of its position."""
     for position, (images, targets) in enumerate(pictures):
         torch.manual_seed(seed_of("calibrate", position))  # random masks, sampled boxes
-        device = student.mean.device
-        yield student.prepare(
-            [image.to(device) for image in images],
-            [{name: value.to(device) for name, value in target.items()} for target in targets],
-        )
+        yield student.prepare(*moved(images, targets, student.mean.device))
 
 
 def _listed(weights: dict[str, Any]) -> str:

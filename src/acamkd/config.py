@@ -150,6 +150,12 @@ class Model(Section):
         return given
 
     @property
+    def title(self) -> str:
+        """The architecture, with its backbone where the recipe chooses one."""
+        is_whole = ":" in self.arch or self.arch.startswith("torchvision/")
+        return self.arch if is_whole else f"{self.arch} on {self.backbone}"
+
+    @property
     def convention(self) -> Any:
         """Whose conventions a detector follows: the option of that name, torchvision's where there is none."""
         return self.options.get("convention", "torchvision")
@@ -256,7 +262,7 @@ class Train(Section):
     accelerator: str = "auto"
     """Such as `cpu`, `gpu` or `mps`, by Lightning's names; `auto` takes what is there."""
     devices: int | Literal["auto"] = "auto"
-    """Of each node; each takes batches of `batch_size`."""
+    """Of each node, one or more; each takes batches of `batch_size`."""
     num_nodes: Positive = 1
     strategy: str = "auto"
     """How devices work together, by Lightning's names."""
@@ -265,6 +271,13 @@ class Train(Section):
     @classmethod
     def _name(cls, precision: Any) -> Any:
         return str(precision) if isinstance(precision, int) else precision  # YAML reads 32 as a number
+
+    @field_validator("devices")
+    @classmethod
+    def _count(cls, devices: int | str) -> int | str:
+        if isinstance(devices, int) and devices < 1:
+            raise ValueError("give their number, or auto for all of them")
+        return devices
 
     @model_validator(mode="after")
     def _check(self) -> Train:
@@ -312,6 +325,8 @@ class Recipe(Section):
             check_data(self.data, self.task)
         if self.student.num_classes is not None:
             raise ValueError("student.num_classes: the student has the data's classes; only a teacher may have others")
+        if self.teacher is not None and self.teacher.inherit:
+            raise ValueError("teacher.inherit: only a student inherits, from the teacher")
         if self.student.inherit and self.teacher is None:
             raise ValueError("student.inherit needs a `teacher` section to inherit from")
         return self
@@ -411,7 +426,16 @@ def imported(reference: str, key: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-3 as a number, as YAML 1.2 and every user do."""
+    """SafeLoader that also reads 1e-3 as a number, as YAML 1.2 and every user do, and refuses a key given twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
+                raise yaml.composer.ComposerError(None, None, f"{key.value} is given a second time", key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
 
 
 _Loader.add_implicit_resolver(

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from importlib import resources
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ from acamkd.losses import ACAM
 from acamkd.methods import build_distiller, probe
 from acamkd.models.base import Task, TaskModel
 from acamkd.pictures import Block, draw_findings, draw_masks, draw_sheet
+from acamkd.report.cost import median_milliseconds
 from acamkd.runs import Run, open_run, write_json
 
 log = logging.getLogger(__name__)
@@ -41,8 +41,6 @@ FOLDERS = {"teacher": "teacher", "student": "alone", "distilled": "distilled"}
 """Network in metrics.json -> its run folder."""
 
 TITLES = {"teacher": "teacher", "student": "student alone", "distilled": "student distilled"}
-
-TIMED_FORWARDS = 30
 
 
 class Cost(NamedTuple):
@@ -119,19 +117,10 @@ def _train_all(recipe: config.Recipe, folder: Path, before: int, total: int) -> 
 
 
 def _cost(model: TaskModel) -> Cost:
-    return Cost(count_parameters(model.net), milliseconds(model, torch.rand(3, *SIZE)))
-
-
-@torch.no_grad()
-def milliseconds(model: TaskModel, picture: Tensor) -> float:
-    """Median time of one forward over one picture, (3, H, W), on the model's device."""
-    batch = model.prepare([picture])
-    times = []
-    for _ in range(TIMED_FORWARDS):
-        start = time.perf_counter()
+    batch = model.prepare([torch.rand(3, *SIZE)])
+    with torch.no_grad():
         model(batch)
-        times.append(time.perf_counter() - start)
-    return 1000 * median(times)
+        return Cost(count_parameters(model.net), median_milliseconds(lambda: model(batch)))
 
 
 def _block(runs: dict[str, Run], result: dict[str, Any]) -> Block:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from acamkd.errors import AcamkdError
 from acamkd.features import FeatureTap
-from acamkd.graph import first_part, leaves_below
+from acamkd.graph import backward_scale, first_part, leaves_below
 from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
 from acamkd.models.base import Batch, TaskModel
 
@@ -28,7 +28,15 @@ AUDITED_STEPS = 20
 
 
 class NonFiniteError(AcamkdError):
-    """A loss term is NaN or infinite."""
+    """A loss term is NaN or infinite.
+
+    Attributes:
+        terms: All of that forward's, so that a process among several can still run the backward that others wait for.
+    """
+
+    def __init__(self, message: str, terms: Mapping[str, Tensor]) -> None:
+        super().__init__(message)
+        self.terms = dict(terms)
 
 
 @dataclass
@@ -64,7 +72,8 @@ class Distiller(nn.Module):
     teacher runs a second time, with the loss's `masked(student_map, teacher_map)` in the place of the tapped map.
 
     For the first 20 steps with distillation, the Distiller watches whether it reaches the student: a total that stays
-    exactly zero, or a student parameter below a tapped layer that never receives a distillation gradient, is an error.
+    exactly zero, or a student parameter below a tapped layer that never receives a distillation gradient, is an error;
+    of a single loss that stays zero, or that compares a layer with nothing to train below, the log warns.
 
     Args:
         student: The network to train.
@@ -155,22 +164,25 @@ class Distiller(nn.Module):
             teacher_maps = self.teacher_maps(batch, active, whole=whole) if active else {}
             terms: dict[str, Tensor] = {}
             if labelled:
-                outputs = self.student(batch)
+                with _explaining_batch_norm():
+                    outputs = self.student(batch)
                 terms = {f"task/{name}": term for name, term in self.student.loss(outputs, batch).items()}
             else:
-                with student_tap.early_stop():
+                with student_tap.early_stop(), _explaining_batch_norm():
                     self.student(batch)
             gradients, terms = self._task_gradients(active, student_tap, onward, terms)
-            distillation: dict[str, Tensor] = {}
+            strengths: dict[str, Tensor] = {}  # by loss, whatever the schedules
             for index in active:
-                context = DistillationContext(step, batch.input_size, batch.boxes, gradients.get(index), labelled)
-                for name, term in self._compare(index, student_tap, teacher_maps, batch, context).items():
-                    distillation[f"{self._keys[index]}/{name}"] = factors[index] * term
+                boxes = batch.boxes if "boxes" in getattr(self.losses[index], "needs", ()) else None
+                context = DistillationContext(step, batch.input_size, boxes, gradients.get(index), labelled)
+                found = self._compare(index, student_tap, teacher_maps, batch, context)
+                strengths[self._keys[index]] = sum(found.values(), batch.pixels.new_zeros(()))
+                terms |= {f"{self._keys[index]}/{name}": factors[index] * term for name, term in found.items()}
             terms |= self._teacher_task(active, student_tap, batch)
-            _check_finite(terms | distillation, step)
-            if distillation and labelled and self.training and torch.is_grad_enabled():
-                self._audit(self.student.net, student_tap.features(), distillation)
-        return terms | distillation
+            if strengths and labelled and self.training and torch.is_grad_enabled():
+                self._audit(self.student.net, student_tap.features(), strengths)
+        _check_finite(terms, step)
+        return terms
 
     def check_unlabelled(self) -> None:
         """Say which losses see labelled pictures only; raises AcamkdError if all of them do."""
@@ -277,11 +289,11 @@ class Distiller(nn.Module):
 
 
 class _Audit:
-    """Watches over the first steps whether the distillation reaches what it should."""
+    """Watches over the first steps whether the distillation reaches what it should; all processes come to the same."""
 
     def __init__(self) -> None:
         self._steps = 0
-        self._zero = True
+        self._is_zero: dict[str, bool] = {}
         self._unreached: dict[str, nn.Parameter] | None = None
 
     @property
@@ -289,43 +301,84 @@ class _Audit:
         """Whether it has seen a step."""
         return self._steps > 0
 
-    def __call__(self, net: nn.Module, maps: Mapping[str, Tensor], terms: Mapping[str, Tensor]) -> None:
-        if self._steps == AUDITED_STEPS or not (self._zero or self._unreached is None or self._unreached):
+    def __call__(self, net: nn.Module, maps: Mapping[str, Tensor], losses: Mapping[str, Tensor]) -> None:
+        if self._unreached is None:
+            self._unreached = _parameters_below(net, maps)
+        self._is_zero = dict.fromkeys(losses, True) | self._is_zero
+        if self._steps == AUDITED_STEPS or not (self._unreached or any(self._is_zero.values())):
             return
         self._steps += 1
-        total = torch.stack(list(terms.values())).sum()
-        self._zero = self._zero and total.item() == 0
-        if self._unreached is None:
-            below = {id(parameter) for parameter in leaves_below(x.grad_fn for x in maps.values())[0]}
-            self._unreached = {name: parameter for name, parameter in net.named_parameters() if id(parameter) in below}
-            if not self._unreached:
-                raise AcamkdError(
-                    f"no trainable student parameter lies below {', '.join(maps)}: nothing can be distilled"
-                )
-        if self._unreached and total.requires_grad:
-            names = list(self._unreached)
-            gradients = torch.autograd.grad(
-                total, [self._unreached[name] for name in names], retain_graph=True, allow_unused=True
-            )
-            for name, gradient in zip(names, gradients, strict=True):
-                if gradient is not None and gradient.count_nonzero() > 0:
-                    del self._unreached[name]
+        names, total = list(self._unreached), torch.stack(list(losses.values())).sum()
+        gradients: Sequence[Tensor | None] = [None] * len(names)
+        if names and total.requires_grad:
+            scaled, parameters = backward_scale(maps.values()) * total, list(self._unreached.values())
+            gradients = torch.autograd.grad(scaled, parameters, retain_graph=True, allow_unused=True)
+        arrived = _anywhere(
+            [
+                *(bool(loss.isfinite() & (loss != 0)) for loss in losses.values()),
+                *(x is not None and bool((x.isfinite() & (x != 0)).any()) for x in gradients),
+            ],
+            total.device,
+        )
+        for name, has_arrived in zip([*losses, *names], arrived, strict=True):
+            if has_arrived and name in losses:
+                self._is_zero[name] = False
+            elif has_arrived:
+                del self._unreached[name]
         if self._steps == AUDITED_STEPS:
-            self._conclude()
+            self._conclude(self._unreached)
 
-    def _conclude(self) -> None:
-        if self._zero:
+    def _conclude(self, unreached: Iterable[str]) -> None:
+        zero = [key for key, is_zero in self._is_zero.items() if is_zero]
+        advice = "check that teacher and student differ and that the loss weights are not 0"
+        if len(zero) == len(self._is_zero):
             raise AcamkdError(
-                f"the distillation total was exactly 0 in each of the first {AUDITED_STEPS} steps: "
-                "check that teacher and student differ and that the loss weights are not 0"
+                f"the distillation total was exactly 0 in each of the first {AUDITED_STEPS} steps: {advice}"
             )
-        if self._unreached:
-            names = list(self._unreached)
+        if zero:
+            log.warning("in each of the first %d steps %s was exactly 0: %s", AUDITED_STEPS, ", ".join(zero), advice)
+        if names := list(unreached):
             raise AcamkdError(
                 f"in the first {AUDITED_STEPS} steps no distillation gradient reached {len(names)} student parameters "
                 f"below the tapped layers: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}; "
-                "tap a layer behind them, or freeze them if they are meant to stay"
+                "tap a layer behind them, or freeze them if they are meant to stay; and leave out maps of a single "
+                "position, which some losses cannot learn from"
             )
+
+
+def _parameters_below(net: nn.Module, maps: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """The student's parameters that some of its maps depend on; raises AcamkdError if there are none."""
+    below = {id(parameter) for parameter in leaves_below(x.grad_fn for x in maps.values())[0]}
+    found = {name: parameter for name, parameter in net.named_parameters() if id(parameter) in below}
+    nothing = "no trainable student parameter lies below %s: nothing can be distilled there"
+    if not found:
+        raise AcamkdError(nothing % ", ".join(maps))
+    if frozen := [name for name, x in maps.items() if x.grad_fn is None]:
+        log.warning(nothing, ", ".join(frozen))
+    return found
+
+
+def _anywhere(found: Sequence[bool], device: torch.device) -> list[bool]:
+    """Entry by entry, whether it holds in any of the processes that train together."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return list(found)
+    held = torch.tensor(found, dtype=torch.uint8, device=device)
+    distributed.all_reduce(held, distributed.ReduceOp.MAX)
+    return held.bool().tolist()
+
+
+@contextmanager
+def _explaining_batch_norm() -> Iterator[None]:
+    """Say what is to be done where torch's batch norm has no two values to take statistics of."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise AcamkdError(
+            "a batch norm needs more than one value of each channel: raise train.batch_size, or give larger pictures "
+            f"({error})"
+        ) from error
 
 
 def _needs_targets(loss: nn.Module) -> bool:
@@ -344,5 +397,6 @@ def _check_finite(terms: Mapping[str, Tensor], step: int) -> None:
         bad = [f"{name} is {x}" for name, x in zip(terms, values.tolist(), strict=True) if not isfinite(x)]
         raise NonFiniteError(
             f"step {step}: the loss is not finite, {', '.join(bad)}: "
-            "lower the learning rate or the loss's weight, or clip the gradient (train.clip)"
+            "lower the learning rate or the loss's weight, or clip the gradient (train.clip)",
+            terms,
         )

@@ -76,7 +76,8 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
         yield Finding(
             stage, "pass", f"{len(train)} training and {len(val)} validation pictures, {len(train.classes)} classes"
         )
-        for warning in data.compare_splits(train, val, source):
+        unlabelled = source.unlabelled and data.build_unlabelled(source, recipe.task, seed=recipe.train.seed)
+        for warning in data.compare_splits(train, val, source, unlabelled or None):
             yield Finding(stage, "warn", warning)
         stage = "teacher's weights"
         if recipe.teacher is None or not recipe.losses:
@@ -210,8 +211,10 @@ def _score(teacher: TaskModel, val: PictureDataset, recipe: config.Recipe) -> Fi
             seen.append(target)
             yield [image], [target]
 
+    device = teacher.mean.device
     teacher.to("cuda" if torch.cuda.is_available() else "cpu")
     reached = score(teacher, pictures(), Scorer(recipe.task, val.classes))[metric]
+    teacher.to(device)  # where the student is, whose batches show both which layers they have
     chance = ignorance(seen, len(val.classes)) if recipe.task == "segmentation" else 0.0
     text = f"{metric} {reached:.2f} on {len(seen)} validation pictures; {chance:.2f} without looking"
     if not reached >= chance + MARGIN:

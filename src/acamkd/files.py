@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files: which ones are pictures, and how one is there whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+"""Endings of what is read as a picture."""
 
 
 def unfinished_name(name: str) -> str:

@@ -46,6 +46,13 @@ def leaves_below(start: Iterable[Node | None], stop: Iterable[GradientEdge] = ()
     return list(found.values()), met
 
 
+def backward_scale(maps: Iterable[Tensor]) -> float:
+    """What a loss over some maps is to be multiplied by for its backward: HALF_SCALE in float16, otherwise 1."""
+    types = {(x.dtype, x.device.type) for x in maps}
+    casts = {torch.get_autocast_dtype(device) for _, device in types if torch.is_autocast_enabled(device)}
+    return HALF_SCALE if torch.float16 in casts | {dtype for dtype, _ in types} else 1.0
+
+
 def first_part(
     terms: Mapping[str, Tensor], maps: Sequence[Tensor], onward: Sequence[GradientEdge]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -64,10 +71,8 @@ def first_part(
         gradient twice; and in float16, whose gradients need the factor that the loss is to be given later.
     """
     total = torch.stack(list(terms.values())).sum()
-    device = total.device.type
-    half = torch.float16 in {x.dtype for x in maps} or (
-        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
-    )
+    device, scale = total.device.type, backward_scale(maps)
+    half = scale != 1
     above, _ = leaves_below([total.grad_fn], stop=onward)
     below, _ = leaves_below(x.grad_fn for x in maps)
     _, nested = leaves_below((edge.node for edge in onward), stop=onward)
@@ -75,7 +80,6 @@ def first_part(
     hooked = any(leaf._backward_hooks for leaf in above)
     with torch.autocast(device, enabled=False):  # a backward runs without, and rounds nothing more than its forward did
         if half or nested or around or hooked:
-            scale = HALF_SCALE if half else 1.0
             gradients = torch.autograd.grad(scale * total, maps, retain_graph=True, materialize_grads=True)
             return [gradient.float() / scale if half else gradient for gradient in gradients], dict(terms)
         edges = [*onward, *map(get_gradient_edge, above)]

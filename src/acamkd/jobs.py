@@ -234,7 +234,7 @@ class Batches:
         for name, split in self.splits.items():
             for warning in data.check(split, how):
                 log.warning("%s data: %s", name, warning)
-        for warning in data.compare_splits(self.splits["train"], self.splits["val"], source):
+        for warning in data.compare_splits(self.splits["train"], self.splits["val"], source, self.unlabelled):
             log.warning("%s", warning)
         self.fingerprint = {name: split.fingerprint() for name, split in self.splits.items()}
         if self.unlabelled is not None:
@@ -281,8 +281,10 @@ def _fit(
     others = nullcontext(resume and run.has_checkpoint)
     entered = run.entered(resume=resume, overwrite=overwrite) if is_first else others
     with entered as goes_on, _log_file(run.folder / LOG, is_first), _explaining(run.folder):
-        if goes_on and run.has_ended:
+        if resume and run.has_ended and (goes_on or run.weights.is_file()):
             log.info("%s: all epochs are done already", run.folder)
+            if not goes_on:  # its checkpoints were deleted
+                return run
         if resume and not goes_on:
             log.warning("%s has no finished epoch to resume from: it starts anew", run.folder)
         checkpoint = find_checkpoint(run.folder) if goes_on else None
@@ -311,7 +313,7 @@ def _fit(
             "seconds": round(recorder.seconds, 1),
             "seed": recipe.train.seed,
             "data": batches.fingerprint,
-            "device": str(module.device),
+            "device": str(trainer.strategy.root_device),  # the network is back on the CPU
             "processes": trainer.world_size,
             "machine": _machine(),
             "versions": {"acamkd": __version__, **{name: version(name) for name in LIBRARIES}},

@@ -65,10 +65,11 @@ def options_of(name: str) -> type[BaseModel]:
     method = find(name)
     hints = get_type_hints(method.__init__)
     hints["tokens"] = str | None  # the constructor takes tensors, a recipe names the file that holds them
+    own = [each.name for each in inspect.signature(method).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    if missing := [option for option in own if option not in hints]:
+        raise AcamkdError(f"{name}: {method.__name__}.__init__ gives no type for {', '.join(missing)}: annotate it")
     fields: dict[str, Any] = {
-        parameter.name: (hints[parameter.name], parameter.default)
-        for parameter in inspect.signature(method).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY
+        option: (hints[option], inspect.signature(method).parameters[option].default) for option in own
     }
     return create_model(method.__name__, __config__=ConfigDict(extra="forbid"), **fields)
 
@@ -227,7 +228,7 @@ def describe(name: str) -> dict[str, Any]:
     """
     method = find(name)
     text = inspect.getdoc(method) or ""
-    paper = " ".join(re.findall(r"^Paper: (.+?)\.\n\n", text, flags=re.MULTILINE | re.DOTALL)[0].split())
+    paper = " ".join("".join(re.findall(r"^Paper: (.+?)\.\n\n", text, flags=re.MULTILINE | re.DOTALL)[:1]).split())
     helps = {entry.arg_name: entry.description or "" for entry in docstring_parser.parse(text).params}
     signature = inspect.signature(method)
     description: dict[str, Any] = {
@@ -242,7 +243,7 @@ def describe(name: str) -> dict[str, Any]:
                 "name": option,
                 "type": _type_name(field.annotation),
                 "default": signature.parameters[option].default,
-                "help": " ".join(helps[option].split()),
+                "help": " ".join(helps.get(option, "").split()),
             }
             for option, field in options_of(name).model_fields.items()
         ],

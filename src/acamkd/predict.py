@@ -17,12 +17,11 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from acamkd.errors import AcamkdError
-from acamkd.files import written_whole
+from acamkd.files import PICTURES, written_whole
 from acamkd.onnx_model import OnnxModel, Picture, Prediction, read_picture
 
 log = logging.getLogger(__name__)
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 
 
@@ -49,6 +48,8 @@ def predict(model: Path, source: Path, *, out: Path | None = None, score: float 
     is_video = source.is_file() and source.suffix.lower() in VIDEOS
     files = [] if is_video else pictures_of(source)
     task, classes, network = _open(model)
+    if task == "segmentation" and files:
+        _check_names(files, source)
     folder = out or (model.parent if model.suffix == ".onnx" else model) / "predictions"
     results: list[dict[str, Any]] = []
 
@@ -161,12 +162,16 @@ def pictures_of(source: Path) -> list[Path]:
     files = sorted(file for file in source.iterdir() if file.suffix.lower() in PICTURES and file.name[0] != ".")
     if not files:
         raise AcamkdError(f"{source}: the folder holds no pictures ({', '.join(PICTURES)})")
+    return files
+
+
+def _check_names(files: Sequence[Path], source: Path) -> None:
+    """Raise AcamkdError if the masks of two pictures would be one file."""
     stem, count = Counter(file.stem for file in files).most_common(1)[0]
     if count > 1:
         raise AcamkdError(
             f"{source}: {count} pictures are called {stem}, and their masks would be one file: rename them"
         )
-    return files
 
 
 def draw(picture: Picture, found: Prediction, classes: Sequence[str]) -> Image.Image:

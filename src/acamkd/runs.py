@@ -186,13 +186,20 @@ class Run:
 
     def _check_same(self) -> None:
         """Raise OtherRunError where the folder's recipe would have come to another outcome."""
-        changes = list(_changes(_content(config.load(self.folder / RECIPE)), _content(self.recipe)))
+        changes = list(_changes(self._content(config.load(self.folder / RECIPE)), self._content(self.recipe)))
         if changes:
             more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
             raise OtherRunError(
                 f"{self.folder} was made by another recipe or command ({', '.join(changes[:3])}{more}): "
                 "resume with the same recipe and overrides, or write elsewhere with --out"
             )
+
+    def _content(self, recipe: config.Recipe) -> dict[str, Any]:
+        """What the outcome depends on."""
+        without: dict[str, Any] = {"data": {"workers", "check"}, "train": {"checkpoint_every"}, "compare": True}
+        if self.role == "teacher":
+            without["student"] = True
+        return recipe.model_dump(mode="json", exclude=without)
 
     def _unwritable(self, error: OSError) -> AcamkdError:
         return AcamkdError(f"cannot write the run folder {self.folder}: {error.strerror or error}")
@@ -284,11 +291,6 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(entry)
         elif entry.name != LOCK:
             entry.unlink()
-
-
-def _content(recipe: config.Recipe) -> dict[str, Any]:
-    """What the outcome depends on."""
-    return recipe.model_dump(mode="json", exclude={"data": {"workers", "check"}, "train": {"checkpoint_every"}})
 
 
 _MISSING = "not given"

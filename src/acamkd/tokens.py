@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from acamkd.losses.acam import ACAM, ASCM
 from acamkd.losses.freekd import FrequencyTokens
 from acamkd.losses.maskd import TokenMasks
 from acamkd.methods import build_distiller, quietly
-from acamkd.models.base import TaskModel
+from acamkd.models.base import TaskModel, moved
 from acamkd.models.weights import save_tensors
 from acamkd.runs import default_folder
 
@@ -104,10 +105,14 @@ def learn_tokens(
 
 
 def _check_file(path: Path, overwrite: bool) -> None:
+    """Raise AcamkdError, before anything is learnt, if the file cannot be written."""
     if path.suffix != ".safetensors":
         raise AcamkdError(f"tokens are written as safetensors: name a file .safetensors, not {path}")
     if path.exists() and not overwrite:
         raise AcamkdError(f"{path} exists: --overwrite replaces it, --out FILE writes elsewhere")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise AcamkdError(f"{path} cannot be written, since {above} cannot: --out FILE writes elsewhere")
 
 
 def _token_modules(distiller: Distiller, name: str) -> dict[str, TokenModule]:
@@ -145,11 +150,7 @@ def _learn(
     started = time.monotonic()
     for done, (images, targets) in enumerate(islice(_endless(batches), iterations), start=1):
         torch.manual_seed(seed_of(seed, "tokens", done))  # Faster R-CNN samples within its loss
-        device = student.mean.device
-        batch = student.prepare(
-            [image.to(device) for image in images],
-            [{name: value.to(device) for name, value in target.items()} for target in targets],
-        )
+        batch = student.prepare(*moved(images, targets, student.mean.device))
         with _masked(teacher, modules) as overlaps:
             task = torch.stack(list(teacher.loss(teacher(batch), batch).values())).sum()
         dice = torch.stack(overlaps).sum()
@@ -195,11 +196,10 @@ def _masked(teacher: TaskModel, modules: Mapping[str, TokenModule]) -> Iterator[
 def _score_masked(teacher: TaskModel, modules: Mapping[str, TokenModule], batches: Batches) -> dict[str, float]:
     device = teacher.mean.device
     for images, targets in batches.val:
+        pictures, truths = moved(images, targets, device)
         with _masked(teacher, modules):
-            predictions = teacher.predict([image.to(device) for image in images])
-        batches.scorer.update(
-            predictions, [{name: value.to(device) for name, value in target.items()} for target in targets]
-        )
+            predictions = teacher.predict(pictures)
+        batches.scorer.update(predictions, truths)
     return batches.scorer.compute()
 
 

@@ -261,6 +261,8 @@ def test_training_and_validation_are_compared(tmp_path: Path) -> None:
 
     assert data.compare_splits(train, val, options) == []  # without resize a crop has the scale of the picture
     assert warnings(val) == warnings(val, crop=(12, 16)) == warnings(val, crop=(6, 8), scale=(0.5, 1)) == []
+    (seen,) = data.compare_splits(train, val, options, unlabelled=val)
+    assert seen.startswith(f"{len(val)} of {len(val)} validation pictures are unlabelled pictures too")
     (shared,) = warnings(train)
     assert shared.startswith("5 of 5 validation pictures are training pictures too")
     (smaller,) = warnings(val, crop=(6, 8), scale=(0.75, 1.5))

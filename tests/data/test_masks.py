@@ -96,6 +96,13 @@ def test_unknown_ids(tmp_path: Path) -> None:
         dataset[0]
 
 
+def test_a_void_among_the_ids_is_explained(tmp_path: Path) -> None:
+    _folders(tmp_path, ("a.png",))
+    message = r"the mask holds 11, but the values .* are 0 to 2 \(data.ignore_index .* is listed in data.classes too\)"
+    with pytest.raises(AcamkdError, match=message):
+        data.check(_dataset(tmp_path, ignore_index=0), "full")
+
+
 def test_broken_mask(tmp_path: Path) -> None:
     _, masks = _folders(tmp_path)
     (masks / "b.png").write_bytes((masks / "b.png").read_bytes()[:45])

@@ -12,9 +12,10 @@ from torch import Tensor
 import tiny
 from acamkd import config
 from acamkd.data.base import read_picture
+from acamkd.data.loading import PictureLoader
 from acamkd.distiller import Distiller, NonFiniteError
 from acamkd.engine import TrainingModule
-from acamkd.engine.nonfinite import IN_A_ROW, KEPT
+from acamkd.engine.nonfinite import HALVINGS, IN_A_ROW, KEPT, NonFinite
 from acamkd.errors import AcamkdError
 from acamkd.jobs import Batches, build_network, distill
 from acamkd.methods import build_distiller
@@ -96,9 +97,10 @@ def test_every_parameter_gets_a_gradient_of_a_broken_step(
     forward = Distiller.forward
 
     def broken(self: Distiller, *arguments: Any, labelled: bool = True) -> dict[str, Tensor]:
+        terms = forward(self, *arguments, labelled=labelled)
         if labelled == (where == "labelled"):
-            raise NonFiniteError("test")
-        return forward(self, *arguments, labelled=labelled)
+            raise NonFiniteError("test", terms)
+        return terms
 
     recipe = tiny.recipe(root, batch_size=2)
     assert recipe.teacher is not None
@@ -150,3 +152,24 @@ def test_too_many_in_a_row_stop_the_run(root: Path, tmp_path: Path, monkeypatch:
         distill(tiny.recipe(root, epochs=2, batch_size=1, on_nonfinite="skip"), out=tmp_path / "run")
     assert 3 + IN_A_ROW == 13
     assert len(list((tmp_path / "run/nonfinite").iterdir())) == KEPT
+
+
+def test_the_scaler_of_float16_gets_its_chance_and_no_more(tmp_path: Path) -> None:
+    callback, net = NonFinite(tmp_path, skip=False), torch.nn.Linear(1, 1)
+    strategy = SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision)
+    pictures = PictureLoader.__new__(PictureLoader)
+    trainer: Any = SimpleNamespace(precision="16-mixed", strategy=strategy, global_step=7, train_dataloader=pictures,
+                                   world_size=1)  # fmt: skip
+    module = TrainingModule.__new__(TrainingModule)
+    torch.nn.Module.__init__(module)
+    module.net, module.faults = net, []
+    for value in (*[torch.inf] * HALVINGS, 1.0, *[torch.inf] * HALVINGS):
+        net.weight.grad = torch.full_like(net.weight, value)
+        callback.on_before_optimizer_step(trainer, module, torch.optim.SGD(net.parameters()))
+    with pytest.raises(AcamkdError, match=r"step 7: the gradient is not finite at 1 parameter \(net\.weight\), though"):
+        callback.on_before_optimizer_step(trainer, module, torch.optim.SGD(net.parameters()))
+    net.weight.grad = torch.ones_like(net.weight)
+    callback.on_before_optimizer_step(trainer, module, torch.optim.SGD(net.parameters()))
+    module.faults, net.weight.grad = ["step 8: the loss"], torch.full_like(net.weight, torch.nan)
+    with pytest.raises(AcamkdError, match="step 8: the loss"):
+        callback.on_before_optimizer_step(trainer, module, torch.optim.SGD(net.parameters()))

@@ -13,7 +13,7 @@ import tiny
 from acamkd import jobs
 from acamkd.distiller import Distiller
 from acamkd.engine import REPLAY, Replay
-from acamkd.engine.replay import MOMENTS, is_kept, look, masks_of, see_teacher, spread
+from acamkd.engine.replay import MOMENTS, is_kept, look, masks_of, spread
 from acamkd.jobs import distill
 from acamkd.losses import ACAM, FGD, FitNet, MasKD
 from acamkd.losses.base import DistillationContext
@@ -103,7 +103,7 @@ def test_look_keeps_what_the_loss_sees_without_the_padding() -> None:
     student, teacher, loss = _model(4).eval(), _model(5), ACAM(4, 5, num_masks=3, masks="both")
     batch = _batch(student)
     distiller = Distiller(student, teacher, [("1", "1")], [loss])
-    found = look(distiller, batch, see_teacher(distiller, batch))
+    found = look(distiller, batch, distiller.teacher_maps(batch))
     student_map, teacher_map = student.net[:2](student.normalize(batch)), teacher.net[:2](teacher.normalize(batch))
     channel, spatial = loss.masks_of(student_map, teacher_map)
     assert channel is not None
@@ -122,7 +122,7 @@ def test_look_keeps_what_the_loss_sees_without_the_padding() -> None:
 def test_a_loss_without_masks_leaves_the_maps_alone() -> None:
     student = _model(4).eval()
     distiller, batch = Distiller(student, _model(5), [("1", "1")], [FitNet(4, 5)]), _batch(student)
-    found = look(distiller, batch, see_teacher(distiller, batch))
+    found = look(distiller, batch, distiller.teacher_maps(batch))
     assert set(found) == {"1/fitnet/student", "1/fitnet/teacher"}
 
 

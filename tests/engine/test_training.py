@@ -171,7 +171,7 @@ def test_an_epochs_last_short_window_has_the_mean_of_its_own_batches(tmp_path: P
 def test_a_batch_too_small_for_batch_norm_is_named(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
     model = Segmenter(net, 2, (0.5,) * 3, (0.2,) * 3, None)
-    with pytest.raises(AcamkdError, match=r"raise train\.batch_size, which is 1, .*\[1, 4, 1, 1\]"):
+    with pytest.raises(AcamkdError, match=r"raise train\.batch_size, or give .*\[1, 4, 1, 1\]"):
         _fit(tmp_path, _batches(1), Distiller(model), batch_size=1)
 
 

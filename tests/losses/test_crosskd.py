@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -60,6 +61,15 @@ def taps(model: TaskModel, names: list[str], batch: Batch) -> dict[str, Tensor]:
 def crosskd(student: TaskModel, teacher: TaskModel, batch: Batch, loss: CrossKD) -> dict[str, Tensor]:
     of_student, of_teacher = loss.layers(student, teacher)
     return loss(student, teacher, taps(student, of_student, batch), taps(teacher, of_teacher, batch), batch)  # type: ignore[no-any-return]
+
+
+def test_targets_need_not_say_what_is_a_crowd() -> None:
+    student, teacher = detector("retinanet", 0), detector("retinanet", 1)
+    batch = batch_of(student)
+    assert batch.targets is not None
+    targets = [{name: x for name, x in target.items() if name != "iscrowd"} for target in batch.targets]
+    without = dataclasses.replace(batch, targets=targets)
+    torch.testing.assert_close(*(crosskd(student, teacher, each, CrossKD()) for each in (batch, without)))
 
 
 def test_align_scale_gives_the_teachers_statistics() -> None:
@@ -147,8 +157,8 @@ def assignment(model: TaskModel, batch: Batch) -> tuple[Tensor, list[Tensor]]:
     maps = [torch.zeros(2, 4 * 9 if "Retina" in type(model.net).__name__ else 4, n, n) for n in (8, 4, 2, 1, 1)]
     net: Any = model.net
     anchors = net.anchor_generator(ImageList(batch.pixels, batch.sizes), maps)
-    assert batch.targets is not None
-    return _assign(net, anchors, maps, batch.targets), anchors
+    assert batch.boxes is not None
+    return _assign(net, anchors, maps, batch.boxes), anchors
 
 
 def test_retinanet_assigns_as_its_matcher() -> None:

@@ -35,8 +35,6 @@ Sample: TypeAlias = tuple[Tensor, Target]
 Transform: TypeAlias = Callable[[Tensor, Target], Sample]
 """A joint change of picture and target (tv_tensors); draws from torch's default CPU generator only."""
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-
 UNNOTICED = 1.25
 """By this factor training and validation may differ in scale without a warning."""
 
@@ -242,15 +240,18 @@ def check_same_classes(train: PictureDataset, val: PictureDataset) -> None:
         )
 
 
-def compare_splits(train: PictureDataset, val: PictureDataset, options: Data) -> list[str]:
+def compare_splits(
+    train: PictureDataset, val: PictureDataset, options: Data, unlabelled: PictureDataset | None = None
+) -> list[str]:
     """What is legitimate, but seldom meant, of training and validation together."""
     warnings = []
-    shared = {file.resolve() for file in train.files} & {file.resolve() for file in val.files}
-    if shared:
-        warnings.append(
-            f"{len(shared)} of {len(val)} validation pictures are training pictures too: scores on them say nothing of "
-            "others"
-        )
+    scored = {file.resolve() for file in val.files}
+    for kind, others in (("training", train), ("unlabelled", unlabelled)):
+        if others is not None and (shared := scored & {file.resolve() for file in others.files}):
+            warnings.append(
+                f"{len(shared)} of {len(val)} validation pictures are {kind} pictures too: scores on them say nothing "
+                "of others"
+            )
     crop = options.augment.crop
     if crop is not None and isinstance(options.resize, tuple) and val.files:
         size = read_size(val.files[0])

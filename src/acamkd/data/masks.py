@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 
-from acamkd.data.base import PICTURES, PictureDataset, Transform, describe, files_of, opened, twins
+from acamkd.data.base import PictureDataset, Transform, describe, files_of, opened, twins
 from acamkd.errors import AcamkdError, PictureError
+from acamkd.files import PICTURES
 from acamkd.models.base import VOID, PixelSize, Target
 
 
@@ -72,9 +73,10 @@ class MaskDataset(PictureDataset):
         if not unknown:
             return ""
         *most, last = sorted(self.ids)
+        known = f"0 to {last}" if last == len(most) else f"{most[0]} to {most[-1]} and {last}"
         return (
             f"the mask holds {', '.join(unknown)}, but the values for the {len(self.classes)} classes and for void are "
-            f"{most[0]} to {most[-1]} and {last}"
+            f"{known}"
         )
 
 
@@ -125,7 +127,9 @@ class MaskFolder(MaskDataset):
 
     def _unknown(self, values: Sequence[int]) -> str:
         text = super()._unknown(values)
-        return text and f"{text} (data.ignore_index says what void is)"
+        among = any(self.ids[k] == VOID for k in range(len(self.classes)))
+        hint = "; a void that is one of the values from 0 on is listed in data.classes too" if among else ""
+        return text and f"{text} (data.ignore_index says what void is{hint})"
 
 
 def _ids(mask: Image.Image) -> Tensor:

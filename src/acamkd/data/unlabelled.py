@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from acamkd.data.base import PICTURES, PictureDataset, Transform, files_of, note_reading, seed_of
+from acamkd.data.base import PictureDataset, Transform, files_of, note_reading, seed_of
+from acamkd.files import PICTURES
 from acamkd.models.base import VOID, PixelSize, Target, Task
 
 

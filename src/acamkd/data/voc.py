@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 from xml.etree import ElementTree
 
-from acamkd.data.base import PICTURES, Transform, lines_of
+from acamkd.data.base import Transform, lines_of
 from acamkd.data.boxes import Box, BoxDataset
 from acamkd.data.masks import MaskDataset
 from acamkd.errors import AcamkdError, nearest
+from acamkd.files import PICTURES
 from acamkd.models.base import PixelSize
 
 CLASSES = (

@@ -8,9 +8,10 @@ from typing import Any
 
 import yaml
 
-from acamkd.data.base import PICTURES, Transform, check_classes, files_of, lines_of, twins
+from acamkd.data.base import Transform, check_classes, files_of, lines_of, twins
 from acamkd.data.boxes import Box, BoxDataset
 from acamkd.errors import AcamkdError
+from acamkd.files import PICTURES
 
 NAMES = "data.yaml"
 

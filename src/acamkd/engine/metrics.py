@@ -15,7 +15,7 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from acamkd.data.base import process
 from acamkd.errors import AcamkdError
-from acamkd.models.base import VOID, Prediction, Target, Task, TaskModel, keeping_modes
+from acamkd.models.base import VOID, Prediction, Target, Task, TaskModel, keeping_modes, moved
 
 T = TypeVar("T")
 
@@ -110,10 +110,8 @@ def score(
     with keeping_modes(model):
         model.eval()
         for images, targets in batches:
-            scorer.update(
-                model.predict([image.to(device) for image in images]),
-                [{name: value.to(device) for name, value in target.items()} for target in targets],
-            )
+            pictures, truths = moved(images, targets, device)
+            scorer.update(model.predict(pictures), truths)
     return scorer.compute()
 
 

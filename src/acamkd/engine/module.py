@@ -16,7 +16,7 @@ from acamkd.data.loading import Pictures
 from acamkd.distiller import Distiller, NonFiniteError, WeightSchedule
 from acamkd.engine.metrics import Scorer
 from acamkd.errors import AcamkdError
-from acamkd.models.base import Target
+from acamkd.models.base import Batch, Target
 
 
 class TrainingModule(L.LightningModule):
@@ -67,21 +67,12 @@ class TrainingModule(L.LightningModule):
         batches = int(self.trainer.num_training_batches)
         position = self.current_epoch * batches + batch_idx
         torch.manual_seed(seed_of(self.config.seed, position, self.global_rank))
-        try:
-            terms, statistics = self._terms(*batch)
-        except NonFiniteError as error:  # dealt with where all processes are behind their backward pass
-            self.values = {}
-            self.faults.append(str(error))
-            # DDP waits for every gradient, and this forward may not have come to what gives some of them.
-            return torch.nan * torch.stack([p.sum() for p in self.distiller.parameters() if p.requires_grad]).sum()
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):  # torch's batch norm
-                raise
-            raise AcamkdError(
-                f"a batch norm needs more than one value of each channel: raise train.batch_size, which is "
-                f"{self.config.batch_size}, or give larger pictures ({error})"
-            ) from error
+        terms, statistics, faults = self._terms(*batch)
         total = torch.stack(list(terms.values())).sum()
+        if faults:  # dealt with where all processes are behind their backward pass, each part of which others wait for
+            self.values = {}
+            self.faults += faults
+            return torch.nan * (total + torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum())
         found = {f"loss/{name}": term for name, term in terms.items()} | statistics | {"loss": total}
         numbers = torch.stack([value.detach().float() for value in found.values()]).tolist()
         self.values = dict(zip(found, numbers, strict=True))
@@ -93,15 +84,23 @@ class TrainingModule(L.LightningModule):
 
     def _terms(
         self, images: list[Tensor], targets: list[Target], unlabelled: list[Tensor] | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Loss terms, and the losses' statistics."""
-        student = self.distiller.student
-        terms: dict[str, Tensor] = self.distiller(student.prepare(images, targets), self.global_step)
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+        """Loss terms, the losses' statistics, and what was not finite."""
+        student, faults = self.distiller.student, []
+
+        def run(batch: Batch, *, labelled: bool) -> dict[str, Tensor]:
+            try:
+                return self.distiller(batch, self.global_step, labelled=labelled)  # type: ignore[no-any-return]
+            except NonFiniteError as error:
+                faults.append(str(error))
+                return error.terms
+
+        terms = run(student.prepare(images, targets), labelled=True)
         statistics = self.distiller.statistics()
         if unlabelled:
-            more = self.distiller(student.prepare(unlabelled), self.global_step, labelled=False)
+            more = run(student.prepare(unlabelled), labelled=False)
             terms |= {name: (terms[name] + term) / 2 for name, term in more.items()}
-        return terms, statistics
+        return terms, statistics, faults
 
     def validation_step(self, batch: Pictures, batch_idx: int) -> None:
         """Collect the predictions of one batch."""

@@ -22,6 +22,8 @@ NONFINITE = "nonfinite"
 """Folder of the batches in a run folder."""
 IN_A_ROW = 10
 """More steps than this, one behind the other, are not left out: then it is not the pictures."""
+HALVINGS = 32
+"""After more of them in a row, from 2^16 on, it is not the scaler's factor that makes a gradient infinite."""
 KEPT = 10
 """At most this many batches are kept."""
 
@@ -32,7 +34,7 @@ class NonFinite(Callback):
     A step that is left out changes neither weights, optimizer nor batch norm's statistics; it counts as a step for the
     schedules. Where several processes train, all of them see it at the same step: a process whose loss is not finite
     lets NaN into the gradient that they share. In 16-mixed an infinite gradient alone is left to its scaler, which
-    leaves such steps out as a matter of course.
+    leaves such steps out as a matter of course and halves its factor, unless that does not help.
 
     Args:
         folder: The run folder.
@@ -44,6 +46,7 @@ class NonFinite(Callback):
         self.skip = skip
         self.skipped = 0
         self.in_a_row = 0
+        self._halvings = 0
         self._window: list[tuple[int, Pictures]] = []
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
@@ -71,14 +74,14 @@ class NonFinite(Callback):
     ) -> None:
         """Look at the gradient, which is the same in every process by now."""
         assert isinstance(pl_module, TrainingModule)
-        faults = pl_module.faults
-        if trainer.precision == "16-mixed":
-            is_finite = not trainer.strategy.reduce_boolean_decision(bool(faults), all=False)
-        else:
-            norms = [p.grad.norm() for p in pl_module.parameters() if p.grad is not None]
-            is_finite = bool(torch.stack(norms).isfinite().all())
-        if is_finite:
+        norms = [p.grad.norm() for p in pl_module.parameters() if p.grad is not None]
+        if torch.stack(norms).isfinite().all():
+            self.in_a_row = self._halvings = 0
+            return
+        is_for_scaler = trainer.precision == "16-mixed" and self._halvings < HALVINGS
+        if is_for_scaler and not trainer.strategy.reduce_boolean_decision(bool(pl_module.faults), all=False):
             self.in_a_row = 0
+            self._halvings += 1
             return
         self.skipped += 1
         self.in_a_row += 1

@@ -22,7 +22,7 @@ from acamkd.features import FeatureTap
 from acamkd.files import written_whole
 from acamkd.losses.base import DistillationContext, HeadLoss
 from acamkd.losses.functional import dice_overlap
-from acamkd.models.base import Batch, keeping_modes
+from acamkd.models.base import Batch, keeping_modes, moved
 
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 
@@ -83,12 +83,9 @@ class Replay(Callback):
         images, targets = zip(*(self.pictures[index] for index in self.chosen), strict=True)
         with keeping_modes(student):
             student.eval()  # before prepare: a detector in training mode may draw its input size
-            batch = student.prepare(
-                [image.to(pl_module.device) for image in images],
-                [{name: value.to(pl_module.device) for name, value in target.items()} for target in targets],
-            )
+            batch = student.prepare(*moved(images, targets, pl_module.device))
             if not self.teacher_maps:  # the teacher never changes, and is the expensive one
-                self.teacher_maps = {name: x.cpu() for name, x in see_teacher(pl_module.distiller, batch).items()}
+                self.teacher_maps = {name: x.cpu() for name, x in pl_module.distiller.teacher_maps(batch).items()}
             self.moments.append({"epoch": np.array(epoch), **look(pl_module.distiller, batch, self.teacher_maps)})
         self._write()
 
@@ -113,16 +110,6 @@ def is_kept(epoch: int, epochs: int) -> bool:
 def spread(count: int, wanted: int) -> list[int]:
     """Up to `wanted` indices, evenly over `count` entries."""
     return [index * count // min(wanted, count) for index in range(min(wanted, count))]
-
-
-@torch.no_grad()
-def see_teacher(distiller: Distiller, batch: Batch) -> dict[str, Tensor]:
-    """The teacher's maps of one batch by layer."""
-    layers = [teacher_layer for _, teacher_layer, _ in _pairs(distiller)]
-    with FeatureTap(distiller.teacher.net, layers) as tap:
-        with tap.early_stop():
-            distiller.teacher(batch)
-        return tap.features()
 
 
 @torch.no_grad()

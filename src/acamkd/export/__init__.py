@@ -146,7 +146,7 @@ def push_to_hub(folder: Path, repository: str) -> str:
     try:
         address = str(api.create_repo(repository, private=True, exist_ok=True))
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"acamkd {__version__} export")
-    except (OSError, ValueError) as error:  # all of the Hub's own are one of these
+    except Exception as error:  # of the Hub, of its transport, of the files
         raise AcamkdError(
             f"{repository} could not be uploaded: {error}\n  {folder} is complete; `hf auth login` stores a token, and "
             f"`hf upload {repository} {folder}` uploads it later"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from acamkd import __version__, config
+from acamkd.models import call_factory
 from acamkd.models.backbones import timm_options
 from acamkd.models.base import TaskModel
 from acamkd.models.detection import ARCHITECTURES
@@ -39,6 +40,7 @@ def write_card(
         role=run.role,
         ended=run.has_ended,
         section=section,
+        of_task_model=":" in section.arch and isinstance(call_factory(section, len(exported.classes)), TaskModel),
         distilled=run.role == "student" and bool(recipe.losses),
         losses=[_describe(loss) for loss in recipe.losses],
         data_folder=recipe.data.root.resolve().name,

@@ -164,13 +164,13 @@ class ACAM(FeatureLoss):
         - MasKD's softmax weighting of the masks is left out: nothing in the paper speaks of it.
         - `query="student"`: Q from the student, K and V from the teacher.
 
-    Three defaults depart from the method as published, which is the preset `paper`. Of the two kinds of masks the
-    default has the spatial ones alone: with channel masks beside them students were worse on one data set and no better
-    on the other (docs/results.md). With imitation="squared" the channels with the largest values decide, and their
-    scale is the loss's; the default compares channels that are standardised over the batch. With mask_grad="joint" both
-    terms shrink with the masks and nothing holds the masks up, so that training drives them to zero and the
-    distillation with them. The default is mask_grad="look_ahead", with an objective of the masks' own, for every mask
-    and image
+    Four defaults depart from the method as published, which is the preset `paper`. The diversity is the mean over pairs
+    (above). Of the two kinds of masks the default has the spatial ones alone: with channel masks beside them students
+    were worse on one data set and no better on the other (docs/results.md). With imitation="squared" the channels with
+    the largest values decide, and their scale is the loss's; the default compares channels that are standardised over
+    the batch. With mask_grad="joint" both terms shrink with the masks and nothing holds the masks up, so that training
+    drives them to zero and the distillation with them. The default is mask_grad="look_ahead", with an objective of the
+    masks' own, for every mask and image
 
         L_sel = -sum_p M_p r_p / sum_p M_p + 10 (mean_p M_p - 1/2)^2,  r_p = <dL_task/dS'_p, d(sum D)/dS'_p>
 

@@ -18,7 +18,7 @@ from acamkd.losses.base import HeadLoss
 from acamkd.losses.functional import full_precision, safe_divide
 
 if TYPE_CHECKING:
-    from acamkd.models.base import Batch, Target, TaskModel
+    from acamkd.models.base import Batch, TaskModel
 
 CLASSES, BOXES = "head.classification_head", "head.regression_head"
 PREDICTORS = {CLASSES: "cls_logits", BOXES: "bbox_reg"}
@@ -123,16 +123,16 @@ class CrossKD(HeadLoss):
         """Return `classification` and `boxes`: see the class.
 
         Raises:
-            ValueError: The batch has no targets.
+            ValueError: The batch has no boxes.
         """
-        if batch.targets is None:
-            raise ValueError("CrossKD needs targets: the number of anchors that stand for an object scales its loss")
+        if batch.boxes is None:
+            raise ValueError("CrossKD needs boxes: the number of anchors that stand for an object scales its loss")
         net: Any = teacher.net
         with full_precision(batch.pixels):
             logits, target_logits, _ = self._predictions(net, CLASSES, student_taps, teacher_taps)  # (N, R, K)
             codes, target_codes, maps = self._predictions(net, BOXES, student_taps, teacher_taps)  # (N, R, 4)
             anchors = net.anchor_generator(ImageList(batch.pixels, batch.sizes), maps)  # (R, 4) per image
-            assigned = _assign(net, anchors, maps, batch.targets)  # (N, R)
+            assigned = _assign(net, anchors, maps, batch.boxes)  # (N, R)
             counted = assigned != Matcher.BETWEEN_THRESHOLDS
             positives = (assigned >= 0).sum().clamp_min(1)
             certainty = target_logits.sigmoid().amax(dim=2)
@@ -180,14 +180,13 @@ def _rows(maps: Sequence[Tensor], width: int) -> Tensor:
     return torch.cat([x.view(len(x), -1, width, *x.shape[-2:]).permute(0, 3, 4, 1, 2).flatten(1, 3) for x in maps], 1)
 
 
-def _assign(net: Any, anchors: Sequence[Tensor], maps: Sequence[Tensor], targets: Sequence[Target]) -> Tensor:
+def _assign(net: Any, anchors: Sequence[Tensor], maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
     """Index of the object that each anchor stands for, (N, R), as the detector itself assigns it; negative: none."""
-    boxes = [{"boxes": target["boxes"][target["iscrowd"] == 0]} for target in targets]  # crowds do not train
     # torchvision assigns inside `compute_loss`, which hands the result to its head as the last argument. A stand-in
     # for the detector whose head returns that argument makes it the result.
     detector = SimpleNamespace(**vars(net), head=SimpleNamespace(compute_loss=lambda *arguments: arguments[-1]))
     per_level = [[x[0, 0].numel() for x in maps]] if isinstance(net, FCOS) else []  # one anchor per position
-    return torch.stack(type(net).compute_loss(detector, boxes, {}, anchors, *per_level))
+    return torch.stack(type(net).compute_loss(detector, [{"boxes": each} for each in boxes], {}, anchors, *per_level))
 
 
 def _box_distance(net: Any, codes: Tensor, target_codes: Tensor, anchors: Tensor) -> Tensor:

@@ -131,5 +131,5 @@ class MasKD(FeatureLoss):
 
     @torch.no_grad()
     def masks_of(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-        """The teacher's masks, `spatial` (N, T, H, W); they do not depend on the student."""
+        """The teacher's masks, `spatial` (N, T, H, W), which the student's multiply from `custom_mask_after` on."""
         return {"spatial": self.token_module(teacher)[0]}

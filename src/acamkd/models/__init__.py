@@ -15,7 +15,18 @@ from acamkd.models.detection import WRAPPERS, build_detector, wrap_detector
 from acamkd.models.segmentation import Segmenter, build_segmenter
 from acamkd.models.weights import LoadReport, inherit, load_weights, save_weights
 
-__all__ = ["Batch", "LoadReport", "Target", "Task", "TaskModel", "build", "inherit", "load_weights", "save_weights"]
+__all__ = [
+    "Batch",
+    "LoadReport",
+    "Target",
+    "Task",
+    "TaskModel",
+    "build",
+    "call_factory",
+    "inherit",
+    "load_weights",
+    "save_weights",
+]
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +62,7 @@ def build(
         built = build_detector(model, num_classes, resize)
     else:
         built = build_segmenter(model, num_classes, resize)
-    who = f"{model.arch} on {model.backbone}"
+    who = model.title
     if model.weights is not None:
         _say(load_weights(built.net, model.weights, strict=teacher, what=who, convention=model.convention))
     elif model.backbone_weights not in (None, "imagenet"):
@@ -65,8 +76,13 @@ def _say(report: LoadReport) -> None:
     log.log(logging.INFO if len(report.matched) == report.total else logging.WARNING, "%s", report)
 
 
+def call_factory(model: Model, num_classes: int) -> Any:
+    """What the factory that a recipe's section names gives."""
+    return imported(model.arch, "arch")(**{"num_classes": num_classes, **model.options})
+
+
 def _from_factory(model: Model, task: Task, num_classes: int, resize: PixelSize | ShortLong | None) -> TaskModel:
-    net: Any = imported(model.arch, "arch")(**{"num_classes": num_classes, **model.options})
+    net = call_factory(model, num_classes)
     if isinstance(net, TaskModel):
         if net.task != task:
             raise AcamkdError(f"{model.arch} gives a network for {net.task}, but the recipe's task is {task}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -62,6 +62,16 @@ class Batch:
             target["boxes"][target["iscrowd"] == 0] if "iscrowd" in target else target["boxes"]
             for target in self.targets
         ]
+
+
+def moved(
+    images: Iterable[Tensor], targets: Iterable[Target], device: torch.device
+) -> tuple[list[Tensor], list[Target]]:
+    """Pictures and their targets on a device."""
+    return (
+        [image.to(device) for image in images],
+        [{name: value.to(device) for name, value in target.items()} for target in targets],
+    )
 
 
 @contextmanager

@@ -74,6 +74,9 @@ def write_report(run: Run, alone: Run | None = None) -> Path:
     networks = _networks(run, alone, pictures, own)
     after = networks[own]
     before = networks.get(ALONE, networks.get(TEACHER)) if own == DISTILLED else None
+    if before and before.name == ALONE and (after.scores[metric] or 0) < (before.scores[metric] or 0):
+        log.warning("the distilled student is below the student alone: %s %.2f, alone %.2f; acamkd doctor RECIPE looks "
+                    "for reasons", metric, after.scores[metric] or 0, before.scores[metric])  # fmt: skip
     history = read_history(run.folder / "history.csv")
     replay = load_replay(run.folder / REPLAY) if (run.folder / REPLAY).is_file() else None
     page = environment().get_template("report.html.jinja").render(
@@ -138,7 +141,7 @@ def _networks(run: Run, alone: Run | None, pictures: PictureDataset, own: str) -
 
     def network(name: str, section: config.Model, scores: dict[str, Any], model: TaskModel | None) -> Network:
         spent = cost(model, picture) if model else None
-        return Network(name, f"{section.arch} on {section.backbone}", scores, model, spent)
+        return Network(name, section.title, scores, model, spent)
 
     networks = {}
     if own == DISTILLED:
