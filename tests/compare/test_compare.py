@@ -405,3 +405,20 @@ def test_a_bad_time_is_refused(
     with pytest.raises(SystemExit):
         cli.main()
     assert "--time sixh: write a number and h, m or s, such as 6h" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_method_whose_tuning_failed_is_not_run(recipe: Path, tmp_path: Path) -> None:
+    results, begun = tmp_path / "results", []
+    loaded = config.override(config.load(recipe), [
+        "compare.tune={values: [0.5, 1]}", "compare.methods.acam={losses.0.weight: auto}",
+    ])  # fmt: skip
+    fake(plan(loaded, ["acam"], 2, results)[0], results, 40.0)
+    cells = plan(loaded, ["acam"], 2, results)
+
+    def command(number: int) -> list[str]:
+        begun.append(cells[number].name)
+        return [sys.executable, "-c", "exit(3)"]
+
+    with pytest.raises(AcamkdError, match="3 cells failed"):
+        compare.compare(loaded, ["acam"], 2, results, command)
+    assert begun == ["acam-1-seed1000", "none-seed0", "none-seed1"]

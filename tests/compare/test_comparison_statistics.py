@@ -116,6 +116,14 @@ def test_a_rival_of_a_single_seed_is_the_best_only_where_all_are() -> None:
     assert rival.other == "pkd"
 
 
+def test_methods_without_a_common_seed_are_not_compared() -> None:
+    cells = [cell("none", 0, 1.0), cell("cwd", 1, 4.0), cell("pkd", 0, 2.0)]
+    rows = {row.method: row for row in summarize(cells)}
+    assert (rows["cwd"].gain, rows["cwd"].over_rival, rows["cwd"].verdict) == (None, None, None)
+    assert rows["pkd"].over_rival is None
+    assert "nan" not in markdown(summarize(cells), cells)
+
+
 def test_the_page_shows_what_was_measured() -> None:
     cells = [cell("none", seed, 40.0 + seed) for seed in range(3)]
     cells += [cell("cwd", seed, 42.0 + seed * 1.5, ("cwd",), setting=0.5) for seed in range(3)]

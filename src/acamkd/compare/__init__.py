@@ -57,7 +57,11 @@ def compare(
     failed: list[Cell] = []
     for tuning in (True, False):  # what a method is tuned to is known only once its tuning cells have ended
         cells = plan(recipe, methods, seeds, results)
-        due = [number for number, cell in enumerate(cells) if cell.tuning is tuning and cell.read(results) is None]
+        untuned = set() if tuning else {cell.method for cell in failed}
+        due = [
+            number for number, cell in enumerate(cells)
+            if cell.tuning is tuning and cell.method not in untuned and cell.read(results) is None
+        ]  # fmt: skip
         if any(cells[number].recipe.losses or cells[number].recipe.student.inherit for number in due):
             _train_teacher(recipe)
         failed += run_cells(cells, due, results, command, end=end, jobs=jobs)

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from acamkd import config
 from acamkd.collapse import collapse
 from acamkd.compare.cells import NONE
-from acamkd.compare.statistics import Cells, Row, final_means, mask_courses, tuned
+from acamkd.compare.statistics import Cells, Row, final_means, mask_courses, scores_of, tuned
 from acamkd.report import environment
 from acamkd.report.charts import Chart, Points, draw
 from acamkd.report.masks import mask_charts
@@ -73,15 +73,13 @@ def write_page(file: Path, recipe: config.Recipe, rows: Sequence[Row], cells: Ce
 
 
 def _differences(rows: Sequence[Row], cells: Cells) -> list[Difference]:
-    scores: dict[str, dict[int, float]] = {}
-    for cell in cells:
-        scores.setdefault(cell["method"], {})[cell["seed"]] = cell["history"][-1]
+    scores = scores_of(cells)
     alone = scores.get(NONE, {})
     shared = {method: sorted(found.keys() & alone.keys()) for method, found in scores.items()}
     return [
         Difference(row, {seed: scores[row.method][seed] - alone[seed] for seed in shared[row.method]})
         for row in rows
-        if row.gain and row.gain.n
+        if row.gain
     ]
 
 

@@ -55,9 +55,10 @@ class Row:
         n: Number of seeds.
         mean: Metric at the last epoch, mean over the seeds.
         std: Its standard deviation over the seeds (n - 1); None with one seed.
-        gain: Against the student alone; None for that itself.
+        gain: Against the student alone; None for that itself, and without a common seed.
         p_corrected: Holm's correction of `gain.p` over the methods of the table.
-        over_rival: Against the best method that is no variant of it; of those with enough seeds, where there are some.
+        over_rival: Against the best method that is no variant of it and shares a seed with it; of those with enough
+            seeds, where there are some.
         verdict: `gain` or `harm` where the corrected p is below 0.05 and the interval is on that side of 0.
         minutes: Median wall time.
     """
@@ -128,21 +129,34 @@ class Tuning:
         return max(means, key=means.__getitem__)
 
 
-def summarize(cells: Cells) -> list[Row]:
-    """The table of finished cells, the best method first."""
+def scores_of(cells: Cells) -> dict[str, dict[int, float]]:
+    """Method -> seed -> metric at the last epoch."""
     scores: dict[str, dict[int, float]] = {}
     for cell in cells:
         scores.setdefault(cell["method"], {})[cell["seed"]] = cell["history"][-1]
+    return scores
+
+
+def summarize(cells: Cells) -> list[Row]:
+    """The table of finished cells, the best method first."""
+    scores = scores_of(cells)
     first = {method: next(cell for cell in cells if cell["method"] == method) for method in scores}
     families = {method: _family(method, cell["losses"]) for method, cell in first.items()}
     means = {method: float(np.mean(list(values.values()))) for method, values in scores.items()}
     alone = scores.get(NONE, {})
-    gains = {method: paired(values, alone, NONE) for method, values in scores.items() if method != NONE and alone}
+    gains = {
+        method: paired(values, alone, NONE)
+        for method, values in scores.items()
+        if method != NONE and values.keys() & alone.keys()
+    }
     tested = [method for method, gain in gains.items() if gain.p is not None]
     corrected = dict(zip(tested, holm([gains[method].p or 0.0 for method in tested]), strict=True))
     rows = []
     for method, values in scores.items():
-        others = [other for other in scores if families[other] and not families[other] & families[method]]
+        others = [
+            other for other in scores
+            if families[other] and not families[other] & families[method] and values.keys() & scores[other].keys()
+        ]  # fmt: skip
         rivals = [other for other in others if len(scores[other]) >= SEEDS_NEEDED] or others
         rival = max(rivals, key=means.__getitem__, default=None) if families[method] else None
         gain = gains.get(method)
