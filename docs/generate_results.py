@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from acamkd.compare import tables
 from acamkd.compare.cells import NONE, TUNING_SEED
-from acamkd.compare.statistics import Paired, Row, paired, summarize
+from acamkd.compare.statistics import Paired, Row, paired, scores_of, summarize
 
 HERE = Path(__file__).parent
 CELLS = HERE.parent / "benchmarks/results"
@@ -134,17 +134,14 @@ def _against(match: re.Match[str]) -> str:
     return "\n".join([begin, *lines, "", end])
 
 
-def _scores(cells: Cells, method: str) -> dict[int, float]:
-    return {cell["seed"]: cell["history"][-1] for cell in cells if cell["method"] == method}
-
-
 def _summary(cells: Cells) -> str:
     """Of one comparison; rivals are the other methods, without their variants and with three seeds or more."""
     rows = {row.method: row for row in summarize(cells)}
     ours, alone = rows[DEFAULT], rows[NONE]
     others = [row for name, row in rows.items() if "-" not in name and name not in (DEFAULT, NONE) and row.n > 2]
     rival = max(others, key=lambda row: row.mean)
-    over_rival = paired(_scores(cells, DEFAULT), _scores(cells, rival.method), rival.method)
+    scores = scores_of(cells)
+    over_rival = paired(scores[DEFAULT], scores[rival.method], rival.method)
     assert ours.gain is not None
     return " | ".join([
         f"{alone.mean:.2f}", f"{ours.mean:.2f}, n {ours.n}", f"{_difference(ours.gain)}, p {ours.p_text}",
@@ -158,7 +155,7 @@ def _difference(found: Paired) -> str:
 
 
 def _seed_by_seed(cells: Cells, method: str) -> str:
-    scores, usual = _scores(cells, method), _scores(cells, DEFAULT)
+    scores, usual = (scores_of(cells).get(each, {}) for each in (method, DEFAULT))
     each = [f"{scores[seed] - usual[seed]:+.1f}" for seed in sorted(scores.keys() & usual.keys())]
     if len(each) < 2:
         return ", ".join(each) or tables.DASH
@@ -168,7 +165,7 @@ def _seed_by_seed(cells: Cells, method: str) -> str:
 
 
 def _against_default(cells: Cells, method: str) -> str:
-    scores, usual = _scores(cells, method), _scores(cells, DEFAULT)
+    scores, usual = (scores_of(cells).get(each, {}) for each in (method, DEFAULT))
     if method == DEFAULT:
         return f"{mean(scores.values()):.2f}, n {len(scores)}"
     difference = paired(scores, usual, DEFAULT)

@@ -76,8 +76,9 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
         yield Finding(
             stage, "pass", f"{len(train)} training and {len(val)} validation pictures, {len(train.classes)} classes"
         )
-        unlabelled = source.unlabelled and data.build_unlabelled(source, recipe.task, seed=recipe.train.seed)
-        for warning in data.compare_splits(train, val, source, unlabelled or None):
+        has_more = source.unlabelled is not None
+        more = data.build_unlabelled(source, recipe.task, seed=recipe.train.seed) if has_more else None
+        for warning in data.compare_splits(train, val, source, more):
             yield Finding(stage, "warn", warning)
         stage = "teacher's weights"
         if recipe.teacher is None or not recipe.losses:
@@ -214,7 +215,7 @@ def _score(teacher: TaskModel, val: PictureDataset, recipe: config.Recipe) -> Fi
     device = teacher.mean.device
     teacher.to("cuda" if torch.cuda.is_available() else "cpu")
     reached = score(teacher, pictures(), Scorer(recipe.task, val.classes))[metric]
-    teacher.to(device)  # where the student is, whose batches show both which layers they have
+    teacher.to(device)  # where the student is: both are looked into with its batches
     chance = ignorance(seen, len(val.classes)) if recipe.task == "segmentation" else 0.0
     text = f"{metric} {reached:.2f} on {len(seen)} validation pictures; {chance:.2f} without looking"
     if not reached >= chance + MARGIN:
