@@ -171,16 +171,16 @@ class Distiller(nn.Module):
                 with student_tap.early_stop(), _explaining_batch_norm():
                     self.student(batch)
             gradients, terms = self._task_gradients(active, student_tap, onward, terms)
-            strengths: dict[str, Tensor] = {}  # by loss, whatever the schedules
+            compared: dict[str, dict[str, Tensor]] = {}  # by loss, whatever the schedules
             for index in active:
                 boxes = batch.boxes if "boxes" in getattr(self.losses[index], "needs", ()) else None
                 context = DistillationContext(step, batch.input_size, boxes, gradients.get(index), labelled)
-                found = self._compare(index, student_tap, teacher_maps, batch, context)
-                strengths[self._keys[index]] = sum(found.values(), batch.pixels.new_zeros(()))
-                terms |= {f"{self._keys[index]}/{name}": factors[index] * term for name, term in found.items()}
+                key = self._keys[index]
+                compared[key] = self._compare(index, student_tap, teacher_maps, batch, context)
+                terms |= {f"{key}/{name}": factors[index] * term for name, term in compared[key].items()}
             terms |= self._teacher_task(active, student_tap, batch)
-            if strengths and labelled and self.training and torch.is_grad_enabled():
-                self._audit(self.student.net, student_tap.features(), strengths)
+            if compared and labelled and self.training and torch.is_grad_enabled():
+                self._audit(self.student.net, student_tap.features(), compared)
         _check_finite(terms, step)
         return terms
 
@@ -301,13 +301,15 @@ class _Audit:
         """Whether it has seen a step."""
         return self._steps > 0
 
-    def __call__(self, net: nn.Module, maps: Mapping[str, Tensor], losses: Mapping[str, Tensor]) -> None:
+    def __call__(self, net: nn.Module, maps: Mapping[str, Tensor], terms: Mapping[str, Mapping[str, Tensor]]) -> None:
         if self._unreached is None:
             self._unreached = _parameters_below(net, maps)
-        self._is_zero = dict.fromkeys(losses, True) | self._is_zero
+        self._is_zero = dict.fromkeys(terms, True) | self._is_zero
         if self._steps == AUDITED_STEPS or not (self._unreached or any(self._is_zero.values())):
             return
         self._steps += 1
+        nothing = torch.zeros((), device=next(iter(maps.values())).device)
+        losses = {key: sum(of_loss.values(), nothing) for key, of_loss in terms.items()}
         names, total = list(self._unreached), torch.stack(list(losses.values())).sum()
         gradients: Sequence[Tensor | None] = [None] * len(names)
         if names and total.requires_grad:

@@ -76,8 +76,7 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
         yield Finding(
             stage, "pass", f"{len(train)} training and {len(val)} validation pictures, {len(train.classes)} classes"
         )
-        has_more = source.unlabelled is not None
-        more = data.build_unlabelled(source, recipe.task, seed=recipe.train.seed) if has_more else None
+        more = None if source.unlabelled is None else data.build_unlabelled(source, recipe.task, seed=recipe.train.seed)
         for warning in data.compare_splits(train, val, source, more):
             yield Finding(stage, "warn", warning)
         stage = "teacher's weights"

@@ -65,12 +65,14 @@ def options_of(name: str) -> type[BaseModel]:
     method = find(name)
     hints = get_type_hints(method.__init__)
     hints["tokens"] = str | None  # the constructor takes tensors, a recipe names the file that holds them
-    own = [each.name for each in inspect.signature(method).parameters.values() if each.kind is each.KEYWORD_ONLY]
+    own = {
+        option: parameter.default
+        for option, parameter in inspect.signature(method).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
     if missing := [option for option in own if option not in hints]:
         raise AcamkdError(f"{name}: {method.__name__}.__init__ gives no type for {', '.join(missing)}: annotate it")
-    fields: dict[str, Any] = {
-        option: (hints[option], inspect.signature(method).parameters[option].default) for option in own
-    }
+    fields: dict[str, Any] = {option: (hints[option], default) for option, default in own.items()}
     return create_model(method.__name__, __config__=ConfigDict(extra="forbid"), **fields)
 
 

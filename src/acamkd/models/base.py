@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -53,7 +54,7 @@ class Batch:
         """(height, width) of the common frame."""
         return (self.pixels.shape[-2], self.pixels.shape[-1])
 
-    @property
+    @cached_property
     def boxes(self) -> list[Tensor] | None:
         """(K, 4) of each picture's single objects; a box around a crowd is none. None where the targets have none."""
         if self.targets is None or any("boxes" not in target for target in self.targets):
