@@ -23,9 +23,9 @@ from step_cost import DETECTION, LOSSES, PYRAMID, SEGMENTATION, SIZES, batch_of,
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from acamkd.distillation.build import build_distiller
 from acamkd.engine.module import mend_convolutions
 from acamkd.losses import ACAM
-from acamkd.methods import build_distiller
 
 Forms: TypeAlias = Mapping[str, Callable[[], object]]
 """By name; the first one is what the others are compared with."""

@@ -31,16 +31,18 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
-from acamkd import jobs
-from acamkd.distiller import Distiller
-from acamkd.engine import find_checkpoint
-from acamkd.losses import ACAM, acam, attention
+from acamkd.distillation.build import build_distiller
+from acamkd.distillation.distiller import Distiller
+from acamkd.engine.checkpoint import find_checkpoint
+from acamkd.engine.runs import open_run
+from acamkd.jobs import train as jobs
+from acamkd.losses import ACAM
+from acamkd.losses.acam import acam
+from acamkd.losses.acam import fusion as attention
+from acamkd.losses.acam.masks import Masks
 from acamkd.losses.functional import standardize
-from acamkd.losses.masks import Masks
-from acamkd.methods import build_distiller
 from acamkd.models.base import Batch
 from acamkd.models.weights import read_file
-from acamkd.runs import open_run
 
 Rows: TypeAlias = list[dict[str, Any]]
 

@@ -24,7 +24,7 @@ from step_cost import LOGITS, NETWORKS, PYRAMID, loss, settle, targets_of
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from acamkd import models
-from acamkd.methods import build_distiller
+from acamkd.distillation.build import build_distiller
 
 SIZES = {"detection": (800, 1344), "segmentation": (512, 1024)}
 LOSSES = {

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from measuring import Cost, cost, in_own_process, interleaved, medians, quick, save
 from textbook import Textbook
 
+from acamkd.distillation.methods import METHODS
 from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
-from acamkd.methods import METHODS
 
 Level: TypeAlias = tuple[int, int]
 

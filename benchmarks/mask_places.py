@@ -21,8 +21,8 @@ from economical_masks import seen_by_masks, trained
 from torch import Tensor
 
 from acamkd.losses import ACAM
+from acamkd.losses.acam.masks import mask_weights
 from acamkd.losses.functional import imitation_errors
-from acamkd.losses.masks import mask_weights
 from acamkd.models.base import VOID, Batch
 
 THIRDS = ("top", "middle", "bottom")

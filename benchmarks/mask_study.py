@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from acamkd.losses.acam import ACAM
+from acamkd.losses.acam.acam import ACAM
+from acamkd.losses.acam.masks import Masks
 from acamkd.losses.base import DistillationContext
 from acamkd.losses.functional import imitation_errors, masked_error, safe_divide
-from acamkd.losses.masks import Masks
 
 
 class OtherTerm(ACAM):

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from measuring import cost, in_own_process, quick, save
 from step_cost import LOGITS, NETWORKS, PYRAMID, SIZES, batch_of, loss, networks
 
-from acamkd.estimate import step_of
-from acamkd.methods import build_distiller
+from acamkd.distillation.build import build_distiller
+from acamkd.jobs.profile import step_of
 
 
 def measure(name: str, size: tuple[int, int]) -> tuple[float, float]:

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.fx.experimental import _config
 
 from acamkd import config, models
-from acamkd.features import FeatureTap
+from acamkd.distillation.methods import find, options
+from acamkd.distillation.taps import FeatureTap
+from acamkd.engine.cost import flop_counter
 from acamkd.losses.base import DistillationContext, FeatureLoss
-from acamkd.methods import find, options
 from acamkd.models.base import Task, TaskModel
-from acamkd.report.cost import flop_counter
 
 RECIPES = Path(__file__).parents[1] / "recipes/paper"
 CLASSES = {"detection": 80, "segmentation": 19}

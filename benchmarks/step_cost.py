@@ -27,9 +27,9 @@ from measuring import Cost, arguments, cost, interleaved, medians, ratios, save
 
 from acamkd import models
 from acamkd.config import Loss, Model
-from acamkd.distiller import Distiller
-from acamkd.estimate import measured, step_of
-from acamkd.methods import build_distiller
+from acamkd.distillation.build import build_distiller
+from acamkd.distillation.distiller import Distiller
+from acamkd.jobs.profile import measured, step_of
 from acamkd.models.base import Batch, Target, Task, TaskModel
 
 ROUNDS = 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from acamkd.losses.acam import ACAM
+from acamkd.losses.acam.acam import ACAM
 from acamkd.losses.base import DistillationContext
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from acamkd.methods import METHODS, describe
+from acamkd.distillation.methods import METHODS, describe
 
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "tests/golden/golden.json"

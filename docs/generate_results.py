@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, TypeAlias
 
-from acamkd.compare import tables
-from acamkd.compare.cells import NONE, TUNING_SEED
-from acamkd.compare.statistics import Paired, Row, paired, scores_of, summarize
+from acamkd.jobs.compare.compare import tables
+from acamkd.jobs.compare.statistics import Paired, Row, paired, scores_of, summarize
+from acamkd.jobs.compare.trials import NONE, TUNING_SEED
 
 HERE = Path(__file__).parent
 CELLS = HERE.parent / "benchmarks/results"

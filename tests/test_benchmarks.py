@@ -14,7 +14,7 @@ from PIL import Image
 
 import tiny_recipes
 from acamkd.data.scenes import CLASSES
-from acamkd.jobs import distill
+from acamkd.jobs.train import distill
 from acamkd.losses.base import DistillationContext
 from acamkd.losses.functional import imitation_errors, masked_error
 from acamkd.models.base import Task

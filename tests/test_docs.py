@@ -19,6 +19,7 @@ import yaml
 from torch import Tensor, nn
 
 from acamkd import cli, config
+from acamkd.config.loading import Loader
 from acamkd.data.scenes import write_scenes
 from acamkd.models.base import Task
 from tiny_recipes import MODELS, write_recipe
@@ -109,7 +110,7 @@ def test_commands_have_the_arguments_and_options_that_are_shown(page: Path, monk
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_recipes_and_their_parts_are_accepted(page: Path, tmp_path: Path) -> None:
     for block in blocks(page, "yaml"):
-        content = yaml.load(block, Loader=config._Loader)
+        content = yaml.load(block, Loader=Loader)
         if isinstance(content, list):
             content = {"losses": content}
         task = content.get("task", "segmentation")

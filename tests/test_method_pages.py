@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from acamkd import config, methods
-from acamkd.jobs import distill
-from acamkd.methods import METHODS, describe
+from acamkd import config
+from acamkd.distillation import methods
+from acamkd.distillation.methods import METHODS, describe
+from acamkd.jobs.train import distill
 from tiny_recipes import write_recipe
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from acamkd import config
+from acamkd.config.schema import Section
 
 DOCS = Path(__file__).parents[1] / "docs"
 TEXT = (DOCS / "recipe.md").read_text(encoding="utf-8")
@@ -20,6 +21,6 @@ def test_the_page_is_up_to_date() -> None:
 
 
 @pytest.mark.parametrize("section", [each for each in vars(config).values() if getattr(each, "model_fields", None)])
-def test_every_key_of_every_section_is_there(section: type[config.Section]) -> None:
+def test_every_key_of_every_section_is_there(section: type[Section]) -> None:
     tables = [re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) for table in TEXT.split("\n## ")]
     assert list(section.model_fields) in tables

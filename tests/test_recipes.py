@@ -16,9 +16,10 @@ from PIL import Image
 
 from acamkd import config, models
 from acamkd.data.scenes import write_scenes
-from acamkd.engine import TrainingModule
-from acamkd.jobs import Batches, build_network
-from acamkd.methods import build_distiller, options
+from acamkd.distillation.build import build_distiller
+from acamkd.distillation.methods import options
+from acamkd.engine.module import TrainingModule
+from acamkd.jobs.setup import Batches, build_network
 
 ROOT = Path(__file__).parents[1]
 few_labels = runpy.run_path(str(ROOT / "benchmarks/halve.py"))["few_labels"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from acamkd import config, models
 from acamkd.data.scenes import CLASSES, write_scenes
-from acamkd.engine import TrainingModule
+from acamkd.engine.module import TrainingModule
 from acamkd.models.base import Task
 
 FPN: dict[str, Any] = {

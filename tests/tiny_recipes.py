@@ -10,8 +10,8 @@ import torch
 import yaml
 
 from acamkd import config, models
-from acamkd.compare import Cell
 from acamkd.data.scenes import CLASSES, write_scenes
+from acamkd.jobs.compare.trials import Cell
 from acamkd.models.base import Task
 
 SIZE = (64, 64)

@@ -6,24 +6,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from acamkd.distiller import Distiller
-    from acamkd.features import FeatureTap
-    from acamkd.jobs import distill, train
-    from acamkd.methods import METHODS, build_distiller
-    from acamkd.runs import load_student, open_run
+    from acamkd.distillation.build import build_distiller
+    from acamkd.distillation.distiller import Distiller
+    from acamkd.distillation.methods import METHODS
+    from acamkd.distillation.taps import FeatureTap
+    from acamkd.engine.runs import load_student, open_run
+    from acamkd.jobs.train import distill, train
 
 __version__ = "0.1.0"
 __all__ = ["METHODS", "Distiller", "FeatureTap", "build_distiller", "distill", "load_student", "open_run", "train"]
 
 _HOMES = {
-    "Distiller": "acamkd.distiller",
-    "FeatureTap": "acamkd.features",
-    "METHODS": "acamkd.methods",
-    "build_distiller": "acamkd.methods",
-    "distill": "acamkd.jobs",
-    "load_student": "acamkd.runs",
-    "open_run": "acamkd.runs",
-    "train": "acamkd.jobs",
+    "Distiller": "acamkd.distillation.distiller",
+    "FeatureTap": "acamkd.distillation.taps",
+    "METHODS": "acamkd.distillation.build",
+    "build_distiller": "acamkd.distillation.build",
+    "distill": "acamkd.jobs.train",
+    "load_student": "acamkd.engine.runs",
+    "open_run": "acamkd.engine.runs",
+    "train": "acamkd.jobs.train",
 }
 
 

@@ -19,9 +19,10 @@ from acamkd import __version__
 from acamkd.errors import AcamkdError
 
 if TYPE_CHECKING:
-    from acamkd.compare import Cell, Row
     from acamkd.config import Recipe
     from acamkd.data.statistics import Statistics
+    from acamkd.jobs.compare.statistics import Row
+    from acamkd.jobs.compare.trials import Cell
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -78,7 +79,7 @@ def train(
 ) -> None:
     """Train one network of a recipe without distillation: the teacher, or the student alone."""
     from acamkd import config
-    from acamkd.jobs import train as job
+    from acamkd.jobs.train import train as job
 
     job(config.load(recipe, set_ or ()), model, out=out, resume=resume, overwrite=overwrite)
 
@@ -105,7 +106,7 @@ def distill(
 ) -> None:
     """Train a recipe's student with its losses against its teacher."""
     from acamkd import config
-    from acamkd.jobs import distill as job
+    from acamkd.jobs.train import distill as job
 
     loaded = config.load(recipe, _overrides(losses, set_))
     if dry_run:
@@ -115,7 +116,7 @@ def distill(
 
 
 def _print_estimate(recipe: Recipe) -> None:
-    from acamkd.estimate import estimate
+    from acamkd.jobs.profile import estimate
 
     found = estimate(recipe)
     table = Table("part", "parameters", "GFLOPs per picture", "MiB per picture")
@@ -153,7 +154,7 @@ def tokens(
 ) -> None:
     """Learn the tokens of maskd, freekd or acam (mask_source: fixed) on a recipe's teacher, before distilling."""
     from acamkd import config
-    from acamkd.tokens import learn_tokens
+    from acamkd.jobs.tokens import learn_tokens
 
     learn_tokens(
         config.load(recipe, _overrides(losses, set_)), out=out, iterations=iterations, lr=lr, overwrite=overwrite
@@ -173,8 +174,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a run's best network on its validation pictures."""
-    from acamkd.evaluate import evaluate as job
-    from acamkd.runs import open_run
+    from acamkd.engine.runs import open_run
+    from acamkd.jobs.evaluate import evaluate as job
 
     scores = job(open_run(run, set_ or ()))
     if as_json:
@@ -211,8 +212,8 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the export that the folder holds.")] = False,
 ) -> None:
     """Export a run's network to ONNX, checked against PyTorch, with weights and a model card."""
-    from acamkd import export as job
-    from acamkd.runs import open_run
+    from acamkd.engine.runs import open_run
+    from acamkd.jobs.export import export as job
 
     if push_to_hub:
         job.check_repository(push_to_hub)
@@ -249,7 +250,7 @@ def predict(
     score: Annotated[float, typer.Option(min=0, max=1, help="Detections below this score are left out.")] = 0.3,
 ) -> None:
     """Predict on pictures or a video: overlays, and boxes as JSON or masks as PNG."""
-    from acamkd.predict import predict as job
+    from acamkd.jobs.predict import predict as job
 
     job(model, source, out=out, score=score)
 
@@ -268,8 +269,8 @@ def report(
     set_: Overrides = None,
 ) -> None:
     """Write a run's report.html anew: figures, masks over the epochs, and where the gain came from."""
+    from acamkd.engine.runs import open_run
     from acamkd.report.run import write_report
-    from acamkd.runs import open_run
 
     write_report(open_run(run, set_ or ()), open_run(alone) if alone else None)
 
@@ -302,8 +303,8 @@ def compare(
     tables: Annotated[bool, typer.Option("--tables", help="Only write the tables of the finished cells.")] = False,
 ) -> None:
     """Compare methods on one recipe over several seeds: who gains over the student alone, and is it more than luck?"""
-    from acamkd import compare as comparison
     from acamkd import config
+    from acamkd.jobs.compare import compare as comparison
 
     loaded = config.load(recipe, set_ or ())
     names = methods.split(",") if methods else list(loaded.compare.methods)
@@ -339,7 +340,7 @@ def _seconds(text: str) -> float:
 
 
 def _plan_table(cells: Sequence[Cell], results: Path) -> Table:
-    from acamkd.compare import expected_seconds
+    from acamkd.jobs.compare.compare import expected_seconds
 
     table = Table("cell", "method", "seed", "for", "state", "minutes")
     missing = 0.0
@@ -397,7 +398,7 @@ def doctor(
     from dataclasses import asdict
 
     from acamkd import config
-    from acamkd.doctor import examine, examine_data
+    from acamkd.jobs.doctor import examine, examine_data
 
     if only_data:
         splits = examine_data(config.load(recipe, set_ or ()))
@@ -423,7 +424,7 @@ def doctor(
 
 
 def _print_statistics(splits: Mapping[str, Statistics]) -> None:
-    from acamkd.data.base import listed
+    from acamkd.data.checks import listed
 
     found = splits.values()
     table = Table("", *splits)
@@ -472,7 +473,8 @@ def inspect(
     """Show what can be tapped in a teacher and a student, and propose the `losses` of a recipe."""
     import yaml
 
-    from acamkd import config, inspection
+    from acamkd import config
+    from acamkd.jobs import inspect_layers as inspection
 
     if len(what) == 1:
         networks = inspection.of_recipe(config.load(Path(what[0]), set_ or ()))
@@ -495,7 +497,7 @@ def methods(
     as_json: AsJson = False,
 ) -> None:
     """List the distillation methods, or the options of one."""
-    from acamkd.methods import METHODS, describe
+    from acamkd.distillation.methods import METHODS, describe
 
     logging.getLogger("acamkd").setLevel(logging.ERROR)  # describing builds losses without their tokens
     if as_json:
@@ -531,13 +533,13 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
 ) -> None:
     """Train, distil and compare a small detector and a small segmenter on built-in pictures, in minutes."""
-    from acamkd.demo import run
+    from acamkd.jobs.demo import run
 
     run(out, ("detection", "segmentation") if task == "both" else (task,))
 
 
 def _print_json(content: Any) -> None:
-    from acamkd.runs import as_json
+    from acamkd.engine.runs import as_json
 
     typer.echo(as_json(content))
 
@@ -554,7 +556,7 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    from acamkd.runs import is_first_process
+    from acamkd.engine.runs import is_first_process
 
     logging.getLogger("acamkd").setLevel(logging.INFO if is_first_process() else logging.ERROR)
     logging.getLogger("acamkd").handlers = [_Lines()]

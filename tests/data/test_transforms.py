@@ -4,7 +4,7 @@ import torch
 from torchvision import tv_tensors
 
 from acamkd.config import Augmentation
-from acamkd.data.base import Sample
+from acamkd.data.dataset import Sample
 from acamkd.data.transforms import PADDING, augmentation
 from acamkd.models.base import Target
 

@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from acamkd.engine import Scorer, score
+from acamkd.engine.metrics import Scorer, score
 from acamkd.errors import AcamkdError
 from acamkd.models.base import VOID, Prediction, Target
 from acamkd.models.segmentation import Segmenter

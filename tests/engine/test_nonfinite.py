@@ -11,14 +11,15 @@ from torch import Tensor
 
 import tiny
 from acamkd import config
-from acamkd.data.base import read_picture
+from acamkd.data.image_io import read_picture
 from acamkd.data.loading import PictureLoader
-from acamkd.distiller import Distiller, NonFiniteError
-from acamkd.engine import TrainingModule
+from acamkd.distillation.build import build_distiller
+from acamkd.distillation.distiller import Distiller, NonFiniteError
+from acamkd.engine.module import TrainingModule
 from acamkd.engine.nonfinite import HALVINGS, IN_A_ROW, KEPT, NonFinite
 from acamkd.errors import AcamkdError
-from acamkd.jobs import Batches, build_network, distill
-from acamkd.methods import build_distiller
+from acamkd.jobs.setup import Batches, build_network
+from acamkd.jobs.train import distill
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ class _Poison(torch.autograd.Function):
 def _poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], *, backwards: bool) -> None:
     """Spoil ACAM's terms, or their gradients, in some steps."""
     compare = Distiller._compare
-    monkeypatch.setattr("acamkd.jobs.write_report", lambda run: None)
+    monkeypatch.setattr("acamkd.jobs.train.write_report", lambda run: None)
 
     def poisoned(self: Distiller, *arguments: Any) -> dict[str, Tensor]:
         terms = compare(self, *arguments)

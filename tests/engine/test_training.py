@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from acamkd import config
-from acamkd.distiller import Distiller
-from acamkd.engine import Recorder, Scorer, TrainingModule, build_trainer
+from acamkd.distillation.build import build_distiller
+from acamkd.distillation.distiller import Distiller
+from acamkd.engine.trainer import Recorder, build_trainer
+from acamkd.engine.metrics import Scorer
+from acamkd.engine.module import TrainingModule
 from acamkd.errors import AcamkdError
-from acamkd.methods import build_distiller
 from acamkd.models.base import Target
 from acamkd.models.segmentation import Segmenter
 from tiny import rows

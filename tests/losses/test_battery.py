@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from acamkd.config import Model
-from acamkd.distiller import Distiller
-from acamkd.features import FeatureTap
+from acamkd.distillation.distiller import Distiller
+from acamkd.distillation.methods import METHODS
+from acamkd.distillation.taps import FeatureTap
 from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
 from acamkd.losses.crosskd import CrossKD
-from acamkd.methods import METHODS
 from acamkd.models import Batch, TaskModel, build
 
 FEATURE_LOSSES = {name: method for name, method in METHODS.items() if issubclass(method, FeatureLoss)}

@@ -14,8 +14,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
 from acamkd.config import Model
-from acamkd.distiller import Distiller
-from acamkd.features import FeatureTap
+from acamkd.distillation.distiller import Distiller
+from acamkd.distillation.taps import FeatureTap
 from acamkd.losses.crosskd import CrossKD, _assign, align_scale, imitation_loss, iou_loss
 from acamkd.models import build
 from acamkd.models.base import Batch, Target, TaskModel

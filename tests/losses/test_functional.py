@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from acamkd.losses.acam.masks import Masks
 from acamkd.losses.functional import (
     align_layer,
     check_choices,
@@ -19,7 +20,6 @@ from acamkd.losses.functional import (
     resample,
     safe_divide,
 )
-from acamkd.losses.masks import Masks
 
 ROWS = torch.tensor([[[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]]])
 """(1, 3, 2): squared norms 1, 2, 4; inner products 1 (first and second), 0 (first and third), 2."""

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torchvision import tv_tensors
 
-from acamkd.data.base import PictureDataset, Transform, describe
+from acamkd.data.checks import describe
+from acamkd.data.dataset import PictureDataset, Transform
 from acamkd.errors import AcamkdError
 from acamkd.models.base import PixelSize, Target
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from acamkd.data.base import PictureDataset, SeededSampler
-from acamkd.data.unlabelled import WithUnlabelled
+from acamkd.data.dataset import PictureDataset
+from acamkd.data.samplers import SeededSampler
+from acamkd.data.unlabeled import WithUnlabelled
 from acamkd.errors import AcamkdError
 from acamkd.models.base import Target
 

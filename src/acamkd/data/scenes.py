@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from acamkd.data.base import seed_of
+from acamkd.data.dataset import seed_of
 from acamkd.errors import AcamkdError
 from acamkd.models.base import PixelSize, Task
 

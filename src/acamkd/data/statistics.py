@@ -10,8 +10,9 @@ from functools import partial
 
 import torch
 
-from acamkd.data.base import PictureDataset, describe, look_at
 from acamkd.data.boxes import BoxDataset
+from acamkd.data.checks import describe, look_at
+from acamkd.data.dataset import PictureDataset
 from acamkd.errors import PictureError
 from acamkd.models.base import VOID, PixelSize, Target
 

@@ -8,7 +8,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from acamkd.config import Augmentation
-from acamkd.data.base import Sample, Transform
+from acamkd.data.dataset import Sample, Transform
 from acamkd.models.base import VOID, Target, Task
 
 PADDING = (124, 116, 104)

@@ -16,10 +16,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from acamkd.data.loading import PictureLoader
+from acamkd.engine.runs import CHECKPOINT, PREVIOUS, TERMINATED
 from acamkd.errors import AcamkdError
 from acamkd.files import written_whole
 from acamkd.models.weights import DamagedFileError, read_file
-from acamkd.runs import CHECKPOINT, PREVIOUS, TERMINATED
 
 log = logging.getLogger(__name__)
 

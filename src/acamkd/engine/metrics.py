@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchmetrics.detection import MeanAveragePrecision
 
-from acamkd.data.base import process
+from acamkd.data.samplers import process
 from acamkd.errors import AcamkdError
 from acamkd.models.base import VOID, Prediction, Target, Task, TaskModel, keeping_modes, moved
 

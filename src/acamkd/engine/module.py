@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 from acamkd.config import Train
-from acamkd.data.base import seed_of
+from acamkd.data.dataset import seed_of
 from acamkd.data.loading import Pictures
-from acamkd.distiller import Distiller, NonFiniteError, WeightSchedule
+from acamkd.distillation.distiller import Distiller, NonFiniteError, WeightSchedule
 from acamkd.engine.metrics import Scorer
 from acamkd.errors import AcamkdError
 from acamkd.models.base import Batch, Target

@@ -1,6 +1,7 @@
 """Distillation losses: one paper, one file. Usable alone in anybody's training loop."""
 
-from acamkd.losses.acam import ACAM
+from acamkd.losses.acam.acam import ACAM
+from acamkd.losses.acam.masks import Masks
 from acamkd.losses.at import AT
 from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
 from acamkd.losses.cankd import CanKD
@@ -11,7 +12,6 @@ from acamkd.losses.fgd import FGD
 from acamkd.losses.fitnet import FitNet
 from acamkd.losses.freekd import FreeKD
 from acamkd.losses.maskd import MasKD
-from acamkd.losses.masks import Masks
 from acamkd.losses.mgd import MGD
 from acamkd.losses.pkd import PKD
 

@@ -1,18 +1,7 @@
-"""Detectors and segmenters: from a recipe's section to a TaskModel."""
+"""Detectors and segmenters behind one contract, TaskModel."""
 
-from __future__ import annotations
-
-import logging
-from typing import Any
-
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import nn
-
-from acamkd.config import Model, ShortLong, imported
-from acamkd.errors import AcamkdError
-from acamkd.models.base import Batch, PixelSize, Target, Task, TaskModel
-from acamkd.models.detection import WRAPPERS, build_detector, wrap_detector
-from acamkd.models.segmentation import Segmenter, build_segmenter
+from acamkd.models.base import Batch, Target, Task, TaskModel
+from acamkd.models.build import build, call_factory
 from acamkd.models.weights import LoadReport, inherit, load_weights, save_weights
 
 __all__ = [
@@ -27,72 +16,3 @@ __all__ = [
     "load_weights",
     "save_weights",
 ]
-
-log = logging.getLogger(__name__)
-
-
-def build(
-    model: Model,
-    task: Task,
-    num_classes: int,
-    resize: PixelSize | ShortLong | None = None,
-    *,
-    teacher: bool = False,
-) -> TaskModel:
-    """Build the network that a recipe describes and load its weights.
-
-    Args:
-        model: The recipe's section. `arch: package.module:factory` calls `factory(num_classes=num_classes,
-            **options)`, in which an option `num_classes` wins (torchvision's detectors count the background too); it
-            returns a TaskModel, a torchvision RetinaNet, FCOS or FasterRCNN, or any segmentation module.
-        task: What the network is for.
-        num_classes: Classes of the task, background and void not counted; the section's own number wins.
-        resize: The recipe's `data.resize`.
-        teacher: Every tensor must be in the file of weights; a student may start from a part of it.
-
-    Raises:
-        AcamkdError: Something named in the recipe does not exist or does not fit; the message says what is allowed.
-    """
-    num_classes = model.num_classes or num_classes
-    if model.weights is not None:  # they cover the backbone: do not fetch what will be overwritten
-        model = model.model_copy(update={"backbone_weights": None})
-    if ":" in model.arch:
-        built = _from_factory(model, task, num_classes, resize)
-    elif task == "detection":
-        built = build_detector(model, num_classes, resize)
-    else:
-        built = build_segmenter(model, num_classes, resize)
-    who = model.title
-    if model.weights is not None:
-        _say(load_weights(built.net, model.weights, strict=teacher, what=who, convention=model.convention))
-    elif model.backbone_weights not in (None, "imagenet"):
-        _say(load_weights(built.backbone, model.backbone_weights, strict=False, what=f"{who}, backbone"))
-    elif teacher and ":" not in model.arch:
-        log.warning("the teacher, %s, has no `weights`: nothing was trained but, at most, its backbone", who)
-    return built
-
-
-def _say(report: LoadReport) -> None:
-    log.log(logging.INFO if len(report.matched) == report.total else logging.WARNING, "%s", report)
-
-
-def call_factory(model: Model, num_classes: int) -> Any:
-    """What the factory that a recipe's section names gives."""
-    return imported(model.arch, "arch")(**{"num_classes": num_classes, **model.options})
-
-
-def _from_factory(model: Model, task: Task, num_classes: int, resize: PixelSize | ShortLong | None) -> TaskModel:
-    net = call_factory(model, num_classes)
-    if isinstance(net, TaskModel):
-        if net.task != task:
-            raise AcamkdError(f"{model.arch} gives a network for {net.task}, but the recipe's task is {task}")
-        return net
-    if task == "segmentation" and isinstance(net, nn.Module):
-        mean, std = model.mean or IMAGENET_DEFAULT_MEAN, model.std or IMAGENET_DEFAULT_STD
-        return Segmenter(net, num_classes, mean, std, resize)
-    if task == "detection" and isinstance(net, tuple(WRAPPERS)):
-        return wrap_detector(net, num_classes, resize, model.mean, model.std)
-    raise AcamkdError(
-        f"{model.arch} returned {type(net).__name__}; allowed: an acamkd TaskModel, "
-        + ("any module" if task == "segmentation" else "torchvision's RetinaNet, FCOS or FasterRCNN")
-    )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from acamkd.data import PictureDataset
-from acamkd.engine import METRICS, Scorer
+from acamkd.engine.metrics import METRICS, Scorer
 from acamkd.models.base import Prediction, TaskModel
 from acamkd.report.pictures import Panel, embed, prediction_panel, truth_panel
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from acamkd.collapse import CLOSED, FLAT, OPEN, collapse
+from acamkd.mask_health import CLOSED, FLAT, OPEN, collapse
 from acamkd.report.charts import Chart, Points, draw
 
 LEARNT = ("spatial", "channel")

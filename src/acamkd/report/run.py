@@ -11,17 +11,18 @@ import torch
 
 from acamkd import config, data
 from acamkd.data import PictureDataset
-from acamkd.engine import METRICS, REPLAY
-from acamkd.engine.replay import spread
+from acamkd.engine.metrics import METRICS
+from acamkd.engine.mask_history import REPLAY
+from acamkd.engine.cost import Cost, cost, threads
+from acamkd.engine.mask_history import spread
+from acamkd.engine.runs import RECIPE, Run, open_run, write_text
 from acamkd.errors import AcamkdError
 from acamkd.models.base import TaskModel
-from acamkd.report import environment
 from acamkd.report.charts import Chart, curve, draw, loss_charts, read_history
-from acamkd.report.cost import Cost, cost, threads
 from acamkd.report.gain import PICTURES, Gain, compare, rows
 from acamkd.report.masks import load_replay
 from acamkd.report.pictures import colour, embed
-from acamkd.runs import RECIPE, Run, open_run, write_text
+from acamkd.report.templates import environment
 
 log = logging.getLogger(__name__)
 

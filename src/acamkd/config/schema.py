@@ -1,0 +1,345 @@
+"""What a recipe may say: one class per section, every key with its meaning. Imports no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from acamkd.errors import AcamkdError
+
+Size: TypeAlias = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
+"""(height, width) in pixels."""
+
+Positive: TypeAlias = Annotated[int, Field(gt=0)]
+Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+Deviation: TypeAlias = Annotated[float, Field(gt=0)]
+FileName: TypeAlias = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+"""What files and folders can be called."""
+
+
+class Section(BaseModel):
+    """A mapping in a recipe; unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+FORMATS: dict[str, tuple[str, ...]] = {
+    "coco": ("detection",),
+    "yolo": ("detection",),
+    "voc": ("detection", "segmentation"),
+    "masks": ("segmentation",),
+    "cityscapes": ("segmentation",),
+}
+"""`data.format` -> tasks that it is for."""
+
+
+class Split(Section):
+    """Where one split lies: by `name`, in the format's own layout, or by `images`, with paths below `data.root`."""
+
+    name: str | None = None
+    """Such as `val`, `trainval` (VOC) or `train2017` (COCO)."""
+    images: Path | None = None
+    """Folder of pictures."""
+    masks: Path | None = None
+    """Format masks: folder of PNG masks, one per picture, of the same name."""
+    annotations: Path | None = None
+    """Format coco: the JSON, if it is not the one of this `name`. Format yolo: folder of labels, if it is not beside
+    `images`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Split:
+        if (self.name is None) == (self.images is None):
+            raise ValueError("give either the split's `name` in the format's own layout, or its `images`")
+        return self
+
+
+class Augmentation(Section):
+    """Random changes of the training pictures, in the pictures' own pixels, before `data.resize`."""
+
+    scale: tuple[float, float] | None = None
+    """Range of a random factor on both sides, drawn evenly."""
+    crop: Size | None = None
+    """(height, width) of a random crop; smaller pictures are padded."""
+    flip: Fraction = 0.5
+    """Probability of a horizontal flip."""
+    photometric: bool = False
+    """Random brightness, contrast, saturation and hue."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Augmentation:
+        if self.scale is not None and not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(f"scale must be a range of factors above 0, such as [0.5, 2], not {list(self.scale)}")
+        return self
+
+
+class ShortLong(Section):
+    """Resize so that the short side has `short` pixels, unless the long side would pass `long`."""
+
+    short: Positive
+    long: Positive
+
+
+class Data(Section):
+    """Pictures and targets."""
+
+    format: Literal["auto", "coco", "yolo", "voc", "masks", "cityscapes"] = "auto"
+    """`coco`: pictures and a COCO JSON. `yolo`: pictures and text files. `voc`: Pascal VOC, boxes or masks. `masks`:
+    pictures and 8-bit masks. `cityscapes`. `auto`: by what lies in `root`."""
+    root: Path = Path()
+    """Folder of the data; the splits' paths are relative to it."""
+    train: Split = Split(name="train")
+    val: Split = Split(name="val")
+    classes: tuple[str, ...] | None = None
+    """Class names in the order of their ids. Needed for masks; the other formats bring their own."""
+    ignore_index: Annotated[int, Field(ge=0, le=255)] = 255
+    """Format masks: mask value that neither trains nor counts."""
+    unlabelled: Path | None = None
+    """Folder of further pictures, relative to `root`, that only the distillation sees: each batch brings as many of
+    them as it has labelled ones. Used by `distill` alone."""
+    resize: Size | ShortLong | None = None
+    """What the networks see: (height, width), or {short, long}; nothing = the pictures' own size."""
+    augment: Augmentation = Augmentation()
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that load pictures."""
+    check: Literal["full", "headers"] = "full"
+    """Before training, decode every picture (full) or only read its header (headers)."""
+
+
+class Model(Section):
+    """One network."""
+
+    arch: str
+    """Detection: retinanet, fcos, faster_rcnn. Segmentation: an architecture of segmentation_models_pytorch
+    (deeplabv3plus, fpn, unet, ...) or `torchvision/NAME`. Anything: `package.module:factory`."""
+    backbone: str = "resnet50"
+    """A timm name, or `torchvision/NAME`; for segmentation architectures any smp encoder name (`tu-NAME`: timm)."""
+    weights: str | None = None
+    """The whole network: a .safetensors, .pth or .pt file (of a detector also MMDetection's or detectron2's), or a
+    torchvision weights name (`..._Weights.COCO_V1`)."""
+    backbone_weights: str | None = "imagenet"
+    """The backbone alone: `imagenet` (the framework's own), a file, or nothing."""
+    fpn_channels: Positive = 256
+    """Detection: width of the feature pyramid and of the heads."""
+    options: dict[str, Any] = {}
+    """Further arguments of the architecture's constructor."""
+    num_classes: Positive | None = None
+    """Teacher only: number of its own classes, where it was trained on others than the data's. It is not scored then,
+    and losses may compare features, but no heads and no logits."""
+    inherit: tuple[str, ...] = ()
+    """Student only: parts (such as `head` or `backbone.fpn`) that start from the teacher's tensors."""
+    mean: tuple[float, float, float] | None = None
+    """Mean colour; nothing = what the backbone was pretrained with."""
+    std: tuple[Deviation, Deviation, Deviation] | None = None
+    """Standard deviation of the colours, likewise."""
+
+    @field_validator("weights", "backbone_weights")
+    @classmethod
+    def _check_none(cls, given: str | None) -> str | None:
+        if given is not None and given.lower() == "none":
+            raise ValueError("YAML writes nothing as null")
+        return given
+
+    @property
+    def title(self) -> str:
+        """The architecture, with its backbone where the recipe chooses one."""
+        is_whole = ":" in self.arch or self.arch.startswith("torchvision/")
+        return self.arch if is_whole else f"{self.arch} on {self.backbone}"
+
+    @property
+    def convention(self) -> Any:
+        """Whose conventions a detector follows: the option of that name, torchvision's where there is none."""
+        return self.options.get("convention", "torchvision")
+
+
+class Loss(BaseModel):
+    """One method at one or more pairs of layers; every other key is an option of the method itself."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
+
+    name: str
+    """See `acamkd methods`; or a class of your own, `package.module:Class`."""
+    pairs: tuple[str | tuple[str, str], ...] = ()
+    """Layers: `student_layer`, the same in both, or [student_layer, teacher_layer]. Grammar: `layer`, `layer:key` for
+    one entry of a dict or tuple output, `layer:*` for all of them, `layer@2` for the third call."""
+    preset: str | None = None
+    """A published setting by name; options given here win over it."""
+    ramp_epochs: Annotated[float, Field(ge=0)] = 0
+    """The weight rises linearly from 0 to its value over this many epochs."""
+    stop_epoch: Annotated[float, Field(gt=0)] | None = None
+    """The loss is switched off from this epoch on."""
+    gradient_ratio: Annotated[float, Field(gt=0)] = 0.5
+    """`weight: auto` sets the weight, before the first step, so that the norm of this loss's gradient is this many
+    times the norm of the task's gradient."""
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the weight is still to be set by gradients; the recipe in a run folder holds the number."""
+        return self.options.get("weight") == "auto"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's own options, as written in the recipe."""
+        return dict(self.model_extra or {})
+
+
+class Optimizer(Section):
+    """The optimizer; the losses' own parameters form a group of their own."""
+
+    name: Literal["sgd", "adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Learning rate of the network; the peak where the schedule has one."""
+    losses_lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the losses' own parameters; nothing = the network's."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    momentum: Fraction = 0.9
+    """SGD only."""
+
+
+class Schedule(Section):
+    """How the learning rate moves, per optimisation step."""
+
+    name: Literal["constant", "step", "polynomial", "one_cycle"] = "one_cycle"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Linear warm-up; one_cycle has one of its own (`pct_start`)."""
+    milestones: tuple[Positive, ...] = ()
+    """step: epochs at whose end the rate is multiplied by `gamma`."""
+    gamma: Fraction = 0.1
+    power: Annotated[float, Field(gt=0)] = 0.9
+    """polynomial: exponent."""
+    pct_start: Fraction = 0.3
+    """one_cycle: share of the steps that rise."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Schedule:
+        if self.name == "one_cycle" and self.warmup_steps:
+            raise ValueError("one_cycle brings its own warm-up: set pct_start, and leave warmup_steps out")
+        if self.name == "step" and not self.milestones:
+            raise ValueError("step needs milestones, such as [16, 22]")
+        return self
+
+
+class Train(Section):
+    """One training run."""
+
+    epochs: Positive
+    steps_per_epoch: Positive | None = None
+    """Optimisation steps that count as one epoch; nothing = one pass over the training pictures. What is published by
+    iterations is written so: 40,000 of them, evaluated every 4,000, are 10 epochs of 4,000 steps."""
+    batch_size: Positive = 8
+    """Pictures per device and batch."""
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
+    """What the networks compute in; losses and weights are of 32 bits with each."""
+    channels_last: bool = False
+    """Student, teacher and losses keep weights and maps channels last: other rounding, and less time where convolutions
+    are made for it, most of all with bf16-mixed (docs/performance.md)."""
+    accumulate: Positive = 1
+    """Batches per optimisation step."""
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of the whole gradient."""
+    sync_batchnorm: bool = False
+    """Batch norm takes its statistics over the pictures of all devices, rather than over those of its own."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of first weights, order of the pictures, augmentation and everything else that is drawn."""
+    eval_every: Positive = 1
+    """Epochs between two evaluations; must divide `epochs`, so that the last one is evaluated."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is NaN or infinite ends the run (stop) or is left out, up to 10 in a row (skip);
+    its pictures are kept in the run's folder `nonfinite`."""
+    checkpoint_every: Positive | None = None
+    """Optimisation steps between two checkpoints within an epoch; nothing = only at the ends of epochs."""
+    accelerator: str = "auto"
+    """Such as `cpu`, `gpu` or `mps`, by Lightning's names; `auto` takes what is there."""
+    devices: int | Literal["auto"] = "auto"
+    """Of each node, one or more; each takes batches of `batch_size`."""
+    num_nodes: Positive = 1
+    strategy: str = "auto"
+    """How devices work together, by Lightning's names."""
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _name(cls, precision: Any) -> Any:
+        return str(precision) if isinstance(precision, int) else precision  # YAML reads 32 as a number
+
+    @field_validator("devices")
+    @classmethod
+    def _count(cls, devices: int | str) -> int | str:
+        if isinstance(devices, int) and devices < 1:
+            raise ValueError("give their number, or auto for all of them")
+        return devices
+
+    @model_validator(mode="after")
+    def _check(self) -> Train:
+        if self.epochs % self.eval_every:
+            raise ValueError(f"eval_every {self.eval_every} does not divide epochs {self.epochs}")
+        return self
+
+
+class Search(Section):
+    """The same small search for every method of a comparison, on the validation pictures and on seeds of its own."""
+
+    option: str = "gradient_ratio"
+    """Option of each entry of `losses`."""
+    values: Annotated[tuple[float, ...], Field(min_length=2)] = (0.25, 0.5, 1.0)
+    """What it is set to."""
+    seeds: Positive = 1
+    """Trainings per value."""
+
+
+class Comparison(Section):
+    """What `acamkd compare` runs beside the student alone."""
+
+    methods: dict[FileName, dict[str, Any]] = {}
+    """By name, which files get too, keys of this recipe to override: `{losses.0.weight: 3}`, or `{losses: [...]}`."""
+    tune: Search | None = None
+    """Nothing = every method runs with the weights that it is written with."""
+
+
+class Recipe(Section):
+    """Everything that a run depends on."""
+
+    name: FileName
+    """Letters, digits and `_.-`; runs go to `runs/NAME/`. In a file it may be left out, and is the file's name then."""
+    task: Literal["detection", "segmentation"]
+    data: Data
+    teacher: Model | None = None
+    student: Model
+    losses: tuple[Loss, ...] = ()
+    train: Train
+    compare: Comparison = Comparison()
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        if self.data.format != "auto":
+            check_data(self.data, self.task)
+        if self.student.num_classes is not None:
+            raise ValueError("student.num_classes: the student has the data's classes; only a teacher may have others")
+        if self.teacher is not None and self.teacher.inherit:
+            raise ValueError("teacher.inherit: only a student inherits, from the teacher")
+        if self.student.inherit and self.teacher is None:
+            raise ValueError("student.inherit needs a `teacher` section to inherit from")
+        return self
+
+
+def check_data(data: Data, task: str) -> None:
+    """Raise AcamkdError if a format, now that it is known, does not fit the task or lacks something."""
+    if task not in FORMATS[data.format]:
+        fitting = [name for name, tasks in FORMATS.items() if task in tasks]
+        raise AcamkdError(f"task {task} needs data.format: {', '.join(fitting)}, not {data.format}")
+    source = {"coco": "annotations", "yolo": "annotations", "masks": "masks"}.get(data.format)
+    for name in ("train", "val"):
+        split: Split = getattr(data, name)
+        for key in ("masks", "annotations"):
+            if getattr(split, key) is not None and key != source:
+                raise AcamkdError(f"data.{name}.{key}: data.format {data.format} does not read it")
+        if source and data.format != "yolo" and split.images is not None and getattr(split, source) is None:
+            raise AcamkdError(f"data.{name}.{source} is missing: data.format {data.format} needs it beside `images`")
+        if data.format in ("voc", "cityscapes") and split.images is not None:
+            raise AcamkdError(
+                f"data.{name}.images: data.format {data.format} has folders of its own: give the split's `name` instead"
+            )
+    if data.format == "masks" and not data.classes:
+        raise AcamkdError("data.classes is missing: masks hold ids only, so the recipe lists the class names")

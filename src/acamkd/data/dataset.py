@@ -1,0 +1,126 @@
+"""The data set that every format is one of: images with targets, random changes seeded by (seed, epoch, index)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+from torchvision import tv_tensors
+
+from acamkd.data.image_io import read_picture
+from acamkd.errors import PictureError
+from acamkd.models.base import PixelSize, Target
+
+Sample: TypeAlias = tuple[Tensor, Target]
+"""A picture, (3, H, W) uint8 RGB, and what is known of it."""
+
+Transform: TypeAlias = Callable[[Tensor, Target], Sample]
+"""A joint change of picture and target (tv_tensors); draws from torch's default CPU generator only."""
+
+
+def seed_of(*parts: object) -> int:
+    """A 64-bit seed that is a function of the parts alone, such as (seed, epoch, index)."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
+
+
+class PictureDataset(Dataset[Sample], ABC):
+    """Pictures and their targets.
+
+    An item's key is `epoch * len(dataset) + index`, so that the order of reading, the number of workers and a resumed
+    run change nothing about what epoch 3 does to picture 7. What is wrong with the annotations is collected while they
+    are read; `check` reports it together with what is wrong with the files.
+
+    Args:
+        files: Pictures.
+        annotation_files: Every file that the targets come from.
+        classes: Class names, background and void not counted.
+        transform: Random changes, None for the pictures as they are.
+        seed: Of the random changes.
+
+    Attributes:
+        problems: What makes the annotations unusable, one sentence per entry.
+        warnings: What is legitimate but worth knowing.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        annotation_files: Sequence[Path],
+        classes: Sequence[str],
+        *,
+        transform: Transform | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.files = list(files)
+        self.annotation_files = list(annotation_files)
+        self.classes = tuple(classes)
+        self.transform = transform
+        self.seed = seed
+        self.problems = [
+            f"the class {name} is listed {times} times: each needs a name of its own"
+            for name, times in Counter(classes).items()
+            if times > 1
+        ]
+        self.warnings: list[str] = []
+        self.reading: Tensor | None = None  # (W, 2): id and key of each loading process, shared with them
+
+    @abstractmethod
+    def target(self, index: int, size: PixelSize) -> Target:
+        """What is known of one picture of this (height, width), as tv_tensors where torchvision has a type for it."""
+
+    @abstractmethod
+    def inspect(self, index: int, size: PixelSize, *, decode: bool) -> list[str]:
+        """Problems of one entry whose picture has this (height, width); `decode` also looks at every pixel."""
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: int) -> Sample:
+        epoch, index = divmod(key, len(self))
+        note_reading(self.reading, key)
+        image: Tensor = tv_tensors.Image(read_picture(self.files[index]))
+        target = self.target(index, (image.shape[-2], image.shape[-1]))
+        if self.transform is not None:
+            with torch.random.fork_rng(devices=[]):
+                # torch.manual_seed would also reseed the GPUs, and fork_rng restores only the CPU here.
+                torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
+                image, target = self.transform(image, target)
+        return image.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
+
+    def sources(self, key: int) -> list[Path]:
+        """The files that an item is made of, without those of its target."""
+        return [self.files[key % len(self)]]
+
+    def __iter__(self) -> Iterator[Sample]:
+        # Every key is valid, so Python's own iteration by index would never end.
+        return (self[index] for index in range(len(self)))
+
+    def fingerprint(self) -> str:
+        """Short name of the data's content: class names, names and sizes of the pictures, bytes of the annotations.
+
+        Raises:
+            PictureError: One of the files is not there.
+        """
+        digest = hashlib.sha256(repr(self.classes).encode())
+        try:
+            for file in self.files:
+                digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            for file in self.annotation_files:
+                digest.update(file.read_bytes())
+        except OSError as error:
+            raise PictureError(f"{error.filename}: {error.strerror}") from error
+        return digest.hexdigest()[:16]
+
+
+def note_reading(reading: Tensor | None, key: int) -> None:
+    """Leave word of the item that this loading process is about to read, in case that it dies of it."""
+    if reading is not None and (worker := get_worker_info()):
+        reading[worker.id] = torch.tensor([os.getpid(), key])

@@ -1,0 +1,81 @@
+"""Cityscapes: street scenes with fine masks, in the folders that its archives unpack to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from acamkd.data.checks import check_classes
+from acamkd.data.dataset import Transform
+from acamkd.data.formats.masks import MaskDataset
+from acamkd.errors import AcamkdError
+from acamkd.models.base import VOID
+
+TRAINED = {
+    7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light",
+    20: "traffic sign", 21: "vegetation", 22: "terrain", 23: "sky", 24: "person", 25: "rider", 26: "car", 27: "truck",
+    28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle",
+}  # fmt: skip
+"""Value in labelIds masks -> name, of the 19 classes that count; their order is that of the train ids."""
+
+CLASSES = tuple(TRAINED.values())
+
+LABEL_IDS = {
+    **dict.fromkeys(range(34), VOID),
+    **{label: train for train, label in enumerate(TRAINED)},
+    VOID: VOID,  # -1, the licence plate, in 8 bits
+}
+"""Value in labelIds masks -> train id."""
+
+IMAGE, TRAIN_IDS, IDS = "_leftImg8bit.png", "_gtFine_labelTrainIds.png", "_gtFine_labelIds.png"
+
+
+class Cityscapes(MaskDataset):
+    """Semantic segmentation of `leftImg8bit/SPLIT/CITY/*` by `gtFine/SPLIT/CITY/*`.
+
+    The masks of train ids that Cityscapes' own scripts make are taken where every picture has one; otherwise those of
+    label ids, mapped to train ids. Pictures that have coarse masks only cannot be used.
+
+    Args:
+        root: Folder with `leftImg8bit` and `gtFine`.
+        split: `train`, `val` or another folder in both.
+        classes: None, or the names of the 19 classes.
+        transform: Random changes.
+        seed: Of the random changes.
+
+    Raises:
+        AcamkdError: The split has no folder, or other classes are asked for.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        *,
+        classes: Sequence[str] | None = None,
+        transform: Transform | None = None,
+        seed: int = 0,
+    ) -> None:
+        check_classes(classes, CLASSES, "the classes of Cityscapes")
+        pictures, fine = root / "leftImg8bit" / split, root / "gtFine" / split
+        for folder in (pictures, fine):
+            if not folder.is_dir():
+                coarse = root / "gtCoarse" / split
+                advice = f"; {coarse} is there, but coarse masks are not read" if coarse.is_dir() else ""
+                raise AcamkdError(f"cannot read the folder {folder}: there is no such folder{advice}")
+        files = sorted(pictures.glob(f"*/*{IMAGE}"))
+
+        def masks(suffix: str) -> list[Path]:
+            return [fine / file.parent.name / file.name.replace(IMAGE, suffix) for file in files]
+
+        ready = bool(files) and all(mask.is_file() for mask in masks(TRAIN_IDS))
+        super().__init__(
+            files,
+            masks(TRAIN_IDS if ready else IDS),
+            CLASSES,
+            ids=None if ready else LABEL_IDS,
+            transform=transform,
+            seed=seed,
+        )
+        if not files:
+            self.problems.append(f"{pictures}: the folder holds no pictures CITY/*{IMAGE}")

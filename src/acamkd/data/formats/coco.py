@@ -1,0 +1,113 @@
+"""Pictures with boxes in one COCO JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from acamkd.data.boxes import Box, BoxDataset
+from acamkd.data.checks import check_classes
+from acamkd.data.dataset import Transform
+from acamkd.errors import AcamkdError
+
+NEEDED: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
+    "images": {"id": (int, str), "file_name": str, "width": int, "height": int},
+    "annotations": {},
+    "categories": {"id": int, "name": str},
+}
+"""Lists of a COCO file, and what each of their entries must have."""
+
+
+class CocoDetection(BoxDataset):
+    """Object detection in COCO's format; categories in the order of their ids become the labels 1..K.
+
+    Args:
+        images: Folder that the JSON's `file_name` entries are relative to.
+        annotations: The JSON: `images` (id, file_name, width, height), `annotations` (image_id, category_id, bbox
+            [x, y, width, height], iscrowd, area) and `categories` (id, name).
+        classes: Names that the file must list; None takes the file's own.
+        keep_crowd: Keep the boxes around crowds; see BoxDataset.
+        transform: Random changes.
+        seed: Of the random changes.
+
+    Raises:
+        AcamkdError: The file cannot be read, is not a COCO JSON, or lists other classes.
+    """
+
+    LEAVES_OUT_EMPTY = True  # train2017 has two
+
+    def __init__(
+        self,
+        images: Path,
+        annotations: Path,
+        *,
+        classes: Sequence[str] | None = None,
+        keep_crowd: bool = True,
+        transform: Transform | None = None,
+        seed: int = 0,
+    ) -> None:
+        content = _read(annotations)
+        categories = sorted(content["categories"], key=lambda category: category["id"])
+        names = tuple(category["name"] for category in categories)
+        check_classes(classes, names, f"the categories of {annotations}")
+        super().__init__(
+            [images / image["file_name"] for image in content["images"]],
+            [annotations],
+            names,
+            source=annotations,
+            sizes=[(image["height"], image["width"]) for image in content["images"]],
+            keep_crowd=keep_crowd,
+            transform=transform,
+            seed=seed,
+        )
+        self._index_of = {image["id"]: index for index, image in enumerate(content["images"])}
+        self._label_of = {category["id"]: label for label, category in enumerate(categories, start=1)}
+        for what, ids in (("images", self._index_of), ("categories", self._label_of)):
+            if not ids:
+                self.problems.append(f"{annotations}: the list of {what} is empty")
+            elif len(ids) < len(content[what]):
+                self.problems.append(f"{annotations}: {len(content[what]) - len(ids)} {what} share an id with another")
+        self._gather(
+            (f"{annotations}: annotation {entry.get('id')} of image {entry.get('image_id')}", entry)
+            for entry in content["annotations"]
+        )
+
+    def _parse(self, entry: Mapping[str, Any]) -> Box:
+        try:
+            image, category, crowd = entry["image_id"], entry["category_id"], entry.get("iscrowd", 0)
+            x, y, width, height = (float(value) for value in entry["bbox"])
+            area = float(entry.get("area") or 0)
+            index, label = self._index_of.get(image), self._label_of.get(category)
+        except (KeyError, TypeError, ValueError) as error:
+            raise AcamkdError(
+                "it needs image_id, category_id and bbox [x, y, width, height]; an area must be a number"
+            ) from error
+        if crowd not in (0, 1):
+            raise AcamkdError(f"iscrowd must be 0 or 1, not {crowd}")
+        if index is None:
+            raise AcamkdError(f"the file lists no image {image}")
+        if label is None:
+            raise AcamkdError(f"the file lists no category {category}, only {', '.join(map(str, self._label_of))}")
+        return Box(index, label, (x, y, x + width, y + height), bool(crowd), area)
+
+
+def _read(annotations: Path) -> dict[str, Any]:
+    """The JSON, once every entry of its lists has the keys that are needed."""
+    try:
+        content = json.loads(annotations.read_bytes())
+    except OSError as error:
+        raise AcamkdError(f"cannot read the annotations {annotations}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise AcamkdError(f"{annotations} is not valid JSON: {error}") from error
+    for what, keys in NEEDED.items():
+        if not isinstance(content, dict) or not isinstance(content.get(what), list):
+            raise AcamkdError(f"{annotations} is not a COCO file: it needs the lists {', '.join(NEEDED)}")
+        for number, entry in enumerate(content[what]):
+            if not isinstance(entry, dict):
+                raise AcamkdError(f"{annotations}: {what}[{number}] is {entry!r}, but must be a mapping")
+            if wrong := [key for key, kind in keys.items() if not isinstance(entry.get(key), kind)]:
+                raise AcamkdError(f"{annotations}: {what}[{number}] has no {', '.join(wrong)}, or one of a wrong type")
+    result: dict[str, Any] = content
+    return result

@@ -1,0 +1,150 @@
+"""Pictures with one mask of class ids each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+
+from acamkd.data.checks import describe, twins
+from acamkd.data.dataset import PictureDataset, Transform
+from acamkd.data.image_io import files_of, opened
+from acamkd.errors import AcamkdError, PictureError
+from acamkd.files import PICTURES
+from acamkd.models.base import VOID, PixelSize, Target
+
+
+class MaskDataset(PictureDataset):
+    """Semantic segmentation: pictures and as many PNG masks, 8-bit grey or palette.
+
+    Args:
+        files: Pictures.
+        masks: Their masks, in the same order.
+        classes: Names of the ids 0..K-1.
+        ids: Class id, or VOID, of each value that a mask may hold; None for 0..K-1 and VOID as they are.
+        transform: Random changes.
+        seed: Of the random changes.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        masks: Sequence[Path],
+        classes: Sequence[str],
+        *,
+        ids: Mapping[int, int] | None = None,
+        transform: Transform | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(files, masks, classes, transform=transform, seed=seed)
+        self.ids = dict(ids) if ids is not None else {**{k: k for k in range(len(classes))}, VOID: VOID}
+        self._table = torch.tensor([self.ids.get(value, -1) for value in range(256)])
+
+    def target(self, index: int, size: PixelSize) -> Target:
+        """`mask` (H, W) int64, VOID where nothing is known; a PictureError if it holds other values."""
+        file = self.annotation_files[index]
+        with _opened_mask(file) as image:
+            values = _ids(image)
+        mask = self._table[values.long()]
+        if mask.min() < 0:
+            raise PictureError(f"{file}: {self._unknown(torch.unique(values).tolist())}")
+        return {"mask": tv_tensors.Mask(mask)}
+
+    def inspect(self, index: int, size: PixelSize, *, decode: bool) -> list[str]:
+        """The mask must have its picture's size, one channel, and known ids only."""
+        file = self.annotation_files[index]
+        try:
+            with _opened_mask(file) as image:
+                mask_size = (image.height, image.width)
+                values = torch.unique(_ids(image)).tolist() if decode else []
+        except PictureError as error:
+            return [str(error)]
+        if mask_size != size:
+            return [f"{file}: the mask has {describe(mask_size)}, but {self.files[index].name} has {describe(size)}"]
+        return [f"{file}: {unknown}"] if (unknown := self._unknown(values)) else []
+
+    def _unknown(self, values: Sequence[int]) -> str:
+        """What is wrong with a mask's values; empty where nothing is."""
+        unknown = [str(value) for value in values if value not in self.ids]
+        if not unknown:
+            return ""
+        *most, last = sorted(self.ids)
+        known = f"0 to {last}" if last == len(most) else f"{most[0]} to {most[-1]} and {last}"
+        return (
+            f"the mask holds {', '.join(unknown)}, but the values for the {len(self.classes)} classes and for void are "
+            f"{known}"
+        )
+
+
+class MaskFolder(MaskDataset):
+    """A folder of pictures and a folder of PNG masks of the same names.
+
+    Args:
+        images: Folder of pictures (jpg, jpeg, png, bmp, webp).
+        masks: Folder of PNG masks whose values are class ids.
+        classes: Names of the ids 0..K-1.
+        ignore_index: Value of pixels that neither train nor count.
+        transform: Random changes.
+        seed: Of the random changes.
+
+    Raises:
+        AcamkdError: A folder cannot be read.
+    """
+
+    def __init__(
+        self,
+        images: Path,
+        masks: Path,
+        classes: Sequence[str],
+        *,
+        ignore_index: int = VOID,
+        transform: Transform | None = None,
+        seed: int = 0,
+    ) -> None:
+        pictures, by_stem = files_of(images, PICTURES), files_of(masks, (".png",))
+        mask_of = {file.stem: file for file in by_stem}
+        paired = [file for file in pictures if file.stem in mask_of]
+        super().__init__(
+            paired,
+            [mask_of[file.stem] for file in paired],
+            classes,
+            ids={**{k: k for k in range(len(classes))}, ignore_index: VOID},
+            transform=transform,
+            seed=seed,
+        )
+        stems = {file.stem for file in pictures}
+        if not pictures:
+            self.problems.append(f"{images}: the folder holds no pictures ({', '.join(PICTURES)})")
+        self.problems += [
+            f"{file}: the picture has no mask {masks / file.stem}.png" for file in pictures if file.stem not in mask_of
+        ]
+        self.problems += [f"{file}: the mask has no picture in {images}" for file in by_stem if file.stem not in stems]
+        self.problems += twins(pictures, "mask")
+
+    def _unknown(self, values: Sequence[int]) -> str:
+        text = super()._unknown(values)
+        among = any(self.ids[k] == VOID for k in range(len(self.classes)))
+        hint = "; a void that is one of the values from 0 on is listed in data.classes too" if among else ""
+        return text and f"{text} (data.ignore_index says what void is{hint})"
+
+
+def _ids(mask: Image.Image) -> Tensor:
+    """(H, W) uint8, values as stored; a palette's colours do not matter."""
+    return torch.from_numpy(np.array(mask, dtype=np.uint8))
+
+
+@contextmanager
+def _opened_mask(file: Path) -> Iterator[Image.Image]:
+    """A mask whose mode can hold class ids; raises as `opened` does."""
+    with opened(file, "mask") as image:
+        if image.mode not in ("1", "L", "P"):
+            raise AcamkdError(
+                f"it is of mode {image.mode}; save class ids, as 8-bit grey or with a palette, not colours or 16 bits"
+            )
+        yield image

@@ -1,0 +1,1 @@
+"""Between student and teacher: taps, losses, weights, and what watches over them."""

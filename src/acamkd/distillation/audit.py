@@ -1,0 +1,97 @@
+"""Whether the distillation reaches the student: watched over the first steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, distributed, nn
+
+from acamkd.distillation.split_backward import backward_scale, leaves_below
+from acamkd.errors import AcamkdError
+
+log = logging.getLogger(__name__)
+
+AUDITED_STEPS = 20
+
+
+class _Audit:
+    """Watches over the first steps whether the distillation reaches what it should; all processes come to the same."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._is_zero: dict[str, bool] = {}
+        self._unreached: dict[str, nn.Parameter] | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has seen a step."""
+        return self._steps > 0
+
+    def __call__(self, net: nn.Module, maps: Mapping[str, Tensor], terms: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if self._unreached is None:
+            self._unreached = _parameters_below(net, maps)
+        self._is_zero = dict.fromkeys(terms, True) | self._is_zero
+        if self._steps == AUDITED_STEPS or not (self._unreached or any(self._is_zero.values())):
+            return
+        self._steps += 1
+        nothing = torch.zeros((), device=next(iter(maps.values())).device)
+        losses = {key: sum(of_loss.values(), nothing) for key, of_loss in terms.items()}
+        names, total = list(self._unreached), torch.stack(list(losses.values())).sum()
+        gradients: Sequence[Tensor | None] = [None] * len(names)
+        if names and total.requires_grad:
+            scaled, parameters = backward_scale(maps.values()) * total, list(self._unreached.values())
+            gradients = torch.autograd.grad(scaled, parameters, retain_graph=True, allow_unused=True)
+        arrived = _anywhere(
+            [
+                *(bool(loss.isfinite() & (loss != 0)) for loss in losses.values()),
+                *(x is not None and bool((x.isfinite() & (x != 0)).any()) for x in gradients),
+            ],
+            total.device,
+        )
+        for name, has_arrived in zip([*losses, *names], arrived, strict=True):
+            if has_arrived and name in losses:
+                self._is_zero[name] = False
+            elif has_arrived:
+                del self._unreached[name]
+        if self._steps == AUDITED_STEPS:
+            self._conclude(self._unreached)
+
+    def _conclude(self, unreached: Iterable[str]) -> None:
+        zero = [key for key, is_zero in self._is_zero.items() if is_zero]
+        advice = "check that teacher and student differ and that the loss weights are not 0"
+        if len(zero) == len(self._is_zero):
+            raise AcamkdError(
+                f"the distillation total was exactly 0 in each of the first {AUDITED_STEPS} steps: {advice}"
+            )
+        if zero:
+            log.warning("in each of the first %d steps %s was exactly 0: %s", AUDITED_STEPS, ", ".join(zero), advice)
+        if names := list(unreached):
+            raise AcamkdError(
+                f"in the first {AUDITED_STEPS} steps no distillation gradient reached {len(names)} student parameters "
+                f"below the tapped layers: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}; "
+                "tap a layer behind them, or freeze them if they are meant to stay; and leave out maps of a single "
+                "position, which some losses cannot learn from"
+            )
+
+
+def _parameters_below(net: nn.Module, maps: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """The student's parameters that some of its maps depend on; raises AcamkdError if there are none."""
+    below = {id(parameter) for parameter in leaves_below(x.grad_fn for x in maps.values())[0]}
+    found = {name: parameter for name, parameter in net.named_parameters() if id(parameter) in below}
+    nothing = "no trainable student parameter lies below %s: nothing can be distilled there"
+    if not found:
+        raise AcamkdError(nothing % ", ".join(maps))
+    if frozen := [name for name, x in maps.items() if x.grad_fn is None]:
+        log.warning(nothing, ", ".join(frozen))
+    return found
+
+
+def _anywhere(found: Sequence[bool], device: torch.device) -> list[bool]:
+    """Entry by entry, whether it holds in any of the processes that train together."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return list(found)
+    held = torch.tensor(found, dtype=torch.uint8, device=device)
+    distributed.all_reduce(held, distributed.ReduceOp.MAX)
+    return held.bool().tolist()

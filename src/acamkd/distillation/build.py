@@ -1,0 +1,151 @@
+"""From a recipe's `losses` to a Distiller."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from acamkd import config
+from acamkd.distillation.distiller import Distiller, Pair, WeightSchedule
+from acamkd.distillation.methods import find, options
+from acamkd.distillation.taps import FeatureTap
+from acamkd.errors import AcamkdError
+from acamkd.losses.base import FeatureLoss, HeadLoss
+from acamkd.models.base import Batch, TaskModel, keeping_modes
+from acamkd.models.weights import read_tensors
+
+log = logging.getLogger(__name__)
+
+PROBE_SIZE = (128, 128)
+"""(height, width) of the random picture that channels are read from."""
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Within, nothing is said of layers and untrained tokens: it is when the losses are built for good."""
+    loggers = [logging.getLogger(name) for name in ("acamkd.distillation.build", "acamkd.losses")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def build_distiller(student: TaskModel, teacher: TaskModel, entries: Sequence[config.Loss]) -> Distiller:
+    """Build every loss that a recipe lists, with the channels that both networks turn out to have.
+
+    Args:
+        student: The network to train.
+        teacher: The network to imitate.
+        entries: The recipe's `losses`.
+
+    Raises:
+        AcamkdError: A method, option or layer does not exist, or a pair does not match; the entry is named.
+    """
+    batch = student.prepare([torch.rand(3, *PROBE_SIZE)])
+    pairs: list[Pair | None] = []
+    modules: list[FeatureLoss | HeadLoss] = []
+    schedules: list[WeightSchedule] = []
+    for index, entry in enumerate(entries):
+        try:
+            built = _build(entry, student, teacher, batch)
+        except ValueError as error:
+            raise AcamkdError(f"losses.{index} ({entry.name}): {error}") from error
+        pairs += [pair for pair, _ in built]
+        modules += [module for _, module in built]
+        schedules += [WeightSchedule(entry.ramp_epochs, entry.stop_epoch)] * len(built)
+    return Distiller(student, teacher, pairs, modules, schedules)
+
+
+def _build(
+    entry: config.Loss, student: TaskModel, teacher: TaskModel, batch: Batch
+) -> list[tuple[Pair | None, FeatureLoss | HeadLoss]]:
+    method = find(entry.name)
+    if entry.is_auto:
+        raise AcamkdError("`weight: auto` needs pictures: acamkd.calibrate gives it a number")
+    checked = options(entry.name, entry.preset, entry.options)
+    tokens = read_tensors(checked["tokens"]) if checked.get("tokens") else None
+    if issubclass(method, HeadLoss):
+        if entry.pairs:
+            log.warning("%s works on the heads and names its layers itself: `pairs` is not used", entry.name)
+        _require_same_classes("it compares heads", student, teacher)
+        loss = method(**checked)
+        loss.layers(student, teacher)  # refuses networks that it cannot work on
+        return [(None, loss)]
+    if "boxes" in method.needs and student.task != "detection":
+        raise AcamkdError(f"this method needs boxes, and {student.task} has none")
+    if not entry.pairs:
+        raise AcamkdError(
+            "`pairs` is missing: name the layers to compare, such as [backbone:*] or [segmentation_head.0]"
+        )
+    built: list[tuple[Pair | None, FeatureLoss | HeadLoss]] = []
+    for given in entry.pairs:
+        student_name, teacher_name = (given, given) if isinstance(given, str) else given
+        student_maps = _maps_of("student", student, student_name, batch)
+        teacher_maps = _maps_of("teacher", teacher, teacher_name, batch)
+        if len(student_maps) != len(teacher_maps):
+            raise AcamkdError(
+                f"{student_name} stands for {len(student_maps)} outputs of the student, "
+                f"{teacher_name} for {len(teacher_maps)} of the teacher: name them one by one"
+            )
+        for (s_name, s_map), (t_name, t_map) in zip(student_maps.items(), teacher_maps.items(), strict=True):
+            log.info("%s: %s %s <- %s %s", entry.name, s_name, list(s_map.shape[1:]), t_name, list(t_map.shape[1:]))
+            if tokens is not None:
+                checked["tokens"] = _level_tokens(tokens, t_name)
+            if _holds_classes(s_name, s_map, student) and _holds_classes(t_name, t_map, teacher):
+                _require_same_classes(f"the channels of {s_name} and {t_name} are classes", student, teacher)
+            level = method(s_map.shape[1], t_map.shape[1], **checked)
+            if level.teacher_task:
+                _require_same_classes("its masks learn from the teacher's own loss", student, teacher)
+            built.append(((s_name, t_name), level))
+    return built
+
+
+def _holds_classes(name: str, x: Tensor, model: TaskModel) -> bool:
+    """Whether a map is a network's logits."""
+    return "cls_logits" in name if model.task == "detection" else x.shape[1] == model.num_classes
+
+
+def _require_same_classes(why: str, student: TaskModel, teacher: TaskModel) -> None:
+    if student.num_classes != teacher.num_classes:
+        raise AcamkdError(
+            f"{why}, but the teacher has {teacher.num_classes} classes of its own and the student "
+            f"{student.num_classes}: compare features instead, such as [backbone:*] or [encoder:4]"
+        )
+
+
+def _maps_of(who: str, model: TaskModel, name: str, batch: Batch) -> dict[str, Tensor]:
+    """What one name stands for in one of the networks, if it is maps."""
+    try:
+        maps = probe(model, [name], batch)
+    except AcamkdError as error:
+        raise AcamkdError(f"{who}: {error}") from error
+    for tapped, tensor in maps.items():
+        if tensor.ndim != 4:
+            raise AcamkdError(f"{who}: {tapped} is {tuple(tensor.shape)}, not a map (N, C, H, W)")
+    return maps
+
+
+@torch.no_grad()
+def probe(model: TaskModel, names: Sequence[str], batch: Batch) -> dict[str, Tensor]:
+    """The outputs that some names stand for, `*` expanded, from one forward in eval mode."""
+    with keeping_modes(model), FeatureTap(model.eval().net, names) as tap:
+        model(batch)
+        return tap.features()
+
+
+def _level_tokens(tokens: Mapping[str, Tensor], layer: str) -> dict[str, Tensor]:
+    """The entries of one level, `LAYER/NAME` in the file that `acamkd tokens` wrote."""
+    found = {name.removeprefix(f"{layer}/"): tensor for name, tensor in tokens.items() if name.startswith(f"{layer}/")}
+    if not found:
+        layers = sorted({name.rpartition("/")[0] for name in tokens})
+        only = f"only for {', '.join(layers)}" if any(layers) else "nor for another: `acamkd tokens` did not write it"
+        raise AcamkdError(f"the tokens file has none for the teacher's layer {layer}, {only}")
+    return found

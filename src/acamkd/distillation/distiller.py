@@ -1,0 +1,322 @@
+"""Distiller: a student, a frozen teacher, and the losses between their layers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from math import isfinite
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from acamkd.distillation.audit import _Audit
+from acamkd.distillation.split_backward import first_part
+from acamkd.distillation.taps import FeatureTap
+from acamkd.errors import AcamkdError
+from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
+from acamkd.models.base import Batch, TaskModel
+
+log = logging.getLogger(__name__)
+
+Pair: TypeAlias = tuple[str, str]
+"""(student layer, teacher layer), in FeatureTap's grammar."""
+
+
+class NonFiniteError(AcamkdError):
+    """A loss term is NaN or infinite.
+
+    Attributes:
+        terms: All of that forward's, so that a process among several can still run the backward that others wait for.
+    """
+
+    def __init__(self, message: str, terms: Mapping[str, Tensor]) -> None:
+        super().__init__(message)
+        self.terms = dict(terms)
+
+
+@dataclass
+class WeightSchedule:
+    """Factor of a loss by step: a linear ramp from 0 to 1 over the first epochs, and 0 from some epoch on.
+
+    Attributes:
+        ramp_epochs: Of the ramp.
+        stop_epoch: From where on the loss is left out.
+        steps_per_epoch: Of one process; a trainer sets it, who alone knows how many processes share the pictures.
+    """
+
+    ramp_epochs: float = 0
+    stop_epoch: float | None = None
+    steps_per_epoch: int = 1
+
+    def __call__(self, step: int) -> float:
+        """The factor at one step."""
+        if self.stop_epoch is not None and step >= round(self.stop_epoch * self.steps_per_epoch):
+            return 0.0
+        ramp = round(self.ramp_epochs * self.steps_per_epoch)
+        return min(1.0, (step + 1) / ramp) if ramp else 1.0
+
+
+class Distiller(nn.Module):
+    """Task loss of a student plus its distillation losses against a frozen teacher.
+
+    The losses are sub-modules, the student too; the teacher is none: it is absent from `parameters()`, `state_dict()`
+    and DDP, stays in eval mode whatever `train()` says, receives no gradient, and still follows `to()`. Its forward
+    ends at the last layer that a loss needs, but for the first of a training.
+
+    A loss whose `teacher_task` is true (ACAM with mask_grad="task") learns its masks from the teacher's own loss: the
+    teacher runs a second time, with the loss's `masked(student_map, teacher_map)` in the place of the tapped map.
+
+    For the first 20 steps with distillation, the Distiller watches whether it reaches the student: a total that stays
+    exactly zero, or a student parameter below a tapped layer that never receives a distillation gradient, is an error;
+    of a single loss that stays zero, or that compares a layer with nothing to train below, the log warns.
+
+    Args:
+        student: The network to train.
+        teacher: The network to imitate; None (with no losses) trains the student alone.
+        pairs: The layers that each loss compares; None for a HeadLoss, which names its own.
+        losses: One per pair.
+        schedules: A factor by step for each loss; 1 throughout where not given.
+    """
+
+    def __init__(
+        self,
+        student: TaskModel,
+        teacher: TaskModel | None = None,
+        pairs: Sequence[Pair | None] = (),
+        losses: Sequence[FeatureLoss | HeadLoss] = (),
+        schedules: Sequence[Callable[[int], float]] | None = None,
+    ) -> None:
+        super().__init__()
+        if len(pairs) != len(losses):
+            raise AcamkdError(f"there must be one loss per pair of layers, not {len(losses)} for {len(pairs)}")
+        if losses and teacher is None:
+            raise AcamkdError("distillation losses need a teacher")
+        self.student = student
+        self.losses = nn.ModuleList(losses)
+        self.pairs = list(pairs)
+        self.schedules = list(schedules) if schedules is not None else [WeightSchedule()] * len(losses)
+        self._teacher = () if teacher is None else (teacher.eval().requires_grad_(False),)  # a tuple hides the module
+        self._keys = [
+            f"{'head' if pair is None else pair[0]}/{type(loss).__name__.lower()}"
+            for pair, loss in zip(self.pairs, losses, strict=True)
+        ]
+        if twice := {key for key in self._keys if self._keys.count(key) > 1}:
+            raise AcamkdError(f"the same method stands twice at one layer: {', '.join(sorted(twice))}")
+        self._audit = _Audit()
+        self._active: list[int] = []
+
+    @property
+    def teacher(self) -> TaskModel:
+        """The frozen teacher."""
+        if not self._teacher:
+            raise AcamkdError("this Distiller has no teacher: it trains the student alone")
+        return self._teacher[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
+        for teacher in self._teacher:
+            teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def forward(self, batch: Batch, step: int = 0, *, labelled: bool = True) -> dict[str, Tensor]:
+        """Run both networks on one batch.
+
+        Args:
+            batch: What the student's `prepare` made of pictures and targets.
+            step: Optimisation step, from 0.
+            labelled: Whether the pictures have targets. Otherwise there is no task loss, only those losses take part
+                that need no targets, and the student ends at its last tapped layer, too.
+
+        Returns:
+            Scalar terms, `task/TERM`, `LAYER/METHOD/TERM` and, where masks learn from the teacher's own loss,
+            `teacher/TERM`; their sum is the training loss. Where masks look ahead, the sum of the task's terms has
+            been differentiated down to the tapped maps, so that these must keep one factor.
+
+        Raises:
+            NonFiniteError: A term is not finite.
+            AcamkdError: A tap did not fire, or the distillation does not reach the student.
+        """
+        factors = [schedule(step) for schedule in self.schedules]
+        active = self._active = [
+            index
+            for index, (factor, loss) in enumerate(zip(factors, self.losses, strict=True))
+            if factor > 0 and (labelled or not _needs_targets(loss))
+        ]
+        if not (labelled or active):
+            return {}
+        names = _flat(self._layers(index)[0] for index in active)
+        with ExitStack() as stack:
+            onward: dict[int, GradientEdge] = {}  # by the identity of the tapped map, which may have two names
+
+            def hand_on(_: str, student_map: Tensor) -> Tensor:
+                copy = student_map.clone()
+                if copy.requires_grad:  # noted before anything works on it in place
+                    onward[id(student_map)] = get_gradient_edge(copy)
+                return copy
+
+            student_tap = stack.enter_context(FeatureTap(self.student.net, names, edit=hand_on))
+            # Whole once: a layer that runs again behind the last one needed is to be named with its call.
+            whole = self.training and not self._audit.has_begun
+            teacher_maps = self.teacher_maps(batch, active, whole=whole) if active else {}
+            terms: dict[str, Tensor] = {}
+            if labelled:
+                with _explaining_batch_norm():
+                    outputs = self.student(batch)
+                terms = {f"task/{name}": term for name, term in self.student.loss(outputs, batch).items()}
+            else:
+                with student_tap.early_stop(), _explaining_batch_norm():
+                    self.student(batch)
+            gradients, terms = self._task_gradients(active, student_tap, onward, terms)
+            compared: dict[str, dict[str, Tensor]] = {}  # by loss, whatever the schedules
+            for index in active:
+                boxes = batch.boxes if "boxes" in getattr(self.losses[index], "needs", ()) else None
+                context = DistillationContext(step, batch.input_size, boxes, gradients.get(index), labelled)
+                key = self._keys[index]
+                compared[key] = self._compare(index, student_tap, teacher_maps, batch, context)
+                terms |= {f"{key}/{name}": factors[index] * term for name, term in compared[key].items()}
+            terms |= self._teacher_task(active, student_tap, batch)
+            if compared and labelled and self.training and torch.is_grad_enabled():
+                self._audit(self.student.net, student_tap.features(), compared)
+        _check_finite(terms, step)
+        return terms
+
+    def check_unlabelled(self) -> None:
+        """Say which losses see labelled pictures only; raises AcamkdError if all of them do."""
+        blind = [key for key, loss in zip(self._keys, self.losses, strict=True) if _needs_targets(loss)]
+        if len(blind) == len(self.losses):
+            raise AcamkdError(
+                f"no loss can learn from unlabelled pictures, since each needs targets: {', '.join(blind)}; leave "
+                "data.unlabelled out, or add a loss without boxes and heads that does not run the "
+                "teacher's task (acam with another mask_grad than task, cwd, pkd, ...)"
+            )
+        if blind:
+            log.info("these losses need targets and see the labelled pictures only: %s", ", ".join(blind))
+
+    def statistics(self) -> dict[str, Tensor]:
+        """What the losses want logged of the last forward, `LAYER/METHOD/NAME`."""
+        return {
+            f"{key}/{name}": value
+            for key, loss in ((self._keys[index], self.losses[index]) for index in self._active)
+            for name, value in getattr(loss, "statistics", {}).items()
+        }
+
+    def _layers(self, index: int) -> tuple[list[str], list[str]]:
+        """Layers of student and teacher that one loss needs."""
+        pair, loss = self.pairs[index], self.losses[index]
+        if isinstance(loss, HeadLoss):
+            return loss.layers(self.student, self.teacher)
+        assert pair is not None
+        return [pair[0]], [pair[1]]
+
+    def teacher_maps(
+        self, batch: Batch, active: Sequence[int] | None = None, *, whole: bool = False
+    ) -> dict[str, Tensor]:
+        """What the losses, or those of some indices, need of the teacher, by tap.
+
+        It runs no layer behind the last of these, unless it is to run as a `whole`.
+        """
+        indices = range(len(self.losses)) if active is None else active
+        names = _flat(self._layers(index)[1] for index in indices)
+        # Not inference_mode: its tensors cannot enter a trainable projection.
+        with torch.no_grad(), FeatureTap(self.teacher.net, names) as tap:
+            with nullcontext() if whole else tap.early_stop():
+                self.teacher(batch)
+            return tap.features()
+
+    def _task_gradients(
+        self,
+        active: Sequence[int],
+        student_tap: FeatureTap,
+        onward: Mapping[int, GradientEdge],
+        terms: dict[str, Tensor],
+    ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+        """The task loss's gradient at the student's maps, by loss that needs it, and the terms for the backward."""
+        layers = {
+            index: pair[0]
+            for index, pair, loss in ((index, self.pairs[index], self.losses[index]) for index in active)
+            if pair is not None and isinstance(loss, FeatureLoss) and "task_gradient" in loss.needs
+        }
+        if not layers or not terms or not torch.is_grad_enabled():
+            return {}, terms
+        maps = {index: student_tap[layer] for index, layer in layers.items()}
+        felt = {id(x): x for x in maps.values() if id(x) in onward}  # a frozen stage feels nothing
+        at_maps: list[Tensor] = []
+        if felt:
+            at_maps, terms = first_part(terms, list(felt.values()), [onward[key] for key in felt])
+        gradients = dict(zip(felt, at_maps, strict=True))
+        return {index: gradients.get(id(x), torch.zeros_like(x)) for index, x in maps.items()}, terms
+
+    def _teacher_task(self, active: Sequence[int], student_tap: FeatureTap, batch: Batch) -> dict[str, Tensor]:
+        """The teacher's own loss on masked maps; the gradient runs through the teacher to the masks."""
+        masking = [
+            (pair, loss)
+            for pair, loss in ((self.pairs[index], self.losses[index]) for index in active)
+            if pair is not None and isinstance(loss, FeatureLoss) and loss.teacher_task
+        ]
+        if not masking:
+            return {}
+
+        def masked(name: str, teacher_map: Tensor) -> Tensor:
+            for (student_layer, teacher_layer), loss in masking:
+                if teacher_layer == name:
+                    teacher_map = loss.masked(student_tap[student_layer], teacher_map)
+            return teacher_map
+
+        with FeatureTap(self.teacher.net, _flat((pair[1],) for pair, _ in masking), edit=masked):
+            terms = self.teacher.loss(self.teacher(batch), batch)
+        return {f"teacher/{name}": term for name, term in terms.items()}
+
+    def _compare(
+        self,
+        index: int,
+        student_tap: FeatureTap,
+        teacher_maps: Mapping[str, Tensor],
+        batch: Batch,
+        context: DistillationContext,
+    ) -> dict[str, Tensor]:
+        pair, loss = self.pairs[index], self.losses[index]
+        try:
+            if isinstance(loss, HeadLoss):
+                return loss(self.student, self.teacher, student_tap.features(), teacher_maps, batch)  # type: ignore[no-any-return]
+            assert pair is not None
+            return loss(student_tap[pair[0]], teacher_maps[pair[1]], context)  # type: ignore[no-any-return]
+        except ValueError as error:
+            raise AcamkdError(f"{self._keys[index]}: {error}") from error
+
+
+@contextmanager
+def _explaining_batch_norm() -> Iterator[None]:
+    """Say what is to be done where torch's batch norm has no two values to take statistics of."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise AcamkdError(
+            "a batch norm needs more than one value of each channel: raise train.batch_size, or give larger pictures "
+            f"({error})"
+        ) from error
+
+
+def _needs_targets(loss: nn.Module) -> bool:
+    if isinstance(loss, FeatureLoss):
+        return loss.teacher_task or "boxes" in loss.needs
+    return True
+
+
+def _flat(names: Iterable[Sequence[str]]) -> list[str]:
+    return list(dict.fromkeys(name for group in names for name in group))
+
+
+def _check_finite(terms: Mapping[str, Tensor], step: int) -> None:
+    values = torch.stack([term.detach().float() for term in terms.values()])
+    if not values.isfinite().all():
+        bad = [f"{name} is {x}" for name, x in zip(terms, values.tolist(), strict=True) if not isfinite(x)]
+        raise NonFiniteError(
+            f"step {step}: the loss is not finite, {', '.join(bad)}: "
+            "lower the learning rate or the loss's weight, or clip the gradient (train.clip)",
+            terms,
+        )

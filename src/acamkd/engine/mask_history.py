@@ -1,0 +1,187 @@
+"""Replay: masks and maps of a few validation pictures over the epochs, for the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import lightning as L
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from acamkd.data import PictureDataset
+from acamkd.distillation.distiller import Distiller
+from acamkd.distillation.taps import FeatureTap
+from acamkd.engine.module import TrainingModule
+from acamkd.files import written_whole
+from acamkd.losses.base import DistillationContext, HeadLoss
+from acamkd.losses.functional import dice_overlap
+from acamkd.models.base import Batch, keeping_modes, moved
+
+Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
+
+REPLAY = "replay.npz"
+PICTURES = 4
+MOMENTS = 32
+"""About this many moments are kept of a long run; a shorter one has all of its epochs."""
+SIDE = 40
+"""Longest side of a map as it is kept."""
+UNITS = 12
+CHANNELS = 256
+"""At most this many masks, and entries of a channel mask, are kept."""
+
+
+class Replay(Callback):
+    """Looks at the same few validation pictures before the first step and after each epoch, and writes replay.npz.
+
+    The training does not notice: both networks run in eval mode, without gradient, and every training step seeds
+    itself. For E moments and K pictures the file holds
+
+        epoch                       (E,), epochs done
+        pictures                    (K,), indices in the validation set
+        LAYER/METHOD/student        (E, K, 1, h, w) uint8: mean magnitude over the channels, 255 = its largest
+        LAYER/METHOD/teacher        likewise
+        LAYER/METHOD/MASK           (E, K, M, h, w) or (E, K, M, C) uint8, 255 = 1, for each of the method's masks
+        LAYER/METHOD/MASK/figures   (E, 3): mean, standard deviation over positions, Dice overlap
+
+    Args:
+        folder: The run folder.
+        pictures: The validation pictures.
+    """
+
+    def __init__(self, folder: Path, pictures: PictureDataset) -> None:
+        self.file = folder / REPLAY
+        self.pictures = pictures
+        self.chosen = spread(len(pictures), PICTURES)
+        self.moments: list[Arrays] = []
+        self.teacher_maps: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record the start; a resumed run goes on from what was recorded before its checkpoint."""
+        if trainer.global_step == 0:
+            self._record(trainer, pl_module, epoch=0)
+        elif self.file.is_file():
+            self.moments = [moment for moment in read_moments(self.file) if moment["epoch"] <= trainer.current_epoch]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Record the end of an epoch."""
+        epoch = trainer.current_epoch + 1
+        if is_kept(epoch, trainer.max_epochs or epoch):
+            self._record(trainer, pl_module, epoch)
+
+    def _record(self, trainer: L.Trainer, pl_module: L.LightningModule, epoch: int) -> None:
+        assert isinstance(pl_module, TrainingModule)
+        if not trainer.is_global_zero:
+            return
+        student = pl_module.distiller.student
+        images, targets = zip(*(self.pictures[index] for index in self.chosen), strict=True)
+        with keeping_modes(student):
+            student.eval()  # before prepare: a detector in training mode may draw its input size
+            batch = student.prepare(*moved(images, targets, pl_module.device))
+            if not self.teacher_maps:  # the teacher never changes, and is the expensive one
+                self.teacher_maps = {name: x.cpu() for name, x in pl_module.distiller.teacher_maps(batch).items()}
+            self.moments.append({"epoch": np.array(epoch), **look(pl_module.distiller, batch, self.teacher_maps)})
+        self._write()
+
+    def _write(self) -> None:
+        stacked = {name: np.stack([moment[name] for moment in self.moments]) for name in self.moments[0]}
+        with written_whole(self.file) as unfinished:
+            np.savez(unfinished, **stacked, pictures=np.array(self.chosen))  # type: ignore[arg-type]
+
+
+def read_moments(file: Path) -> list[Arrays]:
+    """What a replay.npz holds, one mapping per moment, without `pictures`."""
+    with np.load(file) as stored:
+        stacked = {name: stored[name] for name in stored.files if name != "pictures"}
+    return [{name: array[moment] for name, array in stacked.items()} for moment in range(len(stacked["epoch"]))]
+
+
+def is_kept(epoch: int, epochs: int) -> bool:
+    """Whether the end of this epoch, counted from 1, is among about MOMENTS even ones; the last always is."""
+    return epoch % math.ceil(epochs / MOMENTS) == 0 or epoch == epochs
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Up to `wanted` indices, evenly over `count` entries."""
+    return [index * count // min(wanted, count) for index in range(min(wanted, count))]
+
+
+@torch.no_grad()
+def look(distiller: Distiller, batch: Batch, teacher_maps: Mapping[str, Tensor]) -> Arrays:
+    """Maps and masks of one batch as `Replay` keeps them; the student is in eval mode."""
+    pairs = list(_pairs(distiller))
+    context = DistillationContext(input_size=batch.input_size, boxes=batch.boxes)
+    shares = [(h / batch.input_size[0], w / batch.input_size[1]) for h, w in batch.sizes]
+    found: Arrays = {}
+    with FeatureTap(distiller.student.net, [pair[0] for pair in pairs]) as tap:
+        with tap.early_stop():
+            distiller.student(batch)
+        for student_layer, teacher_layer, loss in pairs:
+            key = f"{student_layer}/{type(loss).__name__.lower()}"
+            student = tap[student_layer]
+            teacher = teacher_maps[teacher_layer].to(student.device)
+            for who, x in (("student", student), ("teacher", teacher)):
+                found[f"{key}/{who}"] = _bytes(_scaled(_pooled(_inside(x.abs().mean(1, keepdim=True), shares))))
+            for name, masks in masks_of(loss, student, teacher, context).items():
+                visible = _inside(masks, shares) if masks.ndim == 4 else list(masks)
+                if masks.ndim == 4 and name != "spatial":  # weights of any size
+                    visible = _scaled(visible)
+                found[f"{key}/{name}/figures"] = np.mean([_figures(x.flatten(1)) for x in visible], axis=0)
+                kept = _pooled(visible) if masks.ndim == 4 else masks[..., :CHANNELS]
+                found[f"{key}/{name}"] = _bytes(kept[:, :UNITS])
+    return found
+
+
+def masks_of(loss: nn.Module, student: Tensor, teacher: Tensor, context: DistillationContext) -> Mapping[str, Tensor]:
+    """A loss's masks by name, (N, M, H, W) each or (N, M, C); none if the method has none."""
+    if not hasattr(loss, "masks_of"):
+        return {}
+    masks: Any = loss.masks_of(student, teacher, context) if "boxes" in loss.needs else loss.masks_of(student, teacher)  # type: ignore[operator]
+    named = masks if isinstance(masks, Mapping) else masks._asdict()
+    return {name: x for name, x in named.items() if x is not None}
+
+
+def _pairs(distiller: Distiller) -> Iterator[tuple[str, str, nn.Module]]:
+    """Layers of student and teacher that are compared, with the loss that compares them."""
+    for pair, loss in zip(distiller.pairs, distiller.losses, strict=True):
+        if isinstance(loss, HeadLoss):
+            layers = loss.layers(distiller.student, distiller.teacher)
+            yield from ((*names, loss) for names in zip(*layers, strict=False))
+        elif pair is not None:
+            yield (*pair, loss)
+
+
+def _inside(maps: Tensor, shares: Sequence[tuple[float, float]]) -> list[Tensor]:
+    """(K, M, H, W) -> (M, h, w) per picture, without the padding around it."""
+    height, width = maps.shape[-2:]
+    return [
+        x[:, : math.ceil(height * rows), : math.ceil(width * columns)]
+        for x, (rows, columns) in zip(maps, shares, strict=True)
+    ]
+
+
+def _pooled(maps: Sequence[Tensor]) -> Tensor:
+    """Maps of up to SIDE positions a side, one size for all pictures: (K, M, h, w)."""
+    height, width = (min(SIDE, max(x.shape[axis] for x in maps)) for axis in (-2, -1))
+    return torch.stack([F.adaptive_avg_pool2d(x, (height, width)) for x in maps])
+
+
+def _scaled(maps: Iterable[Tensor]) -> list[Tensor]:
+    """Each picture's maps over their largest value."""
+    return [x / x.amax().clamp_min(1e-12) for x in maps]
+
+
+def _figures(masks: Tensor) -> list[float]:
+    """Mean, standard deviation over positions and Dice overlap of the masks (M, P) of one picture."""
+    return [masks.mean().item(), masks.std(dim=1, correction=0).mean().item(), dice_overlap(masks[None]).item()]
+
+
+def _bytes(maps: Iterable[Tensor]) -> npt.NDArray[np.uint8]:
+    stacked: npt.NDArray[np.uint8] = (255 * torch.stack(list(maps))).round().byte().cpu().numpy()
+    return stacked

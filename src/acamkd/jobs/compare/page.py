@@ -1,0 +1,145 @@
+"""The comparison as one HTML file that opens anywhere, without a network; needs neither pictures nor weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from acamkd import config
+from acamkd.engine.runs import write_text
+from acamkd.jobs.compare.statistics import Cells, Row, final_means, mask_courses, scores_of, tuned
+from acamkd.jobs.compare.trials import NONE
+from acamkd.mask_health import collapse
+from acamkd.report.charts import Chart, Points, draw
+from acamkd.report.masks import mask_charts
+from acamkd.report.templates import environment
+
+MOVEMENTS = {"": "mean", "_std": "variation", "_overlap": "diversity"}
+"""Ending of a mask's column -> what its chart shows; diversity is 1 minus the overlap."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One method against the student alone.
+
+    Attributes:
+        row: Its figures.
+        seeds: Difference of each seed that both have, in points.
+    """
+
+    row: Row
+    seeds: dict[int, float]
+
+
+def write_page(file: Path, recipe: config.Recipe, rows: Sequence[Row], cells: Cells, tuning: Cells = ()) -> None:
+    """Write the page of finished cells.
+
+    Args:
+        file: To write to.
+        recipe: What was compared on.
+        rows: The table, best first.
+        cells: What it was made of.
+        tuning: Cells that served the choice of the settings.
+    """
+    metric = cells[0]["metric"]
+    differences = _differences(rows, cells)
+    low, high = axis = _axis(differences)
+    page = environment().get_template("comparison.html.jinja").render(
+        recipe=recipe,
+        recipe_text=config.dump(recipe),
+        metric=metric,
+        rows=rows,
+        search=tuned(tuning),
+        best=differences[0] if differences else None,
+        differences=differences,
+        axis=axis,
+        ticks=[tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high],
+        alone=next((row for row in rows if row.method == NONE), None),
+        teacher=next((cell["teacher"] for cell in cells if cell["teacher"]), None),
+        hues=_hues(rows),
+        metric_chart=_metric_chart(rows, cells),
+        final=final_means(rows, cells),
+        mask_charts=_mask_charts(rows, cells),
+        collapses=_collapses(rows, cells),
+        seeds=sorted({cell["seed"] for cell in cells}),
+        cells=sorted(cells, key=lambda cell: (cell["seed"], cell["method"])),
+        minutes=sum(cell["wall_time"] for cell in cells) / 60,
+    )  # fmt: skip
+    write_text(file, page)
+
+
+def _differences(rows: Sequence[Row], cells: Cells) -> list[Difference]:
+    scores = scores_of(cells)
+    alone = scores.get(NONE, {})
+    shared = {method: sorted(found.keys() & alone.keys()) for method, found in scores.items()}
+    return [
+        Difference(row, {seed: scores[row.method][seed] - alone[seed] for seed in shared[row.method]})
+        for row in rows
+        if row.gain
+    ]
+
+
+def _axis(differences: Sequence[Difference]) -> tuple[float, float]:
+    """Lowest and highest difference to draw; 0 is between them."""
+    values = [0.0, *(value for each in differences for value in each.seeds.values())]
+    margin = 0.06 * (max(values) - min(values)) or 1.0
+    return min(values) - margin, max(values) + margin
+
+
+def _hues(rows: Sequence[Row]) -> dict[str, str]:
+    """Colour of each method, the same in every chart."""
+    methods = [row.method for row in rows if row.method != NONE]
+    return {NONE: "alone", "teacher": "teacher", **{method: f"c{k % 8}" for k, method in enumerate(methods)}}
+
+
+def _metric_chart(rows: Sequence[Row], cells: Cells) -> Chart:
+    metric, curves = cells[0]["metric"], {}
+    for row in rows:
+        courses = np.array([c["history"] for c in cells if c["method"] == row.method], dtype=float)
+        curves[row.method] = _points(courses.mean(axis=0).tolist())
+    scores = [cell["teacher"][metric] for cell in cells if cell["teacher"]]  # None where its classes are others
+    level = ("teacher", scores[0]) if scores and scores[0] is not None else None
+    return draw(f"{metric}, mean over the seeds", curves, level=level)
+
+
+def _points(course: Sequence[float]) -> Points:
+    """A mean course, without the epochs in which something was missing."""
+    return [(epoch, mean) for epoch, mean in enumerate(course, start=1) if mean == mean]
+
+
+def _mask_charts(rows: Sequence[Row], cells: Cells) -> list[Chart]:
+    curves: dict[str, dict[str, Points]] = {}
+    for (method, kind), statistics in mask_courses(rows, cells).items():
+        for statistic, words in MOVEMENTS.items():
+            if statistic in statistics:
+                course = [1 - x if words == "diversity" else x for x in statistics[statistic]]
+                curves.setdefault(f"{kind} masks: {words}", {})[method] = _points(course)
+    return mask_charts(dict(sorted(curves.items())))
+
+
+def _collapses(rows: Sequence[Row], cells: Cells) -> list[tuple[str, str, int, int]]:
+    """(method, kind of masks, collapsed sets, all sets) at the end; a set is those of one layer and seed.
+
+    Masks that are ones by design (`mask_source: uniform`) are not among them.
+    """
+    found: dict[tuple[str, str], list[bool]] = {}
+    for cell in cells:
+        if any(loss.get("mask_source") == "uniform" for loss in cell["losses"]):
+            continue
+        for column, course in cell["masks"].items():
+            kind = column.rpartition("/")[2].removesuffix("_mask")
+            if column.endswith("_mask"):
+                spreads = cell["masks"][f"{column}_std"]
+                known = [pair for pair in zip(course, spreads, strict=True) if None not in pair]  # until a loss stops
+                if known:
+                    found.setdefault((cell["method"], kind), []).append(bool(collapse(*known[-1])))
+    return [
+        (row.method, kind, sum(sets), len(sets))
+        for row in rows
+        for (method, kind), sets in found.items()
+        if method == row.method
+    ]

@@ -1,0 +1,238 @@
+"""What cells say together: means over seeds, paired differences, and a verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from scipy import stats
+
+from acamkd.jobs.compare.trials import NONE, setting_means
+
+Cells: TypeAlias = Sequence[Mapping[str, Any]]
+"""What finished cells left behind."""
+
+Verdict: TypeAlias = Literal["gain", "no evidence", "harm", "too few seeds"]
+
+LEVEL = 0.05
+SEEDS_NEEDED = 3
+RESAMPLES = 9999
+
+STATISTICS = ("", "_std", "_entropy", "_overlap", "_correlation", "_weight_std")
+"""Endings of the columns that tell how masks move, after KIND_mask."""
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Differences between two methods on the seeds that both have.
+
+    Attributes:
+        other: What is subtracted.
+        mean: In points.
+        low: Lower end of the bootstrap's 95 % interval (percentiles of the resampled mean); None with one seed.
+        high: Its upper end.
+        p: Of the paired t test, two-sided, before the correction for the number of methods; None with one seed.
+        n: Number of seeds.
+    """
+
+    other: str
+    mean: float
+    low: float | None
+    high: float | None
+    p: float | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of the table.
+
+    Attributes:
+        method: Its name.
+        setting: Value of the tuned key.
+        n: Number of seeds.
+        mean: Metric at the last epoch, mean over the seeds.
+        std: Its standard deviation over the seeds (n - 1); None with one seed.
+        gain: Against the student alone; None for that itself, and without a common seed.
+        p_corrected: Holm's correction of `gain.p` over the methods of the table.
+        over_rival: Against the best method that is no variant of it and shares a seed with it; of those with enough
+            seeds, where there are some.
+        verdict: `gain` or `harm` where the corrected p is below 0.05 and the interval is on that side of 0.
+        minutes: Median wall time.
+    """
+
+    method: str
+    setting: float | None
+    n: int
+    mean: float
+    std: float | None
+    gain: Paired | None
+    p_corrected: float | None
+    over_rival: Paired | None
+    verdict: Verdict | None
+    minutes: float
+
+    @property
+    def p_text(self) -> str:
+        """The corrected p as tables write it; empty where there is none."""
+        if self.p_corrected is None:
+            return ""
+        return f"{self.p_corrected:.3f}" if self.p_corrected >= 0.001 else "<0.001"
+
+
+def paired(scores: Mapping[int, float], others: Mapping[int, float], other: str) -> Paired:
+    """Compare two methods seed by seed; both map a seed to a score."""
+    differences = np.array([scores[seed] - others[seed] for seed in sorted(scores.keys() & others.keys())])
+    n, mean = len(differences), float(differences.mean()) if len(differences) else float("nan")
+    if n < 2:
+        return Paired(other, mean, None, None, None, n)
+    if not differences.std():  # the same difference throughout: nothing to resample
+        return Paired(other, mean, mean, mean, float(mean == 0), n)
+    interval = stats.bootstrap(
+        (differences,), np.mean, method="percentile", n_resamples=RESAMPLES, rng=np.random.default_rng(0)
+    ).confidence_interval
+    return Paired(
+        other, mean, float(interval.low), float(interval.high), float(stats.ttest_1samp(differences, 0).pvalue), n
+    )
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction of p values for their number."""
+    corrected, largest = [0.0] * len(values), 0.0
+    for rank, index in enumerate(np.argsort(values)):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What the search for the methods' settings found.
+
+    Attributes:
+        option: Name of the tuned option.
+        settings: Its values, ascending.
+        seeds: Seeds of the search, which no row uses.
+        means: Method -> setting -> mean of the metric at the last epoch over these seeds.
+    """
+
+    option: str
+    settings: list[float]
+    seeds: list[int]
+    means: dict[str, dict[float, float]]
+
+    def best(self, method: str) -> float:
+        """The setting of the highest mean."""
+        means = self.means[method]
+        return max(means, key=means.__getitem__)
+
+
+def scores_of(cells: Cells) -> dict[str, dict[int, float]]:
+    """Method -> seed -> metric at the last epoch."""
+    scores: dict[str, dict[int, float]] = {}
+    for cell in cells:
+        scores.setdefault(cell["method"], {})[cell["seed"]] = cell["history"][-1]
+    return scores
+
+
+def summarize(cells: Cells) -> list[Row]:
+    """The table of finished cells, the best method first."""
+    scores = scores_of(cells)
+    first = {method: next(cell for cell in cells if cell["method"] == method) for method in scores}
+    families = {method: _family(method, cell["losses"]) for method, cell in first.items()}
+    means = {method: float(np.mean(list(values.values()))) for method, values in scores.items()}
+    alone = scores.get(NONE, {})
+    gains = {
+        method: paired(values, alone, NONE)
+        for method, values in scores.items()
+        if method != NONE and values.keys() & alone.keys()
+    }
+    tested = [method for method, gain in gains.items() if gain.p is not None]
+    corrected = dict(zip(tested, holm([gains[method].p or 0.0 for method in tested]), strict=True))
+    rows = []
+    for method, values in scores.items():
+        others = [
+            other for other in scores
+            if families[other] and not families[other] & families[method] and values.keys() & scores[other].keys()
+        ]  # fmt: skip
+        rivals = [other for other in others if len(scores[other]) >= SEEDS_NEEDED] or others
+        rival = max(rivals, key=means.__getitem__, default=None) if families[method] else None
+        gain = gains.get(method)
+        rows.append(
+            Row(
+                method=method,
+                setting=first[method]["setting"],
+                n=len(values),
+                mean=means[method],
+                std=float(np.std(list(values.values()), ddof=1)) if len(values) > 1 else None,
+                gain=gain,
+                p_corrected=corrected.get(method),
+                over_rival=paired(values, scores[rival], rival) if rival else None,
+                verdict=_verdict(gain, corrected.get(method)) if gain else None,
+                minutes=float(np.median([cell["wall_time"] for cell in cells if cell["method"] == method])) / 60,
+            )
+        )
+    return sorted(rows, key=lambda row: -row.mean)
+
+
+def _family(method: str, losses: Sequence[Mapping[str, Any]]) -> set[str]:
+    """What makes two methods variants of each other: a shared class, or a name such as `acam-shuffled`."""
+    return {method.partition("-")[0], *(loss["name"] for loss in losses)} if losses else set()
+
+
+def _verdict(gain: Paired, p: float | None) -> Verdict:
+    if gain.n < SEEDS_NEEDED or p is None or gain.low is None or gain.high is None:
+        return "too few seeds"
+    if p < LEVEL and gain.low > 0:
+        return "gain"
+    if p < LEVEL and gain.high < 0:
+        return "harm"
+    return "no evidence"
+
+
+def tuned(cells: Cells) -> Tuning | None:
+    """What tuning cells found; None where there is none."""
+    if not cells:
+        return None
+    return Tuning(
+        option=cells[0]["option"],
+        settings=sorted({cell["setting"] for cell in cells}),
+        seeds=sorted({cell["seed"] for cell in cells}),
+        means={
+            method: setting_means(cell for cell in cells if cell["method"] == method)
+            for method in dict.fromkeys(cell["method"] for cell in cells)
+        },
+    )
+
+
+def final_means(rows: Sequence[Row], cells: Cells) -> dict[str, list[float | None]]:
+    """Every figure of the last epoch but the metric -> its mean over the seeds, method by method in the rows' order."""
+    means: dict[str, list[float | None]] = {}
+    for name in (name for name in cells[0]["final"] if name != cells[0]["metric"]):
+        means[name] = []
+        for row in rows:
+            values = [cell["final"].get(name) for cell in cells if cell["method"] == row.method]
+            known = [value for value in values if value is not None and value == value]
+            means[name].append(float(np.mean(known)) if known else None)
+    return means
+
+
+def mask_courses(rows: Sequence[Row], cells: Cells) -> dict[tuple[str, str], dict[str, list[float]]]:
+    """(method, kind of masks) -> statistic -> its mean over seeds and layers, epoch by epoch until a loss stops."""
+    found: dict[tuple[str, str], dict[str, list[list[float]]]] = {}
+    for row in rows:
+        for cell in (cell for cell in cells if cell["method"] == row.method):
+            for column, course in cell["masks"].items():
+                kind, _, statistic = column.rpartition("/")[2].partition("_mask")
+                found.setdefault((row.method, kind), {}).setdefault(statistic, []).append(course)
+    return {
+        masks: {name: _mean_course(courses) for name, courses in statistics.items()}
+        for masks, statistics in found.items()
+    }
+
+
+def _mean_course(courses: Sequence[Sequence[float | None]]) -> list[float]:
+    means: list[float] = np.mean(np.array(courses, dtype=float), axis=0).tolist()
+    return means[: max((epoch for epoch, mean in enumerate(means, start=1) if mean == mean), default=0)]

@@ -1,0 +1,147 @@
+"""The outcome of a comparison: Markdown, JSON, a figure and a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from acamkd import config
+from acamkd.engine.runs import write_json, write_text
+from acamkd.jobs.compare.page import write_page
+from acamkd.jobs.compare.statistics import STATISTICS, Cells, Paired, Row, final_means, mask_courses, tuned
+from acamkd.jobs.compare.trials import NONE
+
+DASH = "-"
+
+
+def write(results: Path, recipe: config.Recipe, rows: Sequence[Row], cells: Cells, tuning: Cells) -> None:
+    """Write comparison.md, .json, .png and .html; `tuning` are the cells that served the choice of the settings."""
+    metric = cells[0]["metric"]
+    write_text(results / "comparison.md", f"# Comparison on {recipe.name}\n\n{markdown(rows, cells, tuning)}")
+    search = tuned(tuning)
+    content = {"metric": metric, "rows": [asdict(row) for row in rows], "tuning": search and asdict(search)}
+    write_json(results / "comparison.json", content)
+    figure(results / "comparison.png", rows, cells, metric)
+    write_page(results / "comparison.html", recipe, rows, cells, tuning)
+
+
+def markdown(rows: Sequence[Row], cells: Cells, tuning: Cells = ()) -> str:
+    """Tables and what must be known to read them."""
+    metric = cells[0]["metric"]
+    teachers = {cell["teacher"]["sha256"][:12]: cell["teacher"][metric] for cell in cells if cell["teacher"]}
+    lines = [
+        f"{metric} in percent on the validation pictures after the last epoch, mean and deviation over n seeds. "
+        "One seed gives every method the same initial student, pictures and augmentation, so differences are paired: "
+        "mean, bootstrap 95 % interval, p of the paired t test with Holm's correction for the number of methods.",
+        "",
+        *(f"Teacher {digest}: {DASH if score is None else f'{score:.2f}'}." for digest, score in teachers.items()),
+        "",
+        f"| method | setting | n | {metric} | against `{NONE}` | p | verdict | against the best rival | minutes |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(_line(row) for row in rows),
+        "",
+        *_tuning(tuning),
+        *_classes(rows, cells),
+        *_masks(rows, cells),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: Row) -> str:
+    spread = f" ± {row.std:.2f}" if row.std is not None else ""
+    setting = f"{row.setting:g}" if row.setting is not None else DASH
+    rival = f"{_difference(row.over_rival)} ({row.over_rival.other})" if row.over_rival else DASH
+    cells = (
+        f"`{row.method}`", setting, str(row.n), f"{row.mean:.2f}{spread}",
+        _difference(row.gain) if row.gain else DASH, row.p_text or DASH, row.verdict or DASH, rival,
+        f"{row.minutes:.1f}",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def _difference(paired: Paired) -> str:
+    interval = f" [{paired.low:+.2f}, {paired.high:+.2f}]" if paired.low is not None else ""
+    return f"{paired.mean:+.2f}{interval}"
+
+
+def _tuning(cells: Cells) -> list[str]:
+    """What the search for each method's setting found, the best in bold."""
+    search = tuned(cells)
+    if search is None:
+        return []
+    seeds = ", ".join(map(str, search.seeds))
+    lines = [
+        "## Tuning", "",
+        f"{cells[0]['metric']} by `{search.option}`; seeds, which the table above does not use: {seeds}.", "",
+        f"| method | {' | '.join(f'{setting:g}' for setting in search.settings)} |",
+        "|---" * (len(search.settings) + 1) + "|",
+    ]  # fmt: skip
+    for method, means in search.means.items():
+        values = {setting: f"{mean:.2f}" for setting, mean in means.items()}
+        values[search.best(method)] = f"**{values[search.best(method)]}**"
+        lines.append(f"| `{method}` | {' | '.join(values.get(setting, DASH) for setting in search.settings)} |")
+    return [*lines, ""]
+
+
+def _classes(rows: Sequence[Row], cells: Cells) -> list[str]:
+    lines = ["## By class and size", "", f"| | {' | '.join(f'`{row.method}`' for row in rows)} |"]
+    lines.append("|---" * (len(rows) + 1) + "|")
+    for name, means in final_means(rows, cells).items():
+        lines.append(f"| {name} | {' | '.join(DASH if mean is None else f'{mean:.1f}' for mean in means)} |")
+    return lines
+
+
+def _masks(rows: Sequence[Row], cells: Cells) -> list[str]:
+    """How the masks moved: every statistic in the first, the middle and the last epoch."""
+    found = mask_courses(rows, cells)
+    if not found:
+        return []
+    known = [statistic for statistic in STATISTICS if any(statistic in courses for courses in found.values())]
+    lines = [
+        f"| `{method}` | {kind} | {' | '.join(_course(courses.get(statistic)) for statistic in known)} |"
+        for (method, kind), courses in found.items()
+    ]
+    columns = [statistic.removeprefix("_").replace("_", " ") or "mean" for statistic in known]
+    head = ["", "## Masks: first, middle and last epoch", "", f"| method | masks | {' | '.join(columns)} |"]
+    return [*head, "|---" * (len(columns) + 2) + "|", *lines]
+
+
+def _course(means: Sequence[float] | None) -> str:
+    if means is None:
+        return DASH
+    return ", ".join(f"{means[epoch]:.3g}" for epoch in (0, len(means) // 2, -1))
+
+
+def figure(file: Path, rows: Sequence[Row], cells: Cells, metric: str) -> None:
+    """Differences with their intervals, and the metric over the epochs."""
+    height = 1.2 + 0.34 * len(rows)
+    picture, (left, right) = plt.subplots(1, 2, figsize=(11, max(3.2, height)), layout="constrained")
+    compared = [row for row in rows if row.gain is not None]
+    methods = [row.method for row in rows if row.method != NONE]
+    palette = plt.get_cmap("tab10" if len(methods) <= 10 else "tab20")
+    colors = {NONE: "black"} | {method: palette(index % palette.N) for index, method in enumerate(methods)}
+    for place, row in enumerate(reversed(compared)):
+        assert row.gain is not None
+        if row.gain.low is not None and row.gain.high is not None:
+            left.plot([row.gain.low, row.gain.high], [place, place], color=colors[row.method], linewidth=2)
+        left.plot(row.gain.mean, place, "o", color=colors[row.method])
+    left.axvline(0, color="grey", linewidth=1)
+    left.set_yticks(range(len(compared)), [f"{row.method} (n {row.n})" for row in reversed(compared)])
+    left.set_xlabel(f"{metric} against {NONE}, points (95 % interval)")
+    for row in rows:
+        curves = np.array([cell["history"] for cell in cells if cell["method"] == row.method], dtype=float)
+        epochs = np.arange(1, curves.shape[1] + 1)
+        scored = ~np.isnan(curves).any(axis=0)
+        right.plot(
+            epochs[scored], curves.mean(axis=0)[scored], color=colors[row.method], label=row.method,
+            linewidth=2.5 if row.method == NONE else 1.2,
+        )  # fmt: skip
+    right.set_xlabel("epoch")
+    right.set_ylabel(f"{metric}, mean over the seeds")
+    right.legend(fontsize="small", ncols=2)
+    picture.savefig(file, dpi=130)
+    plt.close(picture)

@@ -1,0 +1,234 @@
+"""Cells: one method with one seed each, trained on their own and kept as one small JSON."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from acamkd import config
+from acamkd.engine.runs import (
+    CHECKPOINT,
+    PREVIOUS,
+    RECIPE,
+    OtherRunError,
+    Run,
+    default_folder,
+    is_first_process,
+    write_json,
+)
+from acamkd.errors import AcamkdError, nearest
+
+log = logging.getLogger(__name__)
+
+NONE = "none"
+"""The student alone."""
+
+TUNING_SEED = 1000
+"""The first seed of the tuning cells, which the table does not use."""
+
+DIGITS = 4
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training of a comparison.
+
+    Attributes:
+        method: Its name in the table.
+        setting: Value of the tuned option; None where nothing is tuned.
+        option: Name of the tuned option.
+        tuning: Whether it serves the choice of the setting rather than the table.
+        recipe: What it runs, seed included.
+    """
+
+    method: str
+    setting: float | None
+    option: str | None
+    tuning: bool
+    recipe: config.Recipe
+
+    @property
+    def seed(self) -> int:
+        """Seed of the training."""
+        return self.recipe.train.seed
+
+    @property
+    def name(self) -> str:
+        """Of its file, without the ending."""
+        setting = f"-{self.setting:g}" if self.tuning else ""
+        return f"{self.method}{setting}-seed{self.seed}"
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that the outcome depends on but the seed, the pictures, the teacher and the machine.
+
+        Weights and tokens count by the names of their files.
+        """
+        # Without defaults, so that a key that a later version adds does not make every cell stale.
+        content = self.recipe.model_dump(mode="json", exclude_defaults=True)
+        for section, names in {
+            "data": ("root", "workers", "check", "classes"),
+            "train": ("seed", "accelerator", "devices", "checkpoint_every"),
+            "teacher": ("weights",),
+        }.items():
+            for name in names:
+                content.get(section, {}).pop(name, None)
+        for entry in (content.get("teacher", {}), content.get("student", {}), *content.get("losses", [])):
+            for name in ("weights", "backbone_weights", "tokens"):
+                if file := entry.get(name):
+                    entry[name] = Path(file).name
+        for entry in content.get("losses", []):
+            if self.option in entry:  # the number that was searched, however the recipe writes it
+                entry[self.option] = self.setting
+        del content["name"]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+    def read(self, results: Path) -> dict[str, Any] | None:
+        """What it left behind, if it was run with this recipe."""
+        file = results / f"{self.name}.json"
+        if not file.is_file():
+            return None
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return found if found["recipe"] == self.key else None
+
+    def run(self, results: Path) -> None:
+        """Train, or go on training, and write the cell's JSON; the run folder stays beside those of the recipe."""
+        from acamkd.engine.metrics import METRICS
+        from acamkd.jobs.train import distill, train
+
+        folder = default_folder(self.recipe, "compare") / f"{self.name}-{self.key}"
+        job = distill if self.recipe.losses else train
+        # Without a checkpoint nothing of a former run counts, such as weights that its teacher's gradients set.
+        resume = Run(folder, self.recipe, "student").has_checkpoint
+        try:
+            run = job(self.recipe, out=folder, resume=resume, overwrite=not resume)
+        except OtherRunError:  # the key does not count where pictures and teacher lie, and the device
+            log.warning("%s: its pictures, teacher or device have moved since it stopped: it begins anew", self.name)
+            run = job(self.recipe, out=folder, overwrite=True)
+        if not is_first_process():  # the others have no figures
+            return
+        metrics = run.metrics
+        name = METRICS[self.recipe.task]
+        columns = _columns(folder / "history.csv")
+        content = {
+            "method": self.method,
+            "setting": self.setting,
+            "option": self.option,
+            "seed": self.seed,
+            "recipe": self.key,
+            "losses": [loss.model_dump(mode="json") for loss in config.load(folder / RECIPE).losses],
+            "data": metrics["data"],
+            "teacher": {"sha256": metrics["teacher_sha256"], **metrics["teacher"]} if "teacher" in metrics else None,
+            "inherited": metrics.get("inherited_sha256"),
+            "metric": name,
+            "history": columns[name],
+            "final": {
+                key: values[-1] for key, values in columns.items()
+                if key not in ("epoch", "step", "seconds") and not key.startswith("loss") and not _is_of_masks(key)
+            },
+            "masks": {key: values for key, values in columns.items() if _is_of_masks(key)},
+            "wall_time": metrics["seconds"],
+            "versions": metrics["versions"],
+            "processes": metrics["processes"],
+            "machine": metrics["machine"],
+        }  # fmt: skip
+        has_score = columns[name][-1] == columns[name][-1]  # not NaN
+        if has_score:
+            results.mkdir(parents=True, exist_ok=True)
+            write_json(results / f"{self.name}.json", content)
+        for file in (CHECKPOINT, PREVIOUS):
+            (folder / file).unlink(missing_ok=True)  # the largest files, and of no more use
+        if not has_score:
+            raise AcamkdError(
+                f"{self.name}: {name} has no basis, since in the validation pictures every pixel is void, or every box "
+                "a crowd: check data.val and data.ignore_index"
+            )
+
+
+def plan(recipe: config.Recipe, methods: Sequence[str], seeds: int, results: Path) -> list[Cell]:
+    """Every cell of a comparison, in the order in which they are worth running.
+
+    The tuning cells come first, then seed after seed with all methods, the student alone among them.
+
+    Raises:
+        AcamkdError: A method is unknown, or its overrides do not fit.
+    """
+    methods = [NONE, *(method for method in dict.fromkeys(methods) if method != NONE)]
+    tuning = {method: _tuning_cells(recipe, method) for method in methods}
+    cells = [cell for group in tuning.values() for cell in group]
+    for seed in range(seeds):
+        for method in methods:
+            setting = best_setting(tuning[method], results)
+            cells.append(_cell(recipe, method, seed, setting, tuning=False))
+    return cells
+
+
+def best_setting(cells: Sequence[Cell], results: Path) -> float | None:
+    """The setting with the best mean at the last epoch; the first one where nothing has been run."""
+    means = setting_means([found for cell in cells if (found := cell.read(results))])
+    return max(means, key=means.__getitem__) if means else next((cell.setting for cell in cells), None)
+
+
+def setting_means(found: Iterable[Mapping[str, Any]]) -> dict[float, float]:
+    """Setting -> mean over the seeds of the metric at the last epoch, of one method's finished tuning cells."""
+    scores: dict[float, list[float]] = {}
+    for cell in found:
+        scores.setdefault(cell["setting"], []).append(cell["history"][-1])
+    return {setting: mean(values) for setting, values in scores.items()}
+
+
+def _tuning_cells(recipe: config.Recipe, method: str) -> list[Cell]:
+    search, losses = recipe.compare.tune, _variant(recipe, method).losses
+    if search is None or not losses:
+        return []
+    if search.option == "gradient_ratio" and not any(loss.is_auto for loss in losses):
+        raise AcamkdError(
+            f"compare.tune searches gradient_ratio, which acts only on losses with `weight: auto`, and {method} has "
+            "none: give it `weight: auto`, or tune another option"
+        )
+    seeds = range(TUNING_SEED, TUNING_SEED + search.seeds)
+    return [_cell(recipe, method, seed, value, tuning=True) for value in search.values for seed in seeds]
+
+
+def _cell(recipe: config.Recipe, method: str, seed: int, setting: float | None, *, tuning: bool) -> Cell:
+    search = recipe.compare.tune
+    option = None if setting is None or search is None else search.option
+    overrides = [f"train.seed={seed}"]
+    if option is not None and setting is not None:
+        value = int(setting) if setting.is_integer() else setting  # options such as num_masks take no 3.0
+        overrides += [f"losses.{index}.{option}={value}" for index in range(len(_variant(recipe, method).losses))]
+    varied = _variant(recipe, method, overrides)
+    return Cell(method, setting, option, tuning, varied.model_copy(update={"compare": config.Comparison()}))
+
+
+def _variant(recipe: config.Recipe, method: str, overrides: Sequence[str] = ()) -> config.Recipe:
+    """The recipe as one method runs it."""
+    named: Mapping[str, Mapping[str, Any]] = {NONE: {"losses": []}, **recipe.compare.methods}
+    if method in named:
+        changes = dict(named[method])
+    else:
+        from acamkd.distillation.methods import METHODS  # with torch, which tables of named methods do without
+
+        if method not in METHODS or not recipe.losses:
+            raise AcamkdError(f"there is no method {method!r} to compare; {nearest(method, [*named, *METHODS])}")
+        changes = {"losses.0.name": method}
+    given = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    return config.override(recipe, [*given, *overrides])
+
+
+def _is_of_masks(column: str) -> bool:
+    return "_mask" in column and not column.startswith(("AP/", "IoU/"))  # a class may be called with_mask
+
+
+def _columns(file: Path) -> dict[str, list[float | None]]:
+    """A history.csv by column, rounded."""
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    return {name: [round(float(row[name]), DIGITS) if row[name] else None for row in rows] for name in rows[0]}

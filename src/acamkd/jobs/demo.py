@@ -1,0 +1,173 @@
+"""The demo: a small detector and a small segmenter, trained, distilled and compared on drawn scenes, in minutes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+from torch import Tensor
+
+from acamkd import config, data, models
+from acamkd.data.scenes import CLASSES, write_scenes
+from acamkd.distillation.build import build_distiller, probe
+from acamkd.engine.metrics import METRICS
+from acamkd.engine.cost import median_milliseconds
+from acamkd.engine.runs import Run, open_run, write_json
+from acamkd.jobs.train import count_parameters, distill, train
+from acamkd.losses import ACAM
+from acamkd.models.base import Task, TaskModel
+from acamkd.report.visualize import Block, draw_findings, draw_masks, draw_sheet
+
+log = logging.getLogger(__name__)
+
+TRAIN_PICTURES = 320
+VAL_PICTURES = 80
+SIZE = (96, 96)
+"""(height, width) of a scene, in pixels."""
+
+SHOWN = 3
+"""Validation pictures per task on the sheet."""
+
+FOLDERS = {"teacher": "teacher", "student": "alone", "distilled": "distilled"}
+"""Network in metrics.json -> its run folder."""
+
+TITLES = {"teacher": "teacher", "student": "student alone", "distilled": "student distilled"}
+
+
+class Cost(NamedTuple):
+    """What a network costs; milliseconds are those of one picture."""
+
+    parameters: int
+    milliseconds: float
+
+
+def run(out: Path, tasks: Sequence[Task]) -> dict[Task, dict[str, Any]]:
+    """Draw scenes, train a teacher and a student, distil the student, and compare; once per task.
+
+    `out` then holds `metrics.json`, `pictures.png` and per task the scenes (`TASK/data`, drawn once) and the three run
+    folders (`TASK/teacher`, `TASK/alone`, `TASK/distilled`, replaced by every demo).
+
+    Args:
+        out: Folder to write to.
+        tasks: Which of the two.
+
+    Returns:
+        What metrics.json holds: per task the name of the metric, and its value in percent of the teacher, the student
+        trained alone and the student distilled.
+
+    Raises:
+        AcamkdError: The folder cannot be used.
+    """
+    started = time.monotonic()
+    results: dict[Task, dict[str, Any]] = {}
+    costs: dict[Task, dict[str, Cost]] = {}
+    blocks = []
+    for number, task in enumerate(tasks):
+        recipe = read_recipe(task, out)
+        write_scenes(recipe.data.root, train=TRAIN_PICTURES, val=VAL_PICTURES, size=SIZE, seed=0, task=task)
+        scores = _train_all(recipe, out / task, before=3 * number, total=3 * len(tasks))
+        runs = {name: open_run(out / task / folder) for name, folder in FOLDERS.items()}
+        results[task] = {"metric": METRICS[task], **scores}
+        costs[task] = {name: _cost(run.load()) for name, run in runs.items()}
+        blocks.append(_block(runs, results[task]))
+    write_json(out / "metrics.json", results)
+    draw_sheet(blocks, CLASSES).savefig(out / "pictures.png")
+    Console().print(_table(results, costs))
+    took = timedelta(seconds=round(time.monotonic() - started))
+    log.info("the demo took %s; %s holds metrics.json and pictures.png", took, out)
+    return results
+
+
+def read_recipe(task: Task, out: Path) -> config.Recipe:
+    """The packaged recipe of a task, with its data below `out` and the teacher that the demo itself trains."""
+    folder = out / task
+    with resources.as_file(resources.files("acamkd.jobs") / f"demo_{task}.yaml") as file:
+        return config.load(file, [f"data.root={json.dumps(str(folder / 'data'))}"])
+
+
+def _train_all(recipe: config.Recipe, folder: Path, before: int, total: int) -> dict[str, float]:
+    """Train the three networks into their run folders; the metric of each."""
+    metric = METRICS[recipe.task]
+    for existing in (folder / name for name in FOLDERS.values()):
+        if existing.exists():
+            log.info("%s holds an earlier demo's run: it is replaced", existing)
+    log.info("%s, training %d of %d: the teacher", recipe.task, before + 1, total)
+    teacher = train(recipe, "teacher", out=folder / FOLDERS["teacher"], overwrite=True)
+    log.info("%s, training %d of %d: the student alone", recipe.task, before + 2, total)
+    student = train(recipe, out=folder / FOLDERS["student"], overwrite=True)
+    log.info("%s, training %d of %d: the same student, distilled", recipe.task, before + 3, total)
+    assert recipe.teacher is not None
+    weights = str(folder / FOLDERS["teacher"] / "teacher.safetensors")
+    taught = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"weights": weights})})
+    distilled = distill(taught, out=folder / FOLDERS["distilled"], overwrite=True)
+    return {
+        "teacher": teacher.metrics["teacher"][metric],
+        "student": student.metrics["student"][metric],
+        "distilled": distilled.metrics["student"][metric],
+    }
+
+
+def _cost(model: TaskModel) -> Cost:
+    batch = model.prepare([torch.rand(3, *SIZE)])
+    with torch.no_grad():
+        model(batch)
+        return Cost(count_parameters(model.net), median_milliseconds(lambda: model(batch)))
+
+
+def _block(runs: dict[str, Run], result: dict[str, Any]) -> Block:
+    """What the networks find in the first validation pictures, and ACAM's masks there."""
+    recipe = runs["distilled"].recipe
+    samples = data.build(recipe.data, recipe.task, "val", seed=0, augment=False)
+    images = [samples[index][0] for index in range(SHOWN)]
+    truths = [samples[index][1] for index in range(SHOWN)]
+    findings = [truths, *(run.load().predict(images) for run in runs.values())]
+    masks = spatial_masks(runs["distilled"], images)
+    rows = [
+        [*(draw_findings(image, column[index]) for column in findings), draw_masks(image, masks[index])]
+        for index, image in enumerate(images)
+    ]
+    columns = ["ground truth", *(f"{title}: {result[name]:.1f}" for name, title in TITLES.items())]
+    title = f"{recipe.task.capitalize()} ({result['metric']} on {len(samples)} validation pictures)"
+    return Block(title, [*columns, "spatial masks of ACAM"], rows)
+
+
+def spatial_masks(run: Run, images: Sequence[Tensor]) -> Tensor:
+    """What the first loss of a distilled run, an ACAM, attended to at the end: (N, M, H, W) for N pictures."""
+    recipe = run.recipe
+    assert recipe.teacher is not None
+    assert recipe.data.classes is not None
+    student = run.load()
+    teacher = models.build(recipe.teacher, recipe.task, len(recipe.data.classes), recipe.data.resize, teacher=True)
+    distiller = build_distiller(student, teacher, recipe.losses)
+    # The masks belong to the loss, and only the checkpoint, which holds the last student too, has the loss.
+    state = torch.load(run.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    distiller.load_state_dict({name.removeprefix("distiller."): value for name, value in state.items()})
+    batch, pair, loss = student.prepare(images), distiller.pairs[0], distiller.losses[0]
+    assert pair is not None
+    assert isinstance(loss, ACAM)
+    maps = [probe(model, [name], batch)[name] for model, name in zip((student, teacher), pair, strict=True)]
+    spatial = loss.masks_of(*maps).spatial
+    assert spatial is not None
+    return spatial
+
+
+def _table(results: Mapping[Task, Mapping[str, Any]], costs: Mapping[Task, Mapping[str, Cost]]) -> Table:
+    table = Table("task", "network", *(Column(title, justify="right") for title in ("metric", "parameters", "ms")))
+    for task, result in results.items():
+        for name, title in TITLES.items():
+            table.add_row(
+                task if name == "teacher" else "", title, f"{result['metric']} {result[name]:.2f}",
+                f"{costs[task][name].parameters:,}", f"{costs[task][name].milliseconds:.1f}",
+                end_section=name == "distilled",
+            )  # fmt: skip
+    table.caption = f"metric in percent; ms: median CPU time of one forward over one {SIZE[1]} x {SIZE[0]} picture"
+    return table

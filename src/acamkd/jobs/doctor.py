@@ -1,0 +1,290 @@
+"""Examine a recipe before a long training: does everything that distillation rests on hold?"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from acamkd import config, data, models
+from acamkd.data import PictureDataset
+from acamkd.data.build import SplitName
+from acamkd.data.statistics import Statistics, count
+from acamkd.distillation.auto_weight import gradient_norms, measuring, prepared, total_norms, uncalibrated
+from acamkd.distillation.build import probe
+from acamkd.engine.metrics import METRICS, Scorer, score
+from acamkd.errors import AcamkdError
+from acamkd.jobs.setup import build_network, teacher_section
+from acamkd.losses.base import HeadLoss
+from acamkd.models.base import VOID, Batch, Target, TaskModel
+
+Status: TypeAlias = Literal["pass", "warn", "fail"]
+
+SLICE = 64
+"""The teacher is scored on at most this many validation pictures ..."""
+SECONDS = 20
+"""... and for about this long."""
+PICTURES = 4
+"""Training pictures in the batch that gradients are measured on."""
+MARGIN = 1.0
+"""A teacher that is not this many points better than knowing nothing has not been trained on these pictures."""
+STRONG, WEAK = 2.0, 0.02
+"""Ratios of distillation's to task's gradient beyond which a weight is suspicious."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination.
+
+    Attributes:
+        check: What was looked at.
+        status: `fail`: the distillation would be worthless; `warn`: worth a thought.
+        text: What was found.
+        advice: What to do, where something is to be done.
+    """
+
+    check: str
+    status: Status
+    text: str
+    advice: str = ""
+
+
+def examine(recipe: config.Recipe) -> Iterator[Finding]:
+    """Look at everything that a distillation rests on, in less than a minute; nothing is written.
+
+    Args:
+        recipe: As `distill` takes it.
+
+    Yields:
+        Findings as they are made; what cannot even be built is the last of them.
+    """
+    stage = "data"
+    try:
+        source = data.resolve(recipe.data, recipe.task)
+        train, val = (
+            data.build(source, recipe.task, split, seed=recipe.train.seed, augment=split == "train")
+            for split in ("train", "val")
+        )
+        data.check_same_classes(train, val)
+        for split in (train, val):
+            data.refuse(split.problems)
+        yield Finding(
+            stage, "pass", f"{len(train)} training and {len(val)} validation pictures, {len(train.classes)} classes"
+        )
+        more = None if source.unlabelled is None else data.build_unlabelled(source, recipe.task, seed=recipe.train.seed)
+        for warning in data.compare_splits(train, val, source, more):
+            yield Finding(stage, "warn", warning)
+        stage = "teacher's weights"
+        if recipe.teacher is None or not recipe.losses:
+            raise AcamkdError("the recipe needs a `teacher` section and `losses` to distil")
+        section = teacher_section(recipe)
+        teacher = build_network(recipe, section, train.classes, teacher=True)
+        yield _weights(stage, teacher, section)
+        stage = "student's weights"
+        student = build_network(recipe, recipe.student, train.classes)
+        yield _weights(stage, student, recipe.student)
+        models.inherit(student, teacher, recipe.student.inherit)
+        stage = "colours"
+        yield _colours(student, teacher)
+        stage = "batch norm"
+        yield from _batch_norm(student, teacher, recipe.train.batch_size)
+        stage = "teacher's score"
+        yield _score(teacher, val, recipe)
+        stage = "distillation"
+        yield from _distillation(student, teacher, train, recipe)
+    except AcamkdError as error:
+        yield Finding(stage, "fail", str(error))
+
+
+def examine_data(recipe: config.Recipe) -> dict[str, Statistics]:
+    """Count what the splits of a recipe's data hold, and find everything that is wrong with them.
+
+    Args:
+        recipe: Its networks are not looked at.
+
+    Returns:
+        By split; one that cannot be read at all has that as its only problem.
+
+    Raises:
+        AcamkdError: The format is not found.
+    """
+    source = data.resolve(recipe.data, recipe.task)
+    splits: tuple[SplitName, ...] = ("train", "val")
+    opening: dict[str, Callable[[], PictureDataset]] = {
+        split: partial(data.build, source, recipe.task, split, seed=0, augment=False) for split in splits
+    }
+    if source.unlabelled is not None:
+        opening["unlabelled"] = partial(data.build_unlabelled, source, recipe.task, seed=0)
+    found: dict[str, Statistics] = {}
+    for name, opened in opening.items():
+        try:
+            found[name] = count(opened(), decode=recipe.data.check == "full")
+        except AcamkdError as error:
+            found[name] = Statistics(problems=[str(error)])
+    train, val = found["train"], found["val"]
+    if train.classes and val.classes and list(train.classes) != list(val.classes):
+        val.problems.append(f"the classes are {', '.join(val.classes)}, but those of train {', '.join(train.classes)}")
+    return found
+
+
+def _weights(check: str, model: TaskModel, section: config.Model) -> Finding:
+    """What of the network comes from where; it has been loaded once already, so that nothing can be refused here."""
+    if section.weights is not None:
+        report = models.load_weights(
+            model.net, section.weights, strict=False, what=section.arch, convention=section.convention
+        )
+    elif section.backbone_weights not in (None, "imagenet"):
+        report = models.load_weights(model.backbone, section.backbone_weights, strict=False, what=section.backbone)
+    elif ":" in section.arch:
+        return Finding(check, "pass", f"whatever {section.arch} brings")
+    elif section.backbone_weights == "imagenet":
+        return Finding(check, "pass", f"{section.backbone} pretrained on ImageNet, everything else starts anew")
+    else:
+        return Finding(check, "warn", "nothing is pretrained", "give weights or backbone_weights, if there are any")
+    advice = "" if len(report.matched) == report.total else "the rest starts anew"
+    if section.weights is not None and report.deeper:
+        advice = f"the file is of a network with further parts, {report.deeper[0]} among them: check the backbone"
+    return Finding(check, "warn" if advice else "pass", str(report), advice)
+
+
+def _colours(student: TaskModel, teacher: TaskModel) -> Finding:
+    """Mean and standard deviation of the colours that the networks expect."""
+    described = [
+        f"{who} {' '.join(f'{x:.3f}' for x in model.mean.flatten().tolist())} / "
+        f"{' '.join(f'{x:.3f}' for x in model.std.flatten().tolist())}"
+        for who, model in (("student", student), ("teacher", teacher))
+    ]
+    if torch.allclose(student.mean, teacher.mean) and torch.allclose(student.std, teacher.std):
+        return Finding("colours", "pass", f"both networks: {described[0].removeprefix('student ')}")
+    return Finding(
+        "colours", "warn", "; ".join(described),
+        "each network normalises for itself, so this is right if each was trained so; otherwise set mean and std",
+    )  # fmt: skip
+
+
+def _batch_norm(student: TaskModel, teacher: TaskModel, batch_size: int) -> Iterator[Finding]:
+    layers = {who: _norms(model.net) for who, model in (("student", student), ("teacher", teacher))}
+    blank = [name for name, layer in layers["teacher"].items() if _is_blank(layer)]
+    if blank:
+        yield Finding(
+            "batch norm", "fail", f"{len(blank)} of the teacher's {len(layers['teacher'])} layers hold the statistics "
+            f"of an untrained network ({', '.join(blank[:3])}{', ...' if len(blank) > 3 else ''})",
+            "give the teacher its trained weights",
+        )  # fmt: skip
+    learning = sum(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers["student"].values())
+    text = f"student {len(layers['student'])} layers ({learning} learn), teacher {len(layers['teacher'])} (frozen)"
+    if learning and batch_size < 4:
+        text = f"{text}; the student's statistics come from {batch_size} pictures at a time"
+        yield Finding("batch norm", "warn", text, "raise train.batch_size, or freeze the student's batch norm")
+    else:
+        yield Finding("batch norm", "pass", text)
+
+
+def _norms(net: nn.Module) -> dict[str, Any]:
+    """Layers with statistics, frozen ones too, by name."""
+    return {name: module for name, module in net.named_modules() if hasattr(module, "running_var")}
+
+
+def _is_blank(layer: Any) -> bool:
+    mean, variance = layer.running_mean, layer.running_var
+    return mean is not None and bool((mean == 0).all() and (variance == 1).all())
+
+
+def _score(teacher: TaskModel, val: PictureDataset, recipe: config.Recipe) -> Finding:
+    """Score on the first pictures, beside what a network that knows nothing would get."""
+    metric = METRICS[recipe.task]
+    if teacher.num_classes != len(val.classes):
+        text = f"not scored: it has {teacher.num_classes} classes of its own, the data {len(val.classes)}"
+        return Finding("teacher's score", "pass", text)
+    seen: list[Target] = []
+    deadline = time.monotonic() + SECONDS
+
+    def pictures() -> Iterator[tuple[Sequence[Tensor], Sequence[Target]]]:
+        for image, target in val:
+            if len(seen) == SLICE or time.monotonic() > deadline:
+                return
+            seen.append(target)
+            yield [image], [target]
+
+    device = teacher.mean.device
+    teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+    reached = score(teacher, pictures(), Scorer(recipe.task, val.classes))[metric]
+    teacher.to(device)  # where the student is: both are looked into with its batches
+    chance = ignorance(seen, len(val.classes)) if recipe.task == "segmentation" else 0.0
+    text = f"{metric} {reached:.2f} on {len(seen)} validation pictures; {chance:.2f} without looking"
+    if not reached >= chance + MARGIN:
+        advice = (
+            "its weights were not trained on these classes in this order, or hardly trained, or its mean, std or "
+            "resize are others"
+        )
+        return Finding("teacher's score", "fail", text, advice)
+    return Finding("teacher's score", "pass", text)
+
+
+def ignorance(targets: Sequence[Target], classes: int) -> float:
+    """The mIoU in percent of the best network that gives the same class to every pixel."""
+    counts = torch.zeros(classes)
+    for target in targets:
+        counts += target["mask"][target["mask"] != VOID].bincount(minlength=classes)
+    return 100 * float(counts.max() / counts.sum()) / max(1, int(counts.count_nonzero()))
+
+
+def _distillation(
+    student: TaskModel, teacher: TaskModel, train: PictureDataset, recipe: config.Recipe
+) -> Iterator[Finding]:
+    entries = [uncalibrated(entry) for entry in recipe.losses]
+    size = min(PICTURES, recipe.train.batch_size, len(train))
+    pictures = data.loader(train, size, 0, shuffle=True, seed=recipe.train.seed)
+    with measuring(student, teacher, entries) as distiller:
+        if recipe.data.unlabelled is not None:
+            distiller.check_unlabelled()
+        batch = next(prepared(student, pictures))
+        for pair, loss in zip(distiller.pairs, distiller.losses, strict=True):
+            name = type(loss).__name__
+            if pair is not None:
+                yield _tap(name, pair, student, teacher, batch)
+            elif isinstance(loss, HeadLoss):
+                names, _ = loss.layers(student, teacher)
+                yield Finding("tap", "pass", f"{name}: {len(names)} layers of the heads")
+        norms = gradient_norms(distiller, batch)
+    groups: dict[str, dict[str, tuple[float, float]]] = {}
+    for name, pulls in norms.items():
+        groups.setdefault(".".join(name.split(".")[:2]), {})[name] = pulls
+    for group, members in groups.items():
+        yield Finding(f"gradient at {group}", "pass", "distillation {:.3g}, task {:.3g}".format(*total_norms(members)))
+    yield _total(norms, recipe)
+
+
+def _tap(method: str, pair: tuple[str, str], student: TaskModel, teacher: TaskModel, batch: Batch) -> Finding:
+    """One pair of layers on real pictures."""
+    maps = [probe(model, [name], batch)[name] for model, name in ((student, pair[0]), (teacher, pair[1]))]
+    shapes = [list(x.shape[1:]) for x in maps]
+    text = f"{method}: {pair[0]} {shapes[0]} <- {pair[1]} {shapes[1]}"
+    constant = [who for who, x in zip(("student", "teacher"), maps, strict=True) if x.std() == 0]
+    if constant:
+        return Finding("tap", "fail", f"{text}; the {constant[0]}'s map is constant", "tap another layer")
+    if shapes[0][1:] != shapes[1][1:]:
+        return Finding("tap", "warn", f"{text}; the student's map is resampled", "pair layers of equal stride")
+    return Finding("tap", "pass", text)
+
+
+def _total(norms: dict[str, tuple[float, float]], recipe: config.Recipe) -> Finding:
+    distillation, task = total_norms(norms)
+    text = f"distillation {distillation:.3g}, task {task:.3g}"
+    if not math.isfinite(distillation + task):
+        return Finding("gradient", "fail", f"{text}: not finite", "check the layers and what was read from the weights")
+    if distillation == 0:
+        return Finding("gradient", "fail", f"{text}: nothing of the distillation arrives", "check pairs and weights")
+    ratio = distillation / task if task else math.inf
+    text = f"{text}: {ratio:.2g} times as strong"
+    if automatic := [entry.name for entry in recipe.losses if entry.is_auto]:
+        return Finding("gradient", "pass", f"{text}, before `weight: auto` sets {', '.join(automatic)}")
+    if WEAK <= ratio <= STRONG:
+        return Finding("gradient", "pass", text)
+    return Finding("gradient", "warn", text, "set weight: auto, which measures it on more pictures, or a weight")

@@ -1,0 +1,74 @@
+"""The text that goes with an exported network: what it is, what it learnt from, how well it does, how to use it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from acamkd import __version__, config
+from acamkd.models import call_factory
+from acamkd.models.backbones import timm_options
+from acamkd.models.base import TaskModel
+from acamkd.models.detection import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from acamkd.engine.runs import Run
+    from acamkd.jobs.export.export import Export
+    from acamkd.jobs.export.onnx_model import OnnxModel
+
+
+def write_card(
+    file: Path, run: Run, model: TaskModel, exported: OnnxModel, figures: Export, licence: str | None = None
+) -> None:
+    """Write a model card in Markdown, with the Hub's metadata on top.
+
+    Args:
+        file: `README.md`, which is what the Hub shows.
+        run: What was exported.
+        model: Its network.
+        exported: The ONNX file.
+        figures: What the export measured.
+        licence: Of the weights, as the Hub names it; the card asks for one where it is not given.
+    """
+    recipe = run.recipe
+    section = recipe.teacher if run.role == "teacher" else recipe.student
+    assert section is not None
+    text = _environment().get_template("card.md.jinja").render(
+        recipe=recipe,
+        role=run.role,
+        ended=run.has_ended,
+        section=section,
+        of_task_model=":" in section.arch and isinstance(call_factory(section, len(exported.classes)), TaskModel),
+        distilled=run.role == "student" and bool(recipe.losses),
+        losses=[_describe(loss) for loss in recipe.losses],
+        data_folder=recipe.data.root.resolve().name,
+        model=model,
+        detectors={name: kind.__name__ for name, kind in ARCHITECTURES.items()},
+        timm_options=timm_options(section.backbone),
+        exported=exported,
+        shape=exported.session.get_inputs()[0].shape,
+        figures=figures,
+        metrics=[name for name in figures.measured[-1].scores if "/" not in name],  # without those of single classes
+        licence=licence,
+        version=__version__,
+    )  # fmt: skip
+    file.write_text(text.lstrip(), encoding="utf-8")  # the Hub reads its metadata from the first line on
+
+
+def _describe(loss: config.Loss) -> str:
+    pairs = ", ".join(pair if isinstance(pair, str) else " <- ".join(pair) for pair in loss.pairs)
+    settings = {**({"preset": loss.preset} if loss.preset else {}), **loss.options}
+    options = ", ".join(f"{name}: {value}" for name, value in settings.items())
+    return f"{loss.name} at {pairs or 'the heads'}" + (f" ({options})" if options else "")
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("acamkd.jobs.export", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.filters["python"] = repr
+    environment.filters["percent"] = lambda value: "-" if value is None or value != value else f"{value:.2f}"
+    return environment

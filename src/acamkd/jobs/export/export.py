@@ -1,0 +1,270 @@
+"""Export a run's network to ONNX, prove that the file finds what PyTorch finds, and publish it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from acamkd import __version__, data
+from acamkd.data import PictureDataset
+from acamkd.engine.metrics import METRICS, Scorer
+from acamkd.engine.cost import Cost, cost, median_milliseconds, threads
+from acamkd.engine.runs import Run
+from acamkd.errors import AcamkdError
+from acamkd.jobs.export import onnx_model
+from acamkd.jobs.export.card import write_card
+from acamkd.jobs.export.graph import DetectionsGraph, Graph, build_graph, write_graph
+from acamkd.jobs.export.onnx_model import OnnxModel
+from acamkd.models.base import TaskModel
+
+log = logging.getLogger(__name__)
+
+CARD = "README.md"
+"""The model card, by the name under which the Hub shows it."""
+
+LARGEST_DIFFERENCE = 1e-3
+"""Between the outputs of the two runtimes, as a share of an output's largest value."""
+
+LARGEST_METRIC_DIFFERENCE = 0.1
+"""In points."""
+
+COMPARED_PICTURES = 8
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One network in one runtime.
+
+    Attributes:
+        network: `teacher` or `student`.
+        runtime: `PyTorch` or `onnxruntime`.
+        scores: Every metric on the validation pictures, in percent.
+        cost: Of one prediction; None where a teacher's weights are gone.
+    """
+
+    network: str
+    runtime: str
+    scores: dict[str, float]
+    cost: Cost | None
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was exported, and how it compares.
+
+    Attributes:
+        folder: Where the files are.
+        metric: Name of the deciding metric.
+        difference: Largest difference between an output of onnxruntime and of PyTorch.
+        relative_difference: The same as a share of that output's largest value.
+        measured: The teacher where there is one, and the exported network in both runtimes.
+        threads: That the times were taken with.
+        pictures: Number of validation pictures.
+    """
+
+    folder: Path
+    metric: str
+    difference: float
+    relative_difference: float
+    measured: tuple[Measured, ...]
+    threads: int
+    pictures: int
+
+    def _repr_markdown_(self) -> str:
+        """The model card, without the Hub's metadata: what a notebook shows."""
+        return (self.folder / CARD).read_text(encoding="utf-8").split("---\n", 2)[2]
+
+
+def export(
+    run: Run, *, out: Path | None = None, overwrite: bool = False, with_nms: bool = False, licence: str | None = None
+) -> Export:
+    """Export a run's network; the folder appears once every check has passed.
+
+    It then holds the network's weights (`student.safetensors`), `student.onnx`, `onnx_model.py`, which runs that file
+    without acamkd, and a model card, `README.md`.
+
+    Args:
+        run: A run with weights.
+        out: Where to; `export` in the run folder where not given.
+        overwrite: Replace the export that the folder holds.
+        with_nms: Detection: put everything up to the non-maximum suppression into the graph, for single pictures of
+            the recipe's size. Faster R-CNN has no other export.
+        licence: Of the weights, for the model card, as the Hub names it (`apache-2.0`).
+
+    Raises:
+        AcamkdError: A package or the data is missing, the network cannot be exported, or the file gives other outputs
+            or another score than PyTorch.
+    """
+    require("onnx", "onnxruntime", *([] if with_nms else ["onnxscript"]))
+    out = out or run.folder / "export"
+    model, recipe = run.load(), run.recipe
+    graph = build_graph(model, recipe.data.resize, with_nms=with_nms)
+    pictures = data.build(recipe.data, recipe.task, "val", seed=recipe.train.seed, augment=False)
+    for warning in data.check(pictures, "headers"):
+        log.warning("%s", warning)
+    with _appearing(out, overwrite=overwrite) as folder:
+        file = folder / f"{run.role}.onnx"
+        log.info("writing the graph of %s", run.weights)
+        write_graph(graph, file, recipe)
+        exported = OnnxModel(file, threads=threads())
+        difference, relative = _compare_outputs(graph, exported, pictures)
+        measured = _measure(run, model, exported, pictures)
+        figures = Export(out, METRICS[recipe.task], difference, relative, measured, threads(), len(pictures))
+        shutil.copyfile(run.weights, folder / run.weights.name)
+        shutil.copyfile(onnx_model.__file__, folder / "onnx_model.py")
+        write_card(folder / CARD, run, model, exported, figures, licence)
+    log.info("%s holds %s", out, ", ".join(sorted(each.name for each in out.iterdir())))
+    return figures
+
+
+def push_to_hub(folder: Path, repository: str) -> str:
+    """Upload an export to the Hugging Face Hub, into a private repository if there is none yet.
+
+    Args:
+        folder: What `export` wrote.
+        repository: OWNER/NAME.
+
+    Returns:
+        Its address.
+
+    Raises:
+        AcamkdError: The Hub cannot be reached or refuses.
+    """
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    try:
+        address = str(api.create_repo(repository, private=True, exist_ok=True))
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"acamkd {__version__} export")
+    except Exception as error:  # of the Hub, of its transport, of the files
+        raise AcamkdError(
+            f"{repository} could not be uploaded: {error}\n  {folder} is complete; `hf auth login` stores a token, and "
+            f"`hf upload {repository} {folder}` uploads it later"
+        ) from error
+    log.info("uploaded to %s", address)
+    return address
+
+
+def check_repository(name: str) -> None:
+    """Raise AcamkdError, before anything is exported, unless an upload to OWNER/NAME can be tried."""
+    require("huggingface_hub")
+    if name.count("/") != 1:
+        raise AcamkdError(f"--push-to-hub {name}: give OWNER/NAME")
+
+
+def require(*packages: str) -> None:
+    """Raise AcamkdError unless these packages of the extra are installed."""
+    if missing := [name for name in packages if find_spec(name) is None]:
+        raise AcamkdError(f"export needs {', '.join(missing)}: pip install '.[export]' in the checkout")
+
+
+@torch.no_grad()
+def _compare_outputs(graph: Graph, exported: OnnxModel, pictures: PictureDataset) -> tuple[float, float]:
+    """Largest difference of any output on real pictures, and the largest as a share of its output's largest value."""
+    largest = relative = 0.0
+    for index in range(min(COMPARED_PICTURES, len(pictures))):
+        pixels = graph.model.prepare([pictures[index][0]]).pixels
+        names: tuple[str, ...] = graph.output_names
+        if isinstance(graph, DetectionsGraph):
+            names = ("scores",)  # rounding may swap two boxes, or let one more pass: their sorted scores are compared
+        else:
+            pixels = pixels.expand(1 + index % 2, -1, -1, -1)  # batches of different sizes
+        expected = dict(zip(graph.output_names, graph(pixels), strict=True))
+        actual = exported.run(pixels.numpy())
+        for name in names:
+            ours, theirs = expected[name].numpy(), actual[name]
+            if isinstance(graph, DetectionsGraph):
+                count = min(len(ours), len(theirs))
+                ours, theirs = ours[:count], theirs[:count]
+            if ours.shape != theirs.shape:
+                raise AcamkdError(f"the exported file is wrong: {name} has shape {theirs.shape}, not {ours.shape}")
+            difference = float(np.abs(ours - theirs).max(initial=0))
+            largest = max(largest, difference)
+            relative = max(relative, difference / max(float(np.abs(ours).max(initial=0)), 1e-12))
+    log.info("largest difference between onnxruntime and PyTorch: %.1e, %.1e relative", largest, relative)
+    if not relative <= LARGEST_DIFFERENCE:
+        raise AcamkdError(
+            f"the exported file is wrong: its outputs differ from PyTorch's by {relative:.1e} of their largest value "
+            f"(allowed: {LARGEST_DIFFERENCE:g}); nothing was written"
+        )
+    return largest, relative
+
+
+def _measure(run: Run, model: TaskModel, exported: OnnxModel, pictures: PictureDataset) -> tuple[Measured, ...]:
+    """Score and time every network; raises AcamkdError where the two runtimes' scores differ."""
+    log.info("scoring %d pictures by PyTorch and by onnxruntime", len(pictures))
+    ours, theirs = _score(model, exported, pictures)
+    metric = METRICS[model.task]
+    same = abs(ours[metric] - theirs[metric]) <= LARGEST_METRIC_DIFFERENCE
+    if not (same or (math.isnan(ours[metric]) and math.isnan(theirs[metric]))):
+        raise AcamkdError(
+            f"the exported file is wrong: {metric} {theirs[metric]:.2f} by onnxruntime, {ours[metric]:.2f} by PyTorch; "
+            "nothing was written"
+        )
+    image = pictures[0][0]
+    picture = image.permute(1, 2, 0).numpy()
+    spent = cost(model, image)
+    by_onnxruntime = replace(spent, milliseconds=median_milliseconds(lambda: exported.predict(picture)))
+    return (
+        *_measure_teacher(run, image),
+        Measured(run.role, "PyTorch", ours, spent),
+        Measured(run.role, "onnxruntime", theirs, by_onnxruntime),
+    )
+
+
+def _measure_teacher(run: Run, image: torch.Tensor) -> list[Measured]:
+    """The teacher of a distillation, with the scores that the run gave it."""
+    if run.role == "teacher" or run.recipe.teacher is None:
+        return []
+    try:
+        spent = cost(run.load_teacher(), image)
+    except AcamkdError as error:
+        log.warning("the teacher's cost is left out: %s", error)
+        spent = None
+    scores = run.metrics.get("teacher", {}) if run.has_ended else {}
+    return [Measured("teacher", "PyTorch", scores, spent)] if scores or spent else []
+
+
+def _score(
+    model: TaskModel, exported: OnnxModel, pictures: PictureDataset
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Every metric by PyTorch and by onnxruntime, picture by picture: padding to a batch's size would change one."""
+    ours, theirs = Scorer(model.task, pictures.classes), Scorer(model.task, pictures.classes)
+    for index in range(len(pictures)):
+        image, target = pictures[index]
+        ours.update(model.predict([image]), [target])
+        found = exported.predict(image.permute(1, 2, 0).numpy())
+        theirs.update([{name: torch.from_numpy(values) for name, values in found.items()}], [target])
+    return ours.compute(), theirs.compute()
+
+
+@contextmanager
+def _appearing(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder to write to, which becomes `out` when everything has gone well."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not (out / "onnx_model.py").is_file():  # what somebody else wrote must never be replaced
+            raise AcamkdError(f"{out} exists and is not an export: choose another folder with --out")
+        if not overwrite:
+            raise AcamkdError(f"{out} already holds an export: --overwrite replaces it, --out FOLDER writes elsewhere")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as unfinished:
+            folder = Path(unfinished, out.name)
+            folder.mkdir()
+            yield folder
+            if out.exists():
+                os.replace(out, Path(unfinished, "replaced"))
+            os.replace(folder, out)
+    except OSError as error:
+        raise AcamkdError(f"cannot write {out}: {error.strerror or error}") from error

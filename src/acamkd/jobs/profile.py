@@ -1,0 +1,215 @@
+"""What a distillation takes, before it is run: parameters, operations, memory, and the largest batch that fits."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from acamkd import config, data
+from acamkd.distillation.auto_weight import measuring, prepared, uncalibrated
+from acamkd.distillation.distiller import Distiller
+from acamkd.engine.cost import flop_counter
+from acamkd.errors import AcamkdError
+from acamkd.jobs.setup import build_network
+from acamkd.losses.acam.acam import STCAFF
+from acamkd.models.base import Batch
+
+PICTURES = 2
+"""Training pictures that are run; batch norm may refuse a single one."""
+WORKSPACE = 4 / 3
+"""What a process takes at most by what is counted: operators need memory within themselves (docs/performance.md)."""
+STATES = {"sgd": 1, "adamw": 2}
+"""Numbers that an optimizer keeps for each parameter."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part of a training step takes.
+
+    Attributes:
+        name: `teacher`, whose forward ends at the last tapped layer; `student`, forward and backward of its own task;
+            `losses`, what they add to both, with the teacher's maps that they keep, and both networks on as many
+            unlabelled pictures, where there are some; `attention`, ACAM's fusion where there is one: forward and
+            backward, counted among the losses' too, and its memory by itself, of labelled pictures alone.
+        parameters: Their number.
+        gflops: 1e9 floating-point operations per picture, counted as in `acamkd.engine.cost`.
+        memory: Largest number of bytes per picture that are alive at a time, without the parameters.
+    """
+
+    name: str
+    parameters: int
+    gflops: float
+    memory: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a distillation takes in float32; mixed precision takes less memory.
+
+    Attributes:
+        parts: Teacher, student, losses and, of these, attention.
+        frame: (height, width) of the batch that was run.
+        picture: Bytes per picture of a whole step. Not the sum of the parts: the teacher is done before the student's
+            forward begins.
+        fixed: Bytes of all weights, and of gradients and optimizer states of those that train.
+        free: Bytes that the device can still give, with the weights loaded.
+        largest_batch: Pictures that fit into that, with a third on top of what is counted; 0 where not even one does.
+    """
+
+    parts: tuple[Part, ...]
+    frame: tuple[int, int]
+    picture: float
+    fixed: int
+    free: int
+    largest_batch: int
+
+
+def estimate(recipe: config.Recipe) -> Estimate:
+    """Run forward and backward on the first training pictures and count; nothing is trained and nothing written.
+
+    Memory is counted from the tensors that operators give and that are still alive. What an operator needs within
+    itself, and what the allocator loses, comes on top; the largest batch leaves room for it.
+
+    Args:
+        recipe: As `distill` takes it; the teacher's weights may be missing.
+
+    Raises:
+        AcamkdError: The recipe cannot be distilled.
+    """
+    if recipe.teacher is None or not recipe.losses:
+        raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section and `losses` to distil")
+    pictures = data.build(recipe.data, recipe.task, "train", seed=recipe.train.seed, augment=True)
+    student = build_network(recipe, recipe.student, pictures.classes)
+    teacher = build_network(recipe, recipe.teacher, pictures.classes, teacher=True)
+    loader = data.loader(pictures, min(PICTURES, len(pictures)), 0, shuffle=True, seed=recipe.train.seed)
+    with measuring(student, teacher, [uncalibrated(entry) for entry in recipe.losses]) as distiller:
+        batch = next(prepared(student, loader))
+        free = free_memory(batch.pixels.device)
+        looked = measured(lambda: distiller.teacher_maps(batch))
+        alone = step_of(Distiller(distiller.student), batch)
+        whole = step_of(distiller, batch, unlabelled=recipe.data.unlabelled is not None)
+        fusions = nn.ModuleList(module for module in distiller.losses.modules() if isinstance(module, STCAFF))
+        fusing = _fusing(fusions, distiller, batch) if fusions else (0.0, 0)
+    count = len(batch.sizes)
+    sizes = [_size(module) for module in (teacher.net, student.net, distiller.losses)]
+    rows = [
+        ("teacher", sizes[0], *looked),
+        ("student", sizes[1], *alone),
+        ("losses", sizes[2], whole[0] - looked[0] - alone[0], whole[1] - alone[1]),
+    ]
+    if fusions:
+        rows.append(("attention", _size(fusions), *fusing))
+    trained = 4 * (1 + STATES[recipe.train.optimizer.name]) * _size(distiller, trained=True)
+    return Estimate(
+        parts=tuple(Part(name, size, flops / count, bytes_ / count) for name, size, flops, bytes_ in rows),
+        frame=batch.input_size,
+        picture=whole[1] / count,
+        fixed=4 * sum(sizes) + trained,
+        free=free,
+        largest_batch=max(0, int((free - trained) // (WORKSPACE * whole[1] / count))),
+    )
+
+
+def step_of(distiller: Distiller, batch: Batch, *, unlabelled: bool = False) -> tuple[float, int]:
+    """GFLOPs and peak bytes of forward and backward, without the gradients, which are dropped as they come.
+
+    With `unlabelled` the pictures are distilled once more without their targets, as many unlabelled ones would be.
+    """
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    def run() -> None:
+        terms = list(distiller(batch).values())
+        if unlabelled:
+            terms += distiller(replace(batch, targets=None), labelled=False).values()
+        torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
+
+    with ExitStack() as stack:
+        for parameter in distiller.parameters():
+            if parameter.requires_grad:
+                stack.callback(parameter.register_post_accumulate_grad_hook(drop).remove)  # type: ignore[no-untyped-call]
+        return measured(run)
+
+
+def _fusing(fusions: nn.ModuleList, distiller: Distiller, batch: Batch) -> tuple[float, int]:
+    """GFLOPs and peak bytes of the fusions of one step, forward and backward, by themselves."""
+    calls: list[tuple[nn.Module, list[Tensor]]] = []  # one fusion may be called twice: masks that learn by the teacher
+
+    def note(fusion: nn.Module, maps: tuple[Tensor, ...]) -> None:
+        calls.append((fusion, [x.detach().requires_grad_(x.requires_grad) for x in maps]))
+
+    with ExitStack() as stack:
+        for fusion in fusions:
+            stack.callback(fusion.register_forward_pre_hook(note).remove)
+        distiller(batch)
+
+    def run() -> None:
+        read = [x.sum() for fusion, maps in calls for x in fusion(*maps)]
+        total = torch.stack(read).sum()
+        if total.requires_grad:  # not where the masks are frozen
+            total.backward()  # type: ignore[no-untyped-call]
+
+    return measured(run)
+
+
+def measured(call: Callable[[], object]) -> tuple[float, int]:
+    """GFLOPs and peak bytes of a call."""
+    with flop_counter() as counter, LiveMemory() as memory:
+        call()
+    return counter.get_total_flops() / 1e9, memory.peak
+
+
+class LiveMemory(TorchDispatchMode):
+    """Within, sums up the bytes of what operators give, for as long as they are alive; `peak` is the largest sum."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = self._alive = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {storage.data_ptr() for storage in _storages((args, kwargs))}
+        for storage in _storages(result):
+            if storage.data_ptr() not in given:  # neither a view nor in place
+                given.add(storage.data_ptr())
+                self._change(storage.nbytes())
+                weakref.finalize(storage, self._change, -storage.nbytes())
+        return result
+
+    def _change(self, bytes_: int) -> None:
+        self._alive += bytes_
+        self.peak = max(self.peak, self._alive)
+
+
+def _storages(values: Any) -> Iterable[torch.UntypedStorage]:
+    return [x.untyped_storage() for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def _size(module: nn.Module, *, trained: bool = False) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not trained)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a device can still give; of the CPU's memory also what the system could reclaim.
+
+    Raises:
+        AcamkdError: The system does not say.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError as error:
+        raise AcamkdError(f"how much memory is free can be read on Linux alone, or of a GPU: {error}") from error
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))

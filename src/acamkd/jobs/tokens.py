@@ -1,0 +1,210 @@
+"""Learn receptive tokens on a frozen teacher: the first stage of MasKD, of FreeKD and of ACAM with fixed masks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from acamkd import config
+from acamkd.data.dataset import seed_of
+from acamkd.distillation.auto_weight import uncalibrated
+from acamkd.distillation.build import build_distiller, quietly
+from acamkd.distillation.distiller import Distiller
+from acamkd.distillation.taps import FeatureTap
+from acamkd.engine.metrics import METRICS, score
+from acamkd.engine.runs import default_folder
+from acamkd.errors import AcamkdError
+from acamkd.jobs.setup import Batches, build_network, teacher_section
+from acamkd.losses.acam.acam import ACAM, ASCM
+from acamkd.losses.freekd import FrequencyTokens
+from acamkd.losses.maskd import TokenMasks
+from acamkd.models.base import TaskModel, moved
+from acamkd.models.weights import save_tensors
+
+log = logging.getLogger(__name__)
+
+TokenModule: TypeAlias = TokenMasks | FrequencyTokens | ASCM
+"""What learns; `masked(x)` gives the map that the teacher goes on with, and the overlap of the masks."""
+
+WEIGHT_DECAY = 1e-3
+LAST_LR = 1e-6
+REPORTS = 10
+
+
+def learn_tokens(
+    recipe: config.Recipe,
+    *,
+    out: Path | None = None,
+    iterations: int = 2000,
+    lr: float = 0.01,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Learn the tokens of every loss of a recipe that has some: maskd, freekd, and acam with mask_source: fixed.
+
+    At every tapped layer the teacher goes on with its masked features. The tokens minimise the teacher's own loss on
+    them, which keeps up what it needs, plus the Dice overlap of the masks, summed over the layers. The teacher is
+    frozen and in eval mode: gradients run through it, not into it. Adam with weight decay 1e-3 and a cosine to 1e-6,
+    as in MasKD's detection settings.
+
+    Args:
+        recipe: The pairs of its losses say the teacher's layers, their options the number and kind of tokens.
+        out: File to write; `runs/NAME/tokens.safetensors` where not given. `losses.N.tokens` takes it.
+        iterations: Number of batches.
+        lr: Learning rate at the start.
+        overwrite: Replace the file.
+
+    Returns:
+        `task` and `dice`, the two parts of the objective by iteration; `teacher` and `masked_teacher`, the scores on
+        the validation pictures without and with the masks: tokens are good where the second keeps up with the first.
+
+    Raises:
+        AcamkdError: Something that was given cannot be used, or the objective is not finite; nothing is written then.
+    """
+    path = out or default_folder(recipe, "tokens.safetensors")
+    _check_file(path, overwrite)
+    if recipe.teacher is None:
+        raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
+    batches = Batches(recipe)
+    teacher = build_network(recipe, teacher_section(recipe), batches.classes, teacher=True)
+    if teacher.num_classes != len(batches.classes):
+        raise AcamkdError("tokens learn from the teacher's own loss, which a teacher with other classes does not have")
+    # The student only shapes the batches and the pairs here.
+    blank = recipe.student.model_copy(update={"weights": None, "backbone_weights": None})
+    student = build_network(recipe, blank, batches.classes)
+    entries = [
+        entry.model_copy(update={"tokens": None}) if "tokens" in entry.options else entry
+        for entry in map(uncalibrated, recipe.losses)
+    ]
+    torch.manual_seed(recipe.train.seed)
+    with quietly():
+        distiller = build_distiller(student, teacher, entries)
+    modules = _token_modules(distiller, recipe.name)
+    batches.check()
+    distiller.to("cuda" if torch.cuda.is_available() else "cpu")
+    courses = _learn(distiller, modules, batches, iterations, lr)
+    scores = {
+        "teacher": score(teacher, batches.val, batches.scorer),
+        "masked_teacher": _score_masked(teacher, modules, batches),
+    }
+    metric = METRICS[recipe.task]
+    log.info("%s of the teacher: %.2f, with masked features: %.2f",
+             metric, scores["teacher"][metric], scores["masked_teacher"][metric])  # fmt: skip
+    _save(modules, path)
+    log.info("%s: tokens of %s; distil with --set losses.N.tokens=%s", path, ", ".join(modules), path)
+    return {**courses, **scores}
+
+
+def _check_file(path: Path, overwrite: bool) -> None:
+    """Raise AcamkdError, before anything is learnt, if the file cannot be written."""
+    if path.suffix != ".safetensors":
+        raise AcamkdError(f"tokens are written as safetensors: name a file .safetensors, not {path}")
+    if path.exists() and not overwrite:
+        raise AcamkdError(f"{path} exists: --overwrite replaces it, --out FILE writes elsewhere")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise AcamkdError(f"{path} cannot be written, since {above} cannot: --out FILE writes elsewhere")
+
+
+def _token_modules(distiller: Distiller, name: str) -> dict[str, TokenModule]:
+    """What learns, by the teacher's layer."""
+    modules: dict[str, TokenModule] = {}
+    for pair, loss in zip(distiller.pairs, distiller.losses, strict=True):
+        if isinstance(loss, ACAM):
+            module = loss.selection if loss.mask_source == "fixed" else None
+        else:
+            module = getattr(loss, "token_module", None)
+        if pair is None or module is None:
+            continue
+        if pair[1] in modules:
+            raise AcamkdError(f"two losses learn tokens at the teacher's layer {pair[1]}: keep one of them at a time")
+        modules[pair[1]] = module.requires_grad_(True)
+    if not modules:
+        raise AcamkdError(
+            f"no loss of the recipe {name} learns tokens: give it maskd, freekd, or acam with mask_source: fixed"
+        )
+    return modules
+
+
+def _learn(
+    distiller: Distiller, modules: Mapping[str, TokenModule], batches: Batches, iterations: int, lr: float
+) -> dict[str, list[float]]:
+    """Move the tokens; returns both parts of the objective by iteration."""
+    student, teacher, seed = distiller.student, distiller.teacher, batches.resolved.train.seed
+    optimizer = torch.optim.Adam(
+        [parameter for module in modules.values() for parameter in module.parameters()],
+        lr=lr,
+        weight_decay=WEIGHT_DECAY,
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=iterations, eta_min=LAST_LR)
+    courses: dict[str, list[float]] = {"task": [], "dice": []}
+    started = time.monotonic()
+    for done, (images, targets) in enumerate(islice(_endless(batches), iterations), start=1):
+        torch.manual_seed(seed_of(seed, "tokens", done))  # Faster R-CNN samples within its loss
+        batch = student.prepare(*moved(images, targets, student.mean.device))
+        with _masked(teacher, modules) as overlaps:
+            task = torch.stack(list(teacher.loss(teacher(batch), batch).values())).sum()
+        dice = torch.stack(overlaps).sum()
+        for name, term in (("task", task), ("dice", dice)):
+            if not term.isfinite():
+                raise AcamkdError(f"iteration {done}: the {name} loss of the tokens is {term.item()}: lower --lr")
+            courses[name].append(term.item())
+        optimizer.zero_grad()
+        (task + dice).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        window = max(1, iterations // REPORTS)
+        if done % window == 0 or done == iterations:
+            means = [sum(course[-window:]) / len(course[-window:]) for course in courses.values()]
+            left = timedelta(seconds=round((time.monotonic() - started) / done * (iterations - done)))
+            log.info("iteration %d/%d, task loss %.3f, dice %.3f, %s left", done, iterations, *means, left)
+    return courses
+
+
+def _endless(batches: Batches) -> Iterator[Any]:
+    """Training batches, epoch after epoch."""
+    sampler: Any = batches.train.sampler
+    for epoch in count():
+        sampler.set_epoch(epoch)
+        yield from batches.train
+
+
+@contextmanager
+def _masked(teacher: TaskModel, modules: Mapping[str, TokenModule]) -> Iterator[list[Tensor]]:
+    """Within, one forward of the teacher runs on masked features; yields the list that the masks' overlaps go to."""
+    overlaps: list[Tensor] = []
+
+    def edit(name: str, x: Tensor) -> Tensor:
+        masked, overlap = modules[name].masked(x)
+        overlaps.append(overlap)
+        return masked
+
+    with FeatureTap(teacher.net, list(modules), edit=edit):
+        yield overlaps
+
+
+@torch.no_grad()
+def _score_masked(teacher: TaskModel, modules: Mapping[str, TokenModule], batches: Batches) -> dict[str, float]:
+    device = teacher.mean.device
+    for images, targets in batches.val:
+        pictures, truths = moved(images, targets, device)
+        with _masked(teacher, modules):
+            predictions = teacher.predict(pictures)
+        batches.scorer.update(predictions, truths)
+    return batches.scorer.compute()
+
+
+def _save(modules: Mapping[str, TokenModule], path: Path) -> None:
+    """Write `LAYER/NAME` tensors; the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    named = ((layer, module.state_dict()) for layer, module in modules.items())
+    save_tensors({f"{layer}/{name}": tensor for layer, state in named for name, tensor in state.items()}, path)

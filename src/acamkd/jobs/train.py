@@ -1,0 +1,280 @@
+"""The main jobs: train a network without distillation, or distill a student from a teacher."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import platform
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from acamkd import __version__, config, data, models
+from acamkd.distillation.auto_weight import adopt, calibrate, tried
+from acamkd.distillation.build import build_distiller
+from acamkd.distillation.distiller import Distiller
+from acamkd.engine.metrics import METRICS, score
+from acamkd.engine.runs import TERMINATED
+from acamkd.engine.trainer import Recorder, build_trainer
+from acamkd.engine.mask_history import Replay
+from acamkd.engine.module import TrainingModule
+from acamkd.engine.checkpoint import find_checkpoint
+from acamkd.engine.runs import LOG, RECIPE, Role, Run, default_folder, is_first_process
+from acamkd.errors import AcamkdError
+from acamkd.jobs.setup import Batches, _with_colours, build_network, teacher_section
+from acamkd.models.base import TaskModel
+from acamkd.report.run import write_report
+
+log = logging.getLogger(__name__)
+
+LIBRARIES = ("torch", "torchvision", "lightning", "timm", "segmentation-models-pytorch")
+
+
+def train(
+    recipe: config.Recipe | Path | str,
+    role: Role = "student",
+    *,
+    out: Path | str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Run:
+    """Train one network of a recipe without distillation.
+
+    Args:
+        recipe: What to train on what, or the YAML file that says it.
+        role: `student`, or `teacher`, where `distill` then finds it.
+        out: Run folder; `runs/NAME/alone` or `runs/NAME/teacher` where not given.
+        resume: Continue the run that the folder holds.
+        overwrite: Replace it.
+
+    Returns:
+        The run, with its `metrics` and `load()`.
+
+    Raises:
+        AcamkdError: Something that was given cannot be used; nothing is written then.
+    """
+    recipe = _loaded(recipe)
+    section = recipe.teacher if role == "teacher" else recipe.student
+    if section is None:
+        raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
+    if section.num_classes is not None:
+        raise AcamkdError("teacher.num_classes: a teacher with classes of its own cannot be trained on these pictures")
+    folder = Path(out) if out else default_folder(recipe, "teacher" if role == "teacher" else "alone")
+    if is_first_process():  # before minutes of looking at pictures
+        Run(folder, recipe, role).check_free(resume=resume, overwrite=overwrite)
+    batches = Batches(recipe)
+    if recipe.data.unlabelled is not None:
+        log.info("data.unlabelled is not used: only a distillation learns from unlabelled pictures")
+    model = build_network(recipe, section, batches.classes)
+    # Only what the run depends on, so that --resume tells it from a distillation.
+    used: dict[str, Any] = {"losses": ()}
+    inherited = None
+    if role == "student" and recipe.student.inherit:  # as the distilled student does, which is compared with this one
+        used["teacher"] = teacher_section(recipe)
+        teacher = build_network(recipe, used["teacher"], batches.classes, teacher=True)
+        models.inherit(model, teacher, recipe.student.inherit)
+        inherited = _hash(teacher.net)
+    elif role == "student":
+        used["teacher"] = None
+    used[role] = _with_colours(section, model)
+    batches.check()
+    run = Run(folder, batches.resolved.model_copy(update=used), role)
+    return _fit(run, Distiller(model), batches, resume=resume, overwrite=overwrite, inherited=inherited)
+
+
+def distill(
+    recipe: config.Recipe | Path | str,
+    *,
+    out: Path | str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Run:
+    """Train a recipe's student with its losses against its teacher.
+
+    The teacher's weights are the recipe's `teacher.weights`, or what `train(recipe, "teacher")` left behind. It is
+    scored on the validation pictures before the first epoch.
+
+    Args, returns and raises: as `train`; the run folder is `runs/NAME/distilled` where not given.
+    """
+    recipe = _loaded(recipe)
+    if recipe.teacher is None or not recipe.losses:
+        raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section and `losses` to distil")
+    folder, losses = Path(out) if out else default_folder(recipe, "distilled"), recipe.losses
+    if is_first_process():
+        Run(folder, recipe, "student").check_free(resume=resume, overwrite=overwrite)
+    batches = Batches(recipe, with_unlabelled=True)
+    section = teacher_section(recipe)
+    teacher = build_network(recipe, section, batches.classes, teacher=True)
+    student = build_network(recipe, recipe.student, batches.classes)
+    if recipe.student.inherit:
+        models.inherit(student, teacher, recipe.student.inherit)
+    trial = tried(student, teacher, losses)
+    if batches.unlabelled is not None:
+        trial.check_unlabelled()
+    batches.check()
+    if resume and (folder / RECIPE).is_file():
+        losses = adopt(losses, config.load(folder / RECIPE).losses)
+    if torch.cuda.is_available():  # each process of a launcher measures on a device of its own
+        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    with data.naming_pictures(batches.train):
+        losses = calibrate(student, teacher, losses, batches.train)
+    distiller = build_distiller(student, teacher, losses)
+    used = {"teacher": section, "student": _with_colours(recipe.student, student), "losses": losses}
+    run = Run(folder, batches.resolved.model_copy(update=used), "student")
+    return _fit(run, distiller, batches, resume=resume, overwrite=overwrite)
+
+
+def _loaded(recipe: config.Recipe | Path | str) -> config.Recipe:
+    return recipe if isinstance(recipe, config.Recipe) else config.load(Path(recipe))
+
+
+def _score_teacher(teacher: TaskModel, batches: Batches) -> dict[str, float]:
+    metric = METRICS[batches.resolved.task]
+    if teacher.num_classes != len(batches.classes):
+        log.info("the teacher has %d classes of its own, the data %d: it is not scored, and only features are compared",
+                 teacher.num_classes, len(batches.classes))  # fmt: skip
+        return {metric: math.nan}
+    log.info("scoring the teacher on the validation pictures")
+    scores = score(teacher, batches.val, batches.scorer)
+    log.info("teacher: %s %.2f", metric, scores[metric])
+    # One class everywhere comes to no more; of a detector less than a point is nothing.
+    if scores[metric] <= (1.0 if teacher.task == "detection" else 100 / teacher.num_classes):
+        log.warning("that teacher has next to nothing to teach: acamkd doctor RECIPE examines it")
+    return scores
+
+
+def _fit(
+    run: Run, distiller: Distiller, batches: Batches, *, resume: bool, overwrite: bool, inherited: str | None = None
+) -> Run:
+    """Train into the run folder; `inherited` is the hash of a teacher that only the student's first weights are of."""
+    recipe, metric = run.recipe, METRICS[run.recipe.task]
+    recorder = Recorder(run.folder, run.weights.name, metric)
+    watching = [Replay(run.folder, batches.splits["val"])] if distiller.losses else []
+    trainer = build_trainer(recipe.train, recorder, progress=sys.stdout.isatty(), callbacks=watching)
+    is_first = trainer.is_global_zero  # of several processes, it alone writes and speaks
+    others = nullcontext(resume and run.has_checkpoint)
+    entered = run.entered(resume=resume, overwrite=overwrite) if is_first else others
+    with entered as goes_on, _log_file(run.folder / LOG, is_first), _explaining(run.folder):
+        if resume and run.has_ended and (goes_on or run.weights.is_file()):
+            log.info("%s: all epochs are done already", run.folder)
+            if not goes_on:  # its checkpoints were deleted
+                return run
+        if resume and not goes_on:
+            log.warning("%s has no finished epoch to resume from: it starts anew", run.folder)
+        checkpoint = find_checkpoint(run.folder) if goes_on else None
+        taught_by: dict[str, Any] = {"inherited_sha256": inherited} if inherited else {}
+        if distiller.losses:
+            with data.naming_pictures(batches.val):
+                scores = _score_teacher(distiller.teacher.to(trainer.strategy.root_device), batches)
+            taught_by = {"teacher": scores, "teacher_sha256": _hash(distiller.teacher.net)}
+        torch.manual_seed(recipe.train.seed)
+        module = TrainingModule(distiller, recipe.train, batches.scorer)
+        with data.naming_pictures(batches.mixed, batches.val), _stopping(run.folder, recorder, recipe.train.epochs):
+            trainer.fit(module, batches.mixed, batches.val, ckpt_path=checkpoint)
+        if distiller.losses and _hash(distiller.teacher.net) != taught_by["teacher_sha256"]:
+            raise RuntimeError("the teacher changed during training")
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()  # what follows is for the first process alone
+        if not is_first:
+            return run
+        metrics = {
+            "task": recipe.task,
+            "metric": metric,
+            "best_epoch": recorder.best_epoch,
+            run.role: recorder.best,
+            **taught_by,
+            "parameters": count_parameters(distiller.student.net),
+            "seconds": round(recorder.seconds, 1),
+            "seed": recipe.train.seed,
+            "data": batches.fingerprint,
+            "device": str(trainer.strategy.root_device),  # the network is back on the CPU
+            "processes": trainer.world_size,
+            "machine": _machine(),
+            "versions": {"acamkd": __version__, **{name: version(name) for name in LIBRARIES}},
+        }
+        run.write_metrics(metrics)
+        log.info("%s: best %s %.2f at epoch %d, in %s",
+                 run.folder, metric, recorder.best[metric], recorder.best_epoch, run.weights.name)  # fmt: skip
+        write_report(run)
+        return run
+
+
+@contextmanager
+def _log_file(file: Path, is_first: bool) -> Iterator[None]:
+    """Write what the package says into a file too; of several processes only the first one speaks."""
+    handler = logging.FileHandler(file, encoding="utf-8") if is_first else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    package = logging.getLogger("acamkd")
+    level = package.level
+    # The file is to be complete, whatever a program around this wants on its screen.
+    package.setLevel(logging.INFO if is_first else logging.ERROR)
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+        handler.close()
+
+
+@contextmanager
+def _explaining(folder: Path) -> Iterator[None]:
+    """Say of a full disk, or of pictures that have gone, what is to be done."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).rstrip().splitlines()[-1]  # a loading process sends a whole traceback
+        raise AcamkdError(
+            f"{folder}: the training stopped: {reason}; once that is mended, --resume goes on from the last checkpoint"
+        ) from error
+
+
+@contextmanager
+def _stopping(folder: Path, recorder: Recorder, epochs: int) -> Iterator[None]:
+    """Say where `--resume` goes on when a signal ends the training within."""
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as end:
+        if end.code == TERMINATED:
+            log.warning("%s: terminated; --resume goes on at step %d", folder, recorder.step)
+            raise
+        # Lightning's answer to Ctrl-C, which it ignores from then on.
+        signal.signal(signal.SIGINT, on_interrupt)
+        done = len(recorder.history)
+        log.warning(
+            "%s: interrupted after epoch %d of %d; --resume goes on at the last checkpoint", folder, done, epochs
+        )
+        raise KeyboardInterrupt from None
+
+
+def count_parameters(net: nn.Module) -> int:
+    """Number of parameters of a network."""
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def _machine() -> str:
+    """What a CPU's rounding depends on: its kind, the instructions that torch uses, and the number of threads."""
+    threads = torch.get_num_threads()
+    kind, instructions = platform.processor() or platform.machine(), torch.backends.cpu.get_cpu_capability()
+    return f"{kind}, {instructions}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _hash(net: nn.Module) -> str:
+    """sha256 of every tensor of a network, buffers included."""
+    digest = hashlib.sha256()
+    tensors: dict[str, Tensor] = net.state_dict()
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,215 @@
+"""Two processes on the CPU, with the environment that torchrun gives them, against one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import tiny
+from acamkd import config, models
+from acamkd.data.loading import Pictures
+from acamkd.data.scenes import CLASSES, write_scenes
+from acamkd.engine.runs import TERMINATED
+from acamkd.engine.module import TrainingModule
+from acamkd.engine.runs import open_run
+from acamkd.errors import AcamkdError
+from acamkd.jobs.compare.compare import run_cell
+from acamkd.jobs.compare.trials import plan
+from acamkd.jobs.evaluate import evaluate
+from acamkd.jobs.setup import build_network
+from acamkd.jobs.train import distill
+from acamkd.models.base import Task
+
+PAIRS = {"detection": "backbone:*", "segmentation": "segmentation_head.0"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _comparable() -> Iterator[None]:
+    """Batch norm's statistics are the only part of these networks that couples the pictures of a batch."""
+    norm = nn.modules.batchnorm._BatchNorm
+    initialise = norm.__init__
+
+    def frozen(self: Any, *args: Any, **options: Any) -> None:
+        initialise(self, *args, **options)
+        self.training = False
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(norm, "__init__", frozen)
+        patch.setattr(norm, "train", lambda self, mode=True: nn.Module.train(self, False))
+        patch.setattr("acamkd.jobs.train.write_report", lambda run: None)
+        yield
+
+
+@pytest.fixture(scope="module", params=["detection", "segmentation"])
+def raw(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A recipe of 4 steps over 8 pictures, 4 at a time; 3 validation pictures are no equal shares of 2."""
+    task: Task = request.param
+    root = tmp_path_factory.mktemp(task)
+    write_scenes(root, train=8, val=3, size=(64, 64), seed=0, task=task)
+    optimizer = {"name": "sgd", "lr": 0.01}
+    raw = tiny.raw_recipe(root, task, batch_size=4, optimizer=optimizer, schedule={"name": "constant"})
+    if task == "segmentation":
+        raw["student"]["options"]["decoder_dropout"] = 0.0
+    torch.manual_seed(1)
+    teacher = models.build(config.Model(**raw["student"]), task, len(CLASSES) + (task == "segmentation"))
+    models.save_weights(teacher.net, root / "teacher.safetensors")
+    raw["teacher"] = {**raw["student"], "weights": str(root / "teacher.safetensors")}
+    # Standardised channels would couple the pictures of a batch, too.
+    raw["losses"] = [{"name": "acam", "pairs": [PAIRS[task]], "num_masks": 2, "imitation": "squared"}]
+    return raw
+
+
+def _torchrun(rank: int, port: int) -> dict[str, Any]:
+    return {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}  # fmt: skip
+
+
+def _slurm(rank: int, port: int) -> dict[str, Any]:
+    return {"SLURM_NTASKS": 2, "SLURM_NTASKS_PER_NODE": 2, "SLURM_JOB_NAME": "test", "SLURM_JOB_ID": 1,
+            "SLURM_PROCID": rank, "SLURM_NODEID": 0, "SLURM_LOCALID": rank, "SLURM_NODELIST": "localhost",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+
+
+Launcher = Callable[[int, int], dict[str, Any]]
+
+
+def _together(run: Callable[[int], object], launcher: Launcher = _torchrun) -> list[int]:
+    """Exit codes of two processes that do this with their rank, in the environment that a launcher gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in (0, 1):
+        child = os.fork()  # new interpreters would spend their time on imports
+        if child:
+            children.append(child)
+            continue
+        os.environ.update({name: str(value) for name, value in launcher(rank, port).items()})
+        code: Any = 1
+        try:
+            # torch renews its pool of threads at the first use after a fork, which two threads at once must not do.
+            torch.set_num_threads(torch.get_num_threads())
+            run(rank)
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def _shared(raw: dict[str, Any], **train: Any) -> config.Recipe:
+    """The recipe for two processes with the same pictures in each step."""
+    return config.parse({**raw, "train": {**raw["train"], "batch_size": 2, "devices": 2, **train}})
+
+
+def test_two_processes_do_what_one_does(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when they are ended in the middle of an epoch, and go on."""
+    distill(config.parse(raw), out=tmp_path / "one")
+    recipe = _shared(raw)
+    original = TrainingModule.training_step
+
+    def ended(self: TrainingModule, batch: Pictures, batch_idx: int) -> Tensor:
+        if self.global_rank == 1 and self.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(TrainingModule, "training_step", ended)
+    assert _together(lambda rank: distill(recipe, out=tmp_path / "two")) == [TERMINATED, TERMINATED]
+    assert torch.load(tmp_path / "two/last.ckpt", weights_only=True)["global_step"] == 3  # of 2 in each epoch
+    monkeypatch.undo()
+    assert _together(lambda rank: distill(recipe, out=tmp_path / "two", resume=True)) == [0, 0]
+    one, two = (load_file(tmp_path / name / "student.safetensors") for name in ("one", "two"))
+    classes = config.load(tmp_path / "one/recipe.yaml").data.classes
+    start = build_network(recipe, recipe.student, classes or ()).net.state_dict()
+    assert max((one[name] - start[name]).abs().max() for name in one) > 1e-3
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
+    histories = [tiny.rows(tmp_path / name / "history.csv") for name in ("one", "two")]
+    for alone, together in zip(*histories, strict=True):
+        for name in alone:
+            if name.startswith(("loss", "step")) or name.endswith("_mask"):  # means over all processes
+                assert float(together[name]) == pytest.approx(float(alone[name]), abs=1e-4, rel=1e-4), name
+    metrics = json.loads((tmp_path / "two/metrics.json").read_text())
+    assert metrics["processes"] == 2
+    scores = evaluate(open_run(tmp_path / "two", ["train.devices=1"]))  # in this process alone
+    assert {k: v for k, v in metrics["student"].items() if v is not None} == {k: v for k, v in scores.items() if v == v}
+
+
+def test_processes_agree(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On `weight: auto`, on a loss that stops, and where one of them is asked to end, which alone has bad pictures."""
+    raw = {**raw, "losses": [{**raw["losses"][0], "weight": "auto", "stop_epoch": 1}]}
+    recipe = _shared(raw, epochs=3, on_nonfinite="skip")
+    original = TrainingModule.training_step
+
+    def disturbed(self: TrainingModule, batch: Pictures, batch_idx: int) -> Tensor:
+        loss = original(self, batch, batch_idx)
+        if self.global_step == 0:
+            (tmp_path / f"weight-{self.global_rank}").write_text(str(self.distiller.losses[0].weight))
+        if self.global_rank == 1 and self.global_step == 3:
+            self.faults.append("test")
+            return loss * torch.nan
+        if self.global_rank == 1 and self.global_step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    monkeypatch.setattr(TrainingModule, "training_step", disturbed)
+    assert _together(lambda rank: distill(recipe, out=tmp_path / "run")) == [TERMINATED, TERMINATED]
+    assert (tmp_path / "weight-0").read_text() == (tmp_path / "weight-1").read_text() != "1.0"
+    checkpoint = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 5
+    assert all(tensor.isfinite().all() for tensor in checkpoint["state_dict"].values())
+    assert {file.name for file in (tmp_path / "run/nonfinite").iterdir()} == {
+        "step-3-process-0.pt", "step-3-process-1.pt",
+    }  # fmt: skip
+    log = (tmp_path / "run/log.txt").read_text()
+    assert log.count("the step is left out, 1 so far") == log.count("terminated; --resume goes on at step 5") == 1
+    monkeypatch.undo()
+    assert _together(lambda rank: distill(recipe, out=tmp_path / "run", resume=True)) == [0, 0]
+    history = tiny.rows(tmp_path / "run/history.csv")
+    assert [row["step"] for row in history] == ["2", "4", "6"]
+    spatial = next(name for name in history[0] if name.endswith("/acam/spatial"))
+    assert [bool(row[spatial]) for row in history] == [True, False, False]  # an epoch is 2 steps of each process
+
+
+def test_too_few_pictures_for_so_many_processes_are_one_message(raw: dict[str, Any], tmp_path: Path) -> None:
+    recipe = _shared(raw, epochs=1, batch_size=5)
+
+    def refused(rank: int) -> None:
+        with pytest.raises(AcamkdError, match="do not make one batch of 5 for each of 2 processes: lower"):
+            distill(recipe, out=tmp_path / "run")
+
+    assert _together(refused) == [0, 0]
+
+
+def test_slurm_is_recognised(raw: dict[str, Any], tmp_path: Path) -> None:
+    recipe = _shared(raw, epochs=1)
+    assert _together(lambda rank: distill(recipe, out=tmp_path / "run"), _slurm) == [0, 0]
+    assert open_run(tmp_path / "run").metrics["processes"] == 2
+
+
+def test_a_cell_of_two_processes_is_one(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cells = plan(_shared(raw, epochs=1), ["acam"], 1, tmp_path / "results")
+    assert _together(lambda rank: run_cell(cells, 1, tmp_path / "results")) == [0, 0]
+    assert cells[1].read(tmp_path / "results") is not None
+
+
+def test_devices_that_are_not_there_are_one_message(raw: dict[str, Any], tmp_path: Path) -> None:
+    train = {**raw["train"], "accelerator": "gpu", "devices": 64}
+    with pytest.raises(AcamkdError, match=r"train: this machine, or what launched it, cannot run accelerator"):
+        distill(config.parse({**raw, "train": train}), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

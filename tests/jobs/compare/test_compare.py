@@ -1,0 +1,426 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tiny
+from acamkd import cli, config
+from acamkd.distillation.methods import options
+from acamkd.errors import AcamkdError
+from acamkd.jobs.compare import compare
+from acamkd.jobs.compare.compare import run_cell, run_cells, tabulate
+from acamkd.jobs.compare.trials import Cell, plan
+from acamkd.jobs.setup import Batches
+from tiny_recipes import fake, write_recipe
+
+METHODS = {"acam": {"losses.0.name": "acam", "losses.0.num_masks": 2}, "longer": {"losses": [], "train.epochs": 2}}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return write_recipe(tmp_path, "segmentation", compare={"methods": METHODS})
+
+
+def names(cells: list[Cell]) -> list[str]:
+    return [cell.name for cell in cells]
+
+
+def test_a_plan_goes_seed_by_seed_with_the_student_alone(recipe: Path, tmp_path: Path) -> None:
+    cells = plan(config.load(recipe), ["acam", "cwd", "acam", "longer"], 2, tmp_path)
+    assert names(cells) == [
+        "none-seed0", "acam-seed0", "cwd-seed0", "longer-seed0",
+        "none-seed1", "acam-seed1", "cwd-seed1", "longer-seed1",
+    ]  # fmt: skip
+    none, acam, cwd, longer = (cell.recipe for cell in cells[:4])
+    assert none.losses == ()
+    assert acam.losses[0].options == {"num_masks": 2}
+    assert (cwd.losses[0].name, cwd.losses[0].options, cwd.losses[0].pairs) == ("cwd", {}, ("segmentation_head.0",))
+    assert longer.losses == ()
+    assert longer.train.epochs == 2
+    with pytest.raises(AcamkdError, match=r"there is no method 'akam' to compare; .*acam"):
+        plan(config.load(recipe), ["akam"], 1, tmp_path)
+    with pytest.raises(AcamkdError, match=r"train\.epoch: unknown key"):
+        plan(config.load(recipe, ["compare.methods={x: {train.epoch: 3}}"]), ["x"], 1, tmp_path)
+
+
+def test_a_cell_knows_what_its_outcome_depends_on(recipe: Path, tmp_path: Path) -> None:
+    def key(*overrides: str) -> str:
+        return plan(config.load(recipe, overrides), ["acam"], 1, tmp_path)[1].key
+
+    same = ["data.root=/elsewhere", "data.workers=3", "train.seed=5", "teacher.weights=other.safetensors", "name=x",
+            "compare.methods.other={losses: []}", "student.backbone_weights=null", "train.devices=2"]  # fmt: skip
+    assert {key(), *map(key, same)} == {key()}
+    more = "compare.methods.acam={losses.0.name: acam, losses.0.num_masks: 3}"
+    for change in ("train.epochs=3", more, "student.options={}", "data.resize=[32, 32]"):
+        assert key(change) != key(), change
+    fixed = "compare.methods.acam={{losses.0.name: acam, losses.0.mask_source: fixed, losses.0.tokens: {}}}"
+    for override in ("student.backbone_weights={}", "student.weights={}", fixed):
+        files = [key(override.format(f"{name}.safetensors")) for name in ("a/lite0", "b/lite0", "b/lite1")]
+        assert files[0] == files[1] != files[2]
+        assert key() not in files
+
+
+def test_tuning_comes_first_and_decides(recipe: Path, tmp_path: Path) -> None:
+    tuned = config.load(recipe, ["compare.tune={option: weight, values: [0.5, 2], seeds: 2}"])
+    results = tmp_path / "results"
+    cells = plan(tuned, ["acam"], 1, results)
+    assert names(cells) == [
+        "acam-0.5-seed1000", "acam-0.5-seed1001", "acam-2-seed1000", "acam-2-seed1001", "none-seed0", "acam-seed0",
+    ]  # fmt: skip
+    with pytest.raises(AcamkdError, match=r"acam-seed0 needs the tuning .* missing: acam-0\.5-seed1000, acam-0"):
+        run_cell(cells, 5, results)
+    for cell, score in zip(cells[:4], (40.0, 44.0, 41.0, 44.0), strict=True):
+        fake(cell, results, score)
+    final = plan(tuned, ["acam"], 1, results)[5]
+    assert (final.setting, final.recipe.losses[0].options["weight"]) == (2.0, 2.0)
+    assert cells[2].recipe.losses[0].options["weight"] == 2.0
+
+
+def test_whole_numbers_tune_options_of_both_kinds(recipe: Path, tmp_path: Path) -> None:
+    def tuned(option: str) -> Cell:
+        loaded = config.load(recipe, [f"compare.tune={{option: {option}, values: [3, 6]}}"])
+        return plan(loaded, ["acam"], 1, tmp_path)[0]
+
+    (loss,) = tuned("num_masks").recipe.losses
+    assert options(loss.name, loss.preset, loss.options) == {"num_masks": 3}
+    (loss,) = tuned("weight").recipe.losses
+    assert options(loss.name, loss.preset, loss.options) == {"num_masks": 2, "weight": 3.0}
+    written = {"losses.0.name": "acam", "losses.0.num_masks": 2, "losses.0.weight": 3.0}
+    by_hand = plan(config.load(recipe, [f"compare.methods.acam={json.dumps(written)}"]), ["acam"], 1, tmp_path)[1]
+    assert tuned("weight").key == by_hand.key
+
+
+def test_the_tables_tell_what_the_tuning_found(recipe: Path, tmp_path: Path) -> None:
+    tuned = config.load(recipe, ["compare.tune={option: weight, values: [0.5, 2, 8], seeds: 2}"])
+    results = tmp_path / "results"
+    scores = {"acam-0.5": 43.0, "acam-2": 41.5, "cwd-0.5": 40.0, "cwd-2": 41.25}
+    for cell in plan(tuned, ["acam", "cwd"], 1, results):
+        name = cell.name.rpartition("-")[0]
+        if cell.tuning and name in scores:
+            fake(cell, results, scores[name] + cell.seed - 1000)
+    for cell in plan(tuned, ["acam", "cwd"], 1, results):
+        if not cell.tuning:
+            fake(cell, results, 40.0, setting=None)  # as if it had been run before the tuning
+    tabulate(tuned, ["acam", "cwd"], 1, results)
+    text = (results / "comparison.md").read_text()
+    assert "mIoU by `weight`; seeds, which the table above does not use: 1000, 1001." in text
+    assert "| method | 0.5 | 2 |\n|---|---|---|\n| `acam` | **43.50** | 42.00 |\n| `cwd` | 40.50 | **41.75** |" in text
+    assert "| `acam` | 0.5 | 1 | 40.00 |" in text
+    tuning = json.loads((results / "comparison.json").read_text())["tuning"]
+    assert tuning == {
+        "option": "weight", "settings": [0.5, 2.0], "seeds": [1000, 1001],
+        "means": {"acam": {"0.5": 43.5, "2.0": 42.0}, "cwd": {"0.5": 40.5, "2.0": 41.75}},
+    }  # fmt: skip
+    page = (results / "comparison.html").read_text(encoding="utf-8")
+    assert '<tr><th scope="row">cwd</th><td>40.50</td><td><b>41.75</b></td></tr>' in page
+    assert "mean over seeds 1000, 1001" in page
+
+
+def test_a_search_that_would_change_nothing_is_refused(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(AcamkdError, match=r"gradient_ratio, which acts only on .*`weight: auto`, and acam has none"):
+        plan(config.load(recipe, ["compare.tune={}"]), ["acam"], 1, tmp_path)
+    assert len(plan(config.load(recipe, ["compare.tune={}", "losses.0.weight=auto"]), ["fitnet"], 1, tmp_path)) == 5
+
+
+@pytest.mark.parametrize("name", ["acam/few", "fitnet,cwd", ""])
+def test_a_methods_name_is_one_that_files_can_have(recipe: Path, name: str) -> None:
+    with pytest.raises(AcamkdError, match=r"compare\.methods.*should match pattern"):
+        config.load(recipe, [f"compare.methods={json.dumps({name: {}})}"])
+
+
+def test_a_stopped_cell_whose_pictures_have_moved_begins_anew(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    results = tmp_path / "results"
+    cell, moved = (
+        plan(config.load(recipe, ["train.epochs=2", *more]), ["acam"], 1, results)[1]
+        for more in ((), (f"data.root={tmp_path / 'moved'}",))
+    )
+    with monkeypatch.context() as patched:
+        tiny.interrupt_at(patched, epoch=1, batch=0)
+        with pytest.raises(KeyboardInterrupt):
+            cell.run(results)
+    shutil.move(cell.recipe.data.root, tmp_path / "moved")
+    assert moved.key == cell.key
+    moved.run(results)
+    assert "acam-seed0: its pictures, teacher or device have moved since it stopped: it begins anew" in caplog.messages
+    assert len(json.loads((results / "acam-seed0.json").read_text())["history"]) == 2
+
+
+def test_a_cell_without_a_score_fails_and_can_be_run_again(recipe: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    cell = plan(config.load(recipe), ["acam"], 1, results)[0]
+    masks = {file: file.read_bytes() for file in (cell.recipe.data.root / "masks/val").iterdir()}
+    for file in masks:
+        Image.fromarray(np.full_like(np.array(Image.open(file)), 255)).save(file)
+    with pytest.raises(AcamkdError, match=r"none-seed0: mIoU has no basis, .* check data\.val and data\.ignore_index"):
+        cell.run(results)
+    assert cell.read(results) is None
+    for file, content in masks.items():
+        file.write_bytes(content)
+    cell.run(results)
+    assert json.loads((results / "none-seed0.json").read_text())["history"][-1] > 0
+
+
+def test_a_comparison_that_is_terminated_ends_its_cells(recipe: Path, tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    script = f"import pathlib, time; pathlib.Path({str(begun)!r}).touch(); time.sleep(60)"
+    started: list[int] = []
+
+    def command(number: int) -> list[str]:
+        started.append(number)
+        threading.Thread(target=end, daemon=True).start()
+        return [sys.executable, "-c", script]
+
+    def end() -> None:
+        while not begun.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    cells = plan(config.load(recipe), ["acam"], 1, tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        run_cells(cells, [0, 1], tmp_path / "results", command, end=None, jobs=1)
+    assert ended.value.code == 143
+    assert started == [0]  # whose process has ended too, as leaving the pool waits for it
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_class_may_be_called_like_a_mask(recipe: Path, tmp_path: Path) -> None:
+    names = ["with_mask", "without_mask", "c", "d", "e", "f"]
+    results = tmp_path / "results"
+    loaded = config.load(recipe, [f"data.classes={json.dumps(names)}"])
+    cells = plan(loaded, ["acam"], 1, results)
+    for number in range(2):
+        run_cell(cells, number, results)
+    content = json.loads((results / "acam-seed0.json").read_text())
+    assert {f"IoU/{name}" for name in names} <= set(content["final"])
+    assert all(name.startswith("segmentation_head.0/acam/") for name in content["masks"])
+    tabulate(loaded, ["acam"], 1, results)
+    assert "| IoU/with_mask |" in (results / "comparison.md").read_text()
+
+
+@pytest.mark.parametrize(("train", "devices", "refused"), [
+    ({"devices": 2, "accelerator": "cpu"}, 0, True),
+    ({"accelerator": "cpu"}, 2, False),
+    ({"accelerator": "auto"}, 2, True),
+    ({"accelerator": "auto", "devices": 1}, 2, False),
+])  # fmt: skip
+def test_a_comparison_of_several_devices_does_not_train_its_teacher(
+    train: dict[str, Any], devices: int, refused: bool, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
+    monkeypatch.setattr("acamkd.jobs.train.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    loaded = config.load(recipe, ["teacher.weights=null", *(f"train.{name}={value}" for name, value in train.items())])
+    with pytest.raises(AcamkdError if refused else KeyboardInterrupt) as caught:
+        compare.compare(loaded, ["acam"], 1, tmp_path / "results", lambda number: [])
+    assert refused == ("with several devices a comparison cannot train it" in str(caught.value))
+
+
+def test_a_cell_is_one_small_file_and_is_not_run_again(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="acamkd")
+    results = tmp_path / "results"
+    cells = plan(config.load(recipe), ["acam"], 1, results)
+    run_cell(cells, 1, results)
+    file = results / "acam-seed0.json"
+    content = json.loads(file.read_text())
+    assert file.stat().st_size < 10_000
+    assert (content["seed"], content["recipe"], len(content["history"])) == (0, cells[1].key, 1)
+    assert content["final"]["mIoU"] == content["history"][-1]
+    assert content["losses"][0]["num_masks"] == 2
+    assert any(name.endswith("spatial_mask_std") for name in content["masks"])
+    assert len(content["teacher"]["sha256"]) == 64
+    assert content["wall_time"] > 0
+    folder = tmp_path / f"runs/recipe/compare/acam-seed0-{cells[1].key}"
+    assert (folder / "student.safetensors").is_file()
+    assert not (folder / "last.ckpt").exists()
+
+    before = file.stat().st_mtime_ns
+    run_cell(cells, 1, results)
+    assert file.stat().st_mtime_ns == before
+    assert "acam-seed0 is there already" in caplog.messages
+    assert plan(config.load(recipe, ["train.epochs=2"]), ["acam"], 1, results)[1].read(results) is None  # stale
+    with pytest.raises(AcamkdError, match="there is no cell 2: the plan has 2, counted from 0"):
+        run_cell(cells, 2, results)
+
+
+def test_a_cell_that_is_run_anew_measures_its_weight_anew(recipe: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    cell = plan(config.load(recipe, ["losses.0.weight=auto"]), ["fitnet"], 1, results)[1]
+    file, kept = results / "fitnet-seed0.json", tmp_path / f"runs/recipe/compare/fitnet-seed0-{cell.key}/recipe.yaml"
+    cell.run(results)
+    weight = json.loads(file.read_text())["losses"][0]["weight"]
+    text = kept.read_text()
+    assert f"weight: {weight}\n" in text
+    kept.write_text(text.replace(f"weight: {weight}\n", "weight: 123.0\n"))  # as of another teacher
+    cell.run(results)
+    assert json.loads(file.read_text())["losses"][0]["weight"] == weight
+
+
+def test_nothing_to_compare_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["acamkd", "compare", str(write_recipe(tmp_path, "segmentation"))])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "has no compare.methods: name what to compare by --methods" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("inherit", [[], ["decoder", "segmentation_head"]])
+def test_none_and_its_rival_start_from_the_same_student(inherit: list[str], recipe: Path, tmp_path: Path) -> None:
+    raw = config.load(recipe, ["losses.0.weight=1e-12", "compare.methods.idle={}", f"student.inherit={inherit}"])
+    results = tmp_path / "results"
+    cells = plan(raw, ["idle"], 1, results)
+    for number in range(2):
+        run_cell(cells, number, results)
+    none, idle = (cell.read(results) for cell in cells)
+    assert none is not None
+    assert idle is not None
+    assert none["final"] == idle["final"]
+    assert none["data"] == idle["data"]
+    assert none["inherited"] == (idle["teacher"]["sha256"] if inherit else None)
+
+
+def test_the_command_runs_what_is_missing_each_in_its_own_process(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results"
+    loaded = config.load(recipe)
+    cells = plan(loaded, ["acam", "fitnet"], 3, results)
+    batches = Batches(loaded)
+    batches.check()
+    for cell in cells[1:]:
+        score = 40.0 + cell.seed if cell.method == "none" else 42.0 + 1.2 * cell.seed
+        fake(cell, results, score, data=batches.fingerprint)
+
+    def run(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["acamkd", "compare", str(recipe), "--results", str(results), *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, error = capsys.readouterr()
+        assert end.value.code == 0, error
+        return out + error
+
+    common = ("--methods", "acam,fitnet", "--seeds", "3")
+    assert "0.0 hours to do" in run(*common, "--plan")
+    assert "none-seed0 is left out: about 0:02:00 would pass the time" in run(*common, "--time", "90s")
+    assert not (results / "none-seed0.json").exists()
+    done = run(*common)  # none-seed0
+    assert "none-seed0 begins" in done
+    assert "none-seed0: mIoU" in done
+    assert json.loads((results / "none-seed0.json").read_text())["recipe"] == cells[0].key
+    assert {path.name for path in results.glob("comparison.*")} == {
+        "comparison.html", "comparison.md", "comparison.json", "comparison.png",
+    }  # fmt: skip
+    rows = json.loads((results / "comparison.json").read_text())["rows"]
+    assert {row["method"]: row["n"] for row in rows} == {"none": 3, "acam": 3, "fitnet": 3}
+
+
+def test_tables_do_not_wait_for_torch(recipe: Path, tmp_path: Path) -> None:
+    for cell in plan(config.load(recipe), ["acam"], 3, tmp_path):
+        fake(cell, tmp_path, 40.0 + cell.seed)
+    words = ["compare", str(recipe), "--methods", "acam", "--seeds", "3", "--tables", "--results", str(tmp_path)]
+    script = f"""
+import sys
+from acamkd.cli import main
+sys.argv = ["acamkd", *{words}]
+try:
+    main()
+finally:
+    print(sorted({{"torch", "lightning", "torchvision", "timm"}} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert (tmp_path / "comparison.html").is_file()
+
+
+def test_a_failed_cell_is_said_and_the_others_go_on(recipe: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    loaded = config.load(recipe)
+    cells = plan(loaded, ["acam"], 2, results)
+    for cell in cells[:3]:
+        fake(cell, results, 40.0)
+    with pytest.raises(AcamkdError, match=r"1 cells failed; what they said: .*acam-seed1\.txt"):
+        compare.compare(
+            loaded, ["acam"], 2, results, lambda number: [sys.executable, "-c", "print('no memory'); exit(3)"]
+        )
+    assert (results / "logs/acam-seed1.txt").read_text() == "no memory\n"
+    assert (results / "comparison.md").is_file()
+
+
+def test_where_all_cells_fail_that_is_what_is_said(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(AcamkdError, match=r"2 cells failed; what they said: .*none-seed0\.txt, .*acam-seed0\.txt"):
+        compare.compare(
+            config.load(recipe), ["acam"], 1, tmp_path / "results", lambda number: [sys.executable, "-c", "exit(3)"]
+        )
+
+
+def test_cells_of_other_pictures_or_teachers_are_refused(recipe: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    loaded = config.load(recipe)
+    with pytest.raises(AcamkdError, match="holds no cell of this comparison yet"):
+        tabulate(loaded, ["acam"], 3, results)
+    cells = plan(loaded, ["acam"], 3, results)
+    for cell in cells:
+        fake(cell, results, 40.0)
+    tabulate(loaded, ["acam"], 3, results)
+    fake(cells[3], results, 40.0, teacher={"sha256": "d" * 64, "mIoU": 51.0})
+    with pytest.raises(AcamkdError, match="do not share their teacher: remove acam-seed1"):
+        tabulate(loaded, ["acam"], 3, results)
+    fake(cells[2], results, 40.0, inherited="d" * 64)
+    fake(cells[3], results, 40.0)
+    with pytest.raises(AcamkdError, match="do not share their teacher: remove none-seed1"):
+        tabulate(loaded, ["acam"], 3, results)
+    fake(cells[2], results, 40.0)
+    for cell in cells:
+        fake(cell, results, 40.0, processes=4 if cell is cells[3] else 1)
+    with pytest.raises(AcamkdError, match="do not share their number of processes: remove acam-seed1"):
+        tabulate(loaded, ["acam"], 3, results)
+    for cell in cells:
+        unlabelled = {} if cell.method == "none" else {"unlabelled": "c"}
+        fake(cell, results, 40.0, data={"train": "a", "val": "b"} | unlabelled)
+    tabulate(loaded, ["acam"], 3, results)
+    fake(cells[4], results, 40.0, data={"train": "x", "val": "b"})
+    with pytest.raises(AcamkdError, match="do not share their train pictures: remove none-seed2"):
+        tabulate(loaded, ["acam"], 3, results)
+
+
+def test_a_bad_time_is_refused(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["acamkd", "compare", str(recipe), "--time", "sixh"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "--time sixh: write a number and h, m or s, such as 6h" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_method_whose_tuning_failed_is_not_run(recipe: Path, tmp_path: Path) -> None:
+    results, begun = tmp_path / "results", []
+    loaded = config.override(config.load(recipe), [
+        "compare.tune={values: [0.5, 1]}", "compare.methods.acam={losses.0.weight: auto}",
+    ])  # fmt: skip
+    fake(plan(loaded, ["acam"], 2, results)[0], results, 40.0)
+    cells = plan(loaded, ["acam"], 2, results)
+
+    def command(number: int) -> list[str]:
+        begun.append(cells[number].name)
+        return [sys.executable, "-c", "exit(3)"]
+
+    with pytest.raises(AcamkdError, match="3 cells failed"):
+        compare.compare(loaded, ["acam"], 2, results, command)
+    assert begun == ["acam-1-seed1000", "none-seed0", "none-seed1"]

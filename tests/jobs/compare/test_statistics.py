@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from acamkd.jobs.compare.statistics import Row, holm, paired, summarize
+from acamkd.jobs.compare.tables import markdown
+
+
+def cell(method: str, seed: int, score: float, losses: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
+    return {
+        "method": method, "seed": seed, "setting": None, "history": [1.0, score], "metric": "mIoU",
+        "losses": [{"name": name} for name in losses], "wall_time": 60.0 + seed, "masks": {},
+        "final": {"mIoU": score, "IoU/sky": score / 2},
+        "teacher": {"sha256": "ab" * 32, "mIoU": 50.0} if losses else None,
+        **more,
+    }  # fmt: skip
+
+
+def table(scores: Mapping[str, list[float]], losses: Mapping[str, tuple[str, ...]]) -> dict[str, Row]:
+    cells = [
+        cell(method, seed, score, losses.get(method, (method,) if method != "none" else ()))
+        for method, values in scores.items()
+        for seed, score in enumerate(values)
+    ]
+    return {row.method: row for row in summarize(cells)}
+
+
+def test_a_paired_difference_uses_the_seeds_that_both_have() -> None:
+    found = paired({0: 41.0, 1: 42.0, 2: 44.0, 7: 99.0}, {0: 40.0, 1: 40.0, 2: 41.0, 5: 0.0}, "none")
+    assert found.n == 3
+    assert found.mean == pytest.approx(2)
+    assert found.p == pytest.approx(stats.ttest_rel([41, 42, 44], [40, 40, 41]).pvalue)
+    assert found.low is not None
+    assert found.high is not None
+    assert 1 <= found.low < 2 < found.high <= 3
+    assert found == paired({0: 41.0, 1: 42.0, 2: 44.0}, {0: 40.0, 1: 40.0, 2: 41.0}, "none")  # no luck in the bootstrap
+
+
+def test_few_or_equal_differences_have_no_interval_to_speak_of() -> None:
+    one = paired({0: 3.0}, {0: 1.0}, "none")
+    assert (one.mean, one.low, one.p, one.n) == (2.0, None, None, 1)
+    same = paired({0: 3.0, 1: 5.0}, {0: 1.0, 1: 3.0}, "none")
+    assert (same.mean, same.low, same.high, same.p) == (2.0, 2.0, 2.0, 0.0)
+    assert paired({0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}, "none").p == 1.0
+
+
+def test_holm() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+def test_verdicts() -> None:
+    alone = [40.0, 41.0, 39.5, 40.5, 40.2]
+    rows = table(
+        {
+            "none": alone,
+            "good": [score + gain for score, gain in zip(alone, (2, 2.1, 1.9, 2.2, 2), strict=True)],
+            "bad": [score - loss for score, loss in zip(alone, (2, 2.1, 1.9, 2.2, 2), strict=True)],
+            "same": [score + gain for score, gain in zip(alone, (1, -1, 0.5, -0.5, 0.1), strict=True)],
+            "young": [44.0, 45.0],
+        },
+        {},
+    )
+    assert {name: row.verdict for name, row in rows.items()} == {
+        "none": None, "good": "gain", "bad": "harm", "same": "no evidence", "young": "too few seeds",
+    }  # fmt: skip
+    assert list(rows) == ["young", "good", "same", "none", "bad"]  # by the mean
+    assert rows["good"].std == pytest.approx(np.std([42, 43.1, 41.4, 42.7, 42.2], ddof=1))
+    assert rows["good"].p_corrected is not None
+    assert rows["good"].gain is not None
+    assert rows["good"].gain.p is not None
+    assert rows["good"].p_corrected == pytest.approx(min(1, 3 * rows["good"].gain.p), rel=0.7)
+    assert (rows["good"].p_text, rows["none"].p_text) == ("<0.001", "")
+    assert rows["same"].p_text == f"{rows['same'].p_corrected:.3f}"
+    assert rows["none"].minutes == pytest.approx(62 / 60)
+
+
+def test_the_correction_can_take_a_verdict_back() -> None:
+    alone = [40.0, 41.0, 39.5, 40.5]
+    gains = (0.2, 1.4, 0.9, 1.1)
+    scores = {"none": alone, "good": [score + gain for score, gain in zip(alone, gains, strict=True)]}
+    assert table(scores, {})["good"].verdict == "gain"
+    noise = {f"other{i}": [score + (-1) ** (seed + i) for seed, score in enumerate(alone)] for i in range(3)}
+    assert table(scores | noise, {})["good"].verdict == "no evidence"
+
+
+def test_the_best_rival_is_of_another_class() -> None:
+    rows = table(
+        {"none": [1.0, 1.0], "acam": [5.0, 6.0], "acam-uniform": [7.0, 7.0], "cwd": [4.0, 4.0], "pkd": [3.0, 3.0]},
+        {"acam-uniform": ("acam",)},
+    )
+    assert rows["acam"].over_rival is not None
+    assert (rows["acam"].over_rival.other, rows["acam"].over_rival.mean) == ("cwd", 1.5)
+    assert rows["cwd"].over_rival is not None
+    assert rows["cwd"].over_rival.other == "acam-uniform"
+    assert rows["none"].over_rival is None
+    of_my_own = {"acam": [5.0, 6.0], "acam-mine": [7.0, 7.0], "cwd": [4.0, 4.0]}
+    rival = table(of_my_own, {"acam-mine": ("package.module:Mine",)})["acam"].over_rival
+    assert rival is not None
+    assert rival.other == "cwd"  # a variant by its name
+
+
+def test_a_rival_of_a_single_seed_is_the_best_only_where_all_are() -> None:
+    scores = {"none": [1.0, 1.0, 1.0], "acam": [5.0, 6.0, 6.0], "cwd": [4.0, 4.0, 4.0], "pkd": [9.0]}
+    rival = table(scores, {})["acam"].over_rival
+    assert rival is not None
+    assert rival.other == "cwd"
+    rival = table({name: values[:1] for name, values in scores.items()}, {})["acam"].over_rival
+    assert rival is not None
+    assert rival.other == "pkd"
+
+
+def test_methods_without_a_common_seed_are_not_compared() -> None:
+    cells = [cell("none", 0, 1.0), cell("cwd", 1, 4.0), cell("pkd", 0, 2.0)]
+    rows = {row.method: row for row in summarize(cells)}
+    assert (rows["cwd"].gain, rows["cwd"].over_rival, rows["cwd"].verdict) == (None, None, None)
+    assert rows["pkd"].over_rival is None
+    assert "nan" not in markdown(summarize(cells), cells)
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    cells = [cell("none", seed, 40.0 + seed) for seed in range(3)]
+    cells += [cell("cwd", seed, 42.0 + seed * 1.5, ("cwd",), setting=0.5) for seed in range(3)]
+    page = markdown(summarize(cells), cells)
+    assert "Teacher abababababab: 50.00." in page
+    assert "| `cwd` | 0.5 | 3 | 43.50 ± 1.50 | +2.50 [" in page
+    assert "| `none` | - | 3 | 41.00 ± 1.00 | - | - | - | - | 1.0 |" in page
+    assert "| IoU/sky | 21.8 | 20.5 |" in page
+
+
+def test_the_page_shows_how_masks_moved() -> None:
+    course = {"0/acam/spatial_mask": [0.5, 0.4, 0.3], "1/acam/spatial_mask": [0.5, 0.2, 0.1]}
+    dead = {"0/acam/spatial_mask_std": [0.1, None, 0.0]}
+    cells = [cell("none", 0, 40.0), cell("acam", 0, 42.0, ("acam",), masks=course | dead)]
+    cells.append(cell("acam", 1, 42.0, ("acam",), masks={name: [0.5, 0.3, 0.2] for name in course}))
+    cells.append(cell("acam-b", 1, 41.0, ("acam",), masks={"0/acam/spatial_mask_weight_std": [0.1, 0.2, 0.3]}))
+    page = markdown(summarize(cells), cells)
+    assert "| method | masks | mean | std | weight std |" in page  # of what no cell has there is no column
+    assert "| `acam` | spatial | 0.5, 0.3, 0.2 | 0.1, nan, 0 | - |" in page
+    assert "| `acam-b` | spatial | - | - | 0.1, 0.2, 0.3 |" in page
+    assert "## Masks" not in markdown(summarize(cells[:1]), cells[:1])

@@ -1,0 +1,341 @@
+"""`acamkd export` and `acamkd predict`, which need one another's files: the exporter is slow."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import huggingface_hub
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import tiny
+from acamkd import cli, config, load_student, models
+from acamkd.engine.runs import Run, open_run
+from acamkd.errors import AcamkdError
+from acamkd.jobs.export import graph
+from acamkd.jobs.export.card import write_card
+from acamkd.jobs.export.export import Export, check_repository, export, push_to_hub, require
+from acamkd.jobs.export.onnx_model import OnnxModel
+from acamkd.jobs.predict import predict
+from acamkd.jobs.train import distill
+from acamkd.models.segmentation import Segmenter
+from tiny_recipes import write_recipe
+
+TASKS = ("detection", "segmentation")
+GUIDE = Path(__file__).parents[3] / "docs/export.md"
+FILES = ["README.md", "onnx_model.py", "student.onnx", "student.safetensors"]
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp(request.param)
+    recipe = write_recipe(folder, request.param)
+    # Untrained scores lie far below any usual threshold.
+    options = [f"student.options.{key}" for key in ("score_thresh=0.0", "detections_per_img=20")]
+    return distill(config.load(recipe, options if request.param == "detection" else []), out=folder / "run")
+
+
+@pytest.fixture(scope="module")
+def exported(run: Run) -> Export:
+    return export(run)
+
+
+@pytest.fixture
+def picture(run: Run) -> Path:
+    return sorted((run.recipe.data.root / "images/val").iterdir())[0]
+
+
+def test_the_file_finds_what_pytorch_finds(run: Run, exported: Export) -> None:
+    assert sorted(file.name for file in exported.folder.iterdir()) == FILES
+    assert exported.folder == run.folder / "export"
+    assert exported.relative_difference < 1e-4
+    teacher, ours, theirs = exported.measured
+    assert (teacher.network, ours.runtime, theirs.runtime) == ("teacher", "PyTorch", "onnxruntime")
+    assert theirs.scores == pytest.approx(ours.scores, abs=0.1, nan_ok=True)
+    assert teacher.scores[exported.metric] == run.metrics["teacher"][exported.metric]
+    assert ours.cost is not None
+    assert theirs.cost is not None
+    assert ours.cost.parameters == theirs.cost.parameters == run.metrics["parameters"]
+    kept, trained = ((folder / "student.safetensors").read_bytes() for folder in (exported.folder, run.folder))
+    assert kept == trained
+
+
+@torch.no_grad()
+def test_batches_of_any_size(run: Run, exported: Export) -> None:
+    pixels = torch.rand(3, 3, 64, 64)
+    expected = graph.build_graph(run.load(), run.recipe.data.resize, with_nms=False)(pixels)
+    found = OnnxModel(exported.folder / "student.onnx").run(pixels.numpy())
+    for ours, theirs in zip(expected, found.values(), strict=True):
+        np.testing.assert_allclose(theirs, ours.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_the_card_runs_what_lies_beside_it(run: Run, exported: Export, picture: Path) -> None:
+    card = (exported.folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: onnx\npipeline_tag: ")
+    for text in (f"| student | onnxruntime | {run.metrics['student'][exported.metric]:.2f} |", "TO FILL IN",
+                 "Distilled by fitnet at", "Teacher: "):  # fmt: skip
+        assert text in card, text
+    by_onnxruntime, by_pytorch = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    alone = (
+        f"import sys; sys.modules['acamkd'] = sys.modules['torch'] = None\n{by_onnxruntime}print(len(model.classes))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", alone.replace("picture.jpg", str(picture))],
+        cwd=exported.folder, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(len(run.recipe.data.classes or ()))
+    plain: dict[str, Any] = {}
+    exec(by_pytorch.replace("student.safetensors", str(exported.folder / "student.safetensors")), plain)
+    ours = load_student(run.folder).net
+    pixels = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(_tensors(plain["net"](pixels)), _tensors(ours(pixels)))
+
+
+@torch.no_grad()
+def test_the_card_builds_another_frameworks_network(tmp_path: Path) -> None:
+    section = {"arch": "retinanet", "backbone": "torchvision/resnet50", "backbone_weights": None, "fpn_channels": 8,
+               "options": {"convention": "mmdetection"}}  # fmt: skip
+    raw = tiny.raw_recipe(tmp_path, "detection") | {"student": section}
+    raw["data"]["resize"] = {"short": 64, "long": 96}
+    recipe = config.parse(raw)
+    model = models.build(recipe.student, "detection", 2, recipe.data.resize).eval()
+    models.save_weights(model.net, tmp_path / "student.safetensors")
+    for has_ended in (False, True):
+        _write_card(tmp_path, recipe, model, has_ended=has_ended)
+        assert ("stopped before their end" in (tmp_path / "README.md").read_text()) is not has_ended
+    pixels = [torch.rand(3, 48, 80)]
+    torch.testing.assert_close(_tensors(_run_card(tmp_path)["net"](pixels)), _tensors(model.net(pixels)))
+
+
+def _write_card(folder: Path, recipe: config.Recipe, model: models.TaskModel, *, has_ended: bool = True) -> None:
+    metric = "mAP" if recipe.task == "detection" else "mIoU"
+    figures = SimpleNamespace(
+        measured=[SimpleNamespace(network="student", runtime="PyTorch", scores={metric: 1.0}, cost=None)],
+        pictures=4, threads=1, difference=0.0, relative_difference=0.0,
+    )  # fmt: skip
+    graph_inputs = [SimpleNamespace(shape=["batch", 3, 64, 96])]
+    exported: Any = SimpleNamespace(classes=("a", "b"), session=SimpleNamespace(get_inputs=lambda: graph_inputs))
+    run: Any = SimpleNamespace(recipe=recipe, role="student", has_ended=has_ended)
+    write_card(folder / "README.md", run, model, exported, cast(Export, figures))
+
+
+def _run_card(folder: Path) -> dict[str, Any]:
+    """What the card's code for PyTorch leaves behind."""
+    block = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    found: dict[str, Any] = {}
+    exec(block.replace("student.safetensors", str(folder / "student.safetensors")), found)
+    return found
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    return list(found[0].values()) if isinstance(found, list) else [found]
+
+
+def test_an_export_shows_its_card_in_a_notebook(exported: Export) -> None:
+    shown = exported._repr_markdown_()
+    assert shown.lstrip().startswith("# ")
+    assert "library_name" not in shown
+    assert f"{exported.measured[-1].scores[exported.metric]:.2f}" in shown
+
+
+@pytest.mark.parametrize("run", ["segmentation"], indirect=True)
+def test_the_guides_code_runs(
+    run: Run, exported: Export, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    by_onnxruntime, by_acamkd = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    shutil.copytree(exported.folder, tmp_path, dirs_exist_ok=True)
+    shutil.copy(picture, tmp_path / "picture.jpg")
+    shutil.copy(run.folder.parent / "recipe.yaml", tmp_path / "street.yaml")
+    monkeypatch.chdir(tmp_path)
+    exec(by_onnxruntime.replace("from onnx_model", "from acamkd.onnx_model"), {})
+    assert "'background': " in capsys.readouterr().out
+    exec(by_acamkd, {})
+    assert capsys.readouterr().out.startswith("runs/street/distilled: mIoU student ")
+
+
+def test_the_command_prints_how_the_two_runtimes_compare(
+    run: Run, exported: Export, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("acamkd.jobs.export.export.export", lambda *_, **__: exported)  # it has run, and takes its time
+    monkeypatch.setattr(sys, "argv", ["acamkd", "export", str(run.folder)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out = capsys.readouterr().out
+    assert end.value.code == 0
+    assert re.search(rf"student .* onnxruntime .* {run.metrics['student'][exported.metric]:.2f} ", out)
+    assert f"largest difference of the outputs {exported.difference:.1e}" in out
+
+
+def test_an_export_is_not_replaced_unasked(run: Run, exported: Export, tmp_path: Path) -> None:
+    with pytest.raises(AcamkdError, match=r"export already holds an export: --overwrite replaces it"):
+        export(run)
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(AcamkdError, match="exists and is not an export: choose another folder"):
+        export(run, out=tmp_path, overwrite=True)
+
+
+def test_a_file_that_computes_something_else_is_not_left_behind(
+    run: Run, exported: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(_: Any, file: Path, __: Any) -> None:
+        file.write_bytes((exported.folder / "student.onnx").read_bytes())
+
+    monkeypatch.setattr("acamkd.jobs.export.export.write_graph", wrong)
+    changed = run.load()
+    for parameter in changed.net.parameters():
+        parameter.data.mul_(1.1)
+    monkeypatch.setattr(Run, "load", lambda _: changed)
+    with pytest.raises(AcamkdError, match=r"the exported file is wrong: .*; nothing was written"):
+        export(run, out=tmp_path / "export")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("run", ["detection"], indirect=True)
+def test_the_full_graph_suppresses_boxes_itself(
+    run: Run, tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model: Any = run.load()
+    torch.nn.init.normal_(model.net.head.classification_head.cls_logits.weight, std=0.1)  # or many scores are equal
+    monkeypatch.setattr(Run, "load", lambda _: model)
+    figures = export(run, out=tmp_path / "full", with_nms=True)
+    assert figures.difference < 1e-5
+    exported = OnnxModel(tmp_path / "full/student.onnx")
+    assert exported.metadata["nms"] is None
+    pixels = np.array(Image.open(picture).convert("RGB"))
+    (expected,) = model.predict([torch.from_numpy(pixels).permute(2, 0, 1)])
+    found = exported.predict(pixels)
+    np.testing.assert_allclose(found["scores"], expected["scores"].numpy(), atol=1e-5)
+    ours, theirs = (sorted(boxes.round(1).tolist()) for boxes in (expected["boxes"].numpy(), found["boxes"]))
+    np.testing.assert_allclose(theirs, ours, atol=0.11)  # sorted, since some scores are equal
+
+
+@pytest.mark.parametrize("run", ["segmentation"], indirect=True)
+def test_a_file_that_another_tool_has_changed_is_still_read(exported: Export, tmp_path: Path) -> None:
+    content = onnx.load(exported.folder / "student.onnx")
+    content.metadata_props.add(key="onnx.infer", value="onnxruntime.quant")  # as its quantization does
+    onnx.save(content, tmp_path / "quantized.onnx")
+    assert OnnxModel(tmp_path / "quantized.onnx").metadata == OnnxModel(exported.folder / "student.onnx").metadata
+    del content.metadata_props[:]
+    onnx.save(content, tmp_path / "bare.onnx")
+    with pytest.raises(AcamkdError, match=r"bare\.onnx was not written by acamkd export"):
+        OnnxModel(tmp_path / "bare.onnx")
+
+
+@pytest.mark.parametrize("run", ["segmentation"], indirect=True)
+def test_what_cannot_be_exported_is_said(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AcamkdError, match="segmentation has no non-maximum suppression"):
+        export(run, with_nms=True)
+    monkeypatch.setattr("acamkd.jobs.export.export.find_spec", lambda name: None if name == "onnx" else "there")
+    with pytest.raises(AcamkdError, match=r"export needs onnx: pip install '\.\[export\]' in the checkout"):
+        require("onnx", "onnxruntime")
+
+
+class ConnectionlessError(Exception):
+    """Of the transport's own, as where there is no network."""
+
+
+class Hub:
+    """The Hub, offline."""
+
+    def __init__(self) -> None:
+        self.files: list[str] = []
+
+    def create_repo(self, name: str, *, private: bool, exist_ok: bool) -> str:
+        assert private
+        assert exist_ok
+        return f"https://hub/{name}"
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+        if repo_id.endswith("full"):
+            raise OSError("no space left")
+        if repo_id.endswith("away"):
+            raise ConnectionlessError("no route")
+        self.files = sorted(file.name for file in folder_path.iterdir())
+
+
+def test_an_export_goes_to_the_hub(exported: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
+    assert push_to_hub(exported.folder, "me/student") == "https://hub/me/student"
+    assert hub.files == FILES
+    with pytest.raises(AcamkdError, match=r"me/full could not be uploaded: no space left\n .*`hf upload me/full"):
+        push_to_hub(exported.folder, "me/full")
+    with pytest.raises(AcamkdError, match=r"me/away could not be uploaded: no route\n .* is complete"):
+        push_to_hub(exported.folder, "me/away")
+    with pytest.raises(AcamkdError, match="--push-to-hub student: give OWNER/NAME"):
+        check_repository("student")
+
+
+def test_a_run_and_its_export_predict_alike(run: Run, exported: Export, picture: Path, tmp_path: Path) -> None:
+    ours = predict(run.folder, picture.parent, out=tmp_path / "run", score=0.0)
+    # onnxruntime alone: torch is not importable there.
+    script = (
+        "import sys; sys.modules['torch'] = None; from pathlib import Path; from acamkd.predict import predict; "
+        f"predict(Path({str(exported.folder / 'student.onnx')!r}), Path({str(picture.parent)!r}), "
+        f"out=Path({str(tmp_path / 'onnx')!r}), score=0.0)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    names = sorted(file.name for file in picture.parent.iterdir())
+    for folder in (ours, tmp_path / "onnx"):
+        assert sorted(file.name for file in (folder / "overlays").iterdir()) == names
+        assert Image.open(folder / "overlays" / names[0]).size == Image.open(picture).size
+    if run.recipe.task == "segmentation":
+        (expected,) = run.load().predict([torch.from_numpy(np.array(Image.open(picture))).permute(2, 0, 1)])
+        masks = [np.array(Image.open(folder / f"masks/{picture.stem}.png")) for folder in (ours, tmp_path / "onnx")]
+        np.testing.assert_array_equal(masks[0], expected["mask"].numpy())
+        assert (masks[0] == masks[1]).mean() > 0.999
+        return
+    by_run, by_onnx = (json.loads((folder / "predictions.json").read_text()) for folder in (ours, tmp_path / "onnx"))
+    assert len(by_run) == len(by_onnx) > 0
+    scores = [sorted(box["score"] for box in boxes) for boxes in (by_run, by_onnx)]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert {box["category_name"] for box in by_run} <= set(run.recipe.data.classes or ())
+    assert set(by_run[0]) == {"file_name", "category_id", "category_name", "bbox", "score"}
+    strict = predict(run.folder, picture, out=tmp_path / "strict", score=1.0)
+    assert json.loads((strict / "predictions.json").read_text()) == []
+
+
+def test_a_run_prints_itself(run: Run) -> None:
+    text, table = repr(run), run._repr_html_()
+    name = run.metrics["metric"]
+    assert re.fullmatch(
+        rf".*run: {name} student [\d.]+, teacher [\d.]+, best epoch 1, [\d,]+ parameters, 0:00:\d+", text
+    )
+    assert f"<td>student</td><td>{run.metrics['student'][name]:.2f}</td>" in table
+    assert open_run(run.folder).metrics == run.metrics
+    unfinished = Run(run.folder / "none", run.recipe, "student")
+    assert repr(unfinished) == f"{run.folder / 'none'}: student of recipe, not ended" == unfinished._repr_html_()
+
+
+class OwnSegmenter(Segmenter):
+    """A TaskModel of the user's, which holds the network."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(nn.Conv2d(3, num_classes, 1), num_classes, (0.5,) * 3, (0.2,) * 3, None)
+
+
+def test_the_card_takes_the_network_out_of_a_task_model(tmp_path: Path) -> None:
+    raw = tiny.raw_recipe(tmp_path)
+    raw["student"] = {"arch": f"{__name__}:OwnSegmenter", "backbone": "resnet50"}
+    recipe = config.parse(raw)
+    model = models.build(recipe.student, "segmentation", 2).eval()
+    models.save_weights(model.net, tmp_path / "student.safetensors")
+    _write_card(tmp_path, recipe, model)
+    text = (tmp_path / "README.md").read_text()
+    assert f"# tiny: {__name__}:OwnSegmenter\n" in text
+    found = _run_card(tmp_path)
+    pixels = torch.rand(1, 3, 8, 8)
+    torch.testing.assert_close(found["net"](pixels), model.net(pixels))

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from acamkd import config, models
+from acamkd.data.image_io import read_picture as read_as_tensor
+from acamkd.errors import AcamkdError
+from acamkd.jobs.export.graph import DenseGraph
+from acamkd.jobs.export.onnx_model import OnnxModel, detections, frame_size, read_picture, resize, resize_smoothly
+from acamkd.models.segmentation import frame_size as segmentation_size
+
+SIZES = [(7, 9), (20, 30), (13, 17), (26, 34), (40, 5)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_resizing_is_that_of_torch(size: tuple[int, int]) -> None:
+    maps = torch.rand(3, 13, 17)
+    plain = F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+    smooth = F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
+    np.testing.assert_allclose(resize(maps.numpy(), size), plain.numpy(), atol=1e-6)
+    np.testing.assert_allclose(resize_smoothly(maps.numpy(), size), smooth.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("given", [(480, 640), (333, 500), (1080, 1920)])
+@pytest.mark.parametrize("resize", [None, (192, 256), config.ShortLong(short=300, long=450)])
+def test_frames_are_as_large_as_in_torch(given: tuple[int, int], resize: Any) -> None:
+    said = resize.model_dump() if isinstance(resize, config.ShortLong) else resize
+    assert frame_size(given, said, "segmentation") == segmentation_size(given, resize)
+    detector = models.build(
+        config.Model(arch="retinanet", backbone="mobilenetv3_small_050", backbone_weights=None, fpn_channels=16),
+        "detection", 2, resize,
+    )  # fmt: skip
+    assert frame_size(given, said, "detection") == detector.prepare([torch.rand(3, *given)]).sizes[0]
+
+
+@pytest.mark.parametrize("arch", ["retinanet", "fcos"])
+@torch.no_grad()
+def test_detections_are_those_of_torchvision(arch: str) -> None:
+    section = config.Model(arch=arch, backbone="mobilenetv3_small_050", backbone_weights=None, fpn_channels=32)
+    model = models.build(section, "detection", 3, (160, 256)).eval()
+    net: Any = model.net
+    net.score_thresh, net.topk_candidates, net.nms_thresh, net.detections_per_img = 0.4, 60, 0.5, 40
+    torch.nn.init.normal_(net.head.classification_head.cls_logits.weight, std=0.3)
+    torch.nn.init.normal_(net.head.classification_head.cls_logits.bias, std=0.1)
+    batch = model.prepare([torch.rand(3, 80, 256)])
+    assert batch.sizes == [(160, 256)]
+    (expected,) = model.decode(model(batch), batch)
+    scores, boxes, levels = (output.numpy() for output in DenseGraph(model)(batch.pixels))  # type: ignore[arg-type]
+    settings = {"score_threshold": 0.4, "candidates": 60, "iou_threshold": 0.5, "detections": 40}
+    found = detections(scores[0], boxes[0], levels, (160, 256), settings)
+    assert 5 < len(found["scores"]) <= 40
+    np.testing.assert_allclose(found["scores"], expected["scores"].numpy(), rtol=1e-5)
+    np.testing.assert_array_equal(found["labels"], expected["labels"].numpy())
+    scale = np.array([1, 0.5, 1, 0.5])  # decode gives pixels of the picture
+    np.testing.assert_allclose(found["boxes"] * scale, expected["boxes"].numpy(), atol=1e-3)
+
+
+def test_no_box_above_the_threshold_is_no_detection() -> None:
+    settings = {"score_threshold": 0.5, "candidates": 10, "iou_threshold": 0.5, "detections": 10}
+    found = detections(
+        np.zeros((4, 3), np.float32), np.zeros((4, 4), np.float32), np.zeros(4, np.int64), (8, 8), settings
+    )
+    assert {name: values.shape for name, values in found.items()} == {"boxes": (0, 4), "scores": (0,), "labels": (0,)}
+
+
+def test_pictures_are_read_as_in_training(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 9, 4), dtype=np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "alpha.png")
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
+    Image.fromarray(pixels[..., :3]).save(tmp_path / "turned.jpg", exif=turned)
+    for file in sorted(tmp_path.iterdir()):
+        np.testing.assert_array_equal(read_picture(file), read_as_tensor(file).permute(1, 2, 0).numpy())
+    Image.fromarray(pixels[..., 0].astype(np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(AcamkdError, match=r"deep\.png: the picture cannot be read: .*save it with 8 bits per channel"):
+        read_picture(tmp_path / "deep.png")
+
+
+def test_what_is_no_export_is_refused(tmp_path: Path) -> None:
+    import onnx
+
+    with pytest.raises(AcamkdError, match=r"none\.onnx: there is no such file"):
+        OnnxModel(tmp_path / "none.onnx")
+    (tmp_path / "broken.onnx").write_bytes(b"no graph")
+    with pytest.raises(AcamkdError, match=r"broken\.onnx: onnxruntime cannot read it"):
+        OnnxModel(tmp_path / "broken.onnx")
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    other = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", [value], [other])
+    content = io.BytesIO()
+    onnx.save(onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 18)]), content)
+    (tmp_path / "foreign.onnx").write_bytes(content.getvalue())
+    with pytest.raises(AcamkdError, match=r"foreign\.onnx was not written by acamkd export"):
+        OnnxModel(tmp_path / "foreign.onnx")
+
+
+def test_it_needs_no_torch() -> None:
+    script = "import sys; sys.modules['torch'] = None; import acamkd.onnx_model, acamkd.predict"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import tiny_recipes
+from acamkd import cli, config
+from acamkd.errors import AcamkdError
+from acamkd.jobs.inspect_layers import Layer, as_losses, layers, of_names, of_recipe, propose
+from acamkd.jobs.train import distill
+from acamkd.models.base import Task
+
+SMALL = "mobilenetv3_small_050"
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_the_proposal_trains(task: Task, tmp_path: Path) -> None:
+    recipe = tiny_recipes.write_recipe(tmp_path, task)
+    result = CliRunner().invoke(cli.app, ["inspect", str(recipe)])
+    assert result.exit_code == 0, result.output
+    proposed: dict[str, Any] = yaml.safe_load(result.stdout.partition("# for the recipe")[2])
+    assert proposed["losses"][0]["pairs"] == [tiny_recipes.PAIRS[task]]
+    distill(config.load(recipe, [f"losses={json.dumps(proposed['losses'])}"]), out=tmp_path / "run")
+    terms = (tmp_path / "run/history.csv").read_text().partition("\n")[0]
+    assert ("backbone:p7/acam/spatial" if task == "detection" else "segmentation_head.0/acam/spatial") in terms
+
+
+def test_layers_are_named_with_channels_and_stride() -> None:
+    _, student = of_names(f"retinanet/{SMALL}", f"retinanet/{SMALL}")
+    found = layers(student)
+    assert found[0] == Layer("backbone.body:0", 16, 2)
+    assert found[-5:] == [
+        Layer(f"backbone:{key}", 256, 8 * 2**level) for level, key in enumerate(["0", "1", "2", "p6", "p7"])
+    ]
+    assert all(not module._forward_hooks for module in student.net.modules())
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "pairs"),
+    [
+        (f"retinanet/{SMALL}", "fcos/torchvision/resnet18", ["backbone:*"]),
+        (
+            f"faster_rcnn/{SMALL}", f"retinanet/{SMALL}",
+            [["backbone:0", "backbone:1"], ["backbone:1", "backbone:2"], ["backbone:2", "backbone:3"],
+             ["backbone:p6", "backbone:pool"]],
+        ),
+        ("torchvision/lraspp_mobilenet_v3_large", f"fpn/tu-{SMALL}", [["segmentation_head.0", "classifier"]]),
+        (f"unet/tu-{SMALL}", f"fpn/tu-{SMALL}", [["segmentation_head.0", "segmentation_head"]]),
+    ],
+)  # fmt: skip
+def test_pairs_are_of_one_stride_or_the_logits(teacher: str, student: str, pairs: list[Any]) -> None:
+    networks = of_names(teacher, student)
+    assert propose(*networks) == pairs
+    (loss,) = as_losses(pairs, networks[1])
+    assert loss.get("num_masks") == (None if networks[1].task == "detection" else 19)
+
+
+def test_the_classes_are_those_of_the_format_that_is_found(tmp_path: Path) -> None:
+    for folder in ("SegmentationClass", "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    network = {"arch": "fpn", "backbone": f"tu-{SMALL}"}
+    raw: dict[str, Any] = {"name": "x", "task": "segmentation", "data": {"root": str(tmp_path)}, "train": {"epochs": 1}}
+    raw |= {"teacher": network, "student": network}
+    voc = [network.num_classes for network in of_recipe(config.parse(raw))]
+    assert voc == [21, 21]  # with the background
+    (tmp_path / "SegmentationClass").rmdir()
+    assert [network.num_classes for network in of_recipe(config.parse(raw))] == [19, 19]  # nothing is known
+    raw["data"]["classes"] = ["a", "b"]
+    assert [network.num_classes for network in of_recipe(config.parse(raw))] == [2, 2]
+
+
+def test_what_cannot_be_paired_is_said() -> None:
+    with pytest.raises(AcamkdError, match="retinanet is for detection and fpn for segmentation"):
+        of_names("retinanet", "fpn")
+    with pytest.raises(AcamkdError, match="unknown segmenter retinanett"):
+        of_names("retinanett", "fpn")
+    result = CliRunner().invoke(cli.app, ["inspect", "a", "b", "c"])
+    assert isinstance(result.exception, AcamkdError)
+    assert "give one recipe, or a teacher and a student, not 3 names" in str(result.exception)
