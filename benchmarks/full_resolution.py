@@ -1,10 +1,10 @@
 """Training steps at full resolution by the package's own Distiller: time, memory and every loss term of each step.
 
-    python benchmarks/full_resolution.py detection PICTURES [--steps 20] [--quick]
-    python benchmarks/full_resolution.py segmentation PICTURES [--steps 20] [--quick]
+    python benchmarks/full_resolution.py detection IMAGES [--steps 20] [--quick]
+    python benchmarks/full_resolution.py segmentation IMAGES [--steps 20] [--quick]
 
-RetinaNet R101 -> R50 at 800 x 1344, one picture a step, and DeepLabV3-R101 -> DeepLabV3-MobileNetV2 at 512 x 1024, two;
-networks with random weights, targets drawn at random, PICTURES a folder of real pictures that are enlarged as a recipe
+RetinaNet R101 -> R50 at 800 x 1344, one image a step, and DeepLabV3-R101 -> DeepLabV3-MobileNetV2 at 512 x 1024, two;
+networks with random weights, targets drawn at random, IMAGES a folder of real images that are enlarged as a recipe
 would. ACAM with kv_stride: auto and detached masks.
 """
 
@@ -39,7 +39,7 @@ def main() -> None:
     """Train, log, plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=list(SIZES))
-    parser.add_argument("pictures", type=Path)
+    parser.add_argument("images", type=Path)
     parser.add_argument("--steps", type=int, default=20)
     given = arguments(parser)
     logging.getLogger("acamkd").setLevel(logging.ERROR)
@@ -51,11 +51,11 @@ def main() -> None:
     settle(teacher)
     distiller = build_distiller(student, teacher, [LOSSES[task]]).train()
     optimizer = torch.optim.SGD([p for p in distiller.parameters() if p.requires_grad], lr=1e-4, momentum=0.9)
-    files = sorted(path for path in given.pictures.iterdir() if path.suffix in (".jpg", ".png"))
+    files = sorted(path for path in given.images.iterdir() if path.suffix in (".jpg", ".png"))
     count, rows = (1 if task == "detection" else 2), list[dict[str, Any]]()
-    pictures = cycle(files)
+    endless = cycle(files)
     for step in range(2 if given.quick else given.steps):
-        images = [pil_to_tensor(Image.open(file).convert("RGB")) for file in islice(pictures, count)]
+        images = [pil_to_tensor(Image.open(file).convert("RGB")) for file in islice(endless, count)]
         batch = student.prepare(images, targets_of(student, [tuple(image.shape[1:]) for image in images]))
         terms: dict[str, float] = {}
 

@@ -2,7 +2,7 @@
 
     python benchmarks/loss_cost.py [--quick]
 
-The maps are random: a picture's pyramid of strides 8 to 128 with 256 channels, the pyramid's finest level alone, or
+The maps are random: an image's pyramid of strides 8 to 128 with 256 channels, the pyramid's finest level alone, or
 logits of 19 classes. So are the task gradient that ACAM reads for its look-ahead masks and the tokens of MasKD and
 FreeKD, which changes no cost. CrossKD compares heads and FGD needs boxes, so that the one is missing and the other is
 not run on logits. ACAM has its defaults, or where the name says so the published form.
@@ -32,7 +32,7 @@ LARGEST = 2**30
 
 
 def pyramid(height: int, width: int) -> list[Level]:
-    """Sizes of a picture's feature maps."""
+    """Sizes of an image's feature maps."""
     return [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
 
 

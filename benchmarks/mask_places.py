@@ -3,7 +3,7 @@
     python benchmarks/mask_places.py RUN
 
 What the student feels of M masks is one weight per position, mean_m M^2 / sum M. Printed is its mean at the positions
-of each true class of the validation pictures, and in each third of their height, relative to the whole picture's, with
+of each true class of the validation images, and in each third of their height, relative to the whole image's, with
 the share of the positions that this is and the relative error of the imitation there. Of a detector, `background` is
 what no box covers, and an object counts on every level.
 """
@@ -45,7 +45,7 @@ def classes_at(batch: Batch, size: tuple[int, int]) -> Tensor:
 
 @torch.no_grad()
 def level(loss: ACAM, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Weight and error of every position, (N, H, W) and relative to the picture's mean; nothing without thirds."""
+    """Weight and error of every position, (N, H, W) and relative to the image's mean; nothing without thirds."""
     mask = loss.masks_of(student, teacher).spatial
     if mask is None or mask.shape[2] < len(THIRDS):
         return None

@@ -41,9 +41,9 @@ class OtherTerm(ACAM):
 
 
 class Shuffled(OtherTerm):
-    """Control: every picture is imitated under the masks of the picture before it in the batch.
+    """Control: every image is imitated under the masks of the image before it in the batch.
 
-    If they do as well on the wrong picture, they need not be of the right one; but pictures that are alike, as a
+    If they do as well on the wrong image, they need not be of the right one; but images that are alike, as a
     driving car's, may share the right places.
     """
 
@@ -57,7 +57,7 @@ class Shuffled(OtherTerm):
 
 
 class Moved(Shuffled):
-    """Control: masks moved by half the picture's height, so that they miss what they were made for.
+    """Control: masks moved by half the image's height, so that they miss what they were made for.
 
     They learn for a student that imitates elsewhere, so that they come to be others than ACAM's.
     """
@@ -94,10 +94,10 @@ class Scaled(OtherTerm):
 
 
 class HalfOpen(ACAM):
-    """Control: untrained masks that are as hard as trained ones and open about half of each picture.
+    """Control: untrained masks that are as hard as trained ones and open about half of each image.
 
-    With `mask_source: random`. The logits of each mask and picture are standardised and stretched, so that these masks
-    vary by 0.46, as learnt ones do, where untrained ones vary by 0.2.
+    With `mask_source: random`. The logits of each mask and image are standardized and stretched, so that these masks
+    vary by 0.46, as learned ones do, where untrained ones vary by 0.2.
     """
 
     def _masks(self, student: Tensor, teacher: Tensor) -> Masks:
@@ -108,8 +108,8 @@ class HalfOpen(ACAM):
     @staticmethod
     def _standardized(mask: Tensor) -> Tensor:
         logits = torch.logit(mask, eps=1e-6).flatten(2)
-        centred = logits - logits.mean(dim=2, keepdim=True)
-        return safe_divide(centred, centred.square().mean(dim=2, keepdim=True).sqrt()).view_as(mask)
+        centered = logits - logits.mean(dim=2, keepdim=True)
+        return safe_divide(centered, centered.square().mean(dim=2, keepdim=True).sqrt()).view_as(mask)
 
 
 class DegreeZero(OtherTerm):

@@ -30,9 +30,9 @@ TESTED = {"detection": (800, 1280), "segmentation": (1024, 2048)}
 """(height, width) that the literature counts at."""
 TRAINED = {"detection": (800, 1280), "segmentation": (512, 1024)}
 PROPOSALS = {"tested": 1000, "trained": 512}
-"""That Faster R-CNN's box head sees of one picture."""
+"""That Faster R-CNN's box head sees of one image."""
 COCO = 118_287
-"""Pictures of its training set."""
+"""Images of its training set."""
 RATE = 40e12
 """Operations per second and GPU behind the hours: a quarter of an A100's TF32 peak. An assumption."""
 
@@ -69,7 +69,7 @@ def parameters(model: TaskModel) -> str:
 
 
 def run(model: TaskModel, pixels: Tensor, proposals: int) -> list[Tensor]:
-    """Everything that a network says of pictures before boxes are made of it."""
+    """Everything that a network says of images before boxes are made of it."""
     net: Any = model.net
     if model.task == "segmentation":
         return [net(pixels)]
@@ -82,14 +82,14 @@ def run(model: TaskModel, pixels: Tensor, proposals: int) -> list[Tensor]:
 
 
 def forward_cost(model: TaskModel, size: Sequence[int], proposals: int = 0) -> float:
-    """Operations of one picture."""
+    """Operations of one image."""
     with flop_counter() as counter, torch.no_grad():
         run(model.eval(), torch.empty(1, 3, *size, device="meta"), proposals)
     return float(counter.get_total_flops())
 
 
 def training_cost(recipe: config.Recipe) -> dict[str, float]:
-    """Operations of one training picture: of the student, the teacher up to the tapped layers, and the losses.
+    """Operations of one training image: of the student, the teacher up to the tapped layers, and the losses.
 
     Backward passes included, and what they compute anew.
     """
@@ -122,7 +122,7 @@ def training_cost(recipe: config.Recipe) -> dict[str, float]:
     return {"student": of_student / 2, "teacher": of_teacher / 2, "losses": counted.get_total_flops() / 2}
 
 
-def pictures(recipe: config.Recipe) -> int:
+def images(recipe: config.Recipe) -> int:
     """That a training sees, over all epochs."""
     train = recipe.train
     if train.steps_per_epoch is None:
@@ -142,7 +142,7 @@ def main() -> None:
     for name, recipe in recipes().items():
         cost = training_cost(recipe)
         assert isinstance(recipe.train.devices, int)
-        hours = pictures(recipe) * sum(cost.values()) / RATE / recipe.train.devices / 3600
+        hours = images(recipe) * sum(cost.values()) / RATE / recipe.train.devices / 3600
         print(
             f"| {name} | " + " | ".join(f"{each / 1e12:.2f}" for each in cost.values()) + f" | {hours:.1f} |",
             flush=True,

@@ -1,4 +1,4 @@
-"""How ACAM's cost grows with the picture: time of the loss, forward and backward, at four sizes, and the exponent.
+"""How ACAM's cost grows with the image: time of the loss, forward and backward, at four sizes, and the exponent.
 
     python benchmarks/scaling.py [--quick]
 
@@ -46,7 +46,7 @@ def main() -> None:
         rows[name] = {"pixels": pixels, "cpu_seconds": times, "exponent": exponent}
         axes.loglog(pixels, times, "o-", label=f"{name}: exponent {exponent:.2f}")
         print(f"{name}: exponent {exponent:.2f}")
-    axes.set(xlabel="pixels of the picture", ylabel="processor seconds, forward and backward")
+    axes.set(xlabel="pixels of the image", ylabel="processor seconds, forward and backward")
     axes.legend()
     save("scaling", {"rows": rows}, figure, quick=is_quick)
 

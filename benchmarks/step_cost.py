@@ -3,11 +3,11 @@
     python benchmarks/step_cost.py [detection | segmentation] [--quick]
     python benchmarks/step_cost.py detection --methods 'acam, auto' cwd --rounds 9
 
-RetinaNet R101 -> R50 on one picture and DeepLabV3-R101 -> DeepLabV3-MobileNetV2 on two (batch norm after global pooling
+RetinaNet R101 -> R50 on one image and DeepLabV3-R101 -> DeepLabV3-MobileNetV2 on two (batch norm after global pooling
 needs two): forward, backward and SGD step by the package's own Distiller. The reference
-is the step of the student alone plus the teacher's forward up to the last tapped layer, which every method needs.
+is the step of the baseline plus the teacher's forward up to the last tapped layer, which every method needs.
 Beside the time stands the arithmetic of a step, which no other program on the machine can disturb: torch's counter sees
-convolutions, matrix products and what is made of them. Weights and pictures are random, which changes no cost.
+convolutions, matrix products and what is made of them. Weights and images are random, which changes no cost.
 
 On a machine whose speed drifts, choose few methods and many rounds: the less stands between a step and its reference,
 the truer is their ratio.
@@ -106,7 +106,7 @@ def settle(teacher: TaskModel) -> None:
 
 
 def targets_of(student: TaskModel, sizes: Sequence[tuple[int, int]]) -> list[Target]:
-    """A mask, or ten boxes, drawn at random for each picture."""
+    """A mask, or ten boxes, drawn at random for each image."""
     if student.task == "segmentation":
         return [{"mask": torch.randint(student.num_classes, size)} for size in sizes]
     targets: list[Target] = []
@@ -119,7 +119,7 @@ def targets_of(student: TaskModel, sizes: Sequence[tuple[int, int]]) -> list[Tar
 
 
 def batch_of(student: TaskModel, size: tuple[int, int]) -> Batch:
-    """One random picture for a detector, two for a segmenter."""
+    """One random image for a detector, two for a segmenter."""
     sizes = [size] * (2 if student.task == "segmentation" else 1)
     return student.prepare([torch.rand(3, *size) for size in sizes], targets_of(student, sizes))
 
@@ -144,8 +144,8 @@ def measure(name: str, size: tuple[int, int], losses: Mapping[str, Loss], rounds
     student, teacher = networks(name, size)
     batch = batch_of(student, size)
     alone = Distiller(student)
-    calls: dict[str, Callable[[], object]] = {"student alone": step(alone, batch)}
-    gflops = {"student alone": step_of(alone, batch)[0]}
+    calls: dict[str, Callable[[], object]] = {"baseline": step(alone, batch)}
+    gflops = {"baseline": step_of(alone, batch)[0]}
     for method, entry in losses.items():
         distiller = build_distiller(student, teacher, [entry])
         if "teacher's forward" not in calls:
@@ -154,11 +154,11 @@ def measure(name: str, size: tuple[int, int], losses: Mapping[str, Loss], rounds
         calls[method] = step(distiller, batch)
         gflops[method] = step_of(distiller, batch)[0]
     calls[method]()  # memory and kernels as in every later step
-    arithmetic = gflops["student alone"] + gflops["teacher's forward"]
+    arithmetic = gflops["baseline"] + gflops["teacher's forward"]
     for costs in interleaved({method: partial(cost, call) for method, call in calls.items()}, rounds):
         reference = [
             Cost(a.seconds + b.seconds, a.cpu_seconds + b.cpu_seconds, max(a.peak_mib, b.peak_mib))
-            for a, b in zip(costs["student alone"], costs["teacher's forward"], strict=True)
+            for a, b in zip(costs["baseline"], costs["teacher's forward"], strict=True)
         ]
         yield {
             method: {
@@ -203,11 +203,11 @@ def plot(name: str, rows: Mapping[str, Any]) -> Figure:
     """Bars of the ratios, by processor time."""
     figure = Figure(figsize=(6, 3.5))
     axes = figure.subplots()
-    methods = [method for method in rows if method not in ("student alone", "teacher's forward")]
+    methods = [method for method in rows if method not in ("baseline", "teacher's forward")]
     axes.barh(methods, [rows[method]["cpu_ratio"] for method in methods])
     axes.axvline(1, color="black")
     axes.axvline(1.05, color="black", linestyle=":")
-    axes.set(title=name, xlim=(0.9, None), xlabel="step / (student alone + teacher's forward), processor time")
+    axes.set(title=name, xlim=(0.9, None), xlabel="step / (baseline + teacher's forward), processor time")
     axes.invert_yaxis()
     return figure
 

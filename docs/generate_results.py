@@ -31,7 +31,7 @@ ABLATIONS = (
     ("", "both, the paper's choice", "acam-both", 41.2),
     ("who asks", "the teacher, the default", "acam", 41.2),
     ("", "the student", "acam-student", 41.0),
-    ("masks made by", "nobody: masks of ones, in the paper the student alone", "acam-uniform", 37.4),
+    ("masks made by", "nobody: masks of ones, in the paper the baseline", "acam-uniform", 37.4),
     ("", "the teacher, beforehand", "acam-fixed", 39.8),
     ("", "the teacher, adaptive", "acam-teacher", 39.9),
     ("", "student and teacher, the default", "acam", 41.2),
@@ -42,16 +42,16 @@ CONTROLS = (
     ("no masks: the same imitation", "pkd"),
     ("... twice as strong", "pkd-16"),
     ("masks of ones, of both kinds", "acam-uniform"),
-    ("masks fixed beforehand, nearly constant in a picture", "acam-fixed"),
+    ("masks fixed beforehand, nearly constant in an image", "acam-fixed"),
     ("untrained masks, soft", "acam-random"),
-    ("untrained masks, as hard as learnt ones", "acam-half-open"),
+    ("untrained masks, as hard as learned ones", "acam-half-open"),
     ("... twice as strong", "acam-half-open-16"),
-    ("learnt masks, half the picture's height from where they belong", "acam-moved"),
-    ("learnt masks that do not pull harder as they harden", "acam-steady"),
-    ("learnt masks, each laid on another picture", "acam-shuffled"),
+    ("learned masks, half the image's height from where they belong", "acam-moved"),
+    ("learned masks that do not pull harder as they harden", "acam-steady"),
+    ("learned masks, each laid on another image", "acam-shuffled"),
     ("masks that learn from the teacher alone", "acam-teacher"),
-    ("learnt masks without the diversity term", "acam-agree"),
-    ("learnt masks that are fed the difference to the teacher", "acam-difference"),
+    ("learned masks without the diversity term", "acam-agree"),
+    ("learned masks that are fed the difference to the teacher", "acam-difference"),
     ("masks that learn as published, from the imitation itself", "acam-joint"),
 )
 """What stands in the place of ACAM's masks, and the method of the recipes."""
@@ -84,7 +84,7 @@ def _cells(name: str) -> tuple[Cells, Cells]:
 
 
 def _rows(cells: Cells, methods: str) -> list[Row]:
-    """Rows of some methods; p and the best rival are of the whole comparison, whatever a page shows of it."""
+    """Rows of some methods; p and the best competing method are of the whole comparison."""
     rows = summarize(cells)
     wanted = set(methods.split()) or {row.method for row in rows}
     if missing := wanted - {row.method for row in rows}:
@@ -124,7 +124,10 @@ def _against(match: re.Match[str]) -> str:
             figures = " | ".join(_against_default(cells, method) for cells in comparisons.values())
             lines.append(f"| {what} | {how} (`{method}`) | {published} | {figures} |")
     elif kind == "summary":
-        lines = ["| | student alone | ACAM-KD | gain | best rival | ACAM-KD over it | teacher |", "|---" * 7 + "|"]
+        lines = [
+            "| | baseline | ACAM-KD | gain | best competing method | ACAM-KD over it | teacher |",
+            "|---" * 7 + "|",
+        ]
         lines += [f"| {head} | {_summary(cells)} |" for head, cells in zip(heads, comparisons.values(), strict=True)]
     else:
         lines = [f"| against `{DEFAULT}` | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
@@ -135,17 +138,17 @@ def _against(match: re.Match[str]) -> str:
 
 
 def _summary(cells: Cells) -> str:
-    """Of one comparison; rivals are the other methods, without their variants and with three seeds or more."""
+    """Of one comparison; competing methods have three seeds or more, and are no variants."""
     rows = {row.method: row for row in summarize(cells)}
     ours, alone = rows[DEFAULT], rows[NONE]
     others = [row for name, row in rows.items() if "-" not in name and name not in (DEFAULT, NONE) and row.n > 2]
-    rival = max(others, key=lambda row: row.mean)
+    best_other = max(others, key=lambda row: row.mean)
     scores = scores_of(cells)
-    over_rival = paired(scores[DEFAULT], scores[rival.method], rival.method)
+    over_best_other = paired(scores[DEFAULT], scores[best_other.method], best_other.method)
     assert ours.gain is not None
     return " | ".join([
         f"{alone.mean:.2f}", f"{ours.mean:.2f}, n {ours.n}", f"{_difference(ours.gain)}, p {ours.p_text}",
-        f"`{rival.method}` {rival.mean:.2f}, n {rival.n}", _difference(over_rival),
+        f"`{best_other.method}` {best_other.mean:.2f}, n {best_other.n}", _difference(over_best_other),
         f"{cells[0]['teacher'][cells[0]['metric']]:.2f}",
     ])  # fmt: skip
 

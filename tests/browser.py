@@ -18,14 +18,14 @@ FLAGS = (
 )  # fmt: skip
 
 FAINTEST = """
-const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
-const light = (colour) => channels(colour).slice(0, 3)
+const channels = (color) => color.match(/[\\d.]+/g).map(Number);
+const light = (color) => channels(color).slice(0, 3)
   .map((x) => x / 255 <= 0.04045 ? x / 255 / 12.92 : ((x / 255 + 0.055) / 1.055) ** 2.4)
   .reduce((sum, x, place) => sum + x * [0.2126, 0.7152, 0.0722][place], 0);
 const behind = (element) => {
   for (; element; element = element.parentElement) {
-    const colour = getComputedStyle(element).backgroundColor;
-    if (colour.startsWith("rgb") && (channels(colour)[3] ?? 1) === 1) return colour;
+    const color = getComputedStyle(element).backgroundColor;
+    if (color.startsWith("rgb") && (channels(color)[3] ?? 1) === 1) return color;
   }
   return "rgb(255, 255, 255)";
 };
@@ -44,7 +44,7 @@ class Browser:
 
     Args:
         profile: Folder for it.
-        screenshots: Folder for the pictures that `shoot` takes.
+        screenshots: Folder for the images that `shoot` takes.
     """
 
     def __init__(self, profile: Path, screenshots: Path) -> None:
@@ -60,7 +60,7 @@ class Browser:
         self.folder = screenshots
 
     def open(self, page: Path, *, width: int = 1100, scheme: str = "light", fragment: str = "") -> None:
-        """Open a file in a window of this width, in the `light` or `dark` colour scheme."""
+        """Open a file in a window of this width, in the `light` or `dark` color scheme."""
         preference = {"name": "prefers-color-scheme", "value": scheme}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [preference]})
         window = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
@@ -88,7 +88,7 @@ class Browser:
         return ratio, text
 
     def shoot(self, name: str) -> None:
-        """Keep a picture of the whole page."""
+        """Keep an image of the whole page."""
         width, height = self.run("const {scrollWidth: w, scrollHeight: h} = document.documentElement; return [w, h]")
         area = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
         taken = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": area})
@@ -97,5 +97,5 @@ class Browser:
 
 
 def screenshots(otherwise: Path) -> Path:
-    """Where pictures go: the folder in ACAMKD_SCREENSHOTS, which continuous integration keeps."""
+    """Where images go: the folder in ACAMKD_SCREENSHOTS, which continuous integration keeps."""
     return Path(os.environ.get("ACAMKD_SCREENSHOTS", otherwise))

@@ -132,12 +132,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize(("page", "task"), [("detector", "detection"), ("segmenter", "segmentation")])
-def test_a_guide_runs_from_pictures_to_predictions(
+def test_a_guide_runs_from_images_to_predictions(
     page: str, task: Task, run: Callable[[list[str]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    write_scenes(tmp_path / "pictures", train=4, val=2, size=(64, 64), seed=0, task=task)
+    write_scenes(tmp_path / "images", train=4, val=2, size=(64, 64), seed=0, task=task)
     (recipe,) = blocks(DOCS / f"{page}.md", "yaml")
     file = tmp_path / recipe.splitlines()[0].removeprefix("# ")
     file.write_text(recipe, encoding="utf-8")

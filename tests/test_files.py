@@ -9,7 +9,7 @@ from acamkd.files import written_whole
 
 
 def test_a_file_takes_its_place_only_when_it_is_whole(tmp_path: Path) -> None:
-    file = tmp_path / "picture.png"
+    file = tmp_path / "image.png"
     with written_whole(file) as unfinished:
         unfinished.write_text("first")
         assert not file.exists()
@@ -20,7 +20,7 @@ def test_a_file_takes_its_place_only_when_it_is_whole(tmp_path: Path) -> None:
     assert file.read_text() == "first"
     with written_whole(file, previous=tmp_path / "previous.png") as unfinished:
         unfinished.write_text("third")
-    assert [(tmp_path / name).read_text() for name in ("picture.png", "previous.png")] == ["third", "first"]
+    assert [(tmp_path / name).read_text() for name in ("image.png", "previous.png")] == ["third", "first"]
 
 
 def test_what_cannot_reach_the_disk_takes_nobodys_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Imports point down only.
 
 Every module of the package stands in one layer of LAYERS. It may import from layers below its own and, within its own
-package (`models`, `data`, `engine`, `losses`), from its neighbours; nothing else of its own layer, but for the few
+package (`models`, `data`, `engine`, `losses`), from its neighbors; nothing else of its own layer, but for the few
 edges of SAME_LAYER. Imports inside functions count; those under TYPE_CHECKING count but for UNSEEN.
 """
 

@@ -51,7 +51,7 @@ def test_operations_of_the_smallest_network() -> None:
     assert f"{cost / 2e9:.0f}" == TABLE["pspnet, tu-resnet18"]["GMAC"]
 
 
-def test_operations_of_a_training_picture() -> None:
+def test_operations_of_a_training_image() -> None:
     [row] = [row for row in rows(PAGE, "recipe") if row["recipe"] == "deeplabv3_mbv2"]
     cost = networks.training_cost(networks.recipes()["deeplabv3_mbv2"])
     assert {part: f"{each / 1e12:.2f}" for part, each in cost.items()} == {part: row[part] for part in cost}
@@ -60,11 +60,11 @@ def test_operations_of_a_training_picture() -> None:
     assert cost["losses"] > 2 * size**2 * (4 * queried + 3 * masks)
 
 
-def test_hours_are_operations_times_pictures() -> None:
+def test_hours_are_operations_times_images() -> None:
     for row in rows(PAGE, "recipe"):
         recipe = networks.recipes()[row["recipe"]]
         operations = sum(float(row[part]) for part in ("student", "teacher", "losses")) * 1e12
-        hours = networks.pictures(recipe) * operations / networks.RATE / 8 / 3600
+        hours = networks.images(recipe) * operations / networks.RATE / 8 / 3600
         assert hours == pytest.approx(float(row["hours"]), abs=0.09)  # each figure is rounded
 
 

@@ -10,7 +10,7 @@ NOTEBOOK = Path(__file__).parents[1] / "docs/notebook.ipynb"
 SMALLER = {"train=800, val=100": "train=8, val=4", "epochs: 9": "epochs: 1"}
 
 
-def test_the_notebook_runs_from_pictures_to_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_runs_from_images_to_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # what the notebook adds to sys.path goes afterwards
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]

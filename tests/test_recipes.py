@@ -44,7 +44,7 @@ def test_a_recipe_of_the_paper_says_what_it_costs_and_aims_at(name: str) -> None
     assert len(text.splitlines()) <= 35
     assert set(re.findall(r"recipes/\S+", text)) == {f"recipes/paper/{name}.yaml"}
     assert re.findall(r"target: the paper's (\S+)", text) == [row["target"]]
-    assert re.findall(r"the student alone; target: (\S+)", text) == [row["alone"]]
+    assert re.findall(r"the baseline; target: (\S+)", text) == [row["alone"]]
     assert re.findall(r"; (\S+) hours at", text) == [row["hours"]]
 
 
@@ -68,17 +68,17 @@ def test_the_settings_are_the_papers(name: str) -> None:
         assert recipe.data.augment.crop == (512, 1024)
 
 
-RIVALS = [
-    (recipe, row["rival"].strip("`"), preset.strip("`"))
-    for row in rows(PAGE, "rival")
+COMPETITORS = [
+    (recipe, row["competing method"].strip("`"), preset.strip("`"))
+    for row in rows(PAGE, "competing method")
     for title, preset in row.items()
     for recipe in PAPER
-    if title != "rival" and preset and recipe.startswith(tuple(re.findall(r"`(\w+)`", title)))
+    if title != "competing method" and preset and recipe.startswith(tuple(re.findall(r"`(\w+)`", title)))
 ]
 
 
-@pytest.mark.parametrize(("recipe", "method", "preset"), RIVALS)
-def test_a_rival_is_two_overrides(recipe: str, method: str, preset: str) -> None:
+@pytest.mark.parametrize(("recipe", "method", "preset"), COMPETITORS)
+def test_a_competing_method_is_two_overrides(recipe: str, method: str, preset: str) -> None:
     changed = config.load(PAPER[recipe], [f"losses.0.name={method}", f"losses.0.preset={preset}"])
     own = config.load(PAPER[recipe])
     (loss,) = changed.losses
@@ -87,25 +87,25 @@ def test_a_rival_is_two_overrides(recipe: str, method: str, preset: str) -> None
     assert changed.model_copy(update={"losses": own.losses}) == own
 
 
-def test_every_recipe_has_its_rivals() -> None:
-    assert {recipe for recipe, _, _ in RIVALS} == set(PAPER)
-    assert len(RIVALS) > 30
+def test_every_recipe_has_its_competing_methods() -> None:
+    assert {recipe for recipe, _, _ in COMPETITORS} == set(PAPER)
+    assert len(COMPETITORS) > 30
 
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """Four training pictures by format, in the layout that the recipes name."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """Four training images by format, in the layout that the recipes name."""
+    folder = tmp_path_factory.mktemp("images")
     for task in ("detection", "segmentation"):
         write_scenes(folder / task, train=4, val=2, size=(64, 128), seed=0, task=task)
         few_labels(folder / task, 2)
     for split in ("train", "val"):  # the layouts of the archives
         shutil.copytree(folder / f"detection/images/{split}", folder / f"coco/{split}2017")
-        for picture in (folder / f"segmentation/images/{split}").iterdir():
+        for image in (folder / f"segmentation/images/{split}").iterdir():
             for kind, suffix in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelTrainIds")):
-                target = folder / f"cityscapes/{kind}/{split}/city/{picture.stem}_{suffix}.png"
+                target = folder / f"cityscapes/{kind}/{split}/city/{image.stem}_{suffix}.png"
                 target.parent.mkdir(parents=True, exist_ok=True)
-                source = picture if kind == "leftImg8bit" else folder / f"segmentation/masks/{split}/{picture.stem}.png"
+                source = image if kind == "leftImg8bit" else folder / f"segmentation/masks/{split}/{image.stem}.png"
                 Image.open(source).save(target)
     (folder / "coco/annotations").mkdir()
     for split in ("train", "val"):
@@ -117,7 +117,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
 
 
 def miniature(file: Path, roots: dict[str, Path]) -> config.Recipe:
-    """The recipe on four small pictures, in this process, without a download."""
+    """The recipe on four small images, in this process, without a download."""
     recipe = config.load(file)
     root = roots[str(recipe.data.root)] if file.parent.name == "paper" else roots[recipe.task]
     small = {

@@ -33,7 +33,7 @@ ACAM = {"name": "acam", "pairs": ["segmentation_head.0"], "num_masks": 3, "masks
 
 
 def write_data(root: Path, task: Task = "segmentation") -> Path:
-    """8 training and 4 validation pictures and, for segmentation, `teacher.safetensors` with random weights."""
+    """8 training and 4 validation images and, for segmentation, `teacher.safetensors` with random weights."""
     side = 64 if task == "segmentation" else 128
     write_scenes(root, train=8, val=4, size=(side, side), seed=0, task=task)
     if task == "segmentation":

@@ -31,7 +31,7 @@ PAIRS: dict[Task, str] = {"detection": "backbone:*", "segmentation": "segmentati
 
 
 def write_recipe(folder: Path, task: Task, **sections: Any) -> Path:
-    """Write pictures, a teacher's weights and `recipe.yaml` with one loss; 4 training pictures are 2 steps."""
+    """Write images, a teacher's weights and `recipe.yaml` with one loss; 4 training images are 2 steps."""
     data = folder / "data"
     write_scenes(data, train=4, val=2, size=SIZE, seed=0, task=task)
     detection = task == "detection"

@@ -29,8 +29,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Distil object detectors and semantic segmenters: ACAM-KD and its rivals behind one interface.",
-    epilog="Start with [bold]acamkd demo[/bold]; on your own pictures: [bold]acamkd train R --model teacher[/bold], "
+    help="Distill object detectors and semantic segmenters: ACAM-KD and its competing methods behind one interface.",
+    epilog="Start with [bold]acamkd demo[/bold]; on your own images: [bold]acamkd train R --model teacher[/bold], "
     "[bold]acamkd train R[/bold], [bold]acamkd distill R[/bold] with a recipe R.",
 )
 
@@ -77,7 +77,7 @@ def train(
     resume: Resume = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train one network of a recipe without distillation: the teacher, or the student alone."""
+    """Train one network of a recipe without distillation: the teacher, or the baseline."""
     from acamkd import config
     from acamkd.jobs.train import train as job
 
@@ -119,17 +119,15 @@ def _print_estimate(recipe: Recipe) -> None:
     from acamkd.jobs.profile import estimate
 
     found = estimate(recipe)
-    table = Table("part", "parameters", "GFLOPs per picture", "MiB per picture")
+    table = Table("part", "parameters", "GFLOPs per image", "MiB per image")
     for part in found.parts:
-        unlabelled = " and unlabelled pictures" if part.name == "losses" and recipe.data.unlabelled else ""
-        table.add_row(
-            part.name + unlabelled, f"{part.parameters:,}", f"{part.gflops:.2f}", f"{part.memory / 2**20:.1f}"
-        )
+        unlabeled = " and unlabeled images" if part.name == "losses" and recipe.data.unlabelled else ""
+        table.add_row(part.name + unlabeled, f"{part.parameters:,}", f"{part.gflops:.2f}", f"{part.memory / 2**20:.1f}")
     console = Console()
     console.print(table)
     height, width = found.frame
     console.print(
-        f"a training step in float32, pictures of {height} x {width}: {found.picture / 2**20:.1f} MiB each, and "
+        f"a training step in float32, images of {height} x {width}: {found.image / 2**20:.1f} MiB each, and "
         f"{found.fixed / 2**20:.1f} MiB for weights, gradients and optimizer; {found.free / 2**20:.0f} MiB are free: "
         f"the largest batch is about {found.largest_batch}, the recipe's {recipe.train.batch_size}",
         soft_wrap=True,
@@ -173,7 +171,7 @@ def evaluate(
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Score a run's best network on its validation pictures."""
+    """Score a run's best network on its validation images."""
     from acamkd.engine.runs import open_run
     from acamkd.jobs.evaluate import evaluate as job
 
@@ -191,7 +189,7 @@ def evaluate(
     epilog=_examples(
         "acamkd export runs/camvid/distilled",
         "acamkd export runs/bccd/distilled --with-nms --out build/bccd",
-        "acamkd export runs/camvid/distilled --licence apache-2.0 --push-to-hub me/camvid-student",
+        "acamkd export runs/camvid/distilled --license apache-2.0 --push-to-hub me/camvid-student",
     )
 )
 def export(
@@ -200,10 +198,10 @@ def export(
     out: Annotated[Path | None, typer.Option(help="Where to, instead of RUN/export.")] = None,
     with_nms: Annotated[
         bool,
-        typer.Option("--with-nms", help="Detection: the full graph with its suppression, for single pictures."),
+        typer.Option("--with-nms", help="Detection: the full graph with its suppression, for single images."),
     ] = False,
-    licence: Annotated[
-        str | None, typer.Option("--licence", "--license", help="Of the weights, for the model card.")
+    license: Annotated[
+        str | None, typer.Option("--license", "--license", help="Of the weights, for the model card.")
     ] = None,
     push_to_hub: Annotated[
         str | None,
@@ -217,7 +215,7 @@ def export(
 
     if push_to_hub:
         job.check_repository(push_to_hub)
-    figures = job.export(open_run(run, set_ or ()), out=out, overwrite=overwrite, with_nms=with_nms, licence=licence)
+    figures = job.export(open_run(run, set_ or ()), out=out, overwrite=overwrite, with_nms=with_nms, license=license)
     metric = figures.metric
     table = Table("network", "runtime", metric, "ms", "parameters", "GFLOPs")
     for row in figures.measured:
@@ -239,17 +237,17 @@ def export(
 @app.command(
     epilog=_examples(
         "acamkd predict runs/camvid/distilled street.jpg",
-        "acamkd predict runs/bccd/distilled/export/student.onnx pictures/ --out found --score 0.5",
+        "acamkd predict runs/bccd/distilled/export/student.onnx images/ --out found --score 0.5",
         "acamkd predict runs/camvid/distilled/export/student.onnx drive.mp4",
     )
 )
 def predict(
     model: Annotated[Path, typer.Argument(metavar="RUN|MODEL.onnx", help="Run folder, or an exported file.")],
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="A picture, a folder of pictures, or a video.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="An image, a folder of images, or a video.")],
     out: Annotated[Path | None, typer.Option(help="Output folder, instead of `predictions` beside the model.")] = None,
     score: Annotated[float, typer.Option(min=0, max=1, help="Detections below this score are left out.")] = 0.3,
 ) -> None:
-    """Predict on pictures or a video: overlays, and boxes as JSON or masks as PNG."""
+    """Predict on images or a video: overlays, and boxes as JSON or masks as PNG."""
     from acamkd.jobs.predict import predict as job
 
     job(model, source, out=out, score=score)
@@ -264,7 +262,7 @@ def predict(
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
     alone: Annotated[
-        Path | None, typer.Option(help="Run of the student alone, instead of the folder `alone` beside RUN.")
+        Path | None, typer.Option(help="Run of the baseline, instead of the folder `alone` beside RUN.")
     ] = None,
     set_: Overrides = None,
 ) -> None:
@@ -302,7 +300,7 @@ def compare(
     jobs: Annotated[int, typer.Option(min=1, help="Cells at the same time; they share the processor's cores.")] = 1,
     tables: Annotated[bool, typer.Option("--tables", help="Only write the tables of the finished cells.")] = False,
 ) -> None:
-    """Compare methods on one recipe over several seeds: who gains over the student alone, and is it more than luck?"""
+    """Compare methods on one recipe over several seeds: who gains over the baseline, and is it more than luck?"""
     from acamkd import config
     from acamkd.jobs.compare import compare as comparison
 
@@ -388,9 +386,7 @@ def doctor(
     set_: Overrides = None,
     only_data: Annotated[
         bool,
-        typer.Option(
-            "--data", help="Look at the pictures alone, and count what they hold; --json lists every problem."
-        ),
+        typer.Option("--data", help="Look at the images alone, and count what they hold; --json lists every problem."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -409,11 +405,11 @@ def doctor(
         raise typer.Exit(int(any(split.problems for split in splits.values())))
     logging.getLogger("acamkd").setLevel(logging.ERROR)  # every line here is a finding
     console, findings = Console(), []
-    colours = {"pass": "green", "warn": "yellow", "fail": "bold red"}
+    colors = {"pass": "green", "warn": "yellow", "fail": "bold red"}
     for finding in examine(config.load(recipe, _overrides(losses, set_))):
         findings.append(finding)
         if not as_json:
-            line = Text.assemble((finding.status, colours[finding.status]), f"  {finding.check}: {finding.text}")
+            line = Text.assemble((finding.status, colors[finding.status]), f"  {finding.check}: {finding.text}")
             console.print(line, soft_wrap=True)
             if finding.advice:
                 console.print(f"      -> {finding.advice}", markup=False, soft_wrap=True)
@@ -428,8 +424,8 @@ def _print_statistics(splits: Mapping[str, Statistics]) -> None:
 
     found = splits.values()
     table = Table("", *splits)
-    table.add_row("pictures", *(f"{each.pictures:,}" for each in found))
-    table.add_row("picture sizes", *(_most_frequent(each.sizes) for each in found))
+    table.add_row("images", *(f"{each.images:,}" for each in found))
+    table.add_row("image sizes", *(_most_frequent(each.sizes) for each in found))
     boxes = any(each.boxes for each in found)
     table.add_row("without boxes" if boxes else "all void", *(f"{each.without:,}" for each in found))
     for key in ("small", "medium", "large", "ignored") if boxes else ():
@@ -532,7 +528,7 @@ def demo(
     ] = "both",
     out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
 ) -> None:
-    """Train, distil and compare a small detector and a small segmenter on built-in pictures, in minutes."""
+    """Train, distill and compare a small detector and a small segmenter on built-in images, in minutes."""
     from acamkd.jobs.demo import run
 
     run(out, ("detection", "segmentation") if task == "both" else (task,))

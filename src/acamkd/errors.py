@@ -11,8 +11,8 @@ class AcamkdError(ValueError):
     """
 
 
-class PictureError(AcamkdError, OSError):
-    """A picture is not there or cannot be decoded. An OSError, too: a training says how to go on."""
+class ImageError(AcamkdError, OSError):
+    """An image is not there or cannot be decoded. An OSError, too: a training says how to go on."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

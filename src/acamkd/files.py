@@ -1,4 +1,4 @@
-"""Files: which ones are pictures, and how one is there whole or not at all."""
+"""Files: which ones are images, and how one is there whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-"""Endings of what is read as a picture."""
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+"""Endings of what is read as an image."""
 
 
 def unfinished_name(name: str) -> str:

@@ -162,9 +162,7 @@ def test_a_dry_run_says_what_a_step_takes_and_leaves_nothing(
     result = acamkd("distill", recipe, "--dry-run")
     assert result.code == 0
     assert all(part in result.out for part in ("teacher", "student", "losses", "GFLOPs"))
-    assert re.search(
-        r"pictures of 64 x 64: [\d.]+ MiB each.* the largest batch is about \d+, the recipe's 4", result.out
-    )
+    assert re.search(r"images of 64 x 64: [\d.]+ MiB each.* the largest batch is about \d+, the recipe's 4", result.out)
     assert list(tmp_path.iterdir()) == [recipe]
 
 
@@ -177,7 +175,7 @@ def test_evaluating_what_is_no_run(acamkd: Command, tmp_path: Path) -> None:
     [
         (["train"], "Missing argument 'RECIPE'"),
         (["train", "r.yaml", "--model", "tutor"], "'tutor' is not one of 'teacher', 'student'"),
-        (["distil"], "No such command 'distil'"),
+        (["distill"], "No such command 'distill'"),
         (["train", "r.yaml", "--resum"], "No such option: --resum"),
     ],
 )

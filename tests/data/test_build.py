@@ -96,15 +96,15 @@ def test_drawn_scenes_need_no_paths(tmp_path: Path, task: Task) -> None:
 @pytest.mark.parametrize("place", ["images/train2017", "train2017"])
 def test_cocos_own_names(tmp_path: Path, place: str) -> None:
     write_scenes(tmp_path, train=2, val=1, size=(32, 32), seed=0, task="detection")
-    (tmp_path / "images/train").rename(tmp_path / "pictures")
+    (tmp_path / "images/train").rename(tmp_path / "images")
     (tmp_path / place).parent.mkdir(exist_ok=True)
-    (tmp_path / "pictures").rename(tmp_path / place)
+    (tmp_path / "images").rename(tmp_path / place)
     (tmp_path / "annotations/instances_train.json").rename(tmp_path / "annotations/instances_train2017.json")
     dataset = data.build(config.Data(root=tmp_path), "detection", "train", seed=0, augment=False)
     assert data.check(dataset, "full") == []
     assert dataset.files[0].parent == tmp_path / place
     (tmp_path / "annotations/instances_train2017.json").rename(tmp_path / "few.json")
-    split = config.Split(name="train", annotations=Path("few.json"))  # other labels of the same pictures
+    split = config.Split(name="train", annotations=Path("few.json"))  # other labels of the same images
     given = data.build(config.Data(root=tmp_path, train=split), "detection", "train", seed=0, augment=False)
     assert (given.annotation_files, given.files) == ([tmp_path / "few.json"], dataset.files)
     with pytest.raises(AcamkdError, match=r"cannot read the annotations .*annotations/instances_minival\.json"):

@@ -13,8 +13,8 @@ from PIL import Image, PngImagePlugin
 from acamkd import config, data
 from acamkd.data.checks import LISTED_PROBLEMS
 from acamkd.data.dataset import seed_of
-from acamkd.data.image_io import read_picture, read_size
-from acamkd.errors import AcamkdError, PictureError
+from acamkd.data.image_io import read_image, read_size
+from acamkd.errors import AcamkdError, ImageError
 from acamkd.models.base import Target
 
 
@@ -23,11 +23,11 @@ def _write(file: Path, image: Image.Image) -> None:
     image.save(file)
 
 
-def _masks(root: Path, *, pictures: int = 5) -> config.Data:
+def _masks(root: Path, *, count: int = 5) -> config.Data:
     """Tiny segmentation data: noise, with masks of two classes."""
     rng = np.random.default_rng(0)
     for split in ("train", "val"):
-        for number in range(pictures):
+        for number in range(count):
             _write(
                 root / split / "images" / f"{number}.png", Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
             )
@@ -37,7 +37,7 @@ def _masks(root: Path, *, pictures: int = 5) -> config.Data:
     return config.Data(format="masks", root=root, train=train, val=val, classes=("sky", "road"), augment=changes)
 
 
-def _train(root: Path, *, seed: int = 0) -> data.PictureDataset:
+def _train(root: Path, *, seed: int = 0) -> data.ImageDataset:
     return data.build(_masks(root), "segmentation", "train", seed=seed, augment=True)
 
 
@@ -52,7 +52,7 @@ def test_same_key_same_item_in_any_order(tmp_path: Path) -> None:
 
 def test_seed_epoch_and_index_each_change_the_draws(tmp_path: Path) -> None:
     image, _ = _train(tmp_path)[0]
-    assert not torch.equal(_train(tmp_path)[5][0], image)  # the same picture in epoch 1
+    assert not torch.equal(_train(tmp_path)[5][0], image)  # the same image in epoch 1
     assert not torch.equal(_train(tmp_path, seed=1)[0][0], image)
     assert len({seed_of(0, epoch, index) for epoch in range(20) for index in range(20)}) == 400
 
@@ -136,7 +136,7 @@ def test_one_epoch_can_begin_in_its_middle(tmp_path: Path, workers: int) -> None
     assert len(loader) == 2  # of the whole epoch, which is what Lightning counts by
 
 
-def test_a_batch_names_its_pictures(tmp_path: Path) -> None:
+def test_a_batch_names_its_images(tmp_path: Path) -> None:
     dataset = _train(tmp_path)
     loader = data.loader(dataset, 2, 0, shuffle=True, seed=4)
     assert isinstance(loader.sampler, data.SeededSampler)
@@ -144,7 +144,7 @@ def test_a_batch_names_its_pictures(tmp_path: Path) -> None:
     dataset.transform = None
     for number, (images, _) in enumerate(loader):
         for image, file in zip(images, loader.files(number), strict=True):
-            assert torch.equal(image, read_picture(file))
+            assert torch.equal(image, read_image(file))
 
 
 def test_processes_share_an_epoch_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_epochs_of_any_length_go_on_pass_after_pass(
     assert keys == passes[: len(keys)]
 
 
-def test_an_epoch_of_so_many_batches_repeats_pictures_with_other_changes(tmp_path: Path) -> None:
+def test_an_epoch_of_so_many_batches_repeats_images_with_other_changes(tmp_path: Path) -> None:
     loader = data.loader(_train(tmp_path), 2, 0, shuffle=True, seed=0, batches=10)
     images = [image for batch, _ in loader for image in batch]
     assert len(loader) == 10
@@ -185,11 +185,11 @@ def test_an_epoch_of_so_many_batches_repeats_pictures_with_other_changes(tmp_pat
     assert len({image.numpy().tobytes() for image in images}) == 20
 
 
-def test_processes_share_the_validation_pictures_and_repeat_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_share_the_validation_images_and_repeat_none(monkeypatch: pytest.MonkeyPatch) -> None:
     shares = []
     for rank in range(3):
         monkeypatch.setattr("acamkd.data.samplers.process", lambda rank=rank: (rank, 3))
-        sampler = data.ShareSampler(7)
+        sampler = data.DistributedSequentialSampler(7)
         shares.append(list(sampler))
         assert len(sampler) == len(shares[-1])
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
@@ -202,7 +202,7 @@ def test_loader_drops_the_incomplete_batch_only_when_shuffled(tmp_path: Path) ->
     assert [len(images) for images, _ in data.loader(dataset, 9, 0, shuffle=True, seed=0)] == [5]
 
 
-def test_unshuffled_pictures_come_unchanged_in_order(tmp_path: Path) -> None:
+def test_unshuffled_images_come_unchanged_in_order(tmp_path: Path) -> None:
     dataset = data.build(_masks(tmp_path), "segmentation", "val", seed=0, augment=False)
     images = [image for batch, _ in data.loader(dataset, 2, 0, shuffle=False, seed=0) for image in batch]
     for image, file in zip(images, sorted((tmp_path / "val" / "images").iterdir()), strict=True):
@@ -215,11 +215,11 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise: left becomes top
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=100)
-    picture = read_picture(tmp_path / "a.jpg")
-    assert picture.shape == (3, 24, 8)
+    image = read_image(tmp_path / "a.jpg")
+    assert image.shape == (3, 24, 8)
     assert read_size(tmp_path / "a.jpg") == (24, 8)
-    assert picture[:, :8].min() > 250
-    assert picture[:, 8:].max() < 5
+    assert image[:, :8].min() > 250
+    assert image[:, 8:].max() < 5
 
 
 @pytest.mark.parametrize("orientation", [1, 4, 5, 8, 9, 255])
@@ -235,7 +235,7 @@ def test_the_headers_say_what_decoding_finds(tmp_path: Path, name: str, where: s
     if (where, name) == ("xmp", "a.png"):
         options = {"pnginfo": chunks}
     Image.new("RGB", (24, 8)).save(tmp_path / name, **options)
-    assert tuple(read_picture(tmp_path / name).shape[1:]) == read_size(tmp_path / name)
+    assert tuple(read_image(tmp_path / name).shape[1:]) == read_size(tmp_path / name)
     if orientation < 10 or where == "exif":  # of an XMP entry the first digit is read
         assert read_size(tmp_path / name) == ((24, 8) if orientation in (5, 8) else (8, 24))
 
@@ -244,29 +244,29 @@ def test_the_headers_say_what_decoding_finds(tmp_path: Path, name: str, where: s
 def test_every_8_bit_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     file = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.new("RGB", (6, 4), (255, 255, 255)).convert(mode).save(file)
-    assert torch.equal(read_picture(file), torch.full((3, 4, 6), 255, dtype=torch.uint8))
+    assert torch.equal(read_image(file), torch.full((3, 4, 6), 255, dtype=torch.uint8))
 
 
-def test_16_bit_pictures_are_refused(tmp_path: Path) -> None:
+def test_16_bit_images_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 3000, np.uint16)).save(tmp_path / "a.png")
     with pytest.raises(AcamkdError, match="8 bits per channel"):
-        read_picture(tmp_path / "a.png")
+        read_image(tmp_path / "a.png")
 
 
 def test_training_and_validation_are_compared(tmp_path: Path) -> None:
     options = _masks(tmp_path)
     train, val = (data.build(options, "segmentation", split, seed=0, augment=False) for split in ("train", "val"))
 
-    def warnings(val: data.PictureDataset, **augment: Any) -> list[str]:
+    def warnings(val: data.ImageDataset, **augment: Any) -> list[str]:
         changed = {"resize": (6, 8), "augment": config.Augmentation(**augment)}
         return data.compare_splits(train, val, options.model_copy(update=changed))
 
-    assert data.compare_splits(train, val, options) == []  # without resize a crop has the scale of the picture
+    assert data.compare_splits(train, val, options) == []  # without resize a crop has the scale of the image
     assert warnings(val) == warnings(val, crop=(12, 16)) == warnings(val, crop=(6, 8), scale=(0.5, 1)) == []
-    (seen,) = data.compare_splits(train, val, options, unlabelled=val)
-    assert seen.startswith(f"{len(val)} of {len(val)} validation pictures are unlabelled pictures too")
+    (seen,) = data.compare_splits(train, val, options, unlabeled=val)
+    assert seen.startswith(f"{len(val)} of {len(val)} validation images are unlabeled images too")
     (shared,) = warnings(train)
-    assert shared.startswith("5 of 5 validation pictures are training pictures too")
+    assert shared.startswith("5 of 5 validation images are training images too")
     (smaller,) = warnings(val, crop=(6, 8), scale=(0.75, 1.5))
     assert "training sees things 1.5 to 3 times as large as validation, where 0.png, 16 x 12 pixels" in smaller
 
@@ -280,11 +280,11 @@ def _replace(file: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [_truncate, _replace])
-def test_check_finds_broken_pictures(tmp_path: Path, harm: Callable[[Path], None]) -> None:
+def test_check_finds_broken_images(tmp_path: Path, harm: Callable[[Path], None]) -> None:
     dataset = _train(tmp_path)
     assert data.check(dataset, "full") == []
     harm(tmp_path / "train" / "images" / "3.png")
-    with pytest.raises(AcamkdError, match=r"1 problem:\n.*3\.png: the picture cannot be read"):
+    with pytest.raises(AcamkdError, match=r"1 problem:\n.*3\.png: the image cannot be read"):
         data.check(dataset, "full")
 
 
@@ -301,12 +301,12 @@ def test_truncated_jpeg_is_found(tmp_path: Path) -> None:
     Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).save(file, format="JPEG")
     assert data.check(dataset, "full") == []
     _truncate(file)
-    with pytest.raises(AcamkdError, match=r"3\.png: the picture cannot be read: .*truncated"):
+    with pytest.raises(AcamkdError, match=r"3\.png: the image cannot be read: .*truncated"):
         data.check(dataset, "full")
 
 
-def test_missing_pictures_are_listed_and_counted(tmp_path: Path) -> None:
-    _masks(tmp_path, pictures=LISTED_PROBLEMS + 3)
+def test_missing_images_are_listed_and_counted(tmp_path: Path) -> None:
+    _masks(tmp_path, count=LISTED_PROBLEMS + 3)
     dataset = data.build(_masks(tmp_path), "segmentation", "train", seed=0, augment=False)
     for file in dataset.files:
         file.unlink()
@@ -314,7 +314,7 @@ def test_missing_pictures_are_listed_and_counted(tmp_path: Path) -> None:
         data.check(dataset, "full")
     lines = str(caught.value).splitlines()
     assert lines[0] == "the data cannot be used, 13 problems:"
-    assert lines[1].endswith("0.png: there is no such picture")
+    assert lines[1].endswith("0.png: there is no such image")
     assert len(lines) == LISTED_PROBLEMS + 2
     assert lines[-1].strip() == "... and 3 more"
 
@@ -345,5 +345,5 @@ def test_fingerprint_follows_content_but_not_place(tmp_path: Path) -> None:
     other_names = data.MaskFolder(tmp_path / "a" / "train" / "images", tmp_path / "a" / "train" / "masks", ("a", "b"))
     assert other_names.fingerprint() != here
     dataset.files[0].unlink()
-    with pytest.raises(PictureError, match=rf"{dataset.files[0].name}: No such file"):
+    with pytest.raises(ImageError, match=rf"{dataset.files[0].name}: No such file"):
         dataset.fingerprint()

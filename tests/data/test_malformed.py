@@ -43,7 +43,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _picture(file: Path, size: tuple[int, int] = (64, 64)) -> None:
+def _image(file: Path, size: tuple[int, int] = (64, 64)) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, (90, 120, 150)).save(file)
 
@@ -60,7 +60,7 @@ def _voc(root: Path) -> None:
     for split in ("train", "val"):
         names = [f"{split}_{number}" for number in range(2)]
         for name in names:
-            _picture(root / f"JPEGImages/{name}.jpg")
+            _image(root / f"JPEGImages/{name}.jpg")
             (root / f"Annotations/{name}.xml").write_text(VOC)
             Image.fromarray(np.zeros((64, 64), np.uint8)).save(root / f"SegmentationClass/{name}.png")
         for task in ("Main", "Segmentation"):
@@ -71,7 +71,7 @@ def _yolo(root: Path) -> None:
     for split in ("train", "val"):
         (root / "labels" / split).mkdir(parents=True)
         for number in range(2):
-            _picture(root / f"images/{split}/{number}.jpg")
+            _image(root / f"images/{split}/{number}.jpg")
             (root / f"labels/{split}/{number}.txt").write_text("0 0.5 0.5 0.4 0.3\n1 0.3 0.3 0.2 0.2\n")
     (root / "data.yaml").write_text("names: [cat, dog]\n")
 
@@ -80,7 +80,7 @@ def _cityscapes(root: Path) -> None:
     for split in ("train", "val"):
         for number in range(2):
             frame = f"{split}/ulm/ulm_{number:06}_000019"
-            _picture(root / f"leftImg8bit/{frame}_leftImg8bit.png")
+            _image(root / f"leftImg8bit/{frame}_leftImg8bit.png")
             mask = root / f"gtFine/{frame}_gtFine_labelIds.png"
             mask.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.full((64, 64), 7, np.uint8)).save(mask)
@@ -301,9 +301,9 @@ RECIPES: dict[str, Case] = {
         ("data.classes is missing: masks hold ids only, so the recipe lists the class names",)),
     "the same class twice": Case(SEG, put("data.classes", ["a", "b", "c", "d", "e", "a"]), "train",
         ("the class a is listed 2 times: each needs a name of its own",)),
-    "pictures without annotations": Case(DET, put("data.val", {"images": "images/val"}), "train",
+    "images without annotations": Case(DET, put("data.val", {"images": "images/val"}), "train",
         ("data.val.annotations is missing: data.format coco needs it beside `images`",)),
-    "neither a name nor pictures": Case(DET, put("data.val", {"annotations": "x.json"}), "train",
+    "neither a name nor images": Case(DET, put("data.val", {"annotations": "x.json"}), "train",
         ("data.val: give either the split's `name` in the format's own layout, or its `images`",)),
     "size of one number": Case(SEG, put("data.resize", 64), "train", ("data.resize", "(given: 64)")),
     "size of zero": Case(SEG, put("data.resize", [0, 64]), "train", ("data.resize", "greater than 0 (given: 0)")),
@@ -311,7 +311,7 @@ RECIPES: dict[str, Case] = {
         ("data.augment: scale must be a range of factors above 0, such as [0.5, 2], not [2.0, 0.5]",)),
     "scale of zero": Case(SEG, put("data.augment", {"scale": [0, 1]}), "train",
         ("data.augment: scale must be a range",)),
-    "colour of two numbers": Case(SEG, put("student.mean", [0.5, 0.5]), "train", ("student.mean",)),
+    "color of two numbers": Case(SEG, put("student.mean", [0.5, 0.5]), "train", ("student.mean",)),
     "deviation of zero": Case(SEG, put("student.std", [0.2, 0.2, 0]), "train", ("student.std", "greater than 0")),
     "classes of the student": Case(SEG, put("student.num_classes", 3), "train",
         ("student.num_classes: the student has the data's classes; only a teacher may have others",)),
@@ -367,8 +367,8 @@ RECIPES: dict[str, Case] = {
         ("inherit segmentation_hat: the student's network has no such part; did you mean segmentation_head",)),
     "no teacher to train": Case(SEG, drop("teacher"), "train --model teacher",
         ("the recipe tiny has no `teacher` section",)),
-    "no teacher to distil from": Case(SEG, drop("teacher"), "distill",
-        ("the recipe tiny needs a `teacher` section and `losses` to distil",)),
+    "no teacher to distill from": Case(SEG, drop("teacher"), "distill",
+        ("the recipe tiny needs a `teacher` section and `losses` to distill",)),
     "override of a missing entry": Case(SEG, put("name", "tiny"), "train --set losses.3.weight=2",
         ("--set losses.3.weight: there is no entry 3, the list has 1 (counted from 0)",)),
     "override without a value": Case(SEG, put("name", "tiny"), "train --set train.epochs",
@@ -390,27 +390,27 @@ DATA: dict[str, Case] = {
         ("data.format: auto finds both coco and yolo",)),
     "missing folder": Case(SEG, remove("masks/val"), "train",
         ("cannot read the folder", "masks/val: No such file or directory")),
-    "missing picture": Case(SEG, remove("images/train/00001.jpg"), "train",
-        ("1 problem:", "masks/train/00001.png: the mask has no picture in", "images/train")),
+    "missing image": Case(SEG, remove("images/train/00001.jpg"), "train",
+        ("1 problem:", "masks/train/00001.png: the mask has no image in", "images/train")),
     "missing mask": Case(SEG, remove("masks/train/00001.png"), "train",
-        ("1 problem:", "images/train/00001.jpg: the picture has no mask")),
+        ("1 problem:", "images/train/00001.jpg: the image has no mask")),
     "mask of a wrong size": Case(SEG, mask("masks/train/00002.png", 0, (32, 64)), "train",
         ("1 problem:", "masks/train/00002.png: the mask has 32 x 64 pixels, but 00002.jpg has 64 x 64 pixels")),
     "class id out of range": Case(SEG, mask("masks/train/00002.png", 17), "train",
         ("masks/train/00002.png: the mask holds 17, but the values for the 6 classes and for void are 0 to 5 and",)),
-    "mask of colours": Case(SEG, mask("masks/train/00002.png", 0, mode="RGB"), "train",
-        ("masks/train/00002.png: the mask cannot be read: it is of mode RGB; save class ids, as 8-bit grey",)),
+    "mask of colors": Case(SEG, mask("masks/train/00002.png", 0, mode="RGB"), "train",
+        ("masks/train/00002.png: the mask cannot be read: it is of mode RGB; save class ids, as 8-bit gray",)),
     "mask of 16 bits": Case(SEG, mask("masks/train/00002.png", 0, mode="I;16"), "train",
-        ("it is of mode I;16; save class ids, as 8-bit grey or with a palette, not colours or 16 bits",)),
+        ("it is of mode I;16; save class ids, as 8-bit gray or with a palette, not colors or 16 bits",)),
     "broken mask": Case(SEG, cut("masks/val/00002.png", 60), "train",
         ("masks/val/00002.png: the mask cannot be read",)),
-    "broken picture": Case(SEG, cut("images/val/00003.jpg", 200), "train",
-        ("1 problem:", "images/val/00003.jpg: the picture cannot be read")),
-    "empty picture": Case(SEG, write("images/val/00003.jpg", ""), "train", ("00003.jpg: the picture cannot be read",)),
-    "picture of 16 bits": Case("yolo", mask("images/train/1.png", 0, mode="I;16"), "train",
-        ("images/train/1.png: the picture cannot be read: its pixels are of mode I;16; save it with 8 bits per",)),
-    "no pictures at all": Case(SEG, empty("images/train", "masks/train"), "train",
-        ("images/train: the folder holds no pictures (.jpg, .jpeg, .png",)),
+    "broken image": Case(SEG, cut("images/val/00003.jpg", 200), "train",
+        ("1 problem:", "images/val/00003.jpg: the image cannot be read")),
+    "empty image": Case(SEG, write("images/val/00003.jpg", ""), "train", ("00003.jpg: the image cannot be read",)),
+    "image of 16 bits": Case("yolo", mask("images/train/1.png", 0, mode="I;16"), "train",
+        ("images/train/1.png: the image cannot be read: its pixels are of mode I;16; save it with 8 bits per",)),
+    "no images at all": Case(SEG, empty("images/train", "masks/train"), "train",
+        ("images/train: the folder holds no images (.jpg, .jpeg, .png",)),
     "missing annotations": Case(DET, put("data.val.annotations", "annotations/val.json"), "train",
         ("cannot read the annotations", "annotations/val.json: No such file or directory")),
     "broken JSON": Case(DET, cut("annotations/instances_val.json", 300), "train",
@@ -430,7 +430,7 @@ DATA: dict[str, Case] = {
     "two images of one id": Case(DET, coco(lambda c: c["images"][1].update(id=1)), "train",
         ("instances_train.json: 1 images share an id with another",)),
     "an image that is not there": Case(DET, coco(lambda c: c["images"][1].update(file_name="no.jpg")), "train",
-        ("images/train/no.jpg: there is no such picture",)),
+        ("images/train/no.jpg: there is no such image",)),
     "an image of another size": Case(DET, coco(lambda c: c["images"][1].update(height=100)), "train",
         ("00002.jpg has 128 x 128 pixels (rotated as its EXIF entry says), but", "says 128 x 100 pixels")),
     "box the wrong way round": Case(DET, box(bbox=[10, 10, -5, 5]), "train",
@@ -448,7 +448,7 @@ DATA: dict[str, Case] = {
     "boxes that are no list": Case(DET, coco(lambda c: c.update(annotations={"1": {}})), "train",
         ("is not a COCO file",)),
     "no boxes at all": Case(DET, coco(lambda c: c.update(annotations=[])), "train",
-        ("instances_train.json: there is no box for any picture",)),
+        ("instances_train.json: there is no box for any image",)),
     "other classes in val": Case(DET, coco(lambda c: c["categories"][0].update(name="disk"), "val"), "train",
         ("train and val must list the same classes in the same order, but train has disc, square",)),
     "other classes in the recipe": Case(DET, put("data.classes", ["cat"]), "train",
@@ -467,8 +467,8 @@ DATA: dict[str, Case] = {
         ("train_1.xml: it has no size with width and height above 0",)),
     "voc: XML with a size of NaN": Case("voc", replace("Annotations/train_1.xml", "<width>64", "<width>nan"), "train",
         ("train_1.xml: it has no size with width and height above 0",)),
-    "voc: missing picture": Case("voc", remove("JPEGImages/val_0.jpg"), "train",
-        ("val_0.jpg: there is no such picture",)),
+    "voc: missing image": Case("voc", remove("JPEGImages/val_0.jpg"), "train",
+        ("val_0.jpg: there is no such image",)),
     "voc: unknown class": Case("voc",
         both(put("data.classes", ["cat", "dog"]), replace("Annotations/train_1.xml", "dog", "dgo")), "train",
         ("train_1.xml: object 1 (dgo): there is no class 'dgo'; did you mean dog?",)),
@@ -486,7 +486,7 @@ DATA: dict[str, Case] = {
     "yolo: unknown class": Case("yolo", write("labels/train/1.txt", "0 0.5 0.5 0.1 0.1\n2 0.5 0.5 0.1 0.1\n"), "train",
         ("1 problem:", "labels/train/1.txt:2: class 2 is none of the 2, 0 to 1")),
     "yolo: pixels": Case("yolo", write("labels/train/1.txt", "1 32 20 10 8"), "train",
-        ("labels/train/1.txt:1: the centre (32, 20) must be shares of width and height from 0 to 1, not pixels",)),
+        ("labels/train/1.txt:1: the center (32, 20) must be shares of width and height from 0 to 1, not pixels",)),
     "yolo: polygon": Case("yolo", write("labels/train/1.txt", "1 0.1 0.1 0.2 0.1 0.2 0.3"), "train",
         ("labels/train/1.txt:1: a box is `class cx cy w h`, not `1 0.1 0.1 0.2 0.1 0.2 0.3`",)),
     "yolo: class by name": Case("yolo", write("labels/train/1.txt", "dog 0.5 0.5 0.1 0.1"), "train",
@@ -495,8 +495,8 @@ DATA: dict[str, Case] = {
         ("1.txt is not a text file",)),
     "yolo: no labels": Case("yolo", remove("labels/val"), "train",
         ("cannot read the folder", "labels/val: No such file")),
-    "yolo: no pictures": Case("yolo", remove("images/val"), "train",
-        ("there is no folder of pictures for the split val; looked for",)),
+    "yolo: no images": Case("yolo", remove("images/val"), "train",
+        ("there is no folder of images for the split val; looked for",)),
     "yolo: no names": Case("yolo", write("data.yaml", "nc: 2"), "train",
         ("the class names are missing: give `names` in",)),
     "yolo: names with a gap": Case("yolo", write("data.yaml", "names: {0: cat, 2: dog}"), "train",
@@ -514,13 +514,13 @@ DATA: dict[str, Case] = {
         ("gtFine/val: there is no such folder; ", "gtCoarse/val is there, but coarse masks are not read")),
     "cityscapes: other classes": Case("cityscapes", put("data.classes", ["road"]), "train",
         ("data.classes is road, but the classes of Cityscapes are road, sidewalk",)),
-    "no unlabelled pictures": Case(SEG, put("data.unlabelled", "more"), "distill",
+    "no unlabeled images": Case(SEG, put("data.unlabelled", "more"), "distill",
         ("cannot read the folder", "more: No such")),
-    "broken unlabelled picture": Case(SEG, both(put("data.unlabelled", "more"), write("more/1.jpg", "x")), "distill",
-        ("more/1.jpg: the picture cannot be read",)),
-    "unlabelled pictures that no loss can use": Case(SEG,
+    "broken unlabeled image": Case(SEG, both(put("data.unlabelled", "more"), write("more/1.jpg", "x")), "distill",
+        ("more/1.jpg: the image cannot be read",)),
+    "unlabelled images that no loss can use": Case(SEG,
         both(put("data.unlabelled", "images/val"), put(f"{LOSS}.mask_grad", "task")), "distill",
-        ("no loss can learn from unlabelled pictures, since each needs targets: segmentation_head.0/acam",)),
+        ("no loss can learn from unlabeled images, since each needs targets: segmentation_head.0/acam",)),
 }  # fmt: skip
 
 WEIGHTS: dict[str, Case] = {

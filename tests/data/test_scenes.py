@@ -54,7 +54,7 @@ def test_every_class_and_many_sizes_occur() -> None:
         assert max(sizes) > 15 * min(sizes)
 
 
-def test_colours_do_not_tell_the_classes_apart() -> None:
+def test_colors_do_not_tell_the_classes_apart() -> None:
     means: dict[int, list[float]] = {label: [] for label in range(1, len(CLASSES) + 1)}
     for index in range(60):
         scene = draw_scene((64, 64), seed=0, split="train", index=index)
@@ -77,7 +77,7 @@ def test_detection_layout(tmp_path: Path) -> None:
             image, target = dataset[index]
             assert (
                 abs(image.permute(1, 2, 0).numpy().astype(int) - scene.pixels).mean() < 15
-            )  # JPEG averages coloured noise
+            )  # JPEG averages colored noise
             assert target["labels"].tolist() == list(scene.objects.values())
             for number, box in zip(scene.objects, target["boxes"].int().tolist(), strict=True):
                 left, top, right, bottom = box
@@ -118,11 +118,11 @@ def test_two_folders_are_equal_to_the_byte(tmp_path: Path, task: Task) -> None:
 
 def test_complete_folder_is_reused(tmp_path: Path) -> None:
     write_scenes(tmp_path / "a", train=1, val=1, size=(32, 32), seed=0, task="detection")
-    picture = tmp_path / "a" / "images" / "train" / "00001.jpg"
-    Image.new("RGB", (32, 32)).save(picture)
-    changed = picture.read_bytes()
+    image = tmp_path / "a" / "images" / "train" / "00001.jpg"
+    Image.new("RGB", (32, 32)).save(image)
+    changed = image.read_bytes()
     write_scenes(tmp_path / "a", train=1, val=1, size=(32, 32), seed=0, task="detection")
-    assert picture.read_bytes() == changed
+    assert image.read_bytes() == changed
 
 
 def test_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from acamkd.data.transforms import PADDING, augmentation
 from acamkd.models.base import Target
 
 
-def _picture(height: int, width: int) -> tv_tensors.Image:
+def _image(height: int, width: int) -> tv_tensors.Image:
     return tv_tensors.Image(torch.arange(3 * height * width).remainder(251).to(torch.uint8).view(3, height, width))
 
 
@@ -21,12 +21,12 @@ def _detection(boxes: list[list[float]], height: int = 20, width: int = 30) -> S
         "labels": torch.arange(1, len(boxes) + 1),
         "iscrowd": torch.arange(len(boxes)) % 2,
     }
-    return _picture(height, width), target
+    return _image(height, width), target
 
 
 def _segmentation(height: int = 20, width: int = 30) -> Sample:
     mask = torch.arange(height * width).remainder(5).view(height, width)
-    return _picture(height, width), {"mask": tv_tensors.Mask(mask)}
+    return _image(height, width), {"mask": tv_tensors.Mask(mask)}
 
 
 def test_flip_moves_boxes_exactly() -> None:
@@ -96,14 +96,14 @@ def test_crop_may_leave_no_boxes() -> None:
     assert targets[0]["labels"].shape == targets[0]["iscrowd"].shape == (0,)
 
 
-def test_pictures_without_boxes_pass_through_everything() -> None:
+def test_images_without_boxes_pass_through_everything() -> None:
     change = augmentation(Augmentation(scale=(0.5, 2), crop=(16, 16), flip=0.5, photometric=True), "detection")
     image, target = change(*_detection([]))
     assert image.shape == (3, 16, 16)
     assert target["boxes"].shape == (0, 4)
 
 
-def test_small_pictures_are_padded_with_void() -> None:
+def test_small_images_are_padded_with_void() -> None:
     image, target = _segmentation(6, 8)
     torch.manual_seed(1)
     padded, moved = augmentation(Augmentation(crop=(12, 12), flip=0), "segmentation")(image, target)
@@ -123,7 +123,7 @@ def test_padding_moves_boxes_with_their_pixels() -> None:
     assert torch.equal(padded[:, top:bottom, left:right], image[:, 2:5, 1:4])
 
 
-def test_photometric_changes_colours_and_nothing_else() -> None:
+def test_photometric_changes_colors_and_nothing_else() -> None:
     image, target = _segmentation()
     torch.manual_seed(0)
     changed, same = augmentation(Augmentation(flip=0, photometric=True), "segmentation")(image, target)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from acamkd import config, data
 from acamkd.data.scenes import write_scenes
-from acamkd.data.unlabeled import UnlabelledPictures, WithUnlabelled
+from acamkd.data.unlabeled import UnlabeledImages, WithUnlabeled
 from acamkd.errors import AcamkdError
 from acamkd.models.base import VOID, Task
 
@@ -26,19 +26,19 @@ def _options(root: Path, task: Task) -> config.Data:
     return config.Data(root=root / "scenes", unlabelled=Path("more"), augment=changes, classes=names)
 
 
-def _mixed(root: Path, task: Task = "segmentation", seed: int = 0) -> WithUnlabelled:
+def _mixed(root: Path, task: Task = "segmentation", seed: int = 0) -> WithUnlabeled:
     options = _options(root, task)
-    labelled = data.build(options, task, "train", seed=seed, augment=True)
-    return WithUnlabelled(labelled, data.build_unlabelled(options, task, seed=seed))
+    labeled = data.build(options, task, "train", seed=seed, augment=True)
+    return WithUnlabeled(labeled, data.build_unlabeled(options, task, seed=seed))
 
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_nothing_is_known_of_them(tmp_path: Path, task: Task) -> None:
-    pictures = data.build_unlabelled(_options(tmp_path, task), task, seed=0)
-    assert data.check(pictures, "full") == []
-    assert len(pictures) == COUNT
-    image, target = pictures[0]
-    assert image.shape == (3, 24, 24)  # changed as the labelled ones
+    images = data.build_unlabeled(_options(tmp_path, task), task, seed=0)
+    assert data.check(images, "full") == []
+    assert len(images) == COUNT
+    image, target = images[0]
+    assert image.shape == (3, 24, 24)  # changed as the labeled ones
     if task == "segmentation":
         assert (target["mask"] == VOID).all()
     else:
@@ -48,7 +48,7 @@ def test_nothing_is_known_of_them(tmp_path: Path, task: Task) -> None:
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_a_batch_brings_as_many(tmp_path: Path, task: Task) -> None:
     mixed = _mixed(tmp_path, task)
-    plain = data.loader(mixed.labelled, 2, 0, shuffle=True, seed=0)
+    plain = data.loader(mixed.labeled, 2, 0, shuffle=True, seed=0)
     for (images, targets), (same, same_targets, more) in zip(
         plain, data.loader(mixed, 2, 0, shuffle=True, seed=0), strict=True
     ):
@@ -84,10 +84,10 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
 def test_what_cannot_be_used(tmp_path: Path) -> None:
     options = _options(tmp_path, "segmentation")
     with pytest.raises(AcamkdError, match=r"cannot read the folder .*gone: No such file"):
-        UnlabelledPictures(tmp_path / "gone", "segmentation")
+        UnlabeledImages(tmp_path / "gone", "segmentation")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(AcamkdError, match="empty: the folder holds no pictures"):
-        data.check(UnlabelledPictures(tmp_path / "empty", "segmentation"), "full")
-    (tmp_path / "scenes/more/1.png").write_text("no picture")
-    with pytest.raises(AcamkdError, match=r"more/1\.png: the picture cannot be read"):
-        data.check(data.build_unlabelled(options, "segmentation", seed=0), "full")
+    with pytest.raises(AcamkdError, match="empty: the folder holds no images"):
+        data.check(UnlabeledImages(tmp_path / "empty", "segmentation"), "full")
+    (tmp_path / "scenes/more/1.png").write_text("no image")
+    with pytest.raises(AcamkdError, match=r"more/1\.png: the image cannot be read"):
+        data.check(data.build_unlabeled(options, "segmentation", seed=0), "full")

@@ -12,7 +12,15 @@ from torch import Tensor
 
 import tiny_recipes
 from acamkd import config
-from acamkd.distillation.auto_weight import BATCHES, adopt, calibrate, gradient_norms, measuring, prepared, total_norms
+from acamkd.distillation.auto_weight import (
+    BATCHES,
+    calibrate,
+    gradient_norms,
+    prepared,
+    probe_distiller,
+    reuse_weights,
+    total_norms,
+)
 from acamkd.distillation.build import build_distiller
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.methods import METHODS
@@ -42,9 +50,9 @@ def networks(recipe: config.Recipe) -> tuple[TaskModel, TaskModel, Batches]:
 def measured(
     student: TaskModel, teacher: TaskModel, losses: Sequence[config.Loss], batches: Batches
 ) -> tuple[float, dict[str, float]]:
-    """Mean ratio of the gradients on the training pictures, and the terms of the last of them."""
+    """Mean ratio of the gradients on the training images, and the terms of the last of them."""
     ratios = []
-    with measuring(student, teacher, losses) as distiller:
+    with probe_distiller(student, teacher, losses) as distiller:
         for batch in prepared(student, batches.train):
             distillation, task = total_norms(gradient_norms(distiller, batch))
             ratios.append(distillation / task)
@@ -97,7 +105,7 @@ def test_frozen_layers_are_measured_frozen(segmentation: Path) -> None:
     student.backbone.eval()
     modes = [module.training for module in student.modules()]
     assert len(set(modes)) == 2
-    with measuring(student, teacher, recipe.losses) as distiller:
+    with probe_distiller(student, teacher, recipe.losses) as distiller:
         gradient_norms(distiller, next(prepared(student, batches.train)))
         assert [module.training for module in student.modules()] == modes
         assert distiller.losses.training
@@ -179,9 +187,9 @@ def test_a_run_holds_the_number_and_is_reproduced_by_it(
 def test_weights_are_only_adopted_by_the_same_methods() -> None:
     auto = config.Loss(name="acam", weight="auto", mask_grad="joint")
     found = config.Loss(name="acam", weight=0.3, diversity_weight=0.1, mask_grad="joint")
-    assert adopt([auto], [found]) == (found,)
-    assert adopt([auto], [config.Loss(name="fitnet", weight=0.3)]) == (auto,)
-    assert adopt([auto], []) == (auto,)
+    assert reuse_weights([auto], [found]) == (found,)
+    assert reuse_weights([auto], [config.Loss(name="fitnet", weight=0.3)]) == (auto,)
+    assert reuse_weights([auto], []) == (auto,)
 
 
 def test_a_loss_without_gradient_is_an_error(segmentation: Path) -> None:
@@ -250,5 +258,5 @@ def test_a_method_without_a_weight_cannot_be_calibrated(segmentation: Path) -> N
 def test_a_distiller_alone_cannot_calibrate(segmentation: Path) -> None:
     recipe = config.load(segmentation, ["losses.0.weight=auto"])
     student, teacher, _ = networks(recipe)
-    with pytest.raises(AcamkdError, match=r"losses.0 \(fitnet\): `weight: auto` needs pictures"):
+    with pytest.raises(AcamkdError, match=r"losses.0 \(fitnet\): `weight: auto` needs images"):
         build_distiller(student, teacher, recipe.losses)

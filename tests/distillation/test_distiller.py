@@ -248,7 +248,7 @@ def test_without_a_teacher_the_student_trains_alone(student: Tiny, batch: Batch)
     distiller = Distiller(student)
     for step in range(AUDITED_STEPS + 1):
         assert list(distiller(batch, step)) == ["task/size", "task/level"]
-    with pytest.raises(AcamkdError, match="has no teacher: it trains the student alone"):
+    with pytest.raises(AcamkdError, match="has no teacher: it trains the baseline"):
         distiller.teacher  # noqa: B018
     distiller.to(torch.float64)
 
@@ -514,37 +514,37 @@ def test_looking_ahead_repeats_no_work_of_a_detectors_heads_and_changes_no_gradi
     assert once == pytest.approx(detached, rel=0.01)
 
 
-def test_unlabelled_pictures_are_compared_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+def test_unlabeled_images_are_compared_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     student, teacher = Tiny(4), Tiny(6)
     fgd, cwd, heads = FGD(4, 6), PKD(4, 6), Heads()
     pairs = [("body", "body"), ("stem", "stem"), None]
     distiller = Distiller(student, teacher, pairs, [fgd, cwd, heads])
     batch = student.prepare(torch.rand(2, 3, 8, 8))  # type: ignore[arg-type]
-    terms = distiller(batch, labelled=False)
+    terms = distiller(batch, labeled=False)
     assert list(terms) == ["stem/pkd/correlation"]
     assert student.net.head_runs == 0  # the student, too, ends at its last tapped layer
     gradient = torch.autograd.grad(terms["stem/pkd/correlation"], student.net.stem.weight)[0]
     assert gradient.count_nonzero() > 0
-    distiller.check_unlabelled()
-    assert caplog.messages[-1] == ("these losses need targets and see the labelled pictures only: body/fgd, head/heads")
+    distiller.check_unlabeled()
+    assert caplog.messages[-1] == ("these losses need targets and see the labeled images only: body/fgd, head/heads")
     for losses in ([fgd], [ACAM(4, 6, mask_grad="task")]):
         with pytest.raises(AcamkdError, match=r"each needs targets: body/.*; leave data.unlabelled out, or add a loss"):
-            Distiller(student, teacher, pairs[:1], losses).check_unlabelled()
-    assert Distiller(student, teacher, pairs[:1], [fgd])(batch, labelled=False) == {}
+            Distiller(student, teacher, pairs[:1], losses).check_unlabeled()
+    assert Distiller(student, teacher, pairs[:1], [fgd])(batch, labeled=False) == {}
 
 
-def test_look_ahead_masks_choose_on_unlabelled_pictures_what_labelled_ones_taught() -> None:
+def test_look_ahead_masks_choose_on_unlabeled_images_what_labeled_ones_taught() -> None:
     student, teacher = Tiny(4), Tiny(6)
     acam = ACAM(4, 6, masks="both", mask_grad="look_ahead")
     distiller = Distiller(student, teacher, [("body", "body")], [acam])
     batch = student.prepare(torch.rand(2, 3, 8, 8))  # type: ignore[arg-type]
-    distiller.check_unlabelled()
-    terms = distiller(batch, labelled=False)
+    distiller.check_unlabeled()
+    terms = distiller(batch, labeled=False)
     assert list(terms) == ["body/acam/channel", "body/acam/spatial", "body/acam/diversity"]
     torch.stack([terms["body/acam/channel"], terms["body/acam/spatial"]]).sum().backward()  # type: ignore[no-untyped-call]
     assert all(parameter.grad is None for parameter in acam.selection.parameters())
     with torch.no_grad():
         for parameter in acam.selection.parameters():
             parameter.mul_(-1)
-    assert distiller(batch, labelled=False)["body/acam/spatial"] != terms["body/acam/spatial"]
+    assert distiller(batch, labeled=False)["body/acam/spatial"] != terms["body/acam/spatial"]

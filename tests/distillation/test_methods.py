@@ -150,7 +150,7 @@ def test_a_description_by_hand() -> None:
     assert by_name["query"] == "teacher | student"
     assert by_name["tokens"] == "str | none"
     assert describe("fgd")["needs"] == ["boxes", "input_size"]
-    assert describe("maskd")["needs"] == ["learnt tokens"]
+    assert describe("maskd")["needs"] == ["learned tokens"]
 
 
 def test_a_star_stands_for_every_level(

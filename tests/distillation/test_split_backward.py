@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from acamkd.distillation.split_backward import first_part, leaves_below
+from acamkd.distillation.split_backward import split_backward, upstream_leaves
 from acamkd.errors import AcamkdError
 
 Terms: TypeAlias = dict[str, Tensor]
@@ -103,7 +103,7 @@ def test_first_part_changes_no_gradient_and_repeats_work_only_where_it_must(
     def split(net: Net) -> Tensor:
         terms, maps, copies = net(x)
         values = {name: term.item() for name, term in terms.items()}
-        gradients, terms = first_part(terms, [maps[layer] for layer in layers], [copies[layer] for layer in layers])
+        gradients, terms = split_backward(terms, [maps[layer] for layer in layers], [copies[layer] for layer in layers])
         assert {name: term.item() for name, term in terms.items()} == values
         torch.testing.assert_close(gradients, found)
         return torch.add(total(terms), maps["neck"].sum())
@@ -119,11 +119,11 @@ def test_first_part_follows_a_common_factor_and_refuses_unequal_ones() -> None:
     gradients = {}
     for factor in (1.0, 0.25):
         terms, maps, copies = net(x)
-        _, terms = first_part(terms, [maps["neck"]], [copies["neck"]])
+        _, terms = split_backward(terms, [maps["neck"]], [copies["neck"]])
         gradients[factor] = torch.autograd.grad(factor * total(terms), list(net.parameters()))
     torch.testing.assert_close([4 * g for g in gradients[0.25]], list(gradients[1.0]))
     terms, maps, copies = net(x)
-    _, terms = first_part(terms, [maps["neck"]], [copies["neck"]])
+    _, terms = split_backward(terms, [maps["neck"]], [copies["neck"]])
     with pytest.raises(AcamkdError, match=r"the task's terms have unequal factors.*give all terms .* the same factor"):
         (terms["square"] + 2 * terms["level"]).backward()  # type: ignore[no-untyped-call]
 
@@ -133,7 +133,7 @@ def test_first_part_leaves_float16_to_its_loss_scale(dtype: torch.dtype, head_ba
     net = Net()
     with torch.autocast("cpu", dtype=dtype):
         terms, maps, copies = net(torch.randn(3, 4))
-        _, terms = first_part(terms, [maps["neck"]], [copies["neck"]])
+        _, terms = split_backward(terms, [maps["neck"]], [copies["neck"]])
     total(terms).backward()  # type: ignore[no-untyped-call]
     assert net.head.backwards == head_backwards
     assert all(parameter.grad is not None for parameter in net.parameters())
@@ -142,7 +142,7 @@ def test_first_part_leaves_float16_to_its_loss_scale(dtype: torch.dtype, head_ba
 def test_first_part_sees_a_pixels_share_of_a_large_mean_in_float16() -> None:
     features = torch.ones(8, dtype=torch.float16, requires_grad=True) * 1
     copy = features.clone()
-    (gradient,), _ = first_part({"mean": copy.float().sum() / 1e8}, [features], [get_gradient_edge(copy)])
+    (gradient,), _ = split_backward({"mean": copy.float().sum() / 1e8}, [features], [get_gradient_edge(copy)])
     assert torch.tensor(1e-8).half() == 0  # what it would be without a factor
     torch.testing.assert_close(gradient, torch.full((8,), 1e-8), rtol=0.01, atol=0)
 
@@ -158,7 +158,7 @@ def test_first_part_keeps_the_precision_that_the_forward_had() -> None:
             with torch.autocast("cpu", enabled=False):  # as detectors compute their boxes
                 terms = {"square": (copy @ weight).square().mean()}
             if split:
-                _, terms = first_part(terms, [features], [edge])
+                _, terms = split_backward(terms, [features], [edge])
         found.append(torch.autograd.grad(total(terms), [weight, x]))
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
@@ -170,14 +170,14 @@ def test_first_part_lets_hooks_on_parameters_run_once() -> None:
     for split in (False, True):
         terms, maps, copies = net(x)
         if split:
-            _, terms = first_part(terms, [maps["neck"]], [copies["neck"]])
+            _, terms = split_backward(terms, [maps["neck"]], [copies["neck"]])
         gradients.append(trained(net, lambda _, terms=terms: total(terms)))  # type: ignore[misc]
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
 def test_first_part_gives_terms_that_may_be_changed_in_place() -> None:
     terms, maps, copies = Net()(torch.randn(3, 4))
-    _, terms = first_part(terms, [maps["neck"]], [copies["neck"]])
+    _, terms = split_backward(terms, [maps["neck"]], [copies["neck"]])
     loss = terms["square"]
     value = loss.item()
     loss *= 2
@@ -187,8 +187,8 @@ def test_first_part_gives_terms_that_may_be_changed_in_place() -> None:
 def test_leaves_below_tells_the_outputs_of_one_node_apart() -> None:
     a, b = torch.ones(4, requires_grad=True), torch.ones(4, requires_grad=True)
     first, second = (a * b).split(2)  # type: ignore[no-untyped-call]
-    assert {id(x) for x in leaves_below([first.grad_fn])[0]} == {id(a), id(b)}
-    leaves, met = leaves_below([(first * second).sum().grad_fn], stop=[get_gradient_edge(first)])
+    assert {id(x) for x in upstream_leaves([first.grad_fn])[0]} == {id(a), id(b)}
+    leaves, met = upstream_leaves([(first * second).sum().grad_fn], stop=[get_gradient_edge(first)])
     assert met
     assert {id(x) for x in leaves} == {id(a), id(b)}  # around the first, through the second
-    assert leaves_below([(2 * first).sum().grad_fn], stop=[get_gradient_edge(first)]) == ([], True)
+    assert upstream_leaves([(2 * first).sum().grad_fn], stop=[get_gradient_edge(first)]) == ([], True)

@@ -15,7 +15,7 @@ from acamkd.losses.acam.masks import Masks, apply_masks
 from acamkd.models.base import Batch, TaskModel
 from acamkd.models.segmentation import Segmenter
 
-COLOURS = torch.tensor([[0.1, 0.1, 0.1], [0.8, 0.2, 0.2], [0.2, 0.8, 0.2], [0.2, 0.2, 0.8]])
+COLORS = torch.tensor([[0.1, 0.1, 0.1], [0.8, 0.2, 0.2], [0.2, 0.8, 0.2], [0.2, 0.2, 0.8]])
 LAYER = "3"
 
 
@@ -27,7 +27,7 @@ def segmenter(width: int) -> Segmenter:
 
 def noisy_squares(model: TaskModel) -> Batch:
     labels = torch.randint(0, 4, (1, 4, 4)).repeat_interleave(8, 1).repeat_interleave(8, 2)  # (1, 32, 32)
-    images = COLOURS[labels].permute(0, 3, 1, 2) + 0.15 * torch.randn(1, 3, 32, 32)
+    images = COLORS[labels].permute(0, 3, 1, 2) + 0.15 * torch.randn(1, 3, 32, 32)
     return model.prepare(list(images.clamp(0, 1)), [{"mask": mask} for mask in labels])
 
 

@@ -11,8 +11,7 @@ from torch import nn
 
 import tiny
 from acamkd.distillation.distiller import Distiller
-from acamkd.engine.mask_history import REPLAY, Replay
-from acamkd.engine.mask_history import MOMENTS, is_kept, look, masks_of, spread
+from acamkd.engine.mask_history import MOMENTS, REPLAY, MaskHistory, is_kept, look, masks_of, spread
 from acamkd.jobs import train as jobs
 from acamkd.jobs.train import distill
 from acamkd.losses import ACAM, FGD, FitNet, MasKD
@@ -49,7 +48,7 @@ def _stored(folder: Path) -> dict[str, Any]:
 def test_the_start_and_every_epoch_are_kept(whole: Path) -> None:
     stored, key = _stored(whole), "segmentation_head.0/acam"
     assert stored["epoch"].tolist() == [0, 1, 2]
-    assert stored["pictures"].tolist() == [0, 1, 2, 3]
+    assert stored["images"].tolist() == [0, 1, 2, 3]
     shapes = {name: array.shape for name, array in stored.items() if name.startswith(key)}
     assert shapes == {
         f"{key}/student": (3, 4, 1, 16, 16),
@@ -66,7 +65,7 @@ def test_the_start_and_every_epoch_are_kept(whole: Path) -> None:
 
 
 def test_the_training_does_not_notice(whole: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "Replay", lambda folder, pictures: Callback())
+    monkeypatch.setattr(jobs, "MaskHistory", lambda folder, images: Callback())
     distill(tiny.recipe(root, epochs=2), out=tmp_path / "run")
     assert not (tmp_path / "run" / REPLAY).exists()
     for table in ("history.csv", "logs/metrics.csv"):
@@ -150,9 +149,9 @@ def test_masks_of_every_method_have_one_form() -> None:
 
 def test_modes_are_restored_module_by_module(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[bool]] = []
-    record = Replay._record
+    record = MaskHistory._record
 
-    def watch(self: Replay, trainer: Any, module: Any, epoch: int) -> None:
+    def watch(self: MaskHistory, trainer: Any, module: Any, epoch: int) -> None:
         network = module.distiller.student
         network.net.encoder.eval()  # frozen statistics inside a student in training
         before = [each.training for each in network.modules()]
@@ -160,7 +159,7 @@ def test_modes_are_restored_module_by_module(tmp_path: Path, root: Path, monkeyp
         seen.append(before)
         assert [each.training for each in network.modules()] == before
 
-    monkeypatch.setattr(Replay, "_record", watch)
+    monkeypatch.setattr(MaskHistory, "_record", watch)
     distill(tiny.recipe(root, epochs=1), out=tmp_path / "run")
     assert len(seen) == 2
     assert any(seen[0])
@@ -174,6 +173,6 @@ def test_a_long_run_keeps_few_moments_and_always_the_last(epochs: int) -> None:
     assert min(epochs, MOMENTS // 2) <= len(kept) <= MOMENTS + 1
 
 
-def test_pictures_are_spread_evenly() -> None:
+def test_images_are_spread_evenly() -> None:
     assert spread(10, 4) == [0, 2, 5, 7]
     assert spread(2, 4) == [0, 1]

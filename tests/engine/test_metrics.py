@@ -21,17 +21,17 @@ CLASSES = ("ant", "bee", "cat")
 
 
 def _boxes(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Boxes of all three of COCO's sizes in pictures of 300 pixels."""
+    """Boxes of all three of COCO's sizes in images of 300 pixels."""
     corner = 200 * torch.rand(count, 2, generator=generator)
     side = 8 + 92 * torch.rand(count, 2, generator=generator) ** 2 + 40 * torch.rand(count, 1, generator=generator)
     return torch.cat([corner, corner + side], dim=1)
 
 
-def _detections(pictures: int = 6) -> tuple[list[Prediction], list[Target]]:
-    """Random boxes and what a mediocre detector makes of them; picture 1 is empty, picture 2 holds a crowd."""
+def _detections(images: int = 6) -> tuple[list[Prediction], list[Target]]:
+    """Random boxes and what a mediocre detector makes of them; image 1 is empty, image 2 holds a crowd."""
     generator = torch.Generator().manual_seed(5)
     predictions, targets = [], []
-    for index in range(pictures):
+    for index in range(images):
         count = 0 if index == 1 else 12
         boxes = _boxes(count, generator)
         labels = torch.randint(1, 3, (count,), generator=generator)  # never a cat
@@ -141,9 +141,9 @@ def test_sizes_are_those_of_the_outlines_where_they_are_known() -> None:
 
 def test_segmentation_is_one_confusion_matrix_over_the_set() -> None:
     rng = np.random.default_rng(0)
-    masks = [rng.integers(0, 2, (20 + 9 * index, 31)) for index in range(4)]  # class 2 is in no picture
+    masks = [rng.integers(0, 2, (20 + 9 * index, 31)) for index in range(4)]  # class 2 is in no image
     found = [np.where(rng.random(mask.shape) < 0.3, 1 - mask, mask) for mask in masks]
-    masks[0][:] = 0  # the average of pictures would differ
+    masks[0][:] = 0  # the average of images would differ
     for mask in masks:
         mask[rng.random(mask.shape) < 0.1] = VOID
     scorer = Scorer("segmentation", CLASSES)

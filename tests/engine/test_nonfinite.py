@@ -11,8 +11,8 @@ from torch import Tensor
 
 import tiny
 from acamkd import config
-from acamkd.data.image_io import read_picture
-from acamkd.data.loading import PictureLoader
+from acamkd.data.image_io import read_image
+from acamkd.data.loading import ImageLoader
 from acamkd.distillation.build import build_distiller
 from acamkd.distillation.distiller import Distiller, NonFiniteError
 from acamkd.engine.module import TrainingModule
@@ -60,19 +60,19 @@ GRADIENT = (
 
 
 @pytest.mark.parametrize(("backwards", "message"), [(False, TERM), (True, GRADIENT)])
-def test_the_run_stops_and_keeps_the_pictures(
+def test_the_run_stops_and_keeps_the_images(
     backwards: bool, message: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _poison(monkeypatch, {1}, backwards=backwards)
     raw, file = tiny.raw_recipe(root, epochs=1, batch_size=1, accumulate=2), tmp_path / "run/nonfinite/step-1.pt"
     raw["data"]["augment"] = {"flip": 0}
-    with pytest.raises(AcamkdError, match=rf"{message}.*pictures \w+.jpg, \w+.jpg, kept in {file}$") as caught:
+    with pytest.raises(AcamkdError, match=rf"{message}.*images \w+.jpg, \w+.jpg, kept in {file}$") as caught:
         distill(config.parse(raw), out=tmp_path / "run")
     kept = torch.load(file, weights_only=True)
     assert kept["fault"] in str(caught.value)
     assert len(kept["files"]) == len(kept["images"]) == len(kept["targets"]) == 2  # both batches of the step
     for name, image in zip(kept["files"], kept["images"], strict=True):
-        assert torch.equal(image, read_picture(root / "images/train" / name))
+        assert torch.equal(image, read_image(root / "images/train" / name))
     assert not (tmp_path / "run/metrics.json").exists()
 
 
@@ -90,16 +90,16 @@ def test_the_parameter_is_named(root: Path, tmp_path: Path, monkeypatch: pytest.
         distill(tiny.recipe(root, epochs=1, batch_size=2), out=tmp_path / "run")
 
 
-@pytest.mark.parametrize("where", ["labelled", "unlabelled"])
+@pytest.mark.parametrize("where", ["labeled", "unlabelled"])
 def test_every_parameter_gets_a_gradient_of_a_broken_step(
     where: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other processes wait for each, also for those that the broken forward did not come to."""
     forward = Distiller.forward
 
-    def broken(self: Distiller, *arguments: Any, labelled: bool = True) -> dict[str, Tensor]:
-        terms = forward(self, *arguments, labelled=labelled)
-        if labelled == (where == "labelled"):
+    def broken(self: Distiller, *arguments: Any, labeled: bool = True) -> dict[str, Tensor]:
+        terms = forward(self, *arguments, labeled=labeled)
+        if labeled == (where == "labeled"):
             raise NonFiniteError("test", terms)
         return terms
 
@@ -158,8 +158,8 @@ def test_too_many_in_a_row_stop_the_run(root: Path, tmp_path: Path, monkeypatch:
 def test_the_scaler_of_float16_gets_its_chance_and_no_more(tmp_path: Path) -> None:
     callback, net = NonFinite(tmp_path, skip=False), torch.nn.Linear(1, 1)
     strategy = SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision)
-    pictures = PictureLoader.__new__(PictureLoader)
-    trainer: Any = SimpleNamespace(precision="16-mixed", strategy=strategy, global_step=7, train_dataloader=pictures,
+    images = ImageLoader.__new__(ImageLoader)
+    trainer: Any = SimpleNamespace(precision="16-mixed", strategy=strategy, global_step=7, train_dataloader=images,
                                    world_size=1)  # fmt: skip
     module = TrainingModule.__new__(TrainingModule)
     torch.nn.Module.__init__(module)

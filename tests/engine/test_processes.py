@@ -18,11 +18,10 @@ from torch import Tensor, nn
 
 import tiny
 from acamkd import config, models
-from acamkd.data.loading import Pictures
+from acamkd.data.loading import Images
 from acamkd.data.scenes import CLASSES, write_scenes
-from acamkd.engine.runs import TERMINATED
 from acamkd.engine.module import TrainingModule
-from acamkd.engine.runs import open_run
+from acamkd.engine.runs import TERMINATED, open_run
 from acamkd.errors import AcamkdError
 from acamkd.jobs.compare.compare import run_cell
 from acamkd.jobs.compare.trials import plan
@@ -36,12 +35,12 @@ PAIRS = {"detection": "backbone:*", "segmentation": "segmentation_head.0"}
 
 @pytest.fixture(scope="module", autouse=True)
 def _comparable() -> Iterator[None]:
-    """Batch norm's statistics are the only part of these networks that couples the pictures of a batch."""
+    """Batch norm's statistics are the only part of these networks that couples the images of a batch."""
     norm = nn.modules.batchnorm._BatchNorm
-    initialise = norm.__init__
+    initialize = norm.__init__
 
     def frozen(self: Any, *args: Any, **options: Any) -> None:
-        initialise(self, *args, **options)
+        initialize(self, *args, **options)
         self.training = False
 
     with pytest.MonkeyPatch.context() as patch:
@@ -53,7 +52,7 @@ def _comparable() -> Iterator[None]:
 
 @pytest.fixture(scope="module", params=["detection", "segmentation"])
 def raw(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A recipe of 4 steps over 8 pictures, 4 at a time; 3 validation pictures are no equal shares of 2."""
+    """A recipe of 4 steps over 8 images, 4 at a time; 3 validation images are no equal shares of 2."""
     task: Task = request.param
     root = tmp_path_factory.mktemp(task)
     write_scenes(root, train=8, val=3, size=(64, 64), seed=0, task=task)
@@ -65,7 +64,7 @@ def raw(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     teacher = models.build(config.Model(**raw["student"]), task, len(CLASSES) + (task == "segmentation"))
     models.save_weights(teacher.net, root / "teacher.safetensors")
     raw["teacher"] = {**raw["student"], "weights": str(root / "teacher.safetensors")}
-    # Standardised channels would couple the pictures of a batch, too.
+    # Standardized channels would couple the images of a batch, too.
     raw["losses"] = [{"name": "acam", "pairs": [PAIRS[task]], "num_masks": 2, "imitation": "squared"}]
     return raw
 
@@ -112,7 +111,7 @@ def _together(run: Callable[[int], object], launcher: Launcher = _torchrun) -> l
 
 
 def _shared(raw: dict[str, Any], **train: Any) -> config.Recipe:
-    """The recipe for two processes with the same pictures in each step."""
+    """The recipe for two processes with the same images in each step."""
     return config.parse({**raw, "train": {**raw["train"], "batch_size": 2, "devices": 2, **train}})
 
 
@@ -122,7 +121,7 @@ def test_two_processes_do_what_one_does(raw: dict[str, Any], tmp_path: Path, mon
     recipe = _shared(raw)
     original = TrainingModule.training_step
 
-    def ended(self: TrainingModule, batch: Pictures, batch_idx: int) -> Tensor:
+    def ended(self: TrainingModule, batch: Images, batch_idx: int) -> Tensor:
         if self.global_rank == 1 and self.global_step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, batch, batch_idx)
@@ -150,12 +149,12 @@ def test_two_processes_do_what_one_does(raw: dict[str, Any], tmp_path: Path, mon
 
 
 def test_processes_agree(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On `weight: auto`, on a loss that stops, and where one of them is asked to end, which alone has bad pictures."""
+    """On `weight: auto`, on a loss that stops, and where one of them is asked to end, which alone has bad images."""
     raw = {**raw, "losses": [{**raw["losses"][0], "weight": "auto", "stop_epoch": 1}]}
     recipe = _shared(raw, epochs=3, on_nonfinite="skip")
     original = TrainingModule.training_step
 
-    def disturbed(self: TrainingModule, batch: Pictures, batch_idx: int) -> Tensor:
+    def disturbed(self: TrainingModule, batch: Images, batch_idx: int) -> Tensor:
         loss = original(self, batch, batch_idx)
         if self.global_step == 0:
             (tmp_path / f"weight-{self.global_rank}").write_text(str(self.distiller.losses[0].weight))
@@ -185,7 +184,7 @@ def test_processes_agree(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytes
     assert [bool(row[spatial]) for row in history] == [True, False, False]  # an epoch is 2 steps of each process
 
 
-def test_too_few_pictures_for_so_many_processes_are_one_message(raw: dict[str, Any], tmp_path: Path) -> None:
+def test_too_few_images_for_so_many_processes_are_one_message(raw: dict[str, Any], tmp_path: Path) -> None:
     recipe = _shared(raw, epochs=1, batch_size=5)
 
     def refused(rank: int) -> None:
@@ -195,7 +194,7 @@ def test_too_few_pictures_for_so_many_processes_are_one_message(raw: dict[str, A
     assert _together(refused) == [0, 0]
 
 
-def test_slurm_is_recognised(raw: dict[str, Any], tmp_path: Path) -> None:
+def test_slurm_is_recognized(raw: dict[str, Any], tmp_path: Path) -> None:
     recipe = _shared(raw, epochs=1)
     assert _together(lambda rank: distill(recipe, out=tmp_path / "run"), _slurm) == [0, 0]
     assert open_run(tmp_path / "run").metrics["processes"] == 2

@@ -18,16 +18,18 @@ from torch.utils.data import get_worker_info
 
 import tiny
 from acamkd import config
-from acamkd.data.loading import Pictures
-from acamkd.engine.module import TrainingModule
+from acamkd.data import dataset
+from acamkd.data.image_io import read_image
+from acamkd.data.loading import Images
 from acamkd.engine import checkpoint, runs
+from acamkd.engine.module import TrainingModule
 from acamkd.errors import AcamkdError
 from acamkd.files import written_whole
 from acamkd.jobs.train import distill, train
 
 
 def _raw(root: Path, workers: int = 0, **train: Any) -> dict[str, Any]:
-    """ACAM on networks with batch norm, pictures that are changed at random; 8 steps an epoch."""
+    """ACAM on networks with batch norm, images that are changed at random; 8 steps an epoch."""
     raw = tiny.raw_recipe(root, epochs=2, batch_size=1, **train)
     raw["data"] |= {"workers": workers, "augment": {"scale": [0.8, 1.2], "crop": [64, 64], "photometric": True}}
     return raw
@@ -62,7 +64,7 @@ def _signalled(raw: dict[str, Any], folder: Path, hook: str, at: tuple[int, int]
     os.setpgid(0, 0)
     original = getattr(TrainingModule, hook)
 
-    def signalled(self: TrainingModule, batch: Pictures, batch_idx: int) -> Any:
+    def signalled(self: TrainingModule, batch: Images, batch_idx: int) -> Any:
         if (self.current_epoch, batch_idx) == at:
             os.killpg(0, number)  # as schedulers do: the loading processes get it, too
         return original(self, batch, batch_idx)
@@ -127,7 +129,7 @@ def test_a_terminated_run_saves_itself_and_goes_on_to_the_same_end(
     hook: str, at: tuple[int, int], step: int, whole: Path, root: Path, tmp_path: Path
 ) -> None:
     raw, folder = _raw(root, workers=2), tmp_path / "run"
-    assert _signalled(raw, folder, hook, at, signal.SIGTERM) == engine.TERMINATED == 143
+    assert _signalled(raw, folder, hook, at, signal.SIGTERM) == runs.TERMINATED == 143
     assert (folder / "log.txt").read_text().endswith(f"WARNING {folder}: terminated; --resume goes on at step {step}\n")
     distill(config.parse(raw), out=folder, resume=True)
     _same(whole, folder)
@@ -137,7 +139,7 @@ def _stopped(raw: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch,
     """The run up to a step at which the user interrupts it."""
     original = TrainingModule.training_step
 
-    def stop(self: TrainingModule, batch: Pictures, batch_idx: int) -> Tensor:
+    def stop(self: TrainingModule, batch: Images, batch_idx: int) -> Tensor:
         if self.global_step == step:
             raise KeyboardInterrupt
         return original(self, batch, batch_idx)
@@ -232,23 +234,23 @@ def test_every_schedule_can_be_read_back_without_code(name: str, root: Path, tmp
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_the_death_of_a_loading_process_names_its_picture(
+def test_the_death_of_a_loading_process_names_its_image(
     split: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = sorted((root / f"images/{split}").iterdir())[2]
-    original = dataset.read_picture
+    original = read_image
 
-    def deadly(picture: Path) -> Tensor:
-        if picture == file and get_worker_info():
+    def deadly(image: Path) -> Tensor:
+        if image == file and get_worker_info():
             os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does where memory runs out
-        return original(picture)
+        return original(image)
 
-    monkeypatch.setattr(dataset, "read_picture", deadly)
-    with pytest.raises(AcamkdError, match=rf"loads pictures .*; the last that it read was {file}\. If memory ran out"):
+    monkeypatch.setattr(dataset, "read_image", deadly)
+    with pytest.raises(AcamkdError, match=rf"loads images .*; the last that it read was {file}\. If memory ran out"):
         train(config.parse(_raw(root, workers=1)), out=tmp_path / "run")
 
 
-def test_pictures_that_vanish_end_the_run_with_one_message(
+def test_images_that_vanish_end_the_run_with_one_message(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tiny.write_data(tmp_path / "data")
@@ -259,6 +261,6 @@ def test_pictures_that_vanish_end_the_run_with_one_message(
 
     monkeypatch.setattr(TrainingModule, "on_train_epoch_end", remove)
     with pytest.raises(
-        AcamkdError, match=r"run: the training stopped: .*images/train.*there is no such picture.* --resume goes on"
+        AcamkdError, match=r"run: the training stopped: .*images/train.*there is no such image.* --resume goes on"
     ):
         train(config.parse(_raw(data, workers=1)), out=tmp_path / "run")

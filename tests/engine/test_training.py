@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from acamkd import config
 from acamkd.distillation.build import build_distiller
 from acamkd.distillation.distiller import Distiller
-from acamkd.engine.trainer import Recorder, build_trainer
 from acamkd.engine.metrics import Scorer
 from acamkd.engine.module import TrainingModule
+from acamkd.engine.trainer import Recorder, build_trainer
 from acamkd.errors import AcamkdError
 from acamkd.models.base import Target
 from acamkd.models.segmentation import Segmenter
@@ -177,7 +177,7 @@ def test_a_batch_too_small_for_batch_norm_is_named(tmp_path: Path) -> None:
         _fit(tmp_path, _batches(1), Distiller(model), batch_size=1)
 
 
-def test_a_term_that_also_sees_unlabelled_pictures_is_the_mean_of_both(tmp_path: Path) -> None:
+def test_a_term_that_also_sees_unlabeled_images_is_the_mean_of_both(tmp_path: Path) -> None:
     entries = [
         config.Loss(name="fitnet", pairs=("1",)),
         config.Loss(name="acam", pairs=("0",), masks="both", imitation="squared"),

@@ -26,7 +26,7 @@ METRICS = {"detection": "mAP", "segmentation": "mIoU"}
 
 @pytest.fixture
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One epoch on a handful of small pictures."""
+    """One epoch on a handful of small images."""
     packaged = demo.read_recipe
 
     def one_epoch(task: Task, out: Path) -> config.Recipe:
@@ -34,13 +34,13 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
         train = recipe.train.model_copy(update={"epochs": 1, "eval_every": 1})
         return recipe.model_copy(update={"train": train})
 
-    for name, value in {"TRAIN_PICTURES": 8, "VAL_PICTURES": 4, "SIZE": (64, 64), "SHOWN": 1}.items():
+    for name, value in {"TRAIN_IMAGES": 8, "VAL_IMAGES": 4, "SIZE": (64, 64), "SHOWN": 1}.items():
         monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(demo, "read_recipe", one_epoch)
 
 
 @pytest.mark.usefixtures("_small")
-def test_both_tasks_leave_figures_pictures_and_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_tasks_leave_figures_images_and_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = demo.run(tmp_path, ("detection", "segmentation"))
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written == results
@@ -53,18 +53,18 @@ def test_both_tasks_leave_figures_pictures_and_runs(tmp_path: Path, capsys: pyte
     with Image.open(tmp_path / "pictures.png") as sheet:
         assert sheet.width == 1200
     table = capsys.readouterr().out
-    for word in ("detection", "segmentation", "mAP", "mIoU", "student alone", "student distilled"):
+    for word in ("detection", "segmentation", "mAP", "mIoU", "baseline", "student distilled"):
         assert word in table
 
 
 @pytest.mark.usefixtures("_small")
 def test_second_demo_replaces_the_runs_and_keeps_the_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = demo.run(tmp_path, ("segmentation",))
-    picture = tmp_path / "segmentation" / "data" / "images" / "val" / "00001.jpg"
-    drawn = picture.stat().st_mtime_ns
+    image = tmp_path / "segmentation" / "data" / "images" / "val" / "00001.jpg"
+    drawn = image.stat().st_mtime_ns
     with caplog.at_level(logging.INFO, logger="acamkd"):
         second = demo.run(tmp_path, ("segmentation",))
-    assert picture.stat().st_mtime_ns == drawn
+    assert image.stat().st_mtime_ns == drawn
     assert [record.message for record in caplog.records].count(
         f"{tmp_path / 'segmentation' / 'alone'} holds an earlier demo's run: it is replaced"
     ) == 1

@@ -35,11 +35,11 @@ def segmentation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def trained(segmentation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An override with a teacher that passes for trained: its batch norm has seen pictures, its score is good."""
+    """An override with a teacher that passes for trained: its batch norm has seen images, its score is good."""
     state = load_file(segmentation.parent / "teacher.safetensors")
     state = {name: x + 0.1 if name.endswith("running_var") else x for name, x in state.items()}
     save_file(state, tmp_path / "trained.safetensors")
-    monkeypatch.setattr(doctor, "score", lambda _net, pictures, _scorer: {"mIoU": 60.0 * bool(list(pictures))})
+    monkeypatch.setattr(doctor, "score", lambda _net, images, _scorer: {"mIoU": 60.0 * bool(list(images))})
     return f"teacher.weights={tmp_path / 'trained.safetensors'}"
 
 
@@ -107,9 +107,9 @@ def test_every_level_is_shown(detection: Path) -> None:
         (["losses.0.pairs=[[segmentation_head.0, 'encoder:4']]"], "tap", "warn", "the student's map is resampled"),
         (["losses.0.name=fgd"], "distillation", "fail", "needs boxes"),
         (["data.unlabelled=images/val", "losses.0.name=acam", "losses.0.mask_grad=task"], "distillation", "fail",
-         "no loss can learn from unlabelled pictures"),
-        (["student.mean=[0, 0, 0]"], "colours", "warn", "student 0.000 0.000 0.000 / "),
-        (["train.batch_size=2"], "batch norm", "warn", "from 2 pictures at a time"),
+         "no loss can learn from unlabeled images"),
+        (["student.mean=[0, 0, 0]"], "colors", "warn", "student 0.000 0.000 0.000 / "),
+        (["train.batch_size=2"], "batch norm", "warn", "from 2 images at a time"),
         (["student.inherit=[neck]"], "student's weights", "fail", "no such part"),
         (["teacher.weights=null"], "teacher's weights", "fail", "the teacher has no weights"),
         (["teacher.options.decoder_pyramid_channels=16"], "teacher's weights", "fail", "every tensor is needed"),
@@ -126,13 +126,13 @@ def test_what_is_wrong_is_found(
     assert finding.advice or status == "fail"
 
 
-def test_a_missing_picture_and_a_bad_box_of_the_validation_are_found(tmp_path: Path) -> None:
+def test_a_missing_image_and_a_bad_box_of_the_validation_are_found(tmp_path: Path) -> None:
     recipe = tiny_recipes.write_recipe(tmp_path, "detection")
     next((tmp_path / "data/images/val").iterdir()).unlink()
     *_, last = examine(config.load(recipe))
     assert (last.check, last.status) == ("teacher's score", "fail")
     assert "images/val" in last.text
-    assert "there is no such picture" in last.text
+    assert "there is no such image" in last.text
     annotations = tmp_path / "data/annotations/instances_val.json"
     content = json.loads(annotations.read_text())
     content["annotations"][0]["bbox"] = [1, 1, -3, 4]
@@ -198,7 +198,7 @@ def test_the_score_ends_in_time(segmentation: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(doctor, "SECONDS", -1.0)
     started = time.monotonic()
     (finding,) = found(segmentation)["teacher's score"]
-    assert "on 0 validation pictures" in finding.text
+    assert "on 0 validation images" in finding.text
     assert finding.status == "fail"
     assert time.monotonic() - started < 20
 
@@ -215,16 +215,16 @@ def test_the_command_says_it_in_lines_and_in_its_exit_code(segmentation: Path, t
     assert findings[-1]["status"] == "fail"
 
 
-def _picture_recipe(root: Path, task: str, **options: Any) -> Path:
+def _image_recipe(root: Path, task: str, **options: Any) -> Path:
     """A recipe without teacher, weights or losses."""
-    file = root.parent / "pictures.yaml"
+    file = root.parent / "images.yaml"
     raw = {"task": task, "data": {"root": str(root), **options}, "student": {"arch": "none"}, "train": {"epochs": 1}}
     file.write_text(yaml.safe_dump(raw), encoding="utf-8")
     return file
 
 
 def _yolo(root: Path) -> Path:
-    """Training: 3 pictures of 200 x 100 pixels and one of 50 x 50, boxes of 20, 40 and 96 pixels; validation: one."""
+    """Training: 3 images of 200 x 100 pixels and one of 50 x 50, boxes of 20, 40 and 96 pixels; validation: one."""
     boxes = {"a": "0 0.5 0.5 0.1 0.2\n1 0.5 0.5 0.2 0.4\n", "b": "1 0.5 0.5 0.48 0.96\n", "c": "", "d": None}
     for split in ("train", "val"):
         (root / "images" / split).mkdir(parents=True)
@@ -238,24 +238,24 @@ def _yolo(root: Path) -> Path:
 
 
 def test_boxes_are_counted(tmp_path: Path) -> None:
-    recipe = _picture_recipe(_yolo(tmp_path / "data"), "detection")
+    recipe = _image_recipe(_yolo(tmp_path / "data"), "detection")
     result = CliRunner().invoke(cli.app, ["doctor", str(recipe), "--data", "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["train"] == {
-        "pictures": 4,
+        "images": 4,
         "sizes": {"200 x 100 pixels": 3, "50 x 50 pixels": 1},
         "classes": {"cat": 1, "dog": 2, "cow": 0},
         "without": 2,
         "boxes": {"small": 1, "medium": 1, "large": 1, "ignored": 0},
         "sides": {"shortest": 20, "median": 40, "longest": 96},
         "problems": [],
-        "warnings": [f"{tmp_path}/data/labels/train: 2 of 4 pictures have no boxes"],
+        "warnings": [f"{tmp_path}/data/labels/train: 2 of 4 images have no boxes"],
     }
     assert found["val"]["classes"] == {"cat": 1, "dog": 1, "cow": 0}
     shown = CliRunner().invoke(cli.app, ["doctor", str(recipe), "--data"]).stdout
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
-    assert ["pictures", "4", "1"] in rows
+    assert ["images", "4", "1"] in rows
     assert ["dog", "2", "1"] in rows
     assert ["longest side", "96", "40"] in rows
     assert "warn  train: " in shown
@@ -268,7 +268,7 @@ def test_pixels_are_counted(tmp_path: Path) -> None:
                 (tmp_path / "d" / folder / split).mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (2, 2)).save(tmp_path / f"d/images/{split}/{number}.png")
             Image.fromarray(np.array(rows, np.uint8)).save(tmp_path / f"d/masks/{split}/{number}.png")
-    recipe = _picture_recipe(tmp_path / "d", "segmentation", classes=["sky", "road", "car"], ignore_index=9)
+    recipe = _image_recipe(tmp_path / "d", "segmentation", classes=["sky", "road", "car"], ignore_index=9)
     found = json.loads(CliRunner().invoke(cli.app, ["doctor", str(recipe), "--data", "--json"]).stdout)["val"]
     assert found["classes"] == pytest.approx({"sky": 40, "road": 60, "car": 0})
     assert (found["without"], found["boxes"], found["sides"]) == (1, {}, {})
@@ -277,26 +277,26 @@ def test_pixels_are_counted(tmp_path: Path) -> None:
     for number in (1, 2):
         Image.fromarray(np.full((2, 2), 7, np.uint8)).save(tmp_path / f"d/masks/val/{number}.png")
     options = {"classes": ["sky", "road", "car"], "ignore_index": 9, "check": "headers"}
-    val = doctor.examine_data(config.load(_picture_recipe(tmp_path / "d", "segmentation", **options)))["val"]
+    val = doctor.examine_data(config.load(_image_recipe(tmp_path / "d", "segmentation", **options)))["val"]
     assert [problem.partition(": ")[0][-5:] for problem in val.problems] == ["1.png", "2.png"]
-    assert (val.pictures, val.classes["sky"]) == (3, 25)  # of the mask that can be read
+    assert (val.images, val.classes["sky"]) == (3, 25)  # of the mask that can be read
 
 
 def test_every_problem_of_the_data_is_listed(tmp_path: Path) -> None:
     root = _yolo(tmp_path / "data")
     (root / "labels/train/a.txt").write_text("0 0.5 0.5 0.1 0.2\n" + "7 0.5 0.5 0.1 0.1\n" * 12)
-    (root / "images/train/b.png").write_bytes(b"no picture")
+    (root / "images/train/b.png").write_bytes(b"no image")
     (root / "images/val/a.png").unlink()
-    recipe = _picture_recipe(root, "detection")
+    recipe = _image_recipe(root, "detection")
     result = CliRunner().invoke(cli.app, ["doctor", str(recipe), "--data", "--json"])
     assert result.exit_code == 1
     found = json.loads(result.stdout)
     assert len(found["train"]["problems"]) == 13
     assert found["train"]["problems"][11] == f"{root}/labels/train/a.txt:13: class 7 is none of the 3, 0 to 2"
-    assert found["train"]["problems"][12].startswith(f"{root}/images/train/b.png: the picture cannot be read")
+    assert found["train"]["problems"][12].startswith(f"{root}/images/train/b.png: the image cannot be read")
     assert found["train"]["classes"] == {"cat": 1, "dog": 0, "cow": 0}  # what can be read is counted
     assert found["val"]["problems"][0].endswith(
-        "images/val: the folder holds no pictures (.jpg, .jpeg, .png, .bmp, .webp)"
+        "images/val: the folder holds no images (.jpg, .jpeg, .png, .bmp, .webp)"
     )
     result = CliRunner().invoke(cli.app, ["doctor", str(recipe), "--data"])
     assert result.exit_code == 1
@@ -307,13 +307,13 @@ def test_every_problem_of_the_data_is_listed(tmp_path: Path) -> None:
 def test_a_split_that_cannot_be_read_and_other_classes(tmp_path: Path) -> None:
     root = _yolo(tmp_path / "data")
     (root / "labels/val").rename(root / "gone")
-    found = doctor.examine_data(config.load(_picture_recipe(root, "detection")))
+    found = doctor.examine_data(config.load(_image_recipe(root, "detection")))
     assert found["val"].problems == [f"cannot read the folder {root}/labels/val: No such file or directory"]
     assert found["train"].problems == []
     write_scenes(tmp_path / "s", train=1, val=1, size=(32, 32), seed=0, task="detection")
     file = tmp_path / "s/annotations/instances_val.json"
     file.write_text(file.read_text().replace('"disc"', '"disk"'))
-    found = doctor.examine_data(config.load(_picture_recipe(tmp_path / "s", "detection")))
+    found = doctor.examine_data(config.load(_image_recipe(tmp_path / "s", "detection")))
     assert found["val"].problems == [
         "the classes are disk, square, triangle, ring, cross, but those of train disc, square, triangle, ring, cross"
     ]

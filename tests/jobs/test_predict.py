@@ -17,7 +17,8 @@ from PIL import Image
 
 from acamkd.errors import AcamkdError
 from acamkd.jobs import predict as predicting
-from acamkd.jobs.predict import Film, draw, predict
+from acamkd.jobs.predict import Video, predict
+from acamkd.report.visualize import draw_predictions
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def red(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def box(tmp_path: Path) -> Path:
-    """A detector that finds the same two boxes in every picture, one of them with a score of 0.2."""
+    """A detector that finds the same two boxes in every image, one of them with a score of 0.2."""
     found = {
         "boxes": np.array([[1, 2, 11, 22], [0, 0, 4, 4]], np.float32), "scores": np.array([0.9, 0.2], np.float32),
         "labels": np.array([2, 1]),
@@ -115,12 +116,12 @@ def test_a_video_of_boxes(box: Path, tmp_path: Path) -> None:
     assert not changed[30:, 40:].any()
 
 
-def test_boxes_and_names_grow_with_the_picture() -> None:
+def test_boxes_and_names_grow_with_the_image() -> None:
     found = {"boxes": np.array([[0.25, 0.5, 0.75, 1.0]]), "scores": np.array([0.9]), "labels": np.array([1])}
     shares = []
     for side in (400, 1600):
-        drawn = np.array(
-            draw(np.zeros((side, side, 3), np.uint8), {**found, "boxes": found["boxes"] * side}, ("name",))
+        drawn = draw_predictions(
+            np.zeros((side, side, 3), np.uint8), {**found, "boxes": found["boxes"] * side}, ("name",)
         )
         shares.append((drawn > 0).any(axis=-1).mean())
     assert shares[0] == pytest.approx(shares[1], rel=0.2)
@@ -135,7 +136,7 @@ def test_a_video_is_turned_upright(red: Path, tmp_path: Path) -> None:
 
 
 def test_frames_of_odd_sizes_are_written(tmp_path: Path) -> None:
-    with Film(_film(tmp_path / "film.mp4"), tmp_path / "out.mp4") as film:
+    with Video(_film(tmp_path / "film.mp4"), tmp_path / "out.mp4") as film:
         film.write(Image.new("RGB", (33, 17)))
     assert [frame.shape for frame in _frames(tmp_path / "out.mp4")] == [(16, 32, 3)]
 
@@ -166,25 +167,25 @@ def test_a_bar_shows_how_many_go_through(red: Path, tmp_path: Path, monkeypatch:
     assert shown[0] == {"total": 5, "unit": " frames", "disable": None}
 
 
-def test_a_picture_that_cannot_be_read_does_not_lose_the_others(box: Path, tmp_path: Path) -> None:
-    source, out = tmp_path / "pictures", tmp_path / "out"
+def test_an_image_that_cannot_be_read_does_not_lose_the_others(box: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "images", tmp_path / "out"
     source.mkdir()
     for name in ("a.png", "b.png", "c.png"):
         Image.new("RGB", (32, 32)).save(source / name)
     (source / "b.png").write_bytes((source / "b.png").read_bytes()[:60])
-    with pytest.raises(AcamkdError, match=r"1 of 3 pictures are left out: .*b\.png: the picture cannot be read"):
+    with pytest.raises(AcamkdError, match=r"1 of 3 images are left out: .*b\.png: the image cannot be read"):
         predict(box, source, out=out)
     found = json.loads((out / "predictions.json").read_text())
     assert {entry["file_name"] for entry in found} == {"a.png", "c.png"}
     assert sorted(file.name for file in (out / "overlays").iterdir()) == ["a.png", "c.png"]
 
 
-def test_a_source_without_pictures_is_refused(tmp_path: Path) -> None:
+def test_a_source_without_images_is_refused(tmp_path: Path) -> None:
     model = tmp_path / "none.onnx"
     for source, message in {
-        "missing": "there is no such picture, folder or video",
-        "empty": "the folder holds no pictures",
-        "notes.txt": "give a picture .* a folder of them or a video",
+        "missing": "there is no such image, folder or video",
+        "empty": "the folder holds no images",
+        "notes.txt": "give an image .* a folder of them or a video",
     }.items():
         path = tmp_path / source
         if source == "empty":
@@ -195,12 +196,12 @@ def test_a_source_without_pictures_is_refused(tmp_path: Path) -> None:
             predict(model, path)
 
 
-def test_two_pictures_of_one_name_are_for_a_detector_alone(red: Path, box: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "pictures"
+def test_two_images_of_one_name_are_for_a_detector_alone(red: Path, box: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "images"
     folder.mkdir()
     for name in ("a.jpg", "a.png"):
         Image.new("RGB", (16, 8)).save(folder / name)
-    with pytest.raises(AcamkdError, match=rf"{folder}: 2 pictures are called a, and their masks would be one file"):
+    with pytest.raises(AcamkdError, match=rf"{folder}: 2 images are called a, and their masks would be one file"):
         predict(red, folder)
     out = predict(box, folder, out=tmp_path / "found")
     assert [entry["file_name"] for entry in json.loads((out / "predictions.json").read_text())] == ["a.jpg", "a.png"]

@@ -52,8 +52,8 @@ def test_the_parts_of_a_recipe(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     network = build_network(recipe, recipe.student, classes)
     assert teacher.parameters == student.parameters == count_parameters(network.net)
     built = build_distiller(network, build_network(recipe, recipe.student, classes, teacher=True), recipe.losses)
-    learnt = sum(parameter.numel() for parameter in built.losses.parameters())
-    assert losses.parameters == learnt
+    learned = sum(parameter.numel() for parameter in built.losses.parameters())
+    assert losses.parameters == learned
     with FlopCounterMode(display=False) as counter:
         network.eval().predict([torch.rand(3, 64, 64)])
     assert teacher.gflops == pytest.approx(counter.get_total_flops() / 1e9)  # no operation stands behind the logits
@@ -64,21 +64,21 @@ def test_the_parts_of_a_recipe(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert attention.parameters == sum(value.numel() for value in fusion)
 
     assert 0 < teacher.memory < student.memory
-    assert found.picture == pytest.approx(student.memory + losses.memory)
+    assert found.image == pytest.approx(student.memory + losses.memory)
     trained = student.parameters + losses.parameters
     assert found.fixed == 4 * (teacher.parameters + trained) + 4 * 3 * trained  # AdamW
-    assert found.largest_batch == (2**30 - 4 * 3 * trained) // (4 / 3 * found.picture)
+    assert found.largest_batch == (2**30 - 4 * 3 * trained) // (4 / 3 * found.image)
     monkeypatch.setattr(module, "free_memory", lambda device: 0)
     assert estimate(recipe).largest_batch == 0
 
 
-def test_memory_is_by_picture(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_by_image(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     by_two = estimate(tiny.recipe(root))
-    monkeypatch.setattr(module, "PICTURES", 4)
+    monkeypatch.setattr(module, "IMAGES", 4)
     by_four = estimate(tiny.recipe(root))
     for part, same in zip(by_two.parts, by_four.parts, strict=True):
         assert part.gflops == pytest.approx(same.gflops, rel=0.01)
-    assert by_two.picture == pytest.approx(by_four.picture, rel=0.05)
+    assert by_two.image == pytest.approx(by_four.image, rel=0.05)
 
 
 def test_a_fusion_that_runs_twice_counts_twice(root: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_fusion_that_runs_twice_counts_twice(root: Path) -> None:
     assert once.memory < twice.memory < 2 * once.memory  # both wait for the backward, and work one after the other
 
 
-def test_unlabelled_pictures_are_counted(root: Path) -> None:
+def test_unlabeled_images_are_counted(root: Path) -> None:
     recipe = tiny.recipe(root)
     without, with_them = (
         estimate(recipe.model_copy(update={"data": recipe.data.model_copy(update={"unlabelled": folder})}))
@@ -103,7 +103,7 @@ def test_unlabelled_pictures_are_counted(root: Path) -> None:
     more = with_them.parts[2].gflops - without.parts[2].gflops
     # Both networks run once more, and the loss: at the segmenter's logits nothing is left out but the task loss.
     assert more == pytest.approx(teacher.gflops + student.gflops + without.parts[2].gflops, rel=0.05)
-    assert 1.5 * without.picture < with_them.picture < 2 * without.picture
+    assert 1.5 * without.image < with_them.image < 2 * without.image
 
 
 def test_a_system_that_does_not_say_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,5 +117,5 @@ def test_the_teacher_is_needed_but_not_its_weights(root: Path) -> None:
     assert raw.teacher is not None
     without = raw.model_copy(update={"teacher": raw.teacher.model_copy(update={"weights": None})})
     assert [part.gflops for part in estimate(without).parts] == [part.gflops for part in estimate(raw).parts]
-    with pytest.raises(AcamkdError, match="needs a `teacher` section and `losses` to distil"):
+    with pytest.raises(AcamkdError, match="needs a `teacher` section and `losses` to distill"):
         estimate(raw.model_copy(update={"losses": ()}))

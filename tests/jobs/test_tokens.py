@@ -76,9 +76,9 @@ def test_tokens_learn_the_teacher_stays_and_distillation_takes_them(
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
-    learnt, earlier = load_file(last), load_file(first)
-    assert set(learnt) == names
-    assert max(float((learnt[name] - earlier[name]).abs().max()) for name in names) > 0.1
+    learned, earlier = load_file(last), load_file(first)
+    assert set(learned) == names
+    assert max(float((learned[name] - earlier[name]).abs().max()) for name in names) > 0.1
 
     given = config.load(recipes[task], [*overrides, f"losses.0.tokens={last}"])
     distill(given, out=run)
@@ -88,7 +88,7 @@ def test_tokens_learn_the_teacher_stays_and_distillation_takes_them(
     for index, layer in enumerate(layers):
         for name in (name for name in names if name.startswith(f"{layer}/")):
             kept = state[f"distiller.losses.{index}.{module}.{name.partition('/')[2]}"]
-            assert torch.equal(kept, learnt[name])  # loaded, and unmoved by two steps of training
+            assert torch.equal(kept, learned[name])  # loaded, and unmoved by two steps of training
 
 
 def test_loaded_tokens_are_frozen(recipes: dict[Task, Path], tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from torchvision.models.detection import RetinaNet
 import tiny
 from acamkd import config, models
 from acamkd.data.scenes import CLASSES
-from acamkd.engine.module import TrainingModule
 from acamkd.engine import runs
+from acamkd.engine.module import TrainingModule
 from acamkd.engine.runs import LOCK, Role
 from acamkd.errors import AcamkdError
 from acamkd.jobs.setup import Batches, teacher_section
@@ -139,7 +139,7 @@ def test_another_seed_another_run(whole: Path, root: Path, tmp_path: Path) -> No
     assert tiny.rows(tmp_path / "run" / "history.csv")[0]["loss"] != tiny.rows(whole / "history.csv")[0]["loss"]
 
 
-def test_alone_and_distilled_start_from_the_same_weights_and_pictures(whole: Path, root: Path, tmp_path: Path) -> None:
+def test_alone_and_distilled_start_from_the_same_weights_and_images(whole: Path, root: Path, tmp_path: Path) -> None:
     train(tiny.recipe(root, epochs=3), out=tmp_path / "alone")
     first = [tiny.rows(folder / "logs" / "metrics.csv")[0] for folder in (whole, tmp_path / "alone")]
     assert first[0]["loss/task/cross_entropy_step"] == first[1]["loss/task/cross_entropy_step"] != ""
@@ -182,7 +182,7 @@ def test_distill_finds_the_teacher_that_was_trained_before(
     assert teacher_section(factory.model_copy(update={"name": "other"})).weights is None
 
 
-def test_the_colours_of_a_downloaded_backbone_stay_with_the_run(
+def test_the_colors_of_a_downloaded_backbone_stay_with_the_run(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some of smp's encoders were pretrained with others than ImageNet's, which only the download tells."""
@@ -274,7 +274,7 @@ def test_only_the_same_recipe_and_command_resume(whole: Path, root: Path) -> Non
     assert state() == before
     (root / "images").rename(root / "moved")
     try:
-        with pytest.raises(AcamkdError, match="already holds a run"):  # before any picture is looked at
+        with pytest.raises(AcamkdError, match="already holds a run"):  # before any image is looked at
             distill(tiny.recipe(root, epochs=3), out=whole)
     finally:
         (root / "moved").rename(root / "images")
@@ -294,10 +294,10 @@ def test_a_launchers_other_processes_find_the_folder_begun(
     ("wrong", "said"),
     [("student.backbone=tu-resnet_of_nobody", "resnet_of_nobody"), ("losses.0.pairs=[nowhere]", "nowhere")],
 )
-def test_what_a_recipe_misspells_is_said_before_the_pictures_are_looked_at(
+def test_what_a_recipe_misspells_is_said_before_the_images_are_looked_at(
     wrong: str, said: str, whole: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Batches, "check", lambda _: pytest.fail("it looked at the pictures"))
+    monkeypatch.setattr(Batches, "check", lambda _: pytest.fail("it looked at the images"))
     with pytest.raises(AcamkdError, match=said):
         distill(config.override(tiny.recipe(root), [wrong]), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -342,25 +342,25 @@ def test_ctrl_c_is_one_line_and_exit_code_130(root: Path, tmp_path: Path) -> Non
 
 
 @pytest.fixture(scope="module")
-def with_unlabelled(root: Path) -> dict[str, Any]:
-    """A raw recipe whose validation pictures are the unlabelled ones."""
+def with_unlabeled(root: Path) -> dict[str, Any]:
+    """A raw recipe whose validation images are the unlabeled ones."""
     raw = tiny.raw_recipe(root, epochs=2)
     raw["data"]["unlabelled"] = "images/val"
     return raw
 
 
-def test_unlabelled_pictures_change_the_distillation_alone(
-    with_unlabelled: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_unlabeled_images_change_the_distillation_alone(
+    with_unlabeled: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    raw = {**with_unlabelled, "data": {**with_unlabelled["data"], "unlabelled": None}}
+    raw = {**with_unlabeled, "data": {**with_unlabeled["data"], "unlabelled": None}}
     distill(config.parse(raw), out=tmp_path / "without")
-    run = distill(config.parse(with_unlabelled), out=tmp_path / "with")
+    run = distill(config.parse(with_unlabeled), out=tmp_path / "with")
     assert set(run.metrics["data"]) == {"train", "val", "unlabelled"}
-    loading = Batches(config.parse({**with_unlabelled, "data": {**with_unlabelled["data"], "workers": 2}}),
-                      with_unlabelled=True)  # fmt: skip
+    loading = Batches(config.parse({**with_unlabeled, "data": {**with_unlabeled["data"], "workers": 2}}),
+                      with_unlabeled=True)  # fmt: skip
     assert (loading.train.num_workers, loading.mixed.num_workers) == (0, 2)  # the former only feeds a calibration
-    assert "4 unlabelled pictures, which only the distillation sees" in caplog.messages
+    assert "4 unlabeled images, which only the distillation sees" in caplog.messages
     before, after = (tiny.rows(tmp_path / name / "logs/metrics.csv") for name in ("without", "with"))
     task, feature = "loss/task/cross_entropy_step", "loss/segmentation_head.0/acam/spatial_step"
     assert float(after[0][task]) == pytest.approx(float(before[0][task]), rel=1e-6)
@@ -368,10 +368,10 @@ def test_unlabelled_pictures_change_the_distillation_alone(
     assert float(after[1][task]) != pytest.approx(float(before[1][task]), rel=1e-6)  # their gradient has moved it
 
 
-def test_a_run_with_unlabelled_pictures_resumes_to_the_same_end(
-    with_unlabelled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_with_unlabeled_images_resumes_to_the_same_end(
+    with_unlabeled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = config.parse(with_unlabelled)
+    recipe = config.parse(with_unlabeled)
     distill(recipe, out=tmp_path / "whole")
     with monkeypatch.context() as patch:
         tiny.interrupt_at(patch, epoch=1, batch=1)
@@ -381,16 +381,16 @@ def test_a_run_with_unlabelled_pictures_resumes_to_the_same_end(
     _same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_only_a_distillation_uses_unlabelled_pictures(
-    with_unlabelled: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_only_a_distillation_uses_unlabeled_images(
+    with_unlabeled: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    raw = {**with_unlabelled, "train": {**with_unlabelled["train"], "epochs": 1}}
+    raw = {**with_unlabeled, "train": {**with_unlabeled["train"], "epochs": 1}}
     run = train(config.parse(raw), out=tmp_path / "alone")
-    assert "data.unlabelled is not used: only a distillation learns from unlabelled pictures" in caplog.messages
+    assert "data.unlabelled is not used: only a distillation learns from unlabeled images" in caplog.messages
     assert set(run.metrics["data"]) == {"train", "val"}
     raw["losses"] = [{**raw["losses"][0], "mask_grad": "task"}]
-    with pytest.raises(AcamkdError, match=r"no loss can learn from unlabelled .*segmentation_head\.0/acam"):
+    with pytest.raises(AcamkdError, match=r"no loss can learn from unlabeled .*segmentation_head\.0/acam"):
         distill(config.parse(raw), out=tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
 
@@ -427,7 +427,7 @@ def test_a_teacher_of_other_classes(root: Path, tmp_path: Path, caplog: pytest.L
     assert run.load_teacher().num_classes == 9
     page = (run.folder / "report.html").read_text(encoding="utf-8")
     assert "against the" not in page  # there is no score to compare with
-    with pytest.raises(AcamkdError, match="a teacher with classes of its own cannot be trained on these pictures"):
+    with pytest.raises(AcamkdError, match="a teacher with classes of its own cannot be trained on these images"):
         train(config.parse(raw), "teacher", out=tmp_path / "teacher")
     raw["student"] = {**raw["student"], "num_classes": 9}
     with pytest.raises(AcamkdError, match=r"student\.num_classes: the student has the data's classes"):

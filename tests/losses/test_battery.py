@@ -170,7 +170,7 @@ def test_seed_decides_everything(name: str) -> None:
     assert torch.equal(gradient(first, student), gradient(second, student))
 
 
-def test_state_dict_holds_all_that_was_learnt(name: str) -> None:
+def test_state_dict_holds_all_that_was_learned(name: str) -> None:
     case = CASES["other channels"]
     student, teacher = maps(case)
     loss = make(name, case)

@@ -14,7 +14,7 @@ def random_map(size: tuple[int, int], seed: int, channels: int = 4) -> Tensor:
 
 
 def awake(loss: CanKD) -> CanKD:
-    """The attention shows only once its normalisation has left zero."""
+    """The attention shows only once its normalization has left zero."""
     torch.nn.init.ones_(loss.output[1].weight)  # type: ignore[arg-type]
     return loss.double()
 
@@ -41,8 +41,8 @@ def test_attention_by_definition(subsample: bool) -> None:
     attention = queries.transpose(1, 2) @ keys / keys.shape[2]  # (N, HW, positions)
     attended = (attention @ values.transpose(1, 2)).transpose(1, 2).view(2, 2, 6, 7)
     enhanced = student + loss.output(attended)
-    normalised = (torch.nn.InstanceNorm2d(4)(x) for x in (enhanced, teacher))
-    expected = 5 * torch.nn.functional.mse_loss(*normalised)
+    normalized = (torch.nn.InstanceNorm2d(4)(x) for x in (enhanced, teacher))
+    expected = 5 * torch.nn.functional.mse_loss(*normalized)
     assert loss(student, teacher)["feature"].item() == pytest.approx(expected.item())
 
 

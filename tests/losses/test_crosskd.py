@@ -124,7 +124,7 @@ def test_gradient_reaches_backbone_and_first_layers_only(arch: str) -> None:
     teacher.requires_grad_(False)
     loss = CrossKD(layer=LAYER[arch])
     torch.stack(list(crosskd(student, teacher, batch_of(student), loss).values())).sum().backward()  # type: ignore[no-untyped-call]
-    per_layer = {"retinanet": 1, "fcos": 3}[arch]  # FCOS has convolution, normalisation, activation in a row
+    per_layer = {"retinanet": 1, "fcos": 3}[arch]  # FCOS has convolution, normalization, activation in a row
     kept = [f"conv.{index}." for index in range(per_layer * LAYER[arch])]
     for name, parameter in student.net.head.named_parameters():  # type: ignore[union-attr]
         expected = any(f"head.{layer}" in name for layer in kept)
@@ -177,7 +177,7 @@ def test_retinanet_assigns_as_its_matcher() -> None:
 def test_fcos_assigns_the_positions_around_the_centre() -> None:
     model = detector("fcos", seed=0)
     assigned, _ = assignment(model, batch_of(model))
-    # The box's centre is (16, 16); stride 8 and radius 1.5 leave the positions 8, 16, 24 in both directions.
+    # The box's center is (16, 16); stride 8 and radius 1.5 leave the positions 8, 16, 24 in both directions.
     first_level = (assigned[0, :64] >= 0).view(8, 8)
     expected = torch.zeros(8, 8, dtype=torch.bool)
     expected[1:4, 1:4] = True

@@ -24,12 +24,12 @@ def test_extremes() -> None:
 
 
 def test_statistics_are_those_of_the_batch() -> None:
-    # Constant images of two levels: nothing to standardise image by image, +-1/sqrt(2) with the unbiased deviation.
+    # Constant images of two levels: nothing to standardize image by image, +-1/sqrt(2) with the unbiased deviation.
     x = torch.tensor([0.0, 10.0]).view(2, 1, 1, 1)
     torch.testing.assert_close(standardize(x).flatten(), torch.tensor([-(0.5**0.5), 0.5**0.5]))
 
 
-def test_a_single_value_cannot_be_standardised() -> None:
+def test_a_single_value_cannot_be_standardized() -> None:
     with pytest.raises(ValueError, match=r"a map of \(1, 3, 1, 1\) has a single value per channel"):
         PKD(3, 3)(torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1))
 

@@ -148,7 +148,7 @@ class Reference:
         return F.batch_norm(x, mean, var, weight, bias, eps=1e-5)
 
     def stages(self, pixels: Tensor) -> list[Tensor]:
-        """`pixels` are RGB in [0, 1]; MMDetection normalises them, detectron2 (MSRA's ResNets) takes BGR - mean."""
+        """`pixels` are RGB in [0, 1]; MMDetection normalizes them, detectron2 (MSRA's ResNets) takes BGR - mean."""
         mean, std = (torch.tensor(each)[:, None, None] for each in (MEAN, STD))
         x = (255 * pixels - mean) / std if self.ours else (255 * pixels - mean).flip(1)
         stem = "backbone.conv1" if self.ours else "backbone.bottom_up.stem.conv1"
@@ -202,8 +202,8 @@ class Reference:
         order = [(s, r) for r in ratios for s in sizes] if self.ours else [(s, r) for s in sizes for r in ratios]
         cell = torch.tensor([[-s / r**0.5, -s * r**0.5, s / r**0.5, s * r**0.5] for s, r in order]) / 2
         ys, xs = (torch.arange(side) * stride for side in level.shape[-2:])
-        centres = torch.stack(torch.meshgrid(ys, xs, indexing="ij")[::-1], dim=-1)  # no offset by half a pixel
-        return centres.repeat(1, 1, 2)[:, :, None] + cell
+        centers = torch.stack(torch.meshgrid(ys, xs, indexing="ij")[::-1], dim=-1)  # no offset by half a pixel
+        return centers.repeat(1, 1, 2)[:, :, None] + cell
 
 
 def decode(anchors: Tensor, deltas: Tensor, std: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
@@ -215,7 +215,7 @@ def decode(anchors: Tensor, deltas: Tensor, std: tuple[float, ...] = (1.0, 1.0, 
     return torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], dim=-1)
 
 
-def picture() -> Tensor:
+def image() -> Tensor:
     return torch.rand(3, 128, 160, generator=torch.Generator().manual_seed(3))
 
 
@@ -243,7 +243,7 @@ def test_retinanet_says_what_the_framework_says(
 ) -> None:
     state, detector = converted("retinanet", convention)
     reference, ours = Reference(state, convention), convention == "mmdetection"
-    batch = detector.prepare([picture()])
+    batch = detector.prepare([image()])
     outputs = detector(batch)
     boxes, scores = [], []
     for level, x in enumerate(reference.pyramid(batch.pixels, first=3)):
@@ -286,7 +286,7 @@ def test_regions_of_a_traced_network_may_be_any_number() -> None:
 
     corners = torch.rand(10, 2) * 60
     boxes = torch.cat([corners, corners + 5 + 60 * torch.rand(10, 2)], dim=1)
-    # As the exporter does, with the proposals of one picture.
+    # As the exporter does, with the proposals of one image.
     traced = torch.jit.trace(Regions(), boxes)  # type: ignore[no-untyped-call]
     for count in (10, 3, 1):
         torch.testing.assert_close(traced(boxes[:count]), Regions()(boxes[:count]))
@@ -299,7 +299,7 @@ def test_faster_rcnn_says_what_the_framework_says(
 ) -> None:
     state, detector = converted("faster_rcnn", convention)
     reference, ours = Reference(state, convention), convention == "mmdetection"
-    batch = detector.prepare([picture()])
+    batch = detector.prepare([image()])
     outputs = detector(batch)
     levels = reference.pyramid(batch.pixels, first=2)
     rpn = "rpn_head.rpn_" if ours else "proposal_generator.rpn_head."

@@ -29,7 +29,7 @@ def detector(arch: str, resize: tuple[int, int] | ShortLong | None = None, **set
     return model
 
 
-def pictures() -> list[Tensor]:
+def images() -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in ((50, 70), (64, 40))]
 
@@ -52,7 +52,7 @@ def floats(images: list[Tensor]) -> list[Tensor]:
 
 def losses(model: Detector, wanted: list[Target]) -> dict[str, Tensor]:
     torch.manual_seed(2)  # Faster R-CNN samples
-    batch = model.prepare(pictures(), wanted)
+    batch = model.prepare(images(), wanted)
     return model.loss(model(batch), batch)
 
 
@@ -62,7 +62,7 @@ def test_loss_is_torchvisions(arch: str, resize: tuple[int, int] | ShortLong | N
     model = detector(arch, resize).train()
     ours = losses(model, targets())
     torch.manual_seed(2)
-    theirs = model.net(floats(pictures()), targets())
+    theirs = model.net(floats(images()), targets())
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-7)
@@ -96,9 +96,9 @@ def test_detections_are_torchvisions(arch: str, resize: tuple[int, int] | ShortL
     for name, parameter in model.net.named_parameters():
         if name.endswith(("cls_logits.weight", "cls_score.weight")):
             parameter.data *= 50  # scores far enough apart not to change places by rounding
-    ours = model.predict(pictures())
+    ours = model.predict(images())
     with torch.no_grad():
-        theirs = model.net(floats(pictures()))
+        theirs = model.net(floats(images()))
     for mine, reference in zip(ours, theirs, strict=True):
         kept = reference["labels"] > 0
         assert kept.sum() > 10
@@ -107,18 +107,18 @@ def test_detections_are_torchvisions(arch: str, resize: tuple[int, int] | ShortL
         torch.testing.assert_close(mine["scores"], reference["scores"][kept], rtol=1e-4, atol=1e-5)
 
 
-def test_boxes_come_back_in_each_pictures_own_pixels() -> None:
+def test_boxes_come_back_in_each_images_own_pixels() -> None:
     model = detector("retinanet", (128, 128), options={"score_thresh": 1e-4}).eval()
-    for prediction, image in zip(model.predict(pictures()), pictures(), strict=True):
+    for prediction, image in zip(model.predict(images()), images(), strict=True):
         height, width = image.shape[-2:]
         largest = prediction["boxes"].amax(dim=0)
         assert largest[2] == pytest.approx(width, rel=1e-3)
         assert largest[3] == pytest.approx(height, rel=1e-3)
 
 
-def test_the_frame_is_padded_with_the_mean_colour_and_boxes_follow() -> None:
+def test_the_frame_is_padded_with_the_mean_color_and_boxes_follow() -> None:
     model = detector("retinanet", ShortLong(short=100, long=1000))
-    batch = model.prepare(pictures(), targets())
+    batch = model.prepare(images(), targets())
     assert batch.sizes == [(100, 140), (160, 100)]
     assert batch.original_sizes == [(50, 70), (64, 40)]
     assert batch.input_size == (160, 160)
@@ -131,26 +131,26 @@ def test_the_frame_is_padded_with_the_mean_colour_and_boxes_follow() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_without_resize_pictures_keep_their_size(training: bool) -> None:
-    batch = detector("fcos").train(training).prepare(pictures())
+def test_without_resize_images_keep_their_size(training: bool) -> None:
+    batch = detector("fcos").train(training).prepare(images())
     assert batch.sizes == [(50, 70), (64, 40)]
     assert batch.input_size == (64, 96)
-    expected = pictures()[0] / 255
+    expected = images()[0] / 255
     torch.testing.assert_close(batch.pixels[0, :, :50, :70], expected)
 
 
 def test_an_exact_size_is_height_and_width() -> None:
-    assert detector("retinanet", (32, 64)).prepare(pictures()).sizes == [(32, 64), (32, 64)]
+    assert detector("retinanet", (32, 64)).prepare(images()).sizes == [(32, 64), (32, 64)]
 
 
-def test_a_teacher_of_other_colours_normalises_for_itself() -> None:
+def test_a_teacher_of_other_colors_normalizes_for_itself() -> None:
     student = detector("retinanet", (64, 64)).eval()
     teacher = detector("retinanet", (64, 64), mean=(0.5, 0.5, 0.5), std=(0.25, 0.5, 1.0)).eval()
     seen: list[Tensor] = []
     teacher.net.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    batch = student.prepare(pictures())
+    batch = student.prepare(images())
     teacher(batch)
-    alone, _ = teacher.net.transform(floats(pictures()))
+    alone, _ = teacher.net.transform(floats(images()))
     torch.testing.assert_close(seen[0], alone.tensors, rtol=1e-5, atol=1e-5)
 
 
@@ -166,7 +166,7 @@ def test_crowds_do_not_train() -> None:
 
 def test_raw_outputs_of_a_dense_detector() -> None:
     model = detector("retinanet").eval()
-    batch = model.prepare(pictures())
+    batch = model.prepare(images())
     outputs = model(batch)
     assert list(outputs["features"]) == ["0", "1", "2", "p6", "p7"]
     assert [tuple(x.shape) for x in outputs["features"].values()] == [
@@ -184,7 +184,7 @@ def test_raw_outputs_of_a_dense_detector() -> None:
 
 def test_faster_rcnn_has_a_finer_pyramid() -> None:
     model = detector("faster_rcnn").eval()
-    outputs = model(model.prepare(pictures()))
+    outputs = model(model.prepare(images()))
     widths = {name: x.shape[-1] for name, x in outputs["features"].items()}
     assert widths == {"0": 24, "1": 12, "2": 6, "3": 3, "pool": 2}
 
@@ -193,7 +193,7 @@ def test_anchors_and_losses_stay_in_float32_under_autocast() -> None:
     model = detector("retinanet", (320, 320)).eval()
     expected = losses(model, targets())
     with torch.autocast("cpu", torch.bfloat16):
-        batch = model.prepare(pictures(), targets())
+        batch = model.prepare(images(), targets())
         outputs = model(batch)
         terms = model.loss(outputs, batch)
     anchors = torch.cat(outputs["anchors"])
@@ -262,11 +262,11 @@ def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> Non
 
 def test_a_channels_last_backbone_feeds_the_pyramid() -> None:
     model = detector("retinanet", backbone="mambaout_femto", fpn_channels=8).eval()
-    outputs = model(model.prepare(pictures()))
+    outputs = model(model.prepare(images()))
     assert [tuple(x.shape[1:]) for x in outputs["features"].values()][:2] == [(8, 8, 12), (8, 4, 6)]
 
 
-def test_a_swin_takes_pictures_of_any_size() -> None:
+def test_a_swin_takes_images_of_any_size() -> None:
     model = detector("retinanet", backbone="swin_tiny_patch4_window7_224", fpn_channels=8).eval()
     outputs = model(model.prepare([torch.rand(3, 64, 96)]))
     assert [tuple(x.shape[1:]) for x in outputs["features"].values()][:2] == [(8, 8, 12), (8, 4, 6)]

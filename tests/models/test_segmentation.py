@@ -16,7 +16,7 @@ from acamkd.models.segmentation import Segmenter, frame_size
 
 
 class Rows(nn.Module):
-    """Logits whose best class is the colour's channel of largest value, so that masks can be read off pictures."""
+    """Logits whose best class is the color's channel of largest value, so that masks can be read off images."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -30,17 +30,17 @@ def segmenter(resize: tuple[int, int] | ShortLong | None = None, **settings: Any
     return model
 
 
-def colours(resize: tuple[int, int] | ShortLong | None = None) -> Segmenter:
+def colors(resize: tuple[int, int] | ShortLong | None = None) -> Segmenter:
     return Segmenter(Rows(), 3, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), resize)
 
 
-def picture_of(mask: Tensor) -> Tensor:
+def image_of(mask: Tensor) -> Tensor:
     """(H, W) classes 0..2 -> (3, H, W), one channel bright."""
     return (F.one_hot(mask, 3).permute(2, 0, 1) * 255).to(torch.uint8)
 
 
 @pytest.mark.parametrize("size", [(45, 60), (33, 31), (64, 64), (480, 360)])
-def test_masks_have_the_size_of_any_picture(size: tuple[int, int]) -> None:
+def test_masks_have_the_size_of_any_image(size: tuple[int, int]) -> None:
     model = segmenter().eval()
     small = torch.zeros(3, 20, 20, dtype=torch.uint8)
     first, second = model.predict([torch.zeros(3, *size, dtype=torch.uint8), small])
@@ -49,13 +49,13 @@ def test_masks_have_the_size_of_any_picture(size: tuple[int, int]) -> None:
     assert first["mask"].dtype == torch.int64
 
 
-def test_pictures_pass_unchanged_and_predictions_come_back_in_place() -> None:
+def test_images_pass_unchanged_and_predictions_come_back_in_place() -> None:
     mask = torch.randint(0, 3, (45, 60), generator=torch.Generator().manual_seed(0))
-    model = colours()
-    batch = model.prepare([picture_of(mask), picture_of(mask[:20, :30])], [{"mask": mask}, {"mask": mask[:20, :30]}])
+    model = colors()
+    batch = model.prepare([image_of(mask), image_of(mask[:20, :30])], [{"mask": mask}, {"mask": mask[:20, :30]}])
     assert batch.input_size == (64, 64)
     assert batch.sizes == [(45, 60), (20, 30)]
-    torch.testing.assert_close(batch.pixels[0, :, :45, :60], picture_of(mask) / 255)
+    torch.testing.assert_close(batch.pixels[0, :, :45, :60], image_of(mask) / 255)
     assert (batch.pixels[0, :, 45:] == 0.5).all()
     assert (batch.pixels[1, :, :, 30:] == 0.5).all()
     assert batch.targets is not None
@@ -69,12 +69,12 @@ def test_pictures_pass_unchanged_and_predictions_come_back_in_place() -> None:
 def test_resized_masks_hold_only_classes_of_the_original() -> None:
     mask = torch.zeros(40, 40, dtype=torch.int64)
     mask[:, 20:] = 2
-    batch = colours((64, 96)).prepare([picture_of(mask)], [{"mask": mask}])
+    batch = colors((64, 96)).prepare([image_of(mask)], [{"mask": mask}])
     assert batch.targets is not None
     resized = batch.targets[0]["mask"]
     assert resized.shape == (64, 96)
     assert torch.equal(resized, torch.cat([torch.zeros(64, 48), torch.full((64, 48), 2)], dim=1).long())
-    [prediction] = colours((64, 96)).predict([picture_of(mask)])
+    [prediction] = colors((64, 96)).predict([image_of(mask)])
     assert (prediction["mask"] == mask).float().mean() > 0.94
 
 

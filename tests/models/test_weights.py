@@ -176,8 +176,8 @@ def test_frozen_batch_norm_without_epsilon_is_the_same_with_one() -> None:
         getattr(without, tensor).copy_(torch.tensor(values))
     net = nn.ModuleDict({"bn": with_one})
     net.load_state_dict(with_epsilon(nn.ModuleDict({"bn": without}).state_dict()))
-    pictures = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(with_one(pictures), without(pictures), rtol=1e-5, atol=1e-5)
+    images = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(with_one(images), without(images), rtol=1e-5, atol=1e-5)
 
 
 def test_torchvisions_older_names_are_understood(tmp_path: Path) -> None:

@@ -25,17 +25,17 @@ from acamkd import cli
 from acamkd.data.formats.coco import CocoDetection
 from acamkd.data.scenes import write_scenes
 from acamkd.distillation.distiller import Distiller
-from acamkd.engine.mask_history import REPLAY
 from acamkd.engine.cost import cost, flop_counter
-from acamkd.engine.mask_history import look
+from acamkd.engine.mask_history import REPLAY, look
 from acamkd.engine.runs import open_run
 from acamkd.errors import AcamkdError
 from acamkd.jobs.train import distill, train
 from acamkd.losses import FGD, MasKD
 from acamkd.models.base import Prediction
 from acamkd.models.segmentation import Segmenter
-from acamkd.report import charts, gain, masks, pictures
+from acamkd.report import charts, gain, masks, panels
 from acamkd.report.run import write_report
+from acamkd.report.visualize import EMBEDDED_SIDE, embed, embed_mask, hex_color
 from browser import Browser
 
 
@@ -114,7 +114,7 @@ def test_a_student_that_distillation_made_worse_is_warned_of(
         metrics["student"]["mIoU"] = alone
         (tmp_path / "alone/metrics.json").write_text(json.dumps(metrics))
         write_report(run)
-        assert any("the distilled student is below the student alone" in text for text in caplog.messages) is warned
+        assert any("the distilled student is below the baseline" in text for text in caplog.messages) is warned
 
 
 def test_the_student_alone_has_a_report_without_comparison(runs: Path) -> None:
@@ -129,7 +129,7 @@ def test_the_viewer_holds_what_was_recorded(runs: Path) -> None:
     with np.load(runs / "distilled" / REPLAY) as stored:
         spatial = stored["segmentation_head.0/acam/spatial"]
     assert payload["epochs"] == [0, 1, 2]
-    assert len(payload["pictures"]) == 4
+    assert len(payload["images"]) == 4
     [level] = payload["levels"]
     packed = level["masks"]["spatial"]
     assert packed["shape"] == list(spatial.shape[1:])
@@ -145,12 +145,12 @@ def test_the_command_writes_it_anew(
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match="0"):
         cli.main()
-    assert "against the student alone" in _text(runs / "distilled")
+    assert "against the baseline" in _text(runs / "distilled")
 
 
 def test_what_cannot_be_reported_is_refused(runs: Path, tmp_path: Path) -> None:
     distilled, alone = open_run(runs / "distilled"), open_run(runs / "alone")
-    with pytest.raises(AcamkdError, match="is no run of a student alone"):
+    with pytest.raises(AcamkdError, match="is no run of a baseline"):
         write_report(distilled, distilled)
     with pytest.raises(AcamkdError, match="is no distillation"):
         write_report(alone, distilled)
@@ -161,7 +161,7 @@ def test_what_cannot_be_reported_is_refused(runs: Path, tmp_path: Path) -> None:
     other = shutil.copytree(runs / "alone", tmp_path / "other")
     metrics = json.loads((other / "metrics.json").read_text())
     (other / "metrics.json").write_text(json.dumps(metrics | {"data": {"train": "x", "val": "y"}}))
-    with pytest.raises(AcamkdError, match="different validation pictures"):
+    with pytest.raises(AcamkdError, match="different validation images"):
         write_report(distilled, open_run(other))
     with pytest.raises(AcamkdError, match=r"not those that .* was scored on"):
         write_report(open_run(other))
@@ -188,8 +188,8 @@ def test_a_browser_opens_the_page_and_fetches_nothing(runs: Path, browser: Brows
         assert browser.requests() == [page.as_uri()] * 3
 
 
-def test_the_keys_move_the_slider_and_the_picture(runs: Path, browser: Browser) -> None:
-    browser.open(runs / "distilled/report.html", fragment="#epoch=2&picture=1")
+def test_the_keys_move_the_slider_and_the_image(runs: Path, browser: Browser) -> None:
+    browser.open(runs / "distilled/report.html", fragment="#epoch=2&image=1")
     slider = browser.driver.find_element("id", "epoch")
     last, said, when = browser.run(SHOWN)
     assert when == "epoch 2"
@@ -234,7 +234,7 @@ def test_masks_of_other_methods_are_shown_too(runs: Path, browser: Browser, tmp_
         distiller = Distiller(student, copy.deepcopy(student), [("0", "0")] * 2, losses)
         moments.append(look(distiller, batch, distiller.teacher_maps(batch)))
     stacked = {name: np.stack([moment[name] for moment in moments]) for name in moments[0]}
-    np.savez(folder / REPLAY, epoch=np.arange(2), pictures=np.arange(4), **stacked)  # type: ignore[arg-type]
+    np.savez(folder / REPLAY, epoch=np.arange(2), images=np.arange(4), **stacked)  # type: ignore[arg-type]
     browser.open(write_report(open_run(folder)))
     levels = browser.driver.find_elements("css selector", "#level option")
     assert [level.text for level in levels] == ["0 (maskd)", "0 (fgd)"]
@@ -266,21 +266,21 @@ def test_a_collapse_is_said_in_words(figures: list[tuple[float, float]], collaps
     assert words in verdict.words
 
 
-def test_two_hundred_pictures_stay_below_15_megabytes() -> None:
+def test_two_hundred_images_stay_below_15_megabytes() -> None:
     noise = torch.randint(0, 256, (3, 480, 640), dtype=torch.uint8)
-    square = torch.randint(0, 256, (3, pictures.SIDE, pictures.SIDE), dtype=torch.uint8)
-    worst = max(len(pictures.embed(picture)) for picture in (noise, square))
+    square = torch.randint(0, 256, (3, EMBEDDED_SIDE, EMBEDDED_SIDE), dtype=torch.uint8)
+    worst = max(len(embed(image.permute(1, 2, 0).numpy())) for image in (noise, square))
     assert 200 * worst < 15e6
     smooth = torch.linspace(0, 255, 640).expand(3, 480, 640).byte()
-    assert len(pictures.embed(smooth)) < 6e3
+    assert len(embed(smooth.permute(1, 2, 0).numpy())) < 6e3
 
 
 def test_label_maps_leave_background_and_void_clear() -> None:
-    uri = pictures.draw_labels(torch.tensor([[0, 1], [2, 255]]), ("background", "disc", "ring"))
+    uri = embed_mask(np.array([[0, 1], [2, 255]]), ("background", "disc", "ring"))
     with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as image:
         pixels = np.array(image.convert("RGBA"))
     assert (pixels[..., 3] == [[0, 165], [165, 0]]).all()
-    assert "#{:02x}{:02x}{:02x}".format(*pixels[0, 1, :3]) == pictures.colour(1)
+    assert "#{:02x}{:02x}{:02x}".format(*pixels[0, 1, :3]) == hex_color(1)
 
 
 def test_boxes_are_right_once_per_object_and_class() -> None:
@@ -294,15 +294,15 @@ def test_boxes_are_right_once_per_object_and_class() -> None:
         "labels": torch.tensor([1, 1, 2]),
         "scores": torch.tensor([0.9, 0.8, 0.1]),
     }
-    panel = pictures.prediction_panel("student", found, target, ("a", "b"))
+    panel = panels.prediction_panel("student", found, target, ("a", "b"))
     assert [(box.label, box.right) for box in panel.boxes] == [("a", True), ("a", False)]  # as many as objects
     assert panel.words == "1 of 2 objects found by its 2 best boxes"
     nothing = {name: x[:0] for name, x in found.items()}
-    assert pictures.prediction_panel("student", nothing, target, ("a", "b")).boxes == ()
+    assert panels.prediction_panel("student", nothing, target, ("a", "b")).boxes == ()
 
 
 class _Scripted(Segmenter):
-    """Says of every picture what a test wants, as a detector."""
+    """Says of every image what a test wants, as a detector."""
 
     task = "detection"  # type: ignore[assignment]
 
@@ -316,7 +316,7 @@ class _Scripted(Segmenter):
         return [answer]
 
 
-def test_pictures_are_ordered_by_what_they_gained(tmp_path: Path) -> None:
+def test_images_are_ordered_by_what_they_gained(tmp_path: Path) -> None:
     write_scenes(tmp_path / "s", train=1, val=3, size=(64, 64), seed=0, task="detection")
     data = CocoDetection(tmp_path / "s/images/val", tmp_path / "s/annotations/instances_val.json")
     perfect: list[Prediction] = [
@@ -382,8 +382,8 @@ def test_missing_cells_are_left_out(tmp_path: Path) -> None:
 
 def test_cost_counts_two_operations_per_multiply_add() -> None:
     model = Segmenter(nn.Conv2d(3, 4, 3, padding=1), 4)
-    picture: Tensor = torch.zeros(3, 32, 64, dtype=torch.uint8)
-    spent = cost(model, picture)
+    image: Tensor = torch.zeros(3, 32, 64, dtype=torch.uint8)
+    spent = cost(model, image)
     assert spent.parameters == 3 * 4 * 9 + 4
     assert spent.gflops == pytest.approx(2 * 3 * 4 * 9 * 32 * 64 / 1e9)
     assert spent.milliseconds > 0
@@ -399,8 +399,8 @@ def test_cost_counts_two_operations_per_multiply_add() -> None:
     ids=["dense", "depthwise", "transposed"],
 )
 def test_each_gradient_of_a_convolution_costs_what_its_forward_does(layer: nn.Module, forward: int) -> None:
-    picture = torch.zeros(1, 8, 16, 16)
-    for x, passes in ((picture, 2), (picture.clone().requires_grad_(), 3)):
+    image = torch.zeros(1, 8, 16, 16)
+    for x, passes in ((image, 2), (image.clone().requires_grad_(), 3)):
         with flop_counter() as counter:
             layer(x).sum().backward()
         assert counter.get_total_flops() == passes * forward

@@ -1,55 +1,59 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from acamkd.models.base import VOID
-from acamkd.report.visualize import COLOURS, MIN_SCORE, SCALE, Block, draw_findings, draw_masks, draw_sheet
+from acamkd.report.visualize import (
+    ENLARGEMENT,
+    Block,
+    color,
+    draw_predictions,
+    draw_sheet,
+    draw_spatial_masks,
+    hex_color,
+)  # fmt: skip
 
-IMAGE = torch.full((3, 8, 8), 100, dtype=torch.uint8)
-
-
-def _colour(label: int) -> torch.Tensor:
-    text = COLOURS[label - 1].lstrip("#")
-    return torch.tensor([int(text[i : i + 2], 16) for i in (0, 2, 4)], dtype=torch.uint8)
-
-
-def test_boxes_have_the_colours_of_their_classes() -> None:
-    boxes = torch.tensor([[1.0, 1.0, 6.0, 6.0]])
-    drawn = draw_findings(IMAGE, {"boxes": boxes, "labels": torch.tensor([2])})
-    assert drawn.shape == (3, 8 * SCALE, 8 * SCALE)
-    assert torch.equal(drawn[:, 3 * SCALE, SCALE], _colour(2))
-    assert torch.equal(drawn[:, 3 * SCALE, 3 * SCALE], IMAGE[:, 0, 0])  # nothing fills the box
+IMAGE = np.full((32, 32, 3), 100, dtype=np.uint8)
+NAMES = ("background", "disc", "square", "ring")
 
 
-def test_weak_boxes_are_left_out() -> None:
-    boxes, labels = torch.tensor([[1.0, 1.0, 6.0, 6.0]]), torch.tensor([1])
-    weak = draw_findings(IMAGE, {"boxes": boxes, "labels": labels, "scores": torch.tensor([MIN_SCORE - 0.01])})
-    strong = draw_findings(IMAGE, {"boxes": boxes, "labels": labels, "scores": torch.tensor([MIN_SCORE + 0.01])})
-    assert (weak == 100).all()
-    assert not (strong == 100).all()
+def test_a_class_has_one_color_and_neighbors_differ() -> None:
+    assert hex_color(1) == "#{:02x}{:02x}{:02x}".format(*color(1))
+    colors = np.array([color(label) for label in range(1, 21)], dtype=int)
+    assert len({tuple(each) for each in colors.tolist()}) == 20
+    assert (np.abs(np.diff(colors, axis=0)).sum(axis=1) > 150).all()
 
 
-def test_masks_colour_classes_and_leave_background_and_void() -> None:
-    mask = torch.zeros((8, 8), dtype=torch.int64)
-    mask[:2], mask[2:4] = 3, VOID
-    drawn = draw_findings(IMAGE, {"mask": mask})
-    towards = (drawn[:, 0, 0].int() - 100).sign()
-    assert torch.equal(towards, (_colour(3).int() - 100).sign())
-    assert (drawn[:, 2 * SCALE :] == 100).all()
+def test_boxes_have_the_colors_of_their_classes() -> None:
+    found = {"boxes": np.array([[4.0, 4.0, 24.0, 24.0]]), "labels": np.array([2])}
+    drawn = draw_predictions(IMAGE, found, NAMES[1:], with_names=False)
+    assert drawn.shape == IMAGE.shape
+    assert tuple(drawn[12, 4]) == color(2)
+    assert tuple(drawn[12, 12]) == (100, 100, 100)  # nothing fills the box
+    named = draw_predictions(IMAGE, {**found, "scores": np.array([0.5])}, NAMES[1:])
+    assert (named[4:12, 6:20] == 0).all(axis=-1).any()  # black letters
 
 
-def test_a_picture_without_objects_stays_as_it_is() -> None:
-    assert (draw_findings(IMAGE, {"mask": torch.zeros((8, 8), dtype=torch.int64)}) == 100).all()
-    empty = {"boxes": torch.zeros((0, 4)), "labels": torch.zeros(0, dtype=torch.int64)}
-    assert (draw_findings(IMAGE, empty) == 100).all()
+def test_masks_color_classes_and_leave_background_and_void() -> None:
+    mask = np.zeros((32, 32), dtype=np.int64)
+    mask[:8], mask[8:16] = 3, VOID
+    drawn = draw_predictions(IMAGE, {"mask": mask}, NAMES)
+    assert tuple(drawn[0, 0]) == tuple(round((100 + channel) / 2) for channel in color(3))
+    assert (drawn[8:] == 100).all()
+
+
+def test_without_objects_an_image_stays_as_it_is() -> None:
+    assert (draw_predictions(IMAGE, {"mask": np.zeros((32, 32), dtype=np.int64)}, NAMES) == 100).all()
+    empty = {"boxes": np.zeros((0, 4)), "labels": np.zeros(0, dtype=np.int64)}
+    assert (draw_predictions(IMAGE, empty, NAMES) == 100).all()
 
 
 def test_spatial_masks_are_brightest_where_they_are_highest() -> None:
-    masks = torch.full((6, 4, 4), 0.5)
+    small = IMAGE[:8, :8]
+    masks = np.full((6, 4, 4), 0.5, dtype=np.float32)
     masks[0, :2] = 0.6  # a faint difference is stretched, a flat mask stays dark
-    drawn = draw_masks(IMAGE, masks).float().mean(dim=0)
-    side, margin = 8 * SCALE, 3 * SCALE
+    drawn = draw_spatial_masks(small, masks).astype(float).mean(axis=2)
+    side, margin = 8 * ENLARGEMENT, 3 * ENLARGEMENT
     first = drawn[margin : margin + side, margin : margin + side]
     second = drawn[margin : margin + side, 2 * margin + side : 2 * (margin + side)]
     assert drawn.shape == (2 * (side + margin) + margin, 3 * (side + margin) + margin)
@@ -57,12 +61,12 @@ def test_spatial_masks_are_brightest_where_they_are_highest() -> None:
     assert second.max() - second.min() < 1
 
 
-def test_sheet_holds_every_picture_and_names_every_class() -> None:
-    tall = Block("Detection", ["a", "b", "wide"], [[IMAGE, IMAGE, torch.zeros((3, 8, 12), dtype=torch.uint8)]] * 2)
-    sheet = draw_sheet([tall, tall], ["disc", "square"])
+def test_a_sheet_holds_every_image_and_names_every_class() -> None:
+    tall = Block("Detection", ["a", "b", "wide"], [[IMAGE, IMAGE, np.zeros((32, 48, 3), dtype=np.uint8)]] * 2)
+    sheet = draw_sheet([tall, tall], {"disc": 1, "square": 2})
     headings = [axis.get_title() for part in sheet.subfigs for axis in part.axes if axis.get_title()]
-    pictures = [np.asarray(axis.get_images()[0].get_array()) for part in sheet.subfigs for axis in part.axes]
+    images = [np.asarray(axis.get_images()[0].get_array()) for part in sheet.subfigs for axis in part.axes]
     assert headings == ["a", "b", "wide"] * 2
-    assert [picture.shape for picture in pictures] == [(8, 8, 3), (8, 8, 3), (8, 12, 3)] * 4
+    assert [image.shape for image in images] == [(32, 32, 3), (32, 32, 3), (32, 48, 3)] * 4
     assert [text.get_text() for text in sheet.subfigs[-1].legends[0].get_texts()] == ["disc", "square"]
     assert sheet.get_figwidth() == 12

@@ -95,6 +95,7 @@ class Loader(yaml.SafeLoader):
     """SafeLoader that also reads 1e-3 as a number, as YAML 1.2 and every user do, and refuses a key given twice."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Read a mapping; raises ComposerError where a key stands twice."""
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):

@@ -41,9 +41,9 @@ class Split(Section):
     name: str | None = None
     """Such as `val`, `trainval` (VOC) or `train2017` (COCO)."""
     images: Path | None = None
-    """Folder of pictures."""
+    """Folder of images."""
     masks: Path | None = None
-    """Format masks: folder of PNG masks, one per picture, of the same name."""
+    """Format masks: folder of PNG masks, one per image, of the same name."""
     annotations: Path | None = None
     """Format coco: the JSON, if it is not the one of this `name`. Format yolo: folder of labels, if it is not beside
     `images`."""
@@ -56,12 +56,12 @@ class Split(Section):
 
 
 class Augmentation(Section):
-    """Random changes of the training pictures, in the pictures' own pixels, before `data.resize`."""
+    """Random changes of the training images, in the images' own pixels, before `data.resize`."""
 
     scale: tuple[float, float] | None = None
     """Range of a random factor on both sides, drawn evenly."""
     crop: Size | None = None
-    """(height, width) of a random crop; smaller pictures are padded."""
+    """(height, width) of a random crop; smaller images are padded."""
     flip: Fraction = 0.5
     """Probability of a horizontal flip."""
     photometric: bool = False
@@ -82,11 +82,11 @@ class ShortLong(Section):
 
 
 class Data(Section):
-    """Pictures and targets."""
+    """Images and targets."""
 
     format: Literal["auto", "coco", "yolo", "voc", "masks", "cityscapes"] = "auto"
-    """`coco`: pictures and a COCO JSON. `yolo`: pictures and text files. `voc`: Pascal VOC, boxes or masks. `masks`:
-    pictures and 8-bit masks. `cityscapes`. `auto`: by what lies in `root`."""
+    """`coco`: images and a COCO JSON. `yolo`: images and text files. `voc`: Pascal VOC, boxes or masks. `masks`:
+    images and 8-bit masks. `cityscapes`. `auto`: by what lies in `root`."""
     root: Path = Path()
     """Folder of the data; the splits' paths are relative to it."""
     train: Split = Split(name="train")
@@ -96,15 +96,15 @@ class Data(Section):
     ignore_index: Annotated[int, Field(ge=0, le=255)] = 255
     """Format masks: mask value that neither trains nor counts."""
     unlabelled: Path | None = None
-    """Folder of further pictures, relative to `root`, that only the distillation sees: each batch brings as many of
-    them as it has labelled ones. Used by `distill` alone."""
+    """Folder of further images, relative to `root`, that only the distillation sees: each batch brings as many of
+    them as it has labeled ones. Used by `distill` alone."""
     resize: Size | ShortLong | None = None
-    """What the networks see: (height, width), or {short, long}; nothing = the pictures' own size."""
+    """What the networks see: (height, width), or {short, long}; nothing = the images' own size."""
     augment: Augmentation = Augmentation()
     workers: Annotated[int, Field(ge=0)] = 2
-    """Processes that load pictures."""
+    """Processes that load images."""
     check: Literal["full", "headers"] = "full"
-    """Before training, decode every picture (full) or only read its header (headers)."""
+    """Before training, decode every image (full) or only read its header (headers)."""
 
 
 class Model(Section):
@@ -130,9 +130,9 @@ class Model(Section):
     inherit: tuple[str, ...] = ()
     """Student only: parts (such as `head` or `backbone.fpn`) that start from the teacher's tensors."""
     mean: tuple[float, float, float] | None = None
-    """Mean colour; nothing = what the backbone was pretrained with."""
+    """Mean color; nothing = what the backbone was pretrained with."""
     std: tuple[Deviation, Deviation, Deviation] | None = None
-    """Standard deviation of the colours, likewise."""
+    """Standard deviation of the colors, likewise."""
 
     @field_validator("weights", "backbone_weights")
     @classmethod
@@ -198,7 +198,7 @@ class Optimizer(Section):
 
 
 class Schedule(Section):
-    """How the learning rate moves, per optimisation step."""
+    """How the learning rate moves, per optimization step."""
 
     name: Literal["constant", "step", "polynomial", "one_cycle"] = "one_cycle"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -225,10 +225,10 @@ class Train(Section):
 
     epochs: Positive
     steps_per_epoch: Positive | None = None
-    """Optimisation steps that count as one epoch; nothing = one pass over the training pictures. What is published by
+    """Optimization steps that count as one epoch; nothing = one pass over the training images. What is published by
     iterations is written so: 40,000 of them, evaluated every 4,000, are 10 epochs of 4,000 steps."""
     batch_size: Positive = 8
-    """Pictures per device and batch."""
+    """Images per device and batch."""
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
@@ -237,20 +237,20 @@ class Train(Section):
     """Student, teacher and losses keep weights and maps channels last: other rounding, and less time where convolutions
     are made for it, most of all with bf16-mixed (docs/performance.md)."""
     accumulate: Positive = 1
-    """Batches per optimisation step."""
+    """Batches per optimization step."""
     clip: Annotated[float, Field(gt=0)] | None = None
     """Largest norm of the whole gradient."""
     sync_batchnorm: bool = False
-    """Batch norm takes its statistics over the pictures of all devices, rather than over those of its own."""
+    """Batch norm takes its statistics over the images of all devices, rather than over those of its own."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of first weights, order of the pictures, augmentation and everything else that is drawn."""
+    """Of first weights, order of the images, augmentation and everything else that is drawn."""
     eval_every: Positive = 1
     """Epochs between two evaluations; must divide `epochs`, so that the last one is evaluated."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is NaN or infinite ends the run (stop) or is left out, up to 10 in a row (skip);
-    its pictures are kept in the run's folder `nonfinite`."""
+    its images are kept in the run's folder `nonfinite`."""
     checkpoint_every: Positive | None = None
-    """Optimisation steps between two checkpoints within an epoch; nothing = only at the ends of epochs."""
+    """Optimization steps between two checkpoints within an epoch; nothing = only at the ends of epochs."""
     accelerator: str = "auto"
     """Such as `cpu`, `gpu` or `mps`, by Lightning's names; `auto` takes what is there."""
     devices: int | Literal["auto"] = "auto"
@@ -279,7 +279,7 @@ class Train(Section):
 
 
 class Search(Section):
-    """The same small search for every method of a comparison, on the validation pictures and on seeds of its own."""
+    """The same small search for every method of a comparison, on the validation images and on seeds of its own."""
 
     option: str = "gradient_ratio"
     """Option of each entry of `losses`."""
@@ -290,7 +290,7 @@ class Search(Section):
 
 
 class Comparison(Section):
-    """What `acamkd compare` runs beside the student alone."""
+    """What `acamkd compare` runs beside the baseline."""
 
     methods: dict[FileName, dict[str, Any]] = {}
     """By name, which files get too, keys of this recipe to override: `{losses.0.weight: 3}`, or `{losses: [...]}`."""

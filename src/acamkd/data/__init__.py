@@ -1,38 +1,38 @@
 """Images and targets: one data set class per format, and the loader that both networks are fed from."""
 
-from acamkd.data.build import build, build_unlabelled, loader, resolve
+from acamkd.data.build import build, build_unlabeled, loader, resolve
 from acamkd.data.checks import check, check_same_classes, compare_splits, refuse
-from acamkd.data.dataset import PictureDataset
+from acamkd.data.dataset import ImageDataset
 from acamkd.data.formats.cityscapes import Cityscapes
 from acamkd.data.formats.coco import CocoDetection
 from acamkd.data.formats.masks import MaskFolder
 from acamkd.data.formats.voc import VocDetection, VocSegmentation
 from acamkd.data.formats.yolo import YoloDetection
-from acamkd.data.loading import PictureLoader, naming_pictures
-from acamkd.data.samplers import SeededSampler, ShareSampler
+from acamkd.data.loading import ImageLoader, naming_images
+from acamkd.data.samplers import DistributedSequentialSampler, SeededSampler
 from acamkd.data.transforms import augmentation
-from acamkd.data.unlabeled import WithUnlabelled
+from acamkd.data.unlabeled import WithUnlabeled
 
 __all__ = [
     "Cityscapes",
     "CocoDetection",
+    "DistributedSequentialSampler",
+    "ImageDataset",
+    "ImageLoader",
     "MaskFolder",
-    "PictureDataset",
-    "PictureLoader",
     "SeededSampler",
-    "ShareSampler",
     "VocDetection",
     "VocSegmentation",
-    "WithUnlabelled",
+    "WithUnlabeled",
     "YoloDetection",
     "augmentation",
     "build",
-    "build_unlabelled",
+    "build_unlabeled",
     "check",
     "check_same_classes",
     "compare_splits",
     "loader",
-    "naming_pictures",
+    "naming_images",
     "refuse",
     "resolve",
 ]

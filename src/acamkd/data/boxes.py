@@ -1,4 +1,4 @@
-"""Pictures with boxes, whatever file the boxes come from."""
+"""Images with boxes, whatever file the boxes come from."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ import torch
 from torchvision import tv_tensors
 
 from acamkd.data.checks import describe
-from acamkd.data.dataset import PictureDataset, Transform
+from acamkd.data.dataset import ImageDataset, Transform
 from acamkd.errors import AcamkdError
 from acamkd.models.base import PixelSize, Target
 
 _THINNEST = 1e-6
-"""A box that is no wider than this share of its picture has no area: float32 could lose it at the far edge."""
+"""A box that is no wider than this share of its image has no area: float32 could lose it at the far edge."""
 
 
 class Box(NamedTuple):
-    """One object: number of its picture, label from 1, x1 y1 x2 y2, whether training does without it, and its area.
+    """One object: number of its image, label from 1, x1 y1 x2 y2, whether training does without it, and its area.
 
     The area is that of its outline in pixels, by which COCO calls it small or large; 0 where nothing but the box is
     known.
     """
 
-    picture: int
+    image: int
     label: int
     corners: tuple[float, float, float, float]
     crowd: bool = False
     area: float = 0.0
 
 
-class BoxDataset(PictureDataset):
+class BoxDataset(ImageDataset):
     """Object detection: a subclass reads one format and hands every entry to `_gather`.
 
-    Boxes that reach beyond the picture are clipped to it, with a warning.
+    Boxes that reach beyond the image are clipped to it, with a warning.
 
     Args:
-        files: Pictures.
-        annotation_files: One file of boxes for all pictures, or one for each.
+        files: Images.
+        annotation_files: One file of boxes for all images, or one for each.
         classes: Class names; label k is the k-th.
         source: What warnings name.
-        sizes: (height, width) of each picture as the format says it, None where it fails to; None altogether where
-            boxes are shares of their picture.
+        sizes: (height, width) of each image as the format says it, None where it fails to; None altogether where
+            boxes are shares of their image.
         keep_crowd: Keep the boxes that are ignored: crowds, and what is difficult. Evaluation needs them, since it
             forgives what a network finds there; training does without, since a box around a crowd would teach that a
             group is one large object.
@@ -90,7 +90,7 @@ class BoxDataset(PictureDataset):
         }
 
     def inspect(self, index: int, size: PixelSize, *, decode: bool) -> list[str]:
-        """The picture must have the size that its annotations say."""
+        """The image must have the size that its annotations say."""
         said = self.sizes[index] if self.sizes is not None else None
         if said is None or said == size:
             return []
@@ -101,7 +101,7 @@ class BoxDataset(PictureDataset):
         ]
 
     def _gather(self, entries: Iterable[tuple[str, Any]]) -> None:
-        """Turn entries, each with its place, into one table sorted by picture: few large tensors are shared well."""
+        """Turn entries, each with its place, into one table sorted by image: few large tensors are shared well."""
         rows: list[Box] = []
         clipped = empty = 0
         for where, entry in entries:
@@ -117,8 +117,8 @@ class BoxDataset(PictureDataset):
             clipped += box != given
             if self.keep_crowd or not box.crowd:
                 rows.append(box)
-        rows.sort(key=lambda box: box.picture)
-        counts = torch.bincount(torch.tensor([box.picture for box in rows], dtype=torch.int64), minlength=len(self))
+        rows.sort(key=lambda box: box.image)
+        counts = torch.bincount(torch.tensor([box.image for box in rows], dtype=torch.int64), minlength=len(self))
         self._first: list[int] = [0, *counts.cumsum(0).tolist()]
         self._labels = torch.tensor([box.label for box in rows], dtype=torch.int64)
         self._iscrowd = torch.tensor([box.crowd for box in rows], dtype=torch.int64)
@@ -127,32 +127,32 @@ class BoxDataset(PictureDataset):
         if empty:
             self.warnings.append(f"{self.source}: {empty} boxes have no area and are left out")
         if clipped:
-            text = f"{self.source}: {clipped} boxes reach beyond their picture and are clipped"
+            text = f"{self.source}: {clipped} boxes reach beyond their image and are clipped"
             much = f", of {len(rows)}: are their numbers in another order or unit?" if 5 * clipped > len(rows) else ""
             self.warnings.append(text + much)
         sides = (self._boxes[:, 2:] - self._boxes[:, :2]).amax(dim=1)
         if self.sizes is not None and 2 * (sides <= 1).sum() > len(rows):
-            self.warnings.append(f"{self.source}: most boxes have a pixel or less: are they shares of the picture?")
+            self.warnings.append(f"{self.source}: most boxes have a pixel or less: are they shares of the image?")
         if not rows and not self.problems:
-            self.problems.append(f"{self.source}: there is no box for any picture")
+            self.problems.append(f"{self.source}: there is no box for any image")
         elif without := int((counts == 0).sum()):
-            self.warnings.append(f"{self.source}: {without} of {len(self)} pictures have no boxes")
+            self.warnings.append(f"{self.source}: {without} of {len(self)} images have no boxes")
 
     def _clip(self, box: Box) -> Box | None:
-        """What of a box lies within its picture; None if it is to be left out. Raises AcamkdError if nothing does."""
-        size = (1, 1) if self.sizes is None else self.sizes[box.picture]
+        """What of a box lies within its image; None if it is to be left out. Raises AcamkdError if nothing does."""
+        size = (1, 1) if self.sizes is None else self.sizes[box.image]
         if size is None:  # a problem of its own
             return box
         left, top, right, bottom = box.corners
         name = f"the box from ({left:g}, {top:g}) to ({right:g}, {bottom:g})"
-        picture = self.files[box.picture].name
+        image = self.files[box.image].name
         if not _has_area(box.corners, size):
             if self.LEAVES_OUT_EMPTY and left <= right and top <= bottom:
                 return None
-            raise AcamkdError(f"{name} on {picture} has no area")
+            raise AcamkdError(f"{name} on {image} has no area")
         inside = max(left, 0.0), max(top, 0.0), min(right, float(size[1])), min(bottom, float(size[0]))
         if not _has_area(inside, size):
-            raise AcamkdError(f"{name} lies outside {picture}, which has {describe(size)}")
+            raise AcamkdError(f"{name} lies outside {image}, which has {describe(size)}")
         return box._replace(corners=inside)
 
 

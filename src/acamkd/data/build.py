@@ -11,16 +11,16 @@ import torch
 
 from acamkd import config
 from acamkd.data.checks import refuse
-from acamkd.data.dataset import PictureDataset, Transform
+from acamkd.data.dataset import ImageDataset, Transform
 from acamkd.data.formats import yolo
 from acamkd.data.formats.cityscapes import Cityscapes
 from acamkd.data.formats.coco import CocoDetection
 from acamkd.data.formats.masks import MaskFolder
 from acamkd.data.formats.voc import VocDetection, VocSegmentation
-from acamkd.data.loading import PictureLoader
-from acamkd.data.samplers import SeededSampler, ShareSampler
+from acamkd.data.loading import ImageLoader
+from acamkd.data.samplers import DistributedSequentialSampler, SeededSampler
 from acamkd.data.transforms import augmentation
-from acamkd.data.unlabeled import UnlabelledPictures, WithUnlabelled
+from acamkd.data.unlabeled import UnlabeledImages, WithUnlabeled
 from acamkd.errors import AcamkdError
 from acamkd.models.base import Task
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 SplitName: TypeAlias = Literal["train", "val"]
 
 
-def build(data: config.Data, task: Task, split: SplitName, *, seed: int, augment: bool) -> PictureDataset:
+def build(data: config.Data, task: Task, split: SplitName, *, seed: int, augment: bool) -> ImageDataset:
     """Open one split of a recipe's data.
 
     Args:
@@ -47,10 +47,10 @@ def build(data: config.Data, task: Task, split: SplitName, *, seed: int, augment
     return READERS[data.format, task](data, split, transform, seed)
 
 
-def build_unlabelled(data: config.Data, task: Task, *, seed: int) -> UnlabelledPictures:
+def build_unlabeled(data: config.Data, task: Task, *, seed: int) -> UnlabeledImages:
     """Open a recipe's `data.unlabelled`, with its augmentation; raises AcamkdError if the folder cannot be read."""
     assert data.unlabelled is not None
-    return UnlabelledPictures(data.root / data.unlabelled, task, transform=augmentation(data.augment, task), seed=seed)
+    return UnlabeledImages(data.root / data.unlabelled, task, transform=augmentation(data.augment, task), seed=seed)
 
 
 def resolve(data: config.Data, task: Task) -> config.Data:
@@ -92,35 +92,37 @@ def _found(data: config.Data, task: Task) -> dict[str, str]:
 
 
 def loader(
-    dataset: PictureDataset | WithUnlabelled,
+    dataset: ImageDataset | WithUnlabeled,
     batch_size: int,
     workers: int,
     *,
     shuffle: bool,
     seed: int,
     batches: int | None = None,
-) -> PictureLoader:
-    """Batches as (list of pictures, list of targets), and a list of unlabelled pictures where there are some.
+) -> ImageLoader:
+    """Batches as (list of images, list of targets), and a list of unlabeled images where there are some.
 
     A shuffled loader leaves out an incomplete last batch, which batch norm cannot always use; the next epoch's order
-    brings other pictures there. Otherwise every picture comes once, in order.
+    brings other images there. Otherwise every image comes once, in order.
 
     Args:
-        dataset: Pictures and targets.
-        batch_size: Pictures per batch.
+        dataset: Images and targets.
+        batch_size: Images per batch.
         workers: Processes that load; 0 loads in this one. Changes nothing about the batches.
         shuffle: Draw each epoch's order from (seed, epoch).
         seed: Of the order.
-        batches: Shuffled batches per epoch; None for one pass over the pictures.
+        batches: Shuffled batches per epoch; None for one pass over the images.
 
     Raises:
         AcamkdError: The data set's annotations have problems.
     """
     refuse(dataset.problems)
     sampler = (
-        SeededSampler(len(dataset), seed, batches and batches * batch_size) if shuffle else ShareSampler(len(dataset))
+        SeededSampler(len(dataset), seed, batches and batches * batch_size)
+        if shuffle
+        else DistributedSequentialSampler(len(dataset))
     )
-    return PictureLoader(
+    return ImageLoader(
         dataset,
         sampler,
         workers,
@@ -131,7 +133,7 @@ def loader(
     )
 
 
-def _coco(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> PictureDataset:
+def _coco(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> ImageDataset:
     images, annotations = _coco_paths(data.root, getattr(data, split))
     return CocoDetection(
         images, annotations, classes=data.classes, keep_crowd=split == "val", transform=transform, seed=seed
@@ -141,7 +143,7 @@ def _coco(data: config.Data, split: SplitName, transform: Transform | None, seed
 def _coco_paths(root: Path, split: config.Split) -> tuple[Path, Path]:
     if split.images is not None and split.annotations is not None:
         return root / split.images, root / split.annotations
-    # COCO's own train and val are called so, and its archives lay their folders of pictures beside `annotations`.
+    # COCO's own train and val are called so, and its archives lay their folders of images beside `annotations`.
     names = [str(split.name), f"{split.name}2017"]
     name = next((each for each in names if _instances(root, each).is_file()), names[0])
     annotations = root / split.annotations if split.annotations else _instances(root, name)
@@ -153,7 +155,7 @@ def _instances(root: Path, name: str) -> Path:
     return root / "annotations" / f"instances_{name}.json"
 
 
-def _yolo(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> PictureDataset:
+def _yolo(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> ImageDataset:
     said: config.Split = getattr(data, split)
     images, labels = yolo.folders(
         data.root,
@@ -165,22 +167,22 @@ def _yolo(data: config.Data, split: SplitName, transform: Transform | None, seed
     return yolo.YoloDetection(images, labels, names, transform=transform, seed=seed)
 
 
-def _voc(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> PictureDataset:
+def _voc(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> ImageDataset:
     name = getattr(data, split).name
     return VocDetection(
         data.root, name, classes=data.classes, keep_crowd=split == "val", transform=transform, seed=seed
     )
 
 
-def _voc_masks(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> PictureDataset:
+def _voc_masks(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> ImageDataset:
     return VocSegmentation(data.root, getattr(data, split).name, classes=data.classes, transform=transform, seed=seed)
 
 
-def _cityscapes(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> PictureDataset:
+def _cityscapes(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> ImageDataset:
     return Cityscapes(data.root, getattr(data, split).name, classes=data.classes, transform=transform, seed=seed)
 
 
-def _masks(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> PictureDataset:
+def _masks(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> ImageDataset:
     paths: config.Split = getattr(data, split)
     return MaskFolder(
         data.root / (paths.images or f"images/{paths.name}"),
@@ -192,7 +194,7 @@ def _masks(data: config.Data, split: SplitName, transform: Transform | None, see
     )
 
 
-READERS: dict[tuple[str, Task], Callable[[config.Data, SplitName, Transform | None, int], PictureDataset]] = {
+READERS: dict[tuple[str, Task], Callable[[config.Data, SplitName, Transform | None, int], ImageDataset]] = {
     ("coco", "detection"): _coco,
     ("yolo", "detection"): _yolo,
     ("voc", "detection"): _voc,

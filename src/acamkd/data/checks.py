@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from acamkd.config import Data
-from acamkd.data.dataset import PictureDataset
-from acamkd.data.image_io import read_picture, read_size
-from acamkd.errors import AcamkdError, PictureError
+from acamkd.data.dataset import ImageDataset
+from acamkd.data.image_io import read_image, read_size
+from acamkd.errors import AcamkdError, ImageError
 from acamkd.models.base import PixelSize
 
 log = logging.getLogger(__name__)
@@ -26,12 +26,12 @@ LISTED_PROBLEMS = 10
 """An error lists this many problems and counts the others."""
 
 
-def check(dataset: PictureDataset, mode: Literal["full", "headers"]) -> list[str]:
-    """Look at every picture and target before they are used.
+def check(dataset: ImageDataset, mode: Literal["full", "headers"]) -> list[str]:
+    """Look at every image and target before they are used.
 
     Args:
         dataset: What `build` returned.
-        mode: `full` decodes every picture and mask, `headers` only reads their sizes.
+        mode: `full` decodes every image and mask, `headers` only reads their sizes.
 
     Returns:
         Warnings: what is legitimate but worth knowing.
@@ -39,14 +39,14 @@ def check(dataset: PictureDataset, mode: Literal["full", "headers"]) -> list[str
     Raises:
         AcamkdError: Something cannot be used; lists the first problems with file and entry, and counts them all.
     """
-    log.info("checking %d pictures (%s)", len(dataset), mode)
+    log.info("checking %d images (%s)", len(dataset), mode)
     with ThreadPoolExecutor() as pool:  # decoders release the interpreter's lock
         looks = pool.map(partial(look_at, dataset, decode=mode == "full"), range(len(dataset)))
         refuse([*dataset.problems, *(problem for _, problems in looks for problem in problems)])
     return list(dataset.warnings)
 
 
-def check_same_classes(train: PictureDataset, val: PictureDataset) -> None:
+def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:
     """Raise AcamkdError unless label k means the same in both splits."""
     if train.classes != val.classes:
         raise AcamkdError(
@@ -56,28 +56,28 @@ def check_same_classes(train: PictureDataset, val: PictureDataset) -> None:
 
 
 def compare_splits(
-    train: PictureDataset, val: PictureDataset, options: Data, unlabelled: PictureDataset | None = None
+    train: ImageDataset, val: ImageDataset, options: Data, unlabeled: ImageDataset | None = None
 ) -> list[str]:
     """What is legitimate, but seldom meant, of training and validation together."""
     warnings = []
     scored = {file.resolve() for file in val.files}
-    for kind, others in (("training", train), ("unlabelled", unlabelled)):
+    for kind, others in (("training", train), ("unlabelled", unlabeled)):
         if others is not None and (shared := scored & {file.resolve() for file in others.files}):
             warnings.append(
-                f"{len(shared)} of {len(val)} validation pictures are {kind} pictures too: scores on them say nothing "
+                f"{len(shared)} of {len(val)} validation images are {kind} images too: scores on them say nothing "
                 "of others"
             )
     crop = options.augment.crop
     if crop is not None and isinstance(options.resize, tuple) and val.files:
         size = read_size(val.files[0])
-        # A crop is of the picture as it lies on disk, and is then resized as a whole picture is.
+        # A crop is of the image as it lies on disk, and is then resized as a whole image is.
         larger = math.sqrt(math.prod(size) / math.prod(crop))
         low, high = (larger * factor for factor in options.augment.scale or (1.0, 1.0))
         if not low / UNNOTICED <= 1 <= high * UNNOTICED:
             warnings.append(
                 f"data.augment: training sees things {low:.2g} to {high:.2g} times as large as validation, where "
                 f"{val.files[0].name}, {describe(size)}, is resized as a whole: make crop about as large as the "
-                "pictures, or choose another scale"
+                "images, or choose another scale"
             )
     return warnings
 
@@ -105,11 +105,11 @@ def listed(problems: Sequence[str]) -> list[str]:
     return [*problems[:LISTED_PROBLEMS], *([f"... and {more} more"] if more > 0 else [])]
 
 
-def twins(pictures: Sequence[Path], what: str) -> list[str]:
-    """Problems of pictures, as `files_of` lists them, that differ in their suffix alone and so share `what`."""
+def twins(images: Sequence[Path], what: str) -> list[str]:
+    """Problems of images, as `files_of` lists them, that differ in their suffix alone and so share `what`."""
     return [
-        f"{other}: the picture has the same name as {one.name}, and so the same {what}"
-        for one, other in pairwise(pictures)
+        f"{other}: the image has the same name as {one.name}, and so the same {what}"
+        for one, other in pairwise(images)
         if one.stem == other.stem
     ]
 
@@ -119,12 +119,12 @@ def describe(size: Sequence[int]) -> str:
     return f"{size[1]} x {size[0]} pixels"
 
 
-def look_at(dataset: PictureDataset, index: int, *, decode: bool) -> tuple[PixelSize | None, list[str]]:
-    """One picture's size, and what is wrong with it or, now that its size is known, with its target."""
+def look_at(dataset: ImageDataset, index: int, *, decode: bool) -> tuple[PixelSize | None, list[str]]:
+    """One image's size, and what is wrong with it or, now that its size is known, with its target."""
     file = dataset.files[index]
     size: Any
     try:
-        size = read_picture(file).shape[-2:] if decode else read_size(file)
-    except PictureError as error:
+        size = read_image(file).shape[-2:] if decode else read_size(file)
+    except ImageError as error:
         return None, [str(error)]
     return tuple(size), dataset.inspect(index, tuple(size), decode=decode)

@@ -15,15 +15,15 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from torchvision import tv_tensors
 
-from acamkd.data.image_io import read_picture
-from acamkd.errors import PictureError
+from acamkd.data.image_io import read_image
+from acamkd.errors import ImageError
 from acamkd.models.base import PixelSize, Target
 
 Sample: TypeAlias = tuple[Tensor, Target]
-"""A picture, (3, H, W) uint8 RGB, and what is known of it."""
+"""An image, (3, H, W) uint8 RGB, and what is known of it."""
 
 Transform: TypeAlias = Callable[[Tensor, Target], Sample]
-"""A joint change of picture and target (tv_tensors); draws from torch's default CPU generator only."""
+"""A joint change of image and target (tv_tensors); draws from torch's default CPU generator only."""
 
 
 def seed_of(*parts: object) -> int:
@@ -31,18 +31,18 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
 
 
-class PictureDataset(Dataset[Sample], ABC):
-    """Pictures and their targets.
+class ImageDataset(Dataset[Sample], ABC):
+    """Images and their targets.
 
     An item's key is `epoch * len(dataset) + index`, so that the order of reading, the number of workers and a resumed
-    run change nothing about what epoch 3 does to picture 7. What is wrong with the annotations is collected while they
+    run change nothing about what epoch 3 does to image 7. What is wrong with the annotations is collected while they
     are read; `check` reports it together with what is wrong with the files.
 
     Args:
-        files: Pictures.
+        files: Images.
         annotation_files: Every file that the targets come from.
         classes: Class names, background and void not counted.
-        transform: Random changes, None for the pictures as they are.
+        transform: Random changes, None for the images as they are.
         seed: Of the random changes.
 
     Attributes:
@@ -74,11 +74,11 @@ class PictureDataset(Dataset[Sample], ABC):
 
     @abstractmethod
     def target(self, index: int, size: PixelSize) -> Target:
-        """What is known of one picture of this (height, width), as tv_tensors where torchvision has a type for it."""
+        """What is known of one image of this (height, width), as tv_tensors where torchvision has a type for it."""
 
     @abstractmethod
     def inspect(self, index: int, size: PixelSize, *, decode: bool) -> list[str]:
-        """Problems of one entry whose picture has this (height, width); `decode` also looks at every pixel."""
+        """Problems of one entry whose image has this (height, width); `decode` also looks at every pixel."""
 
     def __len__(self) -> int:
         return len(self.files)
@@ -86,7 +86,7 @@ class PictureDataset(Dataset[Sample], ABC):
     def __getitem__(self, key: int) -> Sample:
         epoch, index = divmod(key, len(self))
         note_reading(self.reading, key)
-        image: Tensor = tv_tensors.Image(read_picture(self.files[index]))
+        image: Tensor = tv_tensors.Image(read_image(self.files[index]))
         target = self.target(index, (image.shape[-2], image.shape[-1]))
         if self.transform is not None:
             with torch.random.fork_rng(devices=[]):
@@ -104,10 +104,10 @@ class PictureDataset(Dataset[Sample], ABC):
         return (self[index] for index in range(len(self)))
 
     def fingerprint(self) -> str:
-        """Short name of the data's content: class names, names and sizes of the pictures, bytes of the annotations.
+        """Short name of the data's content: class names, names and sizes of the images, bytes of the annotations.
 
         Raises:
-            PictureError: One of the files is not there.
+            ImageError: One of the files is not there.
         """
         digest = hashlib.sha256(repr(self.classes).encode())
         try:
@@ -116,7 +116,7 @@ class PictureDataset(Dataset[Sample], ABC):
             for file in self.annotation_files:
                 digest.update(file.read_bytes())
         except OSError as error:
-            raise PictureError(f"{error.filename}: {error.strerror}") from error
+            raise ImageError(f"{error.filename}: {error.strerror}") from error
         return digest.hexdigest()[:16]
 
 

@@ -11,25 +11,25 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from acamkd.errors import AcamkdError, PictureError
+from acamkd.errors import AcamkdError, ImageError
 from acamkd.models.base import PixelSize
 
 
-def read_picture(file: Path) -> Tensor:
-    """Decode a picture of any 8-bit mode to (3, H, W) uint8 RGB, rotated as its EXIF orientation says.
+def read_image(file: Path) -> Tensor:
+    """Decode an image of any 8-bit mode to (3, H, W) uint8 RGB, rotated as its EXIF orientation says.
 
     Raises:
-        PictureError: It is not there, cannot be decoded, or has more bits; the file is named.
+        ImageError: It is not there, cannot be decoded, or has more bits; the file is named.
     """
     with opened(file) as image:
         if image.mode[0] in "IF":  # Pillow would clip them to white without a word
-            raise PictureError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
+            raise ImageError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
         pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def read_size(file: Path) -> PixelSize:
-    """(height, width) after EXIF rotation, from the file's header; raises as `read_picture`."""
+    """(height, width) after EXIF rotation, from the file's header; raises as `read_image`."""
     with opened(file) as image:
         width, height = image.size
         # Without this question Pillow would decode a whole PNG in search of an entry after its pixels.
@@ -39,15 +39,15 @@ def read_size(file: Path) -> PixelSize:
 
 
 @contextmanager
-def opened(file: Path, what: str = "picture") -> Iterator[Image.Image]:
-    """A picture; whatever goes wrong with it within becomes a PictureError that names it."""
+def opened(file: Path, what: str = "image") -> Iterator[Image.Image]:
+    """An image; whatever goes wrong with it within becomes a ImageError that names it."""
     try:
         with Image.open(file) as image:
             yield image
     except FileNotFoundError as error:
-        raise PictureError(f"{file}: there is no such {what}") from error
+        raise ImageError(f"{file}: there is no such {what}") from error
     except Exception as error:  # decoders of broken files raise whatever they meet first
-        raise PictureError(f"{file}: the {what} cannot be read: {error}") from error
+        raise ImageError(f"{file}: the {what} cannot be read: {error}") from error
 
 
 def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:

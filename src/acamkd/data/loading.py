@@ -16,29 +16,29 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from acamkd.data.dataset import PictureDataset
+from acamkd.data.dataset import ImageDataset
 from acamkd.data.samplers import SeededSampler
-from acamkd.data.unlabeled import WithUnlabelled
+from acamkd.data.unlabeled import WithUnlabeled
 from acamkd.errors import AcamkdError
 from acamkd.models.base import Target
 
-Pictures: TypeAlias = tuple[list[Tensor], list[Target]]
+Images: TypeAlias = tuple[list[Tensor], list[Target]]
 
 
-class PictureLoader(DataLoader[Any]):
-    """Batches as (list of pictures, list of targets), and a list of unlabelled pictures where there are some.
+class ImageLoader(DataLoader[Any]):
+    """Batches as (list of images, list of targets), and a list of unlabeled images where there are some.
 
     Args:
-        dataset: The pictures.
+        dataset: The images.
         sampler: Keys of one epoch.
         workers: Processes that load; 0 loads in this one.
         options: As of torch's DataLoader.
     """
 
-    dataset: PictureDataset | WithUnlabelled
+    dataset: ImageDataset | WithUnlabeled
 
     def __init__(
-        self, dataset: PictureDataset | WithUnlabelled, sampler: Sampler[int], workers: int, **options: Any
+        self, dataset: ImageDataset | WithUnlabeled, sampler: Sampler[int], workers: int, **options: Any
     ) -> None:
         super().__init__(
             dataset, sampler=sampler, num_workers=workers, persistent_workers=workers > 0, collate_fn=_as_lists,
@@ -62,7 +62,7 @@ class PictureLoader(DataLoader[Any]):
         self.sampler.begin = (epoch, batches * self._size)
 
     def files(self, batch: int) -> list[Path]:
-        """The pictures of one batch of the current epoch in this process; batches count from 0."""
+        """The images of one batch of the current epoch in this process; batches count from 0."""
         assert isinstance(self.sampler, SeededSampler)
         keys = self.sampler.keys()[batch * self._size : (batch + 1) * self._size]
         return [file for key in keys for file in self.dataset.sources(key)]
@@ -74,8 +74,8 @@ class PictureLoader(DataLoader[Any]):
 
 
 @contextmanager
-def naming_pictures(*loaders: PictureLoader) -> Iterator[None]:
-    """Turn the death of a loading process, which torch may tell at any moment, into an error that names its picture."""
+def naming_images(*loaders: ImageLoader) -> Iterator[None]:
+    """Turn the death of a loading process, which torch may tell at any moment, into an error that names its image."""
     try:
         yield
     except RuntimeError as error:
@@ -87,7 +87,7 @@ def naming_pictures(*loaders: PictureLoader) -> Iterator[None]:
         raise _death(reason, loaders, dead.__contains__) from error
 
 
-def _death(what: str, loaders: Sequence[PictureLoader], is_dead: Callable[[int], bool]) -> AcamkdError:
+def _death(what: str, loaders: Sequence[ImageLoader], is_dead: Callable[[int], bool]) -> AcamkdError:
     held = [
         str(file)
         for loader in loaders
@@ -97,8 +97,8 @@ def _death(what: str, loaders: Sequence[PictureLoader], is_dead: Callable[[int],
         for file in loader.dataset.sources(key)
     ]
     return AcamkdError(
-        f"a process that loads pictures {what}; the last that it read was {', '.join(held) or 'none'}. If memory ran "
-        "out, lower data.workers or train.batch_size; otherwise look at that picture"
+        f"a process that loads images {what}; the last that it read was {', '.join(held) or 'none'}. If memory ran "
+        "out, lower data.workers or train.batch_size; otherwise look at that image"
     )
 
 

@@ -38,7 +38,7 @@ class SeededSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length or self.n // process()[1]
+        return self.length or self.n // rank_and_world_size()[1]
 
     def __iter__(self) -> Iterator[int]:
         epoch, seen = self.begin
@@ -46,7 +46,7 @@ class SeededSampler(Sampler[int]):
 
     def keys(self) -> list[int]:
         """This process's keys of the whole current epoch."""
-        rank, processes = process()
+        rank, processes = rank_and_world_size()
         count = len(self) * processes
         start = self.epoch * (count if self.length else self.n)
         passes = range(start // self.n, -(-(start + count) // self.n))
@@ -59,8 +59,8 @@ class SeededSampler(Sampler[int]):
         return number * self.n + torch.randperm(self.n, generator=generator)
 
 
-class ShareSampler(Sampler[int]):
-    """Every picture once, in order; of several processes each takes its share, and none repeats a picture.
+class DistributedSequentialSampler(Sampler[int]):
+    """Every image once, in order; of several processes each takes its share, and none repeats an image.
 
     Args:
         n: Length of the data set.
@@ -76,11 +76,11 @@ class ShareSampler(Sampler[int]):
         return iter(self._share())
 
     def _share(self) -> range:
-        rank, processes = process()
+        rank, processes = rank_and_world_size()
         return range(rank, self.n, processes)
 
 
-def process() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """Rank of this process and number of processes."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()

@@ -1,6 +1,6 @@
 """Scenes that are drawn rather than photographed: a detection or segmentation task without a download.
 
-Five classes differ in shape and in texture, never in colour. Clutter, occlusion, uneven light, noise and a wide range
+Five classes differ in shape and in texture, never in color. Clutter, occlusion, uneven light, noise and a wide range
 of sizes keep them from being trivial.
 """
 
@@ -61,7 +61,7 @@ CLASSES = tuple(SHAPES)
 
 @dataclass(frozen=True)
 class Scene:
-    """One drawn picture.
+    """One drawn image.
 
     Attributes:
         pixels: (H, W, 3) uint8.
@@ -83,17 +83,17 @@ def draw_scene(size: PixelSize, *, seed: int, split: str, index: int) -> Scene:
     canvas = _background(rng, size)
     for _ in range(rng.integers(1, 4)):  # the same shapes without texture belong to the background
         alpha, _, window = _stamp(rng, size, str(rng.choice(CLASSES)), rng.uniform(4, 20) * unit)
-        canvas[window] += alpha[..., None] * (_colour(rng) - canvas[window]) * 0.4
+        canvas[window] += alpha[..., None] * (_color(rng) - canvas[window]) * 0.4
     owners = np.full(size, -1)
     names = [str(rng.choice(CLASSES)) for _ in range(rng.integers(3, 7))]
     areas = []
     for number, name in enumerate(names):
         radius = np.exp(rng.uniform(np.log(8), np.log(36))) * unit  # small ones are common
         alpha, texture, window = _stamp(rng, size, name, radius)
-        first = _colour(rng)
+        first = _color(rng)
         second = np.clip(first + rng.choice([-1, 1]) * rng.uniform(70, 140), 0, 255)
-        colour = first + texture[..., None] * (second - first)
-        canvas[window] += alpha[..., None] * (colour - canvas[window])
+        color = first + texture[..., None] * (second - first)
+        canvas[window] += alpha[..., None] * (color - canvas[window])
         owners[window][alpha >= 0.5] = number
         areas.append(np.count_nonzero(alpha >= 0.5))
     seen = np.bincount(owners[owners >= 0], minlength=len(names))
@@ -111,10 +111,10 @@ def write_scenes(root: Path, *, train: int, val: int, size: PixelSize, seed: int
 
     Args:
         root: Folder to make.
-        train: Number of training pictures.
-        val: Number of validation pictures.
+        train: Number of training images.
+        val: Number of validation images.
         size: (height, width) in pixels.
-        seed: Of the drawing; more pictures of one seed begin with the same ones.
+        seed: Of the drawing; more images of one seed begin with the same ones.
         task: Which layout.
 
     Raises:
@@ -158,7 +158,7 @@ def _write_coco(root: Path, split: str, scenes: Iterable[Scene]) -> None:
     annotations: list[dict[str, Any]] = []
     for number, scene in enumerate(scenes, start=1):
         height, width = scene.labels.shape
-        name = _write_picture(root / "images" / split, number, scene)
+        name = _write_image(root / "images" / split, number, scene)
         images.append({"id": number, "file_name": name, "width": width, "height": height})
         for owner, label in scene.objects.items():
             ys, xs = np.nonzero(scene.owners == owner)
@@ -184,11 +184,11 @@ def _write_masks(root: Path, split: str, scenes: Iterable[Scene]) -> None:
     folder = root / "masks" / split
     folder.mkdir(parents=True)
     for number, scene in enumerate(scenes, start=1):
-        name = _write_picture(root / "images" / split, number, scene)
+        name = _write_image(root / "images" / split, number, scene)
         Image.fromarray(scene.labels).save((folder / name).with_suffix(".png"))
 
 
-def _write_picture(folder: Path, number: int, scene: Scene) -> str:
+def _write_image(folder: Path, number: int, scene: Scene) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{number:05d}.jpg"
     Image.fromarray(scene.pixels).save(folder / name, quality=92)
@@ -223,12 +223,12 @@ def _pixel_mean(samples: Bools) -> Floats:
     return means
 
 
-def _colour(rng: np.random.Generator) -> Floats:
+def _color(rng: np.random.Generator) -> Floats:
     return rng.uniform(20, 235, 3)
 
 
 def _background(rng: np.random.Generator, size: PixelSize) -> Floats:
-    """(H, W, 3): soft colour clouds of several scales, with one of the objects' own textures faintly over a part."""
+    """(H, W, 3): soft color clouds of several scales, with one of the objects' own textures faintly over a part."""
     canvas = np.full((*size, 3), rng.uniform(70, 190, 3))
     for cells, strength in ((3, 50), (8, 20), (24, 15)):
         canvas += strength * _clouds(rng, size, cells)
@@ -250,7 +250,7 @@ def _clouds(rng: np.random.Generator, size: PixelSize, cells: int) -> Floats:
 
 
 def _light(rng: np.random.Generator, canvas: Floats) -> npt.NDArray[np.uint8]:
-    """A gradient of light across the picture, then the camera's noise."""
+    """A gradient of light across the image, then the camera's noise."""
     height, width = canvas.shape[:2]
     angle = rng.uniform(0, 2 * np.pi)
     slope = np.cos(angle) * np.linspace(-1, 1, width) + np.sin(angle) * np.linspace(-1, 1, height)[:, None]

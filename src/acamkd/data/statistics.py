@@ -1,4 +1,4 @@
-"""What a data set holds, counted in one look at every picture and target."""
+"""What a data set holds, counted in one look at every image and target."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 
 from acamkd.data.boxes import BoxDataset
 from acamkd.data.checks import describe, look_at
-from acamkd.data.dataset import PictureDataset
-from acamkd.errors import PictureError
+from acamkd.data.dataset import ImageDataset
+from acamkd.errors import ImageError
 from acamkd.models.base import VOID, PixelSize, Target
 
 SMALL, LARGE = 32**2, 96**2
-"""Areas in pixels of the picture that part COCO's small, medium and large boxes."""
+"""Areas in pixels of the image that part COCO's small, medium and large boxes."""
 
 
 @dataclass
@@ -25,10 +25,10 @@ class Statistics:
     """One split.
 
     Attributes:
-        pictures: Number of pictures.
-        sizes: "640 x 480 pixels" -> number of pictures, the most frequent first.
+        images: Number of images.
+        sizes: "640 x 480 pixels" -> number of images, the most frequent first.
         classes: Class -> number of boxes, or share of the pixels that are not void, in percent.
-        without: Pictures that have no box, or nothing but void.
+        without: Images that have no box, or nothing but void.
         boxes: Detection: number of `small`, `medium` and `large` boxes by COCO's areas, and of the `ignored` ones,
             which the other figures leave out.
         sides: Detection: `shortest`, `median` and `longest` of all widths and heights, in pixels.
@@ -36,7 +36,7 @@ class Statistics:
         warnings: What is legitimate but worth knowing.
     """
 
-    pictures: int = 0
+    images: int = 0
     sizes: dict[str, int] = field(default_factory=dict)
     classes: dict[str, float] = field(default_factory=dict)
     without: int = 0
@@ -46,24 +46,24 @@ class Statistics:
     warnings: list[str] = field(default_factory=list)
 
 
-def count(dataset: PictureDataset, *, decode: bool) -> Statistics:
-    """Look at every picture and target; pictures with a problem count as pictures, and no further.
+def count(dataset: ImageDataset, *, decode: bool) -> Statistics:
+    """Look at every image and target; images with a problem count as images, and no further.
 
     Args:
         dataset: What `build` returned, unchanged by augmentation.
-        decode: Decode every picture rather than read its header.
+        decode: Decode every image rather than read its header.
     """
     with ThreadPoolExecutor() as pool:  # decoders release the interpreter's lock
         looks = list(pool.map(partial(look_at, dataset, decode=decode), range(len(dataset))))
     result = Statistics(
-        pictures=len(dataset),
+        images=len(dataset),
         problems=[*dataset.problems, *(problem for _, problems in looks for problem in problems)],
         warnings=list(dataset.warnings),
     )
     result.sizes = dict(Counter(describe(size) for size, _ in looks if size is not None).most_common())
     sound = [(index, size) for index, (size, problems) in enumerate(looks) if size is not None and not problems]
     targets = _readable(dataset, sound, result.problems)
-    if not dataset.classes:  # nothing is known of unlabelled pictures
+    if not dataset.classes:  # nothing is known of unlabeled images
         return result
     if isinstance(dataset, BoxDataset):
         _count_boxes(result, list(targets), dataset.classes)
@@ -72,12 +72,12 @@ def count(dataset: PictureDataset, *, decode: bool) -> Statistics:
     return result
 
 
-def _readable(dataset: PictureDataset, sound: Sequence[tuple[int, PixelSize]], problems: list[str]) -> Iterator[Target]:
-    """The targets of pictures whose headers are sound, as far as they can be read."""
+def _readable(dataset: ImageDataset, sound: Sequence[tuple[int, PixelSize]], problems: list[str]) -> Iterator[Target]:
+    """The targets of images whose headers are sound, as far as they can be read."""
     for index, size in sound:
         try:
             yield dataset.target(index, size)
-        except PictureError as error:
+        except ImageError as error:
             problems.append(str(error))
 
 

@@ -1,4 +1,4 @@
-"""Random changes of a training picture together with its boxes or mask."""
+"""Random changes of a training image together with its boxes or mask."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from acamkd.data.dataset import Sample, Transform
 from acamkd.models.base import VOID, Target, Task
 
 PADDING = (124, 116, 104)
-"""ImageNet's mean colour, RGB: what a small picture is padded with before a crop."""
+"""ImageNet's mean color, RGB: what a small image is padded with before a crop."""
 
 
 def augmentation(options: Augmentation, task: Task) -> Transform:
     """Chain the changes that a recipe asks for: scale, crop, flip, photometric.
 
     Boxes are clamped to the crop and dropped where less than a pixel is left; a crop without objects is legitimate.
-    Pictures smaller than the crop are padded at a random offset, masks with VOID.
+    Images smaller than the crop are padded at a random offset, masks with VOID.
 
     Args:
         options: The recipe's `data.augment`.

@@ -1,4 +1,4 @@
-"""Pictures without targets, which only the distillation sees."""
+"""Images without targets, which only the distillation sees."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from acamkd.data.dataset import PictureDataset, Transform, note_reading, seed_of
+from acamkd.data.dataset import ImageDataset, Transform, note_reading, seed_of
 from acamkd.data.image_io import files_of
-from acamkd.files import PICTURES
+from acamkd.files import IMAGE_SUFFIXES
 from acamkd.models.base import VOID, PixelSize, Target, Task
 
 
-class UnlabelledPictures(PictureDataset):
-    """A folder of pictures of which nothing is known: no boxes, nothing but void.
+class UnlabeledImages(ImageDataset):
+    """A folder of images of which nothing is known: no boxes, nothing but void.
 
     Args:
-        images: Folder of pictures.
+        images: Folder of images.
         task: What the targets are to look like, for the sake of the transform.
         transform: Random changes.
         seed: Of the random changes.
@@ -30,10 +30,10 @@ class UnlabelledPictures(PictureDataset):
     """
 
     def __init__(self, images: Path, task: Task, *, transform: Transform | None = None, seed: int = 0) -> None:
-        super().__init__(files_of(images, PICTURES), [], (), transform=transform, seed=seed)
+        super().__init__(files_of(images, IMAGE_SUFFIXES), [], (), transform=transform, seed=seed)
         self.task = task
         if not self.files:
-            self.problems.append(f"{images}: the folder holds no pictures ({', '.join(PICTURES)})")
+            self.problems.append(f"{images}: the folder holds no images ({', '.join(IMAGE_SUFFIXES)})")
 
     def target(self, index: int, size: PixelSize) -> Target:
         """An empty target."""
@@ -48,37 +48,37 @@ class UnlabelledPictures(PictureDataset):
         return []
 
 
-class WithUnlabelled(Dataset[tuple[Tensor, Target, Tensor]]):
-    """Every labelled picture with an unlabelled one, as (picture, target, unlabelled picture).
+class WithUnlabeled(Dataset[tuple[Tensor, Target, Tensor]]):
+    """Every labeled image with an unlabeled one, as (image, target, unlabeled image).
 
-    Which one and how it is changed is a function of the key and the seed, as everything else. Of m unlabelled pictures
+    Which one and how it is changed is a function of the key and the seed, as everything else. Of m unlabeled images
     m keys in a row show each one once.
 
     Args:
-        labelled: Pictures and targets.
-        unlabelled: Pictures that go with them.
+        labeled: Images and targets.
+        unlabeled: Images that go with them.
     """
 
-    def __init__(self, labelled: PictureDataset, unlabelled: PictureDataset) -> None:
-        self.labelled = labelled
-        self.unlabelled = unlabelled
-        self.problems: Sequence[str] = [*labelled.problems, *unlabelled.problems]
-        self.reading: Tensor | None = None  # as of the labelled ones
-        generator = torch.Generator().manual_seed(seed_of("unlabelled", unlabelled.seed))
-        self._order: list[int] = torch.randperm(len(unlabelled), generator=generator).tolist()
+    def __init__(self, labeled: ImageDataset, unlabeled: ImageDataset) -> None:
+        self.labeled = labeled
+        self.unlabeled = unlabeled
+        self.problems: Sequence[str] = [*labeled.problems, *unlabeled.problems]
+        self.reading: Tensor | None = None  # as of the labeled ones
+        generator = torch.Generator().manual_seed(seed_of("unlabelled", unlabeled.seed))
+        self._order: list[int] = torch.randperm(len(unlabeled), generator=generator).tolist()
 
     def __len__(self) -> int:
-        return len(self.labelled)
+        return len(self.labeled)
 
     def __getitem__(self, key: int) -> tuple[Tensor, Target, Tensor]:
         note_reading(self.reading, key)
-        image, target = self.labelled[key]
-        return image, target, self.unlabelled[self._partner(key)][0]
+        image, target = self.labeled[key]
+        return image, target, self.unlabeled[self._partner(key)][0]
 
     def sources(self, key: int) -> list[Path]:
         """The files that an item is made of."""
-        return [*self.labelled.sources(key), *self.unlabelled.sources(self._partner(key))]
+        return [*self.labeled.sources(key), *self.unlabeled.sources(self._partner(key))]
 
     def _partner(self, key: int) -> int:
-        turn, place = divmod(key, len(self.unlabelled))
-        return turn * len(self.unlabelled) + self._order[place]
+        turn, place = divmod(key, len(self.unlabeled))
+        return turn * len(self.unlabeled) + self._order[place]

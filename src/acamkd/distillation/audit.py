@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, distributed, nn
 
-from acamkd.distillation.split_backward import backward_scale, leaves_below
+from acamkd.distillation.split_backward import backward_scale, upstream_leaves
 from acamkd.errors import AcamkdError
 
 log = logging.getLogger(__name__)
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 AUDITED_STEPS = 20
 
 
-class _Audit:
+class Audit:
     """Watches over the first steps whether the distillation reaches what it should; all processes come to the same."""
 
     def __init__(self) -> None:
@@ -30,6 +30,7 @@ class _Audit:
         return self._steps > 0
 
     def __call__(self, net: nn.Module, maps: Mapping[str, Tensor], terms: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Judge one step; raises AcamkdError after the last one where nothing, or not everything, was reached."""
         if self._unreached is None:
             self._unreached = _parameters_below(net, maps)
         self._is_zero = dict.fromkeys(terms, True) | self._is_zero
@@ -78,7 +79,7 @@ class _Audit:
 
 def _parameters_below(net: nn.Module, maps: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
     """The student's parameters that some of its maps depend on; raises AcamkdError if there are none."""
-    below = {id(parameter) for parameter in leaves_below(x.grad_fn for x in maps.values())[0]}
+    below = {id(parameter) for parameter in upstream_leaves(x.grad_fn for x in maps.values())[0]}
     found = {name: parameter for name, parameter in net.named_parameters() if id(parameter) in below}
     nothing = "no trainable student parameter lies below %s: nothing can be distilled there"
     if not found:

@@ -15,22 +15,22 @@ from torch import Tensor
 
 from acamkd.config import Loss
 from acamkd.data.dataset import seed_of
-from acamkd.distillation.build import build_distiller, quietly
+from acamkd.distillation.build import build_distiller, suppress_logs
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.methods import options, options_of
 from acamkd.errors import AcamkdError
-from acamkd.models.base import Batch, Target, TaskModel, moved
+from acamkd.models.base import Batch, Target, TaskModel, to_device
 
 log = logging.getLogger(__name__)
 
-Pictures: TypeAlias = Iterable[tuple[Sequence[Tensor], Sequence[Target]]]
+Images: TypeAlias = Iterable[tuple[Sequence[Tensor], Sequence[Target]]]
 """Batches as a loader gives them."""
 
 BATCHES = 20
 """A weight is set by the median over this many batches."""
 
 
-def calibrate(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss], pictures: Pictures) -> tuple[Loss, ...]:
+def calibrate(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss], images: Images) -> tuple[Loss, ...]:
     """Put numbers in the place of `weight: auto`.
 
     Every weight of the method is multiplied by the one factor that makes the norm of the distillation's gradient
@@ -43,7 +43,7 @@ def calibrate(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss], p
         student: The network to train, as it starts.
         teacher: The network to imitate.
         entries: The recipe's `losses`.
-        pictures: Batches, read from the beginning for each loss; the first 20 are used.
+        images: Batches, read from the beginning for each loss; the first 20 are used.
 
     Raises:
         AcamkdError: A gradient is zero or not finite, or a loss cannot be built.
@@ -53,19 +53,17 @@ def calibrate(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss], p
             log.warning("%s: gradient_ratio acts only with `weight: auto`, which is not set", entry.name)
     plain = [uncalibrated(entry) for entry in entries]
     return tuple(
-        _calibrate(student, teacher, plain, index, pictures) if entry.is_auto else entry
+        _calibrate(student, teacher, plain, index, images) if entry.is_auto else entry
         for index, entry in enumerate(entries)
     )
 
 
-def _calibrate(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss], index: int, pictures: Pictures) -> Loss:
+def _calibrate(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss], index: int, images: Images) -> Loss:
     entry, weights = entries[index], weights_of(entries[index])
     log.info("%s, weight: auto: measuring its gradient beside the task's", entry.name)
     alone = [other if other is entry else other.model_copy(update={"stop_epoch": 0}) for other in entries]
-    with measuring(student, teacher, alone) as distiller:
-        norms = [
-            total_norms(gradient_norms(distiller, batch)) for batch in prepared(student, islice(pictures, BATCHES))
-        ]
+    with probe_distiller(student, teacher, alone) as distiller:
+        norms = [total_norms(gradient_norms(distiller, batch)) for batch in prepared(student, islice(images, BATCHES))]
     where = f"at the student's parameters below {', '.join(map(str, entry.pairs)) or 'the heads'}"
     for which, values in zip(("distillation", "task"), zip(*norms, strict=True), strict=True):
         if bad := [value for value in values if not math.isfinite(value)]:
@@ -89,8 +87,8 @@ def _calibrate(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss], 
     return entry.model_copy(update=scaled)
 
 
-def tried(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss]) -> Distiller:
-    """The losses as far as they can be built without pictures, to find what is wrong with them before these are read.
+def dry_build(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss]) -> Distiller:
+    """The losses as far as they can be built without images, to find what is wrong with them before these are read.
 
     Raises:
         AcamkdError: As `build_distiller`, and where a loss has no weight that could be `auto`.
@@ -99,7 +97,7 @@ def tried(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss]) -> Di
     for entry, given in zip(plain, entries, strict=True):
         if given.is_auto:
             weights_of(entry)
-    with quietly(), torch.random.fork_rng(devices=[]):
+    with suppress_logs(), torch.random.fork_rng(devices=[]):
         return build_distiller(student, teacher, plain)
 
 
@@ -110,7 +108,7 @@ def uncalibrated(entry: Loss) -> Loss:
     return Loss(**{name: value for name, value in entry.model_dump().items() if name != "weight"})
 
 
-def adopt(entries: Sequence[Loss], calibrated: Sequence[Loss]) -> tuple[Loss, ...]:
+def reuse_weights(entries: Sequence[Loss], calibrated: Sequence[Loss]) -> tuple[Loss, ...]:
     """The entries with the weights that an earlier calibration of the same entries gave those with `weight: auto`."""
     if len(entries) != len(calibrated):
         return tuple(entries)
@@ -132,7 +130,7 @@ def weights_of(entry: Loss) -> dict[str, float]:
 
 
 @contextmanager
-def measuring(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss]) -> Iterator[Distiller]:
+def probe_distiller(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss]) -> Iterator[Distiller]:
     """Within, a Distiller whose forwards leave no trace: not in the student, not in torch's state.
 
     Every layer stays in the mode that it is in, as in a training: single ones may be frozen. The losses are at full
@@ -145,7 +143,7 @@ def measuring(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss]) -
             entry.model_copy(update={"ramp_epochs": 0, "stop_epoch": None if entry.stop_epoch else entry.stop_epoch})
             for entry in entries
         ]
-        with quietly():
+        with suppress_logs():
             distiller = build_distiller(student, teacher, unscheduled)
         distiller.to("cuda" if torch.cuda.is_available() else "cpu")
         distiller.training = False  # of itself alone: its own audit is for the training
@@ -186,11 +184,11 @@ def total_norms(norms: dict[str, tuple[float, float]]) -> tuple[float, float]:
     return math.hypot(*(pull for pull, _ in norms.values())), math.hypot(*(own for _, own in norms.values()))
 
 
-def prepared(student: TaskModel, pictures: Pictures) -> Iterator[Batch]:
+def prepared(student: TaskModel, batches: Images) -> Iterator[Batch]:
     """Each batch in the student's frame, with torch's random state a function of its position."""
-    for position, (images, targets) in enumerate(pictures):
+    for position, (images, targets) in enumerate(batches):
         torch.manual_seed(seed_of("calibrate", position))  # random masks, sampled boxes
-        yield student.prepare(*moved(images, targets, student.mean.device))
+        yield student.prepare(*to_device(images, targets, student.mean.device))
 
 
 def _listed(weights: dict[str, Any]) -> str:

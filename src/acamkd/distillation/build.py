@@ -21,11 +21,11 @@ from acamkd.models.weights import read_tensors
 log = logging.getLogger(__name__)
 
 PROBE_SIZE = (128, 128)
-"""(height, width) of the random picture that channels are read from."""
+"""(height, width) of the random image that channels are read from."""
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def suppress_logs() -> Iterator[None]:
     """Within, nothing is said of layers and untrained tokens: it is when the losses are built for good."""
     loggers = [logging.getLogger(name) for name in ("acamkd.distillation.build", "acamkd.losses")]
     levels = [logger.level for logger in loggers]
@@ -69,7 +69,7 @@ def _build(
 ) -> list[tuple[Pair | None, FeatureLoss | HeadLoss]]:
     method = find(entry.name)
     if entry.is_auto:
-        raise AcamkdError("`weight: auto` needs pictures: acamkd.calibrate gives it a number")
+        raise AcamkdError("`weight: auto` needs images: acamkd.calibrate gives it a number")
     checked = options(entry.name, entry.preset, entry.options)
     tokens = read_tensors(checked["tokens"]) if checked.get("tokens") else None
     if issubclass(method, HeadLoss):

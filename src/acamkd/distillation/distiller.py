@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from acamkd.distillation.audit import _Audit
-from acamkd.distillation.split_backward import first_part
+from acamkd.distillation.audit import Audit
+from acamkd.distillation.split_backward import split_backward
 from acamkd.distillation.taps import FeatureTap
 from acamkd.errors import AcamkdError
 from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
@@ -45,7 +45,7 @@ class WeightSchedule:
     Attributes:
         ramp_epochs: Of the ramp.
         stop_epoch: From where on the loss is left out.
-        steps_per_epoch: Of one process; a trainer sets it, who alone knows how many processes share the pictures.
+        steps_per_epoch: Of one process; a trainer sets it, who alone knows how many processes share the images.
     """
 
     ramp_epochs: float = 0
@@ -76,7 +76,7 @@ class Distiller(nn.Module):
 
     Args:
         student: The network to train.
-        teacher: The network to imitate; None (with no losses) trains the student alone.
+        teacher: The network to imitate; None (with no losses) trains the baseline.
         pairs: The layers that each loss compares; None for a HeadLoss, which names its own.
         losses: One per pair.
         schedules: A factor by step for each loss; 1 throughout where not given.
@@ -106,14 +106,14 @@ class Distiller(nn.Module):
         ]
         if twice := {key for key in self._keys if self._keys.count(key) > 1}:
             raise AcamkdError(f"the same method stands twice at one layer: {', '.join(sorted(twice))}")
-        self._audit = _Audit()
+        self._audit = Audit()
         self._active: list[int] = []
 
     @property
     def teacher(self) -> TaskModel:
         """The frozen teacher."""
         if not self._teacher:
-            raise AcamkdError("this Distiller has no teacher: it trains the student alone")
+            raise AcamkdError("this Distiller has no teacher: it trains the baseline")
         return self._teacher[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
@@ -121,13 +121,13 @@ class Distiller(nn.Module):
             teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
-    def forward(self, batch: Batch, step: int = 0, *, labelled: bool = True) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, step: int = 0, *, labeled: bool = True) -> dict[str, Tensor]:
         """Run both networks on one batch.
 
         Args:
-            batch: What the student's `prepare` made of pictures and targets.
-            step: Optimisation step, from 0.
-            labelled: Whether the pictures have targets. Otherwise there is no task loss, only those losses take part
+            batch: What the student's `prepare` made of images and targets.
+            step: Optimization step, from 0.
+            labeled: Whether the images have targets. Otherwise there is no task loss, only those losses take part
                 that need no targets, and the student ends at its last tapped layer, too.
 
         Returns:
@@ -143,9 +143,9 @@ class Distiller(nn.Module):
         active = self._active = [
             index
             for index, (factor, loss) in enumerate(zip(factors, self.losses, strict=True))
-            if factor > 0 and (labelled or not _needs_targets(loss))
+            if factor > 0 and (labeled or not _needs_targets(loss))
         ]
-        if not (labelled or active):
+        if not (labeled or active):
             return {}
         names = _flat(self._layers(index)[0] for index in active)
         with ExitStack() as stack:
@@ -162,7 +162,7 @@ class Distiller(nn.Module):
             whole = self.training and not self._audit.has_begun
             teacher_maps = self.teacher_maps(batch, active, whole=whole) if active else {}
             terms: dict[str, Tensor] = {}
-            if labelled:
+            if labeled:
                 with _explaining_batch_norm():
                     outputs = self.student(batch)
                 terms = {f"task/{name}": term for name, term in self.student.loss(outputs, batch).items()}
@@ -173,27 +173,27 @@ class Distiller(nn.Module):
             compared: dict[str, dict[str, Tensor]] = {}  # by loss, whatever the schedules
             for index in active:
                 boxes = batch.boxes if "boxes" in getattr(self.losses[index], "needs", ()) else None
-                context = DistillationContext(step, batch.input_size, boxes, gradients.get(index), labelled)
+                context = DistillationContext(step, batch.input_size, boxes, gradients.get(index), labeled)
                 key = self._keys[index]
                 compared[key] = self._compare(index, student_tap, teacher_maps, batch, context)
                 terms |= {f"{key}/{name}": factors[index] * term for name, term in compared[key].items()}
             terms |= self._teacher_task(active, student_tap, batch)
-            if compared and labelled and self.training and torch.is_grad_enabled():
+            if compared and labeled and self.training and torch.is_grad_enabled():
                 self._audit(self.student.net, student_tap.features(), compared)
         _check_finite(terms, step)
         return terms
 
-    def check_unlabelled(self) -> None:
-        """Say which losses see labelled pictures only; raises AcamkdError if all of them do."""
+    def check_unlabeled(self) -> None:
+        """Say which losses see labeled images only; raises AcamkdError if all of them do."""
         blind = [key for key, loss in zip(self._keys, self.losses, strict=True) if _needs_targets(loss)]
         if len(blind) == len(self.losses):
             raise AcamkdError(
-                f"no loss can learn from unlabelled pictures, since each needs targets: {', '.join(blind)}; leave "
+                f"no loss can learn from unlabeled images, since each needs targets: {', '.join(blind)}; leave "
                 "data.unlabelled out, or add a loss without boxes and heads that does not run the "
                 "teacher's task (acam with another mask_grad than task, cwd, pkd, ...)"
             )
         if blind:
-            log.info("these losses need targets and see the labelled pictures only: %s", ", ".join(blind))
+            log.info("these losses need targets and see the labeled images only: %s", ", ".join(blind))
 
     def statistics(self) -> dict[str, Tensor]:
         """What the losses want logged of the last forward, `LAYER/METHOD/NAME`."""
@@ -245,7 +245,7 @@ class Distiller(nn.Module):
         felt = {id(x): x for x in maps.values() if id(x) in onward}  # a frozen stage feels nothing
         at_maps: list[Tensor] = []
         if felt:
-            at_maps, terms = first_part(terms, list(felt.values()), [onward[key] for key in felt])
+            at_maps, terms = split_backward(terms, list(felt.values()), [onward[key] for key in felt])
         gradients = dict(zip(felt, at_maps, strict=True))
         return {index: gradients.get(id(x), torch.zeros_like(x)) for index, x in maps.items()}, terms
 
@@ -296,7 +296,7 @@ def _explaining_batch_norm() -> Iterator[None]:
         if "more than 1 value per channel" not in str(error):
             raise
         raise AcamkdError(
-            "a batch norm needs more than one value of each channel: raise train.batch_size, or give larger pictures "
+            "a batch norm needs more than one value of each channel: raise train.batch_size, or give larger images "
             f"({error})"
         ) from error
 

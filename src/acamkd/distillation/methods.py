@@ -119,7 +119,7 @@ def describe(name: str) -> dict[str, Any]:
         student, teacher, gradient = torch.randn(3, 1, 256, 8, 8)
         context = DistillationContext(input_size=(64, 64), boxes=boxes, task_gradient=gradient)
         terms = sorted(loss(student, teacher, context))
-        needs = sorted(loss.needs) + (["learnt tokens"] if hasattr(loss, "token_module") else [])
+        needs = sorted(loss.needs) + (["learned tokens"] if hasattr(loss, "token_module") else [])
         parameters = sum(parameter.numel() for parameter in loss.parameters() if parameter.requires_grad)
     return {**description, "needs": needs, "terms": terms, "parameters": parameters}
 

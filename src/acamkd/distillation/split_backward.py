@@ -16,7 +16,7 @@ HALF_SCALE = 2.0**10
 """Factor of the loss while its gradients pass float16, where a pixel's share of a mean over a batch would be 0."""
 
 
-def leaves_below(start: Iterable[Node | None], stop: Iterable[GradientEdge] = ()) -> tuple[list[Tensor], bool]:
+def upstream_leaves(start: Iterable[Node | None], stop: Iterable[GradientEdge] = ()) -> tuple[list[Tensor], bool]:
     """The trained tensors, parameters as a rule, that what some nodes give was computed from.
 
     Args:
@@ -53,7 +53,7 @@ def backward_scale(maps: Iterable[Tensor]) -> float:
     return HALF_SCALE if torch.float16 in casts | {dtype for dtype, _ in types} else 1.0
 
 
-def first_part(
+def split_backward(
     terms: Mapping[str, Tensor], maps: Sequence[Tensor], onward: Sequence[GradientEdge]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The gradients of a loss at some maps that it was computed from, without doing that work again in its backward.
@@ -73,9 +73,9 @@ def first_part(
     total = torch.stack(list(terms.values())).sum()
     device, scale = total.device.type, backward_scale(maps)
     half = scale != 1
-    above, _ = leaves_below([total.grad_fn], stop=onward)
-    below, _ = leaves_below(x.grad_fn for x in maps)
-    _, nested = leaves_below((edge.node for edge in onward), stop=onward)
+    above, _ = upstream_leaves([total.grad_fn], stop=onward)
+    below, _ = upstream_leaves(x.grad_fn for x in maps)
+    _, nested = upstream_leaves((edge.node for edge in onward), stop=onward)
     around = {id(leaf) for leaf in above} & {id(leaf) for leaf in (*below, *maps)}
     hooked = any(leaf._backward_hooks for leaf in above)
     with torch.autocast(device, enabled=False):  # a backward runs without, and rounds nothing more than its forward did

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from acamkd.data.loading import PictureLoader
+from acamkd.data.loading import ImageLoader
 from acamkd.engine.runs import CHECKPOINT, PREVIOUS, TERMINATED
 from acamkd.errors import AcamkdError
 from acamkd.files import written_whole
@@ -77,7 +77,7 @@ class Checkpoints(Checkpoint):
 
     Args:
         folder: The run folder.
-        every: Optimisation steps between two checkpoints within an epoch; None writes none there.
+        every: Optimization steps between two checkpoints within an epoch; None writes none there.
     """
 
     def __init__(self, folder: Path, every: int | None = None) -> None:
@@ -85,7 +85,7 @@ class Checkpoints(Checkpoint):
         self.every = every
         self.terminated = False
         self.position = (0, 0)
-        """Epoch, and how many of its batches are done; it is all that the order of the pictures needs to go on."""
+        """Epoch, and how many of its batches are done; it is all that the order of the images needs to go on."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on."""
@@ -97,7 +97,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin where the checkpoint was written. Listen to SIGTERM in the place of Lightning, which restores it."""
-        if isinstance(trainer.train_dataloader, PictureLoader):  # Lightning itself would read the epoch from its start
+        if isinstance(trainer.train_dataloader, ImageLoader):  # Lightning itself would read the epoch from its start
             trainer.train_dataloader.begin(*self.position)
         if threading.current_thread() is threading.main_thread():  # no other one may
             signal.signal(signal.SIGTERM, self._note)

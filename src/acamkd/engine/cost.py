@@ -1,4 +1,4 @@
-"""What one picture costs a network: parameters, operations, time."""
+"""What one image costs a network: parameters, operations, time."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class Cost:
     milliseconds: float
 
 
-def cost(model: TaskModel, picture: Tensor) -> Cost:
-    """Measure a network in eval mode on the CPU, on one picture (3, H, W)."""
+def cost(model: TaskModel, image: Tensor) -> Cost:
+    """Measure a network in eval mode on the CPU, on one image (3, H, W)."""
     with flop_counter() as counter:  # also warms up
-        model.predict([picture])
+        model.predict([image])
     return Cost(
         parameters=sum(parameter.numel() for parameter in model.net.parameters()),
         gflops=counter.get_total_flops() / 1e9,
-        milliseconds=median_milliseconds(lambda: model.predict([picture])),
+        milliseconds=median_milliseconds(lambda: model.predict([image])),
     )
 
 

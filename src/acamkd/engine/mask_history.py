@@ -1,4 +1,4 @@
-"""Replay: masks and maps of a few validation pictures over the epochs, for the report."""
+"""MaskHistory: masks and maps of a few validation images over the epochs, for the report."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from acamkd.data import PictureDataset
+from acamkd.data import ImageDataset
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.taps import FeatureTap
 from acamkd.engine.module import TrainingModule
 from acamkd.files import written_whole
 from acamkd.losses.base import DistillationContext, HeadLoss
 from acamkd.losses.functional import dice_overlap
-from acamkd.models.base import Batch, keeping_modes, moved
+from acamkd.models.base import Batch, keeping_modes, to_device
 
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 
 REPLAY = "replay.npz"
-PICTURES = 4
+IMAGES = 4
 MOMENTS = 32
 """About this many moments are kept of a long run; a shorter one has all of its epochs."""
 SIDE = 40
@@ -37,14 +37,14 @@ CHANNELS = 256
 """At most this many masks, and entries of a channel mask, are kept."""
 
 
-class Replay(Callback):
-    """Looks at the same few validation pictures before the first step and after each epoch, and writes replay.npz.
+class MaskHistory(Callback):
+    """Looks at the same few validation images before the first step and after each epoch, and writes replay.npz.
 
     The training does not notice: both networks run in eval mode, without gradient, and every training step seeds
-    itself. For E moments and K pictures the file holds
+    itself. For E moments and K images the file holds
 
         epoch                       (E,), epochs done
-        pictures                    (K,), indices in the validation set
+        images                    (K,), indices in the validation set
         LAYER/METHOD/student        (E, K, 1, h, w) uint8: mean magnitude over the channels, 255 = its largest
         LAYER/METHOD/teacher        likewise
         LAYER/METHOD/MASK           (E, K, M, h, w) or (E, K, M, C) uint8, 255 = 1, for each of the method's masks
@@ -52,13 +52,13 @@ class Replay(Callback):
 
     Args:
         folder: The run folder.
-        pictures: The validation pictures.
+        images: The validation images.
     """
 
-    def __init__(self, folder: Path, pictures: PictureDataset) -> None:
+    def __init__(self, folder: Path, images: ImageDataset) -> None:
         self.file = folder / REPLAY
-        self.pictures = pictures
-        self.chosen = spread(len(pictures), PICTURES)
+        self.images = images
+        self.chosen = spread(len(images), IMAGES)
         self.moments: list[Arrays] = []
         self.teacher_maps: dict[str, Tensor] = {}
 
@@ -80,10 +80,10 @@ class Replay(Callback):
         if not trainer.is_global_zero:
             return
         student = pl_module.distiller.student
-        images, targets = zip(*(self.pictures[index] for index in self.chosen), strict=True)
+        images, targets = zip(*(self.images[index] for index in self.chosen), strict=True)
         with keeping_modes(student):
             student.eval()  # before prepare: a detector in training mode may draw its input size
-            batch = student.prepare(*moved(images, targets, pl_module.device))
+            batch = student.prepare(*to_device(images, targets, pl_module.device))
             if not self.teacher_maps:  # the teacher never changes, and is the expensive one
                 self.teacher_maps = {name: x.cpu() for name, x in pl_module.distiller.teacher_maps(batch).items()}
             self.moments.append({"epoch": np.array(epoch), **look(pl_module.distiller, batch, self.teacher_maps)})
@@ -92,13 +92,13 @@ class Replay(Callback):
     def _write(self) -> None:
         stacked = {name: np.stack([moment[name] for moment in self.moments]) for name in self.moments[0]}
         with written_whole(self.file) as unfinished:
-            np.savez(unfinished, **stacked, pictures=np.array(self.chosen))  # type: ignore[arg-type]
+            np.savez(unfinished, **stacked, images=np.array(self.chosen))  # type: ignore[arg-type]
 
 
 def read_moments(file: Path) -> list[Arrays]:
-    """What a replay.npz holds, one mapping per moment, without `pictures`."""
+    """What a replay.npz holds, one mapping per moment, without `images`."""
     with np.load(file) as stored:
-        stacked = {name: stored[name] for name in stored.files if name != "pictures"}
+        stacked = {name: stored[name] for name in stored.files if name != "images"}
     return [{name: array[moment] for name, array in stacked.items()} for moment in range(len(stacked["epoch"]))]
 
 
@@ -114,7 +114,7 @@ def spread(count: int, wanted: int) -> list[int]:
 
 @torch.no_grad()
 def look(distiller: Distiller, batch: Batch, teacher_maps: Mapping[str, Tensor]) -> Arrays:
-    """Maps and masks of one batch as `Replay` keeps them; the student is in eval mode."""
+    """Maps and masks of one batch as `MaskHistory` keeps them; the student is in eval mode."""
     pairs = list(_pairs(distiller))
     context = DistillationContext(input_size=batch.input_size, boxes=batch.boxes)
     shares = [(h / batch.input_size[0], w / batch.input_size[1]) for h, w in batch.sizes]
@@ -158,7 +158,7 @@ def _pairs(distiller: Distiller) -> Iterator[tuple[str, str, nn.Module]]:
 
 
 def _inside(maps: Tensor, shares: Sequence[tuple[float, float]]) -> list[Tensor]:
-    """(K, M, H, W) -> (M, h, w) per picture, without the padding around it."""
+    """(K, M, H, W) -> (M, h, w) per image, without the padding around it."""
     height, width = maps.shape[-2:]
     return [
         x[:, : math.ceil(height * rows), : math.ceil(width * columns)]
@@ -167,18 +167,18 @@ def _inside(maps: Tensor, shares: Sequence[tuple[float, float]]) -> list[Tensor]
 
 
 def _pooled(maps: Sequence[Tensor]) -> Tensor:
-    """Maps of up to SIDE positions a side, one size for all pictures: (K, M, h, w)."""
+    """Maps of up to SIDE positions a side, one size for all images: (K, M, h, w)."""
     height, width = (min(SIDE, max(x.shape[axis] for x in maps)) for axis in (-2, -1))
     return torch.stack([F.adaptive_avg_pool2d(x, (height, width)) for x in maps])
 
 
 def _scaled(maps: Iterable[Tensor]) -> list[Tensor]:
-    """Each picture's maps over their largest value."""
+    """Each image's maps over their largest value."""
     return [x / x.amax().clamp_min(1e-12) for x in maps]
 
 
 def _figures(masks: Tensor) -> list[float]:
-    """Mean, standard deviation over positions and Dice overlap of the masks (M, P) of one picture."""
+    """Mean, standard deviation over positions and Dice overlap of the masks (M, P) of one image."""
     return [masks.mean().item(), masks.std(dim=1, correction=0).mean().item(), dice_overlap(masks[None]).item()]
 
 

@@ -13,9 +13,9 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassJaccardIndex
 from torchmetrics.detection import MeanAveragePrecision
 
-from acamkd.data.samplers import process
+from acamkd.data.samplers import rank_and_world_size
 from acamkd.errors import AcamkdError
-from acamkd.models.base import VOID, Prediction, Target, Task, TaskModel, keeping_modes, moved
+from acamkd.models.base import VOID, Prediction, Target, Task, TaskModel, keeping_modes, to_device
 
 T = TypeVar("T")
 
@@ -30,10 +30,10 @@ _COCO_NAMES = {
 class Scorer(nn.Module):
     """Collects predictions over a data set and turns them into the task's metrics, in percent.
 
-    Detection: COCO's mAP, AP50, AP75, AP by object size (small below 32^2, large above 96^2 pixels of the picture as
+    Detection: COCO's mAP, AP50, AP75, AP by object size (small below 32^2, large above 96^2 pixels of the image as
     it lies on disk, by the target's `area`, or that of the box where there is none) and `AP/CLASS`. Segmentation: mIoU
     from one confusion matrix over the whole set, and `IoU/CLASS`. A figure that has no basis (no such object in the
-    set) is NaN and does not enter a mean. Of several processes each adds its own pictures, in any number, and all of
+    set) is NaN and does not enter a mean. Of several processes each adds its own images, in any number, and all of
     them get the figures of the whole set.
 
     Args:
@@ -48,9 +48,9 @@ class Scorer(nn.Module):
         super().__init__()
         self.task: Task = task
         self.classes = tuple(classes)
-        self._pictures: list[tuple[dict[str, Tensor], ...]] = []
+        self._images: list[tuple[dict[str, Tensor], ...]] = []
         if task == "detection":
-            # Its own exchange between processes waits for ever where they have unequal numbers of pictures.
+            # Its own exchange between processes waits for ever where they have unequal numbers of images.
             self.metric: Metric = MeanAveragePrecision(
                 backend="faster_coco_eval", class_metrics=True, sync_on_compute=False
             )
@@ -65,10 +65,10 @@ class Scorer(nn.Module):
             )
 
     def update(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> None:
-        """Add some pictures, both sides in each picture's own pixels."""
+        """Add some images, both sides in each image's own pixels."""
         if self.task == "detection":
             pairs = zip(predictions, targets, strict=True)
-            self._pictures += [tuple({name: x.cpu() for name, x in side.items()} for side in pair) for pair in pairs]
+            self._images += [tuple({name: x.cpu() for name, x in side.items()} for side in pair) for pair in pairs]
             return
         for prediction, target in zip(predictions, targets, strict=True):
             self.metric.update(prediction["mask"].unsqueeze(0), target["mask"].unsqueeze(0))
@@ -76,9 +76,9 @@ class Scorer(nn.Module):
     def compute(self) -> dict[str, float]:
         """Return every figure by name, in percent, and start anew."""
         if self.task == "detection":
-            for picture in _interleaved(gathered(self._pictures)):
-                self.metric.update(*([side] for side in picture))
-            self._pictures = []
+            for image in _interleaved(gathered(self._images)):
+                self.metric.update(*([side] for side in image))
+            self._images = []
         result = self.metric.compute()
         self.metric.reset()
         if self.task == "segmentation":
@@ -98,7 +98,7 @@ class Scorer(nn.Module):
 def score(
     model: TaskModel, batches: Iterable[tuple[Sequence[Tensor], Sequence[Target]]], scorer: Scorer
 ) -> dict[str, float]:
-    """Score a network on pictures.
+    """Score a network on inputs.
 
     Args:
         model: The network; its modes are restored afterwards.
@@ -110,8 +110,8 @@ def score(
     with keeping_modes(model):
         model.eval()
         for images, targets in batches:
-            pictures, truths = moved(images, targets, device)
-            scorer.update(model.predict(pictures), truths)
+            inputs, truths = to_device(images, targets, device)
+            scorer.update(model.predict(inputs), truths)
     return scorer.compute()
 
 
@@ -126,7 +126,7 @@ def gathered(own: T) -> list[T]:
 
 def own_part(everything: Sequence[T]) -> T | None:
     """What `gathered` had of this process; nothing where there were fewer of them."""
-    rank, _ = process()
+    rank, _ = rank_and_world_size()
     return everything[rank] if rank < len(everything) else None
 
 

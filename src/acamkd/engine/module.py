@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 
 from acamkd.config import Train
 from acamkd.data.dataset import seed_of
-from acamkd.data.loading import Pictures
+from acamkd.data.loading import Images
 from acamkd.distillation.distiller import Distiller, NonFiniteError, WeightSchedule
 from acamkd.engine.metrics import Scorer
 from acamkd.errors import AcamkdError
@@ -59,7 +59,7 @@ class TrainingModule(L.LightningModule):
         """Return the training loss of one batch.
 
         Args:
-            batch: Pictures and targets and, if there are any, as many unlabelled pictures. A term that sees both is
+            batch: Images and targets and, if there are any, as many unlabeled images. A term that sees both is
                 the mean of the two, so that its weight means the same as without.
             batch_idx: Its place in the epoch.
         """
@@ -83,26 +83,26 @@ class TrainingModule(L.LightningModule):
         return total * (accumulate / min(accumulate, batches - batch_idx // accumulate * accumulate))
 
     def _terms(
-        self, images: list[Tensor], targets: list[Target], unlabelled: list[Tensor] | None = None
+        self, images: list[Tensor], targets: list[Target], unlabeled: list[Tensor] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
         """Loss terms, the losses' statistics, and what was not finite."""
         student, faults = self.distiller.student, []
 
-        def run(batch: Batch, *, labelled: bool) -> dict[str, Tensor]:
+        def run(batch: Batch, *, labeled: bool) -> dict[str, Tensor]:
             try:
-                return self.distiller(batch, self.global_step, labelled=labelled)  # type: ignore[no-any-return]
+                return self.distiller(batch, self.global_step, labeled=labeled)  # type: ignore[no-any-return]
             except NonFiniteError as error:
                 faults.append(str(error))
                 return error.terms
 
-        terms = run(student.prepare(images, targets), labelled=True)
+        terms = run(student.prepare(images, targets), labeled=True)
         statistics = self.distiller.statistics()
-        if unlabelled:
-            more = run(student.prepare(unlabelled), labelled=False)
+        if unlabeled:
+            more = run(student.prepare(unlabeled), labeled=False)
             terms |= {name: (terms[name] + term) / 2 for name, term in more.items()}
         return terms, statistics, faults
 
-    def validation_step(self, batch: Pictures, batch_idx: int) -> None:
+    def validation_step(self, batch: Images, batch_idx: int) -> None:
         """Collect the predictions of one batch."""
         images, targets = batch
         self.scorer.update(self.distiller.student.predict(images), targets)
@@ -133,7 +133,7 @@ class TrainingModule(L.LightningModule):
         total_steps = int(self.trainer.estimated_stepping_batches)
         if not total_steps:
             raise AcamkdError(
-                f"the training pictures do not make one batch of {self.config.batch_size} for each of "
+                f"the training images do not make one batch of {self.config.batch_size} for each of "
                 f"{self.trainer.world_size} processes: lower train.batch_size or train.devices"
             )
         steps_per_epoch = total_steps // self.config.epochs

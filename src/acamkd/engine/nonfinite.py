@@ -12,7 +12,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from acamkd.data.loading import PictureLoader, Pictures
+from acamkd.data.loading import ImageLoader, Images
 from acamkd.engine.module import TrainingModule
 from acamkd.errors import AcamkdError
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 NONFINITE = "nonfinite"
 """Folder of the batches in a run folder."""
 IN_A_ROW = 10
-"""More steps than this, one behind the other, are not left out: then it is not the pictures."""
+"""More steps than this, one behind the other, are not left out: then it is not the images."""
 HALVINGS = 32
 """After more of them in a row, from 2^16 on, it is not the scaler's factor that makes a gradient infinite."""
 KEPT = 10
@@ -29,7 +29,7 @@ KEPT = 10
 
 
 class NonFinite(Callback):
-    """Stops at a step whose loss or gradient is not finite, or leaves it out; the pictures are kept for a replay.
+    """Stops at a step whose loss or gradient is not finite, or leaves it out; the images are kept for a replay.
 
     A step that is left out changes neither weights, optimizer nor batch norm's statistics; it counts as a step for the
     schedules. Where several processes train, all of them see it at the same step: a process whose loss is not finite
@@ -47,7 +47,7 @@ class NonFinite(Callback):
         self.skipped = 0
         self.in_a_row = 0
         self._halvings = 0
-        self._window: list[tuple[int, Pictures]] = []
+        self._window: list[tuple[int, Images]] = []
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class NonFinite(Callback):
         self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Pictures, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Images, batch_idx: int
     ) -> None:
         """Remember the batches of a step and, where it may be left out, batch norm's statistics before it."""
         assert isinstance(pl_module, TrainingModule)
@@ -96,7 +96,7 @@ class NonFinite(Callback):
             buffer.copy_(before)
 
     def _describe(self, trainer: L.Trainer, module: TrainingModule) -> str:
-        """What is wrong in this process, with which pictures."""
+        """What is wrong in this process, with which images."""
         broken = [n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         count = f"{len(broken)} parameter{'s' if len(broken) > 1 else ''}"
         text = "; ".join(module.faults) or (
@@ -104,11 +104,11 @@ class NonFinite(Callback):
             f"({', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}), though every loss term of this process is"
         )
         loader = trainer.train_dataloader
-        assert isinstance(loader, PictureLoader)
+        assert isinstance(loader, ImageLoader)
         names = [file.name for index, _ in self._window for file in loader.files(index)]
         process = f"-process-{trainer.global_rank}" if trainer.world_size > 1 else ""
         file = self.folder / f"step-{trainer.global_step}{process}.pt"
-        where = f"pictures {', '.join(names)}"
+        where = f"images {', '.join(names)}"
         if self.skipped <= KEPT:
             file.parent.mkdir(exist_ok=True)
             kept = {"images": 0, "targets": 1, "unlabelled": 2}

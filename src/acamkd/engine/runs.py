@@ -42,7 +42,7 @@ _BEGINNING = {LOCK, LOG, unfinished_name(RECIPE)}
 """What a run may leave behind that could not begin."""
 
 PATIENCE = 10.0
-"""Seconds to wait for a run folder that another process holds: what loads a killed training's pictures stays a few."""
+"""Seconds to wait for a run folder that another process holds: what loads a killed training's images stays a few."""
 
 
 class OtherRunError(AcamkdError):
@@ -260,7 +260,7 @@ def open_run(folder: Path, overrides: Sequence[str] = ()) -> Run:
 def load_student(run: Path | str) -> TaskModel:
     """Build the network that a run trained, with its best weights and in eval mode.
 
-    `predict` of what is returned takes pictures, (3, H, W) uint8 or in [0, 1]; its `net` is the framework's own module.
+    `predict` of what is returned takes images, (3, H, W) uint8 or in [0, 1]; its `net` is the framework's own module.
 
     Raises:
         AcamkdError: The folder holds no run, or its weights do not fit.

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 
 from acamkd.config import Train
-from acamkd.data.loading import Pictures
+from acamkd.data.loading import Images
 from acamkd.engine.checkpoint import CheckpointFiles, Checkpoints
 from acamkd.engine.metrics import gathered, own_part
 from acamkd.engine.module import TrainingModule
@@ -42,7 +42,7 @@ warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
 class Recorder(Callback):
     """Keeps the best network, logs every step, writes history.csv and says after every epoch where the training stands.
 
-    A row of history.csv has the means over the epoch's pictures of what the steps found.
+    A row of history.csv has the means over the epoch's images of what the steps found.
 
     Args:
         folder: The run folder.
@@ -60,7 +60,7 @@ class Recorder(Callback):
         self.seconds = 0.0
         self.step = 0
         self.sums: dict[str, list[float]] = {}
-        """By name, the sum over the epoch's pictures so far, and how many they were."""
+        """By name, the sum over the epoch's images so far, and how many they were."""
         self._steps = _rows(folder / "logs/metrics.csv")  # now, because Lightning's logger deletes the file
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,14 +86,14 @@ class Recorder(Callback):
         self.sums = {}
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Pictures, batch_idx: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Images, batch_idx: int
     ) -> None:
         """Log the step and add it to the epoch's means."""
         assert isinstance(pl_module, TrainingModule)
-        values, pictures = pl_module.values, len(batch[0])
+        values, images = pl_module.values, len(batch[0])
         for name, value in values.items():
             total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = [total + value * pictures, count + pictures]
+            self.sums[name] = [total + value * images, count + images]
         if trainer.global_step > self.step:  # not while gradients accumulate
             row = {f"{name}_step": value for name, value in values.items()}
             trainer.loggers[0].log_metrics({"epoch": trainer.current_epoch, **row}, self.step)
@@ -107,7 +107,7 @@ class Recorder(Callback):
         epoch, scores, pl_module.scores = trainer.current_epoch + 1, pl_module.scores, {}
         losses = _means(gathered(self.sums))
         if scores and math.isnan(scores[self.metric]):
-            log.warning("%s has no basis: in the validation pictures every pixel is void, or every box a crowd: check "
+            log.warning("%s has no basis: in the validation images every pixel is void, or every box a crowd: check "
                         "data.val and data.ignore_index", self.metric)  # fmt: skip
         if scores:
             trainer.loggers[0].log_metrics({"epoch": trainer.current_epoch, **scores}, self.step - 1)
@@ -163,7 +163,7 @@ class _Bar(TQDMProgressBar):
 
 
 def _means(sums: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
-    """Means over the pictures of all processes."""
+    """Means over the images of all processes."""
     columns = {name: [each[name] for each in sums if name in each] for name in dict.fromkeys(chain(*sums))}
     return {
         name: sum(total for total, _ in column) / sum(count for _, count in column) for name, column in columns.items()

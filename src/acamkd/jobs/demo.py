@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Column, Table
@@ -19,39 +20,48 @@ from torch import Tensor
 from acamkd import config, data, models
 from acamkd.data.scenes import CLASSES, write_scenes
 from acamkd.distillation.build import build_distiller, probe
-from acamkd.engine.metrics import METRICS
 from acamkd.engine.cost import median_milliseconds
+from acamkd.engine.metrics import METRICS
 from acamkd.engine.runs import Run, open_run, write_json
 from acamkd.jobs.train import count_parameters, distill, train
 from acamkd.losses import ACAM
-from acamkd.models.base import Task, TaskModel
-from acamkd.report.visualize import Block, draw_findings, draw_masks, draw_sheet
+from acamkd.models.base import Prediction, Task, TaskModel
+from acamkd.report.visualize import (
+    ENLARGEMENT,
+    MIN_SCORE,
+    Block,
+    Pixels,
+    draw_predictions,
+    draw_sheet,
+    draw_spatial_masks,
+    enlarge,
+)
 
 log = logging.getLogger(__name__)
 
-TRAIN_PICTURES = 320
-VAL_PICTURES = 80
+TRAIN_IMAGES = 320
+VAL_IMAGES = 80
 SIZE = (96, 96)
 """(height, width) of a scene, in pixels."""
 
 SHOWN = 3
-"""Validation pictures per task on the sheet."""
+"""Validation images per task on the sheet."""
 
 FOLDERS = {"teacher": "teacher", "student": "alone", "distilled": "distilled"}
 """Network in metrics.json -> its run folder."""
 
-TITLES = {"teacher": "teacher", "student": "student alone", "distilled": "student distilled"}
+TITLES = {"teacher": "teacher", "student": "baseline", "distilled": "student distilled"}
 
 
 class Cost(NamedTuple):
-    """What a network costs; milliseconds are those of one picture."""
+    """What a network costs; milliseconds are those of one image."""
 
     parameters: int
     milliseconds: float
 
 
 def run(out: Path, tasks: Sequence[Task]) -> dict[Task, dict[str, Any]]:
-    """Draw scenes, train a teacher and a student, distil the student, and compare; once per task.
+    """Draw scenes, train a teacher and a student, distill the student, and compare; once per task.
 
     `out` then holds `metrics.json`, `pictures.png` and per task the scenes (`TASK/data`, drawn once) and the three run
     folders (`TASK/teacher`, `TASK/alone`, `TASK/distilled`, replaced by every demo).
@@ -73,14 +83,14 @@ def run(out: Path, tasks: Sequence[Task]) -> dict[Task, dict[str, Any]]:
     blocks = []
     for number, task in enumerate(tasks):
         recipe = read_recipe(task, out)
-        write_scenes(recipe.data.root, train=TRAIN_PICTURES, val=VAL_PICTURES, size=SIZE, seed=0, task=task)
+        write_scenes(recipe.data.root, train=TRAIN_IMAGES, val=VAL_IMAGES, size=SIZE, seed=0, task=task)
         scores = _train_all(recipe, out / task, before=3 * number, total=3 * len(tasks))
         runs = {name: open_run(out / task / folder) for name, folder in FOLDERS.items()}
         results[task] = {"metric": METRICS[task], **scores}
         costs[task] = {name: _cost(run.load()) for name, run in runs.items()}
         blocks.append(_block(runs, results[task]))
     write_json(out / "metrics.json", results)
-    draw_sheet(blocks, CLASSES).savefig(out / "pictures.png")
+    draw_sheet(blocks, {name: label for label, name in enumerate(CLASSES, start=1)}).savefig(out / "pictures.png")
     Console().print(_table(results, costs))
     took = timedelta(seconds=round(time.monotonic() - started))
     log.info("the demo took %s; %s holds metrics.json and pictures.png", took, out)
@@ -102,7 +112,7 @@ def _train_all(recipe: config.Recipe, folder: Path, before: int, total: int) -> 
             log.info("%s holds an earlier demo's run: it is replaced", existing)
     log.info("%s, training %d of %d: the teacher", recipe.task, before + 1, total)
     teacher = train(recipe, "teacher", out=folder / FOLDERS["teacher"], overwrite=True)
-    log.info("%s, training %d of %d: the student alone", recipe.task, before + 2, total)
+    log.info("%s, training %d of %d: the baseline", recipe.task, before + 2, total)
     student = train(recipe, out=folder / FOLDERS["student"], overwrite=True)
     log.info("%s, training %d of %d: the same student, distilled", recipe.task, before + 3, total)
     assert recipe.teacher is not None
@@ -124,7 +134,7 @@ def _cost(model: TaskModel) -> Cost:
 
 
 def _block(runs: dict[str, Run], result: dict[str, Any]) -> Block:
-    """What the networks find in the first validation pictures, and ACAM's masks there."""
+    """What the networks find in the first validation images, and ACAM's masks there."""
     recipe = runs["distilled"].recipe
     samples = data.build(recipe.data, recipe.task, "val", seed=0, augment=False)
     images = [samples[index][0] for index in range(SHOWN)]
@@ -132,16 +142,34 @@ def _block(runs: dict[str, Run], result: dict[str, Any]) -> Block:
     findings = [truths, *(run.load().predict(images) for run in runs.values())]
     masks = spatial_masks(runs["distilled"], images)
     rows = [
-        [*(draw_findings(image, column[index]) for column in findings), draw_masks(image, masks[index])]
+        [
+            *(_drawn(image, column[index], recipe) for column in findings),
+            draw_spatial_masks(_array(image), masks[index].numpy()),
+        ]
         for index, image in enumerate(images)
     ]
     columns = ["ground truth", *(f"{title}: {result[name]:.1f}" for name, title in TITLES.items())]
-    title = f"{recipe.task.capitalize()} ({result['metric']} on {len(samples)} validation pictures)"
+    title = f"{recipe.task.capitalize()} ({result['metric']} on {len(samples)} validation images)"
     return Block(title, [*columns, "spatial masks of ACAM"], rows)
 
 
+def _array(image: Tensor) -> Pixels:
+    return image.permute(1, 2, 0).numpy()
+
+
+def _drawn(image: Tensor, found: Prediction, recipe: config.Recipe) -> Pixels:
+    """A small image, enlarged, with what is known or predicted of it."""
+    arrays = {name: x.numpy() for name, x in found.items()}
+    if "mask" in arrays:
+        arrays = {"mask": enlarge(arrays["mask"])}
+    else:
+        kept = arrays.get("scores", np.ones(len(arrays["boxes"]))) >= MIN_SCORE
+        arrays = {"boxes": ENLARGEMENT * arrays["boxes"][kept], "labels": arrays["labels"][kept]}
+    return draw_predictions(enlarge(_array(image)), arrays, recipe.data.classes or (), with_names=False, opacity=0.75)
+
+
 def spatial_masks(run: Run, images: Sequence[Tensor]) -> Tensor:
-    """What the first loss of a distilled run, an ACAM, attended to at the end: (N, M, H, W) for N pictures."""
+    """What the first loss of a distilled run, an ACAM, attended to at the end: (N, M, H, W) for N images."""
     recipe = run.recipe
     assert recipe.teacher is not None
     assert recipe.data.classes is not None
@@ -169,5 +197,5 @@ def _table(results: Mapping[Task, Mapping[str, Any]], costs: Mapping[Task, Mappi
                 f"{costs[task][name].parameters:,}", f"{costs[task][name].milliseconds:.1f}",
                 end_section=name == "distilled",
             )  # fmt: skip
-    table.caption = f"metric in percent; ms: median CPU time of one forward over one {SIZE[1]} x {SIZE[0]} picture"
+    table.caption = f"metric in percent; ms: median CPU time of one forward over one {SIZE[1]} x {SIZE[0]} image"
     return table

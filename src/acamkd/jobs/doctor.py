@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from acamkd import config, data, models
-from acamkd.data import PictureDataset
+from acamkd.data import ImageDataset
 from acamkd.data.build import SplitName
 from acamkd.data.statistics import Statistics, count
-from acamkd.distillation.auto_weight import gradient_norms, measuring, prepared, total_norms, uncalibrated
+from acamkd.distillation.auto_weight import gradient_norms, prepared, probe_distiller, total_norms, uncalibrated
 from acamkd.distillation.build import probe
 from acamkd.engine.metrics import METRICS, Scorer, score
 from acamkd.errors import AcamkdError
@@ -27,13 +27,13 @@ from acamkd.models.base import VOID, Batch, Target, TaskModel
 Status: TypeAlias = Literal["pass", "warn", "fail"]
 
 SLICE = 64
-"""The teacher is scored on at most this many validation pictures ..."""
+"""The teacher is scored on at most this many validation images ..."""
 SECONDS = 20
 """... and for about this long."""
-PICTURES = 4
-"""Training pictures in the batch that gradients are measured on."""
+IMAGES = 4
+"""Training images in the batch that gradients are measured on."""
 MARGIN = 1.0
-"""A teacher that is not this many points better than knowing nothing has not been trained on these pictures."""
+"""A teacher that is not this many points better than knowing nothing has not been trained on these images."""
 STRONG, WEAK = 2.0, 0.02
 """Ratios of distillation's to task's gradient beyond which a weight is suspicious."""
 
@@ -75,14 +75,14 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
         for split in (train, val):
             data.refuse(split.problems)
         yield Finding(
-            stage, "pass", f"{len(train)} training and {len(val)} validation pictures, {len(train.classes)} classes"
+            stage, "pass", f"{len(train)} training and {len(val)} validation images, {len(train.classes)} classes"
         )
-        more = None if source.unlabelled is None else data.build_unlabelled(source, recipe.task, seed=recipe.train.seed)
+        more = None if source.unlabelled is None else data.build_unlabeled(source, recipe.task, seed=recipe.train.seed)
         for warning in data.compare_splits(train, val, source, more):
             yield Finding(stage, "warn", warning)
         stage = "teacher's weights"
         if recipe.teacher is None or not recipe.losses:
-            raise AcamkdError("the recipe needs a `teacher` section and `losses` to distil")
+            raise AcamkdError("the recipe needs a `teacher` section and `losses` to distill")
         section = teacher_section(recipe)
         teacher = build_network(recipe, section, train.classes, teacher=True)
         yield _weights(stage, teacher, section)
@@ -90,8 +90,8 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
         student = build_network(recipe, recipe.student, train.classes)
         yield _weights(stage, student, recipe.student)
         models.inherit(student, teacher, recipe.student.inherit)
-        stage = "colours"
-        yield _colours(student, teacher)
+        stage = "colors"
+        yield _colors(student, teacher)
         stage = "batch norm"
         yield from _batch_norm(student, teacher, recipe.train.batch_size)
         stage = "teacher's score"
@@ -116,11 +116,11 @@ def examine_data(recipe: config.Recipe) -> dict[str, Statistics]:
     """
     source = data.resolve(recipe.data, recipe.task)
     splits: tuple[SplitName, ...] = ("train", "val")
-    opening: dict[str, Callable[[], PictureDataset]] = {
+    opening: dict[str, Callable[[], ImageDataset]] = {
         split: partial(data.build, source, recipe.task, split, seed=0, augment=False) for split in splits
     }
     if source.unlabelled is not None:
-        opening["unlabelled"] = partial(data.build_unlabelled, source, recipe.task, seed=0)
+        opening["unlabelled"] = partial(data.build_unlabeled, source, recipe.task, seed=0)
     found: dict[str, Statistics] = {}
     for name, opened in opening.items():
         try:
@@ -153,18 +153,18 @@ def _weights(check: str, model: TaskModel, section: config.Model) -> Finding:
     return Finding(check, "warn" if advice else "pass", str(report), advice)
 
 
-def _colours(student: TaskModel, teacher: TaskModel) -> Finding:
-    """Mean and standard deviation of the colours that the networks expect."""
+def _colors(student: TaskModel, teacher: TaskModel) -> Finding:
+    """Mean and standard deviation of the colors that the networks expect."""
     described = [
         f"{who} {' '.join(f'{x:.3f}' for x in model.mean.flatten().tolist())} / "
         f"{' '.join(f'{x:.3f}' for x in model.std.flatten().tolist())}"
         for who, model in (("student", student), ("teacher", teacher))
     ]
     if torch.allclose(student.mean, teacher.mean) and torch.allclose(student.std, teacher.std):
-        return Finding("colours", "pass", f"both networks: {described[0].removeprefix('student ')}")
+        return Finding("colors", "pass", f"both networks: {described[0].removeprefix('student ')}")
     return Finding(
-        "colours", "warn", "; ".join(described),
-        "each network normalises for itself, so this is right if each was trained so; otherwise set mean and std",
+        "colors", "warn", "; ".join(described),
+        "each network normalizes for itself, so this is right if each was trained so; otherwise set mean and std",
     )  # fmt: skip
 
 
@@ -180,7 +180,7 @@ def _batch_norm(student: TaskModel, teacher: TaskModel, batch_size: int) -> Iter
     learning = sum(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in layers["student"].values())
     text = f"student {len(layers['student'])} layers ({learning} learn), teacher {len(layers['teacher'])} (frozen)"
     if learning and batch_size < 4:
-        text = f"{text}; the student's statistics come from {batch_size} pictures at a time"
+        text = f"{text}; the student's statistics come from {batch_size} images at a time"
         yield Finding("batch norm", "warn", text, "raise train.batch_size, or freeze the student's batch norm")
     else:
         yield Finding("batch norm", "pass", text)
@@ -196,8 +196,8 @@ def _is_blank(layer: Any) -> bool:
     return mean is not None and bool((mean == 0).all() and (variance == 1).all())
 
 
-def _score(teacher: TaskModel, val: PictureDataset, recipe: config.Recipe) -> Finding:
-    """Score on the first pictures, beside what a network that knows nothing would get."""
+def _score(teacher: TaskModel, val: ImageDataset, recipe: config.Recipe) -> Finding:
+    """Score on the first images, beside what a network that knows nothing would get."""
     metric = METRICS[recipe.task]
     if teacher.num_classes != len(val.classes):
         text = f"not scored: it has {teacher.num_classes} classes of its own, the data {len(val.classes)}"
@@ -205,7 +205,7 @@ def _score(teacher: TaskModel, val: PictureDataset, recipe: config.Recipe) -> Fi
     seen: list[Target] = []
     deadline = time.monotonic() + SECONDS
 
-    def pictures() -> Iterator[tuple[Sequence[Tensor], Sequence[Target]]]:
+    def images() -> Iterator[tuple[Sequence[Tensor], Sequence[Target]]]:
         for image, target in val:
             if len(seen) == SLICE or time.monotonic() > deadline:
                 return
@@ -214,10 +214,10 @@ def _score(teacher: TaskModel, val: PictureDataset, recipe: config.Recipe) -> Fi
 
     device = teacher.mean.device
     teacher.to("cuda" if torch.cuda.is_available() else "cpu")
-    reached = score(teacher, pictures(), Scorer(recipe.task, val.classes))[metric]
+    reached = score(teacher, images(), Scorer(recipe.task, val.classes))[metric]
     teacher.to(device)  # where the student is: both are looked into with its batches
     chance = ignorance(seen, len(val.classes)) if recipe.task == "segmentation" else 0.0
-    text = f"{metric} {reached:.2f} on {len(seen)} validation pictures; {chance:.2f} without looking"
+    text = f"{metric} {reached:.2f} on {len(seen)} validation images; {chance:.2f} without looking"
     if not reached >= chance + MARGIN:
         advice = (
             "its weights were not trained on these classes in this order, or hardly trained, or its mean, std or "
@@ -236,15 +236,15 @@ def ignorance(targets: Sequence[Target], classes: int) -> float:
 
 
 def _distillation(
-    student: TaskModel, teacher: TaskModel, train: PictureDataset, recipe: config.Recipe
+    student: TaskModel, teacher: TaskModel, train: ImageDataset, recipe: config.Recipe
 ) -> Iterator[Finding]:
     entries = [uncalibrated(entry) for entry in recipe.losses]
-    size = min(PICTURES, recipe.train.batch_size, len(train))
-    pictures = data.loader(train, size, 0, shuffle=True, seed=recipe.train.seed)
-    with measuring(student, teacher, entries) as distiller:
+    size = min(IMAGES, recipe.train.batch_size, len(train))
+    images = data.loader(train, size, 0, shuffle=True, seed=recipe.train.seed)
+    with probe_distiller(student, teacher, entries) as distiller:
         if recipe.data.unlabelled is not None:
-            distiller.check_unlabelled()
-        batch = next(prepared(student, pictures))
+            distiller.check_unlabeled()
+        batch = next(prepared(student, images))
         for pair, loss in zip(distiller.pairs, distiller.losses, strict=True):
             name = type(loss).__name__
             if pair is not None:
@@ -262,7 +262,7 @@ def _distillation(
 
 
 def _tap(method: str, pair: tuple[str, str], student: TaskModel, teacher: TaskModel, batch: Batch) -> Finding:
-    """One pair of layers on real pictures."""
+    """One pair of layers on real images."""
     maps = [probe(model, [name], batch)[name] for model, name in ((student, pair[0]), (teacher, pair[1]))]
     shapes = [list(x.shape[1:]) for x in maps]
     text = f"{method}: {pair[0]} {shapes[0]} <- {pair[1]} {shapes[1]}"
@@ -287,4 +287,4 @@ def _total(norms: dict[str, tuple[float, float]], recipe: config.Recipe) -> Find
         return Finding("gradient", "pass", f"{text}, before `weight: auto` sets {', '.join(automatic)}")
     if WEAK <= ratio <= STRONG:
         return Finding("gradient", "pass", text)
-    return Finding("gradient", "warn", text, "set weight: auto, which measures it on more pictures, or a weight")
+    return Finding("gradient", "warn", text, "set weight: auto, which measures it on more images, or a weight")

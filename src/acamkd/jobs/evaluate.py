@@ -1,4 +1,4 @@
-"""Score a trained network on validation pictures."""
+"""Score a trained network on validation images."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Score a run's best network on its recipe's validation pictures.
+    """Score a run's best network on its recipe's validation images.
 
     Returns:
         Every metric by name, in percent.
 
     Raises:
-        AcamkdError: The run's weights or pictures are missing or do not fit.
+        AcamkdError: The run's weights or images are missing or do not fit.
     """
     recipe = run.recipe
-    pictures = data.build(recipe.data, recipe.task, "val", seed=recipe.train.seed, augment=False)
-    for warning in data.check(pictures, recipe.data.check):
+    images = data.build(recipe.data, recipe.task, "val", seed=recipe.train.seed, augment=False)
+    for warning in data.check(images, recipe.data.check):
         log.warning("%s", warning)
     model = run.load().to("cuda" if torch.cuda.is_available() else "cpu")
-    batches = data.loader(pictures, recipe.train.batch_size, recipe.data.workers, shuffle=False, seed=0)
-    return score(model, batches, Scorer(recipe.task, pictures.classes))
+    batches = data.loader(images, recipe.train.batch_size, recipe.data.workers, shuffle=False, seed=0)
+    return score(model, batches, Scorer(recipe.task, images.classes))

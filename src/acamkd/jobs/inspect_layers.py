@@ -21,7 +21,7 @@ Pair: TypeAlias = "str | list[str]"
 """As in a recipe: one name for both networks, or the student's and the teacher's."""
 
 SIDE = 256
-"""Pixels of the blank square picture that the networks are run on."""
+"""Pixels of the blank square image that the networks are run on."""
 DEPTH = 2
 """Layers down to this depth are listed, which are stages rather than single convolutions."""
 CLASSES = 19
@@ -35,7 +35,7 @@ class Layer:
     Attributes:
         name: In the grammar of `pairs`.
         channels: C.
-        stride: Pixels of the picture per position of the map.
+        stride: Pixels of the image per position of the map.
     """
 
     name: str
@@ -49,7 +49,7 @@ def of_recipe(recipe: config.Recipe) -> tuple[TaskModel, TaskModel]:
         raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
     background = recipe.task == "segmentation"
     form = recipe.data.format
-    with suppress(AcamkdError):  # the pictures need not be there yet
+    with suppress(AcamkdError):  # the images need not be there yet
         form = data.resolve(recipe.data, recipe.task).format
     usual = len(voc.CLASSES) + background if form == "voc" else CLASSES
     classes = len(recipe.data.classes or range(usual))
@@ -125,7 +125,7 @@ def propose(teacher: TaskModel, student: TaskModel) -> list[Pair]:
 
 
 def _logits(found: Sequence[Layer], model: TaskModel) -> Layer:
-    """The last map with one channel per class before it is brought to the picture's size, where it is."""
+    """The last map with one channel per class before it is brought to the image's size, where it is."""
     logits = [
         each for each in found if each.channels == model.num_classes and not each.name.startswith("aux_classifier")
     ]

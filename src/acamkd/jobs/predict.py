@@ -1,8 +1,7 @@
-"""Predict on pictures or a video with a run or with an exported ONNX file; the latter needs no torch."""
+"""Predict on images or a video with a run or with an exported ONNX file; the latter needs no torch."""
 
 from __future__ import annotations
 
-import colorsys
 import json
 import logging
 import time
@@ -13,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from tqdm import tqdm
 
 from acamkd.errors import AcamkdError
-from acamkd.files import PICTURES, written_whole
-from acamkd.jobs.export.onnx_model import OnnxModel, Picture, Prediction, read_picture
+from acamkd.files import IMAGE_SUFFIXES, written_whole
+from acamkd.jobs.export.onnx_model import OnnxModel, Pixels, Prediction, read_image
+from acamkd.report.visualize import draw_predictions
 
 log = logging.getLogger(__name__)
 
@@ -26,16 +26,16 @@ VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 
 
 def predict(model: Path, source: Path, *, out: Path | None = None, score: float = 0.3) -> Path:
-    """Predict on pictures or on a video, and write what was found.
+    """Predict on images or on a video, and write what was found.
 
-    The output folder holds `overlays/`, the pictures or the video with the predictions drawn on them, and for detection
+    The output folder holds `overlays/`, the images or the video with the predictions drawn on them, and for detection
     `predictions.json` (entries with `file_name`, `category_id`, which counts the recipe's classes from 1,
     `category_name`, `bbox` [x, y, width, height] in pixels and `score`; of a video, `frame` counts from 0), for
     segmentation `masks/` (PNG files of class ids; of a video, a folder with one per frame).
 
     Args:
         model: Run folder, or a file that `acamkd export` wrote.
-        source: A picture, a folder of pictures, or a video, which needs `pip install '.[video]'`.
+        source: An image, a folder of images, or a video, which needs `pip install '.[video]'`.
         out: Output folder; `predictions` beside the model where not given.
         score: Detections below it are left out.
 
@@ -43,53 +43,53 @@ def predict(model: Path, source: Path, *, out: Path | None = None, score: float 
         The output folder.
 
     Raises:
-        AcamkdError: The model, the source or one of its pictures cannot be read.
+        AcamkdError: The model, the source or one of its images cannot be read.
     """
     is_video = source.is_file() and source.suffix.lower() in VIDEOS
-    files = [] if is_video else pictures_of(source)
+    files = [] if is_video else images_of(source)
     task, classes, network = _open(model)
     if task == "segmentation" and files:
         _check_names(files, source)
     folder = out or (model.parent if model.suffix == ".onnx" else model) / "predictions"
     results: list[dict[str, Any]] = []
 
-    def look(picture: Picture, mask: str, **where: Any) -> Image.Image:
-        found = network(picture)
+    def look(image: Pixels, mask: str, **where: Any) -> Image.Image:
+        found = network(image)
         if task == "detection":
             good = found["scores"] >= score
             found = {name: values[good] for name, values in found.items()}
             results.extend(_as_coco(found, classes, where))
         else:
             _save(Image.fromarray(found["mask"].astype(np.uint8)), folder / "masks" / mask)
-        return draw(picture, found, classes)
+        return Image.fromarray(draw_predictions(image, found, classes))
 
     start, count = time.monotonic(), len(files)
     if is_video:
-        with _whole(folder / "overlays" / f"{source.stem}.mp4") as unfinished, Film(source, unfinished) as film:
-            for count, picture in enumerate(tqdm(film.frames(), total=film.length, unit=" frames", disable=None), 1):
+        with _whole(folder / "overlays" / f"{source.stem}.mp4") as unfinished, Video(source, unfinished) as film:
+            for count, image in enumerate(tqdm(film.frames(), total=film.length, unit=" frames", disable=None), 1):
                 mask = f"{source.stem}/{count - 1:06d}.png"
-                film.write(look(picture, mask, file_name=source.name, frame=count - 1))
+                film.write(look(image, mask, file_name=source.name, frame=count - 1))
     unreadable: list[str] = []
-    for file in tqdm(files, unit=" pictures", disable=None):
+    for file in tqdm(files, unit=" images", disable=None):
         try:
-            picture = read_picture(file)
+            image = read_image(file)
         except AcamkdError as error:
             unreadable.append(str(error))
             continue
-        _save(look(picture, f"{file.stem}.png", file_name=file.name), folder / "overlays" / file.name)
+        _save(look(image, f"{file.stem}.png", file_name=file.name), folder / "overlays" / file.name)
     if task == "detection":
         with _whole(folder / "predictions.json") as unfinished:
             unfinished.write_text(json.dumps(results, indent=1), encoding="utf-8")
     count -= len(unreadable)
     rate = count / (time.monotonic() - start)
-    log.info("%d %s, %.1f per second, in %s", count, "frames" if is_video else "pictures", rate, folder)
+    log.info("%d %s, %.1f per second, in %s", count, "frames" if is_video else "images", rate, folder)
     if unreadable:
         first = "; ".join(unreadable[:3]) + ("; ..." if len(unreadable) > 3 else "")
-        raise AcamkdError(f"{len(unreadable)} of {len(files)} pictures are left out: {first}")
+        raise AcamkdError(f"{len(unreadable)} of {len(files)} images are left out: {first}")
     return folder
 
 
-class Film:
+class Video:
     """A video that is read, and another of its rate that is written; the size is made even, as the encoder wants it.
 
     Args:
@@ -119,7 +119,7 @@ class Film:
         self.length = stream.frames or None
         """Number of frames, where the file says it."""
 
-    def __enter__(self) -> Film:
+    def __enter__(self) -> Video:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -128,7 +128,7 @@ class Film:
         self.writer.close()
         self.reader.close()
 
-    def frames(self) -> Iterator[Picture]:
+    def frames(self) -> Iterator[Pixels]:
         """Every frame, upright."""
         frame = None
         try:
@@ -139,63 +139,42 @@ class Film:
         if frame is None:
             raise AcamkdError(f"{self.source}: the video holds no frames")
 
-    def write(self, picture: Image.Image) -> None:
+    def write(self, image: Image.Image) -> None:
         """Add a frame."""
         import av
 
-        even = picture.crop((0, 0, max(2, picture.width // 2 * 2), max(2, picture.height // 2 * 2)))
+        even = image.crop((0, 0, max(2, image.width // 2 * 2), max(2, image.height // 2 * 2)))
         if not self.stream.codec_context.is_open:
             self.stream.width, self.stream.height = even.size
         self.writer.mux(self.stream.encode(av.VideoFrame.from_ndarray(np.asarray(even), format="rgb24")))
 
 
-def pictures_of(source: Path) -> list[Path]:
-    """The pictures that a file or folder stands for; raises AcamkdError if there are none."""
+def images_of(source: Path) -> list[Path]:
+    """The images that a file or folder stands for; raises AcamkdError if there are none."""
     if not source.is_dir():
         if not source.exists():
-            raise AcamkdError(f"{source}: there is no such picture, folder or video")
-        if source.suffix.lower() not in PICTURES:
+            raise AcamkdError(f"{source}: there is no such image, folder or video")
+        if source.suffix.lower() not in IMAGE_SUFFIXES:
             raise AcamkdError(
-                f"{source}: give a picture ({', '.join(PICTURES)}), a folder of them or a video ({', '.join(VIDEOS)})"
+                f"{source}: give an image ({', '.join(IMAGE_SUFFIXES)}), a folder of them or a video "
+                f"({', '.join(VIDEOS)})"
             )
         return [source]
-    files = sorted(file for file in source.iterdir() if file.suffix.lower() in PICTURES and file.name[0] != ".")
+    files = sorted(file for file in source.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".")
     if not files:
-        raise AcamkdError(f"{source}: the folder holds no pictures ({', '.join(PICTURES)})")
+        raise AcamkdError(f"{source}: the folder holds no images ({', '.join(IMAGE_SUFFIXES)})")
     return files
 
 
 def _check_names(files: Sequence[Path], source: Path) -> None:
-    """Raise AcamkdError if the masks of two pictures would be one file."""
+    """Raise AcamkdError if the masks of two images would be one file."""
     stem, count = Counter(file.stem for file in files).most_common(1)[0]
     if count > 1:
-        raise AcamkdError(
-            f"{source}: {count} pictures are called {stem}, and their masks would be one file: rename them"
-        )
+        raise AcamkdError(f"{source}: {count} images are called {stem}, and their masks would be one file: rename them")
 
 
-def draw(picture: Picture, found: Prediction, classes: Sequence[str]) -> Image.Image:
-    """A picture with boxes and names, or with half-transparent classes, drawn on it."""
-    colours = _colours(len(classes))
-    if "mask" in found:
-        painted = np.array(colours, dtype=np.uint8)[found["mask"]]
-        return Image.blend(Image.fromarray(picture), Image.fromarray(painted), 0.5)
-    image = Image.fromarray(picture)
-    canvas = ImageDraw.Draw(image)
-    side = min(image.size)
-    canvas.font, width = ImageFont.load_default(max(9, side / 40)), max(2, round(side / 240))
-    # Best last, so that it lies on top.
-    for box, score, label in zip(found["boxes"][::-1], found["scores"][::-1], found["labels"][::-1], strict=True):
-        x1, y1, x2, y2 = box.tolist()
-        text, colour = f"{classes[label - 1]} {score:.2f}", colours[label - 1]
-        canvas.rectangle((x1, y1, x2, y2), outline=colour, width=width)
-        canvas.rectangle(canvas.textbbox((x1, y1), text), fill=colour)
-        canvas.text((x1, y1), text, fill="black")
-    return image
-
-
-def _open(model: Path) -> tuple[str, Sequence[str], Callable[[Picture], Prediction]]:
-    """Task, class names, and what turns a picture into predictions."""
+def _open(model: Path) -> tuple[str, Sequence[str], Callable[[Pixels], Prediction]]:
+    """Task, class names, and what turns an image into predictions."""
     if model.suffix == ".onnx":
         exported = OnnxModel(model)
         return exported.task, exported.classes, exported.predict
@@ -207,8 +186,8 @@ def _open(model: Path) -> tuple[str, Sequence[str], Callable[[Picture], Predicti
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = run.load().to(device)
 
-    def predict_one(picture: Picture) -> Prediction:
-        pixels = torch.from_numpy(picture).permute(2, 0, 1).to(device)
+    def predict_one(image: Pixels) -> Prediction:
+        pixels = torch.from_numpy(image).permute(2, 0, 1).to(device)
         return {name: values.cpu().numpy() for name, values in network.predict([pixels])[0].items()}
 
     return run.recipe.task, run.recipe.data.classes or (), predict_one
@@ -221,12 +200,6 @@ def _as_coco(found: Prediction, classes: Sequence[str], where: Mapping[str, Any]
         {**where, "category_id": label, "category_name": classes[label - 1], "bbox": box, "score": score}
         for box, score, label in zip(boxes, found["scores"].tolist(), found["labels"].tolist(), strict=True)
     ]
-
-
-def _colours(count: int) -> list[tuple[int, int, int]]:
-    """Bright colours; neighbours in the list lie a golden section of the hues apart."""
-    hues = (index * 0.618034 % 1 for index in range(count))
-    return [(int(255 * r), int(255 * g), int(255 * b)) for r, g, b in (colorsys.hsv_to_rgb(h, 0.7, 1.0) for h in hues)]
 
 
 def _save(image: Image.Image, path: Path) -> None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from acamkd import config, data
-from acamkd.distillation.auto_weight import measuring, prepared, uncalibrated
+from acamkd.distillation.auto_weight import prepared, probe_distiller, uncalibrated
 from acamkd.distillation.distiller import Distiller
 from acamkd.engine.cost import flop_counter
 from acamkd.errors import AcamkdError
@@ -23,8 +23,8 @@ from acamkd.jobs.setup import build_network
 from acamkd.losses.acam.acam import STCAFF
 from acamkd.models.base import Batch
 
-PICTURES = 2
-"""Training pictures that are run; batch norm may refuse a single one."""
+IMAGES = 2
+"""Training images that are run; batch norm may refuse a single one."""
 WORKSPACE = 4 / 3
 """What a process takes at most by what is counted: operators need memory within themselves (docs/performance.md)."""
 STATES = {"sgd": 1, "adamw": 2}
@@ -38,11 +38,11 @@ class Part:
     Attributes:
         name: `teacher`, whose forward ends at the last tapped layer; `student`, forward and backward of its own task;
             `losses`, what they add to both, with the teacher's maps that they keep, and both networks on as many
-            unlabelled pictures, where there are some; `attention`, ACAM's fusion where there is one: forward and
-            backward, counted among the losses' too, and its memory by itself, of labelled pictures alone.
+            unlabeled images, where there are some; `attention`, ACAM's fusion where there is one: forward and
+            backward, counted among the losses' too, and its memory by itself, of labeled images alone.
         parameters: Their number.
-        gflops: 1e9 floating-point operations per picture, counted as in `acamkd.engine.cost`.
-        memory: Largest number of bytes per picture that are alive at a time, without the parameters.
+        gflops: 1e9 floating-point operations per image, counted as in `acamkd.engine.cost`.
+        memory: Largest number of bytes per image that are alive at a time, without the parameters.
     """
 
     name: str
@@ -58,23 +58,23 @@ class Estimate:
     Attributes:
         parts: Teacher, student, losses and, of these, attention.
         frame: (height, width) of the batch that was run.
-        picture: Bytes per picture of a whole step. Not the sum of the parts: the teacher is done before the student's
+        image: Bytes per image of a whole step. Not the sum of the parts: the teacher is done before the student's
             forward begins.
         fixed: Bytes of all weights, and of gradients and optimizer states of those that train.
         free: Bytes that the device can still give, with the weights loaded.
-        largest_batch: Pictures that fit into that, with a third on top of what is counted; 0 where not even one does.
+        largest_batch: Images that fit into that, with a third on top of what is counted; 0 where not even one does.
     """
 
     parts: tuple[Part, ...]
     frame: tuple[int, int]
-    picture: float
+    image: float
     fixed: int
     free: int
     largest_batch: int
 
 
 def estimate(recipe: config.Recipe) -> Estimate:
-    """Run forward and backward on the first training pictures and count; nothing is trained and nothing written.
+    """Run forward and backward on the first training images and count; nothing is trained and nothing written.
 
     Memory is counted from the tensors that operators give and that are still alive. What an operator needs within
     itself, and what the allocator loses, comes on top; the largest batch leaves room for it.
@@ -86,17 +86,17 @@ def estimate(recipe: config.Recipe) -> Estimate:
         AcamkdError: The recipe cannot be distilled.
     """
     if recipe.teacher is None or not recipe.losses:
-        raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section and `losses` to distil")
-    pictures = data.build(recipe.data, recipe.task, "train", seed=recipe.train.seed, augment=True)
-    student = build_network(recipe, recipe.student, pictures.classes)
-    teacher = build_network(recipe, recipe.teacher, pictures.classes, teacher=True)
-    loader = data.loader(pictures, min(PICTURES, len(pictures)), 0, shuffle=True, seed=recipe.train.seed)
-    with measuring(student, teacher, [uncalibrated(entry) for entry in recipe.losses]) as distiller:
+        raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section and `losses` to distill")
+    images = data.build(recipe.data, recipe.task, "train", seed=recipe.train.seed, augment=True)
+    student = build_network(recipe, recipe.student, images.classes)
+    teacher = build_network(recipe, recipe.teacher, images.classes, teacher=True)
+    loader = data.loader(images, min(IMAGES, len(images)), 0, shuffle=True, seed=recipe.train.seed)
+    with probe_distiller(student, teacher, [uncalibrated(entry) for entry in recipe.losses]) as distiller:
         batch = next(prepared(student, loader))
         free = free_memory(batch.pixels.device)
         looked = measured(lambda: distiller.teacher_maps(batch))
         alone = step_of(Distiller(distiller.student), batch)
-        whole = step_of(distiller, batch, unlabelled=recipe.data.unlabelled is not None)
+        whole = step_of(distiller, batch, unlabeled=recipe.data.unlabelled is not None)
         fusions = nn.ModuleList(module for module in distiller.losses.modules() if isinstance(module, STCAFF))
         fusing = _fusing(fusions, distiller, batch) if fusions else (0.0, 0)
     count = len(batch.sizes)
@@ -112,17 +112,17 @@ def estimate(recipe: config.Recipe) -> Estimate:
     return Estimate(
         parts=tuple(Part(name, size, flops / count, bytes_ / count) for name, size, flops, bytes_ in rows),
         frame=batch.input_size,
-        picture=whole[1] / count,
+        image=whole[1] / count,
         fixed=4 * sum(sizes) + trained,
         free=free,
         largest_batch=max(0, int((free - trained) // (WORKSPACE * whole[1] / count))),
     )
 
 
-def step_of(distiller: Distiller, batch: Batch, *, unlabelled: bool = False) -> tuple[float, int]:
+def step_of(distiller: Distiller, batch: Batch, *, unlabeled: bool = False) -> tuple[float, int]:
     """GFLOPs and peak bytes of forward and backward, without the gradients, which are dropped as they come.
 
-    With `unlabelled` the pictures are distilled once more without their targets, as many unlabelled ones would be.
+    With `unlabeled` the images are distilled once more without their targets, as many unlabeled ones would be.
     """
 
     def drop(parameter: Tensor) -> None:
@@ -130,8 +130,8 @@ def step_of(distiller: Distiller, batch: Batch, *, unlabelled: bool = False) -> 
 
     def run() -> None:
         terms = list(distiller(batch).values())
-        if unlabelled:
-            terms += distiller(replace(batch, targets=None), labelled=False).values()
+        if unlabeled:
+            terms += distiller(replace(batch, targets=None), labeled=False).values()
         torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
 
     with ExitStack() as stack:

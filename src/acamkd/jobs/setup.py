@@ -27,14 +27,14 @@ def teacher_section(recipe: config.Recipe) -> config.Model:
         raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section")
     trained = Run(default_folder(recipe, "teacher"), recipe, "teacher")
     if recipe.teacher.weights is not None:
-        return _with_colours_of_run(recipe, recipe.teacher)
+        return with_normalization_of_run(recipe, recipe.teacher)
     if trained.weights.is_file():
         if trained.has_begun and not trained.has_ended:
             raise AcamkdError(
                 f"{trained.folder}: the teacher's training has not ended: acamkd train RECIPE --model teacher --resume "
                 f"goes on with it; to use it as it is, set teacher.weights={trained.weights}"
             )
-        return _with_colours_of_run(recipe, recipe.teacher.model_copy(update={"weights": str(trained.weights)}))
+        return with_normalization_of_run(recipe, recipe.teacher.model_copy(update={"weights": str(trained.weights)}))
     if ":" in recipe.teacher.arch:  # a factory may bring weights of its own
         return recipe.teacher
     raise AcamkdError(
@@ -43,8 +43,8 @@ def teacher_section(recipe: config.Recipe) -> config.Model:
     )
 
 
-def _with_colours(section: config.Model, model: TaskModel) -> config.Model:
-    """A network's description with the mean and deviation of the colours that its downloaded backbone brought.
+def with_normalization(section: config.Model, model: TaskModel) -> config.Model:
+    """A network's description with the mean and deviation of the colors that its downloaded backbone brought.
 
     Who loads the trained weights downloads nothing, and could not know them.
     """
@@ -54,8 +54,8 @@ def _with_colours(section: config.Model, model: TaskModel) -> config.Model:
     return section.model_copy(update={"mean": section.mean or tuple(mean), "std": section.std or tuple(std)})
 
 
-def _with_colours_of_run(recipe: config.Recipe, section: config.Model) -> config.Model:
-    """A teacher's description with the colours that a run kept, where its weights are a run's."""
+def with_normalization_of_run(recipe: config.Recipe, section: config.Model) -> config.Model:
+    """A teacher's description with the colors that a run kept, where its weights are a run's."""
     assert section.weights is not None
     file = Path(section.weights)
     if not Run(file.parent, recipe, "teacher").has_begun:
@@ -67,12 +67,12 @@ def _with_colours_of_run(recipe: config.Recipe, section: config.Model) -> config
 
 
 class Batches:
-    """A recipe's data, to be read once `check` has passed; `mixed` is `train` with unlabelled pictures, if any."""
+    """A recipe's data, to be read once `check` has passed; `mixed` is `train` with unlabeled images, if any."""
 
     fingerprint: dict[str, str]
     """Of each split; known once `check` has passed."""
 
-    def __init__(self, recipe: config.Recipe, *, with_unlabelled: bool = False) -> None:
+    def __init__(self, recipe: config.Recipe, *, with_unlabeled: bool = False) -> None:
         seed, size, workers = recipe.train.seed, recipe.train.batch_size, recipe.data.workers
         steps, accumulate = recipe.train.steps_per_epoch, recipe.train.accumulate
         source = data.resolve(recipe.data, recipe.task)
@@ -82,25 +82,25 @@ class Batches:
         }
         for split in splits.values():
             if split.problems:
-                data.check(split, recipe.data.check)  # which tells them beside those of the pictures
+                data.check(split, recipe.data.check)  # which tells them beside those of the images
         data.check_same_classes(splits["train"], splits["val"])
         self.classes = splits["train"].classes
         shuffled = partial(
             data.loader, batch_size=size, workers=workers, shuffle=True, seed=seed, batches=steps and steps * accumulate
         )
         self.train = self.mixed = shuffled(splits["train"])
-        self.unlabelled = None
-        if with_unlabelled and source.unlabelled is not None:
+        self.unlabeled = None
+        if with_unlabeled and source.unlabelled is not None:
             # It only feeds the calibration now: processes of its own would idle from then on.
             self.train = shuffled(splits["train"], workers=0)
-            self.unlabelled = data.build_unlabelled(source, recipe.task, seed=seed)
-            self.mixed = shuffled(data.WithUnlabelled(splits["train"], self.unlabelled))
+            self.unlabeled = data.build_unlabeled(source, recipe.task, seed=seed)
+            self.mixed = shuffled(data.WithUnlabeled(splits["train"], self.unlabeled))
         self.val = data.loader(splits["val"], size, workers, shuffle=False, seed=seed)
         self.scorer = Scorer(recipe.task, self.classes)
         self.resolved = recipe.model_copy(update={"data": source.model_copy(update={"classes": self.classes})})
 
     def check(self) -> None:
-        """Look at every picture, and keep a fingerprint of each split.
+        """Look at every image, and keep a fingerprint of each split.
 
         It can take minutes, so that what is wrong with networks and losses is better said before.
         """
@@ -108,14 +108,14 @@ class Batches:
         for name, split in self.splits.items():
             for warning in data.check(split, how):
                 log.warning("%s data: %s", name, warning)
-        for warning in data.compare_splits(self.splits["train"], self.splits["val"], source, self.unlabelled):
+        for warning in data.compare_splits(self.splits["train"], self.splits["val"], source, self.unlabeled):
             log.warning("%s", warning)
         self.fingerprint = {name: split.fingerprint() for name, split in self.splits.items()}
-        if self.unlabelled is not None:
-            data.check(self.unlabelled, how)
-            self.fingerprint["unlabelled"] = self.unlabelled.fingerprint()
-            log.info("%d unlabelled pictures, which only the distillation sees", len(self.unlabelled))
-        log.info("%d training and %d validation pictures, %d classes",
+        if self.unlabeled is not None:
+            data.check(self.unlabeled, how)
+            self.fingerprint["unlabelled"] = self.unlabeled.fingerprint()
+            log.info("%d unlabeled images, which only the distillation sees", len(self.unlabeled))
+        log.info("%d training and %d validation images, %d classes",
                  len(self.splits["train"]), len(self.splits["val"]), len(self.classes))  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from acamkd import config
 from acamkd.data.dataset import seed_of
 from acamkd.distillation.auto_weight import uncalibrated
-from acamkd.distillation.build import build_distiller, quietly
+from acamkd.distillation.build import build_distiller, suppress_logs
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.taps import FeatureTap
 from acamkd.engine.metrics import METRICS, score
@@ -28,7 +28,7 @@ from acamkd.jobs.setup import Batches, build_network, teacher_section
 from acamkd.losses.acam.acam import ACAM, ASCM
 from acamkd.losses.freekd import FrequencyTokens
 from acamkd.losses.maskd import TokenMasks
-from acamkd.models.base import TaskModel, moved
+from acamkd.models.base import TaskModel, to_device
 from acamkd.models.weights import save_tensors
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def learn_tokens(
 
     Returns:
         `task` and `dice`, the two parts of the objective by iteration; `teacher` and `masked_teacher`, the scores on
-        the validation pictures without and with the masks: tokens are good where the second keeps up with the first.
+        the validation images without and with the masks: tokens are good where the second keeps up with the first.
 
     Raises:
         AcamkdError: Something that was given cannot be used, or the objective is not finite; nothing is written then.
@@ -86,7 +86,7 @@ def learn_tokens(
         for entry in map(uncalibrated, recipe.losses)
     ]
     torch.manual_seed(recipe.train.seed)
-    with quietly():
+    with suppress_logs():
         distiller = build_distiller(student, teacher, entries)
     modules = _token_modules(distiller, recipe.name)
     batches.check()
@@ -100,12 +100,12 @@ def learn_tokens(
     log.info("%s of the teacher: %.2f, with masked features: %.2f",
              metric, scores["teacher"][metric], scores["masked_teacher"][metric])  # fmt: skip
     _save(modules, path)
-    log.info("%s: tokens of %s; distil with --set losses.N.tokens=%s", path, ", ".join(modules), path)
+    log.info("%s: tokens of %s; distill with --set losses.N.tokens=%s", path, ", ".join(modules), path)
     return {**courses, **scores}
 
 
 def _check_file(path: Path, overwrite: bool) -> None:
-    """Raise AcamkdError, before anything is learnt, if the file cannot be written."""
+    """Raise AcamkdError, before anything is learned, if the file cannot be written."""
     if path.suffix != ".safetensors":
         raise AcamkdError(f"tokens are written as safetensors: name a file .safetensors, not {path}")
     if path.exists() and not overwrite:
@@ -150,7 +150,7 @@ def _learn(
     started = time.monotonic()
     for done, (images, targets) in enumerate(islice(_endless(batches), iterations), start=1):
         torch.manual_seed(seed_of(seed, "tokens", done))  # Faster R-CNN samples within its loss
-        batch = student.prepare(*moved(images, targets, student.mean.device))
+        batch = student.prepare(*to_device(images, targets, student.mean.device))
         with _masked(teacher, modules) as overlaps:
             task = torch.stack(list(teacher.loss(teacher(batch), batch).values())).sum()
         dice = torch.stack(overlaps).sum()
@@ -196,9 +196,9 @@ def _masked(teacher: TaskModel, modules: Mapping[str, TokenModule]) -> Iterator[
 def _score_masked(teacher: TaskModel, modules: Mapping[str, TokenModule], batches: Batches) -> dict[str, float]:
     device = teacher.mean.device
     for images, targets in batches.val:
-        pictures, truths = moved(images, targets, device)
+        inputs, truths = to_device(images, targets, device)
         with _masked(teacher, modules):
-            predictions = teacher.predict(pictures)
+            predictions = teacher.predict(inputs)
         batches.scorer.update(predictions, truths)
     return batches.scorer.compute()
 

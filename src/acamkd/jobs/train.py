@@ -19,18 +19,17 @@ import torch
 from torch import Tensor, distributed, nn
 
 from acamkd import __version__, config, data, models
-from acamkd.distillation.auto_weight import adopt, calibrate, tried
+from acamkd.distillation.auto_weight import calibrate, dry_build, reuse_weights
 from acamkd.distillation.build import build_distiller
 from acamkd.distillation.distiller import Distiller
-from acamkd.engine.metrics import METRICS, score
-from acamkd.engine.runs import TERMINATED
-from acamkd.engine.trainer import Recorder, build_trainer
-from acamkd.engine.mask_history import Replay
-from acamkd.engine.module import TrainingModule
 from acamkd.engine.checkpoint import find_checkpoint
-from acamkd.engine.runs import LOG, RECIPE, Role, Run, default_folder, is_first_process
+from acamkd.engine.mask_history import MaskHistory
+from acamkd.engine.metrics import METRICS, score
+from acamkd.engine.module import TrainingModule
+from acamkd.engine.runs import LOG, RECIPE, TERMINATED, Role, Run, default_folder, is_first_process
+from acamkd.engine.trainer import Recorder, build_trainer
 from acamkd.errors import AcamkdError
-from acamkd.jobs.setup import Batches, _with_colours, build_network, teacher_section
+from acamkd.jobs.setup import Batches, build_network, teacher_section, with_normalization
 from acamkd.models.base import TaskModel
 from acamkd.report.run import write_report
 
@@ -67,13 +66,13 @@ def train(
     if section is None:
         raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
     if section.num_classes is not None:
-        raise AcamkdError("teacher.num_classes: a teacher with classes of its own cannot be trained on these pictures")
+        raise AcamkdError("teacher.num_classes: a teacher with classes of its own cannot be trained on these images")
     folder = Path(out) if out else default_folder(recipe, "teacher" if role == "teacher" else "alone")
-    if is_first_process():  # before minutes of looking at pictures
+    if is_first_process():  # before minutes of looking at images
         Run(folder, recipe, role).check_free(resume=resume, overwrite=overwrite)
     batches = Batches(recipe)
     if recipe.data.unlabelled is not None:
-        log.info("data.unlabelled is not used: only a distillation learns from unlabelled pictures")
+        log.info("data.unlabelled is not used: only a distillation learns from unlabeled images")
     model = build_network(recipe, section, batches.classes)
     # Only what the run depends on, so that --resume tells it from a distillation.
     used: dict[str, Any] = {"losses": ()}
@@ -85,7 +84,7 @@ def train(
         inherited = _hash(teacher.net)
     elif role == "student":
         used["teacher"] = None
-    used[role] = _with_colours(section, model)
+    used[role] = with_normalization(section, model)
     batches.check()
     run = Run(folder, batches.resolved.model_copy(update=used), role)
     return _fit(run, Distiller(model), batches, resume=resume, overwrite=overwrite, inherited=inherited)
@@ -101,35 +100,35 @@ def distill(
     """Train a recipe's student with its losses against its teacher.
 
     The teacher's weights are the recipe's `teacher.weights`, or what `train(recipe, "teacher")` left behind. It is
-    scored on the validation pictures before the first epoch.
+    scored on the validation images before the first epoch.
 
     Args, returns and raises: as `train`; the run folder is `runs/NAME/distilled` where not given.
     """
     recipe = _loaded(recipe)
     if recipe.teacher is None or not recipe.losses:
-        raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section and `losses` to distil")
+        raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section and `losses` to distill")
     folder, losses = Path(out) if out else default_folder(recipe, "distilled"), recipe.losses
     if is_first_process():
         Run(folder, recipe, "student").check_free(resume=resume, overwrite=overwrite)
-    batches = Batches(recipe, with_unlabelled=True)
+    batches = Batches(recipe, with_unlabeled=True)
     section = teacher_section(recipe)
     teacher = build_network(recipe, section, batches.classes, teacher=True)
     student = build_network(recipe, recipe.student, batches.classes)
     if recipe.student.inherit:
         models.inherit(student, teacher, recipe.student.inherit)
-    trial = tried(student, teacher, losses)
-    if batches.unlabelled is not None:
-        trial.check_unlabelled()
+    trial = dry_build(student, teacher, losses)
+    if batches.unlabeled is not None:
+        trial.check_unlabeled()
     batches.check()
     if resume and (folder / RECIPE).is_file():
-        losses = adopt(losses, config.load(folder / RECIPE).losses)
+        losses = reuse_weights(losses, config.load(folder / RECIPE).losses)
     if torch.cuda.is_available():  # each process of a launcher measures on a device of its own
         local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
         torch.cuda.set_device(local % torch.cuda.device_count())
-    with data.naming_pictures(batches.train):
+    with data.naming_images(batches.train):
         losses = calibrate(student, teacher, losses, batches.train)
     distiller = build_distiller(student, teacher, losses)
-    used = {"teacher": section, "student": _with_colours(recipe.student, student), "losses": losses}
+    used = {"teacher": section, "student": with_normalization(recipe.student, student), "losses": losses}
     run = Run(folder, batches.resolved.model_copy(update=used), "student")
     return _fit(run, distiller, batches, resume=resume, overwrite=overwrite)
 
@@ -144,7 +143,7 @@ def _score_teacher(teacher: TaskModel, batches: Batches) -> dict[str, float]:
         log.info("the teacher has %d classes of its own, the data %d: it is not scored, and only features are compared",
                  teacher.num_classes, len(batches.classes))  # fmt: skip
         return {metric: math.nan}
-    log.info("scoring the teacher on the validation pictures")
+    log.info("scoring the teacher on the validation images")
     scores = score(teacher, batches.val, batches.scorer)
     log.info("teacher: %s %.2f", metric, scores[metric])
     # One class everywhere comes to no more; of a detector less than a point is nothing.
@@ -159,7 +158,7 @@ def _fit(
     """Train into the run folder; `inherited` is the hash of a teacher that only the student's first weights are of."""
     recipe, metric = run.recipe, METRICS[run.recipe.task]
     recorder = Recorder(run.folder, run.weights.name, metric)
-    watching = [Replay(run.folder, batches.splits["val"])] if distiller.losses else []
+    watching = [MaskHistory(run.folder, batches.splits["val"])] if distiller.losses else []
     trainer = build_trainer(recipe.train, recorder, progress=sys.stdout.isatty(), callbacks=watching)
     is_first = trainer.is_global_zero  # of several processes, it alone writes and speaks
     others = nullcontext(resume and run.has_checkpoint)
@@ -174,12 +173,12 @@ def _fit(
         checkpoint = find_checkpoint(run.folder) if goes_on else None
         taught_by: dict[str, Any] = {"inherited_sha256": inherited} if inherited else {}
         if distiller.losses:
-            with data.naming_pictures(batches.val):
+            with data.naming_images(batches.val):
                 scores = _score_teacher(distiller.teacher.to(trainer.strategy.root_device), batches)
             taught_by = {"teacher": scores, "teacher_sha256": _hash(distiller.teacher.net)}
         torch.manual_seed(recipe.train.seed)
         module = TrainingModule(distiller, recipe.train, batches.scorer)
-        with data.naming_pictures(batches.mixed, batches.val), _stopping(run.folder, recorder, recipe.train.epochs):
+        with data.naming_images(batches.mixed, batches.val), _stopping(run.folder, recorder, recipe.train.epochs):
             trainer.fit(module, batches.mixed, batches.val, ckpt_path=checkpoint)
         if distiller.losses and _hash(distiller.teacher.net) != taught_by["teacher_sha256"]:
             raise RuntimeError("the teacher changed during training")
@@ -229,7 +228,7 @@ def _log_file(file: Path, is_first: bool) -> Iterator[None]:
 
 @contextmanager
 def _explaining(folder: Path) -> Iterator[None]:
-    """Say of a full disk, or of pictures that have gone, what is to be done."""
+    """Say of a full disk, or of images that have gone, what is to be done."""
     try:
         yield
     except OSError as error:

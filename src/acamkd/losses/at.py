@@ -19,7 +19,7 @@ def attention_vector(x: Tensor) -> Tensor:
 
 
 class AT(FeatureLoss):
-    """Attention transfer: the normalised energy per position of the student follows the teacher's.
+    """Attention transfer: the normalized energy per position of the student follows the teacher's.
 
     Paper: Zagoruyko and Komodakis, Paying More Attention to Attention, ICLR 2017.
 
@@ -30,7 +30,7 @@ class AT(FeatureLoss):
     Defaults: form "code" and weight 1000, beta of the authors' classification code.
 
     Deviations of the authors' code from their paper: the norm is squared and divided by P, and beta is not halved. The
-    paper sums over channels where the code averages, which the normalisation cancels. Nothing is learned and the
+    paper sums over channels where the code averages, which the normalization cancels. Nothing is learned and the
     channels may differ.
 
     Args:

@@ -24,11 +24,11 @@ class DistillationContext:
     """All that a method may need beside the two maps; the Distiller fills in only what a loss declares in `needs`.
 
     Attributes:
-        step: Optimisation step, from 0.
+        step: Optimization step, from 0.
         input_size: (height, width) of the batch's common input frame, in pixels.
         boxes: One (K, 4) tensor per image, x1 y1 x2 y2 in pixels of that frame.
         task_gradient: Gradient of the student's task loss at this student map, of its shape.
-        labelled: Whether the pictures have targets. Without them there is no task gradient, whatever `needs` says, and
+        labeled: Whether the images have targets. Without them there is no task gradient, whatever `needs` says, and
             a loss does what it can do without; one that needs boxes is not asked.
     """
 
@@ -36,7 +36,7 @@ class DistillationContext:
     input_size: tuple[int, int] | None = None
     boxes: list[Tensor] | None = None
     task_gradient: Tensor | None = None
-    labelled: bool = True
+    labeled: bool = True
 
 
 class FeatureLoss(nn.Module, ABC):
@@ -138,7 +138,7 @@ class FeatureLoss(nn.Module, ABC):
                 )
         if student.shape[0] != teacher.shape[0]:
             raise ValueError(f"{name}: batch sizes differ, student {student.shape[0]}, teacher {teacher.shape[0]}")
-        learning = context.labelled and torch.is_grad_enabled()
+        learning = context.labeled and torch.is_grad_enabled()
         needs = self.needs if learning else self.needs - {"task_gradient"}
         missing = sorted(need for need in needs if getattr(context, need) is None)
         if missing:

@@ -14,7 +14,7 @@ from acamkd.losses.functional import align_layer
 
 
 class CanKD(FeatureLoss):
-    """Mean squared error between instance-normalised maps, the student's after a non-local block on the teacher's.
+    """Mean squared error between instance-normalized maps, the student's after a non-local block on the teacher's.
 
     Paper: Sun and Ohyama, CanKD: Cross-Attention-based Non-local operation for Feature-based Knowledge Distillation,
     WACV 2026.

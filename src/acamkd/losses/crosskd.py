@@ -59,7 +59,7 @@ class CrossKD(HeadLoss):
     Paper: Wang et al., CrossKD: Cross-Head Knowledge Distillation for Object Detection, CVPR 2024.
 
     In the classification and in the box branch, at each pyramid level, x is what the student's convolution `layer`
-    (counted from 1) puts out before its activation. Standardised to the teacher's mean and standard deviation at the
+    (counted from 1) puts out before its activation. Standardized to the teacher's mean and standard deviation at the
     same place, per channel over the batch and positions, and activated, it runs through the teacher's later layers:
 
         classification  sum_{rows,classes} w BCE(s, sigmoid(t)) |sigmoid(s) - sigmoid(t)| / positives
@@ -71,7 +71,7 @@ class CrossKD(HeadLoss):
     layers, never into them, to the student's backbone and first `layer` convolutions of each branch. Nothing is
     learned. The presets are the published settings; defaults are those of RetinaNet.
 
-    Deviations: the official code is under a non-commercial licence; this follows the paper, for torchvision's
+    Deviations: the official code is under a non-commercial license; this follows the paper, for torchvision's
     RetinaNet and FCOS, whose anchors and assignments differ in detail from those of the published runs and whose heads
     have no scale per level. Anchors and assignments are the teacher's. The paper's IoU loss of FCOS is taken to be the
     original FCOS's, with the logarithm. Positives are counted over the batch of one process. A single position in a

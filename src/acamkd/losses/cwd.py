@@ -52,7 +52,7 @@ class CWD(FeatureLoss):
         weight: Factor of the loss, alpha in the paper.
         temperature: tau; larger values compare more of the map than its peaks.
         normalization: "channel", a softmax over the positions of each channel (the method), or "spatial", a softmax
-            over the channels of each position (the pixel-wise rival), divided by N H W.
+            over the channels of each position (the pixel-wise competing method), divided by N H W.
         divergence: "kl" or "mse", the squared difference of the distributions, summed where KL sums.
     """
 

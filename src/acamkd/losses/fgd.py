@@ -175,7 +175,7 @@ class FGD(FeatureLoss):
         }
 
     def masks_of(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
-        """What the pictures are drawn from: `foreground` and `background`, (N, 1, H, W) of the teacher's map."""
+        """What the images are drawn from: `foreground` and `background`, (N, 1, H, W) of the teacher's map."""
         foreground, background = self._box_masks(teacher, context)
         return {"foreground": foreground.unsqueeze(1), "background": background.unsqueeze(1)}
 

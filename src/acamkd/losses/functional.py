@@ -74,12 +74,12 @@ def standardize(x: Tensor) -> Tensor:
     if values == 1:
         raise ValueError(
             f"a map of {tuple(x.shape)} has a single value per channel, which has no deviation: take a larger batch or "
-            "larger pictures, or leave this layer out"
+            "larger images, or leave this layer out"
         )
-    centred = x - x.mean(dim=others, keepdim=True)
+    centered = x - x.mean(dim=others, keepdim=True)
     # The norm takes a third of the time of `std`, which computes the mean again.
-    deviation: Tensor = torch.linalg.vector_norm(centred, dim=others, keepdim=True) * (values - 1) ** -0.5
-    return centred * (deviation + 1e-6).reciprocal()
+    deviation: Tensor = torch.linalg.vector_norm(centered, dim=others, keepdim=True) * (values - 1) ** -0.5
+    return centered * (deviation + 1e-6).reciprocal()
 
 
 def distribution_error(student: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:

@@ -66,7 +66,7 @@ class MasKD(FeatureLoss):
 
     Tokens are learned in a stage of their own (`acamkd tokens RECIPE`) and frozen here. Six weighted tokens are the
     official detection setting, eight unweighted ones on the logits the segmentation setting. Weights and steps of the
-    presets are those of the released configurations; their steps count batches of 16 pictures. There RetinaNet's neck
+    presets are those of the released configurations; their steps count batches of 16 images. There RetinaNet's neck
     and head start from the teacher's (`student.inherit`).
 
     Deviations: the official segmentation code adds 1e-5 to each denominator and halves the loss; here the denominator

@@ -24,7 +24,7 @@ class PKD(FeatureLoss):
     r_c is the correlation of channel c, so that the scale and the offset of the teacher's channels do not matter.
 
     Defaults: weight 10, as published for RetinaNet (teachers RetinaNet and FCOS) and RepPoints. Faster R-CNN, and
-    RetinaNet with a Mask R-CNN as teacher, have 6. The published settings distil the first four levels of the pyramid.
+    RetinaNet with a Mask R-CNN as teacher, have 6. The published settings distill the first four levels of the pyramid.
 
     Deviations: the statistics are those of the batch on one device, so that the value depends on its size; a batch of
     one 1x1 map has no deviation, an error. The authors need equal channels; where they differ, the student is

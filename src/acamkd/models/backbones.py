@@ -74,7 +74,7 @@ def build_backbone(model: Model, strides: Sequence[int], top: Top) -> tuple[nn.M
         top: What adds coarser levels.
 
     Returns:
-        The backbone, and the mean and the standard deviation of the colours that it was pretrained with.
+        The backbone, and the mean and the standard deviation of the colors that it was pretrained with.
 
     Raises:
         AcamkdError: The name is unknown, the backbone has no such strides, or the weights cannot be had.
@@ -101,7 +101,7 @@ def build_backbone(model: Model, strides: Sequence[int], top: Top) -> tuple[nn.M
 
 
 def timm_options(name: str) -> dict[str, Any]:
-    """What timm's constructor needs beside the name: Swin transformers refuse pictures of another size unless told."""
+    """What timm's constructor needs beside the name: Swin transformers refuse images of another size unless told."""
     return {"strict_img_size": False} if name.startswith("swin") else {}
 
 
@@ -139,7 +139,7 @@ def _resnet_stages(network: Any) -> dict[int, tuple[str, int]]:
 
 @torch.no_grad()
 def _last_of_each_stride(features: nn.Module) -> dict[int, tuple[str, int]]:
-    """Stride -> name and width of the last child that puts out such a map, from one run over a blank picture."""
+    """Stride -> name and width of the last child that puts out such a map, from one run over a blank image."""
     x, stages = torch.zeros(1, 3, 64, 64), {}
     for name, child in features.eval().named_children():
         x = child(x)

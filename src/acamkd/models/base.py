@@ -15,12 +15,12 @@ from torch import Tensor, nn
 Task: TypeAlias = Literal["detection", "segmentation"]
 
 Target: TypeAlias = dict[str, Tensor]
-"""What is known of one picture, in its own pixels. Detection: `boxes` (K, 4) float x1 y1 x2 y2, `labels` (K,) int64
+"""What is known of one image, in its own pixels. Detection: `boxes` (K, 4) float x1 y1 x2 y2, `labels` (K,) int64
 from 1 (0 is background, torchvision's convention), `iscrowd` (K,) int64, and from data sets `area` (K,) of the outlines
 in pixels, 0 where it is unknown. Segmentation: `mask` (H, W) int64, VOID where nothing is known."""
 
 Prediction: TypeAlias = dict[str, Tensor]
-"""What a network says of one picture, in the picture's own pixels. Detection: `boxes` (K, 4), `scores` (K,), `labels`
+"""What a network says of one image, in the image's own pixels. Detection: `boxes` (K, 4), `scores` (K,), `labels`
 (K,) from 1. Segmentation: `mask` (H, W) int64."""
 
 Outputs: TypeAlias = Mapping[str, Any]
@@ -38,10 +38,10 @@ class Batch:
     """One batch in the networks' common input frame; made once by the student's `prepare` and seen by both networks.
 
     Attributes:
-        pixels: (N, 3, H, W) in [0, 1], not yet normalised; padding has the preparing network's mean colour.
-        sizes: (height, width) of each picture inside the frame, without padding.
-        original_sizes: (height, width) of each picture as it was given to `prepare`.
-        targets: One per picture, in the input frame (masks padded with VOID); None at prediction.
+        pixels: (N, 3, H, W) in [0, 1], not yet normalized; padding has the preparing network's mean color.
+        sizes: (height, width) of each image inside the frame, without padding.
+        original_sizes: (height, width) of each image as it was given to `prepare`.
+        targets: One per image, in the input frame (masks padded with VOID); None at prediction.
     """
 
     pixels: Tensor
@@ -56,7 +56,7 @@ class Batch:
 
     @cached_property
     def boxes(self) -> list[Tensor] | None:
-        """(K, 4) of each picture's single objects; a box around a crowd is none. None where the targets have none."""
+        """(K, 4) of each image's single objects; a box around a crowd is none. None where the targets have none."""
         if self.targets is None or any("boxes" not in target for target in self.targets):
             return None
         return [
@@ -65,10 +65,10 @@ class Batch:
         ]
 
 
-def moved(
+def to_device(
     images: Iterable[Tensor], targets: Iterable[Target], device: torch.device
 ) -> tuple[list[Tensor], list[Target]]:
-    """Pictures and their targets on a device."""
+    """Images and their targets on a device."""
     return (
         [image.to(device) for image in images],
         [{name: value.to(device) for name, value in target.items()} for target in targets],
@@ -87,13 +87,13 @@ def keeping_modes(net: nn.Module) -> Iterator[None]:
 
 
 class TaskModel(nn.Module, ABC):
-    """A network together with its task: what turns pictures into pixels, outputs, a loss and predictions.
+    """A network together with its task: what turns images into pixels, outputs, a loss and predictions.
 
     Args:
         net: The framework's own module. Only its `state_dict` is saved, so that the framework alone can load it.
         num_classes: Number of classes of the task, background and void not counted.
-        mean: Mean colour that the network expects, RGB in [0, 1].
-        std: Standard deviation of the colours, likewise.
+        mean: Mean color that the network expects, RGB in [0, 1].
+        std: Standard deviation of the colors, likewise.
     """
 
     task: ClassVar[Task]
@@ -119,11 +119,11 @@ class TaskModel(nn.Module, ABC):
 
     @abstractmethod
     def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
-        """Resize, pad and stack pictures and their targets.
+        """Resize, pad and stack images and their targets.
 
         Args:
             images: (3, H, W) each, uint8, or float in [0, 1]; sizes may differ.
-            targets: One per picture, or None.
+            targets: One per image, or None.
         """
 
     @abstractmethod
@@ -136,10 +136,10 @@ class TaskModel(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
-        """Turn raw outputs into predictions in each picture's own pixels."""
+        """Turn raw outputs into predictions in each image's own pixels."""
 
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor]) -> list[Prediction]:
-        """Pictures in, predictions out; the network should be in eval mode."""
+        """Images in, predictions out; the network should be in eval mode."""
         batch = self.prepare(images)
         return self.decode(self(batch), batch)

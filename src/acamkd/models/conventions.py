@@ -28,8 +28,8 @@ ROI_STRIDES = (4, 8, 16, 32)
 class ExactAnchors(AnchorGenerator):  # type: ignore[misc]
     """Anchors whose sides are not rounded, on the levels' true strides.
 
-    torchvision rounds sides, and divides the padded picture by the grid: 114 instead of 128 pixels on the coarsest
-    level of a picture 800 pixels high.
+    torchvision rounds sides, and divides the padded image by the grid: 114 instead of 128 pixels on the coarsest
+    level of an image 800 pixels high.
 
     Args:
         sizes: Per level.
@@ -81,7 +81,7 @@ class AlignedRoIAlign(MultiScaleRoIAlign):  # type: ignore[misc]
         super().__init__(["0", "1", "2", "3"], output_size=7, sampling_ratio=0)
 
     def forward(self, x: Mapping[str, Tensor], boxes: list[Tensor], image_shapes: Any) -> Tensor:
-        """Levels by name, and boxes (P, 4) per picture in the input frame -> (sum of P, C, 7, 7)."""
+        """Levels by name, and boxes (P, 4) per image in the input frame -> (sum of P, C, 7, 7)."""
         rois = torch.cat([F.pad(each, (1, 0), value=index) for index, each in enumerate(boxes)])
         side = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).sqrt()
         levels = (side / 56 + 1e-6).log2().floor().clamp(0, 3)

@@ -99,7 +99,7 @@ def to_torchvision(state: Mapping[str, Tensor], convention: Convention) -> dict[
         elif layer == "roi_heads.box_predictor.bbox_pred":
             tensor = torch.cat([tensor.new_zeros(4, *tensor.shape[1:]), tensor])  # and has no box there
         elif name == "backbone.body.conv1.weight" and convention == "detectron2":
-            # From blue, green, red in [0, 255] minus the mean to normalised red, green, blue.
+            # From blue, green, red in [0, 255] minus the mean to normalized red, green, blue.
             tensor = tensor.flip(1) * (255 * tensor.new_tensor(IMAGENET_DEFAULT_STD))[:, None, None]
         converted[name] = tensor
     return converted

@@ -37,7 +37,7 @@ class Detector(TaskModel):
     """A torchvision detector; losses and detections are those of `net(images, targets)` and `net(images)`.
 
     Raw outputs hold `features` (the pyramid's levels by name), what the heads say in float32, and `anchors` (one
-    tensor per picture). Crowd boxes stay in the targets but do not train. Detections labelled 0 (background), which
+    tensor per image). Crowd boxes stay in the targets but do not train. Detections labeled 0 (background), which
     torchvision's dense detectors may give, are dropped.
 
     Args:
@@ -69,7 +69,7 @@ class Detector(TaskModel):
         return body
 
     def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
-        """Resize, pad and stack by the net's own transform, which normalises; the pixels are turned back."""
+        """Resize, pad and stack by the net's own transform, which normalizes; the pixels are turned back."""
         floats = [to_dtype(image, torch.float32, scale=True) for image in images]
         frame, moved = self.net.transform(floats, targets)
         return Batch(
@@ -163,7 +163,7 @@ class FasterRCNNDetector(Detector):
         return int(self.net.roi_heads.box_predictor.cls_score.out_features)
 
     def forward(self, batch: Batch) -> Outputs:
-        """Give `objectness` (N * A, 1), `rpn_deltas` (N * A, 4) and `proposals`, (P, 4) per picture."""
+        """Give `objectness` (N * A, 1), `rpn_deltas` (N * A, 4) and `proposals`, (P, 4) per image."""
         rpn = self.net.rpn
         features = self._features(batch)
         per_level, deltas = rpn.head(list(features.values()))
@@ -204,7 +204,7 @@ class FasterRCNNDetector(Detector):
         return [{"boxes": b, "scores": s, "labels": k} for b, s, k in zip(*found, strict=True)]
 
     def _classify(self, outputs: Outputs, proposals: list[Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
-        """Class logits (P, K + 1) and box deltas (P, 4 (K + 1)) of all pictures' proposals."""
+        """Class logits (P, K + 1) and box deltas (P, 4 (K + 1)) of all images' proposals."""
         heads = self.net.roi_heads
         features = {name: level.float() for name, level in outputs["features"].items()}
         logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, proposals, batch.sizes)))
@@ -265,23 +265,23 @@ def wrap_detector(
 ) -> Detector:
     """Put a torchvision detector behind TaskModel.
 
-    Its transform is replaced, so that the net alone resizes and normalises as it was trained to.
+    Its transform is replaced, so that the net alone resizes and normalizes as it was trained to.
 
     Args:
         net: An instance of one of WRAPPERS.
         num_classes: Without background.
-        resize: (height, width) of the frame, or its short and long side; None = each picture's own size.
-        mean: Mean colour; None = the net's own.
-        std: Standard deviation of the colours, likewise.
+        resize: (height, width) of the frame, or its short and long side; None = each image's own size.
+        mean: Mean color; None = the net's own.
+        std: Standard deviation of the colors, likewise.
     """
-    colours = list(mean or net.transform.image_mean), list(std or net.transform.image_std)
+    colors = list(mean or net.transform.image_mean), list(std or net.transform.image_std)
     if resize is None:
-        net.transform = _OwnSize(1, 1, *colours)
+        net.transform = _OwnSize(1, 1, *colors)
     elif isinstance(resize, ShortLong):
-        net.transform = GeneralizedRCNNTransform(resize.short, resize.long, *colours)
+        net.transform = GeneralizedRCNNTransform(resize.short, resize.long, *colors)
     else:
         height, width = resize
-        net.transform = GeneralizedRCNNTransform(height, width, *colours, fixed_size=(width, height))
+        net.transform = GeneralizedRCNNTransform(height, width, *colors, fixed_size=(width, height))
     wrapper = next(wrapper for framework, wrapper in WRAPPERS.items() if isinstance(net, framework))
     return wrapper(net, num_classes)
 

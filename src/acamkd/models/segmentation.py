@@ -34,9 +34,9 @@ class Segmenter(TaskModel):
     Args:
         net: (N, 3, H, W) -> (N, K, H, W), H and W multiples of 32.
         num_classes: K.
-        mean: Mean colour that the network expects, RGB in [0, 1].
-        std: Standard deviation of the colours, likewise.
-        resize: (height, width) of the frame, or its short and long side; None = each picture's own size.
+        mean: Mean color that the network expects, RGB in [0, 1].
+        std: Standard deviation of the colors, likewise.
+        resize: (height, width) of the frame, or its short and long side; None = each image's own size.
     """
 
     task = "segmentation"
@@ -62,16 +62,16 @@ class Segmenter(TaskModel):
         return encoder.model if isinstance(encoder, smp.encoders.TimmUniversalEncoder) else encoder
 
     def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
-        """Resize, then pad with the mean colour and VOID on the right and at the bottom."""
+        """Resize, then pad with the mean color and VOID on the right and at the bottom."""
         originals = [(image.shape[-2], image.shape[-1]) for image in images]
         sizes = [frame_size(original, self.resize) for original in originals]
         height, width = (-(-max(side) // STRIDE) * STRIDE for side in zip(*sizes, strict=True))
         pixels = self.mean.expand(len(images), 3, height, width).clone()
         for canvas, image, (h, w) in zip(pixels, images, sizes, strict=True):
-            picture = to_dtype(image, torch.float32, scale=True)[None]
-            if picture.shape[-2:] != (h, w):
-                picture = F.interpolate(picture, size=(h, w), mode="bilinear", antialias=True)
-            canvas[:, :h, :w] = picture[0]
+            resized = to_dtype(image, torch.float32, scale=True)[None]
+            if resized.shape[-2:] != (h, w):
+                resized = F.interpolate(resized, size=(h, w), mode="bilinear", antialias=True)
+            canvas[:, :h, :w] = resized[0]
         masks = None
         if targets is not None:
             masks = [_fit_mask(t["mask"], size, (height, width)) for t, size in zip(targets, sizes, strict=True)]
@@ -100,7 +100,7 @@ class Segmenter(TaskModel):
         return terms
 
     def decode(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
-        """Best class of every pixel; logits are brought to the picture's size first."""
+        """Best class of every pixel; logits are brought to the image's size first."""
         predictions = []
         for logits, (h, w), original in zip(outputs["out"], batch.sizes, batch.original_sizes, strict=True):
             logits = logits[None, :, :h, :w]
@@ -111,7 +111,7 @@ class Segmenter(TaskModel):
 
 
 def frame_size(size: PixelSize, resize: PixelSize | ShortLong | None) -> PixelSize:
-    """(height, width) of a picture after resizing."""
+    """(height, width) of an image after resizing."""
     if resize is None:
         return size
     if not isinstance(resize, ShortLong):
@@ -199,7 +199,7 @@ def _check_options(model: Model, allowed: set[str]) -> None:
 
 
 def _fit_mask(mask: Tensor, size: PixelSize, frame: PixelSize) -> Tensor:
-    """(H, W) -> frame: nearest neighbour to `size`, VOID beyond."""
+    """(H, W) -> frame: nearest neighbor to `size`, VOID beyond."""
     if mask.shape != size:
         mask = F.interpolate(mask[None, None].float(), size=size, mode="nearest-exact")[0, 0].long()
     return F.pad(mask, (0, frame[1] - size[1], 0, frame[0] - size[0]), value=VOID)

@@ -1,4 +1,4 @@
-"""Curves as SVG paths: the template draws them, so that they follow the page's colours."""
+"""Curves as SVG paths: the template draws them, so that they follow the page's colors."""
 
 from __future__ import annotations
 

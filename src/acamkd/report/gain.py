@@ -1,4 +1,4 @@
-"""Where a gain came from: by class, by object size, by picture."""
+"""Where a gain came from: by class, by object size, by image."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from acamkd.data import PictureDataset
+from acamkd.data import ImageDataset
 from acamkd.engine.metrics import METRICS, Scorer
 from acamkd.models.base import Prediction, TaskModel
-from acamkd.report.pictures import Panel, embed, prediction_panel, truth_panel
+from acamkd.report.panels import Panel, prediction_panel, truth_panel
+from acamkd.report.visualize import embed
 
-PICTURES = 200
+IMAGES = 200
 """At most this many are compared one by one."""
 EXAMPLES = 4
 """So many of the most improved, and of the most harmed, are drawn."""
@@ -38,7 +39,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Change:
-    """One picture: its number in the validation set, and the metric on it alone, before and after."""
+    """One image: its number in the validation set, and the metric on it alone, before and after."""
 
     index: int
     name: str
@@ -53,7 +54,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Example:
-    """One drawn picture."""
+    """One drawn image."""
 
     change: Change
     source: str
@@ -64,10 +65,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Gain:
-    """What became of some pictures.
+    """What became of some images.
 
     Attributes:
-        changes: One per compared picture that has a figure on both sides, best first.
+        changes: One per compared image that has a figure on both sides, best first.
         improved: The most improved, drawn.
         harmed: The most harmed, drawn.
     """
@@ -78,12 +79,12 @@ class Gain:
 
     @property
     def better(self) -> int:
-        """Number of pictures that gained."""
+        """Number of images that gained."""
         return sum(change.gain > 0 for change in self.changes)
 
     @property
     def worse(self) -> int:
-        """Number of pictures that lost."""
+        """Number of images that lost."""
         return sum(change.gain < 0 for change in self.changes)
 
     @property
@@ -100,35 +101,35 @@ def rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[Row]
 
 
 def compare(
-    pictures: PictureDataset, indices: list[int], before: tuple[str, TaskModel], after: tuple[str, TaskModel]
+    images: ImageDataset, indices: list[int], before: tuple[str, TaskModel], after: tuple[str, TaskModel]
 ) -> Gain:
-    """Score two networks on each of some pictures alone, and draw where they differ most.
+    """Score two networks on each of some images alone, and draw where they differ most.
 
     Args:
-        pictures: The validation set.
+        images: The validation set.
         indices: Which of them.
         before: Name of a network, and the network in eval mode.
         after: Likewise.
     """
-    scorer = Scorer(after[1].task, pictures.classes)
+    scorer = Scorer(after[1].task, images.classes)
     changes = []
     for index in indices:
-        image, target = pictures[index]
+        image, target = images[index]
         figures = []
         for _, model in (before, after):
             scorer.update([_predict(model, image)], [target])
             figures.append(scorer.compute()[METRICS[model.task]])
-        if not any(map(math.isnan, figures)):  # a picture without objects
-            changes.append(Change(index, pictures.files[index].name, *figures))
+        if not any(map(math.isnan, figures)):  # an image without objects
+            changes.append(Change(index, images.files[index].name, *figures))
     changes.sort(key=lambda change: -change.gain)
 
     def example(change: Change) -> Example:
-        image, target = pictures[change.index]
-        panels = [truth_panel(target, pictures.classes)]
+        image, target = images[change.index]
+        panels = [truth_panel(target, images.classes)]
         panels += [
-            prediction_panel(name, _predict(model, image), target, pictures.classes) for name, model in (before, after)
+            prediction_panel(name, _predict(model, image), target, images.classes) for name, model in (before, after)
         ]
-        return Example(change, embed(image), image.shape[-1], image.shape[-2], tuple(panels))
+        return Example(change, embed(image.permute(1, 2, 0).numpy()), image.shape[-1], image.shape[-2], tuple(panels))
 
     return Gain(
         changes,

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from acamkd.mask_health import CLOSED, FLAT, OPEN, collapse
 from acamkd.report.charts import Chart, Points, draw
 
-LEARNT = ("spatial", "channel")
+LEARNED = ("spatial", "channel")
 """Masks with values in (0, 1) that may collapse; those of other names are given, such as FGD's of the boxes."""
 
 
@@ -48,13 +48,13 @@ class MaskReplay:
 
     Attributes:
         data: For the page's script: epochs, and per layer and method the maps and masks, base64 of uint8.
-        pictures: Indices of the pictures in the validation set.
-        verdicts: On every learnt mask.
+        images: Indices of the images in the validation set.
+        verdicts: On every learned mask.
         charts: Mean, variation and diversity over the epochs.
     """
 
     data: dict[str, Any]
-    pictures: list[int]
+    images: list[int]
     verdicts: list[Verdict]
     charts: list[Chart]
 
@@ -68,7 +68,7 @@ def load_replay(file: Path) -> MaskReplay:
     verdicts: list[Verdict] = []
     curves: dict[str, dict[str, Points]] = {}
     for name, array in arrays.items():
-        if name.count("/") != 2:  # epoch, pictures, figures
+        if name.count("/") != 2:  # epoch, images, figures
             continue
         layer, method, what = name.split("/")
         level = levels.setdefault(f"{layer}/{method}", {"layer": layer, "method": method, "maps": {}, "masks": {}})
@@ -77,7 +77,7 @@ def load_replay(file: Path) -> MaskReplay:
             level["maps"][what] = packed
             continue
         level["masks"][what] = packed
-        if what in LEARNT and math.prod(array.shape[3:]) > 1:  # a single position cannot vary
+        if what in LEARNED and math.prod(array.shape[3:]) > 1:  # a single position cannot vary
             figures = arrays[f"{name}/figures"]
             verdicts.append(judge(layer, what, epochs, figures))
             packed["collapsed"] = [bool(collapse(mean, spread)) for mean, spread, _ in figures.tolist()]
@@ -86,7 +86,7 @@ def load_replay(file: Path) -> MaskReplay:
                                   ("diversity", 1 - figures[:, 2])):  # fmt: skip
                 curves.setdefault(f"{what} masks: {title}", {})[layer] = list(zip(epochs, values.tolist(), strict=True))
     data = {"epochs": epochs, "levels": list(levels.values())}
-    return MaskReplay(data, arrays["pictures"].tolist(), verdicts, mask_charts(curves))
+    return MaskReplay(data, arrays["images"].tolist(), verdicts, mask_charts(curves))
 
 
 def mask_charts(curves: Mapping[str, Mapping[str, Points]]) -> list[Chart]:

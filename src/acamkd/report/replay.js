@@ -1,9 +1,9 @@
 "use strict";
-// The viewer of masks over epochs. Bytes lie in the page as base64 of (epoch, picture, unit, row, column) arrays.
+// The viewer of masks over epochs. Bytes lie in the page as base64 of (epoch, image, unit, row, column) arrays.
 (() => {
   const data = JSON.parse(document.getElementById("replay").textContent);
   const byId = (name) => document.getElementById(name);
-  const state = { moment: data.epochs.length - 1, picture: 0, level: 0, mask: 0, unit: 1 };
+  const state = { moment: data.epochs.length - 1, image: 0, level: 0, mask: 0, unit: 1 };
   const STOPS = [[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]];
   const PALETTE = Array.from({ length: 256 }, (_, value) => {
     const place = value / 255 * (STOPS.length - 1), low = Math.min(Math.floor(place), STOPS.length - 2);
@@ -12,7 +12,7 @@
 
   function unpack(packed) {
     packed.values = Uint8Array.from(atob(packed.bytes), (letter) => letter.charCodeAt(0));
-    packed.size = packed.shape.slice(1).reduce((product, side) => product * side, 1); // [picture, unit, ...] -> unit x ...
+    packed.size = packed.shape.slice(1).reduce((product, side) => product * side, 1); // [image, unit, ...] -> unit x ...
     [packed.low, packed.high] = packed.values.reduce(([low, high], x) => [Math.min(low, x), Math.max(high, x)], [255, 0]);
   }
   for (const level of data.levels) {
@@ -21,7 +21,7 @@
   }
 
   const frame = (packed) => {
-    const start = (state.moment * packed.shape[0] + state.picture) * packed.size;
+    const start = (state.moment * packed.shape[0] + state.image) * packed.size;
     return packed.values.subarray(start, start + packed.size);
   };
   const unitOf = (packed, unit) => {
@@ -48,7 +48,7 @@
   const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 
   function show() {
-    const level = data.levels[state.level], picture = data.pictures[state.picture], epoch = data.epochs[state.moment];
+    const level = data.levels[state.level], image = data.images[state.image], epoch = data.epochs[state.moment];
     const when = epoch === 0 ? "start" : `epoch ${epoch}`;
     byId("epoch").value = state.moment;
     byId("epoch").setAttribute("aria-valuetext", when);
@@ -56,13 +56,13 @@
     for (const who of ["student", "teacher"]) {
       const map = level.maps[who], [, , rows, columns] = map.shape, canvas = byId(`${who}-map`);
       paint(canvas, frame(map), rows, columns, 0, 255);
-      canvas.setAttribute("aria-label", `Activation map of the ${who}, ${level.layer}, ${picture.name}, ${when}`);
+      canvas.setAttribute("aria-label", `Activation map of the ${who}, ${level.layer}, ${image.name}, ${when}`);
     }
     for (const over of document.querySelectorAll(".over")) {
-      over.style.aspectRatio = `${picture.width} / ${picture.height}`;
+      over.style.aspectRatio = `${image.width} / ${image.height}`;
       const image = over.querySelector("img");
-      image.src = picture.source;
-      image.alt = picture.name;
+      image.src = image.source;
+      image.alt = image.name;
     }
     const name = level.spatial[state.mask], masks = level.masks[name];
     byId("mask-view").hidden = byId("unit-view").hidden = !masks;
@@ -71,7 +71,7 @@
       const what = state.unit ? `mask ${state.unit}` : "mean of the masks";
       paint(byId("mask"), chosen, rows, columns, low, high);
       byId("mask").setAttribute("aria-label",
-        `${name}, ${what}, ${level.layer}, over ${picture.name}, ${when}: mean ${percent(mean(chosen))}`);
+        `${name}, ${what}, ${level.layer}, over ${image.name}, ${when}: mean ${percent(mean(chosen))}`);
       byId("mask-title").textContent = `${name} ${what}, ${level.layer}`;
       byId("low").textContent = percent(low);
       byId("high").textContent = percent(high);
@@ -108,7 +108,7 @@
     });
     byId("now").replaceChildren(...figures);
     byId("thumbs").querySelectorAll("button").forEach((button, place) =>
-      button.setAttribute("aria-pressed", place === state.picture));
+      button.setAttribute("aria-pressed", place === state.image));
     for (const line of document.querySelectorAll(".cursor")) {
       const { first, last, left, width } = line.dataset, span = Math.max(1, last - first);
       const x = Number(left) + Math.min(1, Math.max(0, (epoch - first) / span)) * width;
@@ -127,11 +127,11 @@
     choose(byId("kind"), data.levels[state.level].spatial, "mask");
     show();
   }
-  // #epoch=3&level=1&picture=0&unit=2 opens the page there: a link to what was seen.
+  // #epoch=3&level=1&image=0&unit=2 opens the page there: a link to what was seen.
   function follow() {
     const wanted = new URLSearchParams(location.hash.slice(1));
     const bounded = (key, count) => Math.min(count - 1, Math.max(0, Number(wanted.get(key)) || 0));
-    if (wanted.has("picture")) state.picture = bounded("picture", data.pictures.length);
+    if (wanted.has("image")) state.image = bounded("image", data.images.length);
     if (wanted.has("level")) state.level = bounded("level", data.levels.length);
     if (wanted.has("unit")) state.unit = Number(wanted.get("unit")) || 0;
     if (wanted.has("epoch")) {
@@ -144,12 +144,12 @@
     changeLevel();
   }
 
-  byId("thumbs").replaceChildren(...data.pictures.map((picture, place) => {
+  byId("thumbs").replaceChildren(...data.images.map((image, place) => {
     const button = document.createElement("button"), image = document.createElement("img");
-    image.src = picture.source;
-    image.alt = `show ${picture.name}`;
+    image.src = image.source;
+    image.alt = `show ${image.name}`;
     button.append(image);
-    button.addEventListener("click", () => { state.picture = place; show(); });
+    button.addEventListener("click", () => { state.image = place; show(); });
     return button;
   }));
   choose(byId("level"), data.levels.map((level) => `${level.layer} (${level.method})`), "level");

@@ -10,24 +10,23 @@ from typing import Any
 import torch
 
 from acamkd import config, data
-from acamkd.data import PictureDataset
-from acamkd.engine.metrics import METRICS
-from acamkd.engine.mask_history import REPLAY
+from acamkd.data import ImageDataset
 from acamkd.engine.cost import Cost, cost, threads
-from acamkd.engine.mask_history import spread
+from acamkd.engine.mask_history import REPLAY, spread
+from acamkd.engine.metrics import METRICS
 from acamkd.engine.runs import RECIPE, Run, open_run, write_text
 from acamkd.errors import AcamkdError
 from acamkd.models.base import TaskModel
 from acamkd.report.charts import Chart, curve, draw, loss_charts, read_history
-from acamkd.report.gain import PICTURES, Gain, compare, rows
+from acamkd.report.gain import IMAGES, Gain, compare, rows
 from acamkd.report.masks import load_replay
-from acamkd.report.pictures import colour, embed
 from acamkd.report.templates import environment
+from acamkd.report.visualize import embed, hex_color
 
 log = logging.getLogger(__name__)
 
 REPORT = "report.html"
-TEACHER, ALONE, DISTILLED = "teacher", "student alone", "distilled"
+TEACHER, ALONE, DISTILLED = "teacher", "baseline", "distilled"
 
 
 @dataclass(frozen=True)
@@ -60,23 +59,23 @@ def write_report(run: Run, alone: Run | None = None) -> Path:
         The file.
 
     Raises:
-        AcamkdError: A run is not finished, its weights or pictures are gone, or the two saw other validation pictures.
+        AcamkdError: A run is not finished, its weights or images are gone, or the two saw other validation images.
     """
     recipe, metrics = run.recipe, run.metrics
     metric = METRICS[recipe.task]
-    pictures = data.build(recipe.data, recipe.task, "val", seed=recipe.train.seed, augment=False)
-    if pictures.fingerprint() != metrics["data"]["val"]:
+    images = data.build(recipe.data, recipe.task, "val", seed=recipe.train.seed, augment=False)
+    if images.fingerprint() != metrics["data"]["val"]:
         raise AcamkdError(
-            f"the validation pictures in {recipe.data.root} are not those that {run.folder} was scored on: "
+            f"the validation images in {recipe.data.root} are not those that {run.folder} was scored on: "
             "point data.root to them (--set data.root=FOLDER)"
         )
     alone = _baseline(run, metrics, alone)
     own = _own_name(run)
-    networks = _networks(run, alone, pictures, own)
+    networks = _networks(run, alone, images, own)
     after = networks[own]
     before = networks.get(ALONE, networks.get(TEACHER)) if own == DISTILLED else None
     if before and before.name == ALONE and (after.scores[metric] or 0) < (before.scores[metric] or 0):
-        log.warning("the distilled student is below the student alone: %s %.2f, alone %.2f; acamkd doctor RECIPE looks "
+        log.warning("the distilled student is below the baseline: %s %.2f, alone %.2f; acamkd doctor RECIPE looks "
                     "for reasons", metric, after.scores[metric] or 0, before.scores[metric])  # fmt: skip
     history = read_history(run.folder / "history.csv")
     replay = load_replay(run.folder / REPLAY) if (run.folder / REPLAY).is_file() else None
@@ -94,12 +93,12 @@ def write_report(run: Run, alone: Run | None = None) -> Path:
         metric_chart=_metric_chart(metric, own, history, alone, networks),
         loss_charts=loss_charts(history),
         rows=rows(before.scores if before else {}, after.scores),
-        gain=_compare(pictures, before, after) if before else None,
-        compared_all=len(pictures) <= PICTURES,
-        count=len(pictures),
+        gain=_compare(images, before, after) if before else None,
+        compared_all=len(images) <= IMAGES,
+        count=len(images),
         replay=replay,
-        viewer=_viewer(replay.data, replay.pictures, pictures) if replay else None,
-        legend=[(name, colour(k + (recipe.task == "detection"))) for k, name in enumerate(pictures.classes)
+        viewer=_viewer(replay.data, replay.images, images) if replay else None,
+        legend=[(name, hex_color(k + (recipe.task == "detection"))) for k, name in enumerate(images.classes)
                 if name != "background"],
     )  # fmt: skip
     file = run.folder / REPORT
@@ -115,7 +114,7 @@ def _own_name(run: Run) -> str:
 
 
 def _baseline(run: Run, metrics: dict[str, Any], given: Run | None) -> Run | None:
-    """The student alone, where it is known and was scored on the same pictures."""
+    """The baseline, where it is known and was scored on the same images."""
     if _own_name(run) != DISTILLED:
         if given is not None:
             raise AcamkdError(f"{run.folder} is no distillation: there is nothing to compare with {given.folder}")
@@ -124,9 +123,9 @@ def _baseline(run: Run, metrics: dict[str, Any], given: Run | None) -> Run | Non
     try:
         alone = given or open_run(beside)
         if _own_name(alone) != ALONE:
-            raise AcamkdError(f"{alone.folder} is no run of a student alone")
+            raise AcamkdError(f"{alone.folder} is no run of a baseline")
         if alone.metrics["data"]["val"] != metrics["data"]["val"]:
-            raise AcamkdError(f"{alone.folder} and {run.folder} were scored on different validation pictures")
+            raise AcamkdError(f"{alone.folder} and {run.folder} were scored on different validation images")
     except AcamkdError as error:
         if given is not None:
             raise
@@ -136,12 +135,12 @@ def _baseline(run: Run, metrics: dict[str, Any], given: Run | None) -> Run | Non
     return alone
 
 
-def _networks(run: Run, alone: Run | None, pictures: PictureDataset, own: str) -> dict[str, Network]:
-    """Teacher, student alone and distilled student, as far as they are known, in this order."""
-    picture, metrics, recipe = pictures[0][0], run.metrics, run.recipe
+def _networks(run: Run, alone: Run | None, images: ImageDataset, own: str) -> dict[str, Network]:
+    """Teacher, baseline and distilled student, as far as they are known, in this order."""
+    image, metrics, recipe = images[0][0], run.metrics, run.recipe
 
     def network(name: str, section: config.Model, scores: dict[str, Any], model: TaskModel | None) -> Network:
-        spent = cost(model, picture) if model else None
+        spent = cost(model, image) if model else None
         return Network(name, section.title, scores, model, spent)
 
     networks = {}
@@ -172,26 +171,26 @@ def _metric_chart(
         curves[ALONE] = curve(read_history(alone.folder / "history.csv"), metric)
     reached = networks[TEACHER].scores[metric] if own == DISTILLED else None
     level = (TEACHER, reached) if reached is not None else None
-    return draw(f"{metric} on the validation pictures, percent", curves, level=level)
+    return draw(f"{metric} on the validation images, percent", curves, level=level)
 
 
-def _compare(pictures: PictureDataset, before: Network, after: Network) -> Gain | None:
-    """Both networks picture by picture, where both are at hand and know the same classes."""
+def _compare(images: ImageDataset, before: Network, after: Network) -> Gain | None:
+    """Both networks image by image, where both are at hand and know the same classes."""
     if before.model is None or after.model is None or before.model.num_classes != after.model.num_classes:
         return None
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    log.info("comparing %d pictures one by one", min(PICTURES, len(pictures)))
+    log.info("comparing %d images one by one", min(IMAGES, len(images)))
     sides = (before.name, before.model.to(device)), (after.name, after.model.to(device))
-    return compare(pictures, spread(len(pictures), PICTURES), *sides)
+    return compare(images, spread(len(images), IMAGES), *sides)
 
 
-def _viewer(replay: dict[str, Any], indices: list[int], pictures: PictureDataset) -> dict[str, Any]:
-    """The replay with its pictures."""
-    shown = [pictures[index][0] for index in indices]
+def _viewer(replay: dict[str, Any], indices: list[int], images: ImageDataset) -> dict[str, Any]:
+    """The replay with its images."""
+    shown = [images[index][0] for index in indices]
     return {
         **replay,
-        "pictures": [
-            {"name": pictures.files[index].name, "source": embed(image),
+        "images": [
+            {"name": images.files[index].name, "source": embed(image.permute(1, 2, 0).numpy()),
              "width": image.shape[-1], "height": image.shape[-2]}
             for index, image in zip(indices, shown, strict=True)
         ],

@@ -1,31 +1,131 @@
-"""Pictures of what networks find and of where a loss looks, and the sheet that sets them side by side."""
+"""Everything that is drawn of images, with one color per class: overlays, masks, sheets. Needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import colorsys
+import io
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import matplotlib
-import torch
-import torch.nn.functional as F
-from matplotlib.colors import to_rgb
+import numpy as np
+import numpy.typing as npt
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
-from torch import Tensor
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
+from PIL import Image, ImageDraw, ImageFont
 
-from acamkd.models.base import VOID, Prediction
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+"""(H, W, 3), RGB."""
 
-SCALE = 4
-"""Pixels per pixel of the picture, so that lines are thin beside small objects."""
+Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
+"""`boxes` (K, 4), `labels` (K,) and perhaps `scores` (K,); or `mask` (H, W). In pixels of the image."""
+
+BACKGROUND = "background"
+"""A class of this name is left clear."""
+
+ENLARGEMENT = 4
+"""Pixels of a sheet per pixel of a small image, so that lines are thin beside small objects."""
 
 MIN_SCORE = 0.3
-"""Boxes of a lower score are not drawn."""
-
-COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#cc79a7", "#d55e00", "#0072b2")
-"""Of class 1, 2, ...; told apart in every kind of colour vision (Okabe and Ito). They repeat where they run out."""
+"""Boxes of a lower score are not drawn on a sheet."""
 
 MASKS_PER_ROW = 3
+
+EMBEDDED_SIDE = 320
+"""Longest side of an image within a page, in pixels."""
+EMBEDDED_QUALITY = 50
+"""Of its WebP; even noise stays below 56 kB then, so that 200 images in base64 stay below 15 MB."""
+
+
+def color(label: int) -> tuple[int, int, int]:
+    """RGB of a class; neighboring labels differ most, since their hues lie a golden section apart."""
+    red, green, blue = colorsys.hls_to_rgb((0.58 + label * 0.618034) % 1, 0.56, 0.78)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def hex_color(label: int) -> str:
+    """The same as `#rrggbb`."""
+    return "#{:02x}{:02x}{:02x}".format(*color(label))
+
+
+def draw_predictions(
+    image: Pixels, found: Arrays, classes: Sequence[str], *, with_names: bool = True, opacity: float = 0.5
+) -> Pixels:
+    """Draw boxes with names and scores, or a mask's classes, over an image.
+
+    Args:
+        image: (H, W, 3) uint8.
+        found: Predictions or ground truth of this image; labels of boxes count from 1, of masks from 0.
+        classes: Class names, in the order of the labels.
+        with_names: Boxes carry their names, and scores where there are some.
+        opacity: Of a mask's colors.
+    """
+    if "mask" in found:
+        return _draw_mask(image, found["mask"], classes, opacity)
+    drawing = Image.fromarray(image)
+    canvas = ImageDraw.Draw(drawing)
+    side = min(drawing.size)
+    canvas.font, width = ImageFont.load_default(max(9, side / 40)), max(2, round(side / 240))
+    scores = found.get("scores")
+    for index in reversed(range(len(found["boxes"]))):  # best last, so that it lies on top
+        x1, y1, x2, y2 = found["boxes"][index].tolist()
+        label = int(found["labels"][index])
+        canvas.rectangle((x1, y1, x2, y2), outline=color(label), width=width)
+        if with_names:
+            text = classes[label - 1] + ("" if scores is None else f" {scores[index]:.2f}")
+            canvas.rectangle(canvas.textbbox((x1, y1), text), fill=color(label))
+            canvas.text((x1, y1), text, fill="black")
+    return np.asarray(drawing)
+
+
+def _draw_mask(image: Pixels, mask: npt.NDArray[Any], classes: Sequence[str], opacity: float) -> Pixels:
+    palette = np.array([color(label) for label in range(256)], dtype=np.float32)
+    shown = np.array([name != BACKGROUND for name in classes] + [False] * (256 - len(classes)))
+    labels = mask.astype(np.uint8)
+    alpha = opacity * shown[labels][..., None]
+    blended = (1 - alpha) * image + alpha * palette[labels]
+    return blended.round().astype(np.uint8)
+
+
+def enlarge(image: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """An image (H, W, 3) or a mask (H, W) with ENLARGEMENT times as many rows and columns."""
+    return image.repeat(ENLARGEMENT, 0).repeat(ENLARGEMENT, 1)
+
+
+def draw_spatial_masks(image: Pixels, masks: npt.NDArray[np.float32]) -> Pixels:
+    """Lay the spatial masks of a loss over a gray image, dark where they are low and bright where they are high.
+
+    Args:
+        image: (H, W, 3) uint8.
+        masks: (M, h, w); each is stretched to its own range.
+
+    Returns:
+        (H', W', 3) uint8, MASKS_PER_ROW masks in a row, enlarged.
+    """
+    low, high = masks.min(axis=(1, 2), keepdims=True), masks.max(axis=(1, 2), keepdims=True)
+    stretched = (masks - low) / np.maximum(high - low, 1e-6)
+    large = enlarge(image)
+    gray = large.mean(axis=2, keepdims=True) / 255
+    tiles = []
+    for mask in stretched:
+        smooth = Image.fromarray(mask).resize((large.shape[1], large.shape[0]), Image.Resampling.BILINEAR)
+        heat = matplotlib.colormaps["magma"](np.asarray(smooth).clip(0, 1))[..., :3]
+        tiles.append((255 * (0.75 * heat + 0.25 * gray)).round().astype(np.uint8))
+    return _grid(tiles, MASKS_PER_ROW, margin=3 * ENLARGEMENT)
+
+
+def _grid(tiles: Sequence[Pixels], columns: int, margin: int) -> Pixels:
+    """Tiles of one size, on white."""
+    height, width = tiles[0].shape[:2]
+    rows, columns = -(-len(tiles) // columns), min(columns, len(tiles))
+    sheet = np.full((rows * (height + margin) + margin, columns * (width + margin) + margin, 3), 255, np.uint8)
+    for index, tile in enumerate(tiles):
+        top = margin + index // columns * (height + margin)
+        left = margin + index % columns * (width + margin)
+        sheet[top : top + height, left : left + width] = tile
+    return sheet
 
 
 @dataclass(frozen=True)
@@ -35,74 +135,34 @@ class Block:
     Attributes:
         title: What stands above it.
         columns: Heading of each column.
-        rows: One picture, (3, H, W) uint8, per column; a column's pictures share one size.
+        rows: One image, (H, W, 3) uint8, per column; the images of a column share one size.
     """
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[Tensor]]
+    rows: Sequence[Sequence[Pixels]]
 
 
-def draw_findings(image: Tensor, findings: Prediction) -> Tensor:
-    """Draw boxes or a mask, predicted or true, over a picture in the colours of their classes.
-
-    Args:
-        image: (3, H, W) uint8.
-        findings: Of this picture, in its own pixels; boxes with `scores` are drawn from MIN_SCORE on.
-
-    Returns:
-        (3, SCALE H, SCALE W) uint8.
-    """
-    canvas = _enlarged(image)
-    if "mask" in findings:
-        mask = findings["mask"].repeat_interleave(SCALE, 0).repeat_interleave(SCALE, 1)
-        for label in set(mask.flatten().tolist()) - {0, VOID}:
-            canvas = draw_segmentation_masks(canvas, mask == label, alpha=0.75, colors=_rgb(label))
-        return canvas
-    # The strongest comes last, so that it lies on top.
-    for index in reversed(range(len(findings["boxes"]))):
-        if "scores" not in findings or findings["scores"][index] >= MIN_SCORE:
-            box, label = SCALE * findings["boxes"][index], int(findings["labels"][index])
-            canvas = draw_bounding_boxes(canvas, box[None], colors=_rgb(label), width=SCALE)
-    return canvas
-
-
-def draw_masks(image: Tensor, masks: Tensor) -> Tensor:
-    """Lay the spatial masks of a loss over a picture in grey, dark where they are low and bright where they are high.
+def draw_sheet(blocks: Sequence[Block], legend: Mapping[str, int]) -> Figure:
+    """Set blocks of images below each other, over a legend of the classes' colors.
 
     Args:
-        image: (3, H, W) uint8.
-        masks: (M, h, w); each is stretched to its own range.
-
-    Returns:
-        (3, H', W') uint8, MASKS_PER_ROW masks in a row.
+        blocks: From top to bottom.
+        legend: Class name -> label, of which the color is.
     """
-    low, high = masks.amin(dim=(1, 2), keepdim=True), masks.amax(dim=(1, 2), keepdim=True)
-    stretched = (masks - low) / (high - low).clamp_min(1e-6)
-    size = [SCALE * side for side in image.shape[-2:]]
-    smooth = F.interpolate(stretched[None], size=size, mode="bilinear", align_corners=False)[0].clamp(0, 1)
-    heat = torch.from_numpy(matplotlib.colormaps["magma"](smooth.numpy())[..., :3]).float().permute(0, 3, 1, 2)
-    grey = _enlarged(image).float().mean(dim=0) / 255
-    tiles = 0.75 * heat + 0.25 * grey
-    sheet: Tensor = make_grid(tiles, nrow=MASKS_PER_ROW, padding=3 * SCALE, pad_value=1.0)
-    return (255 * sheet).round().to(torch.uint8)
-
-
-def draw_sheet(blocks: Sequence[Block], classes: Sequence[str]) -> Figure:
-    """Set blocks of pictures below each other, over a legend of the classes' colours."""
     heights = [_height(block) for block in blocks]
     figure = Figure(figsize=(12, sum(heights) + 0.5), dpi=100)
     parts = figure.subfigures(len(blocks) + 1, 1, height_ratios=[*heights, 0.5], squeeze=False)[:, 0]
     for part, block in zip(parts[:-1], blocks, strict=True):
         _draw_block(part, block)
-    handles = [Patch(color=_colour(label), label=name) for label, name in enumerate(classes, start=1)]
+    handles = [Patch(color=hex_color(label), label=name) for name, label in legend.items()]
     parts[-1].legend(handles=handles, loc="center", ncols=len(handles), frameon=False, fontsize=13, handlelength=1)
     return figure
 
 
 def _widths(block: Block) -> list[float]:
-    """Width of each column's pictures in units of their height."""
-    return [image.shape[2] / image.shape[1] for image in block.rows[0]]
+    """Width of each column's images in units of their height."""
+    return [image.shape[1] / image.shape[0] for image in block.rows[0]]
 
 
 def _height(block: Block) -> float:
@@ -120,19 +180,31 @@ def _draw_block(part: SubFigure, block: Block) -> None:
     )  # fmt: skip
     for row, images in zip(axes, block.rows, strict=True):
         for axis, image in zip(row, images, strict=True):
-            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="antialiased")
+            axis.imshow(image, interpolation="antialiased")
             axis.set_axis_off()
     for axis, heading in zip(axes[0], block.columns, strict=True):
         axis.set_title(heading, fontsize=12)
 
 
-def _enlarged(image: Tensor) -> Tensor:
-    return image.repeat_interleave(SCALE, 1).repeat_interleave(SCALE, 2)
+def embed(image: Pixels) -> str:
+    """An image as a data URI of modest size, for a page."""
+    shrunk = Image.fromarray(image)
+    shrunk.thumbnail((EMBEDDED_SIDE, EMBEDDED_SIDE))
+    return _data_uri(shrunk, "webp", quality=EMBEDDED_QUALITY)
 
 
-def _colour(label: int) -> str:
-    return COLOURS[(label - 1) % len(COLOURS)]
+def embed_mask(mask: npt.NDArray[Any], classes: Sequence[str]) -> str:
+    """A mask (H, W) of class ids as a translucent data URI; background and void are clear."""
+    height, width = mask.shape
+    scale = min(1, EMBEDDED_SIDE / max(height, width))
+    drawing = Image.fromarray(mask.astype(np.uint8), mode="P")
+    drawing = drawing.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.NEAREST)
+    drawing.putpalette([channel for label in range(256) for channel in color(label)])
+    alphas = bytes(0 if name == BACKGROUND else 165 for name in classes)
+    return _data_uri(drawing, "png", transparency=alphas + bytes(256 - len(classes)))
 
 
-def _rgb(label: int) -> tuple[int, ...]:
-    return tuple(round(255 * share) for share in to_rgb(_colour(label)))
+def _data_uri(image: Image.Image, form: str, **options: object) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return f"data:image/{form};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

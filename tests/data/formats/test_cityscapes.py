@@ -11,18 +11,18 @@ from acamkd.data import Cityscapes
 from acamkd.data.formats.cityscapes import CLASSES, LABEL_IDS
 from acamkd.errors import AcamkdError
 
-VALUES = np.array([[7, 8, 33], [0, 3, 255]], np.uint8)  # road, sidewalk, bicycle; unlabeled, out of roi, licence plate
+VALUES = np.array([[7, 8, 33], [0, 3, 255]], np.uint8)  # road, sidewalk, bicycle; unlabeled, out of roi, license plate
 TRAIN = np.array([[0, 1, 18], [255, 255, 255]], np.uint8)
 FRAMES = ("aachen/aachen_000000_000019", "aachen/aachen_000001_000019", "zurich/zurich_000000_000019")
 
 
 def _write(root: Path, split: str = "train", *, labels: bool = True, train_ids: bool = False) -> Path:
     for frame in FRAMES:
-        picture = root / "leftImg8bit" / split / f"{frame}_leftImg8bit.png"
+        image = root / "leftImg8bit" / split / f"{frame}_leftImg8bit.png"
         mask = root / "gtFine" / split / frame
-        for file in (picture, mask):
+        for file in (image, mask):
             file.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (3, 2)).save(picture)
+        Image.new("RGB", (3, 2)).save(image)
         Image.new("RGBA", (3, 2)).save(f"{mask}_gtFine_color.png")  # never read
         Path(f"{mask}_gtFine_polygons.json").write_text("{}")
         if labels:
@@ -92,5 +92,5 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     for folder in (tmp_path / "leftImg8bit/train").iterdir():
         for file in folder.iterdir():
             file.unlink()
-    with pytest.raises(AcamkdError, match=r"the folder holds no pictures CITY/\*_leftImg8bit\.png"):
+    with pytest.raises(AcamkdError, match=r"the folder holds no images CITY/\*_leftImg8bit\.png"):
         data.check(Cityscapes(tmp_path, "train"), "full")

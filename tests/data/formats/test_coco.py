@@ -16,7 +16,7 @@ SHARED = Path(__file__).parents[4] / "shared" / "data"
 
 
 def _content() -> dict[str, Any]:
-    """Two pictures of 20 x 10 pixels, the second without boxes; categories out of order, with a gap."""
+    """Two images of 20 x 10 pixels, the second without boxes; categories out of order, with a gap."""
     return {
         "images": [
             {"id": 7, "file_name": "a.png", "width": 20, "height": 10},
@@ -67,9 +67,9 @@ def test_crowds_are_for_evaluation_only(tmp_path: Path) -> None:
     assert val[0][1]["iscrowd"].tolist() == [0, 1, 0]
 
 
-def test_pictures_without_boxes_are_a_warning(tmp_path: Path) -> None:
+def test_images_without_boxes_are_a_warning(tmp_path: Path) -> None:
     (warning,) = data.check(_dataset(tmp_path, _content()), "full")
-    assert warning.endswith("boxes.json: 1 of 2 pictures have no boxes")
+    assert warning.endswith("boxes.json: 1 of 2 images have no boxes")
 
 
 @pytest.mark.parametrize("bbox", [[1, 2, 0, 4], [1, 2, 3, 0], [1, 2, 0, 0], [0, 2, 1e-6, 4], [20 - 1e-13, 2, 1e-13, 4]])
@@ -87,19 +87,19 @@ def test_boxes_of_another_unit_are_a_warning(tmp_path: Path) -> None:
     for entry in content["annotations"]:
         entry["bbox"] = [0.1, 0.2, 0.3, 0.4]
     (shares,) = (text for text in data.check(_dataset(tmp_path, content), "full") if "shares" in text)
-    assert shares.endswith("boxes.json: most boxes have a pixel or less: are they shares of the picture?")
+    assert shares.endswith("boxes.json: most boxes have a pixel or less: are they shares of the image?")
     for entry in content["annotations"]:
         entry["bbox"] = [15, 4, 19, 8]  # x1 y1 x2 y2
     (clipped, *_) = data.check(_dataset(tmp_path, content), "full")
     assert clipped.endswith("are clipped, of 3: are their numbers in another order or unit?")
 
 
-def test_boxes_beyond_the_picture_are_clipped(tmp_path: Path) -> None:
+def test_boxes_beyond_the_image_are_clipped(tmp_path: Path) -> None:
     content = _content()
     content["annotations"][0]["bbox"] = [-2, 4, 30, 4]
     dataset = _dataset(tmp_path, content)
     assert dataset[0][1]["boxes"][0].tolist() == [0, 4, 20, 8]
-    assert "boxes.json: 1 boxes reach beyond their picture and are clipped" in data.check(dataset, "headers")[0]
+    assert "boxes.json: 1 boxes reach beyond their image and are clipped" in data.check(dataset, "headers")[0]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_bad_annotations(tmp_path: Path, change: dict[str, Any], message: str, m
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"annotations": []}, "there is no box for any picture"),
+        ({"annotations": []}, "there is no box for any image"),
         ({"images": [], "annotations": []}, "the list of images is empty"),
         ({"categories": [], "annotations": []}, "the list of categories is empty"),
         (
@@ -169,7 +169,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["full", "headers"])
-def test_picture_of_another_size(tmp_path: Path, mode: Any) -> None:
+def test_image_of_another_size(tmp_path: Path, mode: Any) -> None:
     dataset = _dataset(tmp_path, _content())
     Image.new("RGB", (10, 20)).save(tmp_path / "a.png")
     with pytest.raises(AcamkdError, match=r"a\.png has 10 x 20 pixels .* says 20 x 10 pixels"):
@@ -181,7 +181,7 @@ def test_all_kinds_of_problems_in_one_error(tmp_path: Path) -> None:
     content["annotations"][0]["category_id"] = 5
     dataset = _dataset(tmp_path, content)
     (tmp_path / "a.png").unlink()
-    with pytest.raises(AcamkdError, match=r"2 problems:\n.*no category 5.*\n.*a\.png: there is no such picture"):
+    with pytest.raises(AcamkdError, match=r"2 problems:\n.*no category 5.*\n.*a\.png: there is no such image"):
         data.check(dataset, "full")
 
 
@@ -197,7 +197,7 @@ def test_items_do_not_share_memory_with_the_table(tmp_path: Path) -> None:
     assert dataset[0][1]["boxes"][0].tolist() == [1, 2, 4, 6]
 
 
-@pytest.mark.skipif(not (SHARED / "bccd").is_dir(), reason="the BCCD pictures are not beside the checkout")
+@pytest.mark.skipif(not (SHARED / "bccd").is_dir(), reason="the BCCD images are not beside the checkout")
 def test_real_blood_cells() -> None:
     root = SHARED / "bccd"
     dataset = CocoDetection(root / "images" / "val", root / "annotations" / "instances_val.json")

@@ -10,7 +10,7 @@ from PIL import Image
 
 from acamkd import data
 from acamkd.data import MaskFolder
-from acamkd.errors import AcamkdError, PictureError
+from acamkd.errors import AcamkdError, ImageError
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 IDS = np.array([[0, 1, 2], [11, 1, 0]], np.uint8)
@@ -33,7 +33,7 @@ def _dataset(root: Path, **options: Any) -> MaskFolder:
 def test_pairs_by_stem_and_maps_ignore_index_to_void(tmp_path: Path) -> None:
     images, _ = _folders(tmp_path)
     (images / "._a.jpg").write_text("left by a Mac")
-    (images / "notes.txt").write_text("not a picture")
+    (images / "notes.txt").write_text("not an image")
     dataset = _dataset(tmp_path)
     assert [file.name for file in dataset.files] == ["a.JPG", "b.jpeg", "c.png", "d.bmp", "e.webp"]
     assert data.check(dataset, "full") == []
@@ -61,11 +61,11 @@ def test_black_and_white_masks_are_ids(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["full", "headers"])
-def test_colour_masks_are_refused(tmp_path: Path, mode: Any) -> None:
+def test_color_masks_are_refused(tmp_path: Path, mode: Any) -> None:
     _, masks = _folders(tmp_path)
     Image.new("RGB", (3, 2)).save(masks / "b.png")
     with pytest.raises(
-        AcamkdError, match=r"1 problem:\n.*b\.png: .* mode RGB; save class ids, as 8-bit grey or with a"
+        AcamkdError, match=r"1 problem:\n.*b\.png: .* mode RGB; save class ids, as 8-bit gray or with a"
     ):
         data.check(_dataset(tmp_path), mode)
 
@@ -73,7 +73,7 @@ def test_colour_masks_are_refused(tmp_path: Path, mode: Any) -> None:
 def test_16_bit_masks_are_refused(tmp_path: Path) -> None:
     _, masks = _folders(tmp_path, ("a.png",))
     Image.fromarray(np.full((2, 3), 1, np.uint16)).save(masks / "a.png")
-    with pytest.raises(AcamkdError, match=r"a\.png: .* mode I;16; save class ids, as 8-bit grey .* or 16 bits"):
+    with pytest.raises(AcamkdError, match=r"a\.png: .* mode I;16; save class ids, as 8-bit gray .* or 16 bits"):
         data.check(_dataset(tmp_path), "full")
 
 
@@ -92,7 +92,7 @@ def test_unknown_ids(tmp_path: Path) -> None:
     message = r"a\.png: the mask holds 11, but the values for the 3 classes and for void are 0 to 2 and 255"
     with pytest.raises(AcamkdError, match=message):
         data.check(dataset, "full")
-    with pytest.raises(PictureError, match=message):  # which a look at the headers did not see
+    with pytest.raises(ImageError, match=message):  # which a look at the headers did not see
         dataset[0]
 
 
@@ -108,28 +108,28 @@ def test_broken_mask(tmp_path: Path) -> None:
     (masks / "b.png").write_bytes((masks / "b.png").read_bytes()[:45])
     with pytest.raises(AcamkdError, match=r"1 problem:\n.*b\.png: the mask cannot be read"):
         data.check(_dataset(tmp_path), "full")
-    with pytest.raises(PictureError, match=r"b\.png: the mask cannot be read"):  # damaged after the check
+    with pytest.raises(ImageError, match=r"b\.png: the mask cannot be read"):  # damaged after the check
         _dataset(tmp_path)[1]
 
 
-def test_picture_without_mask_and_mask_without_picture(tmp_path: Path) -> None:
+def test_image_without_mask_and_mask_without_image(tmp_path: Path) -> None:
     images, masks = _folders(tmp_path)
     (masks / "a.png").unlink()
     (images / "d.bmp").unlink()
-    message = r"2 problems:\n.*a\.JPG: the picture has no mask .*a\.png\n.*d\.png: the mask has no picture in "
+    message = r"2 problems:\n.*a\.JPG: the image has no mask .*a\.png\n.*d\.png: the mask has no image in "
     with pytest.raises(AcamkdError, match=message):
         data.check(_dataset(tmp_path), "full")
 
 
-def test_two_pictures_of_one_name(tmp_path: Path) -> None:
+def test_two_images_of_one_name(tmp_path: Path) -> None:
     _folders(tmp_path, ("a.png", "a.jpg"))
-    with pytest.raises(AcamkdError, match=r"a\.png: the picture has the same name as a\.jpg"):
+    with pytest.raises(AcamkdError, match=r"a\.png: the image has the same name as a\.jpg"):
         data.check(_dataset(tmp_path), "full")
 
 
-def test_no_pictures(tmp_path: Path) -> None:
+def test_no_images(tmp_path: Path) -> None:
     _folders(tmp_path, ())
-    with pytest.raises(AcamkdError, match=r"images: the folder holds no pictures \(\.jpg, "):
+    with pytest.raises(AcamkdError, match=r"images: the folder holds no images \(\.jpg, "):
         data.check(_dataset(tmp_path), "full")
 
 
@@ -138,7 +138,7 @@ def test_no_folder(tmp_path: Path) -> None:
         _dataset(tmp_path)
 
 
-@pytest.mark.skipif(not (SHARED / "camvid").is_dir(), reason="the CamVid pictures are not beside the checkout")
+@pytest.mark.skipif(not (SHARED / "camvid").is_dir(), reason="the CamVid images are not beside the checkout")
 def test_real_road_scenes() -> None:
     root = SHARED / "camvid"
     names = [f"class {number}" for number in range(11)]

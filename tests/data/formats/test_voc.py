@@ -58,7 +58,7 @@ def _write(root: Path, objects: dict[str, list[str]] | None = None) -> Path:
 def test_boxes_count_from_0_and_end_behind_their_last_pixel(tmp_path: Path) -> None:
     dataset = VocDetection(_write(tmp_path), "train")
     (warning,) = data.check(dataset, "full")
-    assert warning.endswith("ImageSets/Main/train.txt: 1 of 3 pictures have no boxes")
+    assert warning.endswith("ImageSets/Main/train.txt: 1 of 3 images have no boxes")
     assert dataset.classes == CLASSES
     image, target = dataset[0]
     assert image.shape == (3, 10, 20)
@@ -78,12 +78,12 @@ def test_difficult_objects_are_for_evaluation_only(tmp_path: Path) -> None:
 
 
 def test_names_may_hold_blanks_and_lists_of_one_class_a_flag(tmp_path: Path) -> None:
-    _write(tmp_path, {"my picture 1": [_object("dog", 1, 1, 5, 5)], "other 2": []})
-    (tmp_path / "ImageSets/Main/mine.txt").write_text("my picture 1\n\nother 2\n")
-    (tmp_path / "ImageSets/Main/dog_mine.txt").write_text("my picture 1  1\nother 2 -1\n")
+    _write(tmp_path, {"my image 1": [_object("dog", 1, 1, 5, 5)], "other 2": []})
+    (tmp_path / "ImageSets/Main/mine.txt").write_text("my image 1\n\nother 2\n")
+    (tmp_path / "ImageSets/Main/dog_mine.txt").write_text("my image 1  1\nother 2 -1\n")
     for split in ("mine", "dog_mine"):
         dataset = VocDetection(tmp_path, split)
-        assert [file.stem for file in dataset.files] == ["my picture 1", "other 2"]
+        assert [file.stem for file in dataset.files] == ["my image 1", "other 2"]
 
 
 def test_an_infinite_size_is_a_problem(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_box_of_one_pixel_has_an_area_and_an_empty_one_has_none(tmp_path: Path
 def test_boxes_that_count_from_0_after_all_are_clipped(tmp_path: Path) -> None:
     dataset = VocDetection(_write(tmp_path, {"a": [_object("cow", 0, 0, 21, 5)]}), "train")
     assert dataset[0][1]["boxes"].tolist() == [[0, 0, 20, 5]]
-    assert "1 boxes reach beyond their picture and are clipped" in data.check(dataset, "headers")[0]
+    assert "1 boxes reach beyond their image and are clipped" in data.check(dataset, "headers")[0]
 
 
 def test_other_names_than_vocs_are_the_classes(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_other_names_than_vocs_are_the_classes(tmp_path: Path) -> None:
         ([_object("dog", 1, 1, 5, 5, difficult="Hard")], r"object 1 \(dog\): difficult must be 0 or 1, not 'Hard'"),
         ([_object("dog", 22, 1, 25, 5)], r"the box from \(21, 0\) to \(25, 5\) lies outside a\.jpg, which has 20 x 10"),
         (["</annotation>"], r"a\.xml: it is not valid XML: .*line 6"),
-        ([], r"train\.txt: there is no box for any picture"),
+        ([], r"train\.txt: there is no box for any image"),
     ],
 )
 def test_bad_annotations(tmp_path: Path, objects: list[str], message: str) -> None:
@@ -153,12 +153,12 @@ def test_files_that_are_missing_or_broken(tmp_path: Path) -> None:
         "2007_000027.xml: it is not valid XML: syntax error: line 1, column 1",
         "2007_000033.xml: it has no size with width and height above 0",
         "2008_1.xml: the annotation cannot be read: No such file or directory",
-        "2007_000032.jpg: there is no such picture",
-        "2008_1.jpg: there is no such picture",
+        "2007_000032.jpg: there is no such image",
+        "2008_1.jpg: there is no such image",
     ]
 
 
-def test_a_picture_of_another_size_and_one_that_is_rotated(tmp_path: Path) -> None:
+def test_an_image_of_another_size_and_one_that_is_rotated(tmp_path: Path) -> None:
     _write(tmp_path)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -172,7 +172,7 @@ def test_a_picture_of_another_size_and_one_that_is_rotated(tmp_path: Path) -> No
     assert "2007_000032.jpg has 20 x 11 pixels" in second
 
 
-def test_pictures_of_another_type_are_found(tmp_path: Path) -> None:
+def test_images_of_another_type_are_found(tmp_path: Path) -> None:
     _write(tmp_path)
     (tmp_path / "JPEGImages/2007_000027.jpg").unlink()
     Image.new("RGBA", (20, 10), (9, 8, 7, 0)).save(tmp_path / "JPEGImages/2007_000027.png")
@@ -224,7 +224,7 @@ def test_masks_that_cannot_be_used(tmp_path: Path) -> None:
     assert lines[2] == "2007_000033.png: there is no such mask"
 
 
-@pytest.mark.skipif(not (SHARED / "bccd").is_dir(), reason="the BCCD pictures are not beside the checkout")
+@pytest.mark.skipif(not (SHARED / "bccd").is_dir(), reason="the BCCD images are not beside the checkout")
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_real_blood_cells(tmp_path: Path, split: str) -> None:
     """The COCO file took xmin and ymin as they are; VOC's convention moves both by one pixel, and nothing else."""

@@ -15,7 +15,7 @@ NAMES = ("cat", "dog")
 
 
 def _write(root: Path, labels: dict[str, bytes] | None = None) -> Path:
-    """Three pictures of 20 x 10 pixels: one with boxes, one with an empty file, one without a file."""
+    """Three images of 20 x 10 pixels: one with boxes, one with an empty file, one without a file."""
     labels = labels if labels is not None else {"a": b"1 0.5 0.5 0.5 0.4\n0 0.1 0.2 0.1 0.2\n", "b": b""}
     for split in ("train", "val"):
         (root / "images" / split).mkdir(parents=True)
@@ -37,7 +37,7 @@ def _dataset(root: Path) -> YoloDetection:
 def test_shares_become_pixels(tmp_path: Path) -> None:
     dataset = _dataset(_write(tmp_path))
     (warning,) = data.check(dataset, "full")
-    assert warning.endswith("labels/train: 2 of 3 pictures have no boxes")
+    assert warning.endswith("labels/train: 2 of 3 images have no boxes")
     image, target = dataset[0]
     assert image.shape == (3, 10, 20)
     assert torch.allclose(target["boxes"], torch.tensor([[5, 3, 15, 7], [1.0, 1, 3, 3]]))
@@ -50,7 +50,7 @@ def test_shares_become_pixels(tmp_path: Path) -> None:
         assert empty["boxes"].shape == (0, 4)
 
 
-def test_boxes_follow_the_rotated_picture(tmp_path: Path) -> None:
+def test_boxes_follow_the_rotated_image(tmp_path: Path) -> None:
     _write(tmp_path)
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -65,10 +65,10 @@ def test_a_byte_order_mark_and_the_line_ends_of_windows(tmp_path: Path) -> None:
     assert _dataset(tmp_path)[0][1]["labels"].tolist() == [2, 1]
 
 
-def test_boxes_beyond_the_picture_are_clipped(tmp_path: Path) -> None:
+def test_boxes_beyond_the_image_are_clipped(tmp_path: Path) -> None:
     dataset = _dataset(_write(tmp_path, {"a": b"0 0.9 0.5 0.4 1.0000001\n"}))
     assert dataset[0][1]["boxes"][0].tolist() == pytest.approx([14, 0, 20, 10])
-    assert "1 boxes reach beyond their picture and are clipped" in data.check(dataset, "full")[0]
+    assert "1 boxes reach beyond their image and are clipped" in data.check(dataset, "full")[0]
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_boxes_beyond_the_picture_are_clipped(tmp_path: Path) -> None:
     [
         (b"2 0.5 0.5 0.1 0.1", r"class 2 is none of the 2, 0 to 1"),
         (b"-1 0.5 0.5 0.1 0.1", r"class -1 is none of the 2"),
-        (b"0 120 64 30 20", r"the centre \(120, 64\) must be shares of width and height from 0 to 1, not pixels"),
-        (b"0 nan 0.5 0.1 0.1", "the centre"),
+        (b"0 120 64 30 20", r"the center \(120, 64\) must be shares of width and height from 0 to 1, not pixels"),
+        (b"0 nan 0.5 0.1 0.1", "the center"),
         (b"0 0.5 0.5 0 0.1", r"the box from \(0\.5, 0\.45\) to \(0\.5, 0\.55\) on a\.jpg has no area"),
         (b"0 0.5 0.5 nan 0.1", ".* has no area"),
         (b"0 0.5 0.5 0.1", r"a box is `class cx cy w h`, not `0 0\.5 0\.5 0\.1`"),
@@ -91,19 +91,19 @@ def test_bad_lines(tmp_path: Path, line: bytes, message: str) -> None:
         data.check(_dataset(tmp_path), "full")
 
 
-def test_pictures_and_files_that_do_not_go_together(tmp_path: Path) -> None:
+def test_images_and_files_that_do_not_go_together(tmp_path: Path) -> None:
     _write(tmp_path)
     for name in ("classes.txt", "lost.txt"):
         (tmp_path / "labels/train" / name).write_text("0 0.5 0.5 0.1 0.1")
-    assert "labels/train: 1 files have no picture in " in _dataset(tmp_path).warnings[0]
+    assert "labels/train: 1 files have no image in " in _dataset(tmp_path).warnings[0]
     Image.new("RGB", (20, 10)).save(tmp_path / "images/train/a.png")
-    with pytest.raises(AcamkdError, match=r"a\.png: the picture has the same name as a\.jpg, and so the same boxes"):
+    with pytest.raises(AcamkdError, match=r"a\.png: the image has the same name as a\.jpg, and so the same boxes"):
         data.check(_dataset(tmp_path), "full")
 
 
-def test_no_boxes_no_pictures_no_text(tmp_path: Path) -> None:
+def test_no_boxes_no_images_no_text(tmp_path: Path) -> None:
     _write(tmp_path, {})
-    with pytest.raises(AcamkdError, match=r"labels/train: there is no box for any picture"):
+    with pytest.raises(AcamkdError, match=r"labels/train: there is no box for any image"):
         data.check(_dataset(tmp_path), "full")
     (tmp_path / "labels/train/a.txt").write_bytes(b"\xff\x00\x12")
     with pytest.raises(AcamkdError, match=r"a\.txt is not a text file"):
@@ -111,7 +111,7 @@ def test_no_boxes_no_pictures_no_text(tmp_path: Path) -> None:
     with pytest.raises(AcamkdError, match=r"images/val2: No such file"):
         YoloDetection(tmp_path / "images/val2", tmp_path / "labels/val", NAMES)
     (tmp_path / "images/none").mkdir()
-    with pytest.raises(AcamkdError, match=r"images/none: the folder holds no pictures"):
+    with pytest.raises(AcamkdError, match=r"images/none: the folder holds no images"):
         data.check(YoloDetection(tmp_path / "images/none", tmp_path / "labels/val", NAMES), "full")
 
 
@@ -144,7 +144,7 @@ def test_names_of_the_recipe_do_without_a_file(tmp_path: Path) -> None:
     assert class_names(tmp_path, NAMES) == NAMES
 
 
-def test_where_pictures_and_labels_lie(tmp_path: Path) -> None:
+def test_where_images_and_labels_lie(tmp_path: Path) -> None:
     _write(tmp_path)
     assert folders(tmp_path, "val") == (tmp_path / "images/val", tmp_path / "labels/val")
     (tmp_path / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\n")
@@ -154,14 +154,14 @@ def test_where_pictures_and_labels_lie(tmp_path: Path) -> None:
     (tmp_path / "several/data.yaml").write_text("train: [images/a]\n")
     assert folders(tmp_path / "several", "train")[0] == tmp_path / "several/images/a"
     (tmp_path / "several/data.yaml").write_text("train: [images/a, images/b]\n")
-    with pytest.raises(AcamkdError, match=r"data\.yaml: train must be one folder of pictures, not \['images/a', 'imag"):
+    with pytest.raises(AcamkdError, match=r"data\.yaml: train must be one folder of images, not \['images/a', 'imag"):
         folders(tmp_path / "several", "train")
-    with pytest.raises(AcamkdError, match=r"no folder of pictures for the split train; looked for .*\.\./train/images"):
+    with pytest.raises(AcamkdError, match=r"no folder of images for the split train; looked for .*\.\./train/images"):
         folders(tmp_path, "train")
     given = folders(tmp_path, "train", images=tmp_path / "a/images/b", labels=None)
     assert given == (tmp_path / "a/images/b", tmp_path / "a/labels/b")
     with pytest.raises(AcamkdError, match="has no `images` in its path: name the folder of labels in annotations"):
-        folders(tmp_path, "train", images=Path("/pictures"))
+        folders(tmp_path, "train", images=Path("/images"))
 
 
 def test_a_recipe_may_name_the_folders(tmp_path: Path) -> None:

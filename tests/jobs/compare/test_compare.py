@@ -141,7 +141,7 @@ def test_a_methods_name_is_one_that_files_can_have(recipe: Path, name: str) -> N
         config.load(recipe, [f"compare.methods={json.dumps({name: {}})}"])
 
 
-def test_a_stopped_cell_whose_pictures_have_moved_begins_anew(
+def test_a_stopped_cell_whose_images_have_moved_begins_anew(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     results = tmp_path / "results"
@@ -156,7 +156,7 @@ def test_a_stopped_cell_whose_pictures_have_moved_begins_anew(
     shutil.move(cell.recipe.data.root, tmp_path / "moved")
     assert moved.key == cell.key
     moved.run(results)
-    assert "acam-seed0: its pictures, teacher or device have moved since it stopped: it begins anew" in caplog.messages
+    assert "acam-seed0: its images, teacher or device have moved since it stopped: it begins anew" in caplog.messages
     assert len(json.loads((results / "acam-seed0.json").read_text())["history"]) == 2
 
 
@@ -282,7 +282,9 @@ def test_nothing_to_compare_is_said(
 
 
 @pytest.mark.parametrize("inherit", [[], ["decoder", "segmentation_head"]])
-def test_none_and_its_rival_start_from_the_same_student(inherit: list[str], recipe: Path, tmp_path: Path) -> None:
+def test_none_and_its_competing_method_start_from_the_same_student(
+    inherit: list[str], recipe: Path, tmp_path: Path
+) -> None:
     raw = config.load(recipe, ["losses.0.weight=1e-12", "compare.methods.idle={}", f"student.inherit={inherit}"])
     results = tmp_path / "results"
     cells = plan(raw, ["idle"], 1, results)
@@ -370,7 +372,7 @@ def test_where_all_cells_fail_that_is_what_is_said(recipe: Path, tmp_path: Path)
         )
 
 
-def test_cells_of_other_pictures_or_teachers_are_refused(recipe: Path, tmp_path: Path) -> None:
+def test_cells_of_other_images_or_teachers_are_refused(recipe: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
     loaded = config.load(recipe)
     with pytest.raises(AcamkdError, match="holds no cell of this comparison yet"):
@@ -392,11 +394,11 @@ def test_cells_of_other_pictures_or_teachers_are_refused(recipe: Path, tmp_path:
     with pytest.raises(AcamkdError, match="do not share their number of processes: remove acam-seed1"):
         tabulate(loaded, ["acam"], 3, results)
     for cell in cells:
-        unlabelled = {} if cell.method == "none" else {"unlabelled": "c"}
-        fake(cell, results, 40.0, data={"train": "a", "val": "b"} | unlabelled)
+        unlabeled = {} if cell.method == "none" else {"unlabelled": "c"}
+        fake(cell, results, 40.0, data={"train": "a", "val": "b"} | unlabeled)
     tabulate(loaded, ["acam"], 3, results)
     fake(cells[4], results, 40.0, data={"train": "x", "val": "b"})
-    with pytest.raises(AcamkdError, match="do not share their train pictures: remove none-seed2"):
+    with pytest.raises(AcamkdError, match="do not share their train images: remove none-seed2"):
         tabulate(loaded, ["acam"], 3, results)
 
 

@@ -104,4 +104,4 @@ def test_a_page_of_what_is_there(methods: list[str], tmp_path: Path) -> None:
     write_page(tmp_path / "page.html", recipe, summarize(cells), cells)
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert ("too few seeds" in text) == (len(methods) == 2)
-    assert ("Against the student alone" in text) == (len(methods) == 2)
+    assert ("Against the baseline" in text) == (len(methods) == 2)

@@ -90,37 +90,37 @@ def test_the_correction_can_take_a_verdict_back() -> None:
     assert table(scores | noise, {})["good"].verdict == "no evidence"
 
 
-def test_the_best_rival_is_of_another_class() -> None:
+def test_the_best_competing_method_is_of_another_class() -> None:
     rows = table(
         {"none": [1.0, 1.0], "acam": [5.0, 6.0], "acam-uniform": [7.0, 7.0], "cwd": [4.0, 4.0], "pkd": [3.0, 3.0]},
         {"acam-uniform": ("acam",)},
     )
-    assert rows["acam"].over_rival is not None
-    assert (rows["acam"].over_rival.other, rows["acam"].over_rival.mean) == ("cwd", 1.5)
-    assert rows["cwd"].over_rival is not None
-    assert rows["cwd"].over_rival.other == "acam-uniform"
-    assert rows["none"].over_rival is None
+    assert rows["acam"].over_best_other is not None
+    assert (rows["acam"].over_best_other.other, rows["acam"].over_best_other.mean) == ("cwd", 1.5)
+    assert rows["cwd"].over_best_other is not None
+    assert rows["cwd"].over_best_other.other == "acam-uniform"
+    assert rows["none"].over_best_other is None
     of_my_own = {"acam": [5.0, 6.0], "acam-mine": [7.0, 7.0], "cwd": [4.0, 4.0]}
-    rival = table(of_my_own, {"acam-mine": ("package.module:Mine",)})["acam"].over_rival
-    assert rival is not None
-    assert rival.other == "cwd"  # a variant by its name
+    best_other = table(of_my_own, {"acam-mine": ("package.module:Mine",)})["acam"].over_best_other
+    assert best_other is not None
+    assert best_other.other == "cwd"  # a variant by its name
 
 
-def test_a_rival_of_a_single_seed_is_the_best_only_where_all_are() -> None:
+def test_a_competing_method_of_a_single_seed_is_the_best_only_where_all_are() -> None:
     scores = {"none": [1.0, 1.0, 1.0], "acam": [5.0, 6.0, 6.0], "cwd": [4.0, 4.0, 4.0], "pkd": [9.0]}
-    rival = table(scores, {})["acam"].over_rival
-    assert rival is not None
-    assert rival.other == "cwd"
-    rival = table({name: values[:1] for name, values in scores.items()}, {})["acam"].over_rival
-    assert rival is not None
-    assert rival.other == "pkd"
+    best_other = table(scores, {})["acam"].over_best_other
+    assert best_other is not None
+    assert best_other.other == "cwd"
+    best_other = table({name: values[:1] for name, values in scores.items()}, {})["acam"].over_best_other
+    assert best_other is not None
+    assert best_other.other == "pkd"
 
 
 def test_methods_without_a_common_seed_are_not_compared() -> None:
     cells = [cell("none", 0, 1.0), cell("cwd", 1, 4.0), cell("pkd", 0, 2.0)]
     rows = {row.method: row for row in summarize(cells)}
-    assert (rows["cwd"].gain, rows["cwd"].over_rival, rows["cwd"].verdict) == (None, None, None)
-    assert rows["pkd"].over_rival is None
+    assert (rows["cwd"].gain, rows["cwd"].over_best_other, rows["cwd"].verdict) == (None, None, None)
+    assert rows["pkd"].over_best_other is None
     assert "nan" not in markdown(summarize(cells), cells)
 
 

@@ -52,7 +52,7 @@ def exported(run: Run) -> Export:
 
 
 @pytest.fixture
-def picture(run: Run) -> Path:
+def image(run: Run) -> Path:
     return sorted((run.recipe.data.root / "images/val").iterdir())[0]
 
 
@@ -80,7 +80,7 @@ def test_batches_of_any_size(run: Run, exported: Export) -> None:
         np.testing.assert_allclose(theirs, ours.numpy(), rtol=1e-3, atol=1e-4)
 
 
-def test_the_card_runs_what_lies_beside_it(run: Run, exported: Export, picture: Path) -> None:
+def test_the_card_runs_what_lies_beside_it(run: Run, exported: Export, image: Path) -> None:
     card = (exported.folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: onnx\npipeline_tag: ")
     for text in (f"| student | onnxruntime | {run.metrics['student'][exported.metric]:.2f} |", "TO FILL IN",
@@ -91,7 +91,7 @@ def test_the_card_runs_what_lies_beside_it(run: Run, exported: Export, picture: 
         f"import sys; sys.modules['acamkd'] = sys.modules['torch'] = None\n{by_onnxruntime}print(len(model.classes))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", alone.replace("picture.jpg", str(picture))],
+        [sys.executable, "-c", alone.replace("image.jpg", str(image))],
         cwd=exported.folder, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -123,7 +123,7 @@ def _write_card(folder: Path, recipe: config.Recipe, model: models.TaskModel, *,
     metric = "mAP" if recipe.task == "detection" else "mIoU"
     figures = SimpleNamespace(
         measured=[SimpleNamespace(network="student", runtime="PyTorch", scores={metric: 1.0}, cost=None)],
-        pictures=4, threads=1, difference=0.0, relative_difference=0.0,
+        images=4, threads=1, difference=0.0, relative_difference=0.0,
     )  # fmt: skip
     graph_inputs = [SimpleNamespace(shape=["batch", 3, 64, 96])]
     exported: Any = SimpleNamespace(classes=("a", "b"), session=SimpleNamespace(get_inputs=lambda: graph_inputs))
@@ -152,12 +152,12 @@ def test_an_export_shows_its_card_in_a_notebook(exported: Export) -> None:
 
 @pytest.mark.parametrize("run", ["segmentation"], indirect=True)
 def test_the_guides_code_runs(
-    run: Run, exported: Export, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    run: Run, exported: Export, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     by_onnxruntime, by_acamkd = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     shutil.copytree(exported.folder, tmp_path, dirs_exist_ok=True)
-    shutil.copy(picture, tmp_path / "picture.jpg")
+    shutil.copy(image, tmp_path / "image.jpg")
     shutil.copy(run.folder.parent / "recipe.yaml", tmp_path / "street.yaml")
     monkeypatch.chdir(tmp_path)
     exec(by_onnxruntime.replace("from onnx_model", "from acamkd.onnx_model"), {})
@@ -205,7 +205,7 @@ def test_a_file_that_computes_something_else_is_not_left_behind(
 
 @pytest.mark.parametrize("run", ["detection"], indirect=True)
 def test_the_full_graph_suppresses_boxes_itself(
-    run: Run, tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model: Any = run.load()
     torch.nn.init.normal_(model.net.head.classification_head.cls_logits.weight, std=0.1)  # or many scores are equal
@@ -214,7 +214,7 @@ def test_the_full_graph_suppresses_boxes_itself(
     assert figures.difference < 1e-5
     exported = OnnxModel(tmp_path / "full/student.onnx")
     assert exported.metadata["nms"] is None
-    pixels = np.array(Image.open(picture).convert("RGB"))
+    pixels = np.array(Image.open(image).convert("RGB"))
     (expected,) = model.predict([torch.from_numpy(pixels).permute(2, 0, 1)])
     found = exported.predict(pixels)
     np.testing.assert_allclose(found["scores"], expected["scores"].numpy(), atol=1e-5)
@@ -279,22 +279,22 @@ def test_an_export_goes_to_the_hub(exported: Export, monkeypatch: pytest.MonkeyP
         check_repository("student")
 
 
-def test_a_run_and_its_export_predict_alike(run: Run, exported: Export, picture: Path, tmp_path: Path) -> None:
-    ours = predict(run.folder, picture.parent, out=tmp_path / "run", score=0.0)
+def test_a_run_and_its_export_predict_alike(run: Run, exported: Export, image: Path, tmp_path: Path) -> None:
+    ours = predict(run.folder, image.parent, out=tmp_path / "run", score=0.0)
     # onnxruntime alone: torch is not importable there.
     script = (
         "import sys; sys.modules['torch'] = None; from pathlib import Path; from acamkd.predict import predict; "
-        f"predict(Path({str(exported.folder / 'student.onnx')!r}), Path({str(picture.parent)!r}), "
+        f"predict(Path({str(exported.folder / 'student.onnx')!r}), Path({str(image.parent)!r}), "
         f"out=Path({str(tmp_path / 'onnx')!r}), score=0.0)"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
-    names = sorted(file.name for file in picture.parent.iterdir())
+    names = sorted(file.name for file in image.parent.iterdir())
     for folder in (ours, tmp_path / "onnx"):
         assert sorted(file.name for file in (folder / "overlays").iterdir()) == names
-        assert Image.open(folder / "overlays" / names[0]).size == Image.open(picture).size
+        assert Image.open(folder / "overlays" / names[0]).size == Image.open(image).size
     if run.recipe.task == "segmentation":
-        (expected,) = run.load().predict([torch.from_numpy(np.array(Image.open(picture))).permute(2, 0, 1)])
-        masks = [np.array(Image.open(folder / f"masks/{picture.stem}.png")) for folder in (ours, tmp_path / "onnx")]
+        (expected,) = run.load().predict([torch.from_numpy(np.array(Image.open(image))).permute(2, 0, 1)])
+        masks = [np.array(Image.open(folder / f"masks/{image.stem}.png")) for folder in (ours, tmp_path / "onnx")]
         np.testing.assert_array_equal(masks[0], expected["mask"].numpy())
         assert (masks[0] == masks[1]).mean() > 0.999
         return
@@ -304,7 +304,7 @@ def test_a_run_and_its_export_predict_alike(run: Run, exported: Export, picture:
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
     assert {box["category_name"] for box in by_run} <= set(run.recipe.data.classes or ())
     assert set(by_run[0]) == {"file_name", "category_id", "category_name", "bbox", "score"}
-    strict = predict(run.folder, picture, out=tmp_path / "strict", score=1.0)
+    strict = predict(run.folder, image, out=tmp_path / "strict", score=1.0)
     assert json.loads((strict / "predictions.json").read_text()) == []
 
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from acamkd import config, models
-from acamkd.data.image_io import read_picture as read_as_tensor
+from acamkd.data.image_io import read_image as read_as_tensor
 from acamkd.errors import AcamkdError
 from acamkd.jobs.export.graph import DenseGraph
-from acamkd.jobs.export.onnx_model import OnnxModel, detections, frame_size, read_picture, resize, resize_smoothly
+from acamkd.jobs.export.onnx_model import OnnxModel, detections, frame_size, read_image, resize, resize_smoothly
 from acamkd.models.segmentation import frame_size as segmentation_size
 
 SIZES = [(7, 9), (20, 30), (13, 17), (26, 34), (40, 5)]
@@ -61,7 +61,7 @@ def test_detections_are_those_of_torchvision(arch: str) -> None:
     assert 5 < len(found["scores"]) <= 40
     np.testing.assert_allclose(found["scores"], expected["scores"].numpy(), rtol=1e-5)
     np.testing.assert_array_equal(found["labels"], expected["labels"].numpy())
-    scale = np.array([1, 0.5, 1, 0.5])  # decode gives pixels of the picture
+    scale = np.array([1, 0.5, 1, 0.5])  # decode gives pixels of the image
     np.testing.assert_allclose(found["boxes"] * scale, expected["boxes"].numpy(), atol=1e-3)
 
 
@@ -73,18 +73,18 @@ def test_no_box_above_the_threshold_is_no_detection() -> None:
     assert {name: values.shape for name, values in found.items()} == {"boxes": (0, 4), "scores": (0,), "labels": (0,)}
 
 
-def test_pictures_are_read_as_in_training(tmp_path: Path) -> None:
+def test_images_are_read_as_in_training(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 255, (6, 9, 4), dtype=np.uint8)
     turned = Image.Exif()
     turned[0x0112] = 6
     Image.fromarray(pixels).save(tmp_path / "alpha.png")
-    Image.fromarray(pixels[..., 0]).save(tmp_path / "grey.png")
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "gray.png")
     Image.fromarray(pixels[..., :3]).save(tmp_path / "turned.jpg", exif=turned)
     for file in sorted(tmp_path.iterdir()):
-        np.testing.assert_array_equal(read_picture(file), read_as_tensor(file).permute(1, 2, 0).numpy())
+        np.testing.assert_array_equal(read_image(file), read_as_tensor(file).permute(1, 2, 0).numpy())
     Image.fromarray(pixels[..., 0].astype(np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(AcamkdError, match=r"deep\.png: the picture cannot be read: .*save it with 8 bits per channel"):
-        read_picture(tmp_path / "deep.png")
+    with pytest.raises(AcamkdError, match=r"deep\.png: the image cannot be read: .*save it with 8 bits per channel"):
+        read_image(tmp_path / "deep.png")
 
 
 def test_what_is_no_export_is_refused(tmp_path: Path) -> None:

@@ -208,18 +208,18 @@ def textbook(
         if imitation == "softmax":
             p_student, p_teacher = ((x.flatten(2) / temperature).softmax(dim=summed[kind]) for x in (student, teacher))
             divergence = temperature**2 * (p_teacher * (p_teacher / p_student).log()).sum(dim=summed[kind])  # (N, K)
-            normalised = (read.square() * divergence.unsqueeze(1)).sum(dim=2) / read.sum(dim=2)
+            normalized = (read.square() * divergence.unsqueeze(1)).sum(dim=2) / read.sum(dim=2)
         elif imitation == "correlation":
             p_student, p_teacher = ((x.flatten(2) / temperature).softmax(dim=1) for x in (student, teacher))
-            centred = [p - p.mean(dim=summed[kind], keepdim=True) for p in (p_student, p_teacher)]
-            lengths = [p.norm(dim=summed[kind]) for p in centred]
-            similar = (centred[0] * centred[1]).sum(dim=summed[kind]) / (lengths[0] * lengths[1] + 1e-8)
+            centered = [p - p.mean(dim=summed[kind], keepdim=True) for p in (p_student, p_teacher)]
+            lengths = [p.norm(dim=summed[kind]) for p in centered]
+            similar = (centered[0] * centered[1]).sum(dim=summed[kind]) / (lengths[0] * lengths[1] + 1e-8)
             distance = temperature**2 * (1 - similar)
-            normalised = (read.square() * distance.unsqueeze(1)).sum(dim=2) / read.sum(dim=2)
+            normalized = (read.square() * distance.unsqueeze(1)).sum(dim=2) / read.sum(dim=2)
         else:
             norms = (read.view(shapes[kind]) * difference).square().sum(dim=(2, 3, 4))  # (N, M)
-            normalised = norms / (complement[kind] * read.sum(dim=2))
-        terms[kind] = weight * normalised.mean()
+            normalized = norms / (complement[kind] * read.sum(dim=2))
+        terms[kind] = weight * normalized.mean()
         if mask_grad == "look_ahead":
             assert task_gradient is not None
             slope = 2 * (student - teacher).detach().flatten(2) / complement[kind]  # of the mean squared error
@@ -592,7 +592,7 @@ def test_a_collapse_is_said_once_or_stops(numbered: bool, caplog: pytest.LogCapt
 
 
 def test_masks_of_a_single_position_have_not_collapsed() -> None:
-    """The last level of a pyramid over small pictures: nothing to choose, and no reason to stop."""
+    """The last level of a pyramid over small images: nothing to choose, and no reason to stop."""
     loss = ACAM(3, 4, masks="spatial", mask_grad="detached", on_mask_collapse="stop").double()
     loss(*maps(2, 3, 4, 1, 1), DistillationContext(step=WATCH_EVERY - 1))
     assert loss.statistics["spatial_mask_std"] == 0

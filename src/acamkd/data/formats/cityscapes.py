@@ -23,7 +23,7 @@ CLASSES = tuple(TRAINED.values())
 LABEL_IDS = {
     **dict.fromkeys(range(34), VOID),
     **{label: train for train, label in enumerate(TRAINED)},
-    VOID: VOID,  # -1, the licence plate, in 8 bits
+    VOID: VOID,  # -1, the license plate, in 8 bits
 }
 """Value in labelIds masks -> train id."""
 
@@ -33,8 +33,8 @@ IMAGE, TRAIN_IDS, IDS = "_leftImg8bit.png", "_gtFine_labelTrainIds.png", "_gtFin
 class Cityscapes(MaskDataset):
     """Semantic segmentation of `leftImg8bit/SPLIT/CITY/*` by `gtFine/SPLIT/CITY/*`.
 
-    The masks of train ids that Cityscapes' own scripts make are taken where every picture has one; otherwise those of
-    label ids, mapped to train ids. Pictures that have coarse masks only cannot be used.
+    The masks of train ids that Cityscapes' own scripts make are taken where every image has one; otherwise those of
+    label ids, mapped to train ids. Images that have coarse masks only cannot be used.
 
     Args:
         root: Folder with `leftImg8bit` and `gtFine`.
@@ -57,13 +57,13 @@ class Cityscapes(MaskDataset):
         seed: int = 0,
     ) -> None:
         check_classes(classes, CLASSES, "the classes of Cityscapes")
-        pictures, fine = root / "leftImg8bit" / split, root / "gtFine" / split
-        for folder in (pictures, fine):
+        images, fine = root / "leftImg8bit" / split, root / "gtFine" / split
+        for folder in (images, fine):
             if not folder.is_dir():
                 coarse = root / "gtCoarse" / split
                 advice = f"; {coarse} is there, but coarse masks are not read" if coarse.is_dir() else ""
                 raise AcamkdError(f"cannot read the folder {folder}: there is no such folder{advice}")
-        files = sorted(pictures.glob(f"*/*{IMAGE}"))
+        files = sorted(images.glob(f"*/*{IMAGE}"))
 
         def masks(suffix: str) -> list[Path]:
             return [fine / file.parent.name / file.name.replace(IMAGE, suffix) for file in files]
@@ -78,4 +78,4 @@ class Cityscapes(MaskDataset):
             seed=seed,
         )
         if not files:
-            self.problems.append(f"{pictures}: the folder holds no pictures CITY/*{IMAGE}")
+            self.problems.append(f"{images}: the folder holds no images CITY/*{IMAGE}")

@@ -1,4 +1,4 @@
-"""Pictures with boxes in one COCO JSON."""
+"""Images with boxes in one COCO JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures with one mask of class ids each."""
+"""Images with one mask of class ids each."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from acamkd.data.checks import describe, twins
-from acamkd.data.dataset import PictureDataset, Transform
+from acamkd.data.dataset import ImageDataset, Transform
 from acamkd.data.image_io import files_of, opened
-from acamkd.errors import AcamkdError, PictureError
-from acamkd.files import PICTURES
+from acamkd.errors import AcamkdError, ImageError
+from acamkd.files import IMAGE_SUFFIXES
 from acamkd.models.base import VOID, PixelSize, Target
 
 
-class MaskDataset(PictureDataset):
-    """Semantic segmentation: pictures and as many PNG masks, 8-bit grey or palette.
+class MaskDataset(ImageDataset):
+    """Semantic segmentation: images and as many PNG masks, 8-bit gray or palette.
 
     Args:
-        files: Pictures.
+        files: Images.
         masks: Their masks, in the same order.
         classes: Names of the ids 0..K-1.
         ids: Class id, or VOID, of each value that a mask may hold; None for 0..K-1 and VOID as they are.
@@ -47,23 +47,23 @@ class MaskDataset(PictureDataset):
         self._table = torch.tensor([self.ids.get(value, -1) for value in range(256)])
 
     def target(self, index: int, size: PixelSize) -> Target:
-        """`mask` (H, W) int64, VOID where nothing is known; a PictureError if it holds other values."""
+        """`mask` (H, W) int64, VOID where nothing is known; a ImageError if it holds other values."""
         file = self.annotation_files[index]
         with _opened_mask(file) as image:
             values = _ids(image)
         mask = self._table[values.long()]
         if mask.min() < 0:
-            raise PictureError(f"{file}: {self._unknown(torch.unique(values).tolist())}")
+            raise ImageError(f"{file}: {self._unknown(torch.unique(values).tolist())}")
         return {"mask": tv_tensors.Mask(mask)}
 
     def inspect(self, index: int, size: PixelSize, *, decode: bool) -> list[str]:
-        """The mask must have its picture's size, one channel, and known ids only."""
+        """The mask must have its image's size, one channel, and known ids only."""
         file = self.annotation_files[index]
         try:
             with _opened_mask(file) as image:
                 mask_size = (image.height, image.width)
                 values = torch.unique(_ids(image)).tolist() if decode else []
-        except PictureError as error:
+        except ImageError as error:
             return [str(error)]
         if mask_size != size:
             return [f"{file}: the mask has {describe(mask_size)}, but {self.files[index].name} has {describe(size)}"]
@@ -83,10 +83,10 @@ class MaskDataset(PictureDataset):
 
 
 class MaskFolder(MaskDataset):
-    """A folder of pictures and a folder of PNG masks of the same names.
+    """A folder of images and a folder of PNG masks of the same names.
 
     Args:
-        images: Folder of pictures (jpg, jpeg, png, bmp, webp).
+        images: Folder of images (jpg, jpeg, png, bmp, webp).
         masks: Folder of PNG masks whose values are class ids.
         classes: Names of the ids 0..K-1.
         ignore_index: Value of pixels that neither train nor count.
@@ -107,9 +107,9 @@ class MaskFolder(MaskDataset):
         transform: Transform | None = None,
         seed: int = 0,
     ) -> None:
-        pictures, by_stem = files_of(images, PICTURES), files_of(masks, (".png",))
+        files, by_stem = files_of(images, IMAGE_SUFFIXES), files_of(masks, (".png",))
         mask_of = {file.stem: file for file in by_stem}
-        paired = [file for file in pictures if file.stem in mask_of]
+        paired = [file for file in files if file.stem in mask_of]
         super().__init__(
             paired,
             [mask_of[file.stem] for file in paired],
@@ -118,14 +118,14 @@ class MaskFolder(MaskDataset):
             transform=transform,
             seed=seed,
         )
-        stems = {file.stem for file in pictures}
-        if not pictures:
-            self.problems.append(f"{images}: the folder holds no pictures ({', '.join(PICTURES)})")
+        stems = {file.stem for file in files}
+        if not files:
+            self.problems.append(f"{images}: the folder holds no images ({', '.join(IMAGE_SUFFIXES)})")
         self.problems += [
-            f"{file}: the picture has no mask {masks / file.stem}.png" for file in pictures if file.stem not in mask_of
+            f"{file}: the image has no mask {masks / file.stem}.png" for file in files if file.stem not in mask_of
         ]
-        self.problems += [f"{file}: the mask has no picture in {images}" for file in by_stem if file.stem not in stems]
-        self.problems += twins(pictures, "mask")
+        self.problems += [f"{file}: the mask has no image in {images}" for file in by_stem if file.stem not in stems]
+        self.problems += twins(files, "mask")
 
     def _unknown(self, values: Sequence[int]) -> str:
         text = super()._unknown(values)
@@ -135,7 +135,7 @@ class MaskFolder(MaskDataset):
 
 
 def _ids(mask: Image.Image) -> Tensor:
-    """(H, W) uint8, values as stored; a palette's colours do not matter."""
+    """(H, W) uint8, values as stored; a palette's colors do not matter."""
     return torch.from_numpy(np.array(mask, dtype=np.uint8))
 
 
@@ -145,6 +145,6 @@ def _opened_mask(file: Path) -> Iterator[Image.Image]:
     with opened(file, "mask") as image:
         if image.mode not in ("1", "L", "P"):
             raise AcamkdError(
-                f"it is of mode {image.mode}; save class ids, as 8-bit grey or with a palette, not colours or 16 bits"
+                f"it is of mode {image.mode}; save class ids, as 8-bit gray or with a palette, not colors or 16 bits"
             )
         yield image

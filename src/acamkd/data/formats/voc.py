@@ -1,4 +1,4 @@
-"""Pascal VOC: pictures with an XML of boxes, or a palette mask, each; splits are lists of names."""
+"""Pascal VOC: images with an XML of boxes, or a palette mask, each; splits are lists of names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from acamkd.data.dataset import Transform
 from acamkd.data.formats.masks import MaskDataset
 from acamkd.data.image_io import lines_of
 from acamkd.errors import AcamkdError, nearest
-from acamkd.files import PICTURES
+from acamkd.files import IMAGE_SUFFIXES
 from acamkd.models.base import PixelSize
 
 CLASSES = (
@@ -59,7 +59,7 @@ class VocDetection(BoxDataset):
         read: list[Element | str] = [_read(file) for file in files]  # or what is wrong with it
         sizes = [None if isinstance(each, str) else _size(each) for each in read]
         super().__init__(
-            [_picture(root, name) for name in names],
+            [_image(root, name) for name in names],
             files,
             classes or _classes(root),
             source=listing,
@@ -123,7 +123,7 @@ class VocSegmentation(MaskDataset):
     ) -> None:
         names, listing = _names(root, "Segmentation", split)
         super().__init__(
-            [_picture(root, name) for name in names],
+            [_image(root, name) for name in names],
             [root / "SegmentationClass" / f"{name}.png" for name in names],
             classes or ("background", *CLASSES),
             transform=transform,
@@ -134,7 +134,7 @@ class VocSegmentation(MaskDataset):
 
 
 def _names(root: Path, task: str, split: str) -> tuple[list[str], Path]:
-    """Names of a split's pictures, and the list that they stand in."""
+    """Names of a split's images, and the list that they stand in."""
     listing = root / "ImageSets" / task / f"{split}.txt"
     if not listing.is_file():
         known = sorted(file.stem for file in listing.parent.glob("*.txt") if "_" not in file.stem)
@@ -148,12 +148,12 @@ def _names(root: Path, task: str, split: str) -> tuple[list[str], Path]:
 def _name(root: Path, line: str) -> str:
     """The name in a line; the lists of single classes have 1, 0 or -1 behind it, but a name may end like that, too."""
     name = re.sub(r"\s+(1|0|-1)$", "", line)
-    return line if name != line and _picture(root, line).is_file() else name
+    return line if name != line and _image(root, line).is_file() else name
 
 
-def _picture(root: Path, name: str) -> Path:
-    """The picture of a name; VOC's own are .jpg."""
-    found = (root / "JPEGImages" / f"{name}{suffix}" for suffix in PICTURES)
+def _image(root: Path, name: str) -> Path:
+    """The image of a name; VOC's own are .jpg."""
+    found = (root / "JPEGImages" / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES)
     return next((file for file in found if file.is_file()), root / "JPEGImages" / f"{name}.jpg")
 
 

@@ -1,4 +1,4 @@
-"""YOLO's text files: one per picture, one line `class cx cy w h` per box, in shares of the picture."""
+"""YOLO's text files: one per image, one line `class cx cy w h` per box, in shares of the image."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from acamkd.data.checks import check_classes, twins
 from acamkd.data.dataset import Transform
 from acamkd.data.image_io import files_of, lines_of
 from acamkd.errors import AcamkdError
-from acamkd.files import PICTURES
+from acamkd.files import IMAGE_SUFFIXES
 
 NAMES = "data.yaml"
 
 
 class YoloDetection(BoxDataset):
-    """Object detection: a folder of pictures, and beside it a folder of text files of the same names.
+    """Object detection: a folder of images, and beside it a folder of text files of the same names.
 
-    Class k of the files is label k + 1. A picture whose file is missing or empty has no boxes.
+    Class k of the files is label k + 1. An image whose file is missing or empty has no boxes.
 
     Args:
-        images: Folder of pictures; its labels lie in the folder that has `labels` where its path has `images`.
+        images: Folder of images; its labels lie in the folder that has `labels` where its path has `images`.
         labels: The folder of labels, if it lies elsewhere.
         classes: Names in the order of their numbers.
         transform: Random changes.
@@ -43,25 +43,25 @@ class YoloDetection(BoxDataset):
         transform: Transform | None = None,
         seed: int = 0,
     ) -> None:
-        pictures, texts = files_of(images, PICTURES), {file.stem: file for file in files_of(labels, (".txt",))}
+        files, texts = files_of(images, IMAGE_SUFFIXES), {file.stem: file for file in files_of(labels, (".txt",))}
         super().__init__(
-            pictures,
-            [texts[file.stem] for file in pictures if file.stem in texts],
+            files,
+            [texts[file.stem] for file in files if file.stem in texts],
             classes,
             source=labels,
             sizes=None,
             transform=transform,
             seed=seed,
         )
-        if not pictures:
-            self.problems.append(f"{images}: the folder holds no pictures ({', '.join(PICTURES)})")
-        self.problems += twins(pictures, "boxes")
-        stems = {file.stem for file in pictures} | {"classes"}  # which some tools write there
+        if not files:
+            self.problems.append(f"{images}: the folder holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        self.problems += twins(files, "boxes")
+        stems = {file.stem for file in files} | {"classes"}  # which some tools write there
         if lost := [file.name for stem, file in texts.items() if stem not in stems]:
-            self.warnings.append(f"{labels}: {len(lost)} files have no picture in {images} ({', '.join(lost[:3])})")
+            self.warnings.append(f"{labels}: {len(lost)} files have no image in {images} ({', '.join(lost[:3])})")
         self._gather(
             (f"{texts[file.stem]}:{number}", (index, line))
-            for index, file in enumerate(pictures)
+            for index, file in enumerate(files)
             if file.stem in texts
             for number, line in enumerate(lines_of(texts[file.stem]), start=1)
             if line.strip()
@@ -77,21 +77,21 @@ class YoloDetection(BoxDataset):
         if not 0 <= number < len(self.classes):
             raise AcamkdError(f"class {number} is none of the {len(self.classes)}, 0 to {len(self.classes) - 1}")
         if not (0 <= cx <= 1 and 0 <= cy <= 1):
-            raise AcamkdError(f"the centre ({cx:g}, {cy:g}) must be shares of width and height from 0 to 1, not pixels")
+            raise AcamkdError(f"the center ({cx:g}, {cy:g}) must be shares of width and height from 0 to 1, not pixels")
         return Box(index, number + 1, (cx - width / 2, cy - height / 2, cx + width / 2, cy + height / 2))
 
 
 def folders(root: Path, split: str, *, images: Path | None = None, labels: Path | None = None) -> tuple[Path, Path]:
-    """Where a split's pictures and labels lie.
+    """Where a split's images and labels lie.
 
     Args:
         root: The data set.
         split: Name of the split: a key of data.yaml, or a folder in `images`.
-        images: The folder of pictures, if it is known.
+        images: The folder of images, if it is known.
         labels: The folder of labels, likewise.
 
     Raises:
-        AcamkdError: There is no such folder of pictures, or there are several, or the labels' place does not follow.
+        AcamkdError: There is no such folder of images, or there are several, or the labels' place does not follow.
     """
     if images is None:
         given = _content(root).get(split) or f"images/{split}"
@@ -99,7 +99,7 @@ def folders(root: Path, split: str, *, images: Path | None = None, labels: Path 
             (given,) = given
         if not isinstance(given, str):
             raise AcamkdError(
-                f"{root / NAMES}: {split} must be one folder of pictures, not {given!r}: lay them into one, or "
+                f"{root / NAMES}: {split} must be one folder of images, not {given!r}: lay them into one, or "
                 "give the split's `images`"
             )
         # Exports of Roboflow say ../train/images for what is train/images beside their data.yaml.
@@ -107,7 +107,7 @@ def folders(root: Path, split: str, *, images: Path | None = None, labels: Path 
         images = next((folder for folder in candidates if folder.is_dir()), None)
         if images is None:
             raise AcamkdError(
-                f"there is no folder of pictures for the split {split}; looked for {', '.join(map(str, candidates))}: "
+                f"there is no folder of images for the split {split}; looked for {', '.join(map(str, candidates))}: "
                 "give the split's `images` in data.train and data.val"
             )
     if labels is None:

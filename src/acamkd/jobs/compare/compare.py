@@ -42,7 +42,7 @@ def compare(
 
     Args:
         recipe: What is compared on.
-        methods: Names in the recipe's `compare.methods`, or of `acamkd methods`; the student alone is always there.
+        methods: Names in the recipe's `compare.methods`, or of `acamkd methods`; the baseline is always there.
         seeds: Trainings per method, with the seeds 0, 1, ...
         results: Folder of the cells' JSON files and of the tables.
         command: The command line that runs one cell of the plan, by its number.
@@ -50,7 +50,7 @@ def compare(
         jobs: Cells that run at the same time.
 
     Raises:
-        AcamkdError: A method is unknown, cells failed, or they do not share their pictures, teacher and number of
+        AcamkdError: A method is unknown, cells failed, or they do not share their images, teacher and number of
             processes.
     """
     end = None if seconds is None else time.monotonic() + seconds
@@ -187,10 +187,10 @@ def expected_seconds(cell: Cell, cells: Sequence[Cell], results: Path) -> float 
 
 
 def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results: Path) -> list[Row]:
-    """Write the tables of the cells that are there; needs neither pictures nor weights.
+    """Write the tables of the cells that are there; needs neither images nor weights.
 
     Raises:
-        AcamkdError: There is none, or they do not share their pictures, teacher and number of processes.
+        AcamkdError: There is none, or they do not share their images, teacher and number of processes.
     """
     # With the setting, which a cell that was run before the tuning does not know of.
     done = [
@@ -202,8 +202,8 @@ def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results:
     if not found:
         raise AcamkdError(f"{results} holds no cell of this comparison yet")
     shared = {
-        f"{split} pictures": [content["data"].get(split) for _, content in done]
-        for split in ("train", "val", "unlabelled")  # the student alone sees nothing unlabelled
+        f"{split} images": [content["data"].get(split) for _, content in done]
+        for split in ("train", "val", "unlabelled")  # the baseline sees nothing unlabeled
     } | {
         "teacher": [
             content["teacher"]["sha256"] if content["teacher"] else content.get("inherited") for _, content in done

@@ -1,4 +1,4 @@
-"""The comparison as one HTML file that opens anywhere, without a network; needs neither pictures nor weights."""
+"""The comparison as one HTML file that opens anywhere, without a network; needs neither images nor weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOVEMENTS = {"": "mean", "_std": "variation", "_overlap": "diversity"}
 
 @dataclass(frozen=True)
 class Difference:
-    """One method against the student alone.
+    """One method against the baseline.
 
     Attributes:
         row: Its figures.
@@ -91,7 +91,7 @@ def _axis(differences: Sequence[Difference]) -> tuple[float, float]:
 
 
 def _hues(rows: Sequence[Row]) -> dict[str, str]:
-    """Colour of each method, the same in every chart."""
+    """Color of each method, the same in every chart."""
     methods = [row.method for row in rows if row.method != NONE]
     return {NONE: "alone", "teacher": "teacher", **{method: f"c{k % 8}" for k, method in enumerate(methods)}}
 

@@ -55,9 +55,9 @@ class Row:
         n: Number of seeds.
         mean: Metric at the last epoch, mean over the seeds.
         std: Its standard deviation over the seeds (n - 1); None with one seed.
-        gain: Against the student alone; None for that itself, and without a common seed.
+        gain: Against the baseline; None for that itself, and without a common seed.
         p_corrected: Holm's correction of `gain.p` over the methods of the table.
-        over_rival: Against the best method that is no variant of it and shares a seed with it; of those with enough
+        over_best_other: Against the best method that is no variant of it and shares a seed; of those with enough
             seeds, where there are some.
         verdict: `gain` or `harm` where the corrected p is below 0.05 and the interval is on that side of 0.
         minutes: Median wall time.
@@ -70,7 +70,7 @@ class Row:
     std: float | None
     gain: Paired | None
     p_corrected: float | None
-    over_rival: Paired | None
+    over_best_other: Paired | None
     verdict: Verdict | None
     minutes: float
 
@@ -157,8 +157,8 @@ def summarize(cells: Cells) -> list[Row]:
             other for other in scores
             if families[other] and not families[other] & families[method] and values.keys() & scores[other].keys()
         ]  # fmt: skip
-        rivals = [other for other in others if len(scores[other]) >= SEEDS_NEEDED] or others
-        rival = max(rivals, key=means.__getitem__, default=None) if families[method] else None
+        candidates = [other for other in others if len(scores[other]) >= SEEDS_NEEDED] or others
+        best_other = max(candidates, key=means.__getitem__, default=None) if families[method] else None
         gain = gains.get(method)
         rows.append(
             Row(
@@ -169,7 +169,7 @@ def summarize(cells: Cells) -> list[Row]:
                 std=float(np.std(list(values.values()), ddof=1)) if len(values) > 1 else None,
                 gain=gain,
                 p_corrected=corrected.get(method),
-                over_rival=paired(values, scores[rival], rival) if rival else None,
+                over_best_other=paired(values, scores[best_other], best_other) if best_other else None,
                 verdict=_verdict(gain, corrected.get(method)) if gain else None,
                 minutes=float(np.median([cell["wall_time"] for cell in cells if cell["method"] == method])) / 60,
             )

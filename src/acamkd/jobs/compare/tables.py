@@ -34,13 +34,14 @@ def markdown(rows: Sequence[Row], cells: Cells, tuning: Cells = ()) -> str:
     metric = cells[0]["metric"]
     teachers = {cell["teacher"]["sha256"][:12]: cell["teacher"][metric] for cell in cells if cell["teacher"]}
     lines = [
-        f"{metric} in percent on the validation pictures after the last epoch, mean and deviation over n seeds. "
-        "One seed gives every method the same initial student, pictures and augmentation, so differences are paired: "
+        f"{metric} in percent on the validation images after the last epoch, mean and deviation over n seeds. "
+        "One seed gives every method the same initial student, images and augmentation, so differences are paired: "
         "mean, bootstrap 95 % interval, p of the paired t test with Holm's correction for the number of methods.",
         "",
         *(f"Teacher {digest}: {DASH if score is None else f'{score:.2f}'}." for digest, score in teachers.items()),
         "",
-        f"| method | setting | n | {metric} | against `{NONE}` | p | verdict | against the best rival | minutes |",
+        f"| method | setting | n | {metric} | against `{NONE}` | p | verdict | against the best competing method "
+        "| minutes |",
         "|---|---|---|---|---|---|---|---|---|",
         *(_line(row) for row in rows),
         "",
@@ -54,10 +55,10 @@ def markdown(rows: Sequence[Row], cells: Cells, tuning: Cells = ()) -> str:
 def _line(row: Row) -> str:
     spread = f" ± {row.std:.2f}" if row.std is not None else ""
     setting = f"{row.setting:g}" if row.setting is not None else DASH
-    rival = f"{_difference(row.over_rival)} ({row.over_rival.other})" if row.over_rival else DASH
+    best_other = f"{_difference(row.over_best_other)} ({row.over_best_other.other})" if row.over_best_other else DASH
     cells = (
         f"`{row.method}`", setting, str(row.n), f"{row.mean:.2f}{spread}",
-        _difference(row.gain) if row.gain else DASH, row.p_text or DASH, row.verdict or DASH, rival,
+        _difference(row.gain) if row.gain else DASH, row.p_text or DASH, row.verdict or DASH, best_other,
         f"{row.minutes:.1f}",
     )  # fmt: skip
     return f"| {' | '.join(cells)} |"
@@ -119,7 +120,7 @@ def _course(means: Sequence[float] | None) -> str:
 def figure(file: Path, rows: Sequence[Row], cells: Cells, metric: str) -> None:
     """Differences with their intervals, and the metric over the epochs."""
     height = 1.2 + 0.34 * len(rows)
-    picture, (left, right) = plt.subplots(1, 2, figsize=(11, max(3.2, height)), layout="constrained")
+    image, (left, right) = plt.subplots(1, 2, figsize=(11, max(3.2, height)), layout="constrained")
     compared = [row for row in rows if row.gain is not None]
     methods = [row.method for row in rows if row.method != NONE]
     palette = plt.get_cmap("tab10" if len(methods) <= 10 else "tab20")
@@ -129,7 +130,7 @@ def figure(file: Path, rows: Sequence[Row], cells: Cells, metric: str) -> None:
         if row.gain.low is not None and row.gain.high is not None:
             left.plot([row.gain.low, row.gain.high], [place, place], color=colors[row.method], linewidth=2)
         left.plot(row.gain.mean, place, "o", color=colors[row.method])
-    left.axvline(0, color="grey", linewidth=1)
+    left.axvline(0, color="gray", linewidth=1)
     left.set_yticks(range(len(compared)), [f"{row.method} (n {row.n})" for row in reversed(compared)])
     left.set_xlabel(f"{metric} against {NONE}, points (95 % interval)")
     for row in rows:
@@ -143,5 +144,5 @@ def figure(file: Path, rows: Sequence[Row], cells: Cells, metric: str) -> None:
     right.set_xlabel("epoch")
     right.set_ylabel(f"{metric}, mean over the seeds")
     right.legend(fontsize="small", ncols=2)
-    picture.savefig(file, dpi=130)
-    plt.close(picture)
+    image.savefig(file, dpi=130)
+    plt.close(image)

@@ -28,7 +28,7 @@ from acamkd.errors import AcamkdError, nearest
 log = logging.getLogger(__name__)
 
 NONE = "none"
-"""The student alone."""
+"""The baseline."""
 
 TUNING_SEED = 1000
 """The first seed of the tuning cells, which the table does not use."""
@@ -67,7 +67,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Hash of everything that the outcome depends on but the seed, the pictures, the teacher and the machine.
+        """Hash of everything that the outcome depends on but the seed, the images, the teacher and the machine.
 
         Weights and tokens count by the names of their files.
         """
@@ -109,8 +109,8 @@ class Cell:
         resume = Run(folder, self.recipe, "student").has_checkpoint
         try:
             run = job(self.recipe, out=folder, resume=resume, overwrite=not resume)
-        except OtherRunError:  # the key does not count where pictures and teacher lie, and the device
-            log.warning("%s: its pictures, teacher or device have moved since it stopped: it begins anew", self.name)
+        except OtherRunError:  # the key does not count where images and teacher lie, and the device
+            log.warning("%s: its images, teacher or device have moved since it stopped: it begins anew", self.name)
             run = job(self.recipe, out=folder, overwrite=True)
         if not is_first_process():  # the others have no figures
             return
@@ -147,7 +147,7 @@ class Cell:
             (folder / file).unlink(missing_ok=True)  # the largest files, and of no more use
         if not has_score:
             raise AcamkdError(
-                f"{self.name}: {name} has no basis, since in the validation pictures every pixel is void, or every box "
+                f"{self.name}: {name} has no basis, since in the validation images every pixel is void, or every box "
                 "a crowd: check data.val and data.ignore_index"
             )
 
@@ -155,7 +155,7 @@ class Cell:
 def plan(recipe: config.Recipe, methods: Sequence[str], seeds: int, results: Path) -> list[Cell]:
     """Every cell of a comparison, in the order in which they are worth running.
 
-    The tuning cells come first, then seed after seed with all methods, the student alone among them.
+    The tuning cells come first, then seed after seed with all methods, the baseline among them.
 
     Raises:
         AcamkdError: A method is unknown, or its overrides do not fit.

@@ -1,4 +1,4 @@
-"""The text that goes with an exported network: what it is, what it learnt from, how well it does, how to use it."""
+"""The text that goes with an exported network: what it is, what it learned from, how well it does, how to use it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def write_card(
-    file: Path, run: Run, model: TaskModel, exported: OnnxModel, figures: Export, licence: str | None = None
+    file: Path, run: Run, model: TaskModel, exported: OnnxModel, figures: Export, license: str | None = None
 ) -> None:
     """Write a model card in Markdown, with the Hub's metadata on top.
 
@@ -30,7 +30,7 @@ def write_card(
         model: Its network.
         exported: The ONNX file.
         figures: What the export measured.
-        licence: Of the weights, as the Hub names it; the card asks for one where it is not given.
+        license: Of the weights, as the Hub names it; the card asks for one where it is not given.
     """
     recipe = run.recipe
     section = recipe.teacher if run.role == "teacher" else recipe.student
@@ -51,7 +51,7 @@ def write_card(
         shape=exported.session.get_inputs()[0].shape,
         figures=figures,
         metrics=[name for name in figures.measured[-1].scores if "/" not in name],  # without those of single classes
-        licence=licence,
+        license=license,
         version=__version__,
     )  # fmt: skip
     file.write_text(text.lstrip(), encoding="utf-8")  # the Hub reads its metadata from the first line on
@@ -66,8 +66,8 @@ def _describe(loss: config.Loss) -> str:
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("acamkd.jobs.export", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True,
+        loader=PackageLoader("acamkd.jobs.export", "."), undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.filters["python"] = repr
     environment.filters["percent"] = lambda value: "-" if value is None or value != value else f"{value:.2f}"

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from acamkd import __version__, data
-from acamkd.data import PictureDataset
-from acamkd.engine.metrics import METRICS, Scorer
+from acamkd.data import ImageDataset
 from acamkd.engine.cost import Cost, cost, median_milliseconds, threads
+from acamkd.engine.metrics import METRICS, Scorer
 from acamkd.engine.runs import Run
 from acamkd.errors import AcamkdError
 from acamkd.jobs.export import onnx_model
@@ -39,7 +39,7 @@ LARGEST_DIFFERENCE = 1e-3
 LARGEST_METRIC_DIFFERENCE = 0.1
 """In points."""
 
-COMPARED_PICTURES = 8
+COMPARED_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Measured:
     Attributes:
         network: `teacher` or `student`.
         runtime: `PyTorch` or `onnxruntime`.
-        scores: Every metric on the validation pictures, in percent.
+        scores: Every metric on the validation images, in percent.
         cost: Of one prediction; None where a teacher's weights are gone.
     """
 
@@ -70,7 +70,7 @@ class Export:
         relative_difference: The same as a share of that output's largest value.
         measured: The teacher where there is one, and the exported network in both runtimes.
         threads: That the times were taken with.
-        pictures: Number of validation pictures.
+        images: Number of validation images.
     """
 
     folder: Path
@@ -79,7 +79,7 @@ class Export:
     relative_difference: float
     measured: tuple[Measured, ...]
     threads: int
-    pictures: int
+    images: int
 
     def _repr_markdown_(self) -> str:
         """The model card, without the Hub's metadata: what a notebook shows."""
@@ -87,7 +87,7 @@ class Export:
 
 
 def export(
-    run: Run, *, out: Path | None = None, overwrite: bool = False, with_nms: bool = False, licence: str | None = None
+    run: Run, *, out: Path | None = None, overwrite: bool = False, with_nms: bool = False, license: str | None = None
 ) -> Export:
     """Export a run's network; the folder appears once every check has passed.
 
@@ -98,9 +98,9 @@ def export(
         run: A run with weights.
         out: Where to; `export` in the run folder where not given.
         overwrite: Replace the export that the folder holds.
-        with_nms: Detection: put everything up to the non-maximum suppression into the graph, for single pictures of
+        with_nms: Detection: put everything up to the non-maximum suppression into the graph, for single images of
             the recipe's size. Faster R-CNN has no other export.
-        licence: Of the weights, for the model card, as the Hub names it (`apache-2.0`).
+        license: Of the weights, for the model card, as the Hub names it (`apache-2.0`).
 
     Raises:
         AcamkdError: A package or the data is missing, the network cannot be exported, or the file gives other outputs
@@ -110,20 +110,20 @@ def export(
     out = out or run.folder / "export"
     model, recipe = run.load(), run.recipe
     graph = build_graph(model, recipe.data.resize, with_nms=with_nms)
-    pictures = data.build(recipe.data, recipe.task, "val", seed=recipe.train.seed, augment=False)
-    for warning in data.check(pictures, "headers"):
+    images = data.build(recipe.data, recipe.task, "val", seed=recipe.train.seed, augment=False)
+    for warning in data.check(images, "headers"):
         log.warning("%s", warning)
     with _appearing(out, overwrite=overwrite) as folder:
         file = folder / f"{run.role}.onnx"
         log.info("writing the graph of %s", run.weights)
         write_graph(graph, file, recipe)
         exported = OnnxModel(file, threads=threads())
-        difference, relative = _compare_outputs(graph, exported, pictures)
-        measured = _measure(run, model, exported, pictures)
-        figures = Export(out, METRICS[recipe.task], difference, relative, measured, threads(), len(pictures))
+        difference, relative = _compare_outputs(graph, exported, images)
+        measured = _measure(run, model, exported, images)
+        figures = Export(out, METRICS[recipe.task], difference, relative, measured, threads(), len(images))
         shutil.copyfile(run.weights, folder / run.weights.name)
         shutil.copyfile(onnx_model.__file__, folder / "onnx_model.py")
-        write_card(folder / CARD, run, model, exported, figures, licence)
+        write_card(folder / CARD, run, model, exported, figures, license)
     log.info("%s holds %s", out, ", ".join(sorted(each.name for each in out.iterdir())))
     return figures
 
@@ -170,11 +170,11 @@ def require(*packages: str) -> None:
 
 
 @torch.no_grad()
-def _compare_outputs(graph: Graph, exported: OnnxModel, pictures: PictureDataset) -> tuple[float, float]:
-    """Largest difference of any output on real pictures, and the largest as a share of its output's largest value."""
+def _compare_outputs(graph: Graph, exported: OnnxModel, images: ImageDataset) -> tuple[float, float]:
+    """Largest difference of any output on real images, and the largest as a share of its output's largest value."""
     largest = relative = 0.0
-    for index in range(min(COMPARED_PICTURES, len(pictures))):
-        pixels = graph.model.prepare([pictures[index][0]]).pixels
+    for index in range(min(COMPARED_IMAGES, len(images))):
+        pixels = graph.model.prepare([images[index][0]]).pixels
         names: tuple[str, ...] = graph.output_names
         if isinstance(graph, DetectionsGraph):
             names = ("scores",)  # rounding may swap two boxes, or let one more pass: their sorted scores are compared
@@ -201,10 +201,10 @@ def _compare_outputs(graph: Graph, exported: OnnxModel, pictures: PictureDataset
     return largest, relative
 
 
-def _measure(run: Run, model: TaskModel, exported: OnnxModel, pictures: PictureDataset) -> tuple[Measured, ...]:
+def _measure(run: Run, model: TaskModel, exported: OnnxModel, images: ImageDataset) -> tuple[Measured, ...]:
     """Score and time every network; raises AcamkdError where the two runtimes' scores differ."""
-    log.info("scoring %d pictures by PyTorch and by onnxruntime", len(pictures))
-    ours, theirs = _score(model, exported, pictures)
+    log.info("scoring %d images by PyTorch and by onnxruntime", len(images))
+    ours, theirs = _score(model, exported, images)
     metric = METRICS[model.task]
     same = abs(ours[metric] - theirs[metric]) <= LARGEST_METRIC_DIFFERENCE
     if not (same or (math.isnan(ours[metric]) and math.isnan(theirs[metric]))):
@@ -212,10 +212,10 @@ def _measure(run: Run, model: TaskModel, exported: OnnxModel, pictures: PictureD
             f"the exported file is wrong: {metric} {theirs[metric]:.2f} by onnxruntime, {ours[metric]:.2f} by PyTorch; "
             "nothing was written"
         )
-    image = pictures[0][0]
-    picture = image.permute(1, 2, 0).numpy()
+    image = images[0][0]
+    array = image.permute(1, 2, 0).numpy()
     spent = cost(model, image)
-    by_onnxruntime = replace(spent, milliseconds=median_milliseconds(lambda: exported.predict(picture)))
+    by_onnxruntime = replace(spent, milliseconds=median_milliseconds(lambda: exported.predict(array)))
     return (
         *_measure_teacher(run, image),
         Measured(run.role, "PyTorch", ours, spent),
@@ -236,13 +236,11 @@ def _measure_teacher(run: Run, image: torch.Tensor) -> list[Measured]:
     return [Measured("teacher", "PyTorch", scores, spent)] if scores or spent else []
 
 
-def _score(
-    model: TaskModel, exported: OnnxModel, pictures: PictureDataset
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Every metric by PyTorch and by onnxruntime, picture by picture: padding to a batch's size would change one."""
-    ours, theirs = Scorer(model.task, pictures.classes), Scorer(model.task, pictures.classes)
-    for index in range(len(pictures)):
-        image, target = pictures[index]
+def _score(model: TaskModel, exported: OnnxModel, images: ImageDataset) -> tuple[dict[str, float], dict[str, float]]:
+    """Every metric by PyTorch and by onnxruntime, image by image: padding to a batch's size would change one."""
+    ours, theirs = Scorer(model.task, images.classes), Scorer(model.task, images.classes)
+    for index in range(len(images)):
+        image, target = images[index]
         ours.update(model.predict([image]), [target])
         found = exported.predict(image.permute(1, 2, 0).numpy())
         theirs.update([{name: torch.from_numpy(values) for name, values in found.items()}], [target])

@@ -68,7 +68,7 @@ class DenseGraph(Graph):
 
 
 class DetectionsGraph(Graph):
-    """`boxes` (K, 4) in the frame, `scores` and `labels` (K,) of one picture of one size, suppression included."""
+    """`boxes` (K, 4) in the frame, `scores` and `labels` (K,) of one image of one size, suppression included."""
 
     def __init__(self, model: Detector, size: tuple[int, int]) -> None:
         super().__init__(model, "boxes", "scores", "labels")
@@ -87,7 +87,7 @@ def build_graph(model: TaskModel, resize: config.Size | config.ShortLong | None,
     Args:
         model: In eval mode.
         resize: The recipe's `data.resize`.
-        with_nms: Detection: everything up to the non-maximum suppression, for single pictures of one size.
+        with_nms: Detection: everything up to the non-maximum suppression, for single images of one size.
 
     Raises:
         AcamkdError: There is no such graph of this network.
@@ -103,12 +103,12 @@ def build_graph(model: TaskModel, resize: config.Size | config.ShortLong | None,
         )
     if with_nms:
         if not isinstance(resize, tuple):
-            raise AcamkdError("--with-nms writes a graph for one size of picture: --set data.resize='[HEIGHT, WIDTH]'")
+            raise AcamkdError("--with-nms writes a graph for one size of image: --set data.resize='[HEIGHT, WIDTH]'")
         return DetectionsGraph(model, resize)
     if not isinstance(model, DenseDetector):
         raise AcamkdError(
             f"{type(model.net).__name__} suppresses boxes between its two stages, so that backbone and head cannot be "
-            "exported alone: use --with-nms, which writes the full graph for single pictures"
+            "exported alone: use --with-nms, which writes the full graph for single images"
         )
     return DenseGraph(model)
 

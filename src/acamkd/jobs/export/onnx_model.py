@@ -3,7 +3,7 @@
 This file needs nothing of acamkd. A copy of it lies beside every exported network:
 
     model = OnnxModel("student.onnx")
-    found = model.predict(read_picture("cell.jpg"))
+    found = model.predict(read_image("cell.jpg"))
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ try:
 except ImportError:  # beside an exported network, without acamkd
     AcamkdError = ValueError  # type: ignore[assignment,misc]
 
-Picture: TypeAlias = npt.NDArray[np.uint8]
+Pixels: TypeAlias = npt.NDArray[np.uint8]
 """(H, W, 3), RGB."""
 
 Floats: TypeAlias = npt.NDArray[np.float32]
 
 Prediction: TypeAlias = dict[str, npt.NDArray[Any]]
-"""What a network says of one picture, in the picture's own pixels. Detection: `boxes` (K, 4) x1 y1 x2 y2, `scores`
+"""What a network says of one image, in the image's own pixels. Detection: `boxes` (K, 4) x1 y1 x2 y2, `scores`
 (K,), best first, and `labels` (K,) from 1. Segmentation: `mask` (H, W) int64."""
 
 STRIDE = 32
@@ -40,12 +40,12 @@ METADATA = ("acamkd_version", "task", "classes", "resize", "mean", "nms")
 
 
 class OnnxModel:
-    """An exported network: pictures in, predictions out.
+    """An exported network: images in, predictions out.
 
-    The graph takes `pixels` (N, 3, H, W), RGB in [0, 1], and normalises them itself. A segmenter gives `logits`
+    The graph takes `pixels` (N, 3, H, W), RGB in [0, 1], and normalizes them itself. A segmenter gives `logits`
     (N, K, H, W). A dense detector gives `scores` (N, A, K + 1), in which column 0 is the background, `boxes` (N, A, 4)
     as x1 y1 x2 y2 in the frame's pixels, and `levels` (A,), each anchor's level of the pyramid. A detector exported
-    with its non-maximum suppression takes one picture and gives its `boxes` (K, 4), `scores` (K,) and `labels` (K,).
+    with its non-maximum suppression takes one image and gives its `boxes` (K, 4), `scores` (K,) and `labels` (K,).
 
     Args:
         file: The ONNX file.
@@ -81,25 +81,25 @@ class OnnxModel:
             self.metadata: dict[str, Any] = {name: json.loads(found[name]) for name in METADATA}
         except (KeyError, ValueError) as error:
             raise AcamkdError(
-                f"{file} was not written by acamkd export: it does not say how pictures go in and predictions come out"
+                f"{file} was not written by acamkd export: it does not say how images go in and predictions come out"
             ) from error
         self.task: str = self.metadata["task"]
         self.classes: tuple[str, ...] = tuple(self.metadata["classes"])
 
-    def predict(self, picture: Picture) -> Prediction:
-        """Predictions of one picture, (H, W, 3) uint8 RGB."""
-        pixels, size = self.prepare(picture)
-        return self.decode(self.run(pixels), size, (picture.shape[0], picture.shape[1]))
+    def predict(self, image: Pixels) -> Prediction:
+        """Predictions of one image, (H, W, 3) uint8 RGB."""
+        pixels, size = self.prepare(image)
+        return self.decode(self.run(pixels), size, (image.shape[0], image.shape[1]))
 
-    def prepare(self, picture: Picture) -> tuple[Floats, tuple[int, int]]:
-        """Resize a picture and pad it with the mean colour, on the right and at the bottom.
+    def prepare(self, image: Pixels) -> tuple[Floats, tuple[int, int]]:
+        """Resize an image and pad it with the mean color, on the right and at the bottom.
 
         Returns:
-            The graph's input (1, 3, H, W), and (height, width) of the picture in it.
+            The graph's input (1, 3, H, W), and (height, width) of the image in it.
         """
-        pixels: Floats = (picture.transpose(2, 0, 1) / 255).astype(np.float32)
-        height, width = size = frame_size((picture.shape[0], picture.shape[1]), self.metadata["resize"], self.task)
-        # As the networks were trained: torchvision's detectors do not smooth before they shrink a picture.
+        pixels: Floats = (image.transpose(2, 0, 1) / 255).astype(np.float32)
+        height, width = size = frame_size((image.shape[0], image.shape[1]), self.metadata["resize"], self.task)
+        # As the networks were trained: torchvision's detectors do not smooth before they shrink an image.
         pixels = (resize if self.task == "detection" else resize_smoothly)(pixels, size)
         frame = np.empty((1, 3, *(math.ceil(side / STRIDE) * STRIDE for side in size)), np.float32)
         frame[:] = np.reshape(self.metadata["mean"], (3, 1, 1))
@@ -114,12 +114,12 @@ class OnnxModel:
     def decode(
         self, outputs: Mapping[str, npt.NDArray[Any]], size: tuple[int, int], original: tuple[int, int]
     ) -> Prediction:
-        """Turn the outputs for one picture into predictions.
+        """Turn the outputs for one image into predictions.
 
         Args:
             outputs: What `run` returned.
-            size: (height, width) of the picture inside the frame.
-            original: (height, width) of the picture itself.
+            size: (height, width) of the image inside the frame.
+            original: (height, width) of the image itself.
         """
         if self.task == "segmentation":
             logits = outputs["logits"][0, :, : size[0], : size[1]]
@@ -138,7 +138,7 @@ def detections(
     size: tuple[int, int],
     settings: Mapping[str, Any],
 ) -> Prediction:
-    """Turn what a dense detector says of one picture into detections, as torchvision does.
+    """Turn what a dense detector says of one image into detections, as torchvision does.
 
     Args:
         scores: (A, K + 1), column 0 for the background.
@@ -191,7 +191,7 @@ def suppress(boxes: Floats, labels: npt.NDArray[np.int64], threshold: float, lim
 
 
 def frame_size(size: tuple[int, int], resize: Sequence[int] | Mapping[str, int] | None, task: str) -> tuple[int, int]:
-    """(height, width) of a picture after resizing; `resize` as in a recipe's `data`."""
+    """(height, width) of an image after resizing; `resize` as in a recipe's `data`."""
     if resize is None:
         return size
     if not isinstance(resize, Mapping):
@@ -223,12 +223,12 @@ def resize_smoothly(maps: Floats, size: tuple[int, int]) -> Floats:
     return np.stack([np.asarray(each) for each in channels])
 
 
-def read_picture(file: Path | str) -> Picture:
-    """Decode a picture of any 8-bit mode, rotated as its EXIF orientation says; raises AcamkdError if it cannot be."""
+def read_image(file: Path | str) -> Pixels:
+    """Decode an image of any 8-bit mode, rotated as its EXIF orientation says; raises AcamkdError if it cannot be."""
     try:
         with Image.open(file) as image:
             if image.mode[0] in "IF":  # Pillow would clip them to white without a word
                 raise ValueError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
             return np.array(ImageOps.exif_transpose(image).convert("RGB"))
     except Exception as error:  # decoders of broken files raise whatever they meet first
-        raise AcamkdError(f"{file}: the picture cannot be read: {error}") from error
+        raise AcamkdError(f"{file}: the image cannot be read: {error}") from error

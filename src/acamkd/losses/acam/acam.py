@@ -154,12 +154,12 @@ class ACAM(FeatureLoss):
     (`student.inherit`).
 
     The paper leaves open, and here is done:
-        - The normaliser of L_c and L_s is read as a fraction (MasKD's code has the same form); the only other reading,
+        - The normalizer of L_c and L_s is read as a fraction (MasKD's code has the same form); the only other reading,
           a factor, would be of the order of 1e4 to 1e7 beside a detection loss of order 1.
         - Diversity: `literal` is the formula as typeset, in [0, M - 1]; `pairwise` is MasKD's mean over pairs, in
           [0, 1], which keeps diversity_weight = 1 comparable for every M.
         - C_q = C // 2, at least 1; the 1x1 convolutions have a bias; the units start from N(0, 1) (channel) and
-          N(0, 1/C) (spatial), so that masks of normalised features start around 0.5 and unequal.
+          N(0, 1/C) (spatial), so that masks of normalized features start around 0.5 and unequal.
         - Denominators are clamped to 1e-31 (float32); the paper names no epsilon.
         - MasKD's softmax weighting of the masks is left out: nothing in the paper speaks of it.
         - `query="student"`: Q from the student, K and V from the teacher.
@@ -167,7 +167,7 @@ class ACAM(FeatureLoss):
     Four defaults depart from the method as published, which is the preset `paper`. The diversity is the mean over pairs
     (above). Of the two kinds of masks the default has the spatial ones alone: with channel masks beside them students
     were worse on one data set and no better on the other (docs/results.md). With imitation="squared" the channels with
-    the largest values decide, and their scale is the loss's; the default compares channels that are standardised over
+    the largest values decide, and their scale is the loss's; the default compares channels that are standardized over
     the batch. With mask_grad="joint" both terms shrink with the masks and nothing holds the masks up, so that training
     drives them to zero and the distillation with them. The default is mask_grad="look_ahead", with an objective of the
     masks' own, for every mask and image
@@ -187,26 +187,26 @@ class ACAM(FeatureLoss):
         query: Who asks in the fusion: `teacher` (the paper's choice) or `student`.
         masks: `spatial`, `channel` or `both` (the paper's choice); or a list of the first two.
         mask_source: What the masks come from. `cooperative`: the method. `teacher`: Q, K and V all from the teacher.
-            `fixed`: frozen tokens, learnt beforehand (`acamkd tokens RECIPE`, by the teacher's own loss on
+            `fixed`: frozen tokens, learned beforehand (`acamkd tokens RECIPE`, by the teacher's own loss on
             mean_m M^s_m M^c_m T), on the teacher's map without fusion.
             `random`: the method with everything that makes masks untrained and frozen. `uniform`: all-ones masks, so
             that each term is the plain mean squared error, and no diversity.
         mask_grad: What trains the masks that learn, beside the diversity. `look_ahead`: a place is worth imitating when
             a step of imitation there lowers the student's task loss; the terms `KIND_selection` collect that reward
             within a budget, mean M = 0.5. The Distiller takes that slope from the student's own backward, which it then
-            does not repeat; elsewhere it comes with the context. Unlabelled pictures get the masks that labelled
+            does not repeat; elsewhere it comes with the context. Unlabeled images get the masks that labeled
             ones taught. `joint`: the distillation terms, and the student feels them through K and V (the method). With
             all others the student feels only the finished masks. `detached`: nothing. `task`: the frozen teacher's own
             loss on the map that they mask, mean_m M^s_m M^c_m T. This costs a second forward and a backward of the
             teacher.
-        imitation: What D is. `squared`: the method. `standardized`: the same of maps standardised per channel over the
+        imitation: What D is. `squared`: the method. `standardized`: the same of maps standardized per channel over the
             batch (PKD). `softmax`, for logits: divergence of each position's distribution over the channels (L_s) and
             of each channel's over the positions (L_c, CWD). `correlation`, for logits: one minus the correlation of
             the channels' probabilities, over the channels of a position (L_s) and the positions of a channel (L_c), as
             in DIST.
         temperature: tau of imitation="softmax" and "correlation".
         diversity: `pairwise` or `literal`.
-        tokens: With mask_source="fixed": learnt state of `selection`; in a recipe the file that `acamkd tokens` wrote.
+        tokens: With mask_source="fixed": learned state of `selection`; in a recipe the file that `acamkd tokens` wrote.
             Without it the tokens stay random.
         kv_stride: Side of the square windows over which the map that answers is averaged before keys and values are
             made of it. Every position still asks, up to 128 positions that get the most attention stay keys of their
@@ -296,7 +296,7 @@ class ACAM(FeatureLoss):
         student = self.align(student)
         masks = self._masks(student if self.mask_grad == "joint" else student.detach(), teacher)
         errors = imitation_errors(student, teacher, self.kinds, self.imitation, self.temperature)
-        looking_ahead = "task_gradient" in self.needs and context.labelled and context.task_gradient is not None
+        looking_ahead = "task_gradient" in self.needs and context.labeled and context.task_gradient is not None
         rewards = self._rewards(student, teacher, context) if looking_ahead else {}
         terms = {}
         self.statistics = {}
@@ -335,7 +335,7 @@ class ACAM(FeatureLoss):
 
     @torch.no_grad()
     def masks_of(self, student: Tensor, teacher: Tensor) -> Masks:
-        """The masks of two maps, (N, C_s, H_s, W_s) and (N, C_t, H, W), for pictures and statistics."""
+        """The masks of two maps, (N, C_s, H_s, W_s) and (N, C_t, H, W), for images and statistics."""
         student, teacher = self._to_common_form(student, teacher)
         return self._masks(self.align(student), teacher)
 
@@ -359,7 +359,7 @@ class ACAM(FeatureLoss):
             return apply_masks(masks, teacher.to(target.dtype)).to(teacher.dtype)
 
     def _rewards(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
-        assert context.task_gradient is not None  # `needs` names it, and the pictures are labelled
+        assert context.task_gradient is not None  # `needs` names it, and the images are labeled
         gradient = resample(context.task_gradient.detach().to(student.dtype), student.shape[-2:])
         if isinstance(self.align, nn.Conv2d):
             # A step of S' is felt through the transposed align, so the task's gradient is carried over by the align.

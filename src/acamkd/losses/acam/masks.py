@@ -55,7 +55,7 @@ def mask_overlap(masks: Masks, form: str = "pairwise") -> Tensor:
 
 
 def mask_weights(mask: Tensor) -> Tensor:
-    """What the masks of a picture together give each error, mean_m M^2 / sum M: from (N, M, K) to (N, K).
+    """What the masks of an image together give each error, mean_m M^2 / sum M: from (N, M, K) to (N, K).
 
     The mean over the masks of `masked_error` is sum_k w_k e_k.
     """
@@ -76,14 +76,14 @@ def mask_statistics(mask: Tensor, error: Tensor) -> dict[str, Tensor]:
     """
     inside = mask.clamp(1e-6, 1 - 1e-6)
     entropy = -(inside * inside.log2() + (1 - inside) * (1 - inside).log2())
-    centred, error = mask - mask.mean(dim=2, keepdim=True), error - error.mean(dim=1, keepdim=True)
+    centered, error = mask - mask.mean(dim=2, keepdim=True), error - error.mean(dim=1, keepdim=True)
     weights = mask_weights(mask)
     return {
         "mask": mask.mean(),
-        "mask_std": centred.square().mean(dim=2).sqrt().mean(),
+        "mask_std": centered.square().mean(dim=2).sqrt().mean(),
         "mask_entropy": entropy.mean(),
         "mask_overlap": dice_overlap(mask),
-        "mask_correlation": F.cosine_similarity(centred, error.unsqueeze(1), dim=2).mean(),
+        "mask_correlation": F.cosine_similarity(centered, error.unsqueeze(1), dim=2).mean(),
         "mask_weight_std": safe_divide(weights.std(dim=1, correction=0), weights.mean(dim=1)).mean(),
     }
 
