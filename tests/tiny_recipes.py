@@ -63,8 +63,8 @@ def fake(trial: Trial, results: Path, score: float, **more: Any) -> None:
     """Write what a comparison's trial of this score would have left."""
     results.mkdir(exist_ok=True)
     content = {
-        "method": trial.method, "setting": trial.setting, "option": trial.option, "seed": trial.seed, "recipe": trial.key,
-        "metric": "mIoU",
+        "method": trial.method, "setting": trial.setting, "option": trial.option, "seed": trial.seed,
+        "recipe": trial.key, "metric": "mIoU",
         "losses": [loss.model_dump(mode="json") for loss in trial.recipe.losses], "data": {"train": "a", "val": "b"},
         "teacher": {"sha256": "c" * 64, "mIoU": 50.0} if trial.recipe.losses else None,
         "history": [score], "final": {"mIoU": score}, "masks": {}, "wall_time": 120.0, "machine": "x86_64",

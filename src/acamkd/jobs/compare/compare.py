@@ -78,10 +78,7 @@ def compare(
         AcamkdError: A method is unknown or none is given, trials failed, or they do not share their images, teacher and
             number of processes.
     """
-    if isinstance(recipe, config.Recipe):
-        recipe = config.override(recipe, overrides)
-    else:
-        recipe = config.load(Path(recipe), overrides)
+    recipe = config.as_recipe(recipe, overrides)
     methods, results = methods_of(recipe, methods), results or default_folder(recipe, "compare")
     plan(recipe, methods, seeds, results)  # refuses what does not fit before anything is written
     results.mkdir(parents=True, exist_ok=True)
