@@ -61,7 +61,7 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name == "__all__":
         return __dir__()
-    if not name.startswith("_") and name in (losses := importlib.import_module("acamkd.losses")).__all__:
+    if name[:1].isupper() and name in (losses := importlib.import_module("acamkd.losses")).__all__:
         return getattr(losses, name)
     raise AttributeError(f"module 'acamkd' has no attribute {name!r}")
 
