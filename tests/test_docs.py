@@ -30,8 +30,8 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 ELSEWHERE = (
-    "pip ", "mkdocs ", "pytest", "python docs/", "python benchmarks/", "python studies/", "python -m studies.", "#SBATCH",
-    "#!/bin/bash", "sbatch ", "cd ", "torchrun ", "srun ",
+    "pip ", "mkdocs ", "pytest", "python docs/", "python benchmarks/", "python studies/", "python -m studies.",
+    "#SBATCH", "#!/bin/bash", "sbatch ", "cd ", "torchrun ", "srun ",
 )  # fmt: skip
 """How lines of the shell begin that are not this package's command."""
 
