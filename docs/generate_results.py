@@ -62,7 +62,10 @@ Cells: TypeAlias = list[Mapping[str, Any]]
 def pages() -> dict[str, str]:
     """Every page with such blocks, by file name."""
     found = {page: text for page, text in _texts() if BLOCK.search(text) or AGAINST_DEFAULT.search(text)}
-    return {page.name: AGAINST_DEFAULT.sub(_against, BLOCK.sub(_block(page), text)) for page, text in found.items()}
+    return {
+        str(page.relative_to(HERE)): AGAINST_DEFAULT.sub(_against, BLOCK.sub(_block(page), text))
+        for page, text in found.items()
+    }
 
 
 def figures() -> Iterator[tuple[Path, list[Row], Cells]]:
@@ -74,7 +77,7 @@ def figures() -> Iterator[tuple[Path, list[Row], Cells]]:
 
 
 def _texts() -> Iterator[tuple[Path, str]]:
-    return ((page, page.read_text(encoding="utf-8")) for page in sorted(HERE.glob("*.md")))
+    return ((page, page.read_text(encoding="utf-8")) for page in sorted(HERE.rglob("*.md")))
 
 
 def _cells(name: str) -> tuple[Cells, Cells]:
@@ -107,7 +110,7 @@ def _block(page: Path) -> Callable[[re.Match[str]], str]:
         if methods:  # otherwise of all that were searched, whether or not they are in the table
             tuning = [cell for cell in tuning if cell["method"] in {row.method for row in rows}]
         text = tables.markdown(rows, cells, tuning)
-        text = text.replace("\n## ", "\n### ")
+        text = text.replace("\n## ", "\n#### ")
         return f"{begin}\n{text}\n![Differences and curves]({_figure(page, match).name})\n\n{end}"
 
     return write
