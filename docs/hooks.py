@@ -19,7 +19,7 @@ SOURCE = Path(__file__).parents[1] / "src/acamkd"
 def on_config(config: Any) -> None:
     """Every page is in the navigation, in its folder's section."""
     docs = Path(config.docs_dir)
-    config.nav = ["index.md", *({title: pages_of(docs, folder)} for folder, title in SECTIONS.items())]
+    config.nav = [{"Home": "index.md"}, *({title: pages_of(docs, folder)} for folder, title in SECTIONS.items())]
 
 
 def pages_of(docs: Path, folder: str) -> list[str]:
