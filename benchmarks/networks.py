@@ -1,6 +1,6 @@
 """Size and cost of the networks in recipes/paper, and of their trainings, computed on no device at all.
 
-    python benchmarks/networks.py         # the tables of docs/networks.md; a few minutes
+    python benchmarks/networks.py         # the tables of docs/research/networks.md; a few minutes
 
 Everything is built on PyTorch's meta device: shapes without numbers. Operations are those that
 torch.utils.flop_counter counts (convolutions and matrix products), two per multiplication with addition.

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import acamkd
+import acamkd.losses
 
 SECTIONS = {"start": "Get started", "guides": "Guides", "methods": "Methods", "reference": "Reference",
             "research": "Research"}  # fmt: skip
@@ -41,17 +42,19 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def api() -> str:
-    """Directives for mkdocstrings: the package's own names, what one derives from, and every loss."""
+    """Directives for mkdocstrings: the package's own names, what an extension derives from, and every loss."""
     extended = [SOURCE / file for file in EXTENDED]
     losses = [file for file in sorted((SOURCE / "losses").rglob("[!_]*.py")) if file not in extended]
+    flat = sorted(set(acamkd.__all__) - set(acamkd.losses.__all__), key=str.lower)
     sections = {
-        "The package": [f"acamkd.{name}" for name in sorted(acamkd.__all__, key=str.lower)],
+        "The package": [f"::: acamkd.{name}" for name in flat],
         "Base classes": [_module(file) for file in extended],
         "Losses": [_module(file) for file in losses],
     }
-    lines = [f"## {title}\n\n" + "".join(f"::: {name}\n\n" for name in names) for title, names in sections.items()]
-    return "\n".join(lines)
+    return "\n\n".join(line for title, entries in sections.items() for line in (f"## {title}", *entries))
 
 
 def _module(file: Path) -> str:
-    return ".".join(("acamkd", *file.relative_to(SOURCE).with_suffix("").parts))
+    """The directive for a module, by its full name: several are called `base`."""
+    name = ".".join(("acamkd", *file.relative_to(SOURCE).with_suffix("").parts))
+    return f"::: {name}\n    options: {{show_root_full_path: true}}"
