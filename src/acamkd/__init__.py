@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from acamkd.distillation.distiller import Distiller as Distiller
     from acamkd.distillation.methods import METHODS as METHODS
     from acamkd.distillation.taps import FeatureTap as FeatureTap
-    from acamkd.engine.runs import load_student as load_student, open_run as open_run
+    from acamkd.engine.runs import load_student as load_student
+    from acamkd.engine.runs import open_run as open_run
     from acamkd.jobs.compare.compare import compare as compare
     from acamkd.jobs.demo import demo as demo
     from acamkd.jobs.doctor import doctor as doctor
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from acamkd.jobs.export.export import export as export
     from acamkd.jobs.inspect_layers import inspect as inspect
     from acamkd.jobs.predict import predict as predict
-    from acamkd.jobs.train import distill as distill, train as train
+    from acamkd.jobs.train import distill as distill
+    from acamkd.jobs.train import train as train
     from acamkd.losses import *  # noqa: F403
     from acamkd.models.base import TaskModel as TaskModel
     from acamkd.models.detection import Detector as Detector

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.markup import escape
+from rich.text import Text
 from tqdm import tqdm
 
 from acamkd.engine.printing import Printable
@@ -36,7 +36,7 @@ class Predictions(Printable):
     Attributes:
         folder: With `overlays/`, and `predictions.json` (detection) or `masks/` (segmentation).
         count: Number of images or frames.
-        unit: `images` or `frames`.
+        unit: `image` or `frame`.
         per_second: Images or frames per second, with reading, drawing and writing.
     """
 
@@ -45,8 +45,9 @@ class Predictions(Printable):
     unit: str
     per_second: float
 
-    def __rich__(self) -> str:
-        return f"{self.count} {self.unit}, {self.per_second:.1f} per second, in {escape(str(self.folder))}"
+    def __rich__(self) -> Text:
+        plural = "" if self.count == 1 else "s"
+        return Text(f"{self.count} {self.unit}{plural}, {self.per_second:.1f} per second, in {self.folder}")
 
 
 def predict(
@@ -105,7 +106,7 @@ def predict(
         with _whole(folder / "predictions.json") as unfinished:
             unfinished.write_text(json.dumps(results, indent=1), encoding="utf-8")
     count -= len(unreadable)
-    made = Predictions(folder, count, "frames" if is_video else "images", count / (time.monotonic() - start))
+    made = Predictions(folder, count, "frame" if is_video else "image", count / (time.monotonic() - start))
     log.info("%s", made)
     if unreadable:
         first = "; ".join(unreadable[:3]) + ("; ..." if len(unreadable) > 3 else "")
