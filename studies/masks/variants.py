@@ -2,7 +2,7 @@
 
     PYTHONPATH=. acamkd compare studies/masks/recipe.yaml --seeds 1
 
-docs/masks.md has what they are for and what they did.
+docs/research/log.md has what they are for and what they did.
 """
 
 from __future__ import annotations

@@ -224,7 +224,7 @@ class Train(Section):
     """What the networks compute in; losses and weights are of 32 bits with each."""
     channels_last: bool = False
     """Student, teacher and losses keep weights and maps channels last: other rounding, and less time where convolutions
-    are made for it, most of all with bf16-mixed (docs/performance.md)."""
+    are made for it, most of all with bf16-mixed (docs/reference/performance.md)."""
     accumulate: Positive = 1
     """Batches per optimization step."""
     clip: Annotated[float, Field(gt=0)] | None = None

@@ -30,7 +30,7 @@ from acamkd.models.base import Batch
 IMAGES = 2
 """Training images that are run; batch norm may refuse a single one."""
 WORKSPACE = 4 / 3
-"""What a process takes at most by what is counted: operators need memory within themselves (docs/performance.md)."""
+"""What a process takes at most by what is counted: operators need memory of their own (docs/reference/performance.md)."""
 STATES = {"sgd": 1, "adamw": 2}
 """Numbers that an optimizer keeps for each parameter."""
 
