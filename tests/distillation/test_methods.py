@@ -16,7 +16,7 @@ from acamkd.distillation.distiller import Distiller, WeightSchedule
 from acamkd.distillation.methods import METHODS, describe, find, options
 from acamkd.errors import AcamkdError
 from acamkd.losses import ACAM, DistillationContext, FeatureLoss, FitNet, FreeKD, HeadLoss, MasKD
-from acamkd.losses.acam.acam import ASCM
+from acamkd.losses.acam.masks import ASCM
 from acamkd.losses.maskd import TokenMasks
 from acamkd.models import Task, TaskModel, build
 

@@ -5,6 +5,7 @@ import torch
 
 from acamkd.losses.functional import standardize
 from acamkd.losses.pkd import PKD
+from tiny_maps import vanishing_terms
 
 
 def test_is_one_minus_the_mean_correlation() -> None:
@@ -49,3 +50,7 @@ def test_presets_are_finite() -> None:
     }  # fmt: skip
     for preset in PKD.PRESETS.values():
         assert PKD(3, 5, **preset)(torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4))["correlation"].isfinite()
+
+
+def test_equal_feature_maps_cost_nothing() -> None:
+    assert vanishing_terms(PKD(8, 8)) == {"correlation"}
