@@ -135,8 +135,8 @@ class Distiller(nn.Module):
 
         Returns:
             Scalar terms, `task/TERM`, `LAYER/METHOD/TERM` and, where masks learn from the teacher's own loss,
-            `teacher/TERM`. Their sum is the training loss. Where masks look ahead, the sum of the task's terms has
-            been differentiated down to the tapped feature maps, so that these terms must keep one factor.
+            `teacher/TERM`. Their sum is the training loss. Where masks look ahead, the task's terms must keep one
+            factor: their sum has been differentiated down to the tapped feature maps.
 
         Raises:
             NonFiniteError: A term is not finite.

@@ -78,9 +78,9 @@ def describe(name: str) -> dict[str, Any]:
     """What the documentation of a method says, read off its class.
 
     Returns:
-        `name`, `summary`, `paper`, `authors`, `venue`, `link`, `code`, `presets`, `options` (name, type, default,
-        help), `needs`, and, measured on one level with 256 channels on both sides, `terms` and the number of learnable
-        `parameters`. `link` and `code`, of the paper and of its official code, are empty where there is none.
+        `name`, `summary`, `paper`, `authors`, `venue`, `link`, `code`, `presets`, `options` (name, type, default, help)
+        and `needs`. `link` and `code`, of the paper and of its official code, are empty where there is none. `terms`
+        and the number of learnable `parameters` are those of one level with 256 channels on both sides.
     """
     method = find(name)
     text = inspect.getdoc(method) or ""

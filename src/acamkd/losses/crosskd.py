@@ -60,8 +60,8 @@ class CrossKD(HeadLoss):
     https://arxiv.org/abs/2306.11369
     Official code: https://github.com/jbwang1997/CrossKD
 
-    In the classification and in the box branch, at each pyramid level, x is what the student's convolution `layer`
-    (counted from 1) puts out before its activation. x gets the teacher's mean and standard deviation of the same
+    In both branches, classification and boxes, and at each pyramid level, x is the output of the student's convolution
+    `layer` (counted from 1) before its activation. x gets the teacher's mean and standard deviation of the same
     layer, per channel over the batch and the locations. Activated, it runs through the teacher's later layers:
 
         classification  sum_{rows,classes} w BCE(s, sigmoid(t)) |sigmoid(s) - sigmoid(t)| / positives

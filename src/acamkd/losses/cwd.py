@@ -64,8 +64,8 @@ class CWD(FeatureLoss):
         teacher_channels: C_t.
         weight: Factor of the loss, alpha in the paper.
         temperature: tau; larger values compare more of the feature map than its peaks.
-        normalization: "channel", a softmax over the locations of each channel (the method), or "spatial", a softmax
-            over the channels of each location (the pixel-wise competing method), divided by N H W.
+        normalization: "channel", a softmax over the locations of each channel (the method). Or "spatial", a softmax
+            over the channels of each location, divided by N H W (the pixel-wise competing method).
         divergence: "kl" or "mse", the squared difference of the distributions, summed where KL sums.
     """
 

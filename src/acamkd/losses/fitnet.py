@@ -22,8 +22,8 @@ class FitNet(FeatureLoss):
 
     L = weight * mean_{n,c,p} (f(S) - T)^2, f a 1x1 convolution.
 
-    With `distance` l1 or smooth_l1, on the feature maps of a box head, it is the box term that the released
-    configurations of MasKD and FreeKD add to their methods.
+    The released configurations of MasKD and FreeKD add a box term to their methods. It is this loss on the feature maps
+    of a box head, with `distance` l1 or smooth_l1.
 
     Deviations: the paper trains hints in a stage of their own, and its convolution is as large as the feature map
     needs. Dense-prediction practice (MasKD's and FreeKD's code) adds the hint to the task loss and uses a 1x1

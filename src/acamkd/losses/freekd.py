@@ -115,8 +115,8 @@ class FreeKD(FeatureLoss):
     other presets stand in configurations whose loss was not released.
 
     Deviations: none from the official code by default. The paper gives each orientation a token set. The code takes
-    the three levels for the three orientations, so that its sets belong to levels, and the orientations of a level
-    share the masks that the sum of their bands gives. `token_axis: level` is that code. `orientation` is the paper:
+    the three levels for the three orientations, so that its sets belong to levels. The orientations of a level share
+    the masks that the sum of their bands gives. `token_axis: level` is that code. `orientation` is the paper:
     set o masks orientation o at every level, M_{j,o,t} = sigmoid(<E_{o,t}, B_{j,o}(T)>). The released configuration
     also compares the box predictions: a loss of its own, see `recipes/combinations/freekd_retinanet.yaml`.
 

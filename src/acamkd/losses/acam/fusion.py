@@ -71,8 +71,8 @@ class STCAFF(nn.Module):
 
         What a mean over a window leaves out is m F_i += a_i m E[dV dK^T] q_i / sqrt(C_q), to first order in the query.
         E is the covariance of keys and values within windows, averaged over all of them. a_i is the attention that
-        query i pays to windows. The shift is damped to stay below the standard deviation of m V within windows, since
-        no weighted mean over a window can differ by much more from the plain one.
+        query i pays to windows. The shift is damped to stay below the standard deviation of m V within windows. No
+        weighted mean over a window can differ by much more from the plain one.
 
         Returns:
             The keys' sources, (N, C, K); A V seen through the units, (N, M, HW); the average row of A, (N, K).
