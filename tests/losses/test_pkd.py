@@ -31,7 +31,7 @@ def test_statistics_are_those_of_the_batch() -> None:
 
 
 def test_a_single_value_cannot_be_standardized() -> None:
-    with pytest.raises(ValueError, match=r"a map of \(1, 3, 1, 1\) has a single value per channel"):
+    with pytest.raises(ValueError, match=r"a feature map of \(1, 3, 1, 1\) has a single value per channel"):
         PKD(3, 3)(torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1))
 
 
