@@ -45,7 +45,7 @@ def api() -> str:
     """Directives for mkdocstrings: the package's own names, what an extension derives from, and every loss."""
     extended = [SOURCE / file for file in EXTENDED]
     losses = [file for file in sorted((SOURCE / "losses").rglob("[!_]*.py")) if file not in extended]
-    flat = sorted(set(acamkd.__all__) - set(acamkd.losses.__all__), key=str.lower)
+    flat = sorted(set(dir(acamkd)) - set(vars(acamkd.losses)), key=str.lower)
     sections = {
         "The package": [f"::: acamkd.{name}" for name in flat],
         "Base classes": [_module(file) for file in extended],

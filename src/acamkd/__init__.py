@@ -59,8 +59,6 @@ def __getattr__(name: str) -> Any:
     """Import on first use, so that neither the command line nor `acamkd.config` waits for torch."""
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    if name == "__all__":
-        return __dir__()
     if name[:1].isupper() and name in _losses():  # other names may be modules that an import looks for
         return _losses()[name]
     raise AttributeError(f"module 'acamkd' has no attribute {name!r}")
