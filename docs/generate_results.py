@@ -121,7 +121,7 @@ def _block(page: Path) -> Callable[[re.Match[str]], str]:
         if methods:  # otherwise of all that were searched, whether or not they are in the table
             tuning = [trial for trial in tuning if trial["method"] in {row.method for row in rows}]
         text = tables.markdown(rows, trials, tuning)
-        text = text.replace("\n## ", "\n### ")
+        text = text.replace("\n## ", "\n#### ")
         return f"{begin}\n{text}\n![Differences and curves]({_figure(page, match).name})\n\n{end}"
 
     return write

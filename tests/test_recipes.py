@@ -29,7 +29,7 @@ FILES = {
     **{f"studies/{file.parent.name}": file for file in sorted((ROOT / "studies").glob("*/recipe.yaml"))},
 }  # fmt: skip
 PAPER = {name.removeprefix("paper/"): file for name, file in FILES.items() if name.startswith("paper/")}
-PAGE = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/research/paper.md").read_text(encoding="utf-8")
 
 
 def rows(page: str, first: str) -> list[dict[str, str]]:
@@ -47,7 +47,7 @@ def test_a_recipe_of_the_paper_says_what_it_costs_and_aims_at(name: str) -> None
     assert len(text.splitlines()) <= 35
     assert set(re.findall(r"recipes/\S+", text)) == {f"recipes/paper/{name}.yaml"}
     assert re.findall(r"target: the paper's (\S+)", text) == [row["target"]]
-    assert re.findall(r"the baseline; target: (\S+)", text) == [row["alone"]]
+    assert re.findall(r"the baseline; target: (\S+)", text) == [row["baseline"]]
     assert re.findall(r"; (\S+) hours at", text) == [row["hours"]]
 
 

@@ -37,9 +37,8 @@ from acamkd.engine.checkpoint import find_checkpoint
 from acamkd.engine.runs import open_run
 from acamkd.jobs import train as jobs
 from acamkd.losses import ACAM
-from acamkd.losses.acam import acam
-from acamkd.losses.acam import fusion as attention
-from acamkd.losses.acam.masks import Masks
+from acamkd.losses.acam import fusion
+from acamkd.losses.acam import sparse_attention as attention
 from acamkd.losses.functional import standardize
 from acamkd.models.base import Batch
 from acamkd.models.weights import read_file
@@ -87,14 +86,13 @@ def compare(loss: ACAM, student: Tensor, teacher: Tensor) -> dict[str, dict[str,
     `keys seen` is the exponential of the entropy of a query's attention, averaged over queries and images.
     """
     loss.fusion.kv_stride = 1
-    with patch.object(acam, "cross_attention", wraps=acam.cross_attention) as attend:
-        exact = loss.masks_of(student, teacher)
+    with patch.object(fusion, "cross_attention", wraps=fusion.cross_attention) as attend:
+        exact = loss.masks(student, teacher)
     query, key, *_ = attend.call_args.args
     seen = (query.mT @ key * query.shape[1] ** -0.5).softmax(dim=2)
-    assert exact.spatial is not None
     found = {
         "exact": {
-            "std spatial": float(exact.spatial.flatten(2).std(dim=2).mean()),
+            "std spatial": float(exact["spatial"].flatten(2).std(dim=2).mean()),
             "keys seen": float(torch.special.entr(seen).sum(dim=2).exp().mean()),
         }
     }
@@ -102,9 +100,7 @@ def compare(loss: ACAM, student: Tensor, teacher: Tensor) -> dict[str, dict[str,
     for keys in KEYS:
         attention.KEYS = keys
         found[str(keys)] = {"side": attention.window_side(teacher.shape[-2:])} | {
-            kind: correlation(ours, theirs)
-            for kind, ours, theirs in zip(Masks._fields, loss.masks_of(student, teacher), exact, strict=True)
-            if ours is not None and theirs is not None
+            kind: correlation(mask, exact[kind]) for kind, mask in loss.masks(student, teacher).items()
         }
     loss.fusion.kv_stride = 1
     return found

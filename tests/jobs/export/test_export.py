@@ -33,7 +33,7 @@ from acamkd.models.segmentation import Segmenter
 from tiny_recipes import write_recipe
 
 TASKS = ("detection", "segmentation")
-GUIDE = Path(__file__).parents[3] / "docs/export.md"
+GUIDE = Path(__file__).parents[3] / "docs/guides/export.md"
 FILES = ["README.md", "onnx_model.py", "student.onnx", "student.safetensors"]
 
 
@@ -154,12 +154,12 @@ def test_the_guides_code_runs(
     run: Run, exported: Export, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    by_onnxruntime, by_acamkd = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    _, by_onnxruntime, by_acamkd = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     shutil.copytree(exported.folder, tmp_path, dirs_exist_ok=True)
     shutil.copy(image, tmp_path / "image.jpg")
     shutil.copy(run.folder.parent / "recipe.yaml", tmp_path / "street.yaml")
     monkeypatch.chdir(tmp_path)
-    exec(by_onnxruntime.replace("from onnx_model", "from acamkd.onnx_model"), {})
+    exec(by_onnxruntime.replace("from onnx_model", "from acamkd.jobs.export.onnx_model"), {})
     assert "'background': " in capsys.readouterr().out
     exec(by_acamkd, {})
     assert capsys.readouterr().out.startswith("runs/street/distilled: mIoU student ")
