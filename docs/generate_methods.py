@@ -56,7 +56,7 @@ def _index(descriptions: Iterable[dict[str, Any]], cases: Counter[str]) -> str:
             "# Methods",
             "",
             "Any of them is one word of a recipe: `--set losses.0.name=NAME`. Several together: "
-            "[combinations](combinations.md). One more: [how to add a method](../add-a-method.md).",
+            "[combinations](combinations.md). One more: [how to add a method](../guides/add-a-method.md).",
             "",
             *_table(header, rows),
             "",

@@ -1,4 +1,4 @@
-"""The pages under docs/methods and the example of docs/add-a-method.md."""
+"""The pages under docs/methods and the example of docs/guides/add-a-method.md."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def test_notes_are_of_methods() -> None:
 
 
 def test_the_example_method_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "add-a-method.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (DOCS / "guides/add-a-method.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     (tmp_path / "charbonnier.py").write_text(blocks[0], encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     assert blocks[1].strip() == "from acamkd.losses.charbonnier import Charbonnier as Charbonnier"

@@ -1,4 +1,8 @@
-"""acamkd: knowledge distillation for object detectors and semantic segmenters."""
+"""acamkd: knowledge distillation for object detectors and semantic segmenters.
+
+What the command line does, Python does by the same word: `acamkd.distill("recipe.yaml")`. Every function takes a recipe
+(its file or the object) or a run (its folder or the object), and returns an object that prints itself.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +10,65 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from acamkd.distillation.build import build_distiller
-    from acamkd.distillation.distiller import Distiller
-    from acamkd.distillation.methods import METHODS
-    from acamkd.distillation.taps import FeatureTap
-    from acamkd.engine.runs import load_student, open_run
-    from acamkd.jobs.train import distill, train
+    from acamkd.distillation.build import build_distiller as build_distiller
+    from acamkd.distillation.distiller import Distiller as Distiller
+    from acamkd.distillation.methods import METHODS as METHODS
+    from acamkd.distillation.taps import FeatureTap as FeatureTap
+    from acamkd.engine.runs import load_student as load_student
+    from acamkd.engine.runs import open_run as open_run
+    from acamkd.jobs.compare.compare import compare as compare
+    from acamkd.jobs.demo import demo as demo
+    from acamkd.jobs.doctor import doctor as doctor
+    from acamkd.jobs.evaluate import evaluate as evaluate
+    from acamkd.jobs.export.export import export as export
+    from acamkd.jobs.inspect_layers import inspect as inspect
+    from acamkd.jobs.predict import predict as predict
+    from acamkd.jobs.train import distill as distill
+    from acamkd.jobs.train import train as train
+    from acamkd.losses import *  # noqa: F403
+    from acamkd.models.base import TaskModel as TaskModel
+    from acamkd.models.detection import Detector as Detector
+    from acamkd.models.segmentation import Segmenter as Segmenter
 
 __version__ = "0.1.0"
-__all__ = ["METHODS", "Distiller", "FeatureTap", "build_distiller", "distill", "load_student", "open_run", "train"]
 
 _HOMES = {
+    "METHODS": "acamkd.distillation.methods",
+    "Detector": "acamkd.models.detection",
     "Distiller": "acamkd.distillation.distiller",
     "FeatureTap": "acamkd.distillation.taps",
-    "METHODS": "acamkd.distillation.build",
+    "Segmenter": "acamkd.models.segmentation",
+    "TaskModel": "acamkd.models.base",
     "build_distiller": "acamkd.distillation.build",
+    "compare": "acamkd.jobs.compare.compare",
+    "demo": "acamkd.jobs.demo",
     "distill": "acamkd.jobs.train",
+    "doctor": "acamkd.jobs.doctor",
+    "evaluate": "acamkd.jobs.evaluate",
+    "export": "acamkd.jobs.export.export",
+    "inspect": "acamkd.jobs.inspect_layers",
     "load_student": "acamkd.engine.runs",
     "open_run": "acamkd.engine.runs",
+    "predict": "acamkd.jobs.predict",
     "train": "acamkd.jobs.train",
 }
+"""Where each name lives; the losses are names of `acamkd.losses`."""
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that neither the command line nor `acamkd.config` waits for torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'acamkd' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name[:1].isupper() and name in _losses():  # other names may be modules that an import looks for
+        return _losses()[name]
+    raise AttributeError(f"module 'acamkd' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOMES, *_losses()])
+
+
+def _losses() -> dict[str, Any]:
+    """Every class that `acamkd.losses` lists."""
+    found = vars(importlib.import_module("acamkd.losses"))
+    return {name: loss for name, loss in found.items() if isinstance(loss, type)}

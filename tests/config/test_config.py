@@ -120,15 +120,7 @@ def test_words_that_look_like_numbers_are_words(path: Path, text: str) -> None:
         ({"losses": [{"pairs": ["a"]}]}, "losses.0.name: missing"),
         ({"losses": {"name": "acam"}}, "losses: "),
         ({"losses": [{"name": "acam", "pairs": [["a", "b", "c"]]}]}, r"losses.0.pairs.0"),
-        ({"task": "segmentation"}, "task segmentation needs data.format: voc, masks, cityscapes, not coco"),
         ({"task": "depth"}, r"task: Input should be 'detection' or 'segmentation' \(given: 'depth'\)"),
-        ({"data": {**changed()["data"], "val": {"images": "x"}}}, "data.val.annotations is missing"),
-        ({"data": {"format": "coco", "val": {"name": "x", "masks": "y"}}}, "data.val.masks: data.format coco does not"),
-        (
-            {"data": {"format": "voc", "val": {"name": "x", "annotations": "y"}}},
-            "data.val.annotations: data.format voc",
-        ),
-        ({"data": {"format": "voc", "val": {"images": "x"}}}, "data.val.images: .* give the split's `name` instead"),
         (
             {"data": {"val": {"images": "x", "name": "y"}}},
             "data.val: give either the split's `name` .*, or its `images`",
@@ -156,15 +148,6 @@ def test_a_known_layout_needs_no_paths() -> None:
 def test_every_bad_key_is_named_at_once() -> None:
     with pytest.raises(AcamkdError, match=r"(?s)^recipe does not fit:\n  .*task: .*\n  .*train\.epochs: missing"):
         config.parse(changed(task=3, train={}))
-
-
-def test_masks_need_class_names() -> None:
-    split = {"images": "i", "masks": "m"}
-    data = {"format": "masks", "train": split, "val": split}
-    with pytest.raises(AcamkdError, match=r"data\.classes is missing: masks hold ids only"):
-        config.parse(changed(task="segmentation", data=data))
-    recipe = config.parse(changed(task="segmentation", data={**data, "classes": ["sky", "road"]}))
-    assert recipe.data.classes == ("sky", "road")
 
 
 @pytest.mark.parametrize(

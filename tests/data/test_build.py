@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,6 +83,30 @@ def test_masks_found_need_class_names(tmp_path: Path) -> None:
         data.resolve(config.Data(root=tmp_path), "segmentation")
 
 
+@pytest.mark.parametrize(
+    ("task", "options", "message"),
+    [
+        ("segmentation", {"format": "coco"}, "task segmentation needs data.format: voc, masks, cityscapes, not coco"),
+        ("detection", {"format": "coc"}, "data.format: there is no format 'coc'; did you mean coco"),
+        ("detection", {"format": "coco", "val": {"images": "x"}}, "data.val.annotations is missing"),
+        ("detection", {"format": "coco", "val": {"name": "x", "masks": "y"}}, "data.val.masks: data.format coco does"),
+        (
+            "detection",
+            {"format": "voc", "val": {"name": "x", "annotations": "y"}},
+            "data.val.annotations: data.format voc",
+        ),
+        ("detection", {"format": "voc", "val": {"images": "x"}}, "data.val.images: .* give the split's `name` instead"),
+        ("detection", {"format": "acamkd.data:augmentation"}, "must be a subclass of acamkd.data.ImageDataset"),
+        ("detection", {"format": "acamkd.data:MaskFolder"}, "is for segmentation, but the recipe's task is detection"),
+        ("detection", {"format": "nowhere:Reader"}, "data.format nowhere:Reader: No module named 'nowhere'"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_a_format_is_named(task: Task, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(AcamkdError, match=message):
+        data.resolve(config.Data.model_validate(options), task)
+
+
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_drawn_scenes_need_no_paths(tmp_path: Path, task: Task) -> None:
     write_scenes(tmp_path / "s", train=2, val=1, size=(32, 32), seed=0, task=task)
@@ -96,9 +121,9 @@ def test_drawn_scenes_need_no_paths(tmp_path: Path, task: Task) -> None:
 @pytest.mark.parametrize("place", ["images/train2017", "train2017"])
 def test_cocos_own_names(tmp_path: Path, place: str) -> None:
     write_scenes(tmp_path, train=2, val=1, size=(32, 32), seed=0, task="detection")
-    (tmp_path / "images/train").rename(tmp_path / "images")
+    (tmp_path / "images/train").rename(tmp_path / "moved")
     (tmp_path / place).parent.mkdir(exist_ok=True)
-    (tmp_path / "images").rename(tmp_path / place)
+    (tmp_path / "moved").rename(tmp_path / place)
     (tmp_path / "annotations/instances_train.json").rename(tmp_path / "annotations/instances_train2017.json")
     dataset = data.build(config.Data(root=tmp_path), "detection", "train", seed=0, augment=False)
     assert data.check(dataset, "full") == []

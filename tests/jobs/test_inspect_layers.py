@@ -77,7 +77,7 @@ def test_the_classes_are_those_of_the_format_that_is_found(tmp_path: Path) -> No
 def test_what_cannot_be_paired_is_said() -> None:
     with pytest.raises(AcamkdError, match="retinanet is for detection and fpn for segmentation"):
         of_names("retinanet", "fpn")
-    with pytest.raises(AcamkdError, match="unknown segmenter retinanett"):
+    with pytest.raises(AcamkdError, match="unknown network retinanett"):
         of_names("retinanett", "fpn")
     result = CliRunner().invoke(cli.app, ["inspect", "a", "b", "c"])
     assert isinstance(result.exception, AcamkdError)

@@ -87,7 +87,7 @@ def _frames(file: Path) -> list[Any]:
 
 def test_a_video_of_masks(red: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="acamkd")
-    folder = predict(red, _film(tmp_path / "film.mp4"))
+    folder = predict(red, _film(tmp_path / "film.mp4")).folder
     assert folder == tmp_path / "predictions"
     masks = sorted((folder / "masks/film").iterdir())
     assert [mask.name for mask in masks] == [f"{number:06d}.png" for number in range(5)]
@@ -103,7 +103,7 @@ def test_a_video_of_masks(red: Path, tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_a_video_of_boxes(box: Path, tmp_path: Path) -> None:
-    folder = predict(box, _film(tmp_path / "film.mp4"), out=tmp_path / "out")
+    folder = predict(box, _film(tmp_path / "film.mp4"), out=tmp_path / "out").folder
     found = json.loads((folder / "predictions.json").read_text())
     assert [each["frame"] for each in found] == [0, 1, 2, 3, 4]
     assert found[3] == {
@@ -128,7 +128,7 @@ def test_boxes_and_names_grow_with_the_image() -> None:
 
 
 def test_a_video_is_turned_upright(red: Path, tmp_path: Path) -> None:
-    folder = predict(red, _film(tmp_path / "film.mp4", turned=True))
+    folder = predict(red, _film(tmp_path / "film.mp4", turned=True)).folder
     seen = np.array(Image.open(folder / "masks/film/000000.png"))
     assert seen.shape == (64, 48)
     assert (seen[:30] == 1).all()
@@ -203,5 +203,5 @@ def test_two_images_of_one_name_are_for_a_detector_alone(red: Path, box: Path, t
         Image.new("RGB", (16, 8)).save(folder / name)
     with pytest.raises(AcamkdError, match=rf"{folder}: 2 images are called a, and their masks would be one file"):
         predict(red, folder)
-    out = predict(box, folder, out=tmp_path / "found")
+    out = predict(box, folder, out=tmp_path / "found").folder
     assert [entry["file_name"] for entry in json.loads((out / "predictions.json").read_text())] == ["a.jpg", "a.png"]

@@ -1,8 +1,7 @@
 """Recipes. Imports no torch, so that the command line answers at once."""
 
-from acamkd.config.loading import dump, imported, load, override, parse, read_text
+from acamkd.config.loading import as_recipe, dump, imported, load, override, parse, read_text
 from acamkd.config.schema import (
-    FORMATS,
     Augmentation,
     Comparison,
     Data,
@@ -16,11 +15,9 @@ from acamkd.config.schema import (
     Size,
     Split,
     Train,
-    check_data,
 )
 
 __all__ = [
-    "FORMATS",
     "Augmentation",
     "Comparison",
     "Data",
@@ -34,7 +31,7 @@ __all__ = [
     "Size",
     "Split",
     "Train",
-    "check_data",
+    "as_recipe",
     "dump",
     "imported",
     "load",

@@ -50,6 +50,13 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse(raw, source=str(path))
 
 
+def as_recipe(recipe: Recipe | Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe, given as such or by its file, with some keys overridden; raises AcamkdError as `load` does."""
+    if isinstance(recipe, Recipe):
+        return override(recipe, overrides) if overrides else recipe
+    return load(Path(recipe), overrides)
+
+
 def parse(raw: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """Validate a mapping as a recipe; raises AcamkdError that names every bad key."""
     try:

@@ -8,8 +8,6 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from acamkd.errors import AcamkdError
-
 Size: TypeAlias = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
 """(height, width) in pixels."""
 
@@ -24,16 +22,6 @@ class Section(BaseModel):
     """A mapping in a recipe; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-FORMATS: dict[str, tuple[str, ...]] = {
-    "coco": ("detection",),
-    "yolo": ("detection",),
-    "voc": ("detection", "segmentation"),
-    "masks": ("segmentation",),
-    "cityscapes": ("segmentation",),
-}
-"""`data.format` -> tasks that it is for."""
 
 
 class Split(Section):
@@ -85,9 +73,10 @@ class ShortLong(Section):
 class Data(Section):
     """Images and targets."""
 
-    format: Literal["auto", "coco", "yolo", "voc", "masks", "cityscapes"] = "auto"
+    format: str = "auto"
     """`coco`: images and a COCO JSON. `yolo`: images and text files. `voc`: Pascal VOC, boxes or masks. `masks`:
-    images and 8-bit masks. `cityscapes`. `auto`: by what lies in `root`."""
+    images and 8-bit masks. `cityscapes`. `package.module:Class`: a reader of your own. `auto`: by what lies in
+    `root`."""
     root: Path = Path()
     """Folder of the data; the splits' paths are relative to it."""
     train: Split = Split(name="train")
@@ -247,7 +236,7 @@ class Train(Section):
     """What the networks compute in; losses and weights are of 32 bits with each."""
     channels_last: bool = False
     """Student, teacher and losses keep weights and maps channels last: other rounding, and less time where convolutions
-    are made for it, most of all with bf16-mixed (docs/performance.md)."""
+    are made for it, most of all with bf16-mixed (docs/reference/performance.md)."""
     accumulate: Positive = 1
     """Batches per optimization step."""
     clip: Annotated[float, Field(gt=0)] | None = None
@@ -325,8 +314,6 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        if self.data.format != "auto":
-            check_data(self.data, self.task)
         if self.student.num_classes is not None:
             raise ValueError("student.num_classes: the student has the data's classes; only a teacher may have others")
         if self.teacher is not None and self.teacher.inherit:
@@ -334,24 +321,3 @@ class Recipe(Section):
         if self.student.inherit and self.teacher is None:
             raise ValueError("student.inherit needs a `teacher` section to inherit from")
         return self
-
-
-def check_data(data: Data, task: str) -> None:
-    """Raise AcamkdError if a format, now that it is known, does not fit the task or lacks something."""
-    if task not in FORMATS[data.format]:
-        fitting = [name for name, tasks in FORMATS.items() if task in tasks]
-        raise AcamkdError(f"task {task} needs data.format: {', '.join(fitting)}, not {data.format}")
-    source = {"coco": "annotations", "yolo": "annotations", "masks": "masks"}.get(data.format)
-    for name in ("train", "val"):
-        split: Split = getattr(data, name)
-        for key in ("masks", "annotations"):
-            if getattr(split, key) is not None and key != source:
-                raise AcamkdError(f"data.{name}.{key}: data.format {data.format} does not read it")
-        if source and data.format != "yolo" and split.images is not None and getattr(split, source) is None:
-            raise AcamkdError(f"data.{name}.{source} is missing: data.format {data.format} needs it beside `images`")
-        if data.format in ("voc", "cityscapes") and split.images is not None:
-            raise AcamkdError(
-                f"data.{name}.images: data.format {data.format} has folders of its own: give the split's `name` instead"
-            )
-    if data.format == "masks" and not data.classes:
-        raise AcamkdError("data.classes is missing: masks hold ids only, so the recipe lists the class names")

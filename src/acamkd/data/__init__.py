@@ -3,6 +3,7 @@
 from acamkd.data.build import build, build_unlabeled, loader, resolve
 from acamkd.data.checks import check, check_same_classes, compare_splits, refuse
 from acamkd.data.dataset import ImageDataset
+from acamkd.data.formats import FORMATS
 from acamkd.data.formats.cityscapes import Cityscapes
 from acamkd.data.formats.coco import CocoDetection
 from acamkd.data.formats.masks import MaskFolder
@@ -14,6 +15,7 @@ from acamkd.data.transforms import augmentation
 from acamkd.data.unlabeled import WithUnlabeled
 
 __all__ = [
+    "FORMATS",
     "Cityscapes",
     "CocoDetection",
     "DistributedSequentialSampler",

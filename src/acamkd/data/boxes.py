@@ -52,6 +52,8 @@ class BoxDataset(ImageDataset):
         seed: Of the random changes.
     """
 
+    TASK = "detection"
+
     LEAVES_OUT_EMPTY: ClassVar[bool] = False
     """Whether boxes without area are left out, with a warning, or refused."""
 

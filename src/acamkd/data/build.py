@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from pathlib import Path
-from typing import Literal, TypeAlias
 
 import torch
 
 from acamkd import config
 from acamkd.data.checks import refuse
-from acamkd.data.dataset import ImageDataset, Transform
-from acamkd.data.formats import yolo
-from acamkd.data.formats.cityscapes import Cityscapes
-from acamkd.data.formats.coco import CocoDetection
-from acamkd.data.formats.masks import MaskFolder
-from acamkd.data.formats.voc import VocDetection, VocSegmentation
+from acamkd.data.dataset import ImageDataset, SplitName
+from acamkd.data.formats import FORMATS
 from acamkd.data.loading import ImageLoader
 from acamkd.data.samplers import DistributedSequentialSampler, SeededSampler
 from acamkd.data.transforms import augmentation
 from acamkd.data.unlabeled import UnlabeledImages, WithUnlabeled
-from acamkd.errors import AcamkdError
+from acamkd.errors import AcamkdError, nearest
 from acamkd.models.base import Task
 
 log = logging.getLogger(__name__)
 
-SplitName: TypeAlias = Literal["train", "val"]
+AUTO = "auto"
 
 
 def build(data: config.Data, task: Task, split: SplitName, *, seed: int, augment: bool) -> ImageDataset:
@@ -44,7 +37,7 @@ def build(data: config.Data, task: Task, split: SplitName, *, seed: int, augment
     """
     data = resolve(data, task)
     transform = augmentation(data.augment, task) if augment else None
-    return READERS[data.format, task](data, split, transform, seed)
+    return reader_of(data.format, task).open_split(data, split, transform=transform, seed=seed)
 
 
 def build_unlabeled(data: config.Data, task: Task, *, seed: int) -> UnlabeledImages:
@@ -54,18 +47,49 @@ def build_unlabeled(data: config.Data, task: Task, *, seed: int) -> UnlabeledIma
 
 
 def resolve(data: config.Data, task: Task) -> config.Data:
-    """The same data with the format that `auto` stands for, which the log says and explains.
+    """The same data with the format that `auto` stands for, which the log says and explains; its keys are checked.
 
     Raises:
-        AcamkdError: No layout is found, or several are; the message says what was looked for.
+        AcamkdError: No layout is found, or several are; the format is none for this task, or lacks a key.
     """
-    if data.format != "auto":
-        return data
+    if data.format == AUTO:
+        data = data.model_copy(update={"format": _find_format(data, task)})
+    _check_keys(data, reader_of(data.format, task))
+    return data
+
+
+def reader_of(name: str, task: Task) -> type[ImageDataset]:
+    """The class that reads a format for a task: one of FORMATS, or a class of the user's, `package.module:Class`.
+
+    Raises:
+        AcamkdError: There is none, or it is for another task.
+    """
+    if ":" in name:
+        reader = config.imported(name, "data.format")
+        if not (isinstance(reader, type) and issubclass(reader, ImageDataset)):
+            raise AcamkdError(f"data.format {name} must be a subclass of acamkd.data.ImageDataset")
+        if task != reader.TASK:
+            raise AcamkdError(f"data.format {name} is for {reader.TASK}, but the recipe's task is {task}")
+        return reader
+    if name not in FORMATS:
+        raise AcamkdError(f"data.format: there is no format {name!r}; {nearest(name, [*FORMATS, AUTO])}")
+    found = [reader for reader in FORMATS[name] if task == reader.TASK]
+    if not found:
+        fitting = [name for name, readers in FORMATS.items() if any(task == reader.TASK for reader in readers)]
+        raise AcamkdError(f"task {task} needs data.format: {', '.join(fitting)}, not {name}")
+    return found[0]
+
+
+def _find_format(data: config.Data, task: Task) -> str:
+    """The format that a recipe's paths or the layout of the root tell."""
     if not data.root.is_dir():
         raise AcamkdError(f"data.root {data.root}: there is no such folder")
     found = _found(data, task)
     if len(found) != 1:
-        looked = "; ".join(f"{' and '.join(LAYOUTS[each])} ({each[0]})" for each in LAYOUTS if each[1] == task)
+        looked = "; ".join(
+            f"{' and '.join(reader.LAYOUT)} ({name})"
+            for name, readers in FORMATS.items() for reader in readers if task == reader.TASK
+        )  # fmt: skip
         what = f"both {' and '.join(found)}" if found else "no layout that is known"
         raise AcamkdError(
             f"data.format: auto finds {what} in {data.root} for {task}; looked for {looked}: set data.root to the "
@@ -73,22 +97,42 @@ def resolve(data: config.Data, task: Task) -> config.Data:
         )
     ((name, reason),) = found.items()
     log.info("data.format: %s, because %s", name, reason)
-    data = data.model_copy(update={"format": name})
-    config.check_data(data, task)
-    return data
+    return name
 
 
 def _found(data: config.Data, task: Task) -> dict[str, str]:
     """Formats that it may be, each with the reason."""
-    for key, name in (("masks", "masks"), ("annotations", "coco")):
-        path = getattr(data.train, key)
-        if path is not None and (key == "masks" or path.suffix == ".json"):
-            return {name: f"data.train.{key} is {path}"}
+    if data.train.masks is not None:
+        return {"masks": f"data.train.masks is {data.train.masks}"}
+    if data.train.annotations is not None and data.train.annotations.suffix == ".json":
+        return {"coco": f"data.train.annotations is {data.train.annotations}"}
     return {
-        name: f"{' and '.join(entries)} {'are' if len(entries) > 1 else 'is'} in {data.root}"
-        for (name, for_task), entries in LAYOUTS.items()
-        if for_task == task and all(any(data.root.glob(entry)) for entry in entries)
+        name: f"{' and '.join(reader.LAYOUT)} {'are' if len(reader.LAYOUT) > 1 else 'is'} in {data.root}"
+        for name, readers in FORMATS.items()
+        for reader in readers
+        if task == reader.TASK and all(any(data.root.glob(entry)) for entry in reader.LAYOUT)
     }
+
+
+def _check_keys(data: config.Data, reader: type[ImageDataset]) -> None:
+    """Raise AcamkdError if a split has paths that its format does not read, or lacks one that it needs."""
+    for name in ("train", "val"):
+        split: config.Split = getattr(data, name)
+        for key in ("masks", "annotations"):
+            if getattr(split, key) is not None and key not in reader.SPLIT_KEYS:
+                raise AcamkdError(f"data.{name}.{key}: data.format {data.format} does not read it")
+        if split.images is None:
+            continue
+        if "images" not in reader.SPLIT_KEYS:
+            raise AcamkdError(
+                f"data.{name}.images: data.format {data.format} has folders of its own: give the split's `name` instead"
+            )
+        if reader.BESIDE_IMAGES is not None and getattr(split, reader.BESIDE_IMAGES) is None:
+            raise AcamkdError(
+                f"data.{name}.{reader.BESIDE_IMAGES} is missing: data.format {data.format} needs it beside `images`"
+            )
+    if reader.NEEDS_CLASSES and not data.classes:
+        raise AcamkdError("data.classes is missing: masks hold ids only, so the recipe lists the class names")
 
 
 def loader(
@@ -131,85 +175,3 @@ def loader(
         # Without its own generator every epoch would move torch's global one.
         generator=torch.Generator().manual_seed(seed),
     )
-
-
-def _coco(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> ImageDataset:
-    images, annotations = _coco_paths(data.root, getattr(data, split))
-    return CocoDetection(
-        images, annotations, classes=data.classes, keep_crowd=split == "val", transform=transform, seed=seed
-    )
-
-
-def _coco_paths(root: Path, split: config.Split) -> tuple[Path, Path]:
-    if split.images is not None and split.annotations is not None:
-        return root / split.images, root / split.annotations
-    # COCO's own train and val are called so, and its archives lay their folders of images beside `annotations`.
-    names = [str(split.name), f"{split.name}2017"]
-    name = next((each for each in names if _instances(root, each).is_file()), names[0])
-    annotations = root / split.annotations if split.annotations else _instances(root, name)
-    folders = [folder for each in dict.fromkeys([name, *names]) for folder in (root / "images" / each, root / each)]
-    return next((folder for folder in folders if folder.is_dir()), folders[0]), annotations
-
-
-def _instances(root: Path, name: str) -> Path:
-    return root / "annotations" / f"instances_{name}.json"
-
-
-def _yolo(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> ImageDataset:
-    said: config.Split = getattr(data, split)
-    images, labels = yolo.folders(
-        data.root,
-        said.name or split,
-        images=data.root / said.images if said.images else None,
-        labels=data.root / said.annotations if said.annotations else None,
-    )
-    names = yolo.class_names(data.root, data.classes)
-    return yolo.YoloDetection(images, labels, names, transform=transform, seed=seed)
-
-
-def _voc(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> ImageDataset:
-    name = getattr(data, split).name
-    return VocDetection(
-        data.root, name, classes=data.classes, keep_crowd=split == "val", transform=transform, seed=seed
-    )
-
-
-def _voc_masks(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> ImageDataset:
-    return VocSegmentation(data.root, getattr(data, split).name, classes=data.classes, transform=transform, seed=seed)
-
-
-def _cityscapes(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> ImageDataset:
-    return Cityscapes(data.root, getattr(data, split).name, classes=data.classes, transform=transform, seed=seed)
-
-
-def _masks(data: config.Data, split: SplitName, transform: Transform | None, seed: int) -> ImageDataset:
-    paths: config.Split = getattr(data, split)
-    return MaskFolder(
-        data.root / (paths.images or f"images/{paths.name}"),
-        data.root / (paths.masks or f"masks/{paths.name}"),
-        data.classes or (),
-        ignore_index=data.ignore_index,
-        transform=transform,
-        seed=seed,
-    )
-
-
-READERS: dict[tuple[str, Task], Callable[[config.Data, SplitName, Transform | None, int], ImageDataset]] = {
-    ("coco", "detection"): _coco,
-    ("yolo", "detection"): _yolo,
-    ("voc", "detection"): _voc,
-    ("voc", "segmentation"): _voc_masks,
-    ("masks", "segmentation"): _masks,
-    ("cityscapes", "segmentation"): _cityscapes,
-}
-"""By `data.format` and `task` of a recipe."""
-
-LAYOUTS: dict[tuple[str, Task], tuple[str, ...]] = {
-    ("coco", "detection"): ("annotations/instances_*.json",),
-    ("yolo", "detection"): (yolo.NAMES,),
-    ("voc", "detection"): ("Annotations", "ImageSets/Main"),
-    ("voc", "segmentation"): ("SegmentationClass", "ImageSets/Segmentation"),
-    ("masks", "segmentation"): ("images", "masks"),
-    ("cityscapes", "segmentation"): ("leftImg8bit", "gtFine"),
-}
-"""What `data.format: auto` looks for in the root."""

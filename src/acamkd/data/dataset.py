@@ -8,19 +8,23 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from torchvision import tv_tensors
 
+from acamkd.config import Data
 from acamkd.data.image_io import read_image
 from acamkd.errors import ImageError
-from acamkd.models.base import PixelSize, Target
+from acamkd.models.base import PixelSize, Target, Task
 
 Sample: TypeAlias = tuple[Tensor, Target]
 """An image, (3, H, W) uint8 RGB, and what is known of it."""
+
+SplitName: TypeAlias = Literal["train", "val"]
+"""Of a recipe: `data.train` and `data.val`."""
 
 Transform: TypeAlias = Callable[[Tensor, Target], Sample]
 """A joint change of image and target (tv_tensors); draws from torch's default CPU generator only."""
@@ -48,7 +52,32 @@ class ImageDataset(Dataset[Sample], ABC):
     Attributes:
         problems: What makes the annotations unusable, one sentence per entry.
         warnings: What is legitimate but worth knowing.
+
+    A class that a recipe names, in `data.format`, also says what follows here.
     """
+
+    TASK: ClassVar[Task]
+    """What its targets are for."""
+
+    LAYOUT: ClassVar[tuple[str, ...]] = ()
+    """Patterns below `data.root`; `data.format: auto` takes the class whose patterns all match something."""
+
+    SPLIT_KEYS: ClassVar[frozenset[str]] = frozenset()
+    """Paths of a recipe's split that it reads: of `images`, `masks` and `annotations`."""
+
+    BESIDE_IMAGES: ClassVar[str | None] = None
+    """The path that a split needs where it gives `images`."""
+
+    NEEDS_CLASSES: ClassVar[bool] = False
+    """Whether only a recipe, in `data.classes`, can name the classes."""
+
+    FIXED_CLASSES: ClassVar[tuple[str, ...] | None] = None
+    """Class names, where the format itself says them."""
+
+    @classmethod
+    def open_split(cls, data: Data, split: SplitName, *, transform: Transform | None, seed: int) -> ImageDataset:
+        """Open one split of a recipe's `data`; raises AcamkdError if a file or folder cannot be read."""
+        raise NotImplementedError(f"{cls.__name__} must define open_split to be named in data.format")
 
     def __init__(
         self,

@@ -9,15 +9,18 @@ import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from filelock import FileLock, Timeout
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from acamkd import config
+from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
 from acamkd.files import unfinished_name, written_whole
 
@@ -50,7 +53,7 @@ class OtherRunError(AcamkdError):
 
 
 @dataclass(frozen=True, repr=False)
-class Run:
+class Run(Printable):
     """One run folder; it prints itself as a line, in a notebook as a table.
 
     It holds the resolved recipe (`recipe.yaml`), `metrics.json`, `history.csv`, `log.txt`, `last.ckpt` to resume from
@@ -117,18 +120,18 @@ class Run:
             f"{metrics['parameters']:,} parameters, {timedelta(seconds=round(metrics['seconds']))}"
         )
 
-    def _repr_html_(self) -> str:
+    __str__ = __repr__
+
+    def __rich__(self) -> RenderableType:
         if not self.has_ended:
-            return escape(repr(self))
+            return Text(repr(self))
         metrics = self.metrics
         rows = {role: metrics[role] for role in ("teacher", "student") if role in metrics}
         names = [name for name in rows[self.role] if "/" not in name]  # without the classes
-        cells = [
-            ["", *names],
-            *([role, *(_percent(scores.get(name)) for name in names)] for role, scores in rows.items()),
-        ]
-        lines = ("".join(f"<td>{cell}</td>" for cell in row) for row in cells)
-        return f"<p>{escape(repr(self))}</p><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+        table = Table("", *names)
+        for role, scores in rows.items():
+            table.add_row(role, *(_percent(scores.get(name)) for name in names))
+        return Group(Text(repr(self)), table)
 
     @contextmanager
     def entered(self, *, resume: bool, overwrite: bool) -> Iterator[bool]:
@@ -238,12 +241,13 @@ def is_first_process() -> bool:
 
 
 def default_folder(recipe: config.Recipe, job: str) -> Path:
-    """Where a recipe's `teacher`, `alone` and `distilled` runs go."""
+    """Where a recipe's `teacher`, `baseline` and `distilled` runs go."""
     return Path("runs") / recipe.name / job
 
 
-def open_run(folder: Path, overrides: Sequence[str] = ()) -> Run:
+def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
     """Open a run, with some keys of its recipe overridden; raises AcamkdError if the folder holds none."""
+    folder = Path(folder)
     if not (folder / RECIPE).is_file():
         raise AcamkdError(f"{folder} is not a run folder: it has no {RECIPE}")
     recipe = config.load(folder / RECIPE, overrides)
@@ -257,7 +261,14 @@ def open_run(folder: Path, overrides: Sequence[str] = ()) -> Run:
     raise AcamkdError(f"{folder} holds no weights yet: its first epoch has not ended (--resume continues it)")
 
 
-def load_student(run: Path | str) -> TaskModel:
+def as_run(run: Run | Path | str, overrides: Sequence[str] = ()) -> Run:
+    """A run, given as such or by its folder, with some keys of its recipe overridden."""
+    if not isinstance(run, Run):
+        return open_run(Path(run), overrides)
+    return replace(run, recipe=config.override(run.recipe, overrides)) if overrides else run
+
+
+def load_student(run: Run | Path | str) -> TaskModel:
     """Build the network that a run trained, with its best weights and in eval mode.
 
     `predict` of what is returned takes images, (3, H, W) uint8 or in [0, 1]; its `net` is the framework's own module.
@@ -265,7 +276,7 @@ def load_student(run: Path | str) -> TaskModel:
     Raises:
         AcamkdError: The folder holds no run, or its weights do not fit.
     """
-    return open_run(Path(run)).load()
+    return as_run(run).load()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,14 +6,14 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from acamkd.data.scenes import CLASSES, write_scenes
 from acamkd.distillation.build import build_distiller, probe
 from acamkd.engine.cost import median_milliseconds
 from acamkd.engine.metrics import METRICS
+from acamkd.engine.printing import Printable
 from acamkd.engine.runs import Run, open_run, write_json
 from acamkd.jobs.train import count_parameters, distill, train
 from acamkd.models.base import Prediction, Task, TaskModel
@@ -46,10 +47,10 @@ SIZE = (96, 96)
 SHOWN = 3
 """Validation images per task on the sheet."""
 
-FOLDERS = {"teacher": "teacher", "student": "alone", "distilled": "distilled"}
+FOLDERS = {"teacher": "teacher", "student": "baseline", "distilled": "distilled"}
 """Network in metrics.json -> its run folder."""
 
-TITLES = {"teacher": "teacher", "student": "baseline", "distilled": "student distilled"}
+TITLES = {"teacher": "teacher", "student": "baseline", "distilled": "distilled student"}
 
 
 class Cost(NamedTuple):
@@ -59,41 +60,56 @@ class Cost(NamedTuple):
     milliseconds: float
 
 
-def run(out: Path, tasks: Sequence[Task]) -> dict[Task, dict[str, Any]]:
+@dataclass(frozen=True)
+class Demo(Printable):
+    """What the demo measured.
+
+    Attributes:
+        folder: With `metrics.json`, `pictures.png` and the run folders.
+        results: What metrics.json holds: per task the name of the metric, and its value in percent of the teacher, the
+            baseline and the distilled student.
+        costs: Per task and network.
+    """
+
+    folder: Path
+    results: dict[Task, dict[str, Any]]
+    costs: dict[Task, dict[str, Cost]]
+
+    def __rich__(self) -> Table:
+        return _table(self.results, self.costs)
+
+
+def demo(out: Path | str = "runs/demo", *, task: Task | Literal["both"] = "both") -> Demo:
     """Draw scenes, train a teacher and a student, distill the student, and compare; once per task.
 
     `out` then holds `metrics.json`, `pictures.png` and per task the scenes (`TASK/data`, drawn once) and the three run
-    folders (`TASK/teacher`, `TASK/alone`, `TASK/distilled`, replaced by every demo).
+    folders (`TASK/teacher`, `TASK/baseline`, `TASK/distilled`, replaced by every demo).
 
     Args:
         out: Folder to write to.
-        tasks: Which of the two.
-
-    Returns:
-        What metrics.json holds: per task the name of the metric, and its value in percent of the teacher, the student
-        trained alone and the student distilled.
+        task: Which of the two, or both.
 
     Raises:
         AcamkdError: The folder cannot be used.
     """
-    started = time.monotonic()
+    started, out = time.monotonic(), Path(out)
+    tasks: Sequence[Task] = ("detection", "segmentation") if task == "both" else (task,)
     results: dict[Task, dict[str, Any]] = {}
     costs: dict[Task, dict[str, Cost]] = {}
     blocks = []
-    for number, task in enumerate(tasks):
-        recipe = read_recipe(task, out)
-        write_scenes(recipe.data.root, train=TRAIN_IMAGES, val=VAL_IMAGES, size=SIZE, seed=0, task=task)
-        scores = _train_all(recipe, out / task, before=3 * number, total=3 * len(tasks))
-        runs = {name: open_run(out / task / folder) for name, folder in FOLDERS.items()}
-        results[task] = {"metric": METRICS[task], **scores}
-        costs[task] = {name: _cost(run.load()) for name, run in runs.items()}
-        blocks.append(_block(runs, results[task]))
+    for number, each in enumerate(tasks):
+        recipe = read_recipe(each, out)
+        write_scenes(recipe.data.root, train=TRAIN_IMAGES, val=VAL_IMAGES, size=SIZE, seed=0, task=each)
+        scores = _train_all(recipe, out / each, before=3 * number, total=3 * len(tasks))
+        runs = {name: open_run(out / each / folder) for name, folder in FOLDERS.items()}
+        results[each] = {"metric": METRICS[each], **scores}
+        costs[each] = {name: _cost(run.load()) for name, run in runs.items()}
+        blocks.append(_block(runs, results[each]))
     write_json(out / "metrics.json", results)
     draw_sheet(blocks, {name: label for label, name in enumerate(CLASSES, start=1)}).savefig(out / "pictures.png")
-    Console().print(_table(results, costs))
     took = timedelta(seconds=round(time.monotonic() - started))
     log.info("the demo took %s; %s holds metrics.json and pictures.png", took, out)
-    return results
+    return Demo(out, results, costs)
 
 
 def read_recipe(task: Task, out: Path) -> config.Recipe:

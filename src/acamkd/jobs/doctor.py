@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, TypeAlias
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
+from rich.console import Group
+from rich.text import Text
 from torch import Tensor, nn
 
 from acamkd import config, data, models
 from acamkd.data import ImageDataset
-from acamkd.data.build import SplitName
-from acamkd.data.statistics import Statistics, count
 from acamkd.distillation.auto_weight import gradient_norms, prepared, probe_distiller, total_norms
 from acamkd.distillation.build import probe
 from acamkd.engine.metrics import METRICS, Scorer, score
+from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
+from acamkd.jobs.examine_data import DataReport, examine_data
 from acamkd.jobs.setup import build_network, teacher_section
 from acamkd.losses.base import HeadLoss
 from acamkd.models.base import VOID, Batch, Target, TaskModel
 
 Status: TypeAlias = Literal["pass", "warn", "fail"]
+
+COLORS: Mapping[Status, str] = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 
 SLICE = 64
 """The teacher is scored on at most this many validation images ..."""
@@ -39,7 +43,7 @@ STRONG, WEAK = 2.0, 0.02
 
 
 @dataclass(frozen=True)
-class Finding:
+class Finding(Printable):
     """One line of the examination.
 
     Attributes:
@@ -53,6 +57,50 @@ class Finding:
     status: Status
     text: str
     advice: str = ""
+
+    def __rich__(self) -> Text:
+        line = Text.assemble((self.status, COLORS[self.status]), f"  {self.check}: {self.text}")
+        return line.append(f"\n      -> {self.advice}") if self.advice else line
+
+
+@dataclass(frozen=True)
+class Diagnosis(Printable):
+    """What an examination found, in the order in which it looked."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def failed(self) -> bool:
+        """Whether something was found that makes the distillation worthless."""
+        return any(finding.status == "fail" for finding in self.findings)
+
+    def __rich__(self) -> Group:
+        return Group(*self.findings)
+
+
+@overload
+def doctor(
+    recipe: config.Recipe | Path | str, *, overrides: Sequence[str] = (), only_data: Literal[False] = False
+) -> Diagnosis: ...
+@overload
+def doctor(
+    recipe: config.Recipe | Path | str, *, overrides: Sequence[str] = (), only_data: Literal[True]
+) -> DataReport: ...
+def doctor(
+    recipe: config.Recipe | Path | str, *, overrides: Sequence[str] = (), only_data: bool = False
+) -> Diagnosis | DataReport:
+    """Examine a recipe in less than a minute: is the teacher good, does its gradient reach the student?
+
+    Args:
+        recipe: As `distill` takes it, or its file.
+        overrides: `key=value` assignments, as `--set` takes them.
+        only_data: Look at the images alone, and count what they hold.
+
+    Raises:
+        AcamkdError: The recipe cannot be read. What is wrong beyond that is a finding.
+    """
+    recipe = config.as_recipe(recipe, overrides)
+    return examine_data(recipe) if only_data else Diagnosis(tuple(examine(recipe)))
 
 
 def examine(recipe: config.Recipe) -> Iterator[Finding]:
@@ -100,37 +148,6 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
         yield from _distillation(student, teacher, train, recipe)
     except AcamkdError as error:
         yield Finding(stage, "fail", str(error))
-
-
-def examine_data(recipe: config.Recipe) -> dict[str, Statistics]:
-    """Count what the splits of a recipe's data hold, and find everything that is wrong with them.
-
-    Args:
-        recipe: Its networks are not looked at.
-
-    Returns:
-        By split; one that cannot be read at all has that as its only problem.
-
-    Raises:
-        AcamkdError: The format is not found.
-    """
-    source = data.resolve(recipe.data, recipe.task)
-    splits: tuple[SplitName, ...] = ("train", "val")
-    opening: dict[str, Callable[[], ImageDataset]] = {
-        split: partial(data.build, source, recipe.task, split, seed=0, augment=False) for split in splits
-    }
-    if source.unlabelled is not None:
-        opening["unlabelled"] = partial(data.build_unlabeled, source, recipe.task, seed=0)
-    found: dict[str, Statistics] = {}
-    for name, opened in opening.items():
-        try:
-            found[name] = count(opened(), decode=recipe.data.check == "full")
-        except AcamkdError as error:
-            found[name] = Statistics(problems=[str(error)])
-    train, val = found["train"], found["val"]
-    if train.classes and val.classes and list(train.classes) != list(val.classes):
-        val.problems.append(f"the classes are {', '.join(val.classes)}, but those of train {', '.join(train.classes)}")
-    return found
 
 
 def _weights(check: str, model: TaskModel, section: config.Model) -> Finding:

@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+import yaml
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from acamkd import config, data, models
-from acamkd.data.formats import voc
+from acamkd.data.build import AUTO, reader_of
 from acamkd.distillation.taps import entries_of
+from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
 from acamkd.models.base import Task, TaskModel
-from acamkd.models.detection import ARCHITECTURES
+from acamkd.models.build import family_of
 
 Pair: TypeAlias = "str | list[str]"
 """As in a recipe: one name for both networks, or the student's and the teacher's."""
@@ -43,23 +50,77 @@ class Layer:
     stride: int
 
 
+@dataclass(frozen=True)
+class Inspection(Printable):
+    """What can be tapped in a teacher and a student, and what to compare.
+
+    Attributes:
+        teacher: Its layers, in the order in which they run.
+        student: Likewise.
+        networks: Class names of the teacher's and of the student's network.
+        losses: For a recipe: ACAM-KD at the layers that belong together.
+    """
+
+    teacher: tuple[Layer, ...]
+    student: tuple[Layer, ...]
+    networks: tuple[str, str]
+    losses: list[dict[str, Any]]
+
+    @property
+    def yaml(self) -> str:
+        """The losses, to paste into a recipe."""
+        return yaml.safe_dump({"losses": self.losses}, sort_keys=False, default_flow_style=None)
+
+    def __rich__(self) -> Group:
+        return Group(
+            _table(f"teacher: {self.networks[0]}", self.teacher),
+            _table(f"student: {self.networks[1]}", self.student),
+            Text(f"# for the recipe\n{self.yaml}"),
+        )
+
+
+def _table(title: str, found: Sequence[Layer]) -> Table:
+    table = Table("layer", "channels", "stride", title=title, title_justify="left")
+    for layer in found:
+        table.add_row(escape(layer.name), str(layer.channels), str(layer.stride))
+    return table
+
+
+def inspect(
+    recipe: config.Recipe | Path | str, student: str | None = None, *, overrides: Sequence[str] = ()
+) -> Inspection:
+    """Show what can be tapped in a teacher and a student, and propose the `losses` of a recipe.
+
+    Args:
+        recipe: A recipe or its file; or, with `student`, the teacher's name: ARCH/BACKBONE, or torchvision/NAME.
+        student: The student's name.
+        overrides: `key=value` assignments that change the recipe.
+
+    Raises:
+        AcamkdError: A network cannot be built, or the two have no layers in common.
+    """
+    networks = of_recipe(config.as_recipe(recipe, overrides)) if student is None else of_names(str(recipe), student)
+    teacher_layers, student_layers = (tuple(layers(network)) for network in networks)
+    names = (type(networks[0].net).__name__, type(networks[1].net).__name__)
+    return Inspection(teacher_layers, student_layers, names, as_losses(propose(*networks), networks[1]))
+
+
 def of_recipe(recipe: config.Recipe) -> tuple[TaskModel, TaskModel]:
     """A recipe's teacher and student, without weights."""
     if recipe.teacher is None:
         raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
-    background = recipe.task == "segmentation"
     form = recipe.data.format
     with suppress(AcamkdError):  # the images need not be there yet
         form = data.resolve(recipe.data, recipe.task).format
-    usual = len(voc.CLASSES) + background if form == "voc" else CLASSES
-    classes = len(recipe.data.classes or range(usual))
+    fixed = None if form == AUTO else reader_of(form, recipe.task).FIXED_CLASSES
+    classes = len(recipe.data.classes or fixed or range(CLASSES))
     return _build(recipe.teacher, recipe.task, classes), _build(recipe.student, recipe.task, classes)
 
 
 def of_names(teacher: str, student: str) -> tuple[TaskModel, TaskModel]:
     """Two networks by name, `ARCH/BACKBONE` such as retinanet/resnet50, or torchvision/NAME."""
     sections = [_parse(name) for name in (teacher, student)]
-    tasks: list[Task] = ["detection" if each.arch in ARCHITECTURES else "segmentation" for each in sections]
+    tasks = [family_of(each.arch).task for each in sections]
     if tasks[0] != tasks[1]:
         raise AcamkdError(f"{teacher} is for {tasks[0]} and {student} for {tasks[1]}: both must do the same")
     built = [_build(section, task, CLASSES) for section, task in zip(sections, tasks, strict=True)]

@@ -8,13 +8,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from rich.text import Text
 from tqdm import tqdm
 
+from acamkd.engine.printing import Printable
+from acamkd.engine.runs import Run, as_run
 from acamkd.errors import AcamkdError
 from acamkd.files import IMAGE_SUFFIXES, written_whole
 from acamkd.jobs.export.onnx_model import OnnxModel, Pixels, Prediction, read_image
@@ -25,7 +29,30 @@ log = logging.getLogger(__name__)
 VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 
 
-def predict(model: Path, source: Path, *, out: Path | None = None, score: float = 0.3) -> Path:
+@dataclass(frozen=True)
+class Predictions(Printable):
+    """What was predicted, and where it lies.
+
+    Attributes:
+        folder: With `overlays/`, and `predictions.json` (detection) or `masks/` (segmentation).
+        count: Number of images or frames.
+        unit: `image` or `frame`.
+        per_second: Images or frames per second, with reading, drawing and writing.
+    """
+
+    folder: Path
+    count: int
+    unit: str
+    per_second: float
+
+    def __rich__(self) -> Text:
+        plural = "" if self.count == 1 else "s"
+        return Text(f"{self.count} {self.unit}{plural}, {self.per_second:.1f} per second, in {self.folder}")
+
+
+def predict(
+    model: Run | Path | str, source: Path | str, *, out: Path | str | None = None, score: float = 0.3
+) -> Predictions:
     """Predict on images or on a video, and write what was found.
 
     The output folder holds `overlays/`, the images or the video with the predictions drawn on them, and for detection
@@ -34,23 +61,21 @@ def predict(model: Path, source: Path, *, out: Path | None = None, score: float 
     segmentation `masks/` (PNG files of class ids; of a video, a folder with one per frame).
 
     Args:
-        model: Run folder, or a file that `acamkd export` wrote.
+        model: A run, its folder, or a file that `acamkd export` wrote.
         source: An image, a folder of images, or a video, which needs `pip install '.[video]'`.
         out: Output folder; `predictions` beside the model where not given.
         score: Detections below it are left out.
 
-    Returns:
-        The output folder.
-
     Raises:
         AcamkdError: The model, the source or one of its images cannot be read.
     """
+    source = Path(source)
     is_video = source.is_file() and source.suffix.lower() in VIDEOS
     files = [] if is_video else images_of(source)
     task, classes, network = _open(model)
     if task == "segmentation" and files:
         _check_names(files, source)
-    folder = out or (model.parent if model.suffix == ".onnx" else model) / "predictions"
+    folder = Path(out) if out else _beside(model) / "predictions"
     results: list[dict[str, Any]] = []
 
     def look(image: Pixels, mask: str, **where: Any) -> Image.Image:
@@ -81,12 +106,12 @@ def predict(model: Path, source: Path, *, out: Path | None = None, score: float 
         with _whole(folder / "predictions.json") as unfinished:
             unfinished.write_text(json.dumps(results, indent=1), encoding="utf-8")
     count -= len(unreadable)
-    rate = count / (time.monotonic() - start)
-    log.info("%d %s, %.1f per second, in %s", count, "frames" if is_video else "images", rate, folder)
+    made = Predictions(folder, count, "frame" if is_video else "image", count / (time.monotonic() - start))
+    log.info("%s", made)
     if unreadable:
         first = "; ".join(unreadable[:3]) + ("; ..." if len(unreadable) > 3 else "")
         raise AcamkdError(f"{len(unreadable)} of {len(files)} images are left out: {first}")
-    return folder
+    return made
 
 
 class Video:
@@ -173,16 +198,21 @@ def _check_names(files: Sequence[Path], source: Path) -> None:
         raise AcamkdError(f"{source}: {count} images are called {stem}, and their masks would be one file: rename them")
 
 
-def _open(model: Path) -> tuple[str, Sequence[str], Callable[[Pixels], Prediction]]:
+def _beside(model: Run | Path | str) -> Path:
+    """The folder that holds the model."""
+    if isinstance(model, Run):
+        return model.folder
+    return Path(model).parent if Path(model).suffix == ".onnx" else Path(model)
+
+
+def _open(model: Run | Path | str) -> tuple[str, Sequence[str], Callable[[Pixels], Prediction]]:
     """Task, class names, and what turns an image into predictions."""
-    if model.suffix == ".onnx":
-        exported = OnnxModel(model)
+    if not isinstance(model, Run) and Path(model).suffix == ".onnx":
+        exported = OnnxModel(Path(model))
         return exported.task, exported.classes, exported.predict
-    import torch
+    import torch  # an exported file needs none
 
-    from acamkd.engine.runs import open_run
-
-    run = open_run(model)
+    run = as_run(model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = run.load().to(device)
 

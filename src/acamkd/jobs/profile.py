@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,6 +21,7 @@ from acamkd import config, data
 from acamkd.distillation.auto_weight import prepared, probe_distiller
 from acamkd.distillation.distiller import Distiller
 from acamkd.engine.cost import flop_counter
+from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
 from acamkd.jobs.setup import build_network
 from acamkd.models.base import Batch
@@ -25,7 +29,7 @@ from acamkd.models.base import Batch
 IMAGES = 2
 """Training images that are run; batch norm may refuse a single one."""
 WORKSPACE = 4 / 3
-"""What a process takes at most by what is counted: operators need memory within themselves (docs/performance.md)."""
+"""What a process takes at most by what is counted: operators need memory of their own (see performance.md)."""
 STATES = {"sgd": 1, "adamw": 2}
 """Numbers that an optimizer keeps for each parameter."""
 
@@ -52,7 +56,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(Printable):
     """What a distillation takes in float32; mixed precision takes less memory.
 
     Attributes:
@@ -62,6 +66,8 @@ class Estimate:
             forward begins.
         fixed: Bytes of all weights, and of gradients and optimizer states of those that train.
         free: Bytes that the device can still give, with the weights loaded.
+        batch_size: The recipe's.
+        with_unlabeled: Whether the losses run on unlabeled images too.
         largest_batch: Images that fit into that, with a third on top of what is counted; 0 where not even one does.
     """
 
@@ -70,7 +76,22 @@ class Estimate:
     image: float
     fixed: int
     free: int
+    batch_size: int
+    with_unlabeled: bool
     largest_batch: int
+
+    def __rich__(self) -> Group:
+        table = Table("part", "parameters", "GFLOPs per image", "MiB per image")
+        for part in self.parts:
+            name = part.name + (" and unlabeled images" if part.name == "losses" and self.with_unlabeled else "")
+            table.add_row(name, f"{part.parameters:,}", f"{part.gflops:.2f}", f"{part.memory / 2**20:.1f}")
+        height, width = self.frame
+        words = (
+            f"a training step in float32, images of {height} x {width}: {self.image / 2**20:.1f} MiB each, and "
+            f"{self.fixed / 2**20:.1f} MiB for weights, gradients and optimizer; {self.free / 2**20:.0f} MiB are free: "
+            f"the largest batch is about {self.largest_batch}, the recipe's {self.batch_size}"
+        )
+        return Group(table, Text(words))
 
 
 def estimate(recipe: config.Recipe) -> Estimate:
@@ -116,6 +137,8 @@ def estimate(recipe: config.Recipe) -> Estimate:
         image=whole[1] / count,
         fixed=4 * sum(sizes) + trained,
         free=free,
+        batch_size=recipe.train.batch_size,
+        with_unlabeled=recipe.data.unlabelled is not None,
         largest_batch=max(0, int((free - trained) // (WORKSPACE * whole[1] / count))),
     )
 

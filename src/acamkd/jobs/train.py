@@ -9,11 +9,11 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, distributed, nn
@@ -29,6 +29,7 @@ from acamkd.engine.module import TrainingModule
 from acamkd.engine.runs import LOG, RECIPE, TERMINATED, Role, Run, default_folder, is_first_process
 from acamkd.engine.trainer import Recorder, build_trainer
 from acamkd.errors import AcamkdError
+from acamkd.jobs.profile import Estimate, estimate
 from acamkd.jobs.setup import Batches, build_network, teacher_section, with_normalization
 from acamkd.models.base import TaskModel
 from acamkd.report.run import write_report
@@ -42,6 +43,7 @@ def train(
     recipe: config.Recipe | Path | str,
     role: Role = "student",
     *,
+    overrides: Sequence[str] = (),
     out: Path | str | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -51,7 +53,8 @@ def train(
     Args:
         recipe: What to train on what, or the YAML file that says it.
         role: `student`, or `teacher`, where `distill` then finds it.
-        out: Run folder; `runs/NAME/alone` or `runs/NAME/teacher` where not given.
+        overrides: `key=value` assignments, as `--set` takes them.
+        out: Run folder; `runs/NAME/baseline` or `runs/NAME/teacher` where not given.
         resume: Continue the run that the folder holds.
         overwrite: Replace it.
 
@@ -61,13 +64,13 @@ def train(
     Raises:
         AcamkdError: Something that was given cannot be used; nothing is written then.
     """
-    recipe = _loaded(recipe)
+    recipe = config.as_recipe(recipe, overrides)
     section = recipe.teacher if role == "teacher" else recipe.student
     if section is None:
         raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
     if section.num_classes is not None:
         raise AcamkdError("teacher.num_classes: a teacher with classes of its own cannot be trained on these images")
-    folder = Path(out) if out else default_folder(recipe, "teacher" if role == "teacher" else "alone")
+    folder = Path(out) if out else default_folder(recipe, "teacher" if role == "teacher" else "baseline")
     if is_first_process():  # before minutes of looking at images
         Run(folder, recipe, role).check_free(resume=resume, overwrite=overwrite)
     batches = Batches(recipe)
@@ -90,21 +93,51 @@ def train(
     return _fit(run, Distiller(model), batches, resume=resume, overwrite=overwrite, inherited=inherited)
 
 
+@overload
 def distill(
     recipe: config.Recipe | Path | str,
     *,
+    overrides: Sequence[str] = (),
     out: Path | str | None = None,
     resume: bool = False,
     overwrite: bool = False,
-) -> Run:
+    dry_run: Literal[False] = False,
+) -> Run: ...
+@overload
+def distill(
+    recipe: config.Recipe | Path | str, *, overrides: Sequence[str] = (), dry_run: Literal[True]
+) -> Estimate: ...
+def distill(
+    recipe: config.Recipe | Path | str,
+    *,
+    overrides: Sequence[str] = (),
+    out: Path | str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> Run | Estimate:
     """Train a recipe's student with its losses against its teacher.
 
     The teacher's weights are the recipe's `teacher.weights`, or what `train(recipe, "teacher")` left behind. It is
     scored on the validation images before the first epoch.
 
-    Args, returns and raises: as `train`; the run folder is `runs/NAME/distilled` where not given.
+    Args:
+        recipe: What to train on what, or the YAML file that says it.
+        overrides: `key=value` assignments, as `--set` takes them.
+        out: Run folder; `runs/NAME/distilled` where not given.
+        resume: Continue the run that the folder holds.
+        overwrite: Replace it.
+        dry_run: Train nothing, and estimate parameters, operations, memory and the largest batch.
+
+    Returns:
+        The run, with its `metrics` and `load()`; or the estimate.
+
+    Raises:
+        AcamkdError: Something that was given cannot be used; nothing is written then.
     """
-    recipe = _loaded(recipe)
+    recipe = config.as_recipe(recipe, overrides)
+    if dry_run:
+        return estimate(recipe)
     if recipe.teacher is None or not recipe.losses:
         raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section and `losses` to distill")
     folder, losses = Path(out) if out else default_folder(recipe, "distilled"), recipe.losses
@@ -131,10 +164,6 @@ def distill(
     used = {"teacher": section, "student": with_normalization(recipe.student, student), "losses": losses}
     run = Run(folder, batches.resolved.model_copy(update=used), "student")
     return _fit(run, distiller, batches, resume=resume, overwrite=overwrite)
-
-
-def _loaded(recipe: config.Recipe | Path | str) -> config.Recipe:
-    return recipe if isinstance(recipe, config.Recipe) else config.load(Path(recipe))
 
 
 def _score_teacher(teacher: TaskModel, batches: Batches) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+
+from acamkd.config import Model, ShortLong
 
 Task: TypeAlias = Literal["detection", "segmentation"]
 
@@ -143,3 +145,23 @@ class TaskModel(nn.Module, ABC):
         """Images in, predictions out; the network should be in eval mode."""
         batch = self.prepare(images)
         return self.decode(self(batch), batch)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Networks that are built in one way, from a recipe's section to a TaskModel.
+
+    Attributes:
+        task: What they are for.
+        names: What `arch` may be, as a call; a name that ends with a slash stands for all that begin so.
+        build: Takes the recipe's section, the number of classes and `data.resize`; raises AcamkdError where something
+            that the recipe names does not exist.
+    """
+
+    task: Task
+    names: Callable[[], Collection[str]]
+    build: Callable[[Model, int, PixelSize | ShortLong | None], TaskModel]
+
+    def holds(self, arch: str) -> bool:
+        """Whether a recipe's `arch` is one of these."""
+        return any(arch.startswith(name) if name.endswith("/") else arch == name for name in self.names())

@@ -9,13 +9,29 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from acamkd.config import Model, ShortLong, imported
-from acamkd.errors import AcamkdError
-from acamkd.models.base import PixelSize, Task, TaskModel
-from acamkd.models.detection import WRAPPERS, build_detector, wrap_detector
-from acamkd.models.segmentation import Segmenter, build_segmenter
+from acamkd.errors import AcamkdError, nearest
+from acamkd.models import detection, segmentation
+from acamkd.models.base import Family, PixelSize, Task, TaskModel
+from acamkd.models.detection import WRAPPERS, wrap_detector
+from acamkd.models.segmentation import Segmenter
 from acamkd.models.weights import LoadReport, load_weights
 
 log = logging.getLogger(__name__)
+
+
+FAMILIES = (detection.FAMILY, segmentation.FAMILY)
+"""The only table of networks that have a name."""
+
+
+def family_of(arch: str, task: Task | None = None) -> Family:
+    """The family of a recipe's `arch`, of one task or of any; raises AcamkdError that lists the nearest names."""
+    families = [family for family in FAMILIES if task in (None, family.task)]
+    for family in families:
+        if family.holds(arch):
+            return family
+    known = [name + "NAME" if name.endswith("/") else name for family in families for name in family.names()]
+    what = {"detection": "detector", "segmentation": "segmenter", None: "network"}[task]
+    raise AcamkdError(f"unknown {what} {arch}; {nearest(arch, known)} Or package.module:factory")
 
 
 def build(
@@ -45,10 +61,8 @@ def build(
         model = model.model_copy(update={"backbone_weights": None})
     if ":" in model.arch:
         built = _from_factory(model, task, num_classes, resize)
-    elif task == "detection":
-        built = build_detector(model, num_classes, resize)
     else:
-        built = build_segmenter(model, num_classes, resize)
+        built = family_of(model.arch, task).build(model, num_classes, resize)
     who = model.title
     if model.weights is not None:
         _say(load_weights(built.net, model.weights, strict=teacher, what=who, convention=model.convention))

@@ -21,7 +21,7 @@ from torchvision.transforms.v2.functional import to_dtype
 from acamkd.config import Model, ShortLong
 from acamkd.errors import AcamkdError, nearest
 from acamkd.models.backbones import build_backbone
-from acamkd.models.base import Batch, Outputs, PixelSize, Prediction, Target, TaskModel
+from acamkd.models.base import Batch, Family, Outputs, PixelSize, Prediction, Target, TaskModel
 from acamkd.models.conventions import (
     OCTAVE,
     RATIOS,
@@ -231,10 +231,6 @@ def build_detector(model: Model, num_classes: int, resize: PixelSize | ShortLong
     Raises:
         AcamkdError: Something named in the recipe does not exist.
     """
-    if model.arch not in ARCHITECTURES:
-        raise AcamkdError(
-            f"unknown detector {model.arch}; {nearest(model.arch, ARCHITECTURES)}, or package.module:factory"
-        )
     kind = ARCHITECTURES[model.arch]
     if kind is FCOS and model.fpn_channels % 32:
         raise AcamkdError(
@@ -254,6 +250,9 @@ def build_detector(model: Model, num_classes: int, resize: PixelSize | ShortLong
         stride_in_1x1(backbone)
     net = kind(backbone, num_classes=num_classes + 1, **options)
     return wrap_detector(net, num_classes, resize, model.mean or mean, model.std or std)
+
+
+FAMILY = Family("detection", lambda: ARCHITECTURES, build_detector)
 
 
 def wrap_detector(

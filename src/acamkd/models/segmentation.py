@@ -19,7 +19,7 @@ from torchvision.transforms.v2.functional import to_dtype
 from acamkd.config import Model, ShortLong
 from acamkd.errors import AcamkdError, nearest
 from acamkd.models.backbones import TORCHVISION
-from acamkd.models.base import VOID, Batch, Outputs, PixelSize, Prediction, Target, TaskModel
+from acamkd.models.base import VOID, Batch, Family, Outputs, PixelSize, Prediction, Target, TaskModel
 from acamkd.models.weights import hub_errors
 
 STRIDE = 32
@@ -134,13 +134,11 @@ def build_segmenter(model: Model, num_classes: int, resize: PixelSize | ShortLon
     return Segmenter(net, num_classes, model.mean or mean, model.std or std, resize)
 
 
+FAMILY = Family("segmentation", lambda: [*smp.MODEL_ARCHITECTURES_MAPPING, TORCHVISION], build_segmenter)
+
+
 def _smp(model: Model, num_classes: int) -> tuple[nn.Module, Any, Any]:
     known = smp.MODEL_ARCHITECTURES_MAPPING
-    if model.arch not in known:
-        raise AcamkdError(
-            f"unknown segmenter {model.arch}; {nearest(model.arch, known)} "
-            "Also torchvision/NAME and package.module:factory"
-        )
     encoder, from_timm = model.backbone, model.backbone.startswith("tu-")
     names = [*smp.encoders.get_encoder_names(), *(f"tu-{name}" for name in timm.list_models())]
     if not (timm.is_model(encoder.removeprefix("tu-")) if from_timm else encoder in names):

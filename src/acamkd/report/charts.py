@@ -89,7 +89,7 @@ def draw(
 
     Args:
         title: What is drawn.
-        curves: Points by name; without any, the axes alone are drawn.
+        curves: Points by name; without any, the axes baseline are drawn.
         limits: Lowest and highest value; those of the curves where not given.
         bands: Ranges of values to warn of.
         level: Name and value of a horizontal line.

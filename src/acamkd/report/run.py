@@ -26,7 +26,10 @@ from acamkd.report.visualize import embed, hex_color
 log = logging.getLogger(__name__)
 
 REPORT = "report.html"
-TEACHER, ALONE, DISTILLED = "teacher", "baseline", "distilled"
+TEACHER, BASELINE, DISTILLED = "teacher", "baseline", "distilled"
+
+BESIDE = ("baseline", "alone")
+"""Folders beside a distilled run that may hold the baseline; the second is what earlier versions called it."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Network:
     """One network of the report.
 
     Attributes:
-        name: TEACHER, ALONE or DISTILLED.
+        name: TEACHER, BASELINE or DISTILLED.
         architecture: Its section of the recipe, in words.
         scores: Every metric by name, in percent.
         model: In eval mode on the CPU; None where its weights are gone.
@@ -48,12 +51,12 @@ class Network:
     cost: Cost | None
 
 
-def write_report(run: Run, alone: Run | None = None) -> Path:
+def write_report(run: Run, baseline: Run | None = None) -> Path:
     """Write a run's report.html.
 
     Args:
         run: A finished run.
-        alone: A run of the same student without distillation; the folder `alone` beside the run where not given.
+        baseline: A run of the same student without distillation; the folder `baseline` beside the run where not given.
 
     Returns:
         The file.
@@ -69,13 +72,13 @@ def write_report(run: Run, alone: Run | None = None) -> Path:
             f"the validation images in {recipe.data.root} are not those that {run.folder} was scored on: "
             "point data.root to them (--set data.root=FOLDER)"
         )
-    alone = _baseline(run, metrics, alone)
+    baseline = _baseline(run, metrics, baseline)
     own = _own_name(run)
-    networks = _networks(run, alone, images, own)
+    networks = _networks(run, baseline, images, own)
     after = networks[own]
-    before = networks.get(ALONE, networks.get(TEACHER)) if own == DISTILLED else None
-    if before and before.name == ALONE and (after.scores[metric] or 0) < (before.scores[metric] or 0):
-        log.warning("the distilled student is below the baseline: %s %.2f, alone %.2f; acamkd doctor RECIPE looks "
+    before = networks.get(BASELINE, networks.get(TEACHER)) if own == DISTILLED else None
+    if before and before.name == BASELINE and (after.scores[metric] or 0) < (before.scores[metric] or 0):
+        log.warning("the distilled student is below the baseline: %s %.2f against %.2f; acamkd doctor RECIPE looks "
                     "for reasons", metric, after.scores[metric] or 0, before.scores[metric])  # fmt: skip
     history = read_history(run.folder / "history.csv")
     replay = load_replay(run.folder / REPLAY) if (run.folder / REPLAY).is_file() else None
@@ -90,7 +93,7 @@ def write_report(run: Run, alone: Run | None = None) -> Path:
         before=before,
         after=after,
         threads=threads(),
-        metric_chart=_metric_chart(metric, own, history, alone, networks),
+        metric_chart=_metric_chart(metric, own, history, baseline, networks),
         loss_charts=loss_charts(history),
         rows=rows(before.scores if before else {}, after.scores),
         gain=_compare(images, before, after) if before else None,
@@ -110,7 +113,7 @@ def write_report(run: Run, alone: Run | None = None) -> Path:
 def _own_name(run: Run) -> str:
     if run.role == "teacher":
         return TEACHER
-    return DISTILLED if run.recipe.losses else ALONE
+    return DISTILLED if run.recipe.losses else BASELINE
 
 
 def _baseline(run: Run, metrics: dict[str, Any], given: Run | None) -> Run | None:
@@ -119,23 +122,24 @@ def _baseline(run: Run, metrics: dict[str, Any], given: Run | None) -> Run | Non
         if given is not None:
             raise AcamkdError(f"{run.folder} is no distillation: there is nothing to compare with {given.folder}")
         return None
-    beside = run.folder.parent / "alone"
+    beside = [folder for name in BESIDE if (folder := run.folder.parent / name).exists()]
+    if given is None and not beside:
+        return None
     try:
-        alone = given or open_run(beside)
-        if _own_name(alone) != ALONE:
-            raise AcamkdError(f"{alone.folder} is no run of a baseline")
-        if alone.metrics["data"]["val"] != metrics["data"]["val"]:
-            raise AcamkdError(f"{alone.folder} and {run.folder} were scored on different validation images")
+        baseline = given or open_run(beside[0])
+        if _own_name(baseline) != BASELINE:
+            raise AcamkdError(f"{baseline.folder} is no run of a baseline")
+        if baseline.metrics["data"]["val"] != metrics["data"]["val"]:
+            raise AcamkdError(f"{baseline.folder} and {run.folder} were scored on different validation images")
     except AcamkdError as error:
         if given is not None:
             raise
-        if beside.exists():
-            log.warning("the report compares with the teacher only: %s", error)
+        log.warning("the report compares with the teacher only: %s", error)
         return None
-    return alone
+    return baseline
 
 
-def _networks(run: Run, alone: Run | None, images: ImageDataset, own: str) -> dict[str, Network]:
+def _networks(run: Run, baseline: Run | None, images: ImageDataset, own: str) -> dict[str, Network]:
     """Teacher, baseline and distilled student, as far as they are known, in this order."""
     image, metrics, recipe = images[0][0], run.metrics, run.recipe
 
@@ -147,8 +151,8 @@ def _networks(run: Run, alone: Run | None, images: ImageDataset, own: str) -> di
     if own == DISTILLED:
         assert recipe.teacher is not None
         networks[TEACHER] = network(TEACHER, recipe.teacher, metrics["teacher"], _teacher(run))
-    if alone is not None:
-        networks[ALONE] = network(ALONE, alone.recipe.student, alone.metrics["student"], alone.load())
+    if baseline is not None:
+        networks[BASELINE] = network(BASELINE, baseline.recipe.student, baseline.metrics["student"], baseline.load())
     section = recipe.teacher if run.role == "teacher" else recipe.student
     assert section is not None
     networks[own] = network(own, section, metrics[run.role], run.load())
@@ -164,11 +168,11 @@ def _teacher(run: Run) -> TaskModel | None:
 
 
 def _metric_chart(
-    metric: str, own: str, history: list[dict[str, float]], alone: Run | None, networks: dict[str, Network]
+    metric: str, own: str, history: list[dict[str, float]], baseline: Run | None, networks: dict[str, Network]
 ) -> Chart:
     curves = {own: curve(history, metric)}
-    if alone is not None:
-        curves[ALONE] = curve(read_history(alone.folder / "history.csv"), metric)
+    if baseline is not None:
+        curves[BASELINE] = curve(read_history(baseline.folder / "history.csv"), metric)
     reached = networks[TEACHER].scores[metric] if own == DISTILLED else None
     level = (TEACHER, reached) if reached is not None else None
     return draw(f"{metric} on the validation images, percent", curves, level=level)

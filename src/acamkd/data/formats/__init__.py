@@ -1,1 +1,18 @@
-"""Data formats: one file each."""
+"""Data formats, one file each. FORMATS is the only table: `data.format` -> its classes, one per task."""
+
+from collections.abc import Mapping
+
+from acamkd.data.dataset import ImageDataset
+from acamkd.data.formats.cityscapes import Cityscapes
+from acamkd.data.formats.coco import CocoDetection
+from acamkd.data.formats.masks import MaskFolder
+from acamkd.data.formats.voc import VocDetection, VocSegmentation
+from acamkd.data.formats.yolo import YoloDetection
+
+FORMATS: Mapping[str, tuple[type[ImageDataset], ...]] = {
+    "coco": (CocoDetection,),
+    "yolo": (YoloDetection,),
+    "voc": (VocDetection, VocSegmentation),
+    "masks": (MaskFolder,),
+    "cityscapes": (Cityscapes,),
+}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from acamkd.config import Data
 from acamkd.data.checks import check_classes
-from acamkd.data.dataset import Transform
+from acamkd.data.dataset import SplitName, Transform
 from acamkd.data.formats.masks import MaskDataset
 from acamkd.errors import AcamkdError
 from acamkd.models.base import VOID
@@ -46,6 +47,14 @@ class Cityscapes(MaskDataset):
     Raises:
         AcamkdError: The split has no folder, or other classes are asked for.
     """
+
+    LAYOUT = ("leftImg8bit", "gtFine")
+    FIXED_CLASSES = CLASSES
+
+    @classmethod
+    def open_split(cls, data: Data, split: SplitName, *, transform: Transform | None, seed: int) -> Cityscapes:
+        """Open one split of a recipe's `data`."""
+        return cls(data.root, getattr(data, split).name, classes=data.classes, transform=transform, seed=seed)
 
     def __init__(
         self,

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from acamkd.config import Data, Split
 from acamkd.data.boxes import Box, BoxDataset
 from acamkd.data.checks import check_classes
-from acamkd.data.dataset import Transform
+from acamkd.data.dataset import SplitName, Transform
 from acamkd.errors import AcamkdError
 
 NEEDED: Mapping[str, Mapping[str, type | tuple[type, ...]]] = {
@@ -37,6 +38,16 @@ class CocoDetection(BoxDataset):
     """
 
     LEAVES_OUT_EMPTY = True  # train2017 has two
+
+    LAYOUT = ("annotations/instances_*.json",)
+    SPLIT_KEYS = frozenset({"images", "annotations"})
+    BESIDE_IMAGES = "annotations"
+
+    @classmethod
+    def open_split(cls, data: Data, split: SplitName, *, transform: Transform | None, seed: int) -> CocoDetection:
+        """Open one split of a recipe's `data`."""
+        images, annotations = _paths(data.root, getattr(data, split))
+        return cls(images, annotations, classes=data.classes, keep_crowd=split == "val", transform=transform, seed=seed)
 
     def __init__(
         self,
@@ -91,6 +102,21 @@ class CocoDetection(BoxDataset):
         if label is None:
             raise AcamkdError(f"the file lists no category {category}, only {', '.join(map(str, self._label_of))}")
         return Box(index, label, (x, y, x + width, y + height), bool(crowd), area)
+
+
+def _paths(root: Path, split: Split) -> tuple[Path, Path]:
+    if split.images is not None and split.annotations is not None:
+        return root / split.images, root / split.annotations
+    # COCO's own train and val are called so, and its archives lay their folders of images beside `annotations`.
+    names = [str(split.name), f"{split.name}2017"]
+    name = next((each for each in names if _instances(root, each).is_file()), names[0])
+    annotations = root / split.annotations if split.annotations else _instances(root, name)
+    folders = [folder for each in dict.fromkeys([name, *names]) for folder in (root / "images" / each, root / each)]
+    return next((folder for folder in folders if folder.is_dir()), folders[0]), annotations
+
+
+def _instances(root: Path, name: str) -> Path:
+    return root / "annotations" / f"instances_{name}.json"
 
 
 def _read(annotations: Path) -> dict[str, Any]:

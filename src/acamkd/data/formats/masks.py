@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 
+from acamkd.config import Data, Split
 from acamkd.data.checks import describe, twins
-from acamkd.data.dataset import ImageDataset, Transform
+from acamkd.data.dataset import ImageDataset, SplitName, Transform
 from acamkd.data.image_io import files_of, opened
 from acamkd.errors import AcamkdError, ImageError
 from acamkd.files import IMAGE_SUFFIXES
@@ -31,6 +32,8 @@ class MaskDataset(ImageDataset):
         transform: Random changes.
         seed: Of the random changes.
     """
+
+    TASK = "segmentation"
 
     def __init__(
         self,
@@ -96,6 +99,24 @@ class MaskFolder(MaskDataset):
     Raises:
         AcamkdError: A folder cannot be read.
     """
+
+    LAYOUT = ("images", "masks")
+    SPLIT_KEYS = frozenset({"images", "masks"})
+    BESIDE_IMAGES = "masks"
+    NEEDS_CLASSES = True
+
+    @classmethod
+    def open_split(cls, data: Data, split: SplitName, *, transform: Transform | None, seed: int) -> MaskFolder:
+        """Open one split of a recipe's `data`."""
+        paths: Split = getattr(data, split)
+        return cls(
+            data.root / (paths.images or f"images/{paths.name}"),
+            data.root / (paths.masks or f"masks/{paths.name}"),
+            data.classes or (),
+            ignore_index=data.ignore_index,
+            transform=transform,
+            seed=seed,
+        )
 
     def __init__(
         self,

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 from xml.etree import ElementTree
 
+from acamkd.config import Data
 from acamkd.data.boxes import Box, BoxDataset
-from acamkd.data.dataset import Transform
+from acamkd.data.dataset import SplitName, Transform
 from acamkd.data.formats.masks import MaskDataset
 from acamkd.data.image_io import lines_of
 from acamkd.errors import AcamkdError, nearest
@@ -43,6 +44,15 @@ class VocDetection(BoxDataset):
     Raises:
         AcamkdError: There is no such split.
     """
+
+    LAYOUT = ("Annotations", "ImageSets/Main")
+    FIXED_CLASSES = CLASSES
+
+    @classmethod
+    def open_split(cls, data: Data, split: SplitName, *, transform: Transform | None, seed: int) -> VocDetection:
+        """Open one split of a recipe's `data`."""
+        name = getattr(data, split).name
+        return cls(data.root, name, classes=data.classes, keep_crowd=split == "val", transform=transform, seed=seed)
 
     def __init__(
         self,
@@ -111,6 +121,14 @@ class VocSegmentation(MaskDataset):
     Raises:
         AcamkdError: There is no such split.
     """
+
+    LAYOUT = ("SegmentationClass", "ImageSets/Segmentation")
+    FIXED_CLASSES = ("background", *CLASSES)
+
+    @classmethod
+    def open_split(cls, data: Data, split: SplitName, *, transform: Transform | None, seed: int) -> VocSegmentation:
+        """Open one split of a recipe's `data`."""
+        return cls(data.root, getattr(data, split).name, classes=data.classes, transform=transform, seed=seed)
 
     def __init__(
         self,

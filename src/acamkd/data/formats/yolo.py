@@ -8,9 +8,10 @@ from typing import Any
 
 import yaml
 
+from acamkd.config import Data, Split
 from acamkd.data.boxes import Box, BoxDataset
 from acamkd.data.checks import check_classes, twins
-from acamkd.data.dataset import Transform
+from acamkd.data.dataset import SplitName, Transform
 from acamkd.data.image_io import files_of, lines_of
 from acamkd.errors import AcamkdError
 from acamkd.files import IMAGE_SUFFIXES
@@ -33,6 +34,21 @@ class YoloDetection(BoxDataset):
     Raises:
         AcamkdError: A folder or file cannot be read.
     """
+
+    LAYOUT = (NAMES,)
+    SPLIT_KEYS = frozenset({"images", "annotations"})
+
+    @classmethod
+    def open_split(cls, data: Data, split: SplitName, *, transform: Transform | None, seed: int) -> YoloDetection:
+        """Open one split of a recipe's `data`."""
+        given: Split = getattr(data, split)
+        images, labels = folders(
+            data.root,
+            given.name or split,
+            images=data.root / given.images if given.images else None,
+            labels=data.root / given.annotations if given.annotations else None,
+        )
+        return cls(images, labels, class_names(data.root, data.classes), transform=transform, seed=seed)
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -15,12 +15,16 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from acamkd import __version__, data
 from acamkd.data import ImageDataset
 from acamkd.engine.cost import Cost, cost, median_milliseconds, threads
 from acamkd.engine.metrics import METRICS, Scorer
-from acamkd.engine.runs import Run
+from acamkd.engine.printing import Printable
+from acamkd.engine.runs import Run, as_run
 from acamkd.errors import AcamkdError
 from acamkd.jobs.export import onnx_model
 from acamkd.jobs.export.card import write_card
@@ -60,7 +64,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Export:
+class Export(Printable):
     """What was exported, and how it compares.
 
     Attributes:
@@ -81,13 +85,27 @@ class Export:
     threads: int
     images: int
 
-    def _repr_markdown_(self) -> str:
-        """The model card, without the Hub's metadata: what a notebook shows."""
-        return (self.folder / CARD).read_text(encoding="utf-8").split("---\n", 2)[2]
+    def __rich__(self) -> RenderableType:
+        table = Table("network", "runtime", self.metric, "ms", "parameters", "GFLOPs")
+        for row in self.measured:
+            score, cost = row.scores.get(self.metric), row.cost
+            spent = [f"{cost.milliseconds:.1f}", f"{cost.parameters:,}", f"{cost.gflops:.2f}"] if cost else []
+            table.add_row(row.network, row.runtime, "" if score is None else f"{score:.2f}", *spent)
+        words = (
+            f"largest difference of the outputs {self.difference:.1e}, {self.relative_difference:.1e} of their largest "
+            f"value; times on {self.threads} CPU thread{'s' if self.threads > 1 else ''}"
+        )
+        return Group(table, Text(words))
 
 
 def export(
-    run: Run, *, out: Path | None = None, overwrite: bool = False, with_nms: bool = False, license: str | None = None
+    run: Run | Path | str,
+    *,
+    overrides: Sequence[str] = (),
+    out: Path | str | None = None,
+    overwrite: bool = False,
+    with_nms: bool = False,
+    license: str | None = None,
 ) -> Export:
     """Export a run's network; the folder appears once every check has passed.
 
@@ -95,7 +113,8 @@ def export(
     without acamkd, and a model card, `README.md`.
 
     Args:
-        run: A run with weights.
+        run: A run with weights, or its folder.
+        overrides: `key=value` assignments that change its recipe, such as `data.root=FOLDER`.
         out: Where to; `export` in the run folder where not given.
         overwrite: Replace the export that the folder holds.
         with_nms: Detection: put everything up to the non-maximum suppression into the graph, for single images of
@@ -107,7 +126,8 @@ def export(
             or another score than PyTorch.
     """
     require("onnx", "onnxruntime", *([] if with_nms else ["onnxscript"]))
-    out = out or run.folder / "export"
+    run = as_run(run, overrides)
+    out = Path(out) if out else run.folder / "export"
     model, recipe = run.load(), run.recipe
     graph = build_graph(model, recipe.data.resize, with_nms=with_nms)
     images = data.build(recipe.data, recipe.task, "val", seed=recipe.train.seed, augment=False)

@@ -1,0 +1,107 @@
+"""The command line's frame: its application, the arguments that commands share, and how errors end it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from acamkd import __version__
+from acamkd.errors import AcamkdError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Distill object detectors and semantic segmenters: ACAM-KD and its competing methods behind one interface.",
+    epilog="Start with [bold]acamkd demo[/bold]; on your own images: [bold]acamkd train R --model teacher[/bold], "
+    "[bold]acamkd train R[/bold], [bold]acamkd distill R[/bold] with a recipe R.",
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see the folder recipes/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override any key of the recipe; may be repeated."),
+]
+Losses = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True, dir_okay=False,
+        help="YAML list of losses in the place of the recipe's; see the folder recipes/combinations/.",
+    ),
+]  # fmt: skip
+Out = Annotated[Path | None, typer.Option(help="Run folder, instead of runs/NAME/JOB.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run that the folder holds.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+
+
+def overrides_of(losses: Path | None, assignments: list[str] | None) -> list[str]:
+    """Both as assignments, the list of losses first, so that `--set losses.0.weight=2` can change it."""
+    from acamkd.config import read_text
+
+    return [*([f"losses={read_text(losses, 'losses')}"] if losses else []), *(assignments or [])]
+
+
+def examples(*lines: str) -> str:
+    """What stands below a command's help."""
+    return "Examples:\n\n" + "\n\n".join(lines)
+
+
+def show(result: Any) -> None:
+    """Print a result; what does not fit into a terminal's line is wrapped by the terminal."""
+    Console().print(result, soft_wrap=not sys.stdout.isatty())
+
+
+def show_json(content: Any) -> None:
+    """Print JSON."""
+    from acamkd.engine.runs import as_json
+
+    typer.echo(as_json(content))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"acamkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    from acamkd.engine.runs import is_first_process
+
+    logging.getLogger("acamkd").setLevel(logging.INFO if is_first_process() else logging.ERROR)
+    logging.getLogger("acamkd").handlers = [_Lines()]
+
+
+class _Lines(logging.Handler):
+    """One line on stderr per message, above the progress bar where there is one; terminals wrap, files do not."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        warning = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(f"{time.strftime('%H:%M:%S')} {warning}{self.format(record)}", file=sys.stderr)
+
+
+def main() -> None:
+    """Run the command line; what the user can mend is one message and exit code 1."""
+    try:
+        app()
+    except AcamkdError as error:
+        Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
+        sys.exit(1)

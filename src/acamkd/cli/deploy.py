@@ -1,0 +1,107 @@
+"""Commands on a finished run: evaluate, export, predict, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from acamkd.cli.app import AsJson, Overrides, RunFolder, app, examples, show, show_json
+
+
+@app.command(
+    epilog=examples(
+        "acamkd evaluate runs/camvid/distilled",
+        "acamkd evaluate runs/camvid/distilled --set data.root=/data/camvid --json",
+        "acamkd evaluate runs/camvid/distilled --set data.val.images=images/test --set data.val.masks=masks/test",
+    )
+)
+def evaluate(
+    run: RunFolder,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a run's best network on its validation images."""
+    from acamkd.jobs.evaluate import evaluate as job
+
+    scores = job(run, overrides=set_ or ())
+    if as_json:
+        show_json(scores)
+    else:
+        show(scores)
+
+
+@app.command(
+    epilog=examples(
+        "acamkd export runs/camvid/distilled",
+        "acamkd export runs/bccd/distilled --with-nms --out build/bccd",
+        "acamkd export runs/camvid/distilled --license apache-2.0 --push-to-hub me/camvid-student",
+    )
+)
+def export(
+    run: RunFolder,
+    set_: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Where to, instead of RUN/export.")] = None,
+    with_nms: Annotated[
+        bool,
+        typer.Option("--with-nms", help="Detection: the full graph with its suppression, for single images."),
+    ] = False,
+    license_: Annotated[
+        str | None, typer.Option("--license", "--licence", help="Of the weights, for the model card.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Upload to the Hugging Face Hub, to a private repository if new."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the export that the folder holds.")] = False,
+) -> None:
+    """Export a run's network to ONNX, checked against PyTorch, with weights and a model card."""
+    from acamkd.jobs.export import export as job
+
+    if push_to_hub:
+        job.check_repository(push_to_hub)
+    exported = job.export(run, overrides=set_ or (), out=out, overwrite=overwrite, with_nms=with_nms, license=license_)
+    show(exported)
+    if push_to_hub:
+        typer.echo(job.push_to_hub(exported.folder, push_to_hub))
+
+
+@app.command(
+    epilog=examples(
+        "acamkd predict runs/camvid/distilled street.jpg",
+        "acamkd predict runs/bccd/distilled/export/student.onnx images/ --out found --score 0.5",
+        "acamkd predict runs/camvid/distilled/export/student.onnx drive.mp4",
+    )
+)
+def predict(
+    model: Annotated[Path, typer.Argument(metavar="RUN|MODEL.onnx", help="Run folder, or an exported file.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="An image, a folder of images, or a video.")],
+    out: Annotated[Path | None, typer.Option(help="Output folder, instead of `predictions` beside the model.")] = None,
+    score: Annotated[float, typer.Option(min=0, max=1, help="Detections below this score are left out.")] = 0.3,
+) -> None:
+    """Predict on images or a video: overlays, and boxes as JSON or masks as PNG."""
+    from acamkd.jobs.predict import predict as job
+
+    job(model, source, out=out, score=score)
+
+
+@app.command(
+    epilog=examples(
+        "acamkd report runs/camvid/distilled",
+        "acamkd report runs/camvid/distilled --baseline runs/camvid/baseline-1 --set data.root=/data/camvid",
+    )
+)
+def report(
+    run: RunFolder,
+    baseline: Annotated[
+        Path | None,
+        typer.Option("--baseline", "--alone", help="Run of the baseline, instead of the folder `baseline` beside RUN."),
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """Write a run's report.html anew: figures, masks over the epochs, and where the gain came from."""
+    from acamkd.engine.runs import open_run
+    from acamkd.report.run import write_report
+
+    write_report(open_run(run, set_ or ()), open_run(baseline) if baseline else None)

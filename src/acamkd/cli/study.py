@@ -1,0 +1,244 @@
+"""Commands that examine and compare: compare, doctor, inspect, methods, demo."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from acamkd.cli.app import AsJson, Losses, Overrides, RecipeFile, app, examples, overrides_of, show, show_json
+from acamkd.errors import AcamkdError
+
+if TYPE_CHECKING:
+    from acamkd.jobs.compare.statistics import Row
+    from acamkd.jobs.compare.trials import Trial
+
+
+@app.command(
+    epilog=examples(
+        "acamkd compare recipes/camvid.yaml --methods none,fitnet,cwd,acam --seeds 5 --plan",
+        "acamkd compare recipes/camvid.yaml --methods none,fitnet,cwd,acam --seeds 5 --time 6h --jobs 2",
+        "acamkd compare recipes/camvid.yaml --methods none,cwd,acam --trial $SLURM_ARRAY_TASK_ID",
+        "acamkd compare recipes/camvid.yaml --methods none,cwd,acam --tables --csv",
+    )
+)
+def compare(
+    recipe: RecipeFile,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Names, separated by commas: of the recipe's compare.methods (all of them if not given), or "
+            "of `acamkd methods`."
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings per method.")] = 5,
+    set_: Overrides = None,
+    results: Annotated[Path | None, typer.Option(help="Folder of the results, instead of runs/NAME/compare.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only print the trials and the hours that they take.")] = False,
+    trial: Annotated[
+        int | None, typer.Option("--trial", "--cell", help="Run this trial of the plan alone, in this process.")
+    ] = None,
+    limit: Annotated[
+        str | None,
+        typer.Option("--time", metavar="6h", help="Begin no trial that would end after this time (h, m, s)."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Trials at the same time; they share the processor's cores.")] = 1,
+    tables: Annotated[bool, typer.Option("--tables", help="Only write the tables of the finished trials.")] = False,
+    as_csv: Annotated[
+        bool,
+        typer.Option(
+            "--csv",
+            help="Also gather the folder's finished trials in its trials.csv, a row each; from then on this file "
+            "serves in the place of their JSON files.",
+        ),
+    ] = False,
+) -> None:
+    """Compare methods on one recipe over several seeds: who gains over the baseline, and is it more than luck?"""
+    from acamkd import config
+    from acamkd.engine.runs import default_folder
+    from acamkd.jobs.compare import compare as comparison
+    from acamkd.jobs.compare import trials_csv
+
+    loaded = config.load(recipe, set_ or ())
+    names = comparison.methods_of(loaded, methods.split(",") if methods else None)
+    folder = results or default_folder(loaded, "compare")
+    trials = comparison.plan(loaded, names, seeds, folder)
+    if plan:
+        Console().print(_plan_table(trials, folder))
+    elif trial is not None:
+        comparison.run_trial(trials, trial, folder)
+    else:
+        found = (
+            comparison.tabulate(loaded, names, seeds, folder) if tables
+            else comparison.compare(
+                loaded, names, seeds=seeds, results=folder, seconds=_seconds(limit) if limit else None, jobs=jobs
+            )
+        )  # fmt: skip
+        _print_comparison(found.rows, found.folder)
+        if as_csv:
+            Console().print(f"{trials_csv.export(folder)}: the finished trials", markup=False, soft_wrap=True)
+
+
+def _seconds(text: str) -> float:
+    """`6h`, `90m` or `30s` in seconds."""
+    unit = {"h": 3600, "m": 60, "s": 1}.get(text[-1:])
+    try:
+        return float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        raise AcamkdError(f"--time {text}: write a number and h, m or s, such as 6h") from None
+
+
+def _plan_table(trials: Sequence[Trial], results: Path) -> Table:
+    from acamkd.jobs.compare.compare import expected_seconds
+
+    table = Table("trial", "method", "seed", "for", "state", "minutes")
+    missing = 0.0
+    for number, trial in enumerate(trials):
+        done, seconds = trial.read(results), expected_seconds(trial, trials, results)
+        missing += 0 if done or seconds is None else seconds
+        minutes = f"{(done['wall_time'] if done else seconds or 0) / 60:.1f}" if done or seconds is not None else "?"
+        purpose = "table" if not trial.tuning else f"tuning, {trial.setting:g}"
+        table.add_row(str(number), escape(trial.method), str(trial.seed), purpose, "done" if done else "to do", minutes)
+    known = any(trial.read(results) for trial in trials)
+    table.caption = (
+        f"{missing / 3600:.1f} hours to do, one trial at a time, by the finished ones" if known
+        else "the hours are known once one trial has ended"
+    )  # fmt: skip
+    return table
+
+
+def _print_comparison(rows: Sequence[Row], results: Path) -> None:
+    table = Table("method", "n", "mean", "std", "against none", "95 %", "p", "verdict")
+    for row in rows:
+        gain = row.gain
+        table.add_row(
+            escape(row.method), str(row.n), f"{row.mean:.2f}", f"{row.std:.2f}" if row.std is not None else "",
+            f"{gain.mean:+.2f}" if gain else "",
+            f"{gain.low:+.2f} to {gain.high:+.2f}" if gain and gain.low is not None else "",
+            row.p_text, row.verdict or "",
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{results}: comparison.html, comparison.md, comparison.json, comparison.png", markup=False, soft_wrap=True
+    )
+
+
+@app.command(
+    epilog=examples(
+        "acamkd doctor recipes/camvid.yaml --set data.root=/data/camvid",
+        "acamkd doctor recipes/camvid.yaml --set losses.0.name=cwd --json",
+        "acamkd doctor recipes/camvid.yaml --data",
+    )
+)
+def doctor(
+    recipe: RecipeFile,
+    losses: Losses = None,
+    set_: Overrides = None,
+    only_data: Annotated[
+        bool,
+        typer.Option("--data", help="Look at the images alone, and count what they hold; --json lists every problem."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Examine a recipe in less than a minute: is the teacher good, does its gradient reach the student?"""
+    from dataclasses import asdict
+
+    from acamkd import config
+    from acamkd.jobs.doctor import Diagnosis, examine
+    from acamkd.jobs.doctor import doctor as job
+
+    if only_data:
+        report = job(recipe, overrides=set_ or (), only_data=True)
+        if as_json:
+            show_json({name: asdict(split) for name, split in report.splits.items()})
+        else:
+            show(report)
+        raise typer.Exit(int(report.failed))
+    logging.getLogger("acamkd").setLevel(logging.ERROR)  # every line here is a finding
+    findings = []
+    for finding in examine(config.load(recipe, overrides_of(losses, set_))):
+        findings.append(finding)
+        if not as_json:
+            show(finding)  # at once: the next one may take a while
+    if as_json:
+        show_json([asdict(finding) for finding in findings])
+    raise typer.Exit(int(Diagnosis(tuple(findings)).failed))
+
+
+@app.command(
+    epilog=examples(
+        "acamkd inspect recipes/camvid.yaml",
+        "acamkd inspect retinanet/resnet101 retinanet/mobilenetv3_small_100",
+        "acamkd inspect torchvision/deeplabv3_resnet101 pspnet/tu-mobilenetv2_100",
+    )
+)
+def inspect(
+    what: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE | TEACHER STUDENT",
+            help="A recipe, or two networks: ARCH/BACKBONE, or torchvision/NAME for torchvision's segmenters.",
+        ),
+    ],
+    set_: Overrides = None,
+) -> None:
+    """Show what can be tapped in a teacher and a student, and propose the `losses` of a recipe."""
+    from acamkd.jobs.inspect_layers import inspect as job
+
+    if len(what) > 2:
+        raise AcamkdError(f"give one recipe, or a teacher and a student, not {len(what)} names")
+    show(job(what[0], *what[1:], overrides=set_ or ()))
+
+
+@app.command(epilog=examples("acamkd methods", "acamkd methods acam", "acamkd methods --json"))
+def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[METHOD]", help="Show all options of one method.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the distillation methods, or the options of one."""
+    from acamkd.distillation.methods import METHODS, describe
+
+    logging.getLogger("acamkd").setLevel(logging.ERROR)  # describing builds losses without their tokens
+    if as_json:
+        show_json(describe(name) if name else {each: describe(each) for each in METHODS})
+        return
+    console = Console()
+    if name is None:
+        table = Table("name", "paper", "terms", "parameters", "needs")
+        for each in METHODS:
+            row = describe(each)
+            table.add_row(
+                each, f"{row['authors']}, {row['venue']}", ", ".join(row["terms"]), f"{row['parameters']:,}",
+                ", ".join(row["needs"]),
+            )  # fmt: skip
+        console.print(table)
+        console.print("parameters: learnable ones of one level at 256 channels on both sides")
+        return
+    description = describe(name)
+    console.print(f"[bold]{name}[/bold]: {escape(description['summary'])}\n{escape(description['paper'])}\n")
+    table = Table("option", "type", "default", "meaning")
+    for option in description["options"]:
+        table.add_row(*(escape(str(option[column])) for column in ("name", "type", "default", "help")))
+    console.print(table)
+    for preset, values in description["presets"].items():
+        console.print(f"preset [bold]{preset}[/bold]: {escape(str(values))}")
+
+
+@app.command(epilog=examples("acamkd demo", "acamkd demo --task segmentation --out /tmp/demo"))
+def demo(
+    task: Annotated[
+        Literal["both", "detection", "segmentation"], typer.Option(help="Which of the two networks.")
+    ] = "both",
+    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
+) -> None:
+    """Train, distill and compare a small detector and a small segmenter on built-in images, in minutes."""
+    from acamkd.jobs.demo import demo as job
+
+    show(job(out, task=task))

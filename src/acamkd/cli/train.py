@@ -1,0 +1,87 @@
+"""Commands that train: train, distill, tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from acamkd.cli.app import Losses, Out, Overrides, Overwrite, RecipeFile, Resume, app, examples, overrides_of, show
+
+
+@app.command(
+    epilog=examples(
+        "acamkd train recipes/camvid.yaml --role teacher --set data.root=/data/camvid",
+        "acamkd train recipes/camvid.yaml --set train.seed=1 --out runs/camvid/baseline-1",
+    )
+)
+def train(
+    recipe: RecipeFile,
+    role: Annotated[
+        Literal["teacher", "student"], typer.Option("--role", "--model", help="Which of the recipe's networks.")
+    ] = "student",
+    set_: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train one network of a recipe without distillation: the teacher, or the baseline."""
+    from acamkd.jobs.train import train as job
+
+    job(recipe, role, overrides=set_ or (), out=out, resume=resume, overwrite=overwrite)
+
+
+@app.command(
+    epilog=examples(
+        "acamkd distill recipes/camvid.yaml --set data.root=/data/camvid",
+        "acamkd distill recipes/camvid.yaml --set losses.0.name=fitnet --out runs/camvid/fitnet",
+        "acamkd distill recipes/camvid.yaml --losses recipes/combinations/mgd_segmentation.yaml",
+        "acamkd distill recipes/camvid.yaml --set teacher.weights=teacher.safetensors --resume",
+        "acamkd distill recipes/camvid.yaml --dry-run",
+    )
+)
+def distill(
+    recipe: RecipeFile,
+    losses: Losses = None,
+    set_: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print parameters, operations, memory and the largest batch.")
+    ] = False,
+) -> None:
+    """Train a recipe's student with its losses against its teacher."""
+    from acamkd.jobs.train import distill as job
+
+    overrides = overrides_of(losses, set_)
+    if dry_run:
+        show(job(recipe, overrides=overrides, dry_run=True))
+    else:
+        job(recipe, overrides=overrides, out=out, resume=resume, overwrite=overwrite)
+
+
+@app.command(
+    epilog=examples(
+        "acamkd tokens recipes/camvid.yaml --set losses.0.name=maskd --set losses.0.preset=segmentation",
+        "acamkd distill recipes/camvid.yaml --set losses.0.name=maskd --set losses.0.preset=segmentation "
+        "--set losses.0.tokens=runs/camvid/tokens.safetensors",
+    )
+)
+def tokens(
+    recipe: RecipeFile,
+    losses: Losses = None,
+    set_: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="File to write, instead of runs/NAME/tokens.safetensors.")] = None,
+    iterations: Annotated[int, typer.Option(min=1, help="Number of batches.")] = 2000,
+    lr: Annotated[float, typer.Option(min=0, help="Learning rate at the start; a cosine takes it to 1e-6.")] = 0.01,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Learn the tokens of maskd, freekd or acam (mask_source: fixed) on a recipe's teacher, before distilling."""
+    from acamkd import config
+    from acamkd.jobs.tokens import learn_tokens
+
+    learn_tokens(
+        config.load(recipe, overrides_of(losses, set_)), out=out, iterations=iterations, lr=lr, overwrite=overwrite
+    )

@@ -1,0 +1,92 @@
+"""Look at the images of a recipe: count what they hold, and find everything that is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from acamkd import config, data
+from acamkd.data import ImageDataset
+from acamkd.data.checks import listed
+from acamkd.data.dataset import SplitName
+from acamkd.data.statistics import Statistics, count
+from acamkd.engine.printing import Printable
+from acamkd.errors import AcamkdError
+
+
+@dataclass(frozen=True)
+class DataReport(Printable):
+    """What the splits of a recipe's data hold, by their names."""
+
+    splits: dict[str, Statistics]
+
+    @property
+    def failed(self) -> bool:
+        """Whether something cannot be used."""
+        return any(split.problems for split in self.splits.values())
+
+    def __rich__(self) -> Group:
+        lines = []
+        for name, split in self.splits.items():
+            lines += [Text.assemble(("warn", "yellow"), f"  {name}: {warning}") for warning in split.warnings]
+            lines += [Text.assemble(("fail", "bold red"), f"  {name}: {problem}") for problem in listed(split.problems)]
+        return Group(_table(self.splits), *lines)
+
+
+def examine_data(recipe: config.Recipe) -> DataReport:
+    """Count what the splits of a recipe's data hold, and find everything that is wrong with them.
+
+    Args:
+        recipe: Its networks are not looked at.
+
+    Returns:
+        By split; one that cannot be read at all has that as its only problem.
+
+    Raises:
+        AcamkdError: The format is not found.
+    """
+    source = data.resolve(recipe.data, recipe.task)
+    splits: tuple[SplitName, ...] = ("train", "val")
+    opening: dict[str, Callable[[], ImageDataset]] = {
+        split: partial(data.build, source, recipe.task, split, seed=0, augment=False) for split in splits
+    }
+    if source.unlabelled is not None:
+        opening["unlabelled"] = partial(data.build_unlabeled, source, recipe.task, seed=0)
+    found: dict[str, Statistics] = {}
+    for name, opened in opening.items():
+        try:
+            found[name] = count(opened(), decode=recipe.data.check == "full")
+        except AcamkdError as error:
+            found[name] = Statistics(problems=[str(error)])
+    train, val = found["train"], found["val"]
+    if train.classes and val.classes and list(train.classes) != list(val.classes):
+        val.problems.append(f"the classes are {', '.join(val.classes)}, but those of train {', '.join(train.classes)}")
+    return DataReport(found)
+
+
+def _table(splits: Mapping[str, Statistics]) -> Table:
+    found = splits.values()
+    table = Table("", *splits)
+    table.add_row("images", *(f"{each.images:,}" for each in found))
+    table.add_row("image sizes", *(_most_frequent(each.sizes) for each in found))
+    boxes = any(each.boxes for each in found)
+    table.add_row("without boxes" if boxes else "all void", *(f"{each.without:,}" for each in found))
+    for key in ("small", "medium", "large", "ignored") if boxes else ():
+        table.add_row(f"{key} boxes", *(f"{each.boxes.get(key, 0):,}" for each in found))
+    for key in ("shortest", "median", "longest") if boxes else ():
+        table.add_row(f"{key} side", *(f"{each.sides[key]:g}" if each.sides else "" for each in found))
+    for name in dict.fromkeys(name for each in found for name in each.classes):
+        numbers = (each.classes.get(name) for each in found)
+        table.add_row(escape(name), *("" if n is None else f"{n:,}" if boxes else f"{n:.2f} %" for n in numbers))
+    return table
+
+
+def _most_frequent(sizes: Mapping[str, int]) -> str:
+    lines = [f"{size}: {number:,}" for size, number in list(sizes.items())[:3]]
+    return "\n".join([*lines, *([f"{len(sizes) - 3} other sizes"] if len(sizes) > 3 else [])])
