@@ -120,3 +120,17 @@ def test_inspect_takes_a_recipe_or_two_names(recipe: Path) -> None:
     found = acamkd.inspect("retinanet/mobilenetv3_small_050", "fcos/mobilenetv3_small_050")
     assert found.losses[0]["pairs"] == ["backbone:*"]
     assert "backbone:*" in html(found)
+
+
+def test_compare_needs_no_callback(recipe: Path, tmp_path: Path) -> None:
+    compared = acamkd.compare(recipe, ["acam"], seeds=1, results=tmp_path / "results")
+    assert [row.n for row in compared.rows] == [1, 1]
+    assert {row.method for row in compared.rows} == {"none", "acam"}
+    assert "verdict" in html(compared)
+    assert (tmp_path / "results/comparison.html").is_file()
+
+
+def test_demo_is_the_commands_function() -> None:
+    from acamkd.jobs import demo
+
+    assert acamkd.demo is demo.demo  # its own tests run it

@@ -16,7 +16,6 @@ from acamkd.cli.app import AsJson, Losses, Overrides, RecipeFile, app, examples,
 from acamkd.errors import AcamkdError
 
 if TYPE_CHECKING:
-    from acamkd.jobs.compare.statistics import Row
     from acamkd.jobs.compare.trials import Trial
 
 
@@ -80,7 +79,7 @@ def compare(
                 loaded, names, seeds=seeds, results=folder, seconds=_seconds(limit) if limit else None, jobs=jobs
             )
         )  # fmt: skip
-        _print_comparison(found.rows, found.folder)
+        show(found)
         if as_csv:
             Console().print(f"{trials_csv.export(folder)}: the finished trials", markup=False, soft_wrap=True)
 
@@ -111,23 +110,6 @@ def _plan_table(trials: Sequence[Trial], results: Path) -> Table:
         else "the hours are known once one trial has ended"
     )  # fmt: skip
     return table
-
-
-def _print_comparison(rows: Sequence[Row], results: Path) -> None:
-    table = Table("method", "n", "mean", "std", "against none", "95 %", "p", "verdict")
-    for row in rows:
-        gain = row.gain
-        table.add_row(
-            escape(row.method), str(row.n), f"{row.mean:.2f}", f"{row.std:.2f}" if row.std is not None else "",
-            f"{gain.mean:+.2f}" if gain else "",
-            f"{gain.low:+.2f} to {gain.high:+.2f}" if gain and gain.low is not None else "",
-            row.p_text, row.verdict or "",
-        )  # fmt: skip
-    console = Console()
-    console.print(table)
-    console.print(
-        f"{results}: comparison.html, comparison.md, comparison.json, comparison.png", markup=False, soft_wrap=True
-    )
 
 
 @app.command(

@@ -19,12 +19,18 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
 from acamkd import config
+from acamkd.engine.printing import Printable
 from acamkd.engine.runs import TERMINATED, default_folder, write_text
 from acamkd.errors import AcamkdError
 from acamkd.jobs.compare import tables, trials_csv
 from acamkd.jobs.compare.statistics import Row, summarize
-from acamkd.jobs.compare.trials import Trial, methods_of, plan
+from acamkd.jobs.compare.trials import NONE, Trial, methods_of, plan
 
 __all__ = [
     "ComparisonResult", "Row", "Trial", "compare", "expected_seconds", "methods_of", "plan", "run_trial", "tabulate",
@@ -37,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ComparisonResult:
+class ComparisonResult(Printable):
     """What a comparison came to.
 
     Attributes:
@@ -50,13 +56,25 @@ class ComparisonResult:
     metric: str
     rows: list[Row]
 
+    def __rich__(self) -> Group:
+        table = Table("method", "n", "mean", "std", f"against {NONE}", "95 %", "p", "verdict")
+        for row in self.rows:
+            gain = row.gain
+            table.add_row(
+                escape(row.method), str(row.n), f"{row.mean:.2f}", f"{row.std:.2f}" if row.std is not None else "",
+                f"{gain.mean:+.2f}" if gain else "",
+                f"{gain.low:+.2f} to {gain.high:+.2f}" if gain and gain.low is not None else "",
+                row.p_text, row.verdict or "",
+            )  # fmt: skip
+        return Group(table, Text(f"{self.folder}: comparison.html, comparison.md, comparison.json, comparison.png"))
+
 
 def compare(
     recipe: config.Recipe | Path | str,
     methods: Sequence[str] | None = None,
     *,
     seeds: int = 5,
-    results: Path | None = None,
+    results: Path | str | None = None,
     seconds: float | None = None,
     jobs: int = 1,
     overrides: Sequence[str] = (),
@@ -79,7 +97,7 @@ def compare(
             number of processes.
     """
     recipe = config.as_recipe(recipe, overrides)
-    methods, results = methods_of(recipe, methods), results or default_folder(recipe, "compare")
+    methods, results = methods_of(recipe, methods), Path(results or default_folder(recipe, "compare"))
     plan(recipe, methods, seeds, results)  # refuses what does not fit before anything is written
     results.mkdir(parents=True, exist_ok=True)
     write_text(results / RESOLVED, config.dump(recipe))
