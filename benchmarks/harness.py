@@ -17,15 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from matplotlib.figure import Figure
 
-RESULTS = Path(__file__).parent / "results/performance"
+RESULTS = Path(__file__).parent / "results"
 
 KEPT_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
 """Settings of glibc: nothing is mapped for one tensor alone, and nothing given back."""
-
-
-def quick(description: str | None) -> bool:
-    """The one option of most scripts."""
-    return bool(arguments(argparse.ArgumentParser(description=description)).quick)
 
 
 def arguments(parser: argparse.ArgumentParser, *, keep_heap: bool = False) -> argparse.Namespace:
@@ -39,7 +34,7 @@ def arguments(parser: argparse.ArgumentParser, *, keep_heap: bool = False) -> ar
     if "OMP_WAIT_POLICY" not in os.environ:  # waiting threads are to sleep, so that processor time is work
         environment = {"OMP_WAIT_POLICY": "passive", **(KEPT_HEAP if keep_heap else {})}
         # OpenMP and the allocator have read their own when torch was imported.
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **environment})
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **environment})
     torch.set_num_threads(2)
     return read
 
@@ -100,7 +95,7 @@ def ratios(these: Sequence[Cost], those: Sequence[Cost]) -> dict[str, float]:
     }
 
 
-def save(name: str, content: Mapping[str, Any], figure: Figure, *, quick: bool) -> None:
+def save(name: str, content: Mapping[str, Any], figure: Figure, *, quick: bool, folder: Path = RESULTS) -> None:
     """Write NAME.json and NAME.png; nothing is kept of a quick run."""
     if quick:
         return
@@ -111,9 +106,9 @@ def save(name: str, content: Mapping[str, Any], figure: Figure, *, quick: bool) 
         "torch": torch.__version__,
         "load_at_end": round(os.getloadavg()[0], 1),
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": machine, **content}, indent=1) + "\n")
-    figure.savefig(RESULTS / f"{name}.png", dpi=110, bbox_inches="tight")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({"machine": machine, **content}, indent=1) + "\n")
+    figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
 
 
 def _processor() -> str:

@@ -1,6 +1,6 @@
 """Other forms of the parts of a step and of the whole, each beside the one that is used.
 
-    python benchmarks/alternatives.py [--quick]
+    python benchmarks/precision_variants.py [--quick]
 
 The teacher is a RetinaNet R101 whose forward ends at the pyramid: as it is, with batch norm folded into the
 convolutions before it, with channels last, with bfloat16 autocast, and with both. The loss is ACAM on one level of 256
@@ -17,8 +17,8 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+from harness import arguments, cost, interleaved, medians, ratios, save
 from matplotlib.figure import Figure
-from measuring import arguments, cost, interleaved, medians, ratios, save
 from step_cost import DETECTION, LOSSES, PYRAMID, SEGMENTATION, SIZES, batch_of, loss, networks, step
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -127,7 +127,7 @@ def main() -> None:
     axes.barh(list(rows), [row["cpu_ratio"] for row in rows.values()])
     axes.invert_yaxis()
     axes.set(xlabel="processor time, against the form that is used")
-    save("alternatives", {"rows": rows}, figure, quick=is_quick)
+    save("precision_variants", {"rows": rows}, figure, quick=is_quick)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import acamkd
+import acamkd.losses
 
 SECTIONS = {"start": "Get started", "guides": "Guides", "methods": "Methods", "reference": "Reference",
             "research": "Research"}  # fmt: skip
@@ -44,18 +45,13 @@ def api() -> str:
     """Directives for mkdocstrings: the package's own names, what an extension derives from, and every loss."""
     extended = [SOURCE / file for file in EXTENDED]
     losses = [file for file in sorted((SOURCE / "losses").rglob("[!_]*.py")) if file not in extended]
-    flat = sorted((name for name in acamkd.__all__ if not is_loss(name)), key=str.lower)
+    flat = sorted(set(dir(acamkd)) - set(vars(acamkd.losses)), key=str.lower)
     sections = {
         "The package": [f"::: acamkd.{name}" for name in flat],
         "Base classes": [_module(file) for file in extended],
         "Losses": [_module(file) for file in losses],
     }
     return "\n\n".join(line for title, entries in sections.items() for line in (f"## {title}", *entries))
-
-
-def is_loss(name: str) -> bool:
-    """Whether a name of the package is one of `acamkd.losses`, which have a section of their own."""
-    return getattr(getattr(acamkd, name), "__module__", "").startswith("acamkd.losses.")
 
 
 def _module(file: Path) -> str:

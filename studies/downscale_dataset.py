@@ -1,6 +1,6 @@
 """Halve the images of a data set once, since small trainings would spend a third of their time on doing so again.
 
-    python benchmarks/halve.py camvid camvid-half --few 4
+    python studies/downscale_dataset.py camvid camvid-half --few 4
 
 Images (.jpg) are averaged, masks (.png) keep one of four ids, COCO files (.json) get their boxes scaled; everything
 else is left out. With --few 4, every fourth training image goes with its labels to a split `few` as well, and the

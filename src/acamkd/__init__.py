@@ -59,12 +59,16 @@ def __getattr__(name: str) -> Any:
     """Import on first use, so that neither the command line nor `acamkd.config` waits for torch."""
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    if name == "__all__":
-        return __dir__()
-    if not name.startswith("_") and name in (losses := importlib.import_module("acamkd.losses")).__all__:
-        return getattr(losses, name)
+    if name[:1].isupper() and name in _losses():  # other names may be modules that an import looks for
+        return _losses()[name]
     raise AttributeError(f"module 'acamkd' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*_HOMES, *importlib.import_module("acamkd.losses").__all__])
+    return sorted([*_HOMES, *_losses()])
+
+
+def _losses() -> dict[str, Any]:
+    """Every class that `acamkd.losses` lists."""
+    found = vars(importlib.import_module("acamkd.losses"))
+    return {name: loss for name, loss in found.items() if isinstance(loss, type)}

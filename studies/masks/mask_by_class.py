@@ -1,6 +1,6 @@
 """Where the spatial masks of a finished run point.
 
-    python benchmarks/mask_places.py RUN
+    python -m studies.masks.mask_by_class RUN
 
 What the student feels of M masks is one weight per position, mean_m M^2 / sum M. Printed is its mean at the positions
 of each true class of the validation images, and in each third of their height, relative to the whole image's, with
@@ -17,12 +17,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from economical_masks import seen_by_masks, trained
+from studies.masks.kv_stride_fidelity import seen_by_masks, trained
 from torch import Tensor
 
 from acamkd.losses import ACAM
-from acamkd.losses.acam.masks import mask_weights
-from acamkd.losses.functional import imitation_errors
+from acamkd.losses.acam.distances import distillation_distances
+from acamkd.losses.acam.statistics import mask_weights
 from acamkd.models.base import VOID, Batch
 
 THIRDS = ("top", "middle", "bottom")
@@ -46,12 +46,12 @@ def classes_at(batch: Batch, size: tuple[int, int]) -> Tensor:
 @torch.no_grad()
 def level(loss: ACAM, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor] | None:
     """Weight and error of every position, (N, H, W) and relative to the image's mean; nothing without thirds."""
-    mask = loss.masks_of(student, teacher).spatial
+    mask = loss.masks(student, teacher).get("spatial")
     if mask is None or mask.shape[2] < len(THIRDS):
         return None
     aligned, teacher = loss._to_common_form(student, teacher)
     kinds = ("spatial",)
-    error = imitation_errors(loss.align(aligned), teacher, kinds, loss.imitation, loss.temperature)["spatial"]
+    error = distillation_distances(loss.align(aligned), teacher, kinds, loss.imitation, loss.temperature)["spatial"]
     weight, error = (x / x.mean(dim=1, keepdim=True) for x in (mask_weights(mask.flatten(2)), error))
     return weight.view(-1, *mask.shape[2:]), error.view(-1, *mask.shape[2:])
 

@@ -1,6 +1,6 @@
-"""Ways of training ACAM's masks that did not become options: for recipes, `name: benchmarks.mask_study:CLASS`.
+"""Ways of training ACAM's masks that did not become options: for recipes, `name: studies.masks.variants:CLASS`.
 
-    PYTHONPATH=. acamkd compare recipes/camvid_masks.yaml --seeds 1
+    PYTHONPATH=. acamkd compare studies/masks/recipe.yaml --seeds 1
 
 docs/research/log.md has what they are for and what they did.
 """
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from acamkd.losses.acam.acam import ACAM
+from acamkd.losses.acam.distances import distillation_distances
 from acamkd.losses.acam.masks import Masks
 from acamkd.losses.base import DistillationContext
-from acamkd.losses.functional import imitation_errors, masked_error, safe_divide
+from acamkd.losses.functional import masked_error, safe_divide
 
 
 class OtherTerm(ACAM):
@@ -33,7 +34,7 @@ class OtherTerm(ACAM):
 
     def errors(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """`channel`, (N, C), and `spatial`, (N, HW), as far as in use."""
-        return imitation_errors(student, teacher, self.kinds, self.imitation, self.temperature)
+        return distillation_distances(student, teacher, self.kinds, self.imitation, self.temperature)
 
     def imitation_under(self, mask: Tensor, error: Tensor) -> Tensor:
         """(N, M) of masks (N, M, C) or (N, M, H, W) and errors (N, C) or (N, HW)."""
@@ -90,7 +91,7 @@ class Scaled(OtherTerm):
     def errors(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         """As ACAM's with imitation="squared", of scaled maps."""
         deviation = teacher.std(dim=(0, 2, 3), correction=0, keepdim=True)
-        return imitation_errors(safe_divide(student, deviation), safe_divide(teacher, deviation), self.kinds)
+        return distillation_distances(safe_divide(student, deviation), safe_divide(teacher, deviation), self.kinds)
 
 
 class HardRandomMasks(ACAM):
@@ -128,7 +129,7 @@ class Adversarial(ACAM):
     """The masks collect error instead of reward, within the same budget: they rise where the student lags."""
 
     def _rewards(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
-        errors = imitation_errors(student.detach(), teacher, self.kinds, self.imitation, self.temperature)
+        errors = distillation_distances(student.detach(), teacher, self.kinds, self.imitation, self.temperature)
         return {kind: safe_divide(error, error.mean(dim=1, keepdim=True)) for kind, error in errors.items()}
 
 
@@ -150,7 +151,7 @@ class ExactReward(ACAM):
         assert context.task_gradient is not None
         with torch.enable_grad():
             student = student.detach().requires_grad_()
-            errors = imitation_errors(student, teacher, self.kinds, self.imitation, self.temperature)
+            errors = distillation_distances(student, teacher, self.kinds, self.imitation, self.temperature)
             # A backward is linear in what it starts from: its derivative by that is the derivative forward.
             starts = [torch.zeros_like(error, requires_grad=True) for error in errors.values()]
             (backward,) = torch.autograd.grad(tuple(errors.values()), student, starts, create_graph=True)

@@ -176,7 +176,7 @@ def test_evaluating_what_is_no_run(acamkd: Command, tmp_path: Path) -> None:
     [
         (["train"], "Missing argument 'RECIPE'"),
         (["train", "r.yaml", "--model", "tutor"], "'tutor' is not one of 'teacher', 'student'"),
-        (["distill"], "No such command 'distill'"),
+        (["distil"], "No such command 'distil'"),
         (["train", "r.yaml", "--resum"], "No such option: --resum"),
     ],
 )

@@ -161,7 +161,7 @@ def test_a_teachers_layer_that_runs_again_behind_the_last_tapped_one_is_named(
 
 def test_what_a_loss_refuses_names_it(student: Tiny, teacher: Tiny) -> None:
     batch = student.prepare([torch.rand(3, 1, 1)])
-    with pytest.raises(AcamkdError, match=r"^body/pkd: a map of \(1, 6, 1, 1\) has a single value"):
+    with pytest.raises(AcamkdError, match=r"^body/pkd: a feature map of \(1, 6, 1, 1\) has a single value"):
         Distiller(student.eval(), teacher, [BODY], [PKD(4, 6)])(batch)
 
 

@@ -105,7 +105,7 @@ def test_every_level_is_shown(detection: Path) -> None:
         (["losses.0.weight=0"], "gradient", "fail", "nothing of the distillation arrives"),
         (["losses.0.weight=1.0e+33"], "gradient", "fail", "distillation inf, task "),
         (["losses.0.pairs=[[segmentation_head.0, decoder.blocks]]"], "distillation", "fail", "there is no layer"),
-        (["losses.0.pairs=[[segmentation_head.0, 'encoder:4']]"], "tap", "warn", "the student's map is resampled"),
+        (["losses.0.pairs=[[segmentation_head.0, 'encoder:4']]"], "tap", "warn", "feature map is resampled"),
         (["losses.0.name=fgd"], "distillation", "fail", "needs boxes"),
         (["data.unlabelled=images/val", "losses.0.name=acam", "losses.0.mask_grad=task"], "distillation", "fail",
          "no loss can learn from unlabeled images"),

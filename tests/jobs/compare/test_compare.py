@@ -56,7 +56,7 @@ def test_a_plan_goes_seed_by_seed_with_the_student_alone(recipe: Path, tmp_path:
         plan(config.load(recipe, ["compare.methods={x: {train.epoch: 3}}"]), ["x"], 1, tmp_path)
 
 
-def test_a_cell_knows_what_its_outcome_depends_on(recipe: Path, tmp_path: Path) -> None:
+def test_a_trial_knows_what_its_outcome_depends_on(recipe: Path, tmp_path: Path) -> None:
     def key(*overrides: str) -> str:
         return plan(config.load(recipe, overrides), ["acam"], 1, tmp_path)[1].key
 
@@ -141,7 +141,7 @@ def test_a_methods_name_is_one_that_files_can_have(recipe: Path, name: str) -> N
         config.load(recipe, [f"compare.methods={json.dumps({name: {}})}"])
 
 
-def test_a_stopped_cell_whose_images_have_moved_begins_anew(
+def test_a_stopped_trial_whose_images_have_moved_begins_anew(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     results = tmp_path / "results"
@@ -160,7 +160,7 @@ def test_a_stopped_cell_whose_images_have_moved_begins_anew(
     assert len(json.loads((results / "acam-seed0.json").read_text())["history"]) == 2
 
 
-def test_a_cell_without_a_score_fails_and_can_be_run_again(recipe: Path, tmp_path: Path) -> None:
+def test_a_trial_without_a_score_fails_and_can_be_run_again(recipe: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
     trial = plan(config.load(recipe), ["acam"], 1, results)[0]
     masks = {file: file.read_bytes() for file in (trial.recipe.data.root / "masks/val").iterdir()}
@@ -209,6 +209,7 @@ def test_a_class_may_be_called_like_a_mask(recipe: Path, tmp_path: Path) -> None
     content = json.loads((results / "acam-seed0.json").read_text())
     assert {f"IoU/{name}" for name in names} <= set(content["final"])
     assert all(name.startswith("segmentation_head.0/acam/") for name in content["masks"])
+    assert len(content["masks"]) == 6  # of the only kind in use
     tabulate(loaded, ["acam"], 1, results)
     assert "| IoU/with_mask |" in (results / "comparison.md").read_text()
 
@@ -226,11 +227,11 @@ def test_a_comparison_of_several_devices_does_not_train_its_teacher(
     monkeypatch.setattr("acamkd.jobs.train.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     loaded = config.load(recipe, ["teacher.weights=null", *(f"train.{name}={value}" for name, value in train.items())])
     with pytest.raises(AcamkdError if refused else KeyboardInterrupt) as caught:
-        compare.compare(loaded, ["acam"], 1, tmp_path / "results", lambda number: [])
+        compare.compare(loaded, ["acam"], seeds=1, results=tmp_path / "results")
     assert refused == ("with several devices a comparison cannot train it" in str(caught.value))
 
 
-def test_a_cell_is_one_small_file_and_is_not_run_again(
+def test_a_trial_is_one_small_file_and_is_not_run_again(
     recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="acamkd")
@@ -259,7 +260,7 @@ def test_a_cell_is_one_small_file_and_is_not_run_again(
         run_trial(trials, 2, results)
 
 
-def test_a_cell_that_is_run_anew_measures_its_weight_anew(recipe: Path, tmp_path: Path) -> None:
+def test_a_trial_that_is_run_anew_measures_its_weight_anew(recipe: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
     trial = plan(config.load(recipe, ["losses.0.weight=auto"]), ["fitnet"], 1, results)[1]
     file, kept = results / "fitnet-seed0.json", tmp_path / f"runs/recipe/compare/fitnet-seed0-{trial.key}/recipe.yaml"
@@ -333,6 +334,56 @@ def test_the_command_runs_what_is_missing_each_in_its_own_process(
     assert {row["method"]: row["n"] for row in rows} == {"none": 3, "acam": 3, "fitnet": 3}
 
 
+def test_python_compares_without_a_callback(recipe: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    overrides = [f"data.classes={json.dumps(['a', 'b, or c', 'd', 'e', 'f', 'g'])}", "train.optimizer.lr=1e-3"]
+    found = compare.compare(recipe, ["acam"], seeds=1, results=results, overrides=overrides)
+    assert (found.folder, found.metric, [row.n for row in found.rows]) == (results, "mIoU", [1, 1])
+    assert {row.method for row in found.rows} == {"none", "acam"}
+    first = config.load(recipe, overrides)
+    assert config.load(results / "comparison.yaml") == first
+    trial = plan(first, ["acam"], 1, results)[1]
+    content = trial.read(results)
+    assert content is not None
+    assert "IoU/b, or c" in content["final"]
+    again = compare.compare(first, ["acam"], seeds=1, results=results)  # nothing is left to do
+    assert again == found
+    assert recipe.read_text() != (results / "comparison.yaml").read_text()
+    with pytest.raises(AcamkdError, match=r"has no compare\.methods: name what to compare"):
+        compare.compare(recipe, overrides=["compare={}"])
+    with pytest.raises(AcamkdError, match=r"there is no method 'akam'"):
+        compare.compare(recipe, ["akam"], results=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_flags_name_a_trial_and_write_the_table(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results"
+    for trial in plan(config.load(recipe), ["acam"], 1, results):
+        fake(trial, results, 40.0)
+
+    def run(*words: str) -> str:
+        common = ["--results", str(results), "--methods", "acam", "--seeds", "1"]
+        monkeypatch.setattr(sys, "argv", ["acamkd", "compare", str(recipe), *common, *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, error = capsys.readouterr()
+        assert end.value.code == 0, error
+        return out + error
+
+    assert "acam-seed0 is there already" in run("--trial", "1")
+    assert "none-seed0 is there already" in run("--cell", "0")  # as it was called
+    assert not (results / "trials.csv").exists()
+    assert "trials.csv: the finished trials" in run("--tables", "--csv")
+    for file in results.glob("*-seed0.json"):
+        file.unlink()
+    before = (results / "comparison.md").read_text()
+    assert "0.0 hours to do" in run("--plan")
+    run("--tables")
+    assert (results / "comparison.md").read_text() == before
+
+
 def test_tables_do_not_wait_for_torch(recipe: Path, tmp_path: Path) -> None:
     for trial in plan(config.load(recipe), ["acam"], 3, tmp_path):
         fake(trial, tmp_path, 40.0 + trial.seed)
@@ -351,28 +402,38 @@ finally:
     assert (tmp_path / "comparison.html").is_file()
 
 
-def test_a_failed_cell_is_said_and_the_others_go_on(recipe: Path, tmp_path: Path) -> None:
+def failing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Every trial's process says `no memory` and ends."""
+    python = folder / "python"
+    python.write_text("#!/bin/sh\necho no memory\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+
+
+def test_a_failed_trial_is_said_and_the_others_go_on(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = tmp_path / "results"
     loaded = config.load(recipe)
     trials = plan(loaded, ["acam"], 2, results)
     for trial in trials[:3]:
         fake(trial, results, 40.0)
+    failing(monkeypatch, tmp_path)
     with pytest.raises(AcamkdError, match=r"1 trials failed; what they said: .*acam-seed1\.txt"):
-        compare.compare(
-            loaded, ["acam"], 2, results, lambda number: [sys.executable, "-c", "print('no memory'); exit(3)"]
-        )
+        compare.compare(loaded, ["acam"], seeds=2, results=results)
     assert (results / "logs/acam-seed1.txt").read_text() == "no memory\n"
     assert (results / "comparison.md").is_file()
 
 
-def test_where_all_cells_fail_that_is_what_is_said(recipe: Path, tmp_path: Path) -> None:
+def test_where_all_trials_fail_that_is_what_is_said(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, tmp_path)
     with pytest.raises(AcamkdError, match=r"2 trials failed; what they said: .*none-seed0\.txt, .*acam-seed0\.txt"):
-        compare.compare(
-            config.load(recipe), ["acam"], 1, tmp_path / "results", lambda number: [sys.executable, "-c", "exit(3)"]
-        )
+        compare.compare(recipe, ["acam"], seeds=1, results=tmp_path / "results")
 
 
-def test_cells_of_other_images_or_teachers_are_refused(recipe: Path, tmp_path: Path) -> None:
+def test_trials_of_other_images_or_teachers_are_refused(recipe: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
     loaded = config.load(recipe)
     with pytest.raises(AcamkdError, match="holds no trial of this comparison yet"):
@@ -411,18 +472,14 @@ def test_a_bad_time_is_refused(
     assert "--time sixh: write a number and h, m or s, such as 6h" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_method_whose_tuning_failed_is_not_run(recipe: Path, tmp_path: Path) -> None:
-    results, begun = tmp_path / "results", []
+def test_a_method_whose_tuning_failed_is_not_run(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "results"
     loaded = config.override(config.load(recipe), [
         "compare.tune={values: [0.5, 1]}", "compare.methods.acam={losses.0.weight: auto}",
     ])  # fmt: skip
     fake(plan(loaded, ["acam"], 2, results)[0], results, 40.0)
-    trials = plan(loaded, ["acam"], 2, results)
-
-    def command(number: int) -> list[str]:
-        begun.append(trials[number].name)
-        return [sys.executable, "-c", "exit(3)"]
-
+    failing(monkeypatch, tmp_path)
     with pytest.raises(AcamkdError, match="3 trials failed"):
-        compare.compare(loaded, ["acam"], 2, results, command)
-    assert begun == ["acam-1-seed1000", "none-seed0", "none-seed1"]
+        compare.compare(loaded, ["acam"], seeds=2, results=results)
+    begun = {file.stem for file in (results / "logs").iterdir()}
+    assert begun == {"acam-1-seed1000", "none-seed0", "none-seed1"}

@@ -58,7 +58,7 @@ def write_page(file: Path, recipe: config.Recipe, rows: Sequence[Row], trials: T
         differences=differences,
         axis=axis,
         ticks=[tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high],
-        alone=next((row for row in rows if row.method == NONE), None),
+        baseline=next((row for row in rows if row.method == NONE), None),
         teacher=next((trial["teacher"] for trial in trials if trial["teacher"]), None),
         hues=_hues(rows),
         metric_chart=_metric_chart(rows, trials),
@@ -93,7 +93,7 @@ def _axis(differences: Sequence[Difference]) -> tuple[float, float]:
 def _hues(rows: Sequence[Row]) -> dict[str, str]:
     """Color of each method, the same in every chart."""
     methods = [row.method for row in rows if row.method != NONE]
-    return {NONE: "alone", "teacher": "teacher", **{method: f"c{k % 8}" for k, method in enumerate(methods)}}
+    return {NONE: "baseline", "teacher": "teacher", **{method: f"c{k % 8}" for k, method in enumerate(methods)}}
 
 
 def _metric_chart(rows: Sequence[Row], trials: Trials) -> Chart:

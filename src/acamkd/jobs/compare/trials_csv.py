@@ -130,7 +130,7 @@ def _to_row(trial: Content) -> dict[str, str]:
         elif name == "history":
             cells[name] = _curve_to_text(trial["history"])
         elif name == "losses":
-            cells[name] = _losses_to_text(value)
+            cells[name] = _losses_to_text(trial["losses"])
         elif name in SECTIONS:
             for key, entry in (value or {}).items():
                 if name != "teacher" or key in ("sha256", metric):
