@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import to_dtype
 from acamkd.config import Model, ShortLong
 from acamkd.errors import AcamkdError
 from acamkd.models import Target, build
-from acamkd.models.detection import Detector
+from acamkd.models.detection import Detector, wrap_detector
 
 ARCHITECTURES = ("retinanet", "fcos", "faster_rcnn")
 TORCHVISION = {
@@ -97,8 +97,8 @@ def test_detections_are_torchvisions(arch: str, resize: tuple[int, int] | ShortL
         if name.endswith(("cls_logits.weight", "cls_score.weight")):
             parameter.data *= 50  # scores far enough apart not to change places by rounding
     ours = model.predict(images())
-    with torch.no_grad():
-        theirs = model.net(floats(images()))
+    with torch.no_grad():  # each image alone: a batch's padding would change what is found
+        theirs = [model.net([image])[0] for image in floats(images())]
     for mine, reference in zip(ours, theirs, strict=True):
         kept = reference["labels"] > 0
         assert kept.sum() > 10
@@ -139,6 +139,20 @@ def test_without_resize_images_keep_their_size(training: bool) -> None:
     torch.testing.assert_close(batch.pixels[0, :, :50, :70], expected)
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_strip_keeps_a_pixel_of_its_short_side(arch: str) -> None:
+    strip = torch.randint(0, 256, (3, 2000, 8), dtype=torch.uint8)
+    target = {"boxes": torch.tensor([[1.0, 500.0, 7.0, 1500.0]]), "labels": torch.tensor([2])}
+    model = detector(arch, ShortLong(short=100, long=160), fpn_channels=64)
+    batch = model.prepare([strip], [target])
+    assert batch.sizes == [(160, 1)]
+    assert batch.targets is not None
+    torch.testing.assert_close(batch.targets[0]["boxes"], torch.tensor([[0.125, 40.0, 0.875, 120.0]]))
+    assert torch.stack(list(model.loss(model(batch), batch).values())).sum().isfinite()
+    [found] = model.eval().predict([strip.transpose(1, 2)])
+    assert found["boxes"].shape[1] == 4
+
+
 def test_an_exact_size_is_height_and_width() -> None:
     assert detector("retinanet", (32, 64)).prepare(images()).sizes == [(32, 64), (32, 64)]
 
@@ -152,6 +166,14 @@ def test_a_teacher_of_other_colors_normalizes_for_itself() -> None:
     teacher(batch)
     alone, _ = teacher.net.transform(floats(images()))
     torch.testing.assert_close(seen[0], alone.tensors, rtol=1e-5, atol=1e-5)
+
+
+def test_whole_numbers_as_colors_make_floats() -> None:
+    model = detector("retinanet", mean=(0, 0, 0), std=(1, 1, 1))
+    model = wrap_detector(model.net, 3, None, (0, 0, 0), (1, 1, 1))
+    assert model.mean.dtype == model.std.dtype == torch.float32
+    batch = model.prepare(images())
+    torch.testing.assert_close(batch.pixels[0, :, :50, :70], images()[0] / 255)
 
 
 def test_crowds_do_not_train() -> None:

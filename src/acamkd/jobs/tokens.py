@@ -197,9 +197,10 @@ def _score_masked(teacher: TaskModel, modules: Mapping[str, TokenModule], batche
     device = teacher.mean.device
     for images, targets in batches.val:
         inputs, truths = to_device(images, targets, device)
-        with _masked(teacher, modules):
-            predictions = teacher.predict(inputs)
-        batches.scorer.update(predictions, truths)
+        for indices, batch in teacher.prepare_alike(inputs):
+            with _masked(teacher, modules):
+                predictions = teacher.decode(teacher(batch), batch)
+            batches.scorer.update(predictions, [truths[index] for index in indices])
     return batches.scorer.compute()
 
 

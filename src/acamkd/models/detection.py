@@ -14,7 +14,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import concat_box_prediction_layers
-from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.transforms.v2.functional import to_dtype
 
@@ -31,6 +31,7 @@ from acamkd.models.conventions import (
     P6P7FromC5,
     stride_in_1x1,
 )
+from acamkd.models.resize import DetectionTransform
 
 
 class Detector(TaskModel):
@@ -273,23 +274,9 @@ def wrap_detector(
         mean: Mean color; None = the net's own.
         std: Standard deviation of the colors, likewise.
     """
-    colors = list(mean or net.transform.image_mean), list(std or net.transform.image_std)
-    if resize is None:
-        net.transform = _OwnSize(1, 1, *colors)
-    elif isinstance(resize, ShortLong):
-        net.transform = GeneralizedRCNNTransform(resize.short, resize.long, *colors)
-    else:
-        height, width = resize
-        net.transform = GeneralizedRCNNTransform(height, width, *colors, fixed_size=(width, height))
+    net.transform = DetectionTransform(resize, mean or net.transform.image_mean, std or net.transform.image_std)
     wrapper = next(wrapper for framework, wrapper in WRAPPERS.items() if isinstance(net, framework))
     return wrapper(net, num_classes)
-
-
-class _OwnSize(GeneralizedRCNNTransform):  # type: ignore[misc]
-    """No resizing; torchvision's own switch for this only holds in training mode."""
-
-    def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
-        return image, target
 
 
 def _constructor_options(model: Model, kind: type[nn.Module]) -> tuple[dict[str, Any], Convention]:
