@@ -23,7 +23,8 @@ TORCHVISION = {
 
 def detector(arch: str, resize: tuple[int, int] | ShortLong | None = None, **settings: Any) -> Detector:
     torch.manual_seed(0)
-    section = {"backbone": "mobilenetv3_small_050", "fpn_channels": 32, **settings}
+    width = 64 if arch == "fcos" else 32
+    section = {"backbone": "mobilenetv3_small_050", "fpn_channels": width, **settings}
     model = build(Model(arch=arch, backbone_weights=None, **section), "detection", 3, resize)
     assert isinstance(model, Detector)
     return model
@@ -96,8 +97,8 @@ def test_detections_are_torchvisions(arch: str, resize: tuple[int, int] | ShortL
     for name, parameter in model.net.named_parameters():
         if name.endswith(("cls_logits.weight", "cls_score.weight")):
             parameter.data *= 50  # scores far enough apart not to change places by rounding
-    ours = model.predict(images())
-    with torch.no_grad():  # each image alone: a batch's padding would change what is found
+    ours = [model.predict([image])[0] for image in images()]  # in a batch rounding would swap some
+    with torch.no_grad():
         theirs = [model.net([image])[0] for image in floats(images())]
     for mine, reference in zip(ours, theirs, strict=True):
         kept = reference["labels"] > 0
@@ -174,6 +175,19 @@ def test_whole_numbers_as_colors_make_floats() -> None:
     assert model.mean.dtype == model.std.dtype == torch.float32
     batch = model.prepare(images())
     torch.testing.assert_close(batch.pixels[0, :, :50, :70], images()[0] / 255)
+
+
+def test_group_norm_of_single_channels_is_refused_where_a_map_has_one_value() -> None:
+    model = detector("fcos", (128, 128), fpn_channels=32)
+    said = (
+        r"FCOS: the heads' group norm has as many groups as channels \(32\), and the coarsest map of an input of "
+        r"128 x 128 has one value, .* give fpn_channels 64 or more, or larger images \(data.resize above 128\)"
+    )
+    for training, count in ((True, 2), (False, 2), (False, 1)):  # two images would pass torch's own check
+        with pytest.raises(AcamkdError, match=said):
+            model.train(training).predict(images()[:1] * count)
+    for settings in ({"resize": (160, 96), "fpn_channels": 32}, {"resize": (128, 128), "fpn_channels": 64}):
+        assert len(detector("fcos", **settings).eval().predict(images())) == 2
 
 
 def test_crowds_do_not_train() -> None:

@@ -103,6 +103,20 @@ def test_whole_numbers_as_colors_make_floats() -> None:
     torch.testing.assert_close(model.prepare([image]).pixels[0], image / 255)
 
 
+@pytest.mark.parametrize(
+    ("norm", "said"),
+    [
+        (nn.GroupNorm(3, 3), "a group norm needs more than one value to normalize: give larger images"),
+        (nn.InstanceNorm2d(3), "an instance norm needs more than one value to normalize: give larger images"),
+        (nn.BatchNorm2d(3), "a batch norm needs more than one value of each channel: raise train.batch_size"),
+    ],
+)
+def test_a_norm_without_two_values_is_called_by_its_name(norm: nn.Module, said: str) -> None:
+    net = nn.Sequential(nn.AvgPool2d(32), norm, nn.Upsample(scale_factor=32))
+    with pytest.raises(AcamkdError, match=said):
+        Segmenter(net, 3).train().predict([torch.rand(3, 32, 32)])
+
+
 def test_loss_is_the_mean_over_pixels_that_are_not_void() -> None:
     model = segmenter().eval()
     mask = torch.randint(0, 4, (45, 60), generator=torch.Generator().manual_seed(0))

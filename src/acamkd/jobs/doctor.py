@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from acamkd import config, data, models
 from acamkd.data import ImageDataset
-from acamkd.distillation.auto_weight import gradient_norms, prepared, probe_distiller, total_norms, uncalibrated
+from acamkd.distillation.auto_weight import (
+    gradient_norms,
+    prepared,
+    probe_distiller,
+    total_norms,
+    uncalibrated,
+    with_objects,
+)
 from acamkd.distillation.build import probe
 from acamkd.engine.metrics import METRICS, Scorer, score
 from acamkd.engine.printing import Printable
@@ -261,7 +268,7 @@ def _distillation(
     with probe_distiller(student, teacher, entries) as distiller:
         if recipe.data.unlabelled is not None:
             distiller.check_unlabeled()
-        batch = next(prepared(student, images))
+        batch = next(prepared(student, with_objects(images)))
         for pair, loss in zip(distiller.pairs, distiller.losses, strict=True):
             name = type(loss).__name__
             if pair is not None:

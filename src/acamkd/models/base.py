@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from acamkd.config import Model, ShortLong
+from acamkd.errors import AcamkdError
 
 Task: TypeAlias = Literal["detection", "segmentation"]
 
@@ -86,6 +89,27 @@ def keeping_modes(net: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def explaining_norms() -> Iterator[None]:
+    """Say what is to be done where a normalization layer has no two values to take statistics of."""
+    try:
+        yield
+    except ValueError as error:
+        if not re.search(r"more than 1 (value per channel|spatial element)", str(error)):
+            raise
+        called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        if called & {"group_norm", "instance_norm"}:
+            kind = "a group norm" if "group_norm" in called else "an instance norm"
+            raise AcamkdError(
+                f"{kind} needs more than one value to normalize: give larger images (data.resize), or the layer more "
+                f"channels per group ({error})"
+            ) from error
+        raise AcamkdError(
+            "a batch norm needs more than one value of each channel: raise train.batch_size, or give larger images "
+            f"({error})"
+        ) from error
 
 
 class TaskModel(nn.Module, ABC):
@@ -167,7 +191,7 @@ class TaskModel(nn.Module, ABC):
         runs in that of its weights.
         """
         found: dict[int, Prediction] = {}
-        with torch.autocast(self.mean.device.type, enabled=False):
+        with explaining_norms(), torch.autocast(self.mean.device.type, enabled=False):
             for indices, batch in self.prepare_alike(images):
                 found.update(zip(indices, self.decode(self(batch), batch), strict=True))
         return [found[index] for index in range(len(images))]

@@ -106,6 +106,12 @@ class Detector(TaskModel):
 class DenseDetector(Detector):
     """A detector whose shared head runs once over each level of the pyramid."""
 
+    def __init__(self, net: nn.Module, num_classes: int) -> None:
+        super().__init__(net, num_classes)
+        norms = [layer for layer in self.net.head.modules() if isinstance(layer, nn.GroupNorm)]
+        self.single_channels = any(norm.num_groups == norm.num_channels for norm in norms)
+        """Whether the heads normalize each channel of a map alone, which a map of one value does not allow."""
+
     @property
     def net_classes(self) -> int:
         """Number of the net's classes, with background."""
@@ -114,8 +120,21 @@ class DenseDetector(Detector):
     def forward(self, batch: Batch) -> Outputs:
         """Give `cls_logits` (N, A, K + 1), `bbox_regression` (N, A, 4) and, for FCOS, `bbox_ctrness` (N, A, 1)."""
         features = self._features(batch)
+        if self.single_channels and not torch.compiler.is_compiling():
+            self._check_maps(features, batch)
         head = {name: output.float() for name, output in self.net.head(list(features.values())).items()}
         return {"features": features, "anchors": self._anchors(self.net.anchor_generator, features, batch), **head}
+
+    def _check_maps(self, features: Mapping[str, Tensor], batch: Batch) -> None:
+        """Refuse at every batch size what a single image could not be predicted with."""
+        if any(level.shape[-2:].numel() == 1 for level in features.values()):
+            height, width = batch.input_size
+            channels = next(iter(features.values())).shape[1]
+            raise AcamkdError(
+                f"{type(self.net).__name__}: the heads' group norm has as many groups as channels ({channels}), and "
+                f"the coarsest map of an input of {height} x {width} has one value, which cannot be normalized: give "
+                f"fpn_channels {2 * channels} or more, or larger images (data.resize above 128)"
+            )
 
     def _detect(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
         counts = self.anchors_per_level(outputs)
