@@ -180,6 +180,13 @@ def test_an_image_that_cannot_be_read_does_not_lose_the_others(box: Path, tmp_pa
     assert sorted(file.name for file in (out / "overlays").iterdir()) == ["a.png", "c.png"]
 
 
+def test_an_output_folder_that_cannot_be_written_is_said_before_the_first_image(red: Path, tmp_path: Path) -> None:
+    source = tmp_path / "image.png"
+    source.write_bytes(b"not read")
+    with pytest.raises(AcamkdError, match=rf"cannot write {source}/out: Not a directory; --out"):
+        predict(red, source, out=source / "out")
+
+
 def test_a_source_without_images_is_refused(tmp_path: Path) -> None:
     model = tmp_path / "none.onnx"
     for source, message in {

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import Run, as_run
 from acamkd.errors import AcamkdError
-from acamkd.files import IMAGE_SUFFIXES, written_whole
+from acamkd.files import IMAGE_SUFFIXES, check_writable, written_whole
 from acamkd.jobs.export.onnx_model import OnnxModel, Pixels, Prediction, read_image
 from acamkd.report.visualize import draw_predictions
 
@@ -71,10 +71,11 @@ def predict(
     source = Path(source)
     is_video = source.is_file() and source.suffix.lower() in VIDEOS
     files = [] if is_video else images_of(source)
+    folder = Path(out) if out else _beside(model) / "predictions"
+    check_writable(folder)
     task, classes, network = _open(model)
     if task == "segmentation" and files:
         _check_names(files, source)
-    folder = Path(out) if out else _beside(model) / "predictions"
     results: list[dict[str, Any]] = []
 
     def look(image: Pixels, mask: str, **where: Any) -> Image.Image:

@@ -19,6 +19,7 @@ from statistics import median
 from acamkd import config
 from acamkd.engine.runs import TERMINATED, default_folder
 from acamkd.errors import AcamkdError
+from acamkd.files import check_writable
 from acamkd.jobs.compare import tables
 from acamkd.jobs.compare.statistics import Row, summarize
 from acamkd.jobs.compare.trials import Cell, plan
@@ -56,6 +57,7 @@ def compare(
     end = None if seconds is None else time.monotonic() + seconds
     failed: list[Cell] = []
     for tuning in (True, False):  # what a method is tuned to is known only once its tuning cells have ended
+        check_writable(results, advice="--results DIR writes elsewhere")
         cells = plan(recipe, methods, seeds, results)
         untuned = set() if tuning else {cell.method for cell in failed}
         due = [
