@@ -15,8 +15,9 @@ from PIL import Image
 import tiny_recipes
 from acamkd.data.scenes import CLASSES
 from acamkd.jobs.train import distill
+from acamkd.losses.acam.distances import distillation_distances
 from acamkd.losses.base import DistillationContext
-from acamkd.losses.functional import imitation_errors, masked_error
+from acamkd.losses.functional import masked_error
 from acamkd.models.base import Task
 
 ROOT = Path(__file__).parents[1]
@@ -73,22 +74,22 @@ def test_controls_differ_from_acam_in_what_they_are_named_after() -> None:
     for control, shift in (("Shuffled", (1, 0)), ("Moved", (0, 6))):
         loss = study[control](5, 5)
         term = loss.terms(student, teacher, DistillationContext())["spatial"]
-        masks = loss.masks_of(student, teacher).spatial.roll(shift, dims=(0, 2)).flatten(2)
-        errors = imitation_errors(student, teacher, ("spatial",), "standardized")["spatial"]
+        masks = loss.masks(student, teacher)["spatial"].roll(shift, dims=(0, 2)).flatten(2)
+        errors = distillation_distances(student, teacher, ("spatial",), "standardized")["spatial"]
         torch.testing.assert_close(term, masked_error(errors, masks).mean())
     with pytest.raises(ValueError, match="only spatial masks can be moved"):
         study["Moved"](5, 5, masks="both").terms(student, teacher, DistillationContext())
     steady = study["Steady"](5, 5)
     term = steady.terms(student, teacher, DistillationContext())["spatial"]
-    squares = steady.masks_of(student, teacher).spatial.flatten(2).square()
+    squares = steady.masks(student, teacher)["spatial"].flatten(2).square()
     torch.testing.assert_close(term, (torch.einsum("nmk,nk->nm", squares, errors) / squares.sum(dim=2)).mean())
     loss, scales = study["Scaled"](5, 5, weight=2), torch.tensor([1.0, 10, 100, 1, 1]).view(1, 5, 1, 1)
     term = loss.terms(scales * student, scales * teacher, DistillationContext())["spatial"]
     deviation = teacher.std(dim=(0, 2, 3), correction=0, keepdim=True)
     errors = ((student - teacher) / deviation).square().mean(dim=1).flatten(1)
-    masks = loss.masks_of(scales * student, scales * teacher).spatial.flatten(2)
+    masks = loss.masks(scales * student, scales * teacher)["spatial"].flatten(2)
     torch.testing.assert_close(term, 2 * masked_error(errors, masks).mean())
-    masks = study["HalfOpen"](5, 5, mask_source="random", mask_grad="detached").masks_of(student, teacher).spatial
+    masks = study["HalfOpen"](5, 5, mask_source="random", mask_grad="detached").masks(student, teacher)["spatial"]
     assert masks.mean().item() == pytest.approx(0.5, abs=0.03)
     assert masks.flatten(2).std(dim=2).mean().item() == pytest.approx(0.46, abs=0.02)
 

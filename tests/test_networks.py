@@ -1,4 +1,4 @@
-"""docs/networks.md says what is built."""
+"""docs/research/networks.md says what is built."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from test_recipes import PAGE as PAPERS_PAGE
 from test_recipes import rows
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs/networks.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/research/networks.md").read_text(encoding="utf-8")
 TABLE = {row["network"]: row for row in rows(PAGE, "network")}
 networks: Any = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks/networks.py")))
 

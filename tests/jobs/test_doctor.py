@@ -18,6 +18,7 @@ from acamkd import cli, config, data, models
 from acamkd.data.scenes import write_scenes
 from acamkd.jobs import doctor
 from acamkd.jobs.doctor import Finding, examine, ignorance
+from acamkd.jobs.examine_data import examine_data
 from acamkd.jobs.setup import build_network
 from acamkd.models.base import VOID, TaskModel
 from acamkd.models.weights import LoadReport
@@ -104,7 +105,7 @@ def test_every_level_is_shown(detection: Path) -> None:
         (["losses.0.weight=0"], "gradient", "fail", "nothing of the distillation arrives"),
         (["losses.0.weight=1.0e+33"], "gradient", "fail", "distillation inf, task "),
         (["losses.0.pairs=[[segmentation_head.0, decoder.blocks]]"], "distillation", "fail", "there is no layer"),
-        (["losses.0.pairs=[[segmentation_head.0, 'encoder:4']]"], "tap", "warn", "the student's map is resampled"),
+        (["losses.0.pairs=[[segmentation_head.0, 'encoder:4']]"], "tap", "warn", "feature map is resampled"),
         (["losses.0.name=fgd"], "distillation", "fail", "needs boxes"),
         (["data.unlabelled=images/val", "losses.0.name=acam", "losses.0.mask_grad=task"], "distillation", "fail",
          "no loss can learn from unlabeled images"),
@@ -277,7 +278,7 @@ def test_pixels_are_counted(tmp_path: Path) -> None:
     for number in (1, 2):
         Image.fromarray(np.full((2, 2), 7, np.uint8)).save(tmp_path / f"d/masks/val/{number}.png")
     options = {"classes": ["sky", "road", "car"], "ignore_index": 9, "check": "headers"}
-    val = doctor.examine_data(config.load(_image_recipe(tmp_path / "d", "segmentation", **options)))["val"]
+    val = examine_data(config.load(_image_recipe(tmp_path / "d", "segmentation", **options))).splits["val"]
     assert [problem.partition(": ")[0][-5:] for problem in val.problems] == ["1.png", "2.png"]
     assert (val.images, val.classes["sky"]) == (3, 25)  # of the mask that can be read
 
@@ -307,13 +308,13 @@ def test_every_problem_of_the_data_is_listed(tmp_path: Path) -> None:
 def test_a_split_that_cannot_be_read_and_other_classes(tmp_path: Path) -> None:
     root = _yolo(tmp_path / "data")
     (root / "labels/val").rename(root / "gone")
-    found = doctor.examine_data(config.load(_image_recipe(root, "detection")))
+    found = examine_data(config.load(_image_recipe(root, "detection"))).splits
     assert found["val"].problems == [f"cannot read the folder {root}/labels/val: No such file or directory"]
     assert found["train"].problems == []
     write_scenes(tmp_path / "s", train=1, val=1, size=(32, 32), seed=0, task="detection")
     file = tmp_path / "s/annotations/instances_val.json"
     file.write_text(file.read_text().replace('"disc"', '"disk"'))
-    found = doctor.examine_data(config.load(_image_recipe(tmp_path / "s", "detection")))
+    found = examine_data(config.load(_image_recipe(tmp_path / "s", "detection"))).splits
     assert found["val"].problems == [
         "the classes are disk, square, triangle, ring, cross, but those of train disc, square, triangle, ring, cross"
     ]

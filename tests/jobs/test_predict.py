@@ -6,6 +6,7 @@ import json
 import logging
 import struct
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def _frames(file: Path) -> list[Any]:
 
 def test_a_video_of_masks(red: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="acamkd")
-    folder = predict(red, _film(tmp_path / "film.mp4"))
+    folder = predict(red, _film(tmp_path / "film.mp4")).folder
     assert folder == tmp_path / "predictions"
     masks = sorted((folder / "masks/film").iterdir())
     assert [mask.name for mask in masks] == [f"{number:06d}.png" for number in range(5)]
@@ -103,7 +104,7 @@ def test_a_video_of_masks(red: Path, tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_a_video_of_boxes(box: Path, tmp_path: Path) -> None:
-    folder = predict(box, _film(tmp_path / "film.mp4"), out=tmp_path / "out")
+    folder = predict(box, _film(tmp_path / "film.mp4"), out=tmp_path / "out").folder
     found = json.loads((folder / "predictions.json").read_text())
     assert [each["frame"] for each in found] == [0, 1, 2, 3, 4]
     assert found[3] == {
@@ -127,8 +128,27 @@ def test_boxes_and_names_grow_with_the_image() -> None:
     assert shares[0] == pytest.approx(shares[1], rel=0.2)
 
 
+def test_frames_keep_their_times(red: Path, tmp_path: Path) -> None:
+    """Telephones record at a rate that varies: overlays would run ahead of the video, or behind it."""
+    times = [0, 100, 150, 400, 1000]  # milliseconds
+    with av.open(tmp_path / "film.mp4", "w") as writer:
+        stream = writer.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for time in times:
+            frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            writer.mux(stream.encode(frame))
+        writer.mux(stream.encode())
+    folder = predict(red, tmp_path / "film.mp4").folder
+    for file in (tmp_path / "film.mp4", folder / "overlays/film.mp4"):
+        with av.open(file) as reader:
+            found = [frame.time for frame in reader.decode(video=0)]
+        assert found == pytest.approx([time / 1000 for time in times], abs=1e-3), file
+
+
 def test_a_video_is_turned_upright(red: Path, tmp_path: Path) -> None:
-    folder = predict(red, _film(tmp_path / "film.mp4", turned=True))
+    folder = predict(red, _film(tmp_path / "film.mp4", turned=True)).folder
     seen = np.array(Image.open(folder / "masks/film/000000.png"))
     assert seen.shape == (64, 48)
     assert (seen[:30] == 1).all()
@@ -210,5 +230,5 @@ def test_two_images_of_one_name_are_for_a_detector_alone(red: Path, box: Path, t
         Image.new("RGB", (16, 8)).save(folder / name)
     with pytest.raises(AcamkdError, match=rf"{folder}: 2 images are called a, and their masks would be one file"):
         predict(red, folder)
-    out = predict(box, folder, out=tmp_path / "found")
+    out = predict(box, folder, out=tmp_path / "found").folder
     assert [entry["file_name"] for entry in json.loads((out / "predictions.json").read_text())] == ["a.jpg", "a.png"]

@@ -186,8 +186,8 @@ def test_group_norm_of_single_channels_is_refused_where_a_map_has_one_value() ->
     for training, count in ((True, 2), (False, 2), (False, 1)):  # two images would pass torch's own check
         with pytest.raises(AcamkdError, match=said):
             model.train(training).predict(images()[:1] * count)
-    for settings in ({"resize": (160, 96), "fpn_channels": 32}, {"resize": (128, 128), "fpn_channels": 64}):
-        assert len(detector("fcos", **settings).eval().predict(images())) == 2
+    for resize, width in (((160, 96), 32), ((128, 128), 64)):
+        assert len(detector("fcos", resize, fpn_channels=width).eval().predict(images())) == 2
 
 
 def test_crowds_do_not_train() -> None:

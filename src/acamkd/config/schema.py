@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -154,6 +155,9 @@ class Loss(BaseModel):
     one entry of a dict or tuple output, `layer:*` for all of them, `layer@2` for the third call."""
     preset: str | None = None
     """A published setting by name; options given here win over it."""
+    weight: int | float | Literal["auto"] | None = None
+    """Factor of the loss, from 0. `auto`: set before the first step, see `gradient_ratio`. Without it the preset's
+    weight, or the method's own."""
     ramp_epochs: Annotated[float, Field(ge=0)] = 0
     """The weight rises linearly from 0 to its value over this many epochs."""
     stop_epoch: Annotated[float, Field(gt=0)] | None = None
@@ -162,15 +166,23 @@ class Loss(BaseModel):
     """`weight: auto` sets the weight, before the first step, so that the norm of this loss's gradient is this many
     times the norm of the task's gradient."""
 
+    @field_validator("weight", mode="before")
+    @classmethod
+    def _check_weight(cls, weight: Any) -> Any:
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if weight is None or weight == "auto" or (is_number and 0 <= weight < math.inf):
+            return weight
+        raise ValueError(f"must be a number from 0, or auto, not {weight!r}; leave it out for the method's own weight")
+
     @property
     def is_auto(self) -> bool:
         """Whether the weight is still to be set by gradients; the recipe in a run folder holds the number."""
-        return self.options.get("weight") == "auto"
+        return self.weight == "auto"
 
     @property
     def options(self) -> dict[str, Any]:
-        """The method's own options, as written in the recipe."""
-        return dict(self.model_extra or {})
+        """The method's own options, as written in the recipe; `weight` among them where it is given."""
+        return ({} if self.weight is None else {"weight": self.weight}) | (self.model_extra or {})
 
 
 class Optimizer(Section):
@@ -224,7 +236,7 @@ class Train(Section):
     """What the networks compute in; losses and weights are of 32 bits with each."""
     channels_last: bool = False
     """Student, teacher and losses keep weights and maps channels last: other rounding, and less time where convolutions
-    are made for it, most of all with bf16-mixed (docs/performance.md)."""
+    are made for it, most of all with bf16-mixed (docs/reference/performance.md)."""
     accumulate: Positive = 1
     """Batches per optimization step."""
     clip: Annotated[float, Field(gt=0)] | None = None

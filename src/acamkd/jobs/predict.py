@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.markup import escape
+from rich.text import Text
 from tqdm import tqdm
 
 from acamkd.engine.printing import Printable
@@ -36,7 +37,7 @@ class Predictions(Printable):
     Attributes:
         folder: With `overlays/`, and `predictions.json` (detection) or `masks/` (segmentation).
         count: Number of images or frames.
-        unit: `images` or `frames`.
+        unit: `image` or `frame`.
         per_second: Images or frames per second, with reading, drawing and writing.
     """
 
@@ -45,8 +46,9 @@ class Predictions(Printable):
     unit: str
     per_second: float
 
-    def __rich__(self) -> str:
-        return f"{self.count} {self.unit}, {self.per_second:.1f} per second, in {escape(str(self.folder))}"
+    def __rich__(self) -> Text:
+        plural = "" if self.count == 1 else "s"
+        return Text(f"{self.count} {self.unit}{plural}, {self.per_second:.1f} per second, in {self.folder}")
 
 
 def predict(
@@ -106,7 +108,7 @@ def predict(
         with _whole(folder / "predictions.json") as unfinished:
             unfinished.write_text(json.dumps(results, indent=1), encoding="utf-8")
     count -= len(unreadable)
-    made = Predictions(folder, count, "frames" if is_video else "images", count / (time.monotonic() - start))
+    made = Predictions(folder, count, "frame" if is_video else "image", count / (time.monotonic() - start))
     log.info("%s", made)
     if unreadable:
         first = "; ".join(unreadable[:3]) + ("; ..." if len(unreadable) > 3 else "")
@@ -115,7 +117,9 @@ def predict(
 
 
 class Video:
-    """A video that is read, and another of its rate that is written; the size is made even, as the encoder wants it.
+    """A video that is read, and another that is written with the times of its frames.
+
+    The size is made even, as the encoder wants it.
 
     Args:
         source: To read from.
@@ -138,9 +142,15 @@ class Video:
                 raise AcamkdError(f"{source}: the file holds no video")
             stream = self.reader.streams.video[0]
             self.writer = av.open(out, "w")
-            self.stream = self.writer.add_stream("libx264", rate=stream.average_rate or 25)
+            rate = stream.average_rate or 25
+            self.stream = self.writer.add_stream("libx264", rate=rate)
         except av.FFmpegError as error:
             raise AcamkdError(f"{source}: the video cannot be read: {error}") from error
+        self.time_base = stream.time_base or 1 / Fraction(rate)
+        self.stream.codec_context.time_base = self.time_base
+        self._usual = max(1, round(1 / (rate * self.time_base)))
+        self._time: int | None = None  # of the frame that was read last
+        self._written: int | None = None  # and of the one that was written last, in units of the time base
         self.length = stream.frames or None
         """Number of frames, where the file says it."""
 
@@ -158,6 +168,7 @@ class Video:
         frame = None
         try:
             for frame in self.reader.decode(video=0):
+                self._time = frame.pts
                 yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
         except self.failure as error:
             raise AcamkdError(f"{self.source}: the video cannot be read to its end: {error}") from error
@@ -165,13 +176,18 @@ class Video:
             raise AcamkdError(f"{self.source}: the video holds no frames")
 
     def write(self, image: Image.Image) -> None:
-        """Add a frame."""
+        """Add a frame at the time of the one that was read last; frames need not be equally far apart."""
         import av
 
         even = image.crop((0, 0, max(2, image.width // 2 * 2), max(2, image.height // 2 * 2)))
         if not self.stream.codec_context.is_open:
             self.stream.width, self.stream.height = even.size
-        self.writer.mux(self.stream.encode(av.VideoFrame.from_ndarray(np.asarray(even), format="rgb24")))
+        frame = av.VideoFrame.from_ndarray(np.asarray(even), format="rgb24")
+        expected = 0 if self._written is None else self._written + self._usual
+        after = self._written is None or (self._time is not None and self._time > self._written)
+        frame.pts = self._written = self._time if after and self._time is not None else expected
+        frame.time_base = self.time_base
+        self.writer.mux(self.stream.encode(frame))
 
 
 def images_of(source: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,16 +25,11 @@ from acamkd.engine.runs import default_folder
 from acamkd.errors import AcamkdError
 from acamkd.files import check_writable
 from acamkd.jobs.setup import Batches, build_network, teacher_section
-from acamkd.losses.acam.acam import ACAM, ASCM
-from acamkd.losses.freekd import FrequencyTokens
-from acamkd.losses.maskd import TokenMasks
+from acamkd.losses.base import TokenModule
 from acamkd.models.base import TaskModel, to_device
 from acamkd.models.weights import save_tensors
 
 log = logging.getLogger(__name__)
-
-TokenModule: TypeAlias = TokenMasks | FrequencyTokens | ASCM
-"""What learns; `masked(x)` gives the map that the teacher goes on with, and the overlap of the masks."""
 
 WEIGHT_DECAY = 1e-3
 LAST_LR = 1e-6
@@ -116,16 +111,12 @@ def _check_file(path: Path, overwrite: bool) -> None:
 def _token_modules(distiller: Distiller, name: str) -> dict[str, TokenModule]:
     """What learns, by the teacher's layer."""
     modules: dict[str, TokenModule] = {}
-    for pair, loss in zip(distiller.pairs, distiller.losses, strict=True):
-        if isinstance(loss, ACAM):
-            module = loss.selection if loss.mask_source == "fixed" else None
-        else:
-            module = getattr(loss, "token_module", None)
-        if pair is None or module is None:
+    for pair, loss in distiller.levels:
+        if pair is None or loss.tokens is None:
             continue
         if pair[1] in modules:
             raise AcamkdError(f"two losses learn tokens at the teacher's layer {pair[1]}: keep one of them at a time")
-        modules[pair[1]] = module.requires_grad_(True)
+        modules[pair[1]] = loss.tokens.requires_grad_(True)
     if not modules:
         raise AcamkdError(
             f"no loss of the recipe {name} learns tokens: give it maskd, freekd, or acam with mask_source: fixed"

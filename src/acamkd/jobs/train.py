@@ -149,9 +149,9 @@ def distill(
     student = build_network(recipe, recipe.student, batches.classes)
     if recipe.student.inherit:
         models.inherit(student, teacher, recipe.student.inherit)
-    trial = dry_build(student, teacher, losses)
+    built = dry_build(student, teacher, losses)
     if batches.unlabeled is not None:
-        trial.check_unlabeled()
+        built.distiller.check_unlabeled()
     batches.check()
     if resume and (folder / RECIPE).is_file():
         losses = reuse_weights(losses, config.load(folder / RECIPE).losses)
@@ -159,7 +159,7 @@ def distill(
         local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
         torch.cuda.set_device(local % torch.cuda.device_count())
     with data.naming_images(batches.train):
-        losses = calibrate(student, teacher, losses, batches.train)
+        losses = calibrate(built, losses, batches.train)
     distiller = build_distiller(student, teacher, losses)
     used = {"teacher": section, "student": with_normalization(recipe.student, student), "losses": losses}
     run = Run(folder, batches.resolved.model_copy(update=used), "student")

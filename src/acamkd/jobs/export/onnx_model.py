@@ -55,7 +55,7 @@ class OnnxModel:
         session: onnxruntime's.
         task: `detection` or `segmentation`.
         classes: Class names; a mask holds their indices, and a box of label k is of `classes[k - 1]`.
-        metadata: What the export wrote beside the graph; docs/export.md lists it.
+        metadata: What the export wrote beside the graph; docs/guides/export.md lists it.
 
     Raises:
         AcamkdError: The file cannot be read or was not written by `acamkd export`, or onnxruntime is missing; a
