@@ -200,6 +200,18 @@ def test_an_image_that_cannot_be_read_does_not_lose_the_others(box: Path, tmp_pa
     assert sorted(file.name for file in (out / "overlays").iterdir()) == ["a.png", "c.png"]
 
 
+def test_a_full_list_of_detections_is_said(
+    box: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    opened = predicting._open(box)
+    for limit, score, said in ((2, 0.1, True), (2, 0.3, False), (3, 0.1, False), (None, 0.1, False)):
+        caplog.clear()
+        monkeypatch.setattr(predicting, "_open", lambda _, limit=limit: (*opened[:3], limit))
+        predict(box, tmp_path / "a.png", out=tmp_path / "out", score=score)
+        assert ("1 images have 2 detections, which is all that the network gives" in caplog.text) == said
+
+
 def test_an_output_folder_that_cannot_be_written_is_said_before_the_first_image(red: Path, tmp_path: Path) -> None:
     source = tmp_path / "image.png"
     source.write_bytes(b"not read")

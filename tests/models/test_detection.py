@@ -190,6 +190,12 @@ def test_group_norm_of_single_channels_is_refused_where_a_map_has_one_value() ->
         assert len(detector("fcos", resize, fpn_channels=width).eval().predict(images())) == 2
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_largest_number_of_detections(arch: str) -> None:
+    option = "box_detections_per_img" if arch == "faster_rcnn" else "detections_per_img"
+    assert detector(arch, options={option: 17}).max_detections == 17
+
+
 def test_crowds_do_not_train() -> None:
     model = detector("retinanet").eval()
     crowd = targets()

@@ -75,16 +75,19 @@ def predict(
     files = [] if is_video else images_of(source)
     folder = Path(out) if out else _beside(model) / "predictions"
     check_writable(folder)
-    task, classes, network = _open(model)
+    task, classes, network, limit = _open(model)
     if task == "segmentation" and files:
         _check_names(files, source)
     results: list[dict[str, Any]] = []
+    full = 0
 
     def look(image: Pixels, mask: str, **where: Any) -> Image.Image:
+        nonlocal full
         found = network(image)
         if task == "detection":
             good = found["scores"] >= score
             found = {name: values[good] for name, values in found.items()}
+            full += len(found["scores"]) == limit
             results.extend(_as_coco(found, classes, where))
         else:
             _save(Image.fromarray(found["mask"].astype(np.uint8)), folder / "masks" / mask)
@@ -110,6 +113,12 @@ def predict(
     count -= len(unreadable)
     made = Predictions(folder, count, "frame" if is_video else "image", count / (time.monotonic() - start))
     log.info("%s", made)
+    if full:
+        log.warning(
+            "%d %s have %d detections, which is all that the network gives: it may have left out some (options: "
+            "{detections_per_img: N} in the recipe, box_detections_per_img of faster_rcnn, raises it)",
+            full, made.unit, limit,
+        )  # fmt: skip
     if unreadable:
         first = "; ".join(unreadable[:3]) + ("; ..." if len(unreadable) > 3 else "")
         raise AcamkdError(f"{len(unreadable)} of {len(files)} images are left out: {first}")
@@ -221,11 +230,12 @@ def _beside(model: Run | Path | str) -> Path:
     return Path(model).parent if Path(model).suffix == ".onnx" else Path(model)
 
 
-def _open(model: Run | Path | str) -> tuple[str, Sequence[str], Callable[[Pixels], Prediction]]:
-    """Task, class names, and what turns an image into predictions."""
+def _open(model: Run | Path | str) -> tuple[str, Sequence[str], Callable[[Pixels], Prediction], int | None]:
+    """Task, class names, what turns an image into predictions, and the most boxes that it gives, if that is known."""
     if not isinstance(model, Run) and Path(model).suffix == ".onnx":
         exported = OnnxModel(Path(model))
-        return exported.task, exported.classes, exported.predict
+        suppression = exported.metadata["nms"] or {}
+        return exported.task, exported.classes, exported.predict, suppression.get("detections")
     import torch  # an exported file needs none
 
     run = as_run(model)
@@ -236,7 +246,7 @@ def _open(model: Run | Path | str) -> tuple[str, Sequence[str], Callable[[Pixels
         pixels = torch.from_numpy(image).permute(2, 0, 1).to(device)
         return {name: values.cpu().numpy() for name, values in network.predict([pixels])[0].items()}
 
-    return run.recipe.task, run.recipe.data.classes or (), predict_one
+    return run.recipe.task, run.recipe.data.classes or (), predict_one, network.max_detections
 
 
 def _as_coco(found: Prediction, classes: Sequence[str], where: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -139,6 +139,11 @@ class TaskModel(nn.Module, ABC):
         """The part that image-classification weights belong to."""
         raise NotImplementedError(f"{type(self).__name__} does not say which part of its network is the backbone")
 
+    @property
+    def max_detections(self) -> int | None:
+        """Detection: an image gets so many boxes at most; None where there is no limit, or no boxes."""
+        return None
+
     def normalize(self, batch: Batch) -> Tensor:
         """Pixels as this network expects them, (N, 3, H, W); teacher and student may expect different ones."""
         pixels: Tensor = (batch.pixels - self.mean) / self.std

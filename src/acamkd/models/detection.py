@@ -144,6 +144,11 @@ class DenseDetector(Detector):
         # The heads have an output for background, which is never a box's label but can pass an untrained threshold.
         return [{name: x[found["labels"] > 0] for name, x in found.items()} for found in detections]
 
+    @property
+    def max_detections(self) -> int:
+        """An image gets so many boxes at most."""
+        return int(self.net.detections_per_img)
+
     def anchors_per_level(self, outputs: Outputs) -> list[int]:
         """Number of anchors of each level, from fine to coarse."""
         per_place = self.net.anchor_generator.num_anchors_per_location()
@@ -199,6 +204,11 @@ class FasterRCNNDetector(Detector):
             "rpn_deltas": deltas,
             "proposals": proposals,
         }
+
+    @property
+    def max_detections(self) -> int:
+        """An image gets so many boxes at most."""
+        return int(self.net.roi_heads.detections_per_img)
 
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return `loss_classifier`, `loss_box_reg`, `loss_objectness` and `loss_rpn_box_reg`."""

@@ -191,7 +191,7 @@ def test_a_folder_that_cannot_be_written_is_said_first(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "taken").touch()
-    monkeypatch.setattr(Run, "load", None)
+    monkeypatch.setattr(data, "build", None)
     with pytest.raises(AcamkdError, match=rf"cannot write {tmp_path}/taken: File exists; --out"):
         export(run, out=tmp_path / "taken" / "export")
 
@@ -306,7 +306,7 @@ def test_a_run_and_its_export_predict_alike(run: Run, exported: Export, image: P
     ours = predict(run.folder, image.parent, out=tmp_path / "run", score=0.0).folder
     # onnxruntime alone: torch is not importable there.
     script = (
-        "import sys; sys.modules['torch'] = None; from pathlib import Path; from acamkd.predict import predict; "
+        "import sys; sys.modules['torch'] = None; from pathlib import Path; from acamkd.jobs.predict import predict; "
         f"predict(Path({str(exported.folder / 'student.onnx')!r}), Path({str(image.parent)!r}), "
         f"out=Path({str(tmp_path / 'onnx')!r}), score=0.0)"
     )

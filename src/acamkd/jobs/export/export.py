@@ -22,7 +22,7 @@ from rich.text import Text
 from acamkd import __version__, config, data
 from acamkd.data import ImageDataset
 from acamkd.engine.cost import Cost, cost, median_milliseconds, threads
-from acamkd.engine.metrics import METRICS, Scorer, score
+from acamkd.engine.metrics import METRICS, score, scorer_of
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import RECIPE, Run, as_run
 from acamkd.errors import AcamkdError
@@ -129,9 +129,9 @@ def export(
     require("onnx", "onnxruntime", *([] if with_nms else ["onnxscript"]))
     run = as_run(run, overrides)
     out = Path(out) if out else run.folder / "export"
-    _check_free(out, overwrite)
     model, recipe = run.load(), run.recipe
     graph = build_graph(model, recipe.data.resize, with_nms=with_nms)
+    _check_free(out, overwrite)
     images = data.build(recipe.data, recipe.task, "val", seed=recipe.train.seed, augment=False)
     for warning in data.check(images, "headers"):
         log.warning("%s", warning)
@@ -226,7 +226,7 @@ def _compare_outputs(graph: Graph, exported: OnnxModel, images: ImageDataset) ->
 def _measure(run: Run, model: TaskModel, exported: OnnxModel, images: ImageDataset) -> tuple[Measured, ...]:
     """Score and time every network; raises AcamkdError where the two runtimes' scores differ."""
     log.info("scoring %d images by PyTorch and by onnxruntime", len(images))
-    ours, theirs = _score(model, exported, images)
+    ours, theirs = _score(run, model, exported, images)
     metric = METRICS[model.task]
     same = abs(ours[metric] - theirs[metric]) <= LARGEST_METRIC_DIFFERENCE
     if not (same or (math.isnan(ours[metric]) and math.isnan(theirs[metric]))):
@@ -258,7 +258,7 @@ def _measure_teacher(run: Run, images: ImageDataset) -> list[Measured]:
     if scores and not _is_as_trained(run, images):
         log.info("other validation images or another data.resize than in the run: scoring the teacher again, too")
         batches = (([image], [target]) for image, target in (images[index] for index in range(len(images))))
-        scores = score(teacher, batches, Scorer(teacher.task, images.classes))
+        scores = score(teacher, batches, scorer_of(run.recipe, images.classes))
     return [Measured("teacher", "PyTorch", scores, cost(teacher, images[0][0]))]
 
 
@@ -268,9 +268,11 @@ def _is_as_trained(run: Run, images: ImageDataset) -> bool:
     return bool(trained == run.recipe.data.resize and images.fingerprint() == run.metrics["data"]["val"])
 
 
-def _score(model: TaskModel, exported: OnnxModel, images: ImageDataset) -> tuple[dict[str, float], dict[str, float]]:
+def _score(
+    run: Run, model: TaskModel, exported: OnnxModel, images: ImageDataset
+) -> tuple[dict[str, float], dict[str, float]]:
     """Every metric by PyTorch and by onnxruntime, image by image: padding to a batch's size would change one."""
-    ours, theirs = Scorer(model.task, images.classes), Scorer(model.task, images.classes)
+    ours, theirs = scorer_of(run.recipe, images.classes), scorer_of(run.recipe, images.classes)
     for index in range(len(images)):
         image, target = images[index]
         ours.update(model.predict([image]), [target])
