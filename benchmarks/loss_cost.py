@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from harness import Cost, arguments, cost, in_own_process, interleaved, medians, save
 from matplotlib.figure import Figure
-from textbook import Textbook
+from torch import Tensor
 
 from acamkd.distillation.methods import METHODS
 from acamkd.losses import ACAM, FitNet
+from acamkd.losses.acam.reference import acam as reference
 from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
 
 Level: TypeAlias = tuple[int, int]
@@ -54,6 +55,14 @@ SHAPES: Mapping[str, tuple[int, list[Level]]] = {
 
 SIZES = ((400, 672), (560, 944), (800, 1344), (1120, 1888))
 """Images whose pyramids `scaling` compares."""
+
+
+class Textbook(ACAM):
+    """ACAM as published, by the dense attention map and the masked differences (N, M, C, H, W) of the tests' oracle."""
+
+    def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
+        """Return `channel`, `spatial` and `diversity`."""
+        return reference(dict(self.named_parameters()), student, teacher)
 
 
 def losses(channels: int, levels: Sequence[Level]) -> dict[str, partial[FeatureLoss]]:

@@ -63,8 +63,7 @@ def _index(descriptions: Iterable[dict[str, Any]], cases: Counter[str]) -> str:
             "Needs: what a `Distiller` hands over, and a loop of your own in a `DistillationContext`. "
             "Parameters: learnable ones of one level at 256 channels on both sides; none of them stays in the student. "
             f"Golden cases: {cases.total() - cases['DiffKD']} values and gradients of official code that ours are held "
-            "against at 1e-9, in float64. One more, DiffKD's, is not run: no method here, as its public code is for "
-            "classification only.",
+            "against at 1e-9, in float64.",
             "",
         ]
     )

@@ -1,4 +1,4 @@
-"""When masks have collapsed; apart from the losses, so that reports and tables judge without torch."""
+"""When masks have collapsed: the thresholds. Needs no torch, so that reports and tables can judge without it."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def learn_tokens(
 ) -> dict[str, Any]:
     """Learn the tokens of every loss of a recipe that has some: maskd, freekd, and acam with mask_source: fixed.
 
-    At every tapped layer the teacher goes on with its masked features. The tokens minimise the teacher's own loss on
+    At every tapped layer the teacher goes on with its masked features. The tokens minimize the teacher's own loss on
     them, which keeps up what it needs, plus the Dice overlap of the masks, summed over the layers. The teacher is
     frozen and in eval mode: gradients run through it, not into it. Adam with weight decay 1e-3 and a cosine to 1e-6,
     as in MasKD's detection settings.

@@ -328,7 +328,7 @@ def test_the_command_runs_what_is_missing_each_in_its_own_process(
     assert "none-seed0: mIoU" in done
     assert json.loads((results / "none-seed0.json").read_text())["recipe"] == trials[0].key
     assert {path.name for path in results.glob("comparison.*")} == {
-        "comparison.html", "comparison.md", "comparison.json", "comparison.png",
+        "comparison.html", "comparison.md", "comparison.json", "comparison.png", "comparison.yaml",
     }  # fmt: skip
     rows = json.loads((results / "comparison.json").read_text())["rows"]
     assert {row["method"]: row["n"] for row in rows} == {"none": 3, "acam": 3, "fitnet": 3}

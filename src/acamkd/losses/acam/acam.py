@@ -66,7 +66,7 @@ class ACAM(FeatureLoss):
         masks: `spatial`, `channel` or `both` (the paper); or a list of the first two.
         mask_source: What the masks come from. `cooperative`: both networks. `teacher`: the teacher alone. `fixed`:
             tokens that `acamkd tokens RECIPE` learned, without fusion. `random`: the method, untrained and frozen.
-            `uniform`: all ones, so that each term is the plain mean squared error, without diversity.
+            `uniform`: all ones, so that each term is the plain mean of the distance, without diversity.
         mask_grad: What trains the masks, beside the diversity. `look_ahead`: the reward L_sel. `joint` (the paper): the
             distillation terms, which the student feels through K and V. `detached`: nothing. `task`: the frozen
             teacher's own loss on its masked feature map, which costs it a second forward and a backward.

@@ -1,4 +1,4 @@
-"""ACAM-KD as the paper writes it, dense and unoptimized: the oracle of every test and benchmark.
+"""ACAM-KD as the paper writes it, dense and unoptimized: the oracle of the tests and benchmarks.
 
 Lan and Tian, ICCV 2025, https://arxiv.org/abs/2503.06307. Equations are numbered as on docs/methods/acam.md.
 N images, C channels, P = H W locations, M masks; `p` holds the parameters of `ACAM` by name.
