@@ -483,7 +483,7 @@ def backward_twice(terms: dict[str, Tensor], maps: list[Tensor], _: Any) -> tupl
 def test_looking_ahead_repeats_no_work_of_a_detectors_heads_and_changes_no_gradient(
     arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    section = Model(arch=arch, backbone="mobilenetv3_small_050", backbone_weights=None, fpn_channels=32)
+    section = Model(arch=arch, backbone="mobilenetv3_small_050", backbone_weights=None, fpn_channels=64)
     student, teacher = build(section, "detection", 3, (64, 64)), build(section, "detection", 3, (64, 64))
     target = {
         "boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from typing import TypeAlias
@@ -18,7 +18,7 @@ from acamkd.distillation.split_backward import split_backward
 from acamkd.distillation.taps import FeatureTap
 from acamkd.errors import AcamkdError
 from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
-from acamkd.models.base import Batch, TaskModel
+from acamkd.models.base import Batch, TaskModel, explaining_norms
 
 log = logging.getLogger(__name__)
 
@@ -166,11 +166,11 @@ class Distiller(nn.Module):
             teacher_maps = self.teacher_maps(batch, active, whole=whole) if active else {}
             terms: dict[str, Tensor] = {}
             if labeled:
-                with _explaining_batch_norm():
+                with explaining_norms():
                     outputs = self.student(batch)
                 terms = {f"task/{name}": term for name, term in self.student.loss(outputs, batch).items()}
             else:
-                with student_tap.early_stop(), _explaining_batch_norm():
+                with student_tap.early_stop(), explaining_norms():
                     self.student(batch)
             gradients, terms = self._task_gradients(active, student_tap, onward, terms)
             compared: dict[str, dict[str, Tensor]] = {}  # by loss, whatever the schedules
@@ -288,20 +288,6 @@ class Distiller(nn.Module):
             return loss(student_tap[pair[0]], teacher_maps[pair[1]], context)  # type: ignore[no-any-return]
         except ValueError as error:
             raise AcamkdError(f"{self._keys[index]}: {error}") from error
-
-
-@contextmanager
-def _explaining_batch_norm() -> Iterator[None]:
-    """Say what is to be done where torch's batch norm has no two values to take statistics of."""
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise AcamkdError(
-            "a batch norm needs more than one value of each channel: raise train.batch_size, or give larger images "
-            f"({error})"
-        ) from error
 
 
 def _flat(names: Iterable[Sequence[str]]) -> list[str]:

@@ -19,7 +19,7 @@ from acamkd.data.loading import ImageLoader
 from acamkd.engine.runs import CHECKPOINT, PREVIOUS, TERMINATED
 from acamkd.errors import AcamkdError
 from acamkd.files import written_whole
-from acamkd.models.weights import DamagedFileError, read_file
+from acamkd.models.weight_files import DamagedFileError, read_file
 
 log = logging.getLogger(__name__)
 

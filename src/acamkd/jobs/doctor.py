@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from acamkd import config, data, models
 from acamkd.data import ImageDataset
-from acamkd.distillation.auto_weight import gradient_norms, prepared, probe_distiller, total_norms
+from acamkd.distillation.auto_weight import gradient_norms, prepared, probe_distiller, total_norms, with_objects
 from acamkd.distillation.build import probe
-from acamkd.engine.metrics import METRICS, Scorer, score
+from acamkd.engine.metrics import METRICS, score, scorer_of
 from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
 from acamkd.jobs.examine_data import DataReport, examine_data
@@ -231,7 +231,7 @@ def _score(teacher: TaskModel, val: ImageDataset, recipe: config.Recipe) -> Find
 
     device = teacher.mean.device
     teacher.to("cuda" if torch.cuda.is_available() else "cpu")
-    reached = score(teacher, images(), Scorer(recipe.task, val.classes))[metric]
+    reached = score(teacher, images(), scorer_of(recipe, val.classes))[metric]
     teacher.to(device)  # where the student is: both are looked into with its batches
     chance = ignorance(seen, len(val.classes)) if recipe.task == "segmentation" else 0.0
     text = f"{metric} {reached:.2f} on {len(seen)} validation images; {chance:.2f} without looking"
@@ -260,7 +260,7 @@ def _distillation(
     with probe_distiller(student, teacher, recipe.losses) as distiller:
         if recipe.data.unlabelled is not None:
             distiller.check_unlabeled()
-        batch = next(prepared(student, images))
+        batch = next(prepared(student, with_objects(images)))
         for pair, loss in distiller.levels:
             name = type(loss).__name__
             if pair is not None:

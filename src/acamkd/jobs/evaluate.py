@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from acamkd import data
-from acamkd.engine.metrics import Scorer, score
+from acamkd.engine.metrics import score, scorer_of
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import Run, as_run
 
@@ -45,4 +45,4 @@ def evaluate(run: Run | Path | str, *, overrides: Sequence[str] = ()) -> Scores:
         log.warning("%s", warning)
     model = run.load().to("cuda" if torch.cuda.is_available() else "cpu")
     batches = data.loader(images, recipe.train.batch_size, recipe.data.workers, shuffle=False, seed=0)
-    return Scores(score(model, batches, Scorer(recipe.task, images.classes)))
+    return Scores(score(model, batches, scorer_of(recipe, images.classes)))

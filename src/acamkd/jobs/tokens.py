@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from acamkd.distillation.taps import FeatureTap
 from acamkd.engine.metrics import METRICS, score
 from acamkd.engine.runs import default_folder
 from acamkd.errors import AcamkdError
+from acamkd.files import check_writable
 from acamkd.jobs.setup import Batches, build_network, teacher_section
 from acamkd.losses.base import TokenModule
 from acamkd.models.base import TaskModel, to_device
@@ -105,9 +105,7 @@ def _check_file(path: Path, overwrite: bool) -> None:
         raise AcamkdError(f"tokens are written as safetensors: name a file .safetensors, not {path}")
     if path.exists() and not overwrite:
         raise AcamkdError(f"{path} exists: --overwrite replaces it, --out FILE writes elsewhere")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise AcamkdError(f"{path} cannot be written, since {above} cannot: --out FILE writes elsewhere")
+    check_writable(path.parent)
 
 
 def _token_modules(distiller: Distiller, name: str) -> dict[str, TokenModule]:
@@ -188,9 +186,10 @@ def _score_masked(teacher: TaskModel, modules: Mapping[str, TokenModule], batche
     device = teacher.mean.device
     for images, targets in batches.val:
         inputs, truths = to_device(images, targets, device)
-        with _masked(teacher, modules):
-            predictions = teacher.predict(inputs)
-        batches.scorer.update(predictions, truths)
+        for indices, batch in teacher.prepare_alike(inputs):
+            with _masked(teacher, modules):
+                predictions = teacher.decode(teacher(batch), batch)
+            batches.scorer.update(predictions, [truths[index] for index in indices])
     return batches.scorer.compute()
 
 

@@ -16,6 +16,7 @@ from acamkd.engine.mask_history import REPLAY, spread
 from acamkd.engine.metrics import METRICS
 from acamkd.engine.runs import RECIPE, Run, open_run, write_text
 from acamkd.errors import AcamkdError
+from acamkd.files import check_writable
 from acamkd.models.base import TaskModel
 from acamkd.report.charts import Chart, curve, draw, loss_charts, read_history
 from acamkd.report.gain import IMAGES, Gain, compare, rows
@@ -64,7 +65,13 @@ def write_report(run: Run, baseline: Run | None = None) -> Path:
     Raises:
         AcamkdError: A run is not finished, its weights or images are gone, or the two saw other validation images.
     """
+    check_writable(run.folder, "the report to", "copy the run to a folder that can be written")
     recipe, metrics = run.recipe, run.metrics
+    trained = config.load(run.folder / RECIPE).data.resize
+    if recipe.data.resize != trained:
+        raise AcamkdError(
+            f"data.resize is {recipe.data.resize}, but the scores in {run.folder} are of {trained}: leave it as it is"
+        )
     metric = METRICS[recipe.task]
     images = data.build(recipe.data, recipe.task, "val", seed=recipe.train.seed, augment=False)
     if images.fingerprint() != metrics["data"]["val"]:

@@ -28,6 +28,7 @@ from acamkd import config
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import TERMINATED, default_folder, write_text
 from acamkd.errors import AcamkdError
+from acamkd.files import check_writable
 from acamkd.jobs.compare import tables, trials_csv
 from acamkd.jobs.compare.statistics import Row, summarize
 from acamkd.jobs.compare.trials import NONE, Trial, methods_of, plan
@@ -105,6 +106,7 @@ def compare(
     end = None if seconds is None else time.monotonic() + seconds
     failed: list[Trial] = []
     for tuning in (True, False):  # what a method is tuned to is known only once its tuning trials have ended
+        check_writable(results, advice="--results DIR writes elsewhere")
         trials = plan(recipe, methods, seeds, results)
         untuned = set() if tuning else {trial.method for trial in failed}
         due = [
