@@ -6,8 +6,8 @@ import json
 import os
 import signal
 import socket
-import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import leaving
 import tiny
 from acamkd import config, models
 from acamkd.data.loading import Images
@@ -88,26 +89,12 @@ def _together(run: Callable[[int], object], launcher: Launcher = _torchrun) -> l
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = []
-    for rank in (0, 1):
-        child = os.fork()  # new interpreters would spend their time on imports
-        if child:
-            children.append(child)
-            continue
+
+    def job(rank: int) -> None:
         os.environ.update({name: str(value) for name, value in launcher(rank, port).items()})
-        code: Any = 1
-        try:
-            # torch renews its pool of threads at the first use after a fork, which two threads at once must not do.
-            torch.set_num_threads(torch.get_num_threads())
-            run(rank)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        run(rank)
+
+    return [leaving.exit_code(child) for child in [leaving.begin(partial(job, rank)) for rank in (0, 1)]]
 
 
 def _shared(raw: dict[str, Any], **train: Any) -> config.Recipe:

@@ -45,4 +45,5 @@ def evaluate(run: Run | Path | str, *, overrides: Sequence[str] = ()) -> Scores:
         log.warning("%s", warning)
     model = run.load().to("cuda" if torch.cuda.is_available() else "cpu")
     batches = data.loader(images, recipe.train.batch_size, recipe.data.workers, shuffle=False, seed=0)
-    return Scores(score(model, batches, Scorer(recipe.task, images.classes)))
+    with data.reading(batches):
+        return Scores(score(model, batches, Scorer(recipe.task, images.classes)))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from acamkd import config
+from acamkd.data import reading
 from acamkd.data.dataset import seed_of
 from acamkd.distillation.auto_weight import uncalibrated
 from acamkd.distillation.build import build_distiller, suppress_logs
@@ -91,11 +92,13 @@ def learn_tokens(
     modules = _token_modules(distiller, recipe.name)
     batches.check()
     distiller.to("cuda" if torch.cuda.is_available() else "cpu")
-    courses = _learn(distiller, modules, batches, iterations, lr)
-    scores = {
-        "teacher": score(teacher, batches.val, batches.scorer),
-        "masked_teacher": _score_masked(teacher, modules, batches),
-    }
+    with reading(batches.train):
+        courses = _learn(distiller, modules, batches, iterations, lr)
+    with reading(batches.val):
+        scores = {
+            "teacher": score(teacher, batches.val, batches.scorer),
+            "masked_teacher": _score_masked(teacher, modules, batches),
+        }
     metric = METRICS[recipe.task]
     log.info("%s of the teacher: %.2f, with masked features: %.2f",
              metric, scores["teacher"][metric], scores["masked_teacher"][metric])  # fmt: skip

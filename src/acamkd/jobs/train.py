@@ -158,7 +158,7 @@ def distill(
     if torch.cuda.is_available():  # each process of a launcher measures on a device of its own
         local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
         torch.cuda.set_device(local % torch.cuda.device_count())
-    with data.naming_images(batches.train):
+    with data.reading(batches.train):
         losses = calibrate(student, teacher, losses, batches.train)
     distiller = build_distiller(student, teacher, losses)
     used = {"teacher": section, "student": with_normalization(recipe.student, student), "losses": losses}
@@ -202,12 +202,12 @@ def _fit(
         checkpoint = find_checkpoint(run.folder) if goes_on else None
         taught_by: dict[str, Any] = {"inherited_sha256": inherited} if inherited else {}
         if distiller.losses:
-            with data.naming_images(batches.val):
+            with data.reading(batches.val):
                 scores = _score_teacher(distiller.teacher.to(trainer.strategy.root_device), batches)
             taught_by = {"teacher": scores, "teacher_sha256": _hash(distiller.teacher.net)}
         torch.manual_seed(recipe.train.seed)
         module = TrainingModule(distiller, recipe.train, batches.scorer)
-        with data.naming_images(batches.mixed, batches.val), _stopping(run.folder, recorder, recipe.train.epochs):
+        with data.reading(batches.mixed, batches.val), _stopping(run.folder, recorder, recipe.train.epochs):
             trainer.fit(module, batches.mixed, batches.val, ckpt_path=checkpoint)
         if distiller.losses and _hash(distiller.teacher.net) != taught_by["teacher_sha256"]:
             raise RuntimeError("the teacher changed during training")
