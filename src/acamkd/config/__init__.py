@@ -16,6 +16,7 @@ from acamkd.config.schema import (
     Split,
     Train,
 )
+from acamkd.config.yaml_text import read_yaml, write_yaml
 
 __all__ = [
     "Augmentation",
@@ -38,4 +39,6 @@ __all__ = [
     "override",
     "parse",
     "read_text",
+    "read_yaml",
+    "write_yaml",
 ]

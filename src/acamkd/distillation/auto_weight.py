@@ -134,7 +134,7 @@ def probe_distiller(student: TaskModel, teacher: TaskModel, entries: Sequence[Lo
     """Within, a Distiller whose forwards leave no trace: not in the student, not in torch's state.
 
     Every layer stays in the mode that it is in, as in a training: single ones may be frozen. The losses are at full
-    strength, whatever their schedules; one with `stop_epoch` 0 is left out.
+    strength, whatever their schedules; one with `stop_epoch` 0 is left out. All of it is on the student's device.
     """
     buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
     device = student.mean.device
@@ -145,13 +145,12 @@ def probe_distiller(student: TaskModel, teacher: TaskModel, entries: Sequence[Lo
         ]
         with suppress_logs():
             distiller = build_distiller(student, teacher, unscheduled)
-        distiller.to("cuda" if torch.cuda.is_available() else "cpu")
+        distiller.to(device)
         distiller.training = False  # of itself alone: its own audit is for the training
         try:
             yield distiller
         finally:
-            distiller.to(device)
-            for name, buffer in student.named_buffers():  # other tensors than before, where the device has changed
+            for name, buffer in student.named_buffers():
                 buffer.data.copy_(buffers[name])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def build_distiller(student: TaskModel, teacher: TaskModel, entries: Sequence[co
     Raises:
         AcamkdError: A method, option or layer does not exist, or a pair does not match; the entry is named.
     """
-    batch = student.prepare([torch.rand(3, *PROBE_SIZE)])
+    batch = student.prepare([torch.rand(3, *PROBE_SIZE).to(student.mean.device)])
     pairs: list[Pair | None] = []
     modules: list[FeatureLoss | HeadLoss] = []
     schedules: list[WeightSchedule] = []
@@ -71,7 +72,7 @@ def _build(
     if entry.is_auto:
         raise AcamkdError("`weight: auto` needs images: acamkd.calibrate gives it a number")
     checked = options(entry.name, entry.preset, entry.options)
-    tokens = read_tensors(checked["tokens"]) if checked.get("tokens") else None
+    tokens = read_tensors(str(Path(checked["tokens"]).expanduser())) if checked.get("tokens") else None
     if issubclass(method, HeadLoss):
         if entry.pairs:
             log.warning("%s works on the heads and names its layers itself: `pairs` is not used", entry.name)

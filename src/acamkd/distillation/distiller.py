@@ -179,7 +179,7 @@ class Distiller(nn.Module):
                 terms |= {f"{key}/{name}": factors[index] * term for name, term in compared[key].items()}
             terms |= self._teacher_task(active, student_tap, batch)
             if compared and labeled and self.training and torch.is_grad_enabled():
-                self._audit(self.student.net, student_tap.features(), compared)
+                self._audit(self.student.net, student_tap.features(), compared, step)
         _check_finite(terms, step)
         return terms
 

@@ -18,6 +18,7 @@ from acamkd import config, data, models
 from acamkd.data import ImageDataset
 from acamkd.distillation.auto_weight import gradient_norms, prepared, probe_distiller, total_norms, uncalibrated
 from acamkd.distillation.build import probe
+from acamkd.engine.devices import device_of, moved_to
 from acamkd.engine.metrics import METRICS, Scorer, score
 from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
@@ -230,7 +231,7 @@ def _score(teacher: TaskModel, val: ImageDataset, recipe: config.Recipe) -> Find
             yield [image], [target]
 
     device = teacher.mean.device
-    teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+    teacher.to(device_of(recipe.train))
     reached = score(teacher, images(), Scorer(recipe.task, val.classes))[metric]
     teacher.to(device)  # where the student is: both are looked into with its batches
     chance = ignorance(seen, len(val.classes)) if recipe.task == "segmentation" else 0.0
@@ -258,7 +259,8 @@ def _distillation(
     entries = [uncalibrated(entry) for entry in recipe.losses]
     size = min(IMAGES, recipe.train.batch_size, len(train))
     images = data.loader(train, size, 0, shuffle=True, seed=recipe.train.seed)
-    with probe_distiller(student, teacher, entries) as distiller:
+    networks = (student, teacher)
+    with moved_to(device_of(recipe.train), *networks), probe_distiller(*networks, entries) as distiller:
         if recipe.data.unlabelled is not None:
             distiller.check_unlabeled()
         batch = next(prepared(student, images))

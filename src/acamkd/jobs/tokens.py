@@ -22,6 +22,7 @@ from acamkd.distillation.auto_weight import uncalibrated
 from acamkd.distillation.build import build_distiller, suppress_logs
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.taps import FeatureTap
+from acamkd.engine.devices import device_of
 from acamkd.engine.metrics import METRICS, score
 from acamkd.engine.runs import default_folder
 from acamkd.errors import AcamkdError
@@ -91,7 +92,7 @@ def learn_tokens(
         distiller = build_distiller(student, teacher, entries)
     modules = _token_modules(distiller, recipe.name)
     batches.check()
-    distiller.to("cuda" if torch.cuda.is_available() else "cpu")
+    distiller.to(device_of(recipe.train))
     with reading(batches.train):
         courses = _learn(distiller, modules, batches, iterations, lr)
     with reading(batches.val):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from acamkd.errors import AcamkdError
 from acamkd.losses.functional import dice_overlap, imitation_errors, safe_divide
+from acamkd.losses.processes import mean_over_processes
 from acamkd.mask_health import collapse
 
 log = logging.getLogger(__name__)
@@ -106,6 +107,7 @@ class CollapseWatch:
         steps = step + 1 if step else self._looks  # a loop of one's own need not number its steps
         if steps % WATCH_EVERY:
             return
+        statistics = mean_over_processes(statistics)  # or one process would stop alone, and leave the others waiting
         for kind, mask in masks._asdict().items():
             if mask is None or kind in self._said or mask.flatten(2).shape[2] == 1:  # a single position cannot vary
                 continue
