@@ -149,6 +149,7 @@ class Distiller(nn.Module):
             return {}
         names = _flat(self._layers(index)[0] for index in active)
         with ExitStack() as stack:
+            stack.enter_context(_explaining_checkpoints())
             onward: dict[int, GradientEdge] = {}  # by the identity of the tapped map, which may have two names
 
             def hand_on(_: str, student_map: Tensor) -> Tensor:
@@ -298,6 +299,20 @@ def _explaining_batch_norm() -> Iterator[None]:
         raise AcamkdError(
             "a batch norm needs more than one value of each channel: raise train.batch_size, or give larger images "
             f"({error})"
+        ) from error
+
+
+@contextmanager
+def _explaining_checkpoints() -> Iterator[None]:
+    """Say what is to be done where an activation checkpoint has no graph to differentiate."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise AcamkdError(
+            "the student has an activation checkpoint with use_reentrant=True, which gives no gradient at tapped maps: "
+            "set use_reentrant=False, torch's advice for every checkpoint"
         ) from error
 
 
