@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
 import resource
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 import leaving
 import tiny
 from acamkd import data
+from acamkd.data import loading
 from acamkd.data.loading import ImageLoader
+from acamkd.errors import AcamkdError
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +48,17 @@ def test_what_another_process_loads_is_what_this_one_loads(root: Path) -> None:
     for here, there in zip(*found, strict=True):
         torch.testing.assert_close(here, there, rtol=0, atol=0)
         assert [type(part) for part in here] == [type(part) for part in there] == [list, list]
+
+
+@pytest.mark.parametrize(("method", "message"), [
+    ("spawn", r"before it read any\. Such a process first imports the script .* `if __name__ == \"__main__\":`"),
+    ("fork", r"the last that it read was none\. If memory ran out"),
+])  # fmt: skip
+def test_a_script_without_a_main_guard_is_told_of_it(
+    method: str, message: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_be_ended", lambda _: os._exit(1))  # as the import of such a script ends
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda *_: method)
+    loader = _loader(root, workers=1, batches=1)
+    with pytest.raises(AcamkdError, match=message), data.reading(loader):
+        next(iter(loader))

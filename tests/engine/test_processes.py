@@ -259,7 +259,9 @@ def test_a_notebook_with_several_devices_is_refused_before_the_training(
     raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lightning.pytorch.trainer.connectors.accelerator_connector._IS_INTERACTIVE", True)
-    with pytest.raises(AcamkdError, match=r"train.strategy auto with 2 devices .* set train.devices to 1, as notebooks"):
+    with pytest.raises(
+        AcamkdError, match=r"train.strategy auto with 2 devices .* set train.devices to 1, as notebooks"
+    ):
         distill(_shared(raw), out=tmp_path / "run")
 
 

@@ -136,6 +136,11 @@ def _death(what: str, loaders: Sequence[ImageLoader], is_dead: Callable[[int], b
         if pid > 0 and is_dead(pid)
         for file in loader.dataset.sources(key)
     ]
+    if not held and multiprocessing.get_start_method() != "fork":
+        return AcamkdError(
+            f"a process that loads images {what} before it read any. Such a process first imports the script that "
+            'started it: put all that the script does below a line `if __name__ == "__main__":`, or set data.workers=0'
+        )
     return AcamkdError(
         f"a process that loads images {what}; the last that it read was {', '.join(held) or 'none'}. If memory ran "
         "out, lower data.workers or train.batch_size; otherwise look at that image"

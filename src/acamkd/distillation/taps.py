@@ -82,7 +82,9 @@ class FeatureTap:
             if self._is_compiled:
                 _hooked_for_good(module).append(record)
             else:
-                self._handles.append(module.register_forward_hook(lambda _module, _inputs, output, to=record: to(output)))
+                self._handles.append(
+                    module.register_forward_hook(lambda _module, _inputs, output, to=record: to(output))
+                )
         return self
 
     def __exit__(
