@@ -34,7 +34,7 @@ def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that is there and cannot be worked on: whatever goes to it fails."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # torch's optimizers ask
+    monkeypatch.setattr(torch.optim.Optimizer, "_accelerator_graph_capture_health_check", lambda _: None)
 
 
 @pytest.mark.usefixtures("_gpu")
