@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor, nn
 
 from acamkd import cli, config
-from acamkd.config.loading import Loader
+from acamkd.config.yaml_text import Loader
 from acamkd.data.scenes import write_scenes
 from acamkd.models.base import Task
 from tiny_recipes import MODELS, write_recipe

@@ -295,7 +295,7 @@ def test_audit_a_distillation_of_zero_is_an_error(student: Tiny, teacher: Tiny, 
 def test_audit_takes_the_batches_that_a_step_accumulates_for_one(student: Tiny, teacher: Tiny, batch: Batch) -> None:
     """A layer that starts at zero lets nothing through before the first step: residual networks begin so."""
     with torch.no_grad():
-        last = student.net.body[-1]
+        last: Any = student.net.body[-1]
         last.weight.zero_()
         last.bias.zero_()
     distiller = Distiller(student, teacher, [BODY], [FitNet(4, 6)]).train()

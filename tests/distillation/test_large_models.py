@@ -32,7 +32,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.again == "whole":
-            return checkpoint(self._run, x, use_reentrant=self.reentrant)  # type: ignore[no-any-return]
+            return checkpoint(self._run, x, use_reentrant=self.reentrant)
         return self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
@@ -137,6 +137,7 @@ def test_a_tap_of_a_compiled_network_records_while_it_is_open() -> None:
     net = Net(4)
     net.compile(backend="aot_eager")
     images = torch.rand(1, 3, 6, 5)
+    assert net.head.bias is not None
     stem = net.stem(images)
     for layer, expected in (("body", net.body(stem)), ("stem", stem)):
         with FeatureTap(net, [layer]) as tap:

@@ -22,10 +22,10 @@ import tiny
 from acamkd import config, models
 from acamkd.data.loading import Images
 from acamkd.data.scenes import CLASSES, write_scenes
+from acamkd.distillation import auto_weight
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.runs import TERMINATED, open_run
 from acamkd.errors import AcamkdError
-from acamkd.jobs import train as train_job
 from acamkd.jobs.compare.compare import run_cell
 from acamkd.jobs.compare.trials import plan
 from acamkd.jobs.evaluate import evaluate
@@ -199,7 +199,7 @@ def test_processes_take_the_weight_that_the_first_one_measured(
 ) -> None:
     """Another device may round in another way."""
     raw = {**raw, "losses": [{**raw["losses"][0], "weight": "auto"}]}
-    measure = train_job.calibrate
+    measure: Callable[..., tuple[config.Loss, ...]] = auto_weight.calibrate
 
     def calibrate(*given: Any) -> tuple[config.Loss, ...]:
         (entry,) = measure(*given)
@@ -212,7 +212,7 @@ def test_processes_take_the_weight_that_the_first_one_measured(
         (tmp_path / f"weight-{self.global_rank}").write_text(str(self.distiller.losses[0].weight))
         return original(self, batch, batch_idx)
 
-    monkeypatch.setattr(train_job, "calibrate", calibrate)
+    monkeypatch.setattr("acamkd.jobs.train.calibrate", calibrate)
     monkeypatch.setattr(TrainingModule, "training_step", noting)
     assert _together(lambda rank: distill(_shared(raw, epochs=1), out=tmp_path / "run")) == [0, 0]
     (loss,) = config.load(tmp_path / "run/recipe.yaml").losses

@@ -32,7 +32,7 @@ class Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         """Read an entry; raises ConstructorError at thousands of digits, which Python limits, and at a 13th month."""
         try:
-            return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+            return super().construct_object(node, deep)
         except ValueError as error:
             raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
 
@@ -73,7 +73,7 @@ def read_yaml(text: str, what: str) -> Any:
 
 def write_yaml(content: Any, *, flow: bool | None = False) -> str:
     """Write YAML that `read_yaml` reads back to the same; `flow` is PyYAML's `default_flow_style`."""
-    return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=flow)  # type: ignore[no-any-return]
+    return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=flow)
 
 
 def spelling(text: str, location: Location) -> str | None:

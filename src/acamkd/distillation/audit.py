@@ -90,12 +90,9 @@ def _parameters_below(net: nn.Module, maps: Mapping[str, Tensor]) -> dict[str, n
     """The student's parameters that some of its maps depend on; raises AcamkdError if there are none."""
     below = {id(parameter) for parameter in upstream_leaves(x.grad_fn for x in maps.values())[0]}
     found = {name: parameter for name, parameter in net.named_parameters() if id(parameter) in below}
-    nothing = (
-        "no trainable student parameter lies below %s: nothing can be distilled there (an activation checkpoint around "
-        "it needs use_reentrant=False)"
-    )
+    nothing = "no trainable student parameter lies below %s: nothing can be distilled there"
     if not found:
-        raise AcamkdError(nothing % ", ".join(maps))
+        raise AcamkdError(nothing % ", ".join(maps) + " (an activation checkpoint around it needs use_reentrant=False)")
     if frozen := [name for name, x in maps.items() if x.grad_fn is None]:
         log.warning(nothing, ", ".join(frozen))
     return found

@@ -190,7 +190,7 @@ def _hooked_for_good(module: nn.Module) -> list[_Record]:
     """What the hook of a compiled network's layer is to call; its first tap gives it the hook."""
     if module not in _RECORDS:
         _RECORDS[module] = []
-        module.register_forward_hook(torch.compiler.disable(_call_records))
+        module.register_forward_hook(torch.compiler.disable(_call_records))  # type: ignore[no-untyped-call]
         # What was compiled so far knows of no hook; and look-ahead and the audit differentiate a graph that they keep,
         # which compiled backwards refuse where they may overwrite what the forward saved.
         torch._dynamo.reset()
