@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import arguments, cost, save
 from matplotlib.figure import Figure
-from measuring import arguments, cost, save
 from PIL import Image
 from step_cost import LOGITS, NETWORKS, PYRAMID, loss, settle, targets_of
 from torchvision.transforms.v2.functional import pil_to_tensor

@@ -1,26 +1,34 @@
 """Time and peak memory of every method's loss, forward and backward, each in a process of its own.
 
     python benchmarks/loss_cost.py [--quick]
+    python benchmarks/loss_cost.py scaling [--quick]
 
 The maps are random: an image's pyramid of strides 8 to 128 with 256 channels, the pyramid's finest level alone, or
 logits of 19 classes. So are the task gradient that ACAM reads for its look-ahead masks and the tokens of MasKD and
 FreeKD, which changes no cost. CrossKD compares heads and FGD needs boxes, so that the one is missing and the other is
 not run on logits. ACAM has its defaults, or where the name says so the published form.
+
+`scaling` is how ACAM's cost grows with the image: the time at four sizes, and the exponent, the slope of a straight
+line through log time over log pixels.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
+from harness import Cost, arguments, cost, in_own_process, interleaved, medians, save
 from matplotlib.figure import Figure
-from measuring import Cost, cost, in_own_process, interleaved, medians, quick, save
-from textbook import Textbook
+from torch import Tensor
 
 from acamkd.distillation.methods import METHODS
+from acamkd.losses import ACAM, FitNet
+from acamkd.losses.acam.reference import acam as reference
 from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
 
 Level: TypeAlias = tuple[int, int]
@@ -43,6 +51,18 @@ SHAPES: Mapping[str, tuple[int, list[Level]]] = {
     "logits of 65 x 129": (19, [(65, 129)]),
     "logits of 129 x 257": (19, [(129, 257)]),
 }
+
+
+SIZES = ((400, 672), (560, 944), (800, 1344), (1120, 1888))
+"""Images whose pyramids `scaling` compares."""
+
+
+class Textbook(ACAM):
+    """ACAM as published, by the dense attention map and the masked differences (N, M, C, H, W) of the tests' oracle."""
+
+    def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
+        """Return `channel`, `spatial` and `diversity`."""
+        return reference(dict(self.named_parameters()), student, teacher)
 
 
 def losses(channels: int, levels: Sequence[Level]) -> dict[str, partial[FeatureLoss]]:
@@ -90,11 +110,10 @@ def measure(build: partial[FeatureLoss], channels: int, levels: Sequence[Level])
     return cost(step)._replace(peak_mib=first.peak_mib)
 
 
-def main() -> None:
-    """Measure, print and plot."""
-    is_quick = quick(__doc__)
+def compare_methods(*, quick: bool) -> None:
+    """Every method on every shape."""
     shapes = (
-        {"pyramid of 160 x 256": (256, pyramid(160, 256)), "logits of 9 x 17": (19, [(9, 17)])} if is_quick else SHAPES
+        {"pyramid of 160 x 256": (256, pyramid(160, 256)), "logits of 9 x 17": (19, [(9, 17)])} if quick else SHAPES
     )
     table: dict[str, dict[str, Any]] = {}
     for shape, (channels, levels) in shapes.items():
@@ -103,9 +122,9 @@ def main() -> None:
             name: partial(in_own_process, measure, build, channels, levels)
             for name, build in losses(channels, levels).items()
         }
-        for costs in interleaved(calls, 1 if is_quick else ROUNDS):
+        for costs in interleaved(calls, 1 if quick else ROUNDS):
             table[shape] = {name: medians(each)._asdict() for name, each in costs.items()}
-            save("loss_cost", {"rows": table}, plot(table), quick=is_quick)
+            save("loss_cost", {"rows": table}, plot(table), quick=quick)
     for shape, rows in table.items():
         print(f"\n| {shape} | seconds | CPU seconds | peak MiB |\n|---|---:|---:|---:|")
         for name, row in sorted(rows.items(), key=lambda entry: entry[1]["cpu_seconds"]):
@@ -123,6 +142,44 @@ def plot(table: Mapping[str, Mapping[str, Any]]) -> Figure:
             )
         axes.set(title=shape, xlabel="processor seconds, forward and backward", ylabel="peak MiB")
     return figure
+
+
+def scaling(*, quick: bool) -> None:
+    """Cost over the size of the image."""
+    sizes = ((64, 96), (96, 128), (128, 192), (160, 256)) if quick else SIZES
+    published = partial(ACAM, 256, 256, masks="both", mask_grad="joint", imitation="squared")
+    builds = {
+        "acam, exact": published,
+        "acam, auto": partial(published, kv_stride="auto"),
+        "fitnet": partial(FitNet, 256, 256),
+    }
+    calls = {
+        f"{name} {height} x {width}": partial(in_own_process, measure, build, 256, pyramid(height, width))
+        for height, width in sizes
+        for name, build in builds.items()
+    }
+    *_, costs = interleaved(calls, 1 if quick else ROUNDS)
+    pixels = [height * width for height, width in sizes]
+    figure = Figure(figsize=(5, 4))
+    axes = figure.subplots()
+    rows = {}
+    for name in builds:
+        times = [medians(costs[f"{name} {height} x {width}"]).cpu_seconds for height, width in sizes]
+        exponent = float(np.polyfit(np.log(pixels), np.log(times), 1)[0])
+        rows[name] = {"pixels": pixels, "cpu_seconds": times, "exponent": exponent}
+        axes.loglog(pixels, times, "o-", label=f"{name}: exponent {exponent:.2f}")
+        print(f"{name}: exponent {exponent:.2f}")
+    axes.set(xlabel="pixels of the image", ylabel="processor seconds, forward and backward")
+    axes.legend()
+    save("scaling", {"rows": rows}, figure, quick=quick)
+
+
+def main() -> None:
+    """Measure, print and plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="?", choices=["methods", "scaling"], default="methods")
+    given = arguments(parser)
+    (scaling if given.what == "scaling" else compare_methods)(quick=given.quick)
 
 
 if __name__ == "__main__":

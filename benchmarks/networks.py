@@ -1,26 +1,38 @@
 """Size and cost of the networks in recipes/paper, and of their trainings, computed on no device at all.
 
-    python benchmarks/networks.py         # the tables of docs/networks.md; a few minutes
+    python benchmarks/networks.py
+    python benchmarks/networks.py memory [--quick]
 
 Everything is built on PyTorch's meta device: shapes without numbers. Operations are those that
 torch.utils.flop_counter counts (convolutions and matrix products), two per multiplication with addition.
+
+`memory` measures how near the memory that `acamkd distill --dry-run` counts comes to what a step really takes: one
+forward and backward of the networks of step_cost.py with ACAM (kv_stride: auto), counted, and measured as the growth of
+the process's resident memory in that very step, without the parameters' gradients.
 """
 
 from __future__ import annotations
 
+import argparse
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import step_cost
 import torch
+from harness import arguments, cost, in_own_process, save
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.fx.experimental import _config
 
 from acamkd import config, models
+from acamkd.distillation.build import build_distiller
 from acamkd.distillation.methods import find, options
 from acamkd.distillation.taps import FeatureTap
 from acamkd.engine.cost import flop_counter
+from acamkd.jobs.profile import step_of
 from acamkd.losses.base import DistillationContext, FeatureLoss
 from acamkd.models.base import Task, TaskModel
 
@@ -131,22 +143,63 @@ def images(recipe: config.Recipe) -> int:
     return train.epochs * train.steps_per_epoch * train.batch_size * train.devices
 
 
-def main() -> None:
-    """Print both tables."""
+def measured_memory(name: str, size: tuple[int, int]) -> tuple[float, float]:
+    """Counted and measured peak of a step, in MiB."""
+    torch.set_num_threads(2)
+    logging.getLogger("acamkd").setLevel(logging.ERROR)
+    student, teacher = step_cost.networks(name, size)
+    layers = step_cost.PYRAMID if student.task == "detection" else step_cost.LOGITS
+    distiller = build_distiller(student, teacher, [step_cost.loss("acam", layers, kv_stride="auto")]).eval()
+    distiller.student.train()
+    batch = step_cost.batch_of(student, size)
+    counted: list[float] = []
+    measured = cost(lambda: counted.append(step_of(distiller, batch)[1] / 2**20))
+    return counted[0], measured.peak_mib
+
+
+def compare_memory(*, quick: bool) -> None:
+    """Measure, print and plot the memory."""
+    rows = {}
+    for name in step_cost.NETWORKS:
+        counted, measured = in_own_process(measured_memory, name, (128, 256) if quick else step_cost.SIZES[name])
+        rows[name] = {"counted_mib": counted, "measured_mib": measured, "error": counted / measured - 1}
+        print(f"| {name} | {counted:.0f} | {measured:.0f} | {100 * (counted / measured - 1):+.1f} % |", flush=True)
+    figure = Figure(figsize=(5, 3))
+    axes = figure.subplots()
+    axes.bar([f"{name}\n{kind}" for name in rows for kind in ("counted", "measured")],
+             [row[f"{kind}_mib"] for row in rows.values() for kind in ("counted", "measured")])  # fmt: skip
+    axes.tick_params(axis="x", labelsize=5)
+    axes.set(ylabel="MiB")
+    save("memory_estimate", {"rows": rows}, figure, quick=quick)
+
+
+def print_tables() -> None:
+    """Of the networks, and of the recipes."""
     print("| network | million parameters | GMAC |\n|---|---|---|")
     for name, (task, section) in networks().items():
         model = build(section, task)
-        cost = forward_cost(model, TESTED[task], PROPOSALS["tested"])
-        print(f"| {name} | {parameters(model)} | {cost / 2e9:.0f} |", flush=True)
+        operations = forward_cost(model, TESTED[task], PROPOSALS["tested"])
+        print(f"| {name} | {parameters(model)} | {operations / 2e9:.0f} |", flush=True)
     print("\n| recipe | student | teacher | losses | hours |\n|---|---|---|---|---|")
     for name, recipe in recipes().items():
-        cost = training_cost(recipe)
+        parts = training_cost(recipe)
         assert isinstance(recipe.train.devices, int)
-        hours = images(recipe) * sum(cost.values()) / RATE / recipe.train.devices / 3600
+        hours = images(recipe) * sum(parts.values()) / RATE / recipe.train.devices / 3600
         print(
-            f"| {name} | " + " | ".join(f"{each / 1e12:.2f}" for each in cost.values()) + f" | {hours:.1f} |",
+            f"| {name} | " + " | ".join(f"{each / 1e12:.2f}" for each in parts.values()) + f" | {hours:.1f} |",
             flush=True,
         )
+
+
+def main() -> None:
+    """Print both tables, or compare the memory."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="?", choices=["tables", "memory"], default="tables")
+    given = arguments(parser)
+    if given.what == "memory":
+        compare_memory(quick=given.quick)
+    else:
+        print_tables()
 
 
 if __name__ == "__main__":

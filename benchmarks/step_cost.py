@@ -22,8 +22,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from harness import Cost, arguments, cost, interleaved, medians, ratios, save
 from matplotlib.figure import Figure
-from measuring import Cost, arguments, cost, interleaved, medians, ratios, save
 
 from acamkd import models
 from acamkd.config import Loss, Model

@@ -1,6 +1,7 @@
 """Write docs/methods/*.md from the methods' docstrings and signatures: python docs/generate_methods.py.
 
-The one thing written by hand is equations.yaml beside this file: which function holds which equation.
+A docstring's section `Code:` says which function computes which equation. What is argued at length about a method is
+written by hand in methods/notes.yaml, markdown by the method's name.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +25,20 @@ HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "tests/golden/golden.json"
 SOURCE = "../../src/acamkd/losses"
 
-DEVIATIONS = ("Deviations", "The paper leaves open", "The official")
+DEVIATIONS = ("Deviations", "The official")
 """How the paragraphs begin that say where a method differs from its paper or its official code."""
 
 
 def pages() -> dict[str, str]:
     """Every page by file name."""
     logging.getLogger("acamkd").setLevel(logging.ERROR)  # describing builds losses without their tokens
-    tables: dict[str, dict[str, Any]] = yaml.safe_load((HERE / "equations.yaml").read_text(encoding="utf-8"))
+    notes: dict[str, str] = yaml.safe_load((HERE / "methods/notes.yaml").read_text(encoding="utf-8"))
     cases = Counter(case["method"] for case in json.loads(GOLDEN.read_text(encoding="utf-8"))["cases"])
     descriptions = [describe(name) for name in METHODS]
-    golden = {
-        name: tables[name].get("golden")
-        or f"{cases[method.__name__]} golden cases of official code agree in value and gradient (float64)."
-        for name, method in METHODS.items()
+    rendered = {
+        f"{each['name']}.md": _page(each, notes.get(each["name"], ""), cases[METHODS[each["name"]].__name__])
+        for each in descriptions
     }
-    rendered = {f"{each['name']}.md": _page(each, tables[each["name"]], golden[each["name"]]) for each in descriptions}
     return {"index.md": _index(descriptions, cases), **rendered}
 
 
@@ -56,38 +56,38 @@ def _index(descriptions: Iterable[dict[str, Any]], cases: Counter[str]) -> str:
             "# Methods",
             "",
             "Any of them is one word of a recipe: `--set losses.0.name=NAME`. Several together: "
-            "[combinations](combinations.md). One more: [how to add a method](../add-a-method.md).",
+            "[combinations](combinations.md). One more: [how to add a method](../guides/add-a-method.md).",
             "",
             *_table(header, rows),
             "",
             "Needs: what a `Distiller` hands over, and a loop of your own in a `DistillationContext`. "
             "Parameters: learnable ones of one level at 256 channels on both sides; none of them stays in the student. "
             f"Golden cases: {cases.total() - cases['DiffKD']} values and gradients of official code that ours are held "
-            "against at 1e-9, in float64. One more, DiffKD's, is not run: no method here, as its public code is for "
-            "classification only.",
+            "against at 1e-9, in float64.",
             "",
         ]
     )
 
 
-def _page(description: dict[str, Any], table: dict[str, Any], golden: str) -> str:
+def _page(description: dict[str, Any], notes: str, cases: int) -> str:
     method = METHODS[description["name"]]
-    text = (inspect.getdoc(method) or "").partition("\nArgs:\n")[0]
-    first, paper, *paragraphs = _paragraphs(text)
+    text, sections = _sections(inspect.getdoc(method) or "")
+    first, _, *paragraphs = _paragraphs(text)
     deviating = [index for index, each in enumerate(paragraphs) if each.startswith(DEVIATIONS)]
     # A list or a block of equations belongs to the paragraph that announces it.
     deviating += [index + 1 for index in deviating if paragraphs[index].endswith(":")]
-    anchors = [
-        [_code(equation), f"[`{anchor.partition('.')[2]}`]({SOURCE}/{anchor.partition('.')[0]}.py)"]
-        for equation, anchor in table["equations"]
-    ]
     options = [[_code(o["name"]), _text(o["type"]), _code(_yaml(o["default"])), _text(o["help"])]
                for o in description["options"]]  # fmt: skip
-    lines = [f"# {method.__name__}", "", _text(first), "", _text(paper), "", "## Method", ""]
+    code = f"; official code: <{description['code']}>" if description["code"] else "; no official code is public"
+    lines = [f"# {method.__name__}", "", _text(first), ""]
+    lines += [f"Paper: {_text(description['paper'])}, <{description['link']}>{code}.", "", "## Method", ""]
     for index, paragraph in enumerate(paragraphs):
         if index not in deviating:
             lines += [*_block(paragraph), ""]
-    lines += ["## Where it stands in the code", "", *_table(["equation", "code"], anchors), ""]
+    if notes:
+        lines += [notes.rstrip(), ""]
+    lines += ["## Example", "", "```python", *_unprompted(sections["Example"]), "```", ""]
+    lines += ["## Where it stands in the code", "", *_table(["equation", "code"], anchors(method)), ""]
     lines += ["## Options", "", *_table(["option", "type", "default", "meaning"], options), ""]
     if description["presets"]:
         presets = [[_code(name), _code(_yaml(values))] for name, values in description["presets"].items()]
@@ -96,8 +96,39 @@ def _page(description: dict[str, Any], table: dict[str, Any], golden: str) -> st
         lines += ["## Declared deviations", ""]
         for index in deviating:
             lines += [*_block(paragraphs[index]), ""]
-    lines += ["## Agreement with official code", "", _text(golden), ""]
-    return "\n".join(lines)
+    agreement = (
+        f"{cases} golden cases of official code agree in value and gradient (float64)."
+        if cases
+        else "No official code was run. Own tests check the formulas."
+    )
+    return "\n".join([*lines, "## Agreement with official code", "", agreement, ""])
+
+
+def _sections(docstring: str) -> tuple[str, dict[str, list[str]]]:
+    """The running text of a docstring, and the lines of its sections by title."""
+    text, *rest = re.split(r"^(Code|Example|Args):\n", docstring, flags=re.MULTILINE)
+    bodies = (textwrap.dedent(body).strip().splitlines() for body in rest[1::2])
+    return text, dict(zip(rest[0::2], bodies, strict=True))
+
+
+def _unprompted(lines: Iterable[str]) -> list[str]:
+    """Code without the prompts of a session; what it printed is a comment."""
+    return [line.removeprefix(">>> ") if line.startswith(">>> ") else f"# {line}" for line in lines]
+
+
+def anchors(method: type) -> list[list[str]]:
+    """Rows of a method's section `Code:`, each an equation and a link to the function that computes it.
+
+    Raises:
+        AttributeError: The function is neither in the method's module nor imported there.
+    """
+    rows = []
+    for line in _sections(inspect.getdoc(method) or "")[1]["Code"]:
+        equation, _, name = line.removeprefix("- ").rpartition(": ")
+        function = attrgetter(name)(inspect.getmodule(method))
+        file = inspect.getmodule(function).__name__.removeprefix("acamkd.losses.").replace(".", "/")  # type: ignore[union-attr]
+        rows.append([_code(equation), f"[`{name}`]({SOURCE}/{file}.py)"])
+    return rows
 
 
 def _paragraphs(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Write docs/recipe.md, every key of a recipe, from the models in acamkd.config: python docs/generate_recipe.py."""
+"""Write docs/reference/recipe.md, every key of a recipe, from acamkd.config: python docs/generate_recipe.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 
 from acamkd.config import Recipe
 
-PAGE = Path(__file__).parent / "recipe.md"
+PAGE = Path(__file__).parent / "reference/recipe.md"
 
 INTRODUCTION = """# Every key of a recipe
 

@@ -1,27 +1,28 @@
-"""Write the tables and figures in the pages anew from the cells in benchmarks/results: python docs/generate_results.py.
+"""Write the tables and figures in the pages anew from the trials in studies/: python docs/generate_results.py.
 
-A page says where: what stands between `<!-- cells: NAME METHOD ... -->` and `<!-- end -->` is of these methods, or of
-all where none is named, in benchmarks/results/NAME. Between `<!-- ablations: NAME NAME -->` and `<!-- end -->` are the
-paper's ablations beside those of two comparisons, with `controls` in that place ACAM's controls, seed by seed, and with
-`summary` what each comparison came to.
+A page says where: what stands between `<!-- trials: NAME METHOD ... -->` and `<!-- end -->` is of these methods, or of
+all where none is named, in the comparison NAME of some studies/*/trials.csv; `cells` means the same. Between
+`<!-- ablations: NAME NAME -->` and `<!-- end -->` are the paper's ablations beside those of two comparisons, with
+`controls` in that place ACAM's controls, seed by seed, and with `summary` what each comparison came to. Figures lie
+beside their page.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any, TypeAlias
 
-from acamkd.jobs.compare.compare import tables
+from acamkd.jobs.compare import tables, trials_csv
 from acamkd.jobs.compare.statistics import Paired, Row, paired, scores_of, summarize
 from acamkd.jobs.compare.trials import NONE, TUNING_SEED
 
 HERE = Path(__file__).parent
-CELLS = HERE.parent / "benchmarks/results"
-BLOCK = re.compile(r"(<!-- cells: (\w+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+STUDIES = HERE.parent / "studies"
+BLOCK = re.compile(r"(<!-- (?:trials|cells): (\w+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 AGAINST_DEFAULT = re.compile(r"(<!-- (ablations|controls|summary): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 DEFAULT = "acam"
@@ -44,51 +45,64 @@ CONTROLS = (
     ("masks of ones, of both kinds", "acam-uniform"),
     ("masks fixed beforehand, nearly constant in an image", "acam-fixed"),
     ("untrained masks, soft", "acam-random"),
-    ("untrained masks, as hard as learned ones", "acam-half-open"),
-    ("... twice as strong", "acam-half-open-16"),
-    ("learned masks, half the image's height from where they belong", "acam-moved"),
-    ("learned masks that do not pull harder as they harden", "acam-steady"),
+    ("untrained masks, as hard as learned ones", "acam-hard-random"),
+    ("... twice as strong", "acam-hard-random-16"),
+    ("learned masks, half the image's height from where they belong", "acam-shifted"),
+    ("learned masks that do not pull harder as they harden", "acam-strength-normalized"),
     ("learned masks, each laid on another image", "acam-shuffled"),
     ("masks that learn from the teacher alone", "acam-teacher"),
-    ("learned masks without the diversity term", "acam-agree"),
+    ("learned masks without the diversity term", "acam-no-diversity"),
     ("learned masks that are fed the difference to the teacher", "acam-difference"),
     ("masks that learn as published, from the imitation itself", "acam-joint"),
 )
 """What stands in the place of ACAM's masks, and the method of the recipes."""
 
-Cells: TypeAlias = list[Mapping[str, Any]]
+Trials: TypeAlias = list[Mapping[str, Any]]
 
 
 def pages() -> dict[str, str]:
-    """Every page with such blocks, by file name."""
+    """Every page with such blocks, by its path within this folder."""
     found = {page: text for page, text in _texts() if BLOCK.search(text) or AGAINST_DEFAULT.search(text)}
-    return {page.name: AGAINST_DEFAULT.sub(_against, BLOCK.sub(_block(page), text)) for page, text in found.items()}
+    return {
+        page.relative_to(HERE).as_posix(): AGAINST_DEFAULT.sub(_against, BLOCK.sub(_block(page), text))
+        for page, text in found.items()
+    }
 
 
-def figures() -> Iterator[tuple[Path, list[Row], Cells]]:
-    """Files of the figures, and the rows and cells that they show."""
+def figures() -> Iterator[tuple[Path, list[Row], Trials]]:
+    """Files of the figures, and the rows and trials that they show."""
     for page, text in _texts():
         for match in BLOCK.finditer(text):
-            cells, _ = _cells(match[2])
-            yield _figure(page, match), _rows(cells, match[3]), cells
+            trials, _ = _trials(match[2])
+            yield _figure(page, match), _rows(trials, match[3]), trials
 
 
 def _texts() -> Iterator[tuple[Path, str]]:
-    return ((page, page.read_text(encoding="utf-8")) for page in sorted(HERE.glob("*.md")))
+    return ((page, page.read_text(encoding="utf-8")) for page in sorted(HERE.rglob("*.md")))
 
 
-def _cells(name: str) -> tuple[Cells, Cells]:
-    """The finished cells of a comparison, and those that served the tuning."""
-    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((CELLS / name).glob("*-seed*.json"))]
-    return [cell for cell in found if cell["seed"] < TUNING_SEED], [c for c in found if c["seed"] >= TUNING_SEED]
+def _trials(name: str) -> tuple[Trials, Trials]:
+    """The finished trials of a comparison, and those that served the tuning."""
+    found = [trial for _, trial in sorted(_comparisons()[name].items())]
+    return (
+        [trial for trial in found if trial["seed"] < TUNING_SEED],
+        [trial for trial in found if trial["seed"] >= TUNING_SEED],
+    )
 
 
-def _rows(cells: Cells, methods: str) -> list[Row]:
+@cache
+def _comparisons() -> dict[str, dict[str, dict[str, Any]]]:
+    """Comparison -> trial -> what it left behind, of all studies."""
+    files = sorted(STUDIES.glob(f"*/{trials_csv.FILE}"))
+    return {name: trials for file in files for name, trials in trials_csv.comparisons(file).items()}
+
+
+def _rows(trials: Trials, methods: str) -> list[Row]:
     """Rows of some methods; p and the best competing method are of the whole comparison."""
-    rows = summarize(cells)
+    rows = summarize(trials)
     wanted = set(methods.split()) or {row.method for row in rows}
     if missing := wanted - {row.method for row in rows}:
-        raise SystemExit(f"there is no cell of {', '.join(sorted(missing))}")
+        raise SystemExit(f"there is no trial of {', '.join(sorted(missing))}")
     return [row for row in rows if row.method in wanted]
 
 
@@ -102,12 +116,12 @@ def _figure(page: Path, block: re.Match[str]) -> Path:
 def _block(page: Path) -> Callable[[re.Match[str]], str]:
     def write(match: re.Match[str]) -> str:
         begin, name, methods, end = match.groups()
-        cells, tuning = _cells(name)
-        rows = _rows(cells, methods)
+        trials, tuning = _trials(name)
+        rows = _rows(trials, methods)
         if methods:  # otherwise of all that were searched, whether or not they are in the table
-            tuning = [cell for cell in tuning if cell["method"] in {row.method for row in rows}]
-        text = tables.markdown(rows, cells, tuning)
-        text = text.replace("\n## ", "\n### ")
+            tuning = [trial for trial in tuning if trial["method"] in {row.method for row in rows}]
+        text = tables.markdown(rows, trials, tuning)
+        text = text.replace("\n## ", "\n#### ")
         return f"{begin}\n{text}\n![Differences and curves]({_figure(page, match).name})\n\n{end}"
 
     return write
@@ -116,40 +130,40 @@ def _block(page: Path) -> Callable[[re.Match[str]], str]:
 def _against(match: re.Match[str]) -> str:
     """What is compared with the default on the seeds that both have."""
     begin, kind, names, end = match.groups()
-    comparisons = {name: _cells(name)[0] for name in names.split()}
-    heads = [f"`{name}`, {cells[0]['metric']}" for name, cells in comparisons.items()]
+    comparisons = {name: _trials(name)[0] for name in names.split()}
+    heads = [f"`{name}`, {trials[0]['metric']}" for name, trials in comparisons.items()]
     if kind == "ablations":
         lines = [f"| | | the paper, mAP | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]
         for what, how, method, published in ABLATIONS:
-            figures = " | ".join(_against_default(cells, method) for cells in comparisons.values())
+            figures = " | ".join(_against_default(trials, method) for trials in comparisons.values())
             lines.append(f"| {what} | {how} (`{method}`) | {published} | {figures} |")
     elif kind == "summary":
         lines = [
             "| | baseline | ACAM-KD | gain | best competing method | ACAM-KD over it | teacher |",
             "|---" * 7 + "|",
         ]
-        lines += [f"| {head} | {_summary(cells)} |" for head, cells in zip(heads, comparisons.values(), strict=True)]
+        lines += [f"| {head} | {_summary(trials)} |" for head, trials in zip(heads, comparisons.values(), strict=True)]
     else:
         lines = [f"| against `{DEFAULT}` | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
         for what, method in CONTROLS:
-            figures = " | ".join(_seed_by_seed(cells, method) for cells in comparisons.values())
+            figures = " | ".join(_seed_by_seed(trials, method) for trials in comparisons.values())
             lines.append(f"| {what} (`{method}`) | {figures} |")
     return "\n".join([begin, *lines, "", end])
 
 
-def _summary(cells: Cells) -> str:
+def _summary(trials: Trials) -> str:
     """Of one comparison; competing methods have three seeds or more, and are no variants."""
-    rows = {row.method: row for row in summarize(cells)}
+    rows = {row.method: row for row in summarize(trials)}
     ours, alone = rows[DEFAULT], rows[NONE]
     others = [row for name, row in rows.items() if "-" not in name and name not in (DEFAULT, NONE) and row.n > 2]
     best_other = max(others, key=lambda row: row.mean)
-    scores = scores_of(cells)
+    scores = scores_of(trials)
     over_best_other = paired(scores[DEFAULT], scores[best_other.method], best_other.method)
     assert ours.gain is not None
     return " | ".join([
         f"{alone.mean:.2f}", f"{ours.mean:.2f}, n {ours.n}", f"{_difference(ours.gain)}, p {ours.p_text}",
         f"`{best_other.method}` {best_other.mean:.2f}, n {best_other.n}", _difference(over_best_other),
-        f"{cells[0]['teacher'][cells[0]['metric']]:.2f}",
+        f"{trials[0]['teacher'][trials[0]['metric']]:.2f}",
     ])  # fmt: skip
 
 
@@ -157,8 +171,8 @@ def _difference(found: Paired) -> str:
     return f"{found.mean:+.2f}" + (f" [{found.low:+.2f}, {found.high:+.2f}]" if found.n > 2 else "")
 
 
-def _seed_by_seed(cells: Cells, method: str) -> str:
-    scores, usual = (scores_of(cells).get(each, {}) for each in (method, DEFAULT))
+def _seed_by_seed(trials: Trials, method: str) -> str:
+    scores, usual = (scores_of(trials).get(each, {}) for each in (method, DEFAULT))
     each = [f"{scores[seed] - usual[seed]:+.1f}" for seed in sorted(scores.keys() & usual.keys())]
     if len(each) < 2:
         return ", ".join(each) or tables.DASH
@@ -167,8 +181,8 @@ def _seed_by_seed(cells: Cells, method: str) -> str:
     return f"{', '.join(each)}: {difference.mean:+.1f}, p {p}"
 
 
-def _against_default(cells: Cells, method: str) -> str:
-    scores, usual = (scores_of(cells).get(each, {}) for each in (method, DEFAULT))
+def _against_default(trials: Trials, method: str) -> str:
+    scores, usual = (scores_of(trials).get(each, {}) for each in (method, DEFAULT))
     if method == DEFAULT:
         return f"{mean(scores.values()):.2f}, n {len(scores)}"
     difference = paired(scores, usual, DEFAULT)
@@ -179,8 +193,8 @@ def main() -> None:
     """Write pages and figures."""
     for page, text in pages().items():
         (HERE / page).write_text(text, encoding="utf-8")
-    for file, rows, cells in figures():
-        tables.figure(file, rows, cells, cells[0]["metric"])
+    for file, rows, trials in figures():
+        tables.figure(file, rows, trials, trials[0]["metric"])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Every script of benchmarks/ that needs nothing from outside still runs."""
+"""The programs of benchmarks/ and studies/ that need nothing from outside still run."""
 
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -13,31 +14,76 @@ import torch
 from PIL import Image
 
 import tiny_recipes
+from acamkd import config
 from acamkd.data.scenes import CLASSES
+from acamkd.jobs.compare import trials_csv
+from acamkd.jobs.compare.trials import plan
 from acamkd.jobs.train import distill
+from acamkd.losses.acam.distances import distillation_distances
 from acamkd.losses.base import DistillationContext
-from acamkd.losses.functional import imitation_errors, masked_error
+from acamkd.losses.functional import masked_error
 from acamkd.models.base import Task
 
 ROOT = Path(__file__).parents[1]
+STUDIES = sorted(file.parent.name for file in (ROOT / "studies").glob("*/trials.csv"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["loss_cost", "step_cost", "scaling", "memory_estimate", "alternatives"])
-def test_quick_runs(script: str) -> None:
-    done = subprocess.run(
-        [sys.executable, f"benchmarks/{script}.py", "--quick"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+@pytest.mark.parametrize(
+    "program", ["loss_cost.py", "loss_cost.py scaling", "step_cost.py", "networks.py memory", "precision_variants.py"]
+)
+def test_quick_runs(program: str) -> None:
+    script, *mode = program.split()
+    command = [sys.executable, f"benchmarks/{script}", *mode, "--quick"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert any(name in done.stdout for name in ("acam, exact", "acam, paper, exact", "RetinaNet"))
 
 
+def test_the_page_has_every_program_and_no_other() -> None:
+    page = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
+    programs = {file.name for file in (ROOT / "benchmarks").glob("*.py")} - {"harness.py"}
+    assert len(programs) <= 5
+    assert set(re.findall(r"python benchmarks/(\w+\.py)", page)) == programs
+    written = {Path(name).stem for name in re.findall(r"`results/(\w+)`", page)}
+    kept = {file.stem for file in (ROOT / "benchmarks/results").glob("*.json")}
+    assert all(any(stem == name or stem.startswith(f"{name}_") for name in written) for stem in kept)
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_says_what_it_asked_and_holds_its_trials(study: str) -> None:
+    folder = ROOT / "studies" / study
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (.*)$", page, re.MULTILINE) == ["Question", "Data", "Reproduce", "Outcome"]
+    found = trials_csv.comparisons(folder / "trials.csv")
+    assert all(f"`{name}`" in page for name in found)
+    for trials in found.values():
+        assert {trial["metric"] for trial in trials.values()} <= {"mIoU", "mAP"}
+        assert all(re.fullmatch("[0-9a-f]{12}", trial["recipe"]) for trial in trials.values())
+
+
+@pytest.mark.parametrize(("study", "comparison", "methods", "seeds", "overrides"), [
+    ("camvid_few", "camvid_few_all", "acam,acam-no-diversity,acam-shifted,acam-strength-normalized", 3, []),
+    ("camvid_few", "camvid_few_all", "acam-hard-random,acam-hard-random-16,acam-difference,acam-shuffled", 3, []),
+    ("camvid_few", "camvid_few", "acam,pkd,dist,acam-random", 3, []),
+    ("bccd_few", "bccd_few", "acam,fitnet,pkd,cwd,fgd,mgd,maskd", 5, []),
+    ("masks", "camvid", "acam,joint,detached,task,shuffled,adversarial,degree-zero", 1,
+     ["teacher.backbone_weights=lite2.safetensors"]),
+])  # fmt: skip
+def test_a_study_is_finished_by_its_recipe(
+    study: str, comparison: str, methods: str, seeds: int, overrides: list[str]
+) -> None:
+    """So that `acamkd compare` runs nothing of it anew."""
+    folder = ROOT / "studies" / study
+    overrides = [*overrides, "student.backbone_weights=lite0.safetensors"]
+    trials = plan(config.load(folder / "recipe.yaml", overrides), methods.split(","), seeds, folder / comparison)
+    assert [trial.name for trial in trials if trial.read(folder / comparison) is None] == []
+
+
 def test_ratios_are_of_medians_within_a_round_and_of_the_fastest() -> None:
-    measuring = runpy.run_path(str(ROOT / "benchmarks/measuring.py"))
-    these, those = (
-        [measuring["Cost"](2 * x, x, 0.0) for x in seconds] for seconds in ((3.0, 2.0, 9.0), (2.0, 4.0, 3.0))
-    )
-    assert measuring["ratios"](these, those) == {"ratio": 1.5, "cpu_ratio": 1.5, "fastest_ratio": 1.0}
+    harness = runpy.run_path(str(ROOT / "benchmarks/harness.py"))
+    these, those = ([harness["Cost"](2 * x, x, 0.0) for x in seconds] for seconds in ((3.0, 2.0, 9.0), (2.0, 4.0, 3.0)))
+    assert harness["ratios"](these, those) == {"ratio": 1.5, "cpu_ratio": 1.5, "fastest_ratio": 1.0}
 
 
 def test_halving_keeps_few_labels(tmp_path: Path) -> None:
@@ -52,7 +98,7 @@ def test_halving_keeps_few_labels(tmp_path: Path) -> None:
     content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cell"}]}
     (source / "annotations/instances_train.json").write_text(json.dumps(content))
 
-    command = [sys.executable, str(ROOT / "benchmarks/halve.py"), str(source), str(half), "--few", "2"]
+    command = [sys.executable, str(ROOT / "studies/downscale_dataset.py"), str(source), str(half), "--few", "2"]
     subprocess.run(command, capture_output=True, check=True)
 
     def names(folder: str) -> list[str]:
@@ -67,28 +113,29 @@ def test_halving_keeps_few_labels(tmp_path: Path) -> None:
 
 
 def test_controls_differ_from_acam_in_what_they_are_named_after() -> None:
-    study = runpy.run_path(str(ROOT / "benchmarks/mask_study.py"))
+    study = runpy.run_path(str(ROOT / "studies/masks/variants.py"))
     torch.manual_seed(0)
     student, teacher = 3 * torch.randn(2, 5, 12, 16), 3 * torch.randn(2, 5, 12, 16)
-    for control, shift in (("Shuffled", (1, 0)), ("Moved", (0, 6))):
+    for control, shift in (("Shuffled", (1, 0)), ("ShiftedMasks", (0, 6))):
         loss = study[control](5, 5)
         term = loss.terms(student, teacher, DistillationContext())["spatial"]
-        masks = loss.masks_of(student, teacher).spatial.roll(shift, dims=(0, 2)).flatten(2)
-        errors = imitation_errors(student, teacher, ("spatial",), "standardized")["spatial"]
+        masks = loss.masks(student, teacher)["spatial"].roll(shift, dims=(0, 2)).flatten(2)
+        errors = distillation_distances(student, teacher, ("spatial",), "standardized")["spatial"]
         torch.testing.assert_close(term, masked_error(errors, masks).mean())
     with pytest.raises(ValueError, match="only spatial masks can be moved"):
-        study["Moved"](5, 5, masks="both").terms(student, teacher, DistillationContext())
-    steady = study["Steady"](5, 5)
+        study["ShiftedMasks"](5, 5, masks="both").terms(student, teacher, DistillationContext())
+    steady = study["StrengthNormalized"](5, 5)
     term = steady.terms(student, teacher, DistillationContext())["spatial"]
-    squares = steady.masks_of(student, teacher).spatial.flatten(2).square()
+    squares = steady.masks(student, teacher)["spatial"].flatten(2).square()
     torch.testing.assert_close(term, (torch.einsum("nmk,nk->nm", squares, errors) / squares.sum(dim=2)).mean())
     loss, scales = study["Scaled"](5, 5, weight=2), torch.tensor([1.0, 10, 100, 1, 1]).view(1, 5, 1, 1)
     term = loss.terms(scales * student, scales * teacher, DistillationContext())["spatial"]
     deviation = teacher.std(dim=(0, 2, 3), correction=0, keepdim=True)
     errors = ((student - teacher) / deviation).square().mean(dim=1).flatten(1)
-    masks = loss.masks_of(scales * student, scales * teacher).spatial.flatten(2)
+    masks = loss.masks(scales * student, scales * teacher)["spatial"].flatten(2)
     torch.testing.assert_close(term, 2 * masked_error(errors, masks).mean())
-    masks = study["HalfOpen"](5, 5, mask_source="random", mask_grad="detached").masks_of(student, teacher).spatial
+    control = study["HardRandomMasks"](5, 5, mask_source="random", mask_grad="detached")
+    masks = control.masks(student, teacher)["spatial"]
     assert masks.mean().item() == pytest.approx(0.5, abs=0.03)
     assert masks.flatten(2).std(dim=2).mean().item() == pytest.approx(0.46, abs=0.02)
 
@@ -97,8 +144,8 @@ def test_controls_differ_from_acam_in_what_they_are_named_after() -> None:
 def test_where_masks_point_is_told_for_every_class(task: Task, tmp_path: Path) -> None:
     losses = [{"name": "acam", "pairs": [tiny_recipes.PAIRS[task]]}]
     run = distill(tiny_recipes.write_recipe(tmp_path, task, losses=losses), out=tmp_path / "run")
-    command = [sys.executable, str(ROOT / "benchmarks/mask_places.py"), str(run.folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "studies.masks.mask_by_class", str(run.folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if line[:1] == "|"]
     figures = {row[0]: (float(row[1].removesuffix(" %")), float(row[2])) for row in rows[2:]}

@@ -18,7 +18,9 @@ import typer.main
 import yaml
 from torch import Tensor, nn
 
-from acamkd import cli, config
+import acamkd
+import acamkd.losses
+from acamkd import cli, config, models
 from acamkd.config.yaml_text import Loader
 from acamkd.data.scenes import write_scenes
 from acamkd.models.base import Task
@@ -30,8 +32,8 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 ELSEWHERE = (
-    "pip ", "mkdocs ", "pytest", "python docs/", "python benchmarks/", "#SBATCH", "#!/bin/bash", "sbatch ", "cd ",
-    "torchrun ", "srun ",
+    "pip ", "mkdocs ", "pytest", "python docs/", "python benchmarks/", "python studies/", "python -m studies.",
+    "#SBATCH", "#!/bin/bash", "sbatch ", "cd ", "torchrun ", "srun ",
 )  # fmt: skip
 """How lines of the shell begin that are not this package's command."""
 
@@ -70,9 +72,9 @@ def commands(page: Path) -> list[list[str]]:
     return found
 
 
-def test_the_results_are_those_of_the_committed_cells() -> None:
+def test_the_results_are_those_of_the_committed_trials() -> None:
     pages: dict[str, str] = runpy.run_path(str(DOCS / "generate_results.py"))["pages"]()
-    assert {"results.md", "masks.md"} <= set(pages)
+    assert {"research/results.md", "research/log.md"} <= set(pages)
     stale = [page for page, text in pages.items() if (DOCS / page).read_text(encoding="utf-8") != text]
     assert not stale, "write them anew: python docs/generate_results.py"
 
@@ -94,7 +96,11 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_anchors_are_headings(page: Path) -> None:
     for link, anchor in re.findall(r"\]\((?!https:)([^)#\s]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
         target = page.parent / link if link else page
-        headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+        text = target.read_text(encoding="utf-8")
+        if target.suffix == ".html":
+            assert f'id="{anchor}"' in text
+            continue
+        headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
         assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, anchor
 
 
@@ -137,17 +143,18 @@ def test_a_guide_runs_from_images_to_predictions(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    write_scenes(tmp_path / "images", train=4, val=2, size=(64, 64), seed=0, task=task)
-    (recipe,) = blocks(DOCS / f"{page}.md", "yaml")
+    write_scenes(tmp_path / "photos", train=4, val=2, size=(64, 64), seed=0, task=task)
+    guide = DOCS / f"guides/{page}.md"
+    (recipe,) = blocks(guide, "yaml")
     file = tmp_path / recipe.splitlines()[0].removeprefix("# ")
     file.write_text(recipe, encoding="utf-8")
     overrides = [word for override in (*TINY, *TINY_OF[task]) for word in ("--set", override)]
-    for name, *words in commands(DOCS / f"{page}.md"):
+    for name, *words in commands(guide):
         with_recipe = any(word.endswith(".yaml") for word in words)
         own = list(words[:1]) + (overrides if with_recipe else []) + list(words[1:])  # the page's own come last
         run([name, *own])
-    for block in blocks(DOCS / f"{page}.md", "python"):
-        exec(compile(block, f"{page}.md", "exec"), {})
+    for block in blocks(guide, "python"):
+        exec(compile(block, guide.name, "exec"), {})
     assert "torch.Size([" in capsys.readouterr().out
 
 
@@ -180,7 +187,7 @@ class Detector(nn.Module):
 
 def test_the_loops_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    plain, distiller, trainer, mmdetection = blocks(DOCS / "own-loop.md", "python")
+    plain, distiller, trainer, mmdetection = blocks(DOCS / "guides/own-loop.md", "python")
     scope: dict[str, Any] = {"loader": [(torch.rand(2, 3, 64, 64), torch.randint(4, (2, 64, 64)))] * 2}
     for block in (plain, distiller):
         exec(block, scope)
@@ -197,6 +204,30 @@ def test_the_loops_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+def test_the_saved_student_needs_nothing_of_acamkd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = blocks(DOCS / "guides/export.md", "python")[0]
+    assert "acamkd" not in block
+    recipe = config.load(ROOT / "recipes/camvid.yaml")
+    trained = models.build(recipe.student.model_copy(update={"backbone_weights": None}), recipe.task, 11)
+    folder = tmp_path / "runs/camvid/distilled"
+    folder.mkdir(parents=True)
+    models.save_weights(trained.net, folder / "student.safetensors")
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    exec(block, scope)
+    loaded = scope["student"].state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in trained.net.state_dict().items())
+
+
+def test_a_sections_pages_stand_in_the_home_pages_order(tmp_path: Path) -> None:
+    for page in ("b", "a", "c", "index"):
+        (tmp_path / "guides").mkdir(exist_ok=True)
+        (tmp_path / f"guides/{page}.md").touch()
+    (tmp_path / "index.md").write_text("[B](guides/b.md), [gone](guides/gone.md), [A](guides/a.md#first)")
+    pages = runpy.run_path(str(DOCS / "hooks.py"))["pages_of"](tmp_path, "guides")
+    assert pages == ["guides/index.md", "guides/b.md", "guides/a.md", "guides/c.md"]
+
+
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     built = subprocess.run(
@@ -205,10 +236,25 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     assert "WARNING" not in built.stderr
     home = (tmp_path / "site/index.html").read_text(encoding="utf-8")
-    assert 'src="scenes-report.html#viewer"' in home
+    assert 'href="scenes-report.html#viewer"' in home
     assert 'id="viewer"' in (tmp_path / "site/scenes-report.html").read_text(encoding="utf-8")
-    assert "look_ahead_reward" in (tmp_path / "site/reference/index.html").read_text(encoding="utf-8")
-    assert 'href="../../reference/#acamkd.losses.acam"' in (tmp_path / "site/methods/acam/index.html").read_text()
+    anchors = set(re.findall(r'id="([\w.]+)"', (tmp_path / "site/reference/api/index.html").read_text()))
+    losses = set(dir(acamkd)) & set(vars(acamkd.losses))
+    assert {f"acamkd.{name}" for name in set(dir(acamkd)) - losses} <= anchors
+    classes = [getattr(acamkd, name) for name in losses]
+    assert {f"{loss.__module__}.{loss.__name__}" for loss in classes} <= anchors
+    bases = {"acamkd.losses.base.FeatureLoss", "acamkd.models.base.TaskModel", "acamkd.data.dataset.ImageDataset"}
+    assert bases <= anchors
+    for name in acamkd.METHODS:
+        page = (tmp_path / "site/methods" / name / "index.html").read_text(encoding="utf-8")
+        linked = set(re.findall(r'href="\.\./\.\./reference/api/#([\w.]+)"', page))
+        assert linked, name
+        assert linked <= anchors
     listed = {path.relative_to(DOCS).with_suffix("") for path in DOCS.rglob("*.md")}
     pages = {path.parent.relative_to(tmp_path / "site") for path in (tmp_path / "site").rglob("index.html")}
     assert {Path(*path.parts[:-1]) if path.name == "index" else path for path in listed} == pages
+    navigation = home[
+        home.index('class="md-nav md-nav--primary') : home.index('class="md-sidebar md-sidebar--secondary')
+    ]
+    linked_pages = {Path(link) for link in re.findall(r'href="([\w/.-]+)/?"', navigation)}
+    assert pages <= linked_pages

@@ -44,15 +44,15 @@ Import = tuple[str, bool]
 
 
 def imports(tree: ast.AST, typing_only: bool = False) -> Iterator[Import]:
-    """Every import of a file, `from acamkd import config` given as acamkd.config."""
+    """Every import of a file; `from acamkd.data import checks` is given as acamkd.data.checks."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, typing_only) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide where a name comes from"
             assert node.module is not None
-            if node.module == "acamkd":
-                yield from ((f"acamkd.{alias.name}", typing_only) for alias in node.names)
+            if (SOURCE.parent / node.module.replace(".", "/")).is_dir():  # of a package, each name may be a module
+                yield from ((f"{node.module}.{alias.name}", typing_only) for alias in node.names)
             else:
                 yield node.module, typing_only
         elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":

@@ -1,12 +1,12 @@
-"""The pages under docs/methods and the example of docs/add-a-method.md."""
+"""The pages under docs/methods and the example of docs/guides/add-a-method.md."""
 
 from __future__ import annotations
 
+import doctest
 import importlib
 import re
 import runpy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -27,29 +27,34 @@ def test_pages_are_up_to_date() -> None:
     assert not stale, "write them anew: python docs/generate_methods.py"
 
 
-def test_equations_name_code_that_exists() -> None:
-    tables: dict[str, dict[str, Any]] = yaml.safe_load((DOCS / "equations.yaml").read_text(encoding="utf-8"))
-    assert list(tables) == list(METHODS)
-    for table in tables.values():
-        for _, anchor in table["equations"]:
-            module, *names = anchor.split(".")
-            found: Any = importlib.import_module(f"acamkd.losses.{module}")
-            for name in names:
-                found = getattr(found, name)
-            assert callable(found)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_equation_links_to_a_file_that_exists(name: str) -> None:
+    anchors: list[list[str]] = runpy.run_path(str(DOCS / "generate_methods.py"))["anchors"](METHODS[name])
+    assert anchors
+    for _, link in anchors:
+        assert (DOCS / "methods" / link.partition("(")[2].rstrip(")")).is_file()
+
+
+def test_notes_are_of_methods() -> None:
+    assert yaml.safe_load((DOCS / "methods/notes.yaml").read_text(encoding="utf-8")).keys() <= METHODS.keys()
 
 
 def test_the_example_method_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "add-a-method.md").read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(
+        r"```python\n(.*?)```", (DOCS / "guides/add-a-method.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     (tmp_path / "charbonnier.py").write_text(blocks[0], encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    name, _, class_name = blocks[1].strip(" ,\n").partition(": ")
-    method = getattr(importlib.import_module("charbonnier"), class_name)
-    monkeypatch.setattr(methods, "METHODS", {**METHODS, name.strip('"'): method})
+    assert blocks[1].strip() == "from acamkd.losses.charbonnier import Charbonnier as Charbonnier"
+    method = importlib.import_module("charbonnier").Charbonnier
+    monkeypatch.setattr(methods, "METHODS", {**METHODS, "charbonnier": method})
+    failed, run = doctest.testmod(importlib.import_module("charbonnier"))
+    assert (failed, run) == (0, 3)
 
     description = describe("charbonnier")
     assert description["authors"] == "Charbonnier et al."
     assert description["venue"] == "ICIP 1994"
+    assert description["link"].startswith("https://")
     assert [option["name"] for option in description["options"]] == ["weight", "epsilon"]
 
     path = write_recipe(tmp_path, "segmentation")

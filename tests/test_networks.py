@@ -1,4 +1,4 @@
-"""docs/networks.md says what is built."""
+"""docs/research/networks.md says what is built."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from test_recipes import PAGE as PAPERS_PAGE
 from test_recipes import rows
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs/networks.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/research/networks.md").read_text(encoding="utf-8")
 TABLE = {row["network"]: row for row in rows(PAGE, "network")}
-networks: Any = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks/networks.py")))
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(ROOT / "benchmarks")  # as for a script, which imports what lies beside it
+    networks: Any = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks/networks.py")))
 
 
 def test_every_network_of_the_recipes_is_in_the_table() -> None:

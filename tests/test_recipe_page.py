@@ -1,4 +1,4 @@
-"""The page docs/recipe.md."""
+"""The page docs/reference/recipe.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from acamkd import config
 from acamkd.config.schema import Section
 
 DOCS = Path(__file__).parents[1] / "docs"
-TEXT = (DOCS / "recipe.md").read_text(encoding="utf-8")
+TEXT = (DOCS / "reference/recipe.md").read_text(encoding="utf-8")
 
 
 def test_the_page_is_up_to_date() -> None:

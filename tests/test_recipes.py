@@ -22,11 +22,14 @@ from acamkd.engine.module import TrainingModule
 from acamkd.jobs.setup import Batches, build_network
 
 ROOT = Path(__file__).parents[1]
-few_labels = runpy.run_path(str(ROOT / "benchmarks/halve.py"))["few_labels"]
-FILES = {str(file.relative_to(ROOT / "recipes").with_suffix("")): file
-         for file in sorted((ROOT / "recipes").rglob("*.yaml")) if file.parent.name != "combinations"}  # fmt: skip
+few_labels = runpy.run_path(str(ROOT / "studies/downscale_dataset.py"))["few_labels"]
+FILES = {
+    **{str(file.relative_to(ROOT / "recipes").with_suffix("")): file
+       for file in sorted((ROOT / "recipes").rglob("*.yaml")) if file.parent.name != "combinations"},
+    **{f"studies/{file.parent.name}": file for file in sorted((ROOT / "studies").glob("*/recipe.yaml"))},
+}  # fmt: skip
 PAPER = {name.removeprefix("paper/"): file for name, file in FILES.items() if name.startswith("paper/")}
-PAGE = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/research/paper.md").read_text(encoding="utf-8")
 
 
 def rows(page: str, first: str) -> list[dict[str, str]]:
@@ -44,7 +47,7 @@ def test_a_recipe_of_the_paper_says_what_it_costs_and_aims_at(name: str) -> None
     assert len(text.splitlines()) <= 35
     assert set(re.findall(r"recipes/\S+", text)) == {f"recipes/paper/{name}.yaml"}
     assert re.findall(r"target: the paper's (\S+)", text) == [row["target"]]
-    assert re.findall(r"the baseline; target: (\S+)", text) == [row["alone"]]
+    assert re.findall(r"the baseline; target: (\S+)", text) == [row["baseline"]]
     assert re.findall(r"; (\S+) hours at", text) == [row["hours"]]
 
 

@@ -88,3 +88,9 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, epoch: int, batch: int) -> Non
         return step(self, batch_, batch_idx)
 
     monkeypatch.setattr(TrainingModule, "training_step", stop)
+
+
+def in_notebook(result: Any) -> dict[str, str]:
+    """What a notebook shows of a result, by MIME type."""
+    bundle: dict[str, str] = result._repr_mimebundle_([], [])
+    return bundle

@@ -11,7 +11,7 @@ import yaml
 
 from acamkd import config, models
 from acamkd.data.scenes import CLASSES, write_scenes
-from acamkd.jobs.compare.trials import Cell
+from acamkd.jobs.compare.trials import Trial
 from acamkd.models.base import Task
 
 SIZE = (64, 64)
@@ -59,15 +59,15 @@ def write_recipe(folder: Path, task: Task, **sections: Any) -> Path:
     return path
 
 
-def fake(cell: Cell, results: Path, score: float, **more: Any) -> None:
-    """Write what a comparison's cell of this score would have left."""
+def fake(trial: Trial, results: Path, score: float, **more: Any) -> None:
+    """Write what a comparison's trial of this score would have left."""
     results.mkdir(exist_ok=True)
     content = {
-        "method": cell.method, "setting": cell.setting, "option": cell.option, "seed": cell.seed, "recipe": cell.key,
-        "metric": "mIoU",
-        "losses": [loss.model_dump(mode="json") for loss in cell.recipe.losses], "data": {"train": "a", "val": "b"},
-        "teacher": {"sha256": "c" * 64, "mIoU": 50.0} if cell.recipe.losses else None,
+        "method": trial.method, "setting": trial.setting, "option": trial.option, "seed": trial.seed,
+        "recipe": trial.key, "metric": "mIoU",
+        "losses": [loss.model_dump(mode="json") for loss in trial.recipe.losses], "data": {"train": "a", "val": "b"},
+        "teacher": {"sha256": "c" * 64, "mIoU": 50.0} if trial.recipe.losses else None,
         "history": [score], "final": {"mIoU": score}, "masks": {}, "wall_time": 120.0, "machine": "x86_64",
         "versions": {"acamkd": "0"}, **more,
     }  # fmt: skip
-    (results / f"{cell.name}.json").write_text(json.dumps(content))
+    (results / f"{trial.name}.json").write_text(json.dumps(content))

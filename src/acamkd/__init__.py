@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from acamkd.distillation.distiller import Distiller as Distiller
     from acamkd.distillation.methods import METHODS as METHODS
     from acamkd.distillation.taps import FeatureTap as FeatureTap
-    from acamkd.engine.runs import load_student as load_student, open_run as open_run
+    from acamkd.engine.runs import load_student as load_student
+    from acamkd.engine.runs import open_run as open_run
     from acamkd.jobs.compare.compare import compare as compare
     from acamkd.jobs.demo import demo as demo
     from acamkd.jobs.doctor import doctor as doctor
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from acamkd.jobs.export.export import export as export
     from acamkd.jobs.inspect_layers import inspect as inspect
     from acamkd.jobs.predict import predict as predict
-    from acamkd.jobs.train import distill as distill, train as train
+    from acamkd.jobs.train import distill as distill
+    from acamkd.jobs.train import train as train
     from acamkd.losses import *  # noqa: F403
     from acamkd.models.base import TaskModel as TaskModel
     from acamkd.models.detection import Detector as Detector
@@ -57,12 +59,16 @@ def __getattr__(name: str) -> Any:
     """Import on first use, so that neither the command line nor `acamkd.config` waits for torch."""
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    if name == "__all__":
-        return __dir__()
-    if not name.startswith("_") and name in (losses := importlib.import_module("acamkd.losses")).__all__:
-        return getattr(losses, name)
+    if name[:1].isupper() and name in _losses():  # other names may be modules that an import looks for
+        return _losses()[name]
     raise AttributeError(f"module 'acamkd' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*_HOMES, *importlib.import_module("acamkd.losses").__all__])
+    return sorted([*_HOMES, *_losses()])
+
+
+def _losses() -> dict[str, Any]:
+    """Every class that `acamkd.losses` lists."""
+    found = vars(importlib.import_module("acamkd.losses"))
+    return {name: loss for name, loss in found.items() if isinstance(loss, type)}

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import tiny
 from acamkd import cli
 from acamkd.distillation.methods import METHODS, options_of
+from acamkd.jobs.evaluate import Scores
 from command import Command
 
 COMMANDS = [command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback]
@@ -94,8 +95,8 @@ def test_version(acamkd: Command) -> None:
 def test_brackets_in_the_names_of_classes_are_shown(
     acamkd: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("acamkd.engine.runs.open_run", lambda run, overrides: run)
-    monkeypatch.setattr("acamkd.jobs.evaluate.evaluate", lambda run: {"AP/sign [red]": 12.5, "AP/car [/old]": 3.0})
+    scores = Scores({"AP/sign [red]": 12.5, "AP/car [/old]": 3.0})
+    monkeypatch.setattr("acamkd.jobs.evaluate.evaluate", lambda run, overrides: scores)
     shown = acamkd("evaluate", tmp_path)
     assert (shown.code, shown.err) == (0, "")
     assert re.search(r"│ AP/sign \[red\] +│ 12\.50", shown.out)
@@ -175,7 +176,7 @@ def test_evaluating_what_is_no_run(acamkd: Command, tmp_path: Path) -> None:
     [
         (["train"], "Missing argument 'RECIPE'"),
         (["train", "r.yaml", "--model", "tutor"], "'tutor' is not one of 'teacher', 'student'"),
-        (["distill"], "No such command 'distill'"),
+        (["distil"], "No such command 'distil'"),
         (["train", "r.yaml", "--resum"], "No such option: --resum"),
     ],
 )

@@ -75,7 +75,7 @@ def test_a_recipe_is_read(path: Path) -> None:
     ("1e-3", 1e-3), ("1E+2", 100.0), ("-2.5e-1", -0.25), ("+.5e1", 5.0), ("1.e4", 1e4), ("0.1", 0.1),
 ])  # fmt: skip
 def test_numbers_with_an_exponent_are_numbers(path: Path, text: str, value: float) -> None:
-    assert config.load(path, [f"losses.0.weight={text}"]).losses[0].options["weight"] == value
+    assert config.load(path, [f"losses.0.temperature={text}"]).losses[0].options["temperature"] == value
 
 
 @pytest.mark.parametrize("text", ["1e", "e-3", "1e-3x", "layer1e3", "2024e"])
@@ -272,3 +272,35 @@ def test_merged_keys_are_not_given_twice(path: Path) -> None:
         "    c: {<<: *mid, train.epochs: 3}\n"
     )
     assert config.load(path).compare.methods["c"] == {"train.seed": 2, "train.epochs": 3}
+
+
+@pytest.mark.parametrize(
+    ("weight", "given"),
+    [
+        ("-1", "-1"),
+        ("-0.5", "-0.5"),
+        (".inf", "inf"),
+        (".nan", "nan"),
+        ("true", "True"),
+        ("'3'", "'3'"),
+        ("own", "'own'"),
+    ],
+)
+def test_a_weight_is_a_number_from_0_or_auto(path: Path, weight: str, given: str) -> None:
+    said = f"losses.0.weight: must be a number from 0, or auto, not {given}; leave it out for the method's own weight"
+    with pytest.raises(AcamkdError) as error:
+        config.load(path, [f"losses.0.weight={weight}"])
+    assert str(error.value).splitlines()[1:] == [f"  {said}"]
+
+
+def test_a_weight_is_an_option_only_where_it_is_given(path: Path) -> None:
+    for text, weight in (("0", 0), ("2", 2), ("2.5", 2.5), ("auto", "auto")):
+        loss = config.load(path, [f"losses.0.weight={text}"]).losses[0]
+        assert (loss.weight, loss.options["weight"], loss.is_auto) == (weight, weight, text == "auto")
+        assert type(loss.weight) is type(weight)  # by which a trial's hash tells recipes apart
+        assert loss.model_dump(mode="json", exclude_defaults=True)["weight"] == weight
+    loss = config.load(path, ["losses.0.weight=null"]).losses[0]
+    assert (loss.weight, loss.is_auto) == (None, False)
+    assert "weight" not in loss.options
+    assert "weight" not in loss.model_dump(mode="json", exclude_defaults=True)
+    assert config.load(path, ["losses.0.weight=auto", "losses.0.name=fgd"]).losses[0].weight is None

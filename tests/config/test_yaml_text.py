@@ -146,5 +146,5 @@ def test_a_tilde_is_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert recipe.data.val.images == tmp_path / "val"
     assert recipe.data.unlabelled == tmp_path / "more"
     assert recipe.student.weights == str(tmp_path / "w.pth")
-    with pytest.raises(AcamkdError, match=r"data\.root: ~nobody-here/data: "):
+    with pytest.raises(AcamkdError, match=r"data\.root: .*write the path without ~"):
         config.as_recipe("~/own.yaml", ["data.root=~nobody-here/data"])

@@ -150,7 +150,7 @@ def test_a_batch_names_its_images(tmp_path: Path) -> None:
 def test_processes_share_an_epoch_without_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = data.SeededSampler(11, seed=0)
     whole = list(sampler)
-    monkeypatch.setattr("acamkd.data.samplers.process", lambda: (1, 3))
+    monkeypatch.setattr("acamkd.data.samplers.rank_and_world_size", lambda: (1, 3))
     assert list(sampler) == whole[1:9:3]
     assert len(sampler) == 3
 
@@ -165,7 +165,7 @@ def test_epochs_of_any_length_go_on_pass_after_pass(
         sampler.set_epoch(epoch)
         shares = []
         for rank in range(processes):
-            monkeypatch.setattr("acamkd.data.samplers.process", lambda rank=rank: (rank, processes))
+            monkeypatch.setattr("acamkd.data.samplers.rank_and_world_size", lambda rank=rank: (rank, processes))
             shares.append(list(sampler))
             assert len(sampler) == len(shares[-1]) == length
         keys += [key for together in zip(*shares, strict=True) for key in together]
@@ -188,7 +188,7 @@ def test_an_epoch_of_so_many_batches_repeats_images_with_other_changes(tmp_path:
 def test_processes_share_the_validation_images_and_repeat_none(monkeypatch: pytest.MonkeyPatch) -> None:
     shares = []
     for rank in range(3):
-        monkeypatch.setattr("acamkd.data.samplers.process", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr("acamkd.data.samplers.rank_and_world_size", lambda rank=rank: (rank, 3))
         sampler = data.DistributedSequentialSampler(7)
         shares.append(list(sampler))
         assert len(sampler) == len(shares[-1])

@@ -15,6 +15,7 @@ from acamkd import config
 from acamkd.distillation.auto_weight import (
     BATCHES,
     calibrate,
+    dry_build,
     gradient_norms,
     prepared,
     probe_distiller,
@@ -47,6 +48,12 @@ def networks(recipe: config.Recipe) -> tuple[TaskModel, TaskModel, Batches]:
     return build_network(recipe, recipe.student, batches.classes), teacher, batches
 
 
+def calibrated(
+    student: TaskModel, teacher: TaskModel, entries: Sequence[config.Loss], images: Any
+) -> tuple[config.Loss, ...]:
+    return calibrate(dry_build(student, teacher, entries), entries, images)
+
+
 def measured(
     student: TaskModel, teacher: TaskModel, losses: Sequence[config.Loss], batches: Batches
 ) -> tuple[float, dict[str, float]]:
@@ -64,7 +71,7 @@ def measured(
 def test_the_gradient_comes_out_as_strong_as_asked(detection: Path, method: str) -> None:
     recipe = config.load(detection, [f"losses.0.name={method}", "losses.0.weight=auto", "losses.0.gradient_ratio=0.3"])
     student, teacher, batches = networks(recipe)
-    losses = calibrate(student, teacher, recipe.losses, batches.train)
+    losses = calibrated(student, teacher, recipe.losses, batches.train)
     ratio, _ = measured(student, teacher, losses, batches)
     assert ratio == pytest.approx(0.3, rel=0.2)
 
@@ -74,13 +81,13 @@ def test_every_term_is_multiplied_by_one_factor(segmentation: Path) -> None:
     recipe = config.load(segmentation, overrides)
     student, teacher, batches = networks(recipe)
     auto = config.load(segmentation, [*overrides, "losses.0.weight=auto"]).losses
-    calibrated = calibrate(student, teacher, auto, batches.train)
-    assert calibrated[0].options["diversity_weight"] == pytest.approx(0.2 * calibrated[0].options["weight"], rel=0.01)
-    assert calibrated[0].preset == "paper"
+    found = calibrated(student, teacher, auto, batches.train)
+    assert found[0].options["diversity_weight"] == pytest.approx(0.2 * found[0].options["weight"], rel=0.01)
+    assert found[0].preset == "paper"
     _, before = measured(student, teacher, recipe.losses, batches)
-    _, after = measured(student, teacher, calibrated, batches)
+    _, after = measured(student, teacher, found, batches)
     for name in before.keys() - {"task/cross_entropy"}:
-        assert after[name] == pytest.approx(before[name] * calibrated[0].options["weight"], rel=0.01)
+        assert after[name] == pytest.approx(before[name] * found[0].options["weight"], rel=0.01)
 
 
 def test_nothing_of_the_measurement_remains(segmentation: Path) -> None:
@@ -90,10 +97,10 @@ def test_nothing_of_the_measurement_remains(segmentation: Path) -> None:
     modes = [module.training for module in student.modules()]
     state = {name: value.clone() for name, value in student.state_dict().items()}
     generator = torch.get_rng_state()
-    first = calibrate(student, teacher, recipe.losses, batches.train)
+    first = calibrated(student, teacher, recipe.losses, batches.train)
     assert torch.equal(torch.get_rng_state(), generator)
     torch.rand(7)  # the result does not depend on torch's state
-    assert calibrate(student, teacher, recipe.losses, batches.train) == first
+    assert calibrated(student, teacher, recipe.losses, batches.train) == first
     assert all(torch.equal(value, state[name]) for name, value in student.state_dict().items())
     assert [module.training for module in student.modules()] == modes
     assert all(parameter.grad is None for parameter in student.parameters())
@@ -120,7 +127,7 @@ def test_batch_norm_is_restored_where_a_device_changed_its_buffers(
     state = {name: value.clone() for name, value in student.state_dict().items()}
     # What a change of device does: every buffer becomes another tensor.
     monkeypatch.setattr(Distiller, "to", lambda self, _: self._apply(torch.clone))
-    calibrate(student, teacher, recipe.losses, batches.train)
+    calibrated(student, teacher, recipe.losses, batches.train)
     assert all(torch.equal(value, state[name]) for name, value in student.state_dict().items())
 
 
@@ -132,12 +139,12 @@ def test_each_loss_gets_its_own_share_and_a_ramp_changes_nothing(segmentation: P
          " {name: pkd, pairs: [encoder:5], weight: auto, gradient_ratio: 0.1, stop_epoch: 0.4}]"],
     )  # fmt: skip
     student, teacher, batches = networks(recipe)
-    cwd, fitnet, pkd = calibrate(student, teacher, recipe.losses, batches.train)
+    cwd, fitnet, pkd = calibrated(student, teacher, recipe.losses, batches.train)
     assert fitnet == recipe.losses[1]
     assert (cwd.ramp_epochs, pkd.stop_epoch) == (1, 0.4)
     for loss, ratio in ((cwd, 0.5), (pkd, 0.1)):
         assert measured(student, teacher, [loss], batches)[0] == pytest.approx(ratio, rel=0.2)
-    assert calibrate(student, teacher, recipe.losses[:1], batches.train) == (cwd,)  # not what the others weigh
+    assert calibrated(student, teacher, recipe.losses[:1], batches.train) == (cwd,)  # not what the others weigh
 
 
 def test_only_the_first_batches_are_read(segmentation: Path) -> None:
@@ -153,9 +160,9 @@ def test_only_the_first_batches_are_read(segmentation: Path) -> None:
                 read += 1
                 yield batch
 
-    calibrate(student, teacher, recipe.losses, Endless())
+    calibrated(student, teacher, recipe.losses, Endless())
     assert read == BATCHES
-    calibrate(student, teacher, config.load(segmentation).losses, Endless())
+    calibrated(student, teacher, config.load(segmentation).losses, Endless())
     assert read == BATCHES
 
 
@@ -184,6 +191,21 @@ def test_a_run_holds_the_number_and_is_reproduced_by_it(
         distill(config.load(segmentation, [*overrides, "train.seed=1"]), out=tmp_path / "auto", resume=True)
 
 
+def test_a_distiller_is_built_twice(segmentation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once to be checked and measured, and once for good, however many weights are to be set."""
+    built: list[int] = []
+    construct = Distiller.__init__
+
+    def count(self: Distiller, *arguments: Any, **named: Any) -> None:
+        built.append(len(arguments[2]))
+        construct(self, *arguments, **named)
+
+    monkeypatch.setattr(Distiller, "__init__", count)
+    losses = "{name: cwd, pairs: [segmentation_head.0], weight: auto}, {name: pkd, pairs: [encoder:5], weight: auto}"
+    distill(config.load(segmentation, [f"losses=[{losses}]"]), out=tmp_path / "run")
+    assert built == [2, 2]
+
+
 def test_weights_are_only_adopted_by_the_same_methods() -> None:
     auto = config.Loss(name="acam", weight="auto", mask_grad="joint")
     found = config.Loss(name="acam", weight=0.3, diversity_weight=0.1, mask_grad="joint")
@@ -196,13 +218,13 @@ def test_a_loss_without_gradient_is_an_error(segmentation: Path) -> None:
     recipe = config.load(segmentation, ["losses.0.name=crosskd", "losses.0.weight=auto"])
     student, teacher, batches = networks(recipe)
     with pytest.raises(AcamkdError, match=r"losses.0 \(crosskd\)"):
-        calibrate(student, teacher, recipe.losses, batches.train)
+        calibrated(student, teacher, recipe.losses, batches.train)
     entry = config.Loss(name="fgd", pairs=("segmentation_head.0",), weight="auto")
     silent = config.Loss(name="dist", beta=0.0, gamma=0.0, pairs=("segmentation_head.0",), weight="auto")
     with pytest.raises(AcamkdError, match="this method needs boxes"):
-        calibrate(student, teacher, [silent, entry], batches.train)
+        calibrated(student, teacher, [silent, entry], batches.train)
     with pytest.raises(AcamkdError, match=r"auto of dist: the gradient of the distillation is 0"):
-        calibrate(student, teacher, [silent], batches.train)
+        calibrated(student, teacher, [silent], batches.train)
 
 
 @pytest.mark.parametrize(("norms", "said"), [
@@ -218,7 +240,7 @@ def test_a_gradient_that_is_not_finite_is_named(
     found = iter([{"a": (1.0, 1.0)}, {"a": norms, "b": (1.0, 1.0)}])
     monkeypatch.setattr("acamkd.distillation.auto_weight.gradient_norms", lambda *_: next(found))
     with pytest.raises(AcamkdError, match=f"auto of fitnet: the gradient of the {said} in 1 of 2 batches at"):
-        calibrate(student, teacher, recipe.losses, batches.train)
+        calibrated(student, teacher, recipe.losses, batches.train)
 
 
 def test_a_gradient_ratio_without_effect_is_said(segmentation: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -227,7 +249,7 @@ def test_a_gradient_ratio_without_effect_is_said(segmentation: Path, caplog: pyt
     for options, said in (({"gradient_ratio": 4}, True), ({"gradient_ratio": 4, "weight": 2.0}, False), ({}, False)):
         caplog.clear()
         entry = config.Loss(name="fitnet", pairs=("segmentation_head.0",), **options)
-        assert calibrate(student, teacher, [entry], batches.train) == (entry,)
+        assert calibrated(student, teacher, [entry], batches.train) == (entry,)
         assert (warning in caplog.messages) == said
 
 
@@ -252,7 +274,7 @@ def test_a_method_without_a_weight_cannot_be_calibrated(segmentation: Path) -> N
     recipe = config.load(segmentation, [f"losses=[{{name: '{name}', pairs: [segmentation_head.0], weight: auto}}]"])
     student, teacher, batches = networks(recipe)
     with pytest.raises(AcamkdError, match=f"{name} has no option `weight` that `weight: auto` could set"):
-        calibrate(student, teacher, recipe.losses, batches.train)
+        calibrated(student, teacher, recipe.losses, batches.train)
 
 
 def test_a_distiller_alone_cannot_calibrate(segmentation: Path) -> None:

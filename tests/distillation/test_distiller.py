@@ -161,7 +161,7 @@ def test_a_teachers_layer_that_runs_again_behind_the_last_tapped_one_is_named(
 
 def test_what_a_loss_refuses_names_it(student: Tiny, teacher: Tiny) -> None:
     batch = student.prepare([torch.rand(3, 1, 1)])
-    with pytest.raises(AcamkdError, match=r"^body/pkd: a map of \(1, 6, 1, 1\) has a single value"):
+    with pytest.raises(AcamkdError, match=r"^body/pkd: a feature map of \(1, 6, 1, 1\) has a single value"):
         Distiller(student.eval(), teacher, [BODY], [PKD(4, 6)])(batch)
 
 
@@ -495,7 +495,7 @@ def test_looking_ahead_before_an_operation_in_place_and_at_a_map_of_two_names(
         return [parameter.grad.clone() for parameter in student.parameters() if parameter.grad is not None]
 
     found = gradients()
-    monkeypatch.setattr("acamkd.distillation.distiller.first_part", backward_twice)
+    monkeypatch.setattr("acamkd.distillation.distiller.split_backward", backward_twice)
     torch.testing.assert_close(found, gradients())
 
 
@@ -533,7 +533,7 @@ def test_looking_ahead_repeats_no_work_of_a_detectors_heads_and_changes_no_gradi
 
     found = gradients()
     once, detached = (step_of(distiller(mask_grad), batch)[0] for mask_grad in ("look_ahead", "detached"))
-    monkeypatch.setattr("acamkd.distillation.distiller.first_part", backward_twice)
+    monkeypatch.setattr("acamkd.distillation.distiller.split_backward", backward_twice)
     torch.testing.assert_close(found, gradients(), rtol=1e-3, atol=1e-6)
     assert step_of(distiller("look_ahead"), batch)[0] > 1.04 * once
     assert once == pytest.approx(detached, rel=0.01)

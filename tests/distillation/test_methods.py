@@ -16,7 +16,7 @@ from acamkd.distillation.distiller import Distiller, WeightSchedule
 from acamkd.distillation.methods import METHODS, describe, find, options
 from acamkd.errors import AcamkdError
 from acamkd.losses import ACAM, DistillationContext, FeatureLoss, FitNet, FreeKD, HeadLoss, MasKD
-from acamkd.losses.acam.acam import ASCM
+from acamkd.losses.acam.masks import ASCM
 from acamkd.losses.maskd import TokenMasks
 from acamkd.models import Task, TaskModel, build
 
@@ -222,7 +222,11 @@ def test_probe_gives_maps(detectors: tuple[TaskModel, TaskModel]) -> None:
             entry("fitnet", ("backbone:*", "backbone:0")),
             r"losses.1 \(fitnet\): backbone:\* stands for 5 outputs of the student, backbone:0 for 1 of the teacher",
         ),
-        ("detection", entry("fitnet", "head:cls_logits"), r"student: head:cls_logits is \(1, \d+, 4\), not a map"),
+        (
+            "detection",
+            entry("fitnet", "head:cls_logits"),
+            r"student: head:cls_logits is \(1, \d+, 4\), not a feature map",
+        ),
         (
             "detection",
             entry("fitent", "backbone:*"),

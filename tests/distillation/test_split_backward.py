@@ -89,7 +89,7 @@ def trained(net: Net, step: Callable[[Net], Tensor]) -> list[Tensor]:
         ({"unread": True}, ["stem", "neck"], 1),
     ],
 )
-def test_first_part_changes_no_gradient_and_repeats_work_only_where_it_must(
+def test_split_backward_changes_no_gradient_and_repeats_work_only_where_it_must(
     options: dict[str, bool], layers: list[str], head_backwards: int
 ) -> None:
     net, x = Net(**options).double(), torch.randn(3, 4).double()
@@ -114,7 +114,7 @@ def test_first_part_changes_no_gradient_and_repeats_work_only_where_it_must(
     assert net.head.backwards == head_backwards
 
 
-def test_first_part_follows_a_common_factor_and_refuses_unequal_ones() -> None:
+def test_split_backward_follows_a_common_factor_and_refuses_unequal_ones() -> None:
     net, x = Net(), torch.randn(3, 4)
     gradients = {}
     for factor in (1.0, 0.25):
@@ -129,7 +129,7 @@ def test_first_part_follows_a_common_factor_and_refuses_unequal_ones() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "head_backwards"), [(torch.float16, 2), (torch.bfloat16, 1)])
-def test_first_part_leaves_float16_to_its_loss_scale(dtype: torch.dtype, head_backwards: int) -> None:
+def test_split_backward_leaves_float16_to_its_loss_scale(dtype: torch.dtype, head_backwards: int) -> None:
     net = Net()
     with torch.autocast("cpu", dtype=dtype):
         terms, maps, copies = net(torch.randn(3, 4))
@@ -139,7 +139,7 @@ def test_first_part_leaves_float16_to_its_loss_scale(dtype: torch.dtype, head_ba
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
-def test_first_part_sees_a_pixels_share_of_a_large_mean_in_float16() -> None:
+def test_split_backward_sees_a_pixels_share_of_a_large_mean_in_float16() -> None:
     features = torch.ones(8, dtype=torch.float16, requires_grad=True) * 1
     copy = features.clone()
     (gradient,), _ = split_backward({"mean": copy.float().sum() / 1e8}, [features], [get_gradient_edge(copy)])
@@ -147,7 +147,7 @@ def test_first_part_sees_a_pixels_share_of_a_large_mean_in_float16() -> None:
     torch.testing.assert_close(gradient, torch.full((8,), 1e-8), rtol=0.01, atol=0)
 
 
-def test_first_part_keeps_the_precision_that_the_forward_had() -> None:
+def test_split_backward_keeps_the_precision_that_the_forward_had() -> None:
     weight, x = torch.randn(4, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
     found = []
     for split in (False, True):
@@ -163,7 +163,7 @@ def test_first_part_keeps_the_precision_that_the_forward_had() -> None:
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
 
 
-def test_first_part_lets_hooks_on_parameters_run_once() -> None:
+def test_split_backward_lets_hooks_on_parameters_run_once() -> None:
     gradients = []
     net, x = Net(), torch.randn(3, 4)
     net.head.weight.register_hook(lambda gradient: 0.1 * gradient)  # type: ignore[no-untyped-call]
@@ -175,7 +175,7 @@ def test_first_part_lets_hooks_on_parameters_run_once() -> None:
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-def test_first_part_gives_terms_that_may_be_changed_in_place() -> None:
+def test_split_backward_gives_terms_that_may_be_changed_in_place() -> None:
     terms, maps, copies = Net()(torch.randn(3, 4))
     _, terms = split_backward(terms, [maps["neck"]], [copies["neck"]])
     loss = terms["square"]

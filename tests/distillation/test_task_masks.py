@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from acamkd.distillation.distiller import Distiller
 from acamkd.losses import ACAM
-from acamkd.losses.acam.acam import ASCM
-from acamkd.losses.acam.masks import Masks, apply_masks
+from acamkd.losses.acam.masks import ASCM, Masks, apply_masks
 from acamkd.models.base import Batch, TaskModel
 from acamkd.models.segmentation import Segmenter
 
@@ -73,10 +72,8 @@ def test_the_teacher_goes_on_with_its_masked_map() -> None:
     student_net: Any = model.student.net
     teacher_net: Any = model.teacher.net
     student_map, teacher_map = student_net[:4](batch.pixels), teacher_net[:4](batch.pixels)
-    masks = loss.masks_of(student_map, teacher_map)
-    assert masks.channel is not None
-    assert masks.spatial is not None
-    seen = sum(masks.channel[:, m, :, None, None] * masks.spatial[:, m, None] for m in range(3)) / 3 * teacher_map
+    masks = loss.masks(student_map, teacher_map)
+    seen = sum(masks["channel"][:, m, :, None, None] * masks["spatial"][:, m, None] for m in range(3)) / 3 * teacher_map
     expected = model.teacher.loss({"out": teacher_net[4](seen)}, batch)["cross_entropy"]
     torch.testing.assert_close(model(batch)["teacher/cross_entropy"], expected)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import tiny
 from acamkd.distillation.distiller import Distiller
-from acamkd.engine.mask_history import MOMENTS, REPLAY, MaskHistory, is_kept, look, masks_of, spread
+from acamkd.engine.mask_history import MOMENTS, REPLAY, MaskHistory, is_kept, look, spread
 from acamkd.jobs import train as jobs
 from acamkd.jobs.train import distill
 from acamkd.losses import ACAM, FGD, FitNet, MasKD
@@ -104,9 +104,8 @@ def test_look_keeps_what_the_loss_sees_without_the_padding() -> None:
     distiller = Distiller(student, teacher, [("1", "1")], [loss])
     found = look(distiller, batch, distiller.teacher_maps(batch))
     student_map, teacher_map = student.net[:2](student.normalize(batch)), teacher.net[:2](teacher.normalize(batch))
-    channel, spatial = loss.masks_of(student_map, teacher_map)
-    assert channel is not None
-    assert spatial is not None
+    masks = loss.masks(student_map, teacher_map)
+    channel, spatial = masks["channel"], masks["spatial"]
     wanted = (255 * spatial).round().byte().numpy()
     assert np.array_equal(found["1/acam/spatial"][0], wanted[0])
     assert np.array_equal(found["1/acam/spatial"][1][..., ::2], wanted[1][..., :16])  # its half, over the whole grid
@@ -129,7 +128,7 @@ def test_masks_of_every_method_have_one_form() -> None:
     x = torch.rand(1, 3, 4, 4)
     context = DistillationContext(input_size=(8, 8), boxes=[torch.tensor([[0.0, 0.0, 4.0, 4.0]])])
     shapes = {
-        name: {kind: tuple(mask.shape) for kind, mask in masks_of(loss, x, x, context).items()}
+        name: {kind: tuple(mask.shape) for kind, mask in loss.masks(x, x, context).items()}
         for name, loss in {
             "acam": ACAM(3, 3, num_masks=2, masks="both"),
             "spatial": ACAM(3, 3, num_masks=2, masks="spatial"),

@@ -26,12 +26,13 @@ from acamkd.distillation import auto_weight
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.runs import TERMINATED, open_run
 from acamkd.errors import AcamkdError
-from acamkd.jobs.compare.compare import run_cell
+from acamkd.jobs.compare.compare import run_trial
 from acamkd.jobs.compare.trials import plan
 from acamkd.jobs.evaluate import evaluate
 from acamkd.jobs.setup import build_network
 from acamkd.jobs.train import distill
-from acamkd.losses.acam.masks import WATCH_EVERY, CollapseWatch, Masks
+from acamkd.losses.acam.masks import Masks
+from acamkd.losses.acam.statistics import WATCH_EVERY, CollapseWatch
 from acamkd.models.base import Task
 
 PAIRS = {"detection": "backbone:*", "segmentation": "segmentation_head.0"}
@@ -283,9 +284,9 @@ def test_slurm_is_recognized(raw: dict[str, Any], tmp_path: Path) -> None:
 
 def test_a_cell_of_two_processes_is_one(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    cells = plan(_shared(raw, epochs=1), ["acam"], 1, tmp_path / "results")
-    assert _together(lambda rank: run_cell(cells, 1, tmp_path / "results")) == [0, 0]
-    assert cells[1].read(tmp_path / "results") is not None
+    trials = plan(_shared(raw, epochs=1), ["acam"], 1, tmp_path / "results")
+    assert _together(lambda rank: run_trial(trials, 1, tmp_path / "results")) == [0, 0]
+    assert trials[1].read(tmp_path / "results") is not None
 
 
 def test_devices_that_are_not_there_are_one_message(raw: dict[str, Any], tmp_path: Path) -> None:

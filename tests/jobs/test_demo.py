@@ -40,8 +40,9 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_small")
-def test_both_tasks_leave_figures_images_and_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results = demo.run(tmp_path, ("detection", "segmentation"))
+def test_both_tasks_leave_figures_images_and_runs(tmp_path: Path) -> None:
+    shown = demo.demo(tmp_path)
+    results = shown.results
     written = json.loads((tmp_path / "metrics.json").read_text())
     assert written == results
     assert set(written) == set(METRICS)
@@ -52,21 +53,21 @@ def test_both_tasks_leave_figures_images_and_runs(tmp_path: Path, capsys: pytest
         assert all(0 <= entry[name] <= 100 for name in NETWORKS)
     with Image.open(tmp_path / "pictures.png") as sheet:
         assert sheet.width == 1200
-    table = capsys.readouterr().out
-    for word in ("detection", "segmentation", "mAP", "mIoU", "baseline", "student distilled"):
+    table = str(shown)
+    for word in ("detection", "segmentation", "mAP", "mIoU", "baseline", "distilled student"):
         assert word in table
 
 
 @pytest.mark.usefixtures("_small")
 def test_second_demo_replaces_the_runs_and_keeps_the_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first = demo.run(tmp_path, ("segmentation",))
+    first = demo.demo(tmp_path, task="segmentation").results
     image = tmp_path / "segmentation" / "data" / "images" / "val" / "00001.jpg"
     drawn = image.stat().st_mtime_ns
     with caplog.at_level(logging.INFO, logger="acamkd"):
-        second = demo.run(tmp_path, ("segmentation",))
+        second = demo.demo(tmp_path, task="segmentation").results
     assert image.stat().st_mtime_ns == drawn
     assert [record.message for record in caplog.records].count(
-        f"{tmp_path / 'segmentation' / 'alone'} holds an earlier demo's run: it is replaced"
+        f"{tmp_path / 'segmentation' / 'baseline'} holds an earlier demo's run: it is replaced"
     ) == 1
     assert "segmentation, training 3 of 3" in caplog.text
     for network in NETWORKS:  # the same seed: the same networks
@@ -75,7 +76,7 @@ def test_second_demo_replaces_the_runs_and_keeps_the_data(tmp_path: Path, caplog
 
 @pytest.mark.usefixtures("_small")
 def test_masks_come_from_the_trained_loss(tmp_path: Path) -> None:
-    demo.run(tmp_path, ("segmentation",))
+    demo.demo(tmp_path, task="segmentation")
     run = open_run(tmp_path / "segmentation" / "distilled")
     images = [torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8) for _ in range(2)]
     masks = demo.spatial_masks(run, images)
@@ -104,7 +105,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     data.mkdir(parents=True)
     (data / "mine.txt").write_text("precious")
     with pytest.raises(AcamkdError, match="holds something else"):
-        demo.run(tmp_path, ("detection",))
+        demo.demo(tmp_path, task="detection")
     assert (data / "mine.txt").read_text() == "precious"
 
 

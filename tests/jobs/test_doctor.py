@@ -18,6 +18,7 @@ from acamkd import cli, config, data, models
 from acamkd.data.scenes import write_scenes
 from acamkd.jobs import doctor
 from acamkd.jobs.doctor import Finding, examine, ignorance
+from acamkd.jobs.examine_data import examine_data
 from acamkd.jobs.setup import build_network
 from acamkd.models.base import VOID, TaskModel
 from acamkd.models.weights import LoadReport
@@ -104,7 +105,7 @@ def test_every_level_is_shown(detection: Path) -> None:
         (["losses.0.weight=0"], "gradient", "fail", "nothing of the distillation arrives"),
         (["losses.0.weight=1.0e+33"], "gradient", "fail", "distillation inf, task "),
         (["losses.0.pairs=[[segmentation_head.0, decoder.blocks]]"], "distillation", "fail", "there is no layer"),
-        (["losses.0.pairs=[[segmentation_head.0, 'encoder:4']]"], "tap", "warn", "the student's map is resampled"),
+        (["losses.0.pairs=[[segmentation_head.0, 'encoder:4']]"], "tap", "warn", "feature map is resampled"),
         (["losses.0.name=fgd"], "distillation", "fail", "needs boxes"),
         (["data.unlabelled=images/val", "losses.0.name=acam", "losses.0.mask_grad=task"], "distillation", "fail",
          "no loss can learn from unlabeled images"),
@@ -230,7 +231,10 @@ def _yolo(root: Path) -> Path:
         (root / "images" / split).mkdir(parents=True)
         (root / "labels" / split).mkdir(parents=True)
         for name, lines in boxes.items() if split == "train" else [("a", boxes["a"])]:
-            Image.new("RGB", (50, 50) if name == "d" else (200, 100)).save(root / "images" / split / f"{name}.png")
+            color = (ord(name), len(split), 0)
+            Image.new("RGB", (50, 50) if name == "d" else (200, 100), color).save(
+                root / "images" / split / f"{name}.png"
+            )
             if lines is not None:
                 (root / "labels" / split / f"{name}.txt").write_text(lines)
     (root / "data.yaml").write_text("names: [cat, dog, cow]")
@@ -266,18 +270,20 @@ def test_pixels_are_counted(tmp_path: Path) -> None:
         for number, rows in enumerate(([[0, 1], [1, 1]], [[0, 9], [9, 9]], [[9, 9], [9, 9]])):
             for folder in ("images", "masks"):
                 (tmp_path / "d" / folder / split).mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (2, 2)).save(tmp_path / f"d/images/{split}/{number}.png")
+            color = (100 * number, len(split), 0)
+            Image.new("RGB", (2, 2), color).save(tmp_path / f"d/images/{split}/{number}.png")
             Image.fromarray(np.array(rows, np.uint8)).save(tmp_path / f"d/masks/{split}/{number}.png")
     recipe = _image_recipe(tmp_path / "d", "segmentation", classes=["sky", "road", "car"], ignore_index=9)
     found = json.loads(CliRunner().invoke(cli.app, ["doctor", str(recipe), "--data", "--json"]).stdout)["val"]
     assert found["classes"] == pytest.approx({"sky": 40, "road": 60, "car": 0})
     assert (found["without"], found["boxes"], found["sides"]) == (1, {}, {})
     shown = CliRunner().invoke(cli.app, ["doctor", str(recipe), "--data"]).stdout
-    assert "│ road          │ 60.00 % " in shown
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if line.startswith("│")]
+    assert ["road", "60.00 %", "60.00 %"] in cells
     for number in (1, 2):
         Image.fromarray(np.full((2, 2), 7, np.uint8)).save(tmp_path / f"d/masks/val/{number}.png")
     options = {"classes": ["sky", "road", "car"], "ignore_index": 9, "check": "headers"}
-    val = doctor.examine_data(config.load(_image_recipe(tmp_path / "d", "segmentation", **options)))["val"]
+    val = examine_data(config.load(_image_recipe(tmp_path / "d", "segmentation", **options))).splits["val"]
     assert [problem.partition(": ")[0][-5:] for problem in val.problems] == ["1.png", "2.png"]
     assert (val.images, val.classes["sky"]) == (3, 25)  # of the mask that can be read
 
@@ -296,7 +302,7 @@ def test_every_problem_of_the_data_is_listed(tmp_path: Path) -> None:
     assert found["train"]["problems"][12].startswith(f"{root}/images/train/b.png: the image cannot be read")
     assert found["train"]["classes"] == {"cat": 1, "dog": 0, "cow": 0}  # what can be read is counted
     assert found["val"]["problems"][0].endswith(
-        "images/val: the folder holds no images (.jpg, .jpeg, .png, .bmp, .webp)"
+        "images/val: the folder holds no images (.jpg, .jpeg, .jfif, .png, .bmp, .webp, .tif, .tiff, .gif)"
     )
     result = CliRunner().invoke(cli.app, ["doctor", str(recipe), "--data"])
     assert result.exit_code == 1
@@ -307,13 +313,13 @@ def test_every_problem_of_the_data_is_listed(tmp_path: Path) -> None:
 def test_a_split_that_cannot_be_read_and_other_classes(tmp_path: Path) -> None:
     root = _yolo(tmp_path / "data")
     (root / "labels/val").rename(root / "gone")
-    found = doctor.examine_data(config.load(_image_recipe(root, "detection")))
+    found = examine_data(config.load(_image_recipe(root, "detection"))).splits
     assert found["val"].problems == [f"cannot read the folder {root}/labels/val: No such file or directory"]
     assert found["train"].problems == []
     write_scenes(tmp_path / "s", train=1, val=1, size=(32, 32), seed=0, task="detection")
     file = tmp_path / "s/annotations/instances_val.json"
     file.write_text(file.read_text().replace('"disc"', '"disk"'))
-    found = doctor.examine_data(config.load(_image_recipe(tmp_path / "s", "detection")))
+    found = examine_data(config.load(_image_recipe(tmp_path / "s", "detection"))).splits
     assert found["val"].problems == [
         "the classes are disk, square, triangle, ring, cross, but those of train disc, square, triangle, ring, cross"
     ]

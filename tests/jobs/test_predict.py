@@ -87,7 +87,7 @@ def _frames(file: Path) -> list[Any]:
 
 def test_a_video_of_masks(red: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="acamkd")
-    folder = predict(red, _film(tmp_path / "film.mp4"))
+    folder = predict(red, _film(tmp_path / "film.mp4")).folder
     assert folder == tmp_path / "predictions"
     masks = sorted((folder / "masks/film").iterdir())
     assert [mask.name for mask in masks] == [f"{number:06d}.png" for number in range(5)]
@@ -103,7 +103,7 @@ def test_a_video_of_masks(red: Path, tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_a_video_of_boxes(box: Path, tmp_path: Path) -> None:
-    folder = predict(box, _film(tmp_path / "film.mp4"), out=tmp_path / "out")
+    folder = predict(box, _film(tmp_path / "film.mp4"), out=tmp_path / "out").folder
     found = json.loads((folder / "predictions.json").read_text())
     assert [each["frame"] for each in found] == [0, 1, 2, 3, 4]
     assert found[3] == {
@@ -128,7 +128,7 @@ def test_boxes_and_names_grow_with_the_image() -> None:
 
 
 def test_a_video_is_turned_upright(red: Path, tmp_path: Path) -> None:
-    folder = predict(red, _film(tmp_path / "film.mp4", turned=True))
+    folder = predict(red, _film(tmp_path / "film.mp4", turned=True)).folder
     seen = np.array(Image.open(folder / "masks/film/000000.png"))
     assert seen.shape == (64, 48)
     assert (seen[:30] == 1).all()
@@ -196,6 +196,22 @@ def test_a_source_without_images_is_refused(tmp_path: Path) -> None:
             predict(model, path)
 
 
+def test_folders_in_the_folder_and_every_suffix(red: Path, box: Path, tmp_path: Path) -> None:
+    places = ["a.jpg", "camera2/a.jpg", "camera2/deep/b.TIF", "c.gif", "d.jfif", "e.tiff"]
+    for number, place in enumerate(places):
+        (tmp_path / "images" / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 8), (40 * number, 0, 0)).save(tmp_path / "images" / place)
+    for _ in range(2):  # what the first run wrote is no image of the second
+        made = predict(red, tmp_path / "images", out=tmp_path / "images/found")
+        assert made.count == len(places)
+        for place in places:
+            assert (made.folder / "overlays" / place).is_file()
+            assert (made.folder / "masks" / place).with_suffix(".png").is_file()
+    made = predict(box, tmp_path / "images", out=tmp_path / "images/found")
+    found = json.loads((made.folder / "predictions.json").read_text())
+    assert sorted(entry["file_name"] for entry in found) == sorted(places)
+
+
 def test_two_images_of_one_name_are_for_a_detector_alone(red: Path, box: Path, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
@@ -203,5 +219,5 @@ def test_two_images_of_one_name_are_for_a_detector_alone(red: Path, box: Path, t
         Image.new("RGB", (16, 8)).save(folder / name)
     with pytest.raises(AcamkdError, match=rf"{folder}: 2 images are called a, and their masks would be one file"):
         predict(red, folder)
-    out = predict(box, folder, out=tmp_path / "found")
+    out = predict(box, folder, out=tmp_path / "found").folder
     assert [entry["file_name"] for entry in json.loads((out / "predictions.json").read_text())] == ["a.jpg", "a.png"]

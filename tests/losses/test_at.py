@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from acamkd.losses.at import AT, attention_vector
+from tiny_maps import vanishing_terms
 
 
 def test_values_by_hand() -> None:
@@ -50,3 +51,7 @@ def test_presets_are_finite_and_learn_nothing() -> None:
 def test_unknown_form() -> None:
     with pytest.raises(ValueError, match="'code', 'paper', not 'thesis'"):
         AT(2, 2, form="thesis")  # type: ignore[arg-type]
+
+
+def test_equal_feature_maps_cost_nothing() -> None:
+    assert vanishing_terms(AT(8, 8)) == {"attention"}

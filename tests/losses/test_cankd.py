@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from acamkd.losses.cankd import CanKD
+from tiny_maps import vanishing_terms
 
 
 def random_map(size: tuple[int, int], seed: int, channels: int = 4) -> Tensor:
@@ -79,3 +80,7 @@ def test_same_seed_same_loss() -> None:
         torch.manual_seed(0)
         values.append(awake(CanKD(4, 4))(random_map((6, 7), 0), random_map((6, 7), 1))["feature"].item())
     assert values[0] == values[1]
+
+
+def test_equal_feature_maps_cost_nothing() -> None:
+    assert vanishing_terms(CanKD(8, 8)) == {"feature"}  # as long as its batch norm is at its start

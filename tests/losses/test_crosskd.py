@@ -16,7 +16,7 @@ from torchvision.ops import box_iou
 from acamkd.config import Model
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.taps import FeatureTap
-from acamkd.losses.crosskd import CrossKD, _assign, align_scale, imitation_loss, iou_loss
+from acamkd.losses.crosskd import CrossKD, _assign, align_scale, classification_distance, iou_loss
 from acamkd.models import build
 from acamkd.models.base import Batch, Target, TaskModel
 
@@ -90,8 +90,8 @@ def test_align_scale_of_constant_maps_is_finite(shape: tuple[int, ...]) -> None:
     assert student.grad.isfinite().all()
 
 
-def test_imitation_loss_by_hand() -> None:
-    loss = imitation_loss(torch.tensor([0.0, 2.0]), torch.tensor([40.0, 2.0]))
+def test_classification_distance_by_hand() -> None:
+    loss = classification_distance(torch.tensor([0.0, 2.0]), torch.tensor([40.0, 2.0]))
     torch.testing.assert_close(loss, torch.tensor([0.5 * math.log(2), 0.0]))
 
 

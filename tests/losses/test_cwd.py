@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from acamkd.losses.cwd import CWD
+from tiny_maps import vanishing_terms
 
 
 def test_value_by_hand() -> None:
@@ -55,3 +56,7 @@ def test_unknown_options() -> None:
         CWD(2, 2, normalization="batch")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="'kl', 'mse', not 'js'"):
         CWD(2, 2, divergence="js")  # type: ignore[arg-type]
+
+
+def test_equal_feature_maps_cost_nothing() -> None:
+    assert vanishing_terms(CWD(8, 8)) == {"channel"}

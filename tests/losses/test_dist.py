@@ -8,6 +8,7 @@ from torch import Tensor
 
 from acamkd.losses.dist import DIST
 from acamkd.losses.functional import pearson
+from tiny_maps import vanishing_terms
 
 
 def logits(seed: int) -> Tensor:
@@ -66,3 +67,7 @@ def test_other_class_counts_are_aligned() -> None:
     terms = loss(logits(0)[:, :3], logits(1))
     torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is not None and p.grad.count_nonzero() for p in loss.align.parameters())
+
+
+def test_equal_feature_maps_cost_nothing() -> None:
+    assert vanishing_terms(DIST(8, 8)) == {"inter", "intra"}

@@ -7,6 +7,7 @@ import torch
 
 from acamkd.losses.base import DistillationContext
 from acamkd.losses.fgd import FGD, GlobalContext, attention_maps, background_mask, foreground_mask
+from tiny_maps import vanishing_terms
 
 FRAME = (32, 64)
 SIZE = (4, 8)  # one position for 8 pixels
@@ -51,7 +52,7 @@ def test_background_is_even_and_sums_to_one_unless_all_is_foreground() -> None:
 
 def test_masks_of_an_image_without_boxes() -> None:
     x = torch.randn(2, 3, *SIZE)
-    masks = FGD(3, 3).masks_of(x, x, CONTEXT)
+    masks = FGD(3, 3).masks(x, x, CONTEXT)
     assert masks["foreground"].shape == masks["background"].shape == (2, 1, *SIZE)
     assert masks["foreground"][1].eq(0).all()
     torch.testing.assert_close(masks["background"][1], torch.full((1, *SIZE), 1 / 32))
@@ -114,3 +115,12 @@ def test_presets_are_finite() -> None:
     default = FGD(4, 4)
     assert all(getattr(default, option) == value for option, value in FGD.PRESETS["retinanet"].items())
     assert FGD.PRESETS["fcos"]["temperature"] == 0.8
+
+
+def test_equal_feature_maps_cost_nothing() -> None:
+    assert vanishing_terms(FGD(8, 8)) == {
+        "foreground",
+        "background",
+        "attention",
+        "relation",
+    }  # while both context blocks are the identity

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from acamkd.losses.fitnet import FitNet
+from tiny_maps import vanishing_terms
 
 
 def test_is_the_mean_squared_error() -> None:
@@ -58,3 +59,7 @@ def test_presets_project_even_equal_channels(preset: str, weight: float) -> None
         "align.bias": (4,),
     }
     assert not FitNet(4, 4).state_dict()
+
+
+def test_equal_feature_maps_cost_nothing() -> None:
+    assert vanishing_terms(FitNet(8, 8)) == {"feature"}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from acamkd.losses.freekd import FreeKD, FrequencyTokens, haar, inverse_haar
+from tiny_maps import vanishing_terms
 
 SIZES = [(16, 16), (13, 18), (1, 1), (7, 2)]
 
@@ -96,3 +97,7 @@ def test_same_maps_same_loss() -> None:
 def test_unknown_token_axis_is_refused() -> None:
     with pytest.raises(ValueError, match="token_axis must be one of 'level', 'orientation', not 'band'"):
         FreeKD(4, 4, token_axis="band")  # type: ignore[arg-type]
+
+
+def test_equal_feature_maps_cost_nothing() -> None:
+    assert vanishing_terms(FreeKD(8, 8)) == {"frequency", "feature"}

@@ -8,14 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acamkd.losses.acam.masks import Masks
 from acamkd.losses.functional import (
     align_layer,
     check_choices,
     dice_overlap,
     distribution_error,
     freeze_tokens,
-    imitation_errors,
     masked_error,
     resample,
     safe_divide,
@@ -33,7 +31,7 @@ def test_check_choices_names_what_is_allowed() -> None:
         check_choices(construct, mode="b", way="c")
 
 
-def test_resample_averages_where_the_map_shrinks() -> None:
+def test_resample_averages_where_the_feature_map_shrinks() -> None:
     x = torch.arange(16.0).view(1, 1, 4, 4)
     torch.testing.assert_close(resample(x, (2, 2)).flatten(), torch.tensor([2.5, 4.5, 10.5, 12.5]))
     torch.testing.assert_close(resample(x, (4, 1)).flatten(), torch.tensor([1.5, 5.5, 9.5, 13.5]))
@@ -72,7 +70,7 @@ def test_masked_losses_are_the_norms_of_the_masked_difference() -> None:
     n, m, channels, height, width = 2, 3, 4, 5, 6
     difference = torch.randn(n, channels, height, width, dtype=torch.float64)
     over_channels = torch.rand(n, m, channels, dtype=torch.float64)
-    over_positions = torch.rand(n, m, height, width, dtype=torch.float64)
+    over_locations = torch.rand(n, m, height, width, dtype=torch.float64)
 
     def norm(mask: Tensor) -> Tensor:
         return (mask * difference.unsqueeze(1)).square().sum(dim=(2, 3, 4))
@@ -84,8 +82,8 @@ def test_masked_losses_are_the_norms_of_the_masked_difference() -> None:
         rtol=1e-12, atol=0,
     )  # fmt: skip
     torch.testing.assert_close(
-        masked_error(squared.mean(dim=1).flatten(1), over_positions.flatten(2)),
-        norm(over_positions.unsqueeze(2)) / (channels * over_positions.sum(dim=(2, 3))),
+        masked_error(squared.mean(dim=1).flatten(1), over_locations.flatten(2)),
+        norm(over_locations.unsqueeze(2)) / (channels * over_locations.sum(dim=(2, 3))),
         rtol=1e-12, atol=0,
     )  # fmt: skip
 
@@ -94,41 +92,6 @@ def test_masked_error_under_a_constant_mask_is_that_share_of_the_mean() -> None:
     error = torch.rand(2, 12)
     expected = (error.mean(dim=1) / 4).unsqueeze(1)
     torch.testing.assert_close(masked_error(error, torch.full((2, 1, 12), 0.25)), expected)
-
-
-@pytest.mark.parametrize("form", ["squared", "standardized", "softmax", "correlation"])
-def test_imitation_errors_of_a_channel_and_of_a_position(form: str) -> None:
-    student, teacher = torch.randn(2, 2, 3, 4, 5, dtype=torch.float64)
-    student_given, teacher_given = student, teacher
-    errors = imitation_errors(student, teacher, Masks._fields, form, temperature=2.0)
-    over_channels, over_positions = errors["channel"], errors["spatial"]
-    assert over_channels.shape == (2, 3)
-    assert over_positions.shape == (2, 20)
-    if form == "softmax":
-        rows = [x[1, 2].flatten() / 2 for x in (student, teacher)]  # one channel of one image
-        columns = [x[1, :, 3, 4] / 2 for x in (student, teacher)]  # its last position
-        for (s, t), value in ((rows, over_channels[1, 2]), (columns, over_positions[1, 19])):
-            expected = 4 * sum(t.softmax(0) * (t.softmax(0) / s.softmax(0)).log())
-            torch.testing.assert_close(value, expected)
-    elif form == "correlation":
-        probabilities = [(x / 2).softmax(dim=1)[1] for x in (student, teacher)]  # of one image
-        for place, value in (((2,), over_channels[1, 2]), ((slice(None), 3, 4), over_positions[1, 19])):
-            similar = torch.corrcoef(torch.stack([p[place].flatten() for p in probabilities]))[0, 1]
-            torch.testing.assert_close(value, 4 * (1 - similar), rtol=1e-5, atol=0)
-    else:
-        if form == "standardized":
-            student, teacher = (
-                (x - x.mean((0, 2, 3), True)) / x.std((0, 2, 3), keepdim=True) for x in (student, teacher)
-            )
-        squared = (student - teacher).square()
-        torch.testing.assert_close(over_channels, squared.mean(dim=(2, 3)), rtol=1e-4, atol=0)
-        torch.testing.assert_close(over_positions, squared.mean(dim=1).flatten(1), rtol=1e-4, atol=0)
-    for kind in Masks._fields:
-        (alone,) = imitation_errors(student_given, teacher_given, (kind,), form, temperature=2.0).items()
-        assert alone[0] == kind
-        torch.testing.assert_close(alone[1], errors[kind])
-    for error in imitation_errors(teacher, teacher, Masks._fields, form).values():
-        assert error.abs().max() < (1e-5 if form == "correlation" else 1e-12)  # whose denominator has 1e-8 more
 
 
 def test_the_gradient_of_a_distribution_error_is_bounded_by_the_temperature() -> None:

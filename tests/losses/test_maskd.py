@@ -10,6 +10,7 @@ from torch import Tensor
 
 from acamkd.losses.base import DistillationContext
 from acamkd.losses.maskd import MasKD, TokenMasks
+from tiny_maps import vanishing_terms
 
 LOG3 = 1.0986122886681098  # sigmoid(log 3) = 3/4
 
@@ -62,7 +63,7 @@ def test_weighting_averages_the_tokens_errors() -> None:
 
 def test_masks_of_are_the_teachers() -> None:
     student, teacher = maps()
-    masks = one_token().masks_of(student, teacher)["spatial"]
+    masks = one_token().masks(student, teacher)["spatial"]
     torch.testing.assert_close(masks, torch.tensor([0.75, 0.5]).view(1, 1, 1, 2))
 
 
@@ -118,3 +119,7 @@ def test_random_tokens_follow_the_seed() -> None:
         torch.manual_seed(seed)
         values.append(MasKD(4, 4)(student, teacher)["masked"].item())
     assert values[0] == values[1] != values[2]
+
+
+def test_equal_feature_maps_cost_nothing() -> None:
+    assert vanishing_terms(MasKD(8, 8)) == {"masked"}

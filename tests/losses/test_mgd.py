@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from acamkd.losses.mgd import MGD
+from tiny_maps import vanishing_terms
 
 
 def seeded(mgd: MGD, student: torch.Tensor, teacher: torch.Tensor, seed: int) -> float:
@@ -74,3 +75,7 @@ def test_presets_are_finite() -> None:
 def test_unknown_mask() -> None:
     with pytest.raises(ValueError, match="'spatial', 'channel', not 'pixel'"):
         MGD(2, 2, mask_on="pixel")  # type: ignore[arg-type]
+
+
+def test_even_equal_feature_maps_cost_something() -> None:
+    assert vanishing_terms(MGD(8, 8)) == set()  # a generator stands between the feature maps

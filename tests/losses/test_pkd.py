@@ -5,6 +5,7 @@ import torch
 
 from acamkd.losses.functional import standardize
 from acamkd.losses.pkd import PKD
+from tiny_maps import vanishing_terms
 
 
 def test_is_one_minus_the_mean_correlation() -> None:
@@ -30,7 +31,7 @@ def test_statistics_are_those_of_the_batch() -> None:
 
 
 def test_a_single_value_cannot_be_standardized() -> None:
-    with pytest.raises(ValueError, match=r"a map of \(1, 3, 1, 1\) has a single value per channel"):
+    with pytest.raises(ValueError, match=r"a feature map of \(1, 3, 1, 1\) has a single value per channel"):
         PKD(3, 3)(torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1))
 
 
@@ -49,3 +50,7 @@ def test_presets_are_finite() -> None:
     }  # fmt: skip
     for preset in PKD.PRESETS.values():
         assert PKD(3, 5, **preset)(torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4))["correlation"].isfinite()
+
+
+def test_equal_feature_maps_cost_nothing() -> None:
+    assert vanishing_terms(PKD(8, 8)) == {"correlation"}

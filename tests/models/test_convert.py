@@ -338,7 +338,7 @@ def test_faster_rcnn_says_what_the_framework_says(
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_torchvisions_anchors_differ_by_rounding_on_fine_levels_and_by_stride_on_coarse_ones(arch: str) -> None:
-    """What `convention` repairs, in pixels: the figures of docs/convert.md."""
+    """What `convention` repairs, in pixels: the figures of docs/guides/convert.md."""
     pixels = torch.zeros(1, 3, 800, 1344)
     batch = Batch(pixels, [(800, 1344)], [(800, 1344)])
     grids = [(1, 8, -(-800 // stride), -(-1344 // stride)) for stride in (4, 8, 16, 32, 64, 128)]

@@ -41,10 +41,10 @@ from browser import Browser
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with `alone` and `distilled`, both with their reports."""
+    """Folder with `baseline` and `distilled`, both with their reports."""
     folder = tmp_path_factory.mktemp("runs")
     recipe = tiny.recipe(tiny.write_data(folder / "data"), epochs=2)
-    train(recipe, out=folder / "alone")
+    train(recipe, out=folder / "baseline")
     distill(recipe, out=folder / "distilled")
     return folder
 
@@ -71,7 +71,7 @@ def _payload(run: Path) -> dict[str, Any]:
 
 
 def test_nothing_is_fetched(runs: Path) -> None:
-    for run in ("alone", "distilled"):
+    for run in ("baseline", "distilled"):
         page = _Page(runs / run / "report.html")
         links = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
         assert all(link.startswith(("data:", "#")) for link in links), run
@@ -91,8 +91,8 @@ def test_the_page_is_readable_by_all(runs: Path) -> None:
 
 
 def test_the_headline_is_the_difference_to_the_student_alone(runs: Path) -> None:
-    metrics = {run: json.loads((runs / run / "metrics.json").read_text()) for run in ("alone", "distilled")}
-    before, after = (metrics[run]["student"]["mIoU"] for run in ("alone", "distilled"))
+    metrics = {run: json.loads((runs / run / "metrics.json").read_text()) for run in ("baseline", "distilled")}
+    before, after = (metrics[run]["student"]["mIoU"] for run in ("baseline", "distilled"))
     text = _text(runs / "distilled")
     assert f"{after - before:+.2f}".replace("-", "\N{MINUS SIGN}") in text
     for score in (before, after, metrics["distilled"]["teacher"]["mIoU"]):
@@ -106,19 +106,19 @@ def test_the_headline_is_the_difference_to_the_student_alone(runs: Path) -> None
 def test_a_student_that_distillation_made_worse_is_warned_of(
     runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shutil.copytree(runs / "alone", tmp_path / "alone")
+    shutil.copytree(runs / "baseline", tmp_path / "baseline")
     run = open_run(shutil.copytree(runs / "distilled", tmp_path / "distilled"))
     for alone, warned in ((99.0, True), (0.0, False)):
         caplog.clear()
-        metrics = json.loads((tmp_path / "alone/metrics.json").read_text())
+        metrics = json.loads((tmp_path / "baseline/metrics.json").read_text())
         metrics["student"]["mIoU"] = alone
-        (tmp_path / "alone/metrics.json").write_text(json.dumps(metrics))
+        (tmp_path / "baseline/metrics.json").write_text(json.dumps(metrics))
         write_report(run)
         assert any("the distilled student is below the baseline" in text for text in caplog.messages) is warned
 
 
 def test_the_student_alone_has_a_report_without_comparison(runs: Path) -> None:
-    text = _text(runs / "alone")
+    text = _text(runs / "baseline")
     assert "trained without distillation" in text
     assert "Class by class" in text
     assert 'id="replay"' not in text
@@ -141,7 +141,7 @@ def test_the_command_writes_it_anew(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (runs / "distilled" / "report.html").unlink()
-    command = ["acamkd", "report", str(runs / "distilled"), "--alone", str(runs / "alone")]
+    command = ["acamkd", "report", str(runs / "distilled"), "--baseline", str(runs / "baseline")]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match="0"):
         cli.main()
@@ -149,7 +149,7 @@ def test_the_command_writes_it_anew(
 
 
 def test_what_cannot_be_reported_is_refused(runs: Path, tmp_path: Path) -> None:
-    distilled, alone = open_run(runs / "distilled"), open_run(runs / "alone")
+    distilled, alone = open_run(runs / "distilled"), open_run(runs / "baseline")
     with pytest.raises(AcamkdError, match="is no run of a baseline"):
         write_report(distilled, distilled)
     with pytest.raises(AcamkdError, match="is no distillation"):
@@ -158,7 +158,7 @@ def test_what_cannot_be_reported_is_refused(runs: Path, tmp_path: Path) -> None:
     (unfinished / "metrics.json").unlink()
     with pytest.raises(AcamkdError, match=r"no metrics\.json: its training has not ended"):
         write_report(open_run(unfinished))
-    other = shutil.copytree(runs / "alone", tmp_path / "other")
+    other = shutil.copytree(runs / "baseline", tmp_path / "other")
     metrics = json.loads((other / "metrics.json").read_text())
     (other / "metrics.json").write_text(json.dumps(metrics | {"data": {"train": "x", "val": "y"}}))
     with pytest.raises(AcamkdError, match="different validation images"):
@@ -175,7 +175,7 @@ return [mask.toDataURL(), mask.getAttribute("aria-label"), when.textContent];
 
 
 def test_a_browser_opens_the_page_and_fetches_nothing(runs: Path, browser: Browser) -> None:
-    for run in ("distilled", "alone"):
+    for run in ("distilled", "baseline"):
         page = runs / run / "report.html"
         browser.requests()
         for width, scheme in ((1100, "light"), (1100, "dark"), (390, "light")):
@@ -253,7 +253,7 @@ def test_masks_of_other_methods_are_shown_too(runs: Path, browser: Browser, tmp_
 @pytest.mark.parametrize(
     ("figures", "collapsed", "words"),
     [
-        ([(0.5, 0.1), (0.5, 0.1)], False, "alive: mean 0.50, varying by 0.100, diversity 0.75"),
+        ([(0.5, 0.1), (0.5, 0.1)], False, "active: mean 0.50, varying by 0.100, diversity 0.75"),
         ([(0.5, 0.1), (0.04, 0.1)], True, "collapsed since epoch 1: their mean is 0.04, below 0.1"),
         ([(0.5, 0.1), (0.95, 0.1)], True, "collapsed since epoch 1: their mean is 0.95, above 0.9"),
         ([(0.5, 0.01), (0.5, 0.019)], True, "collapsed from the start: they vary by 0.019 only"),

@@ -31,7 +31,7 @@ def test_boxes_have_the_colors_of_their_classes() -> None:
     assert tuple(drawn[12, 4]) == color(2)
     assert tuple(drawn[12, 12]) == (100, 100, 100)  # nothing fills the box
     named = draw_predictions(IMAGE, {**found, "scores": np.array([0.5])}, NAMES[1:])
-    assert (named[4:12, 6:20] == 0).all(axis=-1).any()  # black letters
+    assert (named[4:12, 6:20] < 40).all(axis=-1).any()  # black letters
 
 
 def test_masks_color_classes_and_leave_background_and_void() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,15 +16,15 @@ from acamkd.cli.app import AsJson, Losses, Overrides, RecipeFile, app, examples,
 from acamkd.errors import AcamkdError
 
 if TYPE_CHECKING:
-    from acamkd.jobs.compare.statistics import Row
-    from acamkd.jobs.compare.trials import Cell
+    from acamkd.jobs.compare.trials import Trial
 
 
 @app.command(
     epilog=examples(
         "acamkd compare recipes/camvid.yaml --methods none,fitnet,cwd,acam --seeds 5 --plan",
         "acamkd compare recipes/camvid.yaml --methods none,fitnet,cwd,acam --seeds 5 --time 6h --jobs 2",
-        "acamkd compare recipes/camvid.yaml --methods none,cwd,acam --cell $SLURM_ARRAY_TASK_ID",
+        "acamkd compare recipes/camvid.yaml --methods none,cwd,acam --trial $SLURM_ARRAY_TASK_ID",
+        "acamkd compare recipes/camvid.yaml --methods none,cwd,acam --tables --csv",
     )
 )
 def compare(
@@ -40,40 +39,49 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Trainings per method.")] = 5,
     set_: Overrides = None,
     results: Annotated[Path | None, typer.Option(help="Folder of the results, instead of runs/NAME/compare.")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Only print the cells and the hours that they take.")] = False,
-    cell: Annotated[int | None, typer.Option(help="Run this cell of the plan alone, in this process.")] = None,
-    limit: Annotated[
-        str | None, typer.Option("--time", metavar="6h", help="Begin no cell that would end after this time (h, m, s).")
+    plan: Annotated[bool, typer.Option("--plan", help="Only print the trials and the hours that they take.")] = False,
+    trial: Annotated[
+        int | None, typer.Option("--trial", "--cell", help="Run this trial of the plan alone, in this process.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Cells at the same time; they share the processor's cores.")] = 1,
-    tables: Annotated[bool, typer.Option("--tables", help="Only write the tables of the finished cells.")] = False,
+    limit: Annotated[
+        str | None,
+        typer.Option("--time", metavar="6h", help="Begin no trial that would end after this time (h, m, s)."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Trials at the same time; they share the processor's cores.")] = 1,
+    tables: Annotated[bool, typer.Option("--tables", help="Only write the tables of the finished trials.")] = False,
+    as_csv: Annotated[
+        bool,
+        typer.Option(
+            "--csv",
+            help="Also gather the folder's finished trials in its trials.csv, a row each; from then on this file "
+            "serves in the place of their JSON files.",
+        ),
+    ] = False,
 ) -> None:
     """Compare methods on one recipe over several seeds: who gains over the baseline, and is it more than luck?"""
     from acamkd import config
+    from acamkd.engine.runs import default_folder
     from acamkd.jobs.compare import compare as comparison
+    from acamkd.jobs.compare import trials_csv
 
     loaded = config.load(recipe, set_ or ())
-    names = methods.split(",") if methods else list(loaded.compare.methods)
-    if not names:
-        raise AcamkdError(f"{recipe} has no compare.methods: name what to compare by --methods")
-    folder = results or Path("runs") / loaded.name / "compare"
-    cells = comparison.plan(loaded, names, seeds, folder)
+    names = comparison.methods_of(loaded, methods.split(",") if methods else None)
+    folder = results or default_folder(loaded, "compare")
+    trials = comparison.plan(loaded, names, seeds, folder)
     if plan:
-        Console().print(_plan_table(cells, folder))
-    elif cell is not None:
-        comparison.run_cell(cells, cell, folder)
+        Console().print(_plan_table(trials, folder))
+    elif trial is not None:
+        comparison.run_trial(trials, trial, folder)
     else:
-        options = ["--methods", ",".join(names), "--seeds", str(seeds), "--results", str(folder)]
-        same = [sys.executable, "-m", "acamkd.cli", "compare", str(recipe), *options]
-        same += [word for assignment in set_ or () for word in ("--set", assignment)]
-        rows = (
+        found = (
             comparison.tabulate(loaded, names, seeds, folder) if tables
             else comparison.compare(
-                loaded, names, seeds, folder, lambda number: [*same, "--cell", str(number)],
-                seconds=_seconds(limit) if limit else None, jobs=jobs,
+                loaded, names, seeds=seeds, results=folder, seconds=_seconds(limit) if limit else None, jobs=jobs
             )
         )  # fmt: skip
-        _print_comparison(rows, folder)
+        show(found)
+        if as_csv:
+            Console().print(f"{trials_csv.export(folder)}: the finished trials", markup=False, soft_wrap=True)
 
 
 def _seconds(text: str) -> float:
@@ -85,40 +93,23 @@ def _seconds(text: str) -> float:
         raise AcamkdError(f"--time {text}: write a number and h, m or s, such as 6h") from None
 
 
-def _plan_table(cells: Sequence[Cell], results: Path) -> Table:
+def _plan_table(trials: Sequence[Trial], results: Path) -> Table:
     from acamkd.jobs.compare.compare import expected_seconds
 
-    table = Table("cell", "method", "seed", "for", "state", "minutes")
+    table = Table("trial", "method", "seed", "for", "state", "minutes")
     missing = 0.0
-    for number, cell in enumerate(cells):
-        done, seconds = cell.read(results), expected_seconds(cell, cells, results)
+    for number, trial in enumerate(trials):
+        done, seconds = trial.read(results), expected_seconds(trial, trials, results)
         missing += 0 if done or seconds is None else seconds
         minutes = f"{(done['wall_time'] if done else seconds or 0) / 60:.1f}" if done or seconds is not None else "?"
-        purpose = "table" if not cell.tuning else f"tuning, {cell.setting:g}"
-        table.add_row(str(number), escape(cell.method), str(cell.seed), purpose, "done" if done else "to do", minutes)
-    known = any(cell.read(results) for cell in cells)
+        purpose = "table" if not trial.tuning else f"tuning, {trial.setting:g}"
+        table.add_row(str(number), escape(trial.method), str(trial.seed), purpose, "done" if done else "to do", minutes)
+    known = any(trial.read(results) for trial in trials)
     table.caption = (
-        f"{missing / 3600:.1f} hours to do, one cell at a time, by the finished ones" if known
-        else "the hours are known once one cell has ended"
+        f"{missing / 3600:.1f} hours to do, one trial at a time, by the finished ones" if known
+        else "the hours are known once one trial has ended"
     )  # fmt: skip
     return table
-
-
-def _print_comparison(rows: Sequence[Row], results: Path) -> None:
-    table = Table("method", "n", "mean", "std", "against none", "95 %", "p", "verdict")
-    for row in rows:
-        gain = row.gain
-        table.add_row(
-            escape(row.method), str(row.n), f"{row.mean:.2f}", f"{row.std:.2f}" if row.std is not None else "",
-            f"{gain.mean:+.2f}" if gain else "",
-            f"{gain.low:+.2f} to {gain.high:+.2f}" if gain and gain.low is not None else "",
-            row.p_text, row.verdict or "",
-        )  # fmt: skip
-    console = Console()
-    console.print(table)
-    console.print(
-        f"{results}: comparison.html, comparison.md, comparison.json, comparison.png", markup=False, soft_wrap=True
-    )
 
 
 @app.command(

@@ -15,6 +15,7 @@ from acamkd.config.schema import (
     Size,
     Split,
     Train,
+    parse_mask_value,
 )
 from acamkd.config.yaml_text import read_yaml, write_yaml
 
@@ -38,6 +39,7 @@ __all__ = [
     "load",
     "override",
     "parse",
+    "parse_mask_value",
     "read_text",
     "read_yaml",
     "write_yaml",

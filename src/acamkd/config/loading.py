@@ -114,7 +114,7 @@ def _assign(raw: dict[str, Any], assignment: str) -> tuple[Location, str]:
     if not isinstance(node, dict):
         raise AcamkdError(f"--set {key}: {'.'.join(parents)} is a single value and has no key {last}")
     if parents[:1] == ["losses"] and last == "name" and node.get("name") != value:
-        for option in set(node) - set(Loss.model_fields) | ({"preset"} & set(node)):
+        for option in set(node) - (set(Loss.model_fields) - {"preset", "weight"}):
             del node[option]
     node[last] = value
     return place, text

@@ -1,4 +1,4 @@
-"""Whether the distillation reaches the student: watched over the first steps."""
+"""Whether the distillation reaches the student: checked in the first steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AUDITED_STEPS = 20
 
 
 class Audit:
-    """Watches over the first steps whether the distillation reaches what it should; all processes come to the same."""
+    """Checks in the first steps whether the distillation reaches what it should; all processes find the same."""
 
     def __init__(self) -> None:
         self._steps = 0
@@ -81,13 +81,13 @@ class Audit:
             raise AcamkdError(
                 f"in the first {AUDITED_STEPS} steps no distillation gradient reached {len(names)} student parameters "
                 f"below the tapped layers: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}; "
-                "tap a layer behind them, or freeze them if they are meant to stay; and leave out maps of a single "
-                "position, which some losses cannot learn from"
+                "tap a layer behind them, or freeze them if they are meant to stay; and leave out feature maps of a "
+                "single location, which some losses cannot learn from"
             )
 
 
 def _parameters_below(net: nn.Module, maps: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """The student's parameters that some of its maps depend on; raises AcamkdError if there are none."""
+    """The student's parameters that some of its feature maps depend on; raises AcamkdError if there are none."""
     below = {id(parameter) for parameter in upstream_leaves(x.grad_fn for x in maps.values())[0]}
     found = {name: parameter for name, parameter in net.named_parameters() if id(parameter) in below}
     nothing = "no trainable student parameter lies below %s: nothing can be distilled there"

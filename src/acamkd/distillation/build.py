@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +26,17 @@ PROBE_SIZE = (128, 128)
 """(height, width) of the random image that channels are read from."""
 
 
+class Level(NamedTuple):
+    """One loss, the pair of layers that it compares, and the index of the entry that asks for it."""
+
+    entry: int
+    pair: Pair | None
+    loss: FeatureLoss | HeadLoss
+
+
 @contextmanager
 def suppress_logs() -> Iterator[None]:
-    """Within, nothing is said of layers and untrained tokens: it is when the losses are built for good."""
+    """Within, nothing is said of layers and untrained tokens, which is for the losses that are trained."""
     loggers = [logging.getLogger(name) for name in ("acamkd.distillation.build", "acamkd.losses")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -44,25 +53,33 @@ def build_distiller(student: TaskModel, teacher: TaskModel, entries: Sequence[co
 
     Args:
         student: The network to train.
-        teacher: The network to imitate.
+        teacher: The network to learn from.
         entries: The recipe's `losses`.
 
     Raises:
         AcamkdError: A method, option or layer does not exist, or a pair does not match; the entry is named.
     """
+    levels = build_levels(student, teacher, entries)
+    schedules = [WeightSchedule(entry.ramp_epochs, entry.stop_epoch) for entry in entries]
+    return Distiller(
+        student,
+        teacher,
+        [level.pair for level in levels],
+        [level.loss for level in levels],
+        [schedules[level.entry] for level in levels],
+    )
+
+
+def build_levels(student: TaskModel, teacher: TaskModel, entries: Sequence[config.Loss]) -> list[Level]:
+    """Build the losses of every entry, one for each pair of layers; args and raises as `build_distiller`."""
     batch = student.prepare([torch.rand(3, *PROBE_SIZE).to(student.mean.device)])
-    pairs: list[Pair | None] = []
-    modules: list[FeatureLoss | HeadLoss] = []
-    schedules: list[WeightSchedule] = []
+    levels: list[Level] = []
     for index, entry in enumerate(entries):
         try:
-            built = _build(entry, student, teacher, batch)
+            levels += [Level(index, pair, loss) for pair, loss in _build(entry, student, teacher, batch)]
         except ValueError as error:
             raise AcamkdError(f"losses.{index} ({entry.name}): {error}") from error
-        pairs += [pair for pair, _ in built]
-        modules += [module for _, module in built]
-        schedules += [WeightSchedule(entry.ramp_epochs, entry.stop_epoch)] * len(built)
-    return Distiller(student, teacher, pairs, modules, schedules)
+    return levels
 
 
 def _build(
@@ -70,7 +87,7 @@ def _build(
 ) -> list[tuple[Pair | None, FeatureLoss | HeadLoss]]:
     method = find(entry.name)
     if entry.is_auto:
-        raise AcamkdError("`weight: auto` needs images: acamkd.calibrate gives it a number")
+        raise AcamkdError("`weight: auto` needs images: `acamkd.distillation.auto_weight.calibrate` makes it a number")
     checked = options(entry.name, entry.preset, entry.options)
     tokens = read_tensors(str(Path(checked["tokens"]).expanduser())) if checked.get("tokens") else None
     if issubclass(method, HeadLoss):
@@ -110,7 +127,7 @@ def _build(
 
 
 def _holds_classes(name: str, x: Tensor, model: TaskModel) -> bool:
-    """Whether a map is a network's logits."""
+    """Whether a feature map is a network's logits."""
     return "cls_logits" in name if model.task == "detection" else x.shape[1] == model.num_classes
 
 
@@ -123,14 +140,14 @@ def _require_same_classes(why: str, student: TaskModel, teacher: TaskModel) -> N
 
 
 def _maps_of(who: str, model: TaskModel, name: str, batch: Batch) -> dict[str, Tensor]:
-    """What one name stands for in one of the networks, if it is maps."""
+    """What one name stands for in one of the networks, if it is feature maps."""
     try:
         maps = probe(model, [name], batch)
     except AcamkdError as error:
         raise AcamkdError(f"{who}: {error}") from error
     for tapped, tensor in maps.items():
         if tensor.ndim != 4:
-            raise AcamkdError(f"{who}: {tapped} is {tuple(tensor.shape)}, not a map (N, C, H, W)")
+            raise AcamkdError(f"{who}: {tapped} is {tuple(tensor.shape)}, not a feature map (N, C, H, W)")
     return maps
 
 

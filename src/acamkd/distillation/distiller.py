@@ -63,20 +63,21 @@ class WeightSchedule:
 class Distiller(nn.Module):
     """Task loss of a student plus its distillation losses against a frozen teacher.
 
-    The losses are sub-modules, the student too; the teacher is none: it is absent from `parameters()`, `state_dict()`
-    and DDP, stays in eval mode whatever `train()` says, receives no gradient, and still follows `to()`. Its forward
+    The losses are sub-modules, the student too. The teacher is none: it is absent from `parameters()`, `state_dict()`
+    and DDP. It stays in eval mode whatever `train()` says, receives no gradient, and still follows `to()`. Its forward
     ends at the last layer that a loss needs, but for the first of a training.
 
-    A loss whose `teacher_task` is true (ACAM with mask_grad="task") learns its masks from the teacher's own loss: the
-    teacher runs a second time, with the loss's `masked(student_map, teacher_map)` in the place of the tapped map.
+    A loss whose `teacher_task` is true (ACAM with mask_grad="task") learns its masks from the teacher's own loss. The
+    teacher then runs a second time, with the loss's `masked(student_map, teacher_map)` in the place of the tapped
+    feature map.
 
-    For the first 20 steps with distillation, the Distiller watches whether it reaches the student: a total that stays
-    exactly zero, or a student parameter below a tapped layer that never receives a distillation gradient, is an error;
-    of a single loss that stays zero, or that compares a layer with nothing to train below, the log warns.
+    For the first 20 steps with distillation, the Distiller watches whether it reaches the student. It is an error if
+    the total stays exactly zero, or if a student parameter below a tapped layer never receives a distillation gradient.
+    The log warns of a single loss that stays zero, or that compares a layer with nothing to train below.
 
     Args:
         student: The network to train.
-        teacher: The network to imitate; None (with no losses) trains the baseline.
+        teacher: The network to learn from; None (with no losses) trains the baseline.
         pairs: The layers that each loss compares; None for a HeadLoss, which names its own.
         losses: One per pair.
         schedules: A factor by step for each loss; 1 throughout where not given.
@@ -98,6 +99,8 @@ class Distiller(nn.Module):
         self.student = student
         self.losses = nn.ModuleList(losses)
         self.pairs = list(pairs)
+        self.levels: list[tuple[Pair | None, FeatureLoss | HeadLoss]] = list(zip(pairs, losses, strict=True))
+        """Each loss with its pair, in order."""
         self.schedules = list(schedules) if schedules is not None else [WeightSchedule()] * len(losses)
         self._teacher = () if teacher is None else (teacher.eval().requires_grad_(False),)  # a tuple hides the module
         self._keys = [
@@ -128,12 +131,12 @@ class Distiller(nn.Module):
             batch: What the student's `prepare` made of images and targets.
             step: Optimization step, from 0.
             labeled: Whether the images have targets. Otherwise there is no task loss, only those losses take part
-                that need no targets, and the student ends at its last tapped layer, too.
+                that need no targets, and the student too ends at its last tapped layer.
 
         Returns:
             Scalar terms, `task/TERM`, `LAYER/METHOD/TERM` and, where masks learn from the teacher's own loss,
-            `teacher/TERM`; their sum is the training loss. Where masks look ahead, the sum of the task's terms has
-            been differentiated down to the tapped maps, so that these must keep one factor.
+            `teacher/TERM`. Their sum is the training loss. Where masks look ahead, the task's terms must keep one
+            factor: their sum has been differentiated down to the tapped feature maps.
 
         Raises:
             NonFiniteError: A term is not finite.
@@ -142,15 +145,15 @@ class Distiller(nn.Module):
         factors = [schedule(step) for schedule in self.schedules]
         active = self._active = [
             index
-            for index, (factor, loss) in enumerate(zip(factors, self.losses, strict=True))
-            if factor > 0 and (labeled or not _needs_targets(loss))
+            for index, (factor, (_, loss)) in enumerate(zip(factors, self.levels, strict=True))
+            if factor > 0 and (labeled or not loss.needs_targets)
         ]
         if not (labeled or active):
             return {}
         names = _flat(self._layers(index)[0] for index in active)
         with ExitStack() as stack:
             stack.enter_context(_explaining_checkpoints())
-            onward: dict[int, GradientEdge] = {}  # by the identity of the tapped map, which may have two names
+            onward: dict[int, GradientEdge] = {}  # by the identity of the tapped output, which may have two names
 
             def hand_on(_: str, student_map: Tensor) -> Tensor:
                 copy = student_map.clone()
@@ -173,7 +176,7 @@ class Distiller(nn.Module):
             gradients, terms = self._task_gradients(active, student_tap, onward, terms)
             compared: dict[str, dict[str, Tensor]] = {}  # by loss, whatever the schedules
             for index in active:
-                boxes = batch.boxes if "boxes" in getattr(self.losses[index], "needs", ()) else None
+                boxes = batch.boxes if "boxes" in self.levels[index][1].needs else None
                 context = DistillationContext(step, batch.input_size, boxes, gradients.get(index), labeled)
                 key = self._keys[index]
                 compared[key] = self._compare(index, student_tap, teacher_maps, batch, context)
@@ -186,8 +189,8 @@ class Distiller(nn.Module):
 
     def check_unlabeled(self) -> None:
         """Say which losses see labeled images only; raises AcamkdError if all of them do."""
-        blind = [key for key, loss in zip(self._keys, self.losses, strict=True) if _needs_targets(loss)]
-        if len(blind) == len(self.losses):
+        blind = [key for key, (_, loss) in zip(self._keys, self.levels, strict=True) if loss.needs_targets]
+        if len(blind) == len(self.levels):
             raise AcamkdError(
                 f"no loss can learn from unlabeled images, since each needs targets: {', '.join(blind)}; leave "
                 "data.unlabelled out, or add a loss without boxes and heads that does not run the "
@@ -199,14 +202,14 @@ class Distiller(nn.Module):
     def statistics(self) -> dict[str, Tensor]:
         """What the losses want logged of the last forward, `LAYER/METHOD/NAME`."""
         return {
-            f"{key}/{name}": value
-            for key, loss in ((self._keys[index], self.losses[index]) for index in self._active)
-            for name, value in getattr(loss, "statistics", {}).items()
+            f"{self._keys[index]}/{name}": value
+            for index in self._active
+            for name, value in self.levels[index][1].statistics.items()
         }
 
     def _layers(self, index: int) -> tuple[list[str], list[str]]:
         """Layers of student and teacher that one loss needs."""
-        pair, loss = self.pairs[index], self.losses[index]
+        pair, loss = self.levels[index]
         if isinstance(loss, HeadLoss):
             return loss.layers(self.student, self.teacher)
         assert pair is not None
@@ -234,11 +237,11 @@ class Distiller(nn.Module):
         onward: Mapping[int, GradientEdge],
         terms: dict[str, Tensor],
     ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
-        """The task loss's gradient at the student's maps, by loss that needs it, and the terms for the backward."""
+        """The task loss's gradient at the student's feature maps, by loss that needs it; the terms for the backward."""
         layers = {
             index: pair[0]
-            for index, pair, loss in ((index, self.pairs[index], self.losses[index]) for index in active)
-            if pair is not None and isinstance(loss, FeatureLoss) and "task_gradient" in loss.needs
+            for index, (pair, loss) in ((index, self.levels[index]) for index in active)
+            if pair is not None and "task_gradient" in loss.needs
         }
         if not layers or not terms or not torch.is_grad_enabled():
             return {}, terms
@@ -251,10 +254,10 @@ class Distiller(nn.Module):
         return {index: gradients.get(id(x), torch.zeros_like(x)) for index, x in maps.items()}, terms
 
     def _teacher_task(self, active: Sequence[int], student_tap: FeatureTap, batch: Batch) -> dict[str, Tensor]:
-        """The teacher's own loss on masked maps; the gradient runs through the teacher to the masks."""
+        """The teacher's own loss on masked feature maps; the gradient runs through the teacher to the masks."""
         masking = [
             (pair, loss)
-            for pair, loss in ((self.pairs[index], self.losses[index]) for index in active)
+            for pair, loss in (self.levels[index] for index in active)
             if pair is not None and isinstance(loss, FeatureLoss) and loss.teacher_task
         ]
         if not masking:
@@ -278,7 +281,7 @@ class Distiller(nn.Module):
         batch: Batch,
         context: DistillationContext,
     ) -> dict[str, Tensor]:
-        pair, loss = self.pairs[index], self.losses[index]
+        pair, loss = self.levels[index]
         try:
             if isinstance(loss, HeadLoss):
                 return loss(self.student, self.teacher, student_tap.features(), teacher_maps, batch)  # type: ignore[no-any-return]
@@ -314,12 +317,6 @@ def _explaining_checkpoints() -> Iterator[None]:
             "the student has an activation checkpoint with use_reentrant=True, which gives no gradient at tapped maps: "
             "set use_reentrant=False, torch's advice for every checkpoint"
         ) from error
-
-
-def _needs_targets(loss: nn.Module) -> bool:
-    if isinstance(loss, FeatureLoss):
-        return loss.teacher_task or "boxes" in loss.needs
-    return True
 
 
 def _flat(names: Iterable[Sequence[str]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""METHODS: name -> class, the only table; and what is known of a method by its name."""
+"""METHODS: name -> class; and what is known of a method by its name."""
 
 from __future__ import annotations
 
@@ -18,19 +18,11 @@ from acamkd.errors import AcamkdError, nearest
 from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
 
 METHODS: Mapping[str, type[FeatureLoss] | type[HeadLoss]] = {
-    "acam": losses.ACAM,
-    "at": losses.AT,
-    "cankd": losses.CanKD,
-    "crosskd": losses.CrossKD,
-    "cwd": losses.CWD,
-    "dist": losses.DIST,
-    "fgd": losses.FGD,
-    "fitnet": losses.FitNet,
-    "freekd": losses.FreeKD,
-    "maskd": losses.MasKD,
-    "mgd": losses.MGD,
-    "pkd": losses.PKD,
+    name.lower(): loss
+    for name, loss in vars(losses).items()
+    if isinstance(loss, type) and issubclass(loss, (FeatureLoss, HeadLoss)) and not inspect.isabstract(loss)
 }
+"""Every loss that `acamkd.losses` lists, by its class's name in small letters."""
 
 
 def find(name: str) -> type[FeatureLoss] | type[HeadLoss]:
@@ -86,12 +78,15 @@ def describe(name: str) -> dict[str, Any]:
     """What the documentation of a method says, read off its class.
 
     Returns:
-        `name`, `summary`, `paper`, `authors`, `venue`, `presets`, `options` (name, type, default, help), `needs`, and,
-        measured on one level with 256 channels on both sides, `terms` and the number of learnable `parameters`.
+        `name`, `summary`, `paper`, `authors`, `venue`, `link`, `code`, `presets`, `options` (name, type, default, help)
+        and `needs`. `link` and `code`, of the paper and of its official code, are empty where there is none. `terms`
+        and the number of learnable `parameters` are those of one level with 256 channels on both sides.
     """
     method = find(name)
     text = inspect.getdoc(method) or ""
-    paper = " ".join("".join(re.findall(r"^Paper: (.+?)\.\n\n", text, flags=re.MULTILINE | re.DOTALL)[:1]).split())
+    cited = re.search(r"^Paper: (?P<paper>.+?)\.(\s+(?P<link>https://\S+))?$", text, flags=re.MULTILINE | re.DOTALL)
+    paper, link = (" ".join((cited[group] or "").split()) if cited else "" for group in ("paper", "link"))
+    code = re.search(r"^Official code: (\S+)$", text, flags=re.MULTILINE)
     helps = {entry.arg_name: entry.description or "" for entry in docstring_parser.parse(text).params}
     signature = inspect.signature(method)
     description: dict[str, Any] = {
@@ -100,6 +95,8 @@ def describe(name: str) -> dict[str, Any]:
         "paper": paper,
         "authors": paper.partition(",")[0],
         "venue": paper.rpartition(", ")[2],
+        "link": link,
+        "code": code[1] if code else "",
         "presets": {preset: dict(values) for preset, values in method.PRESETS.items()},
         "options": [
             {
@@ -112,15 +109,16 @@ def describe(name: str) -> dict[str, Any]:
         ],
     }
     if issubclass(method, HeadLoss):
-        needs, terms, parameters = ["RetinaNet or FCOS on both sides"], list(method.TERMS), 0
+        loss: FeatureLoss | HeadLoss = method()
+        terms = list(method.TERMS)
     else:
         loss = method(256, 256)
         boxes = [torch.tensor([[8.0, 8.0, 40.0, 40.0]])]
         student, teacher, gradient = torch.randn(3, 1, 256, 8, 8)
         context = DistillationContext(input_size=(64, 64), boxes=boxes, task_gradient=gradient)
         terms = sorted(loss(student, teacher, context))
-        needs = sorted(loss.needs) + (["learned tokens"] if hasattr(loss, "token_module") else [])
-        parameters = sum(parameter.numel() for parameter in loss.parameters() if parameter.requires_grad)
+    needs = [*sorted(loss.needs), *(["learned tokens"] if loss.tokens is not None else []), *method.REQUIREMENTS]
+    parameters = sum(parameter.numel() for parameter in loss.parameters() if parameter.requires_grad)
     return {**description, "needs": needs, "terms": terms, "parameters": parameters}
 
 

@@ -47,7 +47,7 @@ def upstream_leaves(start: Iterable[Node | None], stop: Iterable[GradientEdge] =
 
 
 def backward_scale(maps: Iterable[Tensor]) -> float:
-    """What a loss over some maps is to be multiplied by for its backward: HALF_SCALE in float16, otherwise 1."""
+    """What a loss over some feature maps is multiplied by for its backward: HALF_SCALE in float16, otherwise 1."""
     types = {(x.dtype, x.device.type) for x in maps}
     casts = {torch.get_autocast_dtype(device) for _, device in types if torch.is_autocast_enabled(device)}
     return HALF_SCALE if torch.float16 in casts | {dtype for dtype, _ in types} else 1.0
@@ -56,19 +56,21 @@ def backward_scale(maps: Iterable[Tensor]) -> float:
 def split_backward(
     terms: Mapping[str, Tensor], maps: Sequence[Tensor], onward: Sequence[GradientEdge]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The gradients of a loss at some maps that it was computed from, without doing that work again in its backward.
+    """The gradients of a loss at feature maps that it was computed from, without repeating that work in its backward.
 
     Args:
         terms: Scalars; the loss is their sum.
         maps: Each with a graph.
-        onward: The copy of each, as it was made, that the rest of the network worked on. One map may be computed from
-            another, as P6 is from P5, if not by way of a copy.
+        onward: The copy of each, as it was made, that the rest of the network worked on. One feature map may be
+            computed from another, as P6 is from P5, if not by way of a copy.
 
     Returns:
-        The gradients, in float16 as float32, and the terms in a form whose backward starts at the maps, with what was
-        found here. Where that cannot be, the terms as they were, so that their backward does the work of this one
-        again: where another way leads around the copies, or from one of them to another; where hooks would change a
-        gradient twice; and in float16, whose gradients need the factor that the loss is to be given later.
+        The gradients, those of float16 as float32; and the terms in a form whose backward starts at the feature maps,
+        with what was found here.
+
+        The terms stay as they were, and their backward repeats the work, in three cases. Another way leads around the
+        copies, or from one of them to another. Hooks would change a gradient twice. Or it is float16, whose gradients
+        need the factor that the loss is to be given later.
     """
     total = torch.stack(list(terms.values())).sum()
     device, scale = total.device.type, backward_scale(maps)
@@ -85,7 +87,7 @@ def split_backward(
         edges = [*onward, *map(get_gradient_edge, above)]
         found = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
         direct = [torch.zeros_like(x) if g is None else g for x, g in zip((*maps, *above), found, strict=True)]
-        gradients = torch.autograd.grad(maps, maps, direct[: len(maps)], retain_graph=True)  # by way of other maps too
+        gradients = torch.autograd.grad(maps, maps, direct[: len(maps)], retain_graph=True)  # by way of other ones too
     values = _Differentiated.apply(torch.stack([term.detach() for term in terms.values()]), direct, *maps, *above)
     return list(gradients), {name: value.clone() for name, value in zip(terms, values, strict=True)}
 

@@ -40,9 +40,9 @@ class FeatureTap:
             net(images)
             tap["layer4"]                   # (N, C, H, W), with its graph
 
-    Names: `layer` is a module's dotted path; `layer:key` one entry of its dict, list or tuple output (an FPN's levels)
-    and `layer:*` all of them; `layer@2` the third call of a layer that runs several times in one forward (a detection
-    head, once per level) and `layer@*` all calls. On leaving, the hooks are removed and the tensors dropped.
+    Names: `layer` is a module's dotted path. `layer:key` is one entry of its dict, list or tuple output (an FPN's
+    levels), `layer:*` all of them. `layer@2` is the third call of a layer that runs several times in one forward (a
+    detection head, once per level), `layer@*` all calls. On leaving, the hooks are removed and the tensors dropped.
 
     A layer that a backward runs again (activation checkpointing) is recorded once. In a network that is compiled, by
     `net.compile()` or `torch.compile`, the hooks stay and do nothing outside of a tap: another set of hooks would be
@@ -51,12 +51,12 @@ class FeatureTap:
     Args:
         net: Any module.
         names: What to record.
-        edit: Called with the name and the tensor of every recorded output; what it returns takes the output's place in
-            the rest of the network. The tap keeps what was there before.
+        edit: Called with the name and the tensor of every recorded output. What it returns replaces the output in the
+            rest of the network. The tap keeps what was there before.
 
     Raises:
-        AcamkdError: There is no such layer (the nearest names are listed); or, on leaving or on access, an output was
-            asked for that the forward did not produce.
+        AcamkdError: There is no such layer (the nearest names are listed). Or, on leaving or on access, the forward did
+            not produce an output that was asked for.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class FeatureTap:
         self._modules = {request.layer: modules[request.layer] for request in self._requests.values()}
         self._is_compiled = _is_compiled(modules.values())
         self._handles: list[RemovableHandle] = []
-        self._outputs: dict[str, list[dict[str, Tensor]]] = {}  # layer -> per call: key ("" for a plain tensor) -> map
+        self._outputs: dict[str, list[dict[str, Tensor]]] = {}  # layer -> per call: key ("" for a tensor) -> output
         self._stop_when_complete = False
 
     def __enter__(self) -> FeatureTap:

@@ -1,4 +1,4 @@
-"""MaskHistory: masks and maps of a few validation images over the epochs, for the report."""
+"""MaskHistory: masks and feature maps of a few validation images over the epochs, for the report."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
 from acamkd.data import ImageDataset
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.taps import FeatureTap
 from acamkd.engine.module import TrainingModule
 from acamkd.files import written_whole
-from acamkd.losses.base import DistillationContext, HeadLoss
+from acamkd.losses.base import DistillationContext, DistillationLoss, HeadLoss
 from acamkd.losses.functional import dice_overlap
 from acamkd.models.base import Batch, keeping_modes, to_device
 
@@ -31,7 +31,7 @@ IMAGES = 4
 MOMENTS = 32
 """About this many moments are kept of a long run; a shorter one has all of its epochs."""
 SIDE = 40
-"""Longest side of a map as it is kept."""
+"""Longest side of a feature map as it is kept."""
 UNITS = 12
 CHANNELS = 256
 """At most this many masks, and entries of a channel mask, are kept."""
@@ -48,7 +48,7 @@ class MaskHistory(Callback):
         LAYER/METHOD/student        (E, K, 1, h, w) uint8: mean magnitude over the channels, 255 = its largest
         LAYER/METHOD/teacher        likewise
         LAYER/METHOD/MASK           (E, K, M, h, w) or (E, K, M, C) uint8, 255 = 1, for each of the method's masks
-        LAYER/METHOD/MASK/figures   (E, 3): mean, standard deviation over positions, Dice overlap
+        LAYER/METHOD/MASK/figures   (E, 3): mean, standard deviation over locations, Dice overlap
 
     Args:
         folder: The run folder.
@@ -114,7 +114,7 @@ def spread(count: int, wanted: int) -> list[int]:
 
 @torch.no_grad()
 def look(distiller: Distiller, batch: Batch, teacher_maps: Mapping[str, Tensor]) -> Arrays:
-    """Maps and masks of one batch as `MaskHistory` keeps them; the student is in eval mode."""
+    """Feature maps and masks of one batch as `MaskHistory` keeps them; the student is in eval mode."""
     pairs = list(_pairs(distiller))
     context = DistillationContext(input_size=batch.input_size, boxes=batch.boxes)
     shares = [(h / batch.input_size[0], w / batch.input_size[1]) for h, w in batch.sizes]
@@ -128,7 +128,7 @@ def look(distiller: Distiller, batch: Batch, teacher_maps: Mapping[str, Tensor])
             teacher = teacher_maps[teacher_layer].to(student.device)
             for who, x in (("student", student), ("teacher", teacher)):
                 found[f"{key}/{who}"] = _bytes(_scaled(_pooled(_inside(x.abs().mean(1, keepdim=True), shares))))
-            for name, masks in masks_of(loss, student, teacher, context).items():
+            for name, masks in loss.masks(student, teacher, context).items():
                 visible = _inside(masks, shares) if masks.ndim == 4 else list(masks)
                 if masks.ndim == 4 and name != "spatial":  # weights of any size
                     visible = _scaled(visible)
@@ -138,18 +138,9 @@ def look(distiller: Distiller, batch: Batch, teacher_maps: Mapping[str, Tensor])
     return found
 
 
-def masks_of(loss: nn.Module, student: Tensor, teacher: Tensor, context: DistillationContext) -> Mapping[str, Tensor]:
-    """A loss's masks by name, (N, M, H, W) each or (N, M, C); none if the method has none."""
-    if not hasattr(loss, "masks_of"):
-        return {}
-    masks: Any = loss.masks_of(student, teacher, context) if "boxes" in loss.needs else loss.masks_of(student, teacher)  # type: ignore[operator]
-    named = masks if isinstance(masks, Mapping) else masks._asdict()
-    return {name: x for name, x in named.items() if x is not None}
-
-
-def _pairs(distiller: Distiller) -> Iterator[tuple[str, str, nn.Module]]:
+def _pairs(distiller: Distiller) -> Iterator[tuple[str, str, DistillationLoss]]:
     """Layers of student and teacher that are compared, with the loss that compares them."""
-    for pair, loss in zip(distiller.pairs, distiller.losses, strict=True):
+    for pair, loss in distiller.levels:
         if isinstance(loss, HeadLoss):
             layers = loss.layers(distiller.student, distiller.teacher)
             yield from ((*names, loss) for names in zip(*layers, strict=False))
@@ -167,7 +158,7 @@ def _inside(maps: Tensor, shares: Sequence[tuple[float, float]]) -> list[Tensor]
 
 
 def _pooled(maps: Sequence[Tensor]) -> Tensor:
-    """Maps of up to SIDE positions a side, one size for all images: (K, M, h, w)."""
+    """Maps of up to SIDE locations a side, one size for all images: (K, M, h, w)."""
     height, width = (min(SIDE, max(x.shape[axis] for x in maps)) for axis in (-2, -1))
     return torch.stack([F.adaptive_avg_pool2d(x, (height, width)) for x in maps])
 
@@ -178,7 +169,7 @@ def _scaled(maps: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _figures(masks: Tensor) -> list[float]:
-    """Mean, standard deviation over positions and Dice overlap of the masks (M, P) of one image."""
+    """Mean, standard deviation over locations and Dice overlap of the masks (M, P) of one image."""
     return [masks.mean().item(), masks.std(dim=1, correction=0).mean().item(), dice_overlap(masks[None]).item()]
 
 

@@ -1,1 +1,1 @@
-"""The jobs: one file for each command."""
+"""What the commands do, one job each: a file, or a package. `setup` is what they all begin with."""

@@ -25,7 +25,6 @@ from acamkd.engine.metrics import METRICS
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import Run, open_run, write_json
 from acamkd.jobs.train import count_parameters, distill, train
-from acamkd.losses import ACAM
 from acamkd.models.base import Prediction, Task, TaskModel
 from acamkd.report.visualize import (
     ENLARGEMENT,
@@ -185,7 +184,7 @@ def _drawn(image: Tensor, found: Prediction, recipe: config.Recipe) -> Pixels:
 
 
 def spatial_masks(run: Run, images: Sequence[Tensor]) -> Tensor:
-    """What the first loss of a distilled run, an ACAM, attended to at the end: (N, M, H, W) for N images."""
+    """The spatial masks of the first loss of a distilled run at the end: (N, M, H, W) for N images."""
     recipe = run.recipe
     assert recipe.teacher is not None
     assert recipe.data.classes is not None
@@ -195,13 +194,12 @@ def spatial_masks(run: Run, images: Sequence[Tensor]) -> Tensor:
     # The masks belong to the loss, and only the checkpoint, which holds the last student too, has the loss.
     state = torch.load(run.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     distiller.load_state_dict({name.removeprefix("distiller."): value for name, value in state.items()})
-    batch, pair, loss = student.prepare(images), distiller.pairs[0], distiller.losses[0]
+    batch, (pair, loss) = student.prepare(images), distiller.levels[0]
     assert pair is not None
-    assert isinstance(loss, ACAM)
-    maps = [probe(model, [name], batch)[name] for model, name in zip((student, teacher), pair, strict=True)]
-    spatial = loss.masks_of(*maps).spatial
-    assert spatial is not None
-    return spatial
+    student_map, teacher_map = (
+        probe(model, [name], batch)[name] for model, name in zip((student, teacher), pair, strict=True)
+    )
+    return loss.masks(student_map, teacher_map)["spatial"]
 
 
 def _table(results: Mapping[Task, Mapping[str, Any]], costs: Mapping[Task, Mapping[str, Cost]]) -> Table:

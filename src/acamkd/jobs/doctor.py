@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from acamkd import config, data, models
 from acamkd.data import ImageDataset
-from acamkd.distillation.auto_weight import gradient_norms, prepared, probe_distiller, total_norms, uncalibrated
+from acamkd.distillation.auto_weight import gradient_norms, prepared, probe_distiller, total_norms
 from acamkd.distillation.build import probe
 from acamkd.engine.devices import device_of, moved_to
 from acamkd.engine.metrics import METRICS, Scorer, score
@@ -256,15 +256,14 @@ def ignorance(targets: Sequence[Target], classes: int) -> float:
 def _distillation(
     student: TaskModel, teacher: TaskModel, train: ImageDataset, recipe: config.Recipe
 ) -> Iterator[Finding]:
-    entries = [uncalibrated(entry) for entry in recipe.losses]
     size = min(IMAGES, recipe.train.batch_size, len(train))
     images = data.loader(train, size, 0, shuffle=True, seed=recipe.train.seed)
     networks = (student, teacher)
-    with moved_to(device_of(recipe.train), *networks), probe_distiller(*networks, entries) as distiller:
+    with moved_to(device_of(recipe.train), *networks), probe_distiller(*networks, recipe.losses) as distiller:
         if recipe.data.unlabelled is not None:
             distiller.check_unlabeled()
         batch = next(prepared(student, images))
-        for pair, loss in zip(distiller.pairs, distiller.losses, strict=True):
+        for pair, loss in distiller.levels:
             name = type(loss).__name__
             if pair is not None:
                 yield _tap(name, pair, student, teacher, batch)
@@ -273,8 +272,8 @@ def _distillation(
                 yield Finding("tap", "pass", f"{name}: {len(names)} layers of the heads")
         norms = gradient_norms(distiller, batch)
     groups: dict[str, dict[str, tuple[float, float]]] = {}
-    for name, pulls in norms.items():
-        groups.setdefault(".".join(name.split(".")[:2]), {})[name] = pulls
+    for name, of_both in norms.items():
+        groups.setdefault(".".join(name.split(".")[:2]), {})[name] = of_both
     for group, members in groups.items():
         yield Finding(f"gradient at {group}", "pass", "distillation {:.3g}, task {:.3g}".format(*total_norms(members)))
     yield _total(norms, recipe)
@@ -287,9 +286,9 @@ def _tap(method: str, pair: tuple[str, str], student: TaskModel, teacher: TaskMo
     text = f"{method}: {pair[0]} {shapes[0]} <- {pair[1]} {shapes[1]}"
     constant = [who for who, x in zip(("student", "teacher"), maps, strict=True) if x.std() == 0]
     if constant:
-        return Finding("tap", "fail", f"{text}; the {constant[0]}'s map is constant", "tap another layer")
+        return Finding("tap", "fail", f"{text}; the {constant[0]}'s feature map is constant", "tap another layer")
     if shapes[0][1:] != shapes[1][1:]:
-        return Finding("tap", "warn", f"{text}; the student's map is resampled", "pair layers of equal stride")
+        return Finding("tap", "warn", f"{text}; the student's feature map is resampled", "pair layers of equal stride")
     return Finding("tap", "pass", text)
 
 

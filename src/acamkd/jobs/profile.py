@@ -18,19 +18,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from acamkd import config, data
-from acamkd.distillation.auto_weight import prepared, probe_distiller, uncalibrated
+from acamkd.distillation.auto_weight import prepared, probe_distiller
 from acamkd.distillation.distiller import Distiller
 from acamkd.engine.cost import flop_counter
 from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
 from acamkd.jobs.setup import build_network
-from acamkd.losses.acam.acam import STCAFF
 from acamkd.models.base import Batch
 
 IMAGES = 2
 """Training images that are run; batch norm may refuse a single one."""
 WORKSPACE = 4 / 3
-"""What a process takes at most by what is counted: operators need memory within themselves (docs/performance.md)."""
+"""What a process takes at most by what is counted: operators need memory of their own (see performance.md)."""
 STATES = {"sgd": 1, "adamw": 2}
 """Numbers that an optimizer keeps for each parameter."""
 
@@ -42,8 +41,9 @@ class Part:
     Attributes:
         name: `teacher`, whose forward ends at the last tapped layer; `student`, forward and backward of its own task;
             `losses`, what they add to both, with the teacher's maps that they keep, and both networks on as many
-            unlabeled images, where there are some; `attention`, ACAM's fusion where there is one: forward and
-            backward, counted among the losses' too, and its memory by itself, of labeled images alone.
+            unlabeled images, where there are some; `attention`, the losses' `attention_module`, such as ACAM's
+            fusion: forward and backward, counted among the losses' too, and its memory by itself, of labeled images
+            alone.
         parameters: Their number.
         gflops: 1e9 floating-point operations per image, counted as in `acamkd.engine.cost`.
         memory: Largest number of bytes per image that are alive at a time, without the parameters.
@@ -112,13 +112,14 @@ def estimate(recipe: config.Recipe) -> Estimate:
     student = build_network(recipe, recipe.student, images.classes)
     teacher = build_network(recipe, recipe.teacher, images.classes, teacher=True)
     loader = data.loader(images, min(IMAGES, len(images)), 0, shuffle=True, seed=recipe.train.seed)
-    with probe_distiller(student, teacher, [uncalibrated(entry) for entry in recipe.losses]) as distiller:
+    with probe_distiller(student, teacher, recipe.losses) as distiller:
         batch = next(prepared(student, loader))
         free = free_memory(batch.pixels.device)
         looked = measured(lambda: distiller.teacher_maps(batch))
         alone = step_of(Distiller(distiller.student), batch)
         whole = step_of(distiller, batch, unlabeled=recipe.data.unlabelled is not None)
-        fusions = nn.ModuleList(module for module in distiller.losses.modules() if isinstance(module, STCAFF))
+        parts = [loss.attention_module for _, loss in distiller.levels]
+        fusions = nn.ModuleList(part for part in parts if part is not None)
         fusing = _fusing(fusions, distiller, batch) if fusions else (0.0, 0)
     count = len(batch.sizes)
     sizes = [_size(module) for module in (teacher.net, student.net, distiller.losses)]

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,16 +27,11 @@ from acamkd.engine.metrics import METRICS, score
 from acamkd.engine.runs import default_folder
 from acamkd.errors import AcamkdError
 from acamkd.jobs.setup import Batches, build_network, teacher_section
-from acamkd.losses.acam.acam import ACAM, ASCM
-from acamkd.losses.freekd import FrequencyTokens
-from acamkd.losses.maskd import TokenMasks
+from acamkd.losses.base import TokenModule
 from acamkd.models.base import TaskModel, to_device
 from acamkd.models.weights import save_tensors
 
 log = logging.getLogger(__name__)
-
-TokenModule: TypeAlias = TokenMasks | FrequencyTokens | ASCM
-"""What learns; `masked(x)` gives the map that the teacher goes on with, and the overlap of the masks."""
 
 WEIGHT_DECAY = 1e-3
 LAST_LR = 1e-6
@@ -53,7 +48,7 @@ def learn_tokens(
 ) -> dict[str, Any]:
     """Learn the tokens of every loss of a recipe that has some: maskd, freekd, and acam with mask_source: fixed.
 
-    At every tapped layer the teacher goes on with its masked features. The tokens minimise the teacher's own loss on
+    At every tapped layer the teacher goes on with its masked features. The tokens minimize the teacher's own loss on
     them, which keeps up what it needs, plus the Dice overlap of the masks, summed over the layers. The teacher is
     frozen and in eval mode: gradients run through it, not into it. Adam with weight decay 1e-3 and a cosine to 1e-6,
     as in MasKD's detection settings.
@@ -122,16 +117,12 @@ def _check_file(path: Path, overwrite: bool) -> None:
 def _token_modules(distiller: Distiller, name: str) -> dict[str, TokenModule]:
     """What learns, by the teacher's layer."""
     modules: dict[str, TokenModule] = {}
-    for pair, loss in zip(distiller.pairs, distiller.losses, strict=True):
-        if isinstance(loss, ACAM):
-            module = loss.selection if loss.mask_source == "fixed" else None
-        else:
-            module = getattr(loss, "token_module", None)
-        if pair is None or module is None:
+    for pair, loss in distiller.levels:
+        if pair is None or loss.tokens is None:
             continue
         if pair[1] in modules:
             raise AcamkdError(f"two losses learn tokens at the teacher's layer {pair[1]}: keep one of them at a time")
-        modules[pair[1]] = module.requires_grad_(True)
+        modules[pair[1]] = loss.tokens.requires_grad_(True)
     if not modules:
         raise AcamkdError(
             f"no loss of the recipe {name} learns tokens: give it maskd, freekd, or acam with mask_source: fixed"

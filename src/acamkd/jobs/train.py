@@ -149,14 +149,14 @@ def distill(
     student = build_network(recipe, recipe.student, batches.classes)
     if recipe.student.inherit:
         models.inherit(student, teacher, recipe.student.inherit)
-    trial = dry_build(student, teacher, losses)
+    built = dry_build(student, teacher, losses)
     if batches.unlabeled is not None:
-        trial.check_unlabeled()
+        built.distiller.check_unlabeled()
     batches.check()
     if resume and (folder / RECIPE).is_file():
         losses = reuse_weights(losses, config.load(folder / RECIPE).losses)
     with data.reading(batches.train), moved_to(device_of(recipe.train), student, teacher):
-        losses = calibrate(student, teacher, losses, batches.train)
+        losses = calibrate(built, losses, batches.train)
     distiller = build_distiller(student, teacher, losses)
     used = {"teacher": section, "student": with_normalization(recipe.student, student), "losses": losses}
     run = Run(folder, batches.resolved.model_copy(update=used), "student")

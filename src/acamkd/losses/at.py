@@ -1,4 +1,4 @@
-"""AT: imitation of where the teacher's map is strong, whatever its channels."""
+"""AT: the student's feature map is to be strong where the teacher's is, whatever its channels."""
 
 from __future__ import annotations
 
@@ -14,24 +14,35 @@ from acamkd.losses.functional import check_choices
 
 
 def attention_vector(x: Tensor) -> Tensor:
-    """Energy of every position, mean_c x^2, scaled to length 1 per image: (N, C, H, W) -> (N, HW)."""
+    """Energy of every location, mean_c x^2, scaled to length 1 per image: (N, C, H, W) -> (N, HW)."""
     return F.normalize(x.square().mean(dim=1).flatten(1), dim=1)
 
 
 class AT(FeatureLoss):
-    """Attention transfer: the normalized energy per position of the student follows the teacher's.
+    """Attention transfer: the normalized energy per location of the student follows the teacher's.
 
-    Paper: Zagoruyko and Komodakis, Paying More Attention to Attention, ICLR 2017.
+    Paper: Zagoruyko and Komodakis, Paying More Attention to Attention, ICLR 2017. https://arxiv.org/abs/1612.03928
+    Official code: https://github.com/szagoruyko/attention-transfer
 
-    a(X) = vec(mean_c X^2) / ||vec(mean_c X^2)||_2, one vector of P = HW positions per image; then
+    a(X) = vec(mean_c X^2) / ||vec(mean_c X^2)||_2, one vector of P = HW locations per image; then
     form "code":  L = weight * 1/(N P) sum_n ||a(S_n) - a(T_n)||_2^2
     form "paper": L = weight * 1/N sum_n ||a(S_n) - a(T_n)||_2
 
-    Defaults: form "code" and weight 1000, beta of the authors' classification code.
+    Defaults: form "code" and weight 1000, beta of the authors' classification code. Nothing is learned, and the
+    channels may differ.
 
     Deviations of the authors' code from their paper: the norm is squared and divided by P, and beta is not halved. The
-    paper sums over channels where the code averages, which the normalization cancels. Nothing is learned and the
-    channels may differ.
+    paper sums over channels where the code averages; the normalization cancels this.
+
+    Code:
+        - a(X): attention_vector
+        - L, both forms: AT.terms
+
+    Example:
+        >>> student, teacher = torch.randn(2, 16, 8, 8, requires_grad=True), torch.randn(2, 32, 8, 8)
+        >>> terms = AT(16, 32)(student, teacher)
+        >>> sorted(terms)
+        ['attention']
 
     Args:
         student_channels: C_s.

@@ -1,4 +1,4 @@
-"""What every distillation loss has in common: the contract, the context, float32 maths and a common size."""
+"""What every distillation loss has in common: the contract, the context, float32 arithmetic and a common size."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DistillationContext:
-    """All that a method may need beside the two maps; the Distiller fills in only what a loss declares in `needs`.
+    """All that a method may need beside the two feature maps.
+
+    The Distiller fills in only what a loss declares in `needs`.
 
     Attributes:
         step: Optimization step, from 0.
-        input_size: (height, width) of the batch's common input frame, in pixels.
-        boxes: One (K, 4) tensor per image, x1 y1 x2 y2 in pixels of that frame.
-        task_gradient: Gradient of the student's task loss at this student map, of its shape.
-        labeled: Whether the images have targets. Without them there is no task gradient, whatever `needs` says, and
-            a loss does what it can do without; one that needs boxes is not asked.
+        input_size: (height, width) of the batch's padded input, in pixels.
+        boxes: One (K, 4) tensor per image, x1 y1 x2 y2 in pixels of the padded input.
+        task_gradient: Gradient of the student's task loss at this student's feature map, of its shape.
+        labeled: Whether the images have targets. Without them there is no task gradient, whatever `needs` says. A loss
+            then does what it can do without; one that needs boxes is not asked.
     """
 
     step: int = 0
@@ -39,36 +41,126 @@ class DistillationContext:
     labeled: bool = True
 
 
-class FeatureLoss(nn.Module, ABC):
-    """One distillation loss at one feature level.
+class TokenModule(nn.Module, ABC):
+    """What a loss learns before the distillation, on the frozen teacher alone: `acamkd tokens RECIPE`."""
 
-    A method is a subclass that implements `terms`. What it learns (projections, generators, selection units) are its
-    own sub-modules, so that an optimizer, a checkpoint and DDP find them. Its docstring's first line names the method
-    in one sentence, a paragraph `Paper:` gives the citation and `Args:` documents every option: `acamkd methods` is
-    derived from these and from the constructor's signature.
+    @abstractmethod
+    def masked(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mask the teacher's feature map with its own masks.
 
-    Args:
-        student_channels: C_s, channels of the student's map.
-        teacher_channels: C_t, channels of the teacher's map.
+        Args:
+            x: (N, C_t, H, W).
+
+        Returns:
+            The masked feature map, of the same shape, which takes the place of `x` in the teacher; and the overlap of
+            the masks, a scalar, which is added to the teacher's loss on it.
+        """
+
+
+class DistillationLoss(nn.Module, ABC):
+    """What every distillation loss may be asked, with the answers of a loss that has nothing special.
+
+    A subclass is a FeatureLoss or a HeadLoss. It overrides:
+
+        PRESETS           published settings, by name
+        REQUIREMENTS      what the networks must be, in words
+        needs             fields of DistillationContext that it cannot work without
+        needs_targets     whether it is left out for unlabeled images
+        teacher_task      whether its masks learn from the teacher's own loss
+        tokens            what it learns before the distillation
+        masks             its masks, for the report
+        attention_module  its part whose cost the estimate shows as `attention`
+        scaled_options    its options that `weight: auto` multiplies
+        statistics        scalars worth logging, filled by its forward
+
+    What it learns (projections, generators, selection units) are its own sub-modules, so that an optimizer, a
+    checkpoint and DDP find them.
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Published settings by name: `ACAM(256, 256, **ACAM.PRESETS["paper"])`, or `preset: paper` in a recipe."""
 
+    REQUIREMENTS: ClassVar[tuple[str, ...]] = ()
+    """What student and teacher must be, beside `needs`, in words: the table of methods shows it."""
+
     needs: frozenset[str] = frozenset()
     """Fields of DistillationContext without which the method, or this instance with its options, cannot work."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics: dict[str, Tensor] = {}
+        """Scalars of the last forward worth logging beside the terms, without gradient (the mean of the masks)."""
+
+    @property
+    def teacher_task(self) -> bool:
+        """Whether the Distiller is to add the teacher's own loss on `masked` features, which trains the masks."""
+        return False
+
+    @property
+    def needs_targets(self) -> bool:
+        """Whether the loss is left out for unlabeled images."""
+        return self.teacher_task or "boxes" in self.needs
+
+    @property
+    def tokens(self) -> TokenModule | None:
+        """What this level learns before the distillation, for `acamkd tokens`; None if nothing."""
+        return None
+
+    @property
+    def attention_module(self) -> nn.Module | None:
+        """The part whose forward and backward the estimate counts by themselves, as `attention`; None if there is none.
+
+        The estimate calls it again with the tensors that it was called with.
+        """
+        return None
+
+    @classmethod
+    def scaled_options(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Options that `weight: auto` multiplies by one factor: those of every term that reaches the student.
+
+        Args:
+            options: All of the method's options, with their values.
+        """
+        return ("weight",)
+
+    def masks(self, student: Tensor, teacher: Tensor, context: DistillationContext | None = None) -> dict[str, Tensor]:
+        """The masks under which two feature maps are compared, without gradient; none by default.
+
+        Args:
+            student: (N, C_s, H_s, W_s).
+            teacher: (N, C_t, H_t, W_t).
+            context: With what `needs` names, but for the task's gradient.
+
+        Returns:
+            By name, (N, M, H, W) or (N, M, C). `spatial` and `channel` have values in (0, 1), and the report judges
+            whether they have collapsed. Others are weights of any scale, such as FGD's of the boxes.
+        """
+        return {}
+
+
+class FeatureLoss(DistillationLoss):
+    """One distillation loss at one feature level.
+
+    A method is a subclass that implements `terms`; DistillationLoss lists what else it may override.
+
+    Its docstring's first line names the method in one sentence. A paragraph `Paper:` gives the citation and its link,
+    and `Args:` documents every option. `acamkd methods` and the method's page are derived from these and from the
+    constructor's signature.
+
+    Args:
+        student_channels: C_s, channels of the student's feature map.
+        teacher_channels: C_t, channels of the teacher's feature map.
+    """
 
     def __init__(self, student_channels: int, teacher_channels: int) -> None:
         super().__init__()
         self.student_channels = student_channels
         self.teacher_channels = teacher_channels
-        self.statistics: dict[str, Tensor] = {}
-        """Scalars of the last forward worth logging beside the terms, without gradient (the mean of the masks)."""
         self._resampling_logged = False
 
     @abstractmethod
     def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
-        """Compute the loss on maps of one spatial size, in float32 or better, outside autocast.
+        """Compute the loss on feature maps of one spatial size, in float32 or better, outside autocast.
 
         Args:
             student: (N, C_s, H, W).
@@ -79,22 +171,17 @@ class FeatureLoss(nn.Module, ABC):
             Named scalar terms, already weighted.
         """
 
-    @property
-    def teacher_task(self) -> bool:
-        """Whether the Distiller is to add the teacher's own loss on `masked` features, which trains the masks."""
-        return False
-
     def masked(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The teacher's map as the teacher is to go on with it, where `teacher_task` holds; shapes as in `forward`."""
+        """The teacher's feature map as the teacher goes on with it, where `teacher_task` holds; shapes as `forward`."""
         raise NotImplementedError(f"{type(self).__name__} masks nothing for the teacher's own loss")
 
     def forward(
         self, student: Tensor, teacher: Tensor, context: DistillationContext | None = None
     ) -> dict[str, Tensor]:
-        """Compare two maps.
+        """Compare two feature maps.
 
         Args:
-            student: (N, C_s, H_s, W_s); resampled to the teacher's size where the sizes differ (said once in the log).
+            student: (N, C_s, H_s, W_s). Of another size than the teacher's it is resampled, which the log says once.
             teacher: (N, C_t, H, W); never receives gradient.
             context: Needed only where `needs` says so.
 
@@ -102,11 +189,11 @@ class FeatureLoss(nn.Module, ABC):
             Named, already weighted scalar terms; their sum is what is added to the task loss.
 
         Raises:
-            ValueError: The maps do not fit the channels given to the constructor, or `context` lacks what is needed.
+            ValueError: The feature maps do not fit the constructor's channels, or `context` lacks what is needed.
         """
         context = context or DistillationContext()
         self._check(student, teacher, context)
-        # The projections stay float32 under autocast, and half-precision sums over a map lose digits or overflow.
+        # The projections stay float32 under autocast. Half-precision sums over a feature map lose digits or overflow.
         with full_precision(student):
             student, teacher = self._to_common_form(student, teacher)
             return self.terms(student, teacher, context)
@@ -118,7 +205,7 @@ class FeatureLoss(nn.Module, ABC):
         if student.shape[-2:] != teacher.shape[-2:]:
             if not self._resampling_logged:
                 log.info(
-                    "%s: student map %s is resampled to the teacher's %s",
+                    "%s: the student's feature map %s is resampled to the teacher's %s",
                     type(self).__name__, tuple(student.shape[-2:]), tuple(teacher.shape[-2:]),
                 )  # fmt: skip
                 self._resampling_logged = True
@@ -133,7 +220,7 @@ class FeatureLoss(nn.Module, ABC):
         ):
             if tensor.ndim != 4 or tensor.shape[1] != channels:
                 raise ValueError(
-                    f"{name}: the {who}'s map is {tuple(tensor.shape)}, but must be (N, {channels}, H, W), "
+                    f"{name}: the {who}'s feature map is {tuple(tensor.shape)}, but must be (N, {channels}, H, W), "
                     f"because the loss was built with {who}_channels={channels}"
                 )
         if student.shape[0] != teacher.shape[0]:
@@ -145,19 +232,19 @@ class FeatureLoss(nn.Module, ABC):
             raise ValueError(f"{name} needs {', '.join(missing)} in the DistillationContext")
 
 
-class HeadLoss(nn.Module, ABC):
-    """A distillation loss that needs the networks' heads rather than a pair of maps (CrossKD).
+class HeadLoss(DistillationLoss):
+    """A distillation loss that needs the networks' heads rather than a pair of feature maps (CrossKD).
 
-    Args of `forward`:
-        student, teacher: The two task models.
-        student_taps, teacher_taps: Maps recorded at the layers that `layers` names.
-        batch: The batch that both networks saw.
+    A method is a subclass that implements `layers` and `forward`; DistillationLoss lists what else it may override.
     """
-
-    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     TERMS: ClassVar[tuple[str, ...]]
     """Names of the terms that `forward` returns."""
+
+    @property
+    def needs_targets(self) -> bool:
+        """Heads are compared on labeled images only."""
+        return True
 
     @abstractmethod
     def layers(self, student: TaskModel, teacher: TaskModel) -> tuple[list[str], list[str]]:
@@ -172,4 +259,15 @@ class HeadLoss(nn.Module, ABC):
         teacher_taps: Mapping[str, Tensor],
         batch: Batch,
     ) -> dict[str, Tensor]:
-        """Return named, already weighted scalar terms."""
+        """Compare two networks.
+
+        Args:
+            student: The network that learns.
+            teacher: The frozen one.
+            student_taps: Outputs of the student's `layers`, by name.
+            teacher_taps: Outputs of the teacher's `layers`, by name.
+            batch: What both networks saw.
+
+        Returns:
+            Named, already weighted scalar terms, those of `TERMS`.
+        """

@@ -1,4 +1,4 @@
-"""CanKD: the student's features, enhanced by cross-attention to the teacher's, imitate them."""
+"""CanKD: the student's features, enhanced by cross-attention to the teacher's, are compared with them."""
 
 from __future__ import annotations
 
@@ -14,27 +14,42 @@ from acamkd.losses.functional import align_layer
 
 
 class CanKD(FeatureLoss):
-    """Mean squared error between instance-normalized maps, the student's after a non-local block on the teacher's.
+    """Mean squared error of instance-normalized feature maps, the student's after a non-local block on the teacher's.
 
     Paper: Sun and Ohyama, CanKD: Cross-Attention-based Non-local operation for Feature-based Knowledge Distillation,
-    WACV 2026.
+    WACV 2026. https://arxiv.org/abs/2511.21503
+    Official code: https://github.com/tori-hotaru/CanKD
 
-    Y = theta(f(S))^T phi(T) g(T)^T / n, dot products without softmax, n the number of positions of phi(T);
-    S' = f(S) + BN(W Y); L = weight / 2 * mean_{n,c,p} (IN(S') - IN(T))^2, IN per image and channel without affine.
-    theta, phi, g: 1x1, C -> C/2, phi and g followed by 2x2 max-pooling; W: 1x1, C/2 -> C. BN starts at zero, so that
-    L starts at weight * (1 - mean Pearson correlation of the channels' maps).
+    Y = theta(f(S))^T phi(T) g(T)^T / n, dot products without softmax
+    S' = f(S) + BN(W Y)
+    L = weight / 2 * mean_{n,c,p} (IN(S') - IN(T))^2
 
-    The weight is that of the official configurations; the paper leaves the 1/2 out and quotes half of it. No softmax
-    stands between the products, so (theta^T phi) g^T is computed as theta^T (phi g^T): the same numbers without the
-    map of all pairs of positions.
+    n is the number of locations of phi(T). theta, phi and g are 1x1, C -> C/2; phi and g are followed by 2x2
+    max-pooling. W is 1x1, C/2 -> C. IN is per image and channel, without affine parameters. BN starts at zero, so that
+    L starts at weight * (1 - mean Pearson correlation of the channels).
 
-    Deviations: a side of one position is not pooled, since pooling would leave nothing of it.
+    The weight is that of the official configurations. The paper leaves the 1/2 out and quotes half of it.
+
+    Without a softmax, (theta^T phi) g^T is theta^T (phi g^T). It is computed so, without a matrix of all pairs of
+    locations.
+
+    Deviations: a side of one location is not pooled, since pooling would leave nothing of it.
+
+    Code:
+        - Y, S', L: CanKD.terms
+        - IN: _instance_norm
+
+    Example:
+        >>> student, teacher = torch.randn(2, 16, 8, 8, requires_grad=True), torch.randn(2, 32, 8, 8)
+        >>> terms = CanKD(16, 32)(student, teacher)
+        >>> sorted(terms)
+        ['feature']
 
     Args:
         student_channels: C_s; where it is not C_t, a 1x1 convolution f aligns the student.
         teacher_channels: C_t, at least 2.
         weight: Factor of the loss.
-        subsample: Max-pool what the teacher contributes, a quarter of the work.
+        subsample: Max-pool phi(T) and g(T), which leaves a quarter of the work.
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {

@@ -25,7 +25,7 @@ PREDICTORS = {CLASSES: "cls_logits", BOXES: "bbox_reg"}
 
 
 def align_scale(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
-    """Give each of the student's channels the teacher's mean and standard deviation over the batch and positions.
+    """Give each of the student's channels the teacher's mean and standard deviation over the batch and locations.
 
     Args:
         student: (N, C, H, W).
@@ -39,7 +39,7 @@ def align_scale(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
     return (student - mean_s) / (std_s + eps) * std_t + mean_t
 
 
-def imitation_loss(logits: Tensor, teacher: Tensor) -> Tensor:
+def classification_distance(logits: Tensor, teacher: Tensor) -> Tensor:
     """Binary cross entropy between two tensors of logits times the distance of their sigmoids, element by element."""
     target = teacher.sigmoid()
     return (logits.sigmoid() - target).abs() * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
@@ -54,28 +54,45 @@ def iou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
 
 
 class CrossKD(HeadLoss):
-    """Imitation of the teacher's predictions by the student's head features sent through the teacher's frozen head.
+    """The student's head features, sent through the rest of the teacher's frozen head, predict what the teacher does.
 
     Paper: Wang et al., CrossKD: Cross-Head Knowledge Distillation for Object Detection, CVPR 2024.
+    https://arxiv.org/abs/2306.11369
+    Official code: https://github.com/jbwang1997/CrossKD
 
-    In the classification and in the box branch, at each pyramid level, x is what the student's convolution `layer`
-    (counted from 1) puts out before its activation. Standardized to the teacher's mean and standard deviation at the
-    same place, per channel over the batch and positions, and activated, it runs through the teacher's later layers:
+    In both branches, classification and boxes, and at each pyramid level, x is the output of the student's convolution
+    `layer` (counted from 1) before its activation. x gets the teacher's mean and standard deviation of the same
+    layer, per channel over the batch and the locations. Activated, it runs through the teacher's later layers:
 
         classification  sum_{rows,classes} w BCE(s, sigmoid(t)) |sigmoid(s) - sigmoid(t)| / positives
         boxes           sum_rows w max_class sigmoid(t) D(box_s, box_t) / positives
 
-    s, box_s: logits and decoded boxes of these reused predictions; t, box_t: the teacher's own; a row is an anchor; w
-    is 0 for anchors that the detector's assignment ignores, 1 otherwise; positives are the anchors that stand for an
-    object, at least 1; D is 1 - GIoU (RetinaNet) or -log IoU (FCOS). The gradient flows through the teacher's frozen
-    layers, never into them, to the student's backbone and first `layer` convolutions of each branch. Nothing is
-    learned. The presets are the published settings; defaults are those of RetinaNet.
+    s and box_s are logits and decoded boxes of these reused predictions, t and box_t the teacher's own. A row is an
+    anchor. w is 0 for anchors that the detector's assignment ignores, 1 otherwise. positives are the anchors that stand
+    for an object, at least 1. D is 1 - GIoU (RetinaNet) or -log IoU (FCOS).
 
-    Deviations: the official code is under a non-commercial license; this follows the paper, for torchvision's
-    RetinaNet and FCOS, whose anchors and assignments differ in detail from those of the published runs and whose heads
-    have no scale per level. Anchors and assignments are the teacher's. The paper's IoU loss of FCOS is taken to be the
-    original FCOS's, with the logarithm. Positives are counted over the batch of one process. A single position in a
-    batch of one has no unbiased deviation and takes 0 for it.
+    The gradient flows through the teacher's frozen layers, never into them, to the student's backbone and first `layer`
+    convolutions of each branch. Nothing is learned. The presets are the published settings; defaults are those of
+    RetinaNet.
+
+    Deviations: the official code is under a non-commercial license. This follows the paper, for torchvision's RetinaNet
+    and FCOS. Their anchors and assignments differ in detail from those of the published runs, and their heads have no
+    scale per level. Anchors and assignments are the teacher's. The paper's IoU loss of FCOS is taken to be the original
+    FCOS's, with the logarithm. Positives are counted over the batch of one process. A single location in a batch of one
+    has no unbiased standard deviation and takes 0 for it.
+
+    Code:
+        - x with the teacher's mean and standard deviation: align_scale
+        - BCE(s, sigmoid(t)) |sigmoid(s) - sigmoid(t)|: classification_distance
+        - D = -log IoU (FCOS): iou_loss
+        - D, boxes decoded from the same anchors: _box_distance
+        - w and positives, the detector's own assignment: _assign
+        - classification, boxes: CrossKD.forward
+
+    Example:
+        >>> section = Model(arch="retinanet", backbone="mobilenetv3_small_050", backbone_weights=None)
+        >>> student, teacher = (build(section, "detection", 2, (64, 64)) for _ in range(2))
+        >>> distiller = Distiller(student, teacher, pairs=[None], losses=[CrossKD()])
 
     Args:
         weight: Factor of the whole loss.
@@ -90,6 +107,8 @@ class CrossKD(HeadLoss):
     }
 
     TERMS = ("classification", "boxes")
+
+    REQUIREMENTS = ("RetinaNet or FCOS on both sides",)
 
     def __init__(
         self, *, weight: float = 1.0, classification_weight: float = 1.0, box_weight: float = 1.0, layer: int = 3
@@ -137,7 +156,7 @@ class CrossKD(HeadLoss):
             positives = (assigned >= 0).sum().clamp_min(1)
             certainty = target_logits.sigmoid().amax(dim=2)
             distance = _box_distance(net, codes.flatten(0, 1), target_codes.flatten(0, 1), torch.cat(anchors))
-            classification = imitation_loss(logits, target_logits).sum(dim=2)[counted].sum() / positives
+            classification = classification_distance(logits, target_logits).sum(dim=2)[counted].sum() / positives
             boxes = (certainty.flatten() * distance)[counted.flatten()].sum() / positives
         return {
             "classification": self.weight * self.classification_weight * classification,
@@ -147,7 +166,7 @@ class CrossKD(HeadLoss):
     def _predictions(
         self, net: Any, branch: str, student_taps: Mapping[str, Tensor], teacher_taps: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Reused and own predictions of the teacher's branch, one row per anchor, and its own as maps per level."""
+        """The teacher's branch: reused and own predictions, one row per anchor, and its own per level."""
         name, rest = self._split(net, branch)
         reused, own = [], []
         for level in _levels(net):
@@ -185,7 +204,7 @@ def _assign(net: Any, anchors: Sequence[Tensor], maps: Sequence[Tensor], boxes: 
     # torchvision assigns inside `compute_loss`, which hands the result to its head as the last argument. A stand-in
     # for the detector whose head returns that argument makes it the result.
     detector = SimpleNamespace(**vars(net), head=SimpleNamespace(compute_loss=lambda *arguments: arguments[-1]))
-    per_level = [[x[0, 0].numel() for x in maps]] if isinstance(net, FCOS) else []  # one anchor per position
+    per_level = [[x[0, 0].numel() for x in maps]] if isinstance(net, FCOS) else []  # one anchor per location
     return torch.stack(type(net).compute_loss(detector, [{"boxes": each} for each in boxes], {}, anchors, *per_level))
 
 

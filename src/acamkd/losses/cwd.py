@@ -1,4 +1,4 @@
-"""CWD: each channel as a distribution over positions."""
+"""CWD: each channel as a distribution over locations."""
 
 from __future__ import annotations
 
@@ -27,32 +27,45 @@ def distribution_loss(student: Tensor, teacher: Tensor, temperature: float, dive
 
 
 class CWD(FeatureLoss):
-    """Channel-wise distillation: every channel's softmax over the positions follows the teacher's.
+    """Channel-wise distillation: every channel's softmax over the locations follows the teacher's.
 
     Paper: Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021.
+    https://arxiv.org/abs/2011.13256
+    Official code: https://github.com/irfanICMLL/TorchDistiller
 
     phi(X)_{n,c} = softmax_p(X_{n,c,p} / tau)
     L = weight * tau^2 / (N C) sum_{n,c} KL(phi(T)_{n,c} || phi(S)_{n,c})
 
-    Works on logits before upsampling as well as on features.
+    It works on logits before upsampling as well as on features.
 
-    Defaults: weight 5 and temperature 1, the authors' setting for detectors (RetinaNet; the outputs of the pyramid's
-    convolutions). Presets: `segmentation_logits` is the authors' segmentation code, `segmentation_features` what the
-    paper is quoted with (no released setting confirms its 50), `mmrazor_segmentation` and `mmrazor_detection` are
+    Defaults: weight 5 and temperature 1, the authors' setting for RetinaNet, on the outputs of the pyramid's
+    convolutions. The preset `segmentation_logits` is the authors' segmentation code. `segmentation_features` is what
+    the paper is quoted with; no released setting confirms its 50. `mmrazor_segmentation` and `mmrazor_detection` are
     MMRazor's configurations.
 
     Deviations: the authors' detection code leaves out the teacher's entropy, a constant without gradient, so that its
     value lies above this one. It divides by the student's channels before the projection, this by the teacher's. Their
-    segmentation code projects features with a convolution, batch norm and ReLU; here as everywhere with a 1x1
-    convolution where the channels differ.
+    segmentation code projects features with a convolution, batch norm and ReLU. Here a 1x1 convolution does, as
+    everywhere, where the channels differ.
+
+    Code:
+        - tau^2 KL(softmax(T / tau) || softmax(S / tau)): distribution_loss
+        - phi over locations or over channels: CWD._rows
+        - L: CWD.terms
+
+    Example:
+        >>> student, teacher = torch.randn(2, 16, 8, 8, requires_grad=True), torch.randn(2, 32, 8, 8)
+        >>> terms = CWD(16, 32, **CWD.PRESETS["segmentation_logits"])(student, teacher)
+        >>> sorted(terms)
+        ['channel']
 
     Args:
         student_channels: C_s.
         teacher_channels: C_t.
         weight: Factor of the loss, alpha in the paper.
-        temperature: tau; larger values compare more of the map than its peaks.
-        normalization: "channel", a softmax over the positions of each channel (the method), or "spatial", a softmax
-            over the channels of each position (the pixel-wise competing method), divided by N H W.
+        temperature: tau; larger values compare more of the feature map than its peaks.
+        normalization: "channel", a softmax over the locations of each channel (the method). Or "spatial", a softmax
+            over the channels of each location, divided by N H W (the pixel-wise competing method).
         divergence: "kl" or "mse", the squared difference of the distributions, summed where KL sums.
     """
 

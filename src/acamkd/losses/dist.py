@@ -1,4 +1,4 @@
-"""DIST: imitation of the teacher's relations between classes and between pixels."""
+"""DIST: the teacher's relations between classes and between pixels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from acamkd.losses.functional import align_layer, pearson
 class DIST(FeatureLoss):
     """One minus the Pearson correlation of class probabilities, over the classes of a pixel and the pixels of a class.
 
-    Paper: Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022.
+    Paper: Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022. https://arxiv.org/abs/2205.10536
+    Official code: https://github.com/hunto/DIST_KD
 
     P = softmax over classes of logits / temperature, one row per pixel of the batch;
     L = weight * temperature^2 * (beta * (1 - mean_rows r(P_s, P_t)) + gamma * (1 - mean_classes r(P_s, P_t))).
@@ -24,6 +25,16 @@ class DIST(FeatureLoss):
 
     Deviations: none for equal numbers of classes. Other class counts, which the paper has not, are aligned by a 1x1
     convolution. The official option to replace softmax by sigmoid, unused in the segmentation setting, is left out.
+
+    Code:
+        - r: pearson
+        - P, L: DIST.terms
+
+    Example:
+        >>> student, teacher = torch.randn(2, 19, 8, 8, requires_grad=True), torch.randn(2, 19, 8, 8)
+        >>> terms = DIST(19, 19)(student, teacher)
+        >>> sorted(terms)
+        ['inter', 'intra']
 
     Args:
         student_channels: Classes of the student's logits.

@@ -13,7 +13,7 @@ from acamkd.losses.functional import align_layer
 
 
 def attention_maps(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Where and in which channels a map (N, C, H, W) is strong.
+    """Where and in which channels a feature map (N, C, H, W) is strong.
 
     Returns:
         Spatial attention (N, H, W) of sum HW and channel attention (N, C) of sum C, per image.
@@ -26,24 +26,24 @@ def attention_maps(x: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
 
 
 def foreground_mask(boxes: Tensor, input_size: tuple[int, int], size: Sequence[int]) -> Tensor:
-    """One over the area of the smallest box at each position of a map, 0 outside every box.
+    """One over the area of the smallest box at each location of a feature map, 0 outside every box.
 
     Args:
-        boxes: (K, 4), x1 y1 x2 y2 in pixels of the input frame; K may be 0.
-        input_size: (height, width) of that frame.
-        size: (H, W) of the map.
+        boxes: (K, 4), x1 y1 x2 y2 in pixels of the padded input; K may be 0.
+        input_size: (height, width) of the padded input.
+        size: (H, W) of the feature map.
 
     Returns:
         (H, W).
     """
     height, width = size
-    x = boxes[:, 0::2] * width / input_size[1]  # (K, 2), in columns of the map
+    x = boxes[:, 0::2] * width / input_size[1]  # (K, 2), in columns of the feature map
     y = boxes[:, 1::2] * height / input_size[0]
     left, right = x[:, :1].floor(), x[:, 1:].ceil()  # (K, 1)
     top, bottom = y[:, :1].floor(), y[:, 1:].ceil()
     column = torch.arange(width, device=boxes.device)
     row = torch.arange(height, device=boxes.device)
-    # The end belongs to the box, and the area is that of the whole box even where it leaves the map.
+    # The end belongs to the box, and the area is that of the whole box even where it leaves the feature map.
     in_columns = (left <= column) & (column <= right)  # (K, W)
     in_rows = (top <= row) & (row <= bottom)  # (K, H)
     area = (right + 1 - left) * (bottom + 1 - top)  # (K, 1)
@@ -52,7 +52,7 @@ def foreground_mask(boxes: Tensor, input_size: tuple[int, int], size: Sequence[i
 
 
 def background_mask(foreground: Tensor) -> Tensor:
-    """One over the number of positions outside all boxes, there; 0 inside: (N, H, W) -> (N, H, W)."""
+    """One over the number of locations outside all boxes, there; 0 inside: (N, H, W) -> (N, H, W)."""
     outside = (foreground == 0).to(foreground.dtype)
     return outside / outside.sum(dim=(1, 2), keepdim=True).clamp_min(1)
 
@@ -78,7 +78,7 @@ class GlobalContext(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add the transformed context to every position."""
+        """Add the transformed context to every location."""
         weights = self.attention(x).flatten(2).softmax(dim=2)  # (N, 1, HW)
         context = x.flatten(2) @ weights.transpose(1, 2)  # (N, C, 1)
         added: Tensor = self.transform(context.unsqueeze(3))  # (N, C, 1, 1)
@@ -89,16 +89,18 @@ class FGD(FeatureLoss):
     """Focal and global distillation: objects, background, attention and global relations, each with a weight.
 
     Paper: Yang et al., Focal and Global Knowledge Distillation for Detectors, CVPR 2022.
+    https://arxiv.org/abs/2111.11837
+    Official code: https://github.com/yzd-v/FGD
 
     A^S(X) = HW softmax_p(mean_c |X| / tau),  A^C(X) = C softmax_c(mean_p |X| / tau)
     e = (f(S) - T)^2 A^S(T) A^C(T)
-    L_fg  = 1/N sum e M_fg     M_fg: 1 / area of the smallest box that covers the position, 0 outside
-    L_bg  = 1/N sum e M_bg     M_bg: 1 / number of positions outside all boxes, 0 inside
+    L_fg  = 1/N sum e M_fg     M_fg: 1 / area of the smallest box that covers the location, 0 outside
+    L_bg  = 1/N sum e M_bg     M_bg: 1 / number of locations outside all boxes, 0 inside
     L_att = 1/N (sum |A^S(f(S)) - A^S(T)| + sum |A^C(f(S)) - A^C(T)|)
     L_rel = 1/N sum (GC_s(f(S)) - GC_t(T))^2     GC: GlobalContext, one for each network, both learned
     L = weight (foreground L_fg + background L_bg + attention L_att + relation L_rel)
 
-    f is a 1x1 convolution where the channels differ. The terms are sums over channels and positions, hence the small
+    f is a 1x1 convolution where the channels differ. The terms are sums over channels and locations, hence the small
     weights.
 
     Defaults: the published RetinaNet setting, which GFL and SOLO share. Presets carry the weights and temperatures of
@@ -106,10 +108,23 @@ class FGD(FeatureLoss):
     convolutions. The students' necks and heads start from the teacher's (`student.inherit`), except under a cascade.
 
     Deviations, all of them the authors' code's from the paper's text: a box covers its last row and column too, and
-    its area counts them and what lies outside the map; the relation term passes gradient to both context blocks; the
-    default of gamma in their class (0.001) is used by none of their settings. The student's attention is only in
-    L_att. Boxes are scaled from the common input frame; the code scales by each image's size without padding, which
-    stretches the boxes of a padded image into the padding.
+    its area counts them and what lies outside the feature map. The relation term passes gradient to both context
+    blocks. The default of gamma in their class (0.001) is used by none of their settings. The student's attention is
+    only in L_att. Boxes are scaled from the padded input here; the code scales by each image's size without padding,
+    which stretches the boxes of a padded image into the padding.
+
+    Code:
+        - A^S, A^C: attention_maps
+        - M_fg: foreground_mask
+        - M_bg: background_mask
+        - GC: GlobalContext.forward
+        - e, L_fg, L_bg, L_att, L_rel, L: FGD.terms
+
+    Example:
+        >>> context = DistillationContext(input_size=(64, 64), boxes=[torch.tensor([[8.0, 8.0, 40.0, 40.0]])])
+        >>> terms = FGD(16, 32)(torch.randn(1, 16, 8, 8, requires_grad=True), torch.randn(1, 32, 8, 8), context)
+        >>> sorted(terms)
+        ['attention', 'background', 'foreground', 'relation']
 
     Args:
         student_channels: C_s.
@@ -174,9 +189,10 @@ class FGD(FeatureLoss):
             "relation": scale * self.relation * relation,
         }
 
-    def masks_of(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
-        """What the images are drawn from: `foreground` and `background`, (N, 1, H, W) of the teacher's map."""
-        foreground, background = self._box_masks(teacher, context)
+    @torch.no_grad()
+    def masks(self, student: Tensor, teacher: Tensor, context: DistillationContext | None = None) -> dict[str, Tensor]:
+        """M_fg and M_bg as `foreground` and `background`, (N, 1, H_t, W_t); `context` must have the boxes."""
+        foreground, background = self._box_masks(teacher, context or DistillationContext())
         return {"foreground": foreground.unsqueeze(1), "background": background.unsqueeze(1)}
 
     def _box_masks(self, teacher: Tensor, context: DistillationContext) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""FitNet: imitation of the teacher's features by mean squared error."""
+"""FitNet: mean squared error of features."""
 
 from __future__ import annotations
 
@@ -15,18 +15,29 @@ DISTANCES = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 
 
 class FitNet(FeatureLoss):
-    """Mean squared error between the aligned student's map and the teacher's.
+    """Mean squared error between the aligned student's feature map and the teacher's.
 
-    Paper: Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015.
+    Paper: Romero et al., FitNets: Hints for Thin Deep Nets, ICLR 2015. https://arxiv.org/abs/1412.6550
+    Official code: https://github.com/adri-romsor/FitNets
 
     L = weight * mean_{n,c,p} (f(S) - T)^2, f a 1x1 convolution.
 
-    With `distance` l1 or smooth_l1, on the maps of a box head, it is the box imitation that the released configurations
-    of MasKD and FreeKD add to their methods.
+    The released configurations of MasKD and FreeKD add a box term to their methods. It is this loss on the feature maps
+    of a box head, with `distance` l1 or smooth_l1.
 
-    Deviations: the paper trains hints in a stage of their own and regresses with a convolution as large as the map
-    needs; dense-prediction practice (MasKD's and FreeKD's code) adds the hint to the task loss and uses a 1x1
+    Deviations: the paper trains hints in a stage of their own, and its convolution is as large as the feature map
+    needs. Dense-prediction practice (MasKD's and FreeKD's code) adds the hint to the task loss and uses a 1x1
     convolution, which this follows.
+
+    Code:
+        - f: align_layer
+        - L: FitNet.terms
+
+    Example:
+        >>> student, teacher = torch.randn(2, 16, 8, 8, requires_grad=True), torch.randn(2, 32, 8, 8)
+        >>> terms = FitNet(16, 32)(student, teacher)
+        >>> sorted(terms)
+        ['feature']
 
     Args:
         student_channels: C_s.

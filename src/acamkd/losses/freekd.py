@@ -1,4 +1,4 @@
-"""FreeKD: imitation of the teacher's wavelet bands under the masks of frequency tokens."""
+"""FreeKD: wavelet bands are compared under the masks of frequency tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acamkd.losses.base import DistillationContext, FeatureLoss
+from acamkd.losses.base import DistillationContext, FeatureLoss, TokenModule
 from acamkd.losses.functional import align_layer, check_choices, dice_overlap, freeze_tokens
 
 TokenAxis: TypeAlias = Literal["level", "orientation"]
@@ -38,7 +38,7 @@ def haar(x: Tensor, levels: int = LEVELS) -> tuple[Tensor, list[Tensor]]:
 
 
 def inverse_haar(low: Tensor, details: Sequence[Tensor], size: Sequence[int]) -> Tensor:
-    """Undo `haar`: (N, C, h, w) and its details -> (N, C, *size), `size` being that of the original map."""
+    """Undo `haar`: (N, C, h, w) and its details -> (N, C, *size), `size` being that of the original feature map."""
     sizes = [size, *(detail.shape[-2:] for detail in details)]
     for detail, (height, width) in zip(reversed(details), reversed(sizes[:-1]), strict=True):
         blocks = _blocks_to_bands(torch.cat((low.unsqueeze(2), detail), dim=2))
@@ -47,16 +47,16 @@ def inverse_haar(low: Tensor, details: Sequence[Tensor], size: Sequence[int]) ->
 
 
 def _blocks_to_bands(blocks: Tensor) -> Tensor:
-    """One Haar step on blocks of 2 x 2 positions, (N, C, 4, h, w); its matrix is symmetric, hence its own inverse."""
+    """One Haar step on blocks of 2 x 2 locations, (N, C, 4, h, w); its matrix is symmetric, hence its own inverse."""
     matrix = blocks.new_tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 2
     return torch.einsum("ij,ncjhw->ncihw", matrix, blocks)
 
 
-class FrequencyTokens(nn.Module):
+class FrequencyTokens(TokenModule):
     """Tokens (4, T, C) of one feature level: set 0 for the low-pass, three for the bands.
 
     Args:
-        channels: C, channels of the map.
+        channels: C, channels of the feature map.
         num_tokens: T.
         token_axis: See FreeKD.
     """
@@ -80,11 +80,10 @@ class FrequencyTokens(nn.Module):
         """What the tokens are learned from, stage 1 of the paper.
 
         Args:
-            x: The teacher's map, (N, C, H, W).
+            x: The teacher's feature map, (N, C, H, W).
 
         Returns:
-            The map rebuilt from its masked bands, (N, C, H, W), to be put in the place of `x` before the teacher's own
-            loss is computed; and the sum of the masks' Dice overlaps, to be added to that loss.
+            The feature map rebuilt from its masked bands, of the same shape; and the sum of the masks' Dice overlaps.
         """
         low, details = haar(x)
         low_masks = torch.einsum("tc,nchw->nthw", self.tokens[0], low).sigmoid()
@@ -102,6 +101,8 @@ class FreeKD(FeatureLoss):
     """L1 distance of Haar wavelet bands under masks of tokens, which were learned on the teacher, plus an MSE hint.
 
     Paper: Zhang et al., FreeKD: Knowledge Distillation via Semantic Frequency Prompt, CVPR 2024.
+    https://arxiv.org/abs/2311.12079
+    Official code: https://github.com/Gumpest/FreeKD
 
     B_{j,o}(X): the detail bands o = 1..3 at level j = 1..3 of X's Haar transform, level 1 the finest;
     M_{j,t} = sigmoid(<E_{j,t}, sum_o B_{j,o}(T)>);
@@ -113,11 +114,23 @@ class FreeKD(FeatureLoss):
     configuration, RetinaNet with a ResNet-101 teacher, whose numbers are the preset `retinanet`. The weights of the
     other presets stand in configurations whose loss was not released.
 
-    Deviations: none from the official code by default. The paper gives each orientation a token set; the code takes
-    the three levels for the three orientations, so that its sets belong to levels, and the orientations of a level
-    share the masks that the sum of their bands gives. `token_axis: level` is that code; `orientation` is the paper:
+    Deviations: none from the official code by default. The paper gives each orientation a token set. The code takes
+    the three levels for the three orientations, so that its sets belong to levels. The orientations of a level share
+    the masks that the sum of their bands gives. `token_axis: level` is that code. `orientation` is the paper:
     set o masks orientation o at every level, M_{j,o,t} = sigmoid(<E_{o,t}, B_{j,o}(T)>). The released configuration
-    also imitates the box predictions: a loss of its own, see `recipes/combinations/freekd_retinanet.yaml`.
+    also compares the box predictions: a loss of its own, see `recipes/combinations/freekd_retinanet.yaml`.
+
+    Code:
+        - B_{j,o}: haar
+        - M_{j,t}: FrequencyTokens.forward
+        - frequency, L: FreeKD.terms
+        - stage 1, the feature map rebuilt from masked bands, and the Dice overlap: FrequencyTokens.masked
+
+    Example:
+        >>> student, teacher = torch.randn(2, 16, 8, 8, requires_grad=True), torch.randn(2, 32, 8, 8)
+        >>> terms = FreeKD(16, 32, tokens=FrequencyTokens(32, 6, "level").state_dict())(student, teacher)
+        >>> sorted(terms)
+        ['feature', 'frequency']
 
     Args:
         student_channels: C_s.
@@ -175,3 +188,8 @@ class FreeKD(FeatureLoss):
             "frequency": self.weight * self.frequency_weight * frequency,
             "feature": self.weight * self.feature_weight * F.mse_loss(student, teacher),
         }
+
+    @property
+    def tokens(self) -> TokenModule:
+        """The frequency tokens."""
+        return self.token_module

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import get_args, get_type_hints
 
@@ -24,9 +24,9 @@ def check_choices(constructor: Callable[..., None], **given: object) -> None:
 
 
 def resample(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bring a map to another spatial size: (N, C, H, W) -> (N, C, *size).
+    """Bring a feature map to another spatial size: (N, C, H, W) -> (N, C, *size).
 
-    Area averaging where every side shrinks, since bilinear sampling would skip positions; bilinear otherwise.
+    Area averaging where every side shrinks, since bilinear sampling would skip locations; bilinear otherwise.
     """
     height, width = size
     if x.shape[-2:] == (height, width):
@@ -62,9 +62,9 @@ def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def standardize(x: Tensor) -> Tensor:
-    """Zero mean and unit deviation per channel over the whole batch, (N, C, ...) -> (N, C, ...).
+    """Mean 0 and standard deviation 1 per channel over the whole batch, (N, C, ...) -> (N, C, ...).
 
-    The deviation is the unbiased one, 1e-6 is added to it as in the code of PKD's authors.
+    The standard deviation is the unbiased one. 1e-6 is added to it, as in the code of PKD's authors.
 
     Raises:
         ValueError: A channel has a single value.
@@ -73,8 +73,8 @@ def standardize(x: Tensor) -> Tensor:
     values = x.numel() // x.shape[1]
     if values == 1:
         raise ValueError(
-            f"a map of {tuple(x.shape)} has a single value per channel, which has no deviation: take a larger batch or "
-            "larger images, or leave this layer out"
+            f"a feature map of {tuple(x.shape)} has a single value per channel, and so no standard deviation: take a "
+            "larger batch or larger images, or leave this layer out"
         )
     centered = x - x.mean(dim=others, keepdim=True)
     # The norm takes a third of the time of `std`, which computes the mean again.
@@ -89,40 +89,6 @@ def distribution_error(student: Tensor, teacher: Tensor, temperature: float, dim
     return temperature**2 * divergence
 
 
-def imitation_errors(
-    student: Tensor, teacher: Tensor, kinds: Collection[str], form: str = "squared", temperature: float = 1.0
-) -> dict[str, Tensor]:
-    """How far the student is from the teacher in every channel (`channel`) and at every position (`spatial`).
-
-    `squared`: mean squared difference. `standardized`: likewise, of maps whose channels have mean 0 and deviation 1
-    over the batch, as PKD compares. `softmax`, for logits: tau^2 times the KL divergence of each channel's distribution
-    over the positions, as CWD compares, and of each position's distribution over the channels. `correlation`, for
-    logits, as DIST compares: tau^2 times one minus Pearson's correlation of the channels' probabilities (the softmax of
-    each position), over the positions of a channel and over the channels of a position.
-
-    Args:
-        student: (N, C, H, W).
-        teacher: (N, C, H, W).
-        kinds: Which of `channel` and `spatial`.
-        form: `squared`, `standardized`, `softmax` or `correlation`.
-        temperature: tau.
-
-    Returns:
-        `channel`, (N, C), and `spatial`, (N, HW), as far as asked for.
-    """
-    reduced = {kind: {"channel": 2, "spatial": 1}[kind] for kind in kinds}
-    student, teacher = student.flatten(2), teacher.flatten(2)  # (N, C, HW)
-    if form == "softmax":
-        return {kind: distribution_error(student, teacher, temperature, dim) for kind, dim in reduced.items()}
-    if form == "correlation":
-        student, teacher = ((x / temperature).softmax(dim=1) for x in (student, teacher))
-        return {kind: temperature**2 * (1 - pearson(student, teacher, dim)) for kind, dim in reduced.items()}
-    if form == "standardized":
-        student, teacher = standardize(student), standardize(teacher)
-    squared = (student - teacher).square()
-    return {kind: squared.mean(dim) for kind, dim in reduced.items()}
-
-
 def pearson(x: Tensor, y: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
     """Pearson correlation of two tensors of one shape along `dim`, which is reduced; 0 where one is constant."""
     x, y = x - x.mean(dim, keepdim=True), y - y.mean(dim, keepdim=True)
@@ -133,11 +99,11 @@ def pearson(x: Tensor, y: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
 def masked_error(error: Tensor, mask: Tensor) -> Tensor:
     """Errors under masks, sum_k M_k^2 e_k / sum_k M_k.
 
-    With e the squared difference averaged over positions this is sum_{k,p} (M_k d_{k,p})^2 / (HW sum_k M_k), and
-    likewise for positions: no (N, M, C, H, W) tensor exists.
+    With e the squared difference averaged over locations this is sum_{k,p} (M_k d_{k,p})^2 / (HW sum_k M_k), and
+    likewise for locations: no (N, M, C, H, W) tensor exists.
 
     Args:
-        error: e, (N, K), of K channels or positions.
+        error: e, (N, K), of K channels or locations.
         mask: (N, M, K), non-negative.
 
     Returns:
@@ -153,7 +119,7 @@ def dice_overlap(masks: Tensor, form: str = "pairwise") -> Tensor:
     `literal` (ACAM-KD as typeset): sum_{i != j} <M_i, M_j> / sum_i |M_i|^2, in [0, M - 1].
 
     Args:
-        masks: (N, M, K), non-negative, K positions or channels.
+        masks: (N, M, K), non-negative, K locations or channels.
         form: `pairwise` or `literal`.
     """
     count = masks.shape[1]

@@ -1,4 +1,4 @@
-"""MasKD: masks of learned receptive tokens weigh the imitation of the teacher's features."""
+"""MasKD: masks of learned receptive tokens weigh the distance of the features."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from acamkd.losses.base import DistillationContext, FeatureLoss
+from acamkd.losses.base import DistillationContext, FeatureLoss, TokenModule
 from acamkd.losses.functional import align_layer, dice_overlap, freeze_tokens, masked_error
 
 
-class TokenMasks(nn.Module):
-    """Receptive tokens of one level, and what they say of a map: M_t(p) = sigmoid(<E_t, X_p>), pi = softmax(head(X)).
+class TokenMasks(TokenModule):
+    """Receptive tokens of one level: masks M_t(p) = sigmoid(<E_t, X_p>) and weights pi = softmax(head(X)).
 
     Args:
-        channels: C, channels of the map.
+        channels: C, channels of the feature map.
         num_tokens: T.
         weighted: Have a head that weighs the masks of each image; without it they count alike.
     """
@@ -35,7 +35,7 @@ class TokenMasks(nn.Module):
             )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Masks (N, T, H, W) of a map (N, C, H, W), and their weights (N, T), which sum to 1, or None."""
+        """Masks (N, T, H, W) of a feature map (N, C, H, W), and their weights (N, T), which sum to 1, or None."""
         masks = torch.einsum("tc,nchw->nthw", self.tokens, x).sigmoid()
         return masks, None if self.weighting is None else self.weighting(x)
 
@@ -43,11 +43,11 @@ class TokenMasks(nn.Module):
         """What the tokens are learned from, stage 1 of the paper.
 
         Args:
-            x: The teacher's map, (N, C, H, W).
+            x: The teacher's feature map, (N, C, H, W).
 
         Returns:
-            sum_t pi_t M_t X, (N, C, H, W), with pi_t = 1 where the masks are unweighted, to be put in the place of
-            `x` before the teacher's own loss is computed; and the Dice overlap of the masks, to be added to that loss.
+            sum_t pi_t M_t X, (N, C, H, W), with pi_t = 1 where the masks are unweighted; and the Dice overlap of the
+            masks.
         """
         masks, weights = self(x)
         weighted = masks if weights is None else weights[:, :, None, None] * masks
@@ -57,9 +57,10 @@ class TokenMasks(nn.Module):
 class MasKD(FeatureLoss):
     """Mean squared error under the masks of receptive tokens, which were learned on the teacher beforehand.
 
-    Paper: Huang et al., Masked Distillation with Receptive Tokens, ICLR 2023.
+    Paper: Huang et al., Masked Distillation with Receptive Tokens, ICLR 2023. https://arxiv.org/abs/2205.14589
+    Official code: https://github.com/hunto/MasKD
 
-    M_t(p) = sigmoid(<E_t, T_p>), tokens E (T x C), T the teacher's map;
+    M_t(p) = sigmoid(<E_t, T_p>), tokens E (T x C), T the teacher's feature map;
     D_t = sum_{c,p} (M_t(p) (f(S) - T)_{c,p})^2 / (C sum_p M_t(p)), the mask squared above and not below;
     L = weight * mean_n sum_t pi_t(T) D_t with weighted masks (detection), weight * mean_{n,t} D_t otherwise.
     From step `custom_mask_after` on, M := M(T) M(f(S)), both of the same tokens, without gradient through M(f(S)).
@@ -69,11 +70,24 @@ class MasKD(FeatureLoss):
     presets are those of the released configurations; their steps count batches of 16 images. There RetinaNet's neck
     and head start from the teacher's (`student.inherit`).
 
-    Deviations: the official segmentation code adds 1e-5 to each denominator and halves the loss; here the denominator
+    Deviations: the official segmentation code adds 1e-5 to each denominator and halves the loss. Here the denominator
     is clamped instead, and the half is in the preset's weight. Its auxiliary head takes 0.4 of that weight. The
-    released detection configurations also imitate the box predictions (all but FCOS): a loss of its own, see
+    released detection configurations (all but FCOS) also compare the box predictions: a loss of its own, see
     `recipes/combinations/maskd_retinanet.yaml`. They freeze the tokens by a zero learning rate, which gives the same
     numbers.
+
+    Code:
+        - M_t(p) = sigmoid(<E_t, X_p>), pi_t: TokenMasks.forward
+        - D_t: masked_error
+        - L, M := M(T) M(f(S)): MasKD.terms
+        - stage 1, sum_t pi_t M_t X: TokenMasks.masked
+        - stage 1, Dice overlap: dice_overlap
+
+    Example:
+        >>> student, teacher = torch.randn(2, 16, 8, 8, requires_grad=True), torch.randn(2, 32, 8, 8)
+        >>> terms = MasKD(16, 32, tokens=TokenMasks(32, 6, weighted=True).state_dict())(student, teacher)
+        >>> sorted(terms)
+        ['masked']
 
     Args:
         student_channels: C_s.
@@ -129,7 +143,12 @@ class MasKD(FeatureLoss):
         mean = error.mean() if weights is None else (weights * error).sum(dim=1).mean()
         return {"masked": self.weight * mean}
 
+    @property
+    def tokens(self) -> TokenModule:
+        """The receptive tokens."""
+        return self.token_module
+
     @torch.no_grad()
-    def masks_of(self, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    def masks(self, student: Tensor, teacher: Tensor, context: DistillationContext | None = None) -> dict[str, Tensor]:
         """The teacher's masks, `spatial` (N, T, H, W), which the student's multiply from `custom_mask_after` on."""
         return {"spatial": self.token_module(teacher)[0]}

@@ -1,4 +1,4 @@
-"""MGD: the teacher's whole map generated from a randomly masked student's map."""
+"""MGD: the teacher's whole feature map generated from a randomly masked student's."""
 
 from __future__ import annotations
 
@@ -14,30 +14,41 @@ from acamkd.losses.functional import align_layer, check_choices
 
 
 class MGD(FeatureLoss):
-    """Masked generative distillation: a small generator restores the teacher's map from part of the student's.
+    """Masked generative distillation: a small generator restores the teacher's feature map from part of the student's.
 
-    Paper: Yang et al., Masked Generative Distillation, ECCV 2022.
+    Paper: Yang et al., Masked Generative Distillation, ECCV 2022. https://arxiv.org/abs/2205.01529
+    Official code: https://github.com/yzd-v/MGD
 
     L = weight / N sum_{n,c,p} (G(M f(S)) - T)^2
 
-    M is 0 at a random share `mask_ratio` of the positions of each image and 1 elsewhere, G = 3x3 convolution, ReLU,
-    3x3 convolution, f a 1x1 convolution where the channels differ. The target is the whole teacher's map, not only
-    the masked positions. The mask comes from torch's global generator of the map's device.
+    M is 0 at a random share `mask_ratio` of the locations of each image and 1 elsewhere. G is a 3x3 convolution, ReLU
+    and another 3x3 convolution, f a 1x1 convolution where the channels differ. The target is the teacher's whole
+    feature map, not only the masked locations. M comes from torch's global generator of the feature map's device.
 
-    Defaults: the published setting of one-stage detectors (RetinaNet, RepPoints); presets carry those of two-stage
+    Defaults: the published setting of one-stage detectors (RetinaNet, RepPoints). Presets carry those of two-stage
     detectors and of segmentation. The published segmentation runs compare the encoders' last stage and add CWD on the
     logits (temperature 4, weight 3): `recipes/combinations/mgd_segmentation.yaml`. The one-stage detectors' necks and
     heads start from the teacher's (`student.inherit`).
 
-    Deviations: kept positions are not scaled up, as in the authors' code. Their classification code draws its channel
+    Deviations: kept locations are not scaled up, as in the authors' code. Their classification code draws its channel
     mask as rand < mask_ratio, their other code as rand > 1 - mask_ratio: the same law, and here always the latter.
+
+    Code:
+        - M: MGD.random_mask
+        - L: MGD.terms
+
+    Example:
+        >>> student, teacher = torch.randn(2, 16, 8, 8, requires_grad=True), torch.randn(2, 32, 8, 8)
+        >>> terms = MGD(16, 32, **MGD.PRESETS["two_stage"])(student, teacher)
+        >>> sorted(terms)
+        ['generation']
 
     Args:
         student_channels: C_s.
         teacher_channels: C_t.
         weight: Factor of the loss, alpha in the paper; small, because the squares are summed and not averaged.
-        mask_ratio: Share of masked positions, lambda in the paper.
-        mask_on: "spatial", one mask of positions for all channels of an image, or "channel", whole channels, as the
+        mask_ratio: Share of masked locations, lambda in the paper.
+        mask_on: "spatial", one mask of locations for all channels of an image, or "channel", whole channels, as the
             authors do for classification.
     """
 
@@ -76,7 +87,7 @@ class MGD(FeatureLoss):
         return {"generation": self.weight * loss}
 
     def random_mask(self, x: Tensor) -> Tensor:
-        """Draw what is kept (True) of a map (N, C, H, W): (N, 1, H, W), or (N, C, 1, 1) for channels."""
+        """Draw what is kept (True) of a feature map (N, C, H, W): (N, 1, H, W), or (N, C, 1, 1) for channels."""
         count, channels, height, width = x.shape
         shape = (count, 1, height, width) if self.mask_on == "spatial" else (count, channels, 1, 1)
         return torch.rand(shape, device=x.device) <= 1 - self.mask_ratio

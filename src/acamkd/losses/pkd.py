@@ -1,4 +1,4 @@
-"""PKD: imitation of the teacher's map up to a scale and an offset per channel."""
+"""PKD: the teacher's feature map up to a scale and an offset per channel."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ class PKD(FeatureLoss):
     """Pearson correlation distillation: each channel of the student correlates with the teacher's.
 
     Paper: Cao et al., PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient,
-    NeurIPS 2022.
+    NeurIPS 2022. https://arxiv.org/abs/2207.02039
+    Official code: https://github.com/open-mmlab/mmrazor
 
-    z(X) = (X - mean X) / (std X + 1e-6), per channel over the images and positions of the batch together
+    z(X) = (X - mean X) / (std X + 1e-6), per channel over the images and locations of the batch together
     L = weight * 1/2 mean_{n,c,p} (z(S) - z(T))^2 = weight * (1 - mean_c r_c) (n - 1) / n,  n = N H W values
 
     r_c is the correlation of channel c, so that the scale and the offset of the teacher's channels do not matter.
@@ -26,10 +27,20 @@ class PKD(FeatureLoss):
     Defaults: weight 10, as published for RetinaNet (teachers RetinaNet and FCOS) and RepPoints. Faster R-CNN, and
     RetinaNet with a Mask R-CNN as teacher, have 6. The published settings distill the first four levels of the pyramid.
 
-    Deviations: the statistics are those of the batch on one device, so that the value depends on its size; a batch of
-    one 1x1 map has no deviation, an error. The authors need equal channels; where they differ, the student is
-    projected by a 1x1 convolution here. A student's map that is larger than the teacher's is averaged over areas, where
-    their code samples it bilinearly.
+    Deviations: mean and standard deviation are those of the batch on one device, so that the value depends on its size.
+    A batch of one 1x1 feature map has no standard deviation, an error. The authors need equal channels; where they
+    differ, the student is projected by a 1x1 convolution here. A student's feature map that is larger than the
+    teacher's is averaged over areas, where their code samples it bilinearly.
+
+    Code:
+        - z: standardize
+        - L: PKD.terms
+
+    Example:
+        >>> student, teacher = torch.randn(2, 16, 8, 8, requires_grad=True), torch.randn(2, 32, 8, 8)
+        >>> terms = PKD(16, 32)(student, teacher)
+        >>> sorted(terms)
+        ['correlation']
 
     Args:
         student_channels: C_s.

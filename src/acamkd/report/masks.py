@@ -37,7 +37,7 @@ def judge(layer: str, kind: str, epochs: Sequence[int], figures: npt.NDArray[Any
         since = f"since epoch {epochs[sound[-1] + 1]}" if sound else "from the start"
         return Verdict(layer, kind, True, f"collapsed {since}: {reasons[-1]}")
     mean, spread, overlap = figures[-1]
-    words = f"alive: mean {mean:.2f}, varying by {spread:.3f}, diversity {1 - overlap:.2f}"
+    words = f"active: mean {mean:.2f}, varying by {spread:.3f}, diversity {1 - overlap:.2f}"
     bad = [str(epoch) for epoch, why in zip(epochs, reasons, strict=True) if why]
     return Verdict(layer, kind, False, words + (f"; had collapsed at epoch {', '.join(bad)}" if bad else ""))
 
@@ -47,7 +47,7 @@ class MaskReplay:
     """A run's replay.npz.
 
     Attributes:
-        data: For the page's script: epochs, and per layer and method the maps and masks, base64 of uint8.
+        data: For the page's script: epochs, and per layer and method the feature maps and masks, base64 of uint8.
         images: Indices of the images in the validation set.
         verdicts: On every learned mask.
         charts: Mean, variation and diversity over the epochs.
@@ -77,7 +77,7 @@ def load_replay(file: Path) -> MaskReplay:
             level["maps"][what] = packed
             continue
         level["masks"][what] = packed
-        if what in LEARNED and math.prod(array.shape[3:]) > 1:  # a single position cannot vary
+        if what in LEARNED and math.prod(array.shape[3:]) > 1:  # a single location cannot vary
             figures = arrays[f"{name}/figures"]
             verdicts.append(judge(layer, what, epochs, figures))
             packed["collapsed"] = [bool(collapse(mean, spread)) for mean, spread, _ in figures.tolist()]

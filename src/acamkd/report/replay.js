@@ -3,7 +3,7 @@
 (() => {
   const data = JSON.parse(document.getElementById("replay").textContent);
   const byId = (name) => document.getElementById(name);
-  const state = { moment: data.epochs.length - 1, image: 0, level: 0, mask: 0, unit: 1 };
+  const state = { snapshot: data.epochs.length - 1, image: 0, level: 0, mask: 0, unit: 1 };
   const STOPS = [[0, 0, 4], [81, 18, 124], [183, 55, 121], [252, 137, 97], [252, 253, 191]];
   const PALETTE = Array.from({ length: 256 }, (_, value) => {
     const place = value / 255 * (STOPS.length - 1), low = Math.min(Math.floor(place), STOPS.length - 2);
@@ -21,7 +21,7 @@
   }
 
   const frame = (packed) => {
-    const start = (state.moment * packed.shape[0] + state.image) * packed.size;
+    const start = (state.snapshot * packed.shape[0] + state.image) * packed.size;
     return packed.values.subarray(start, start + packed.size);
   };
   const unitOf = (packed, unit) => {
@@ -48,21 +48,21 @@
   const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 
   function show() {
-    const level = data.levels[state.level], image = data.images[state.image], epoch = data.epochs[state.moment];
+    const level = data.levels[state.level], shown = data.images[state.image], epoch = data.epochs[state.snapshot];
     const when = epoch === 0 ? "start" : `epoch ${epoch}`;
-    byId("epoch").value = state.moment;
+    byId("epoch").value = state.snapshot;
     byId("epoch").setAttribute("aria-valuetext", when);
     byId("when").textContent = when;
     for (const who of ["student", "teacher"]) {
       const map = level.maps[who], [, , rows, columns] = map.shape, canvas = byId(`${who}-map`);
       paint(canvas, frame(map), rows, columns, 0, 255);
-      canvas.setAttribute("aria-label", `Activation map of the ${who}, ${level.layer}, ${image.name}, ${when}`);
+      canvas.setAttribute("aria-label", `Activation map of the ${who}, ${level.layer}, ${shown.name}, ${when}`);
     }
     for (const over of document.querySelectorAll(".over")) {
-      over.style.aspectRatio = `${image.width} / ${image.height}`;
+      over.style.aspectRatio = `${shown.width} / ${shown.height}`;
       const image = over.querySelector("img");
-      image.src = image.source;
-      image.alt = image.name;
+      image.src = shown.source;
+      image.alt = shown.name;
     }
     const name = level.spatial[state.mask], masks = level.masks[name];
     byId("mask-view").hidden = byId("unit-view").hidden = !masks;
@@ -71,7 +71,7 @@
       const what = state.unit ? `mask ${state.unit}` : "mean of the masks";
       paint(byId("mask"), chosen, rows, columns, low, high);
       byId("mask").setAttribute("aria-label",
-        `${name}, ${what}, ${level.layer}, over ${image.name}, ${when}: mean ${percent(mean(chosen))}`);
+        `${name}, ${what}, ${level.layer}, over ${shown.name}, ${when}: mean ${percent(mean(chosen))}`);
       byId("mask-title").textContent = `${name} ${what}, ${level.layer}`;
       byId("low").textContent = percent(low);
       byId("high").textContent = percent(high);
@@ -99,8 +99,8 @@
       byId("channel").setAttribute("aria-label", `Channel masks of ${level.layer}, ${rows} masks by ${columns} channels, ${when}`);
     }
     const figures = Object.entries(level.masks).filter(([, packed]) => packed.figures).map(([kind, packed]) => {
-      const [average, variation, overlap] = packed.figures[state.moment], line = document.createElement("span");
-      const fallen = packed.collapsed[state.moment];
+      const [average, variation, overlap] = packed.figures[state.snapshot], line = document.createElement("span");
+      const fallen = packed.collapsed[state.snapshot];
       line.className = fallen ? "bad" : "";
       line.textContent = `${kind}: mean ${average.toFixed(2)}, variation ${variation.toFixed(3)}, ` +
         `diversity ${(1 - overlap).toFixed(2)}${fallen ? " (collapsed)" : ""}. `;
@@ -136,7 +136,7 @@
     if (wanted.has("unit")) state.unit = Number(wanted.get("unit")) || 0;
     if (wanted.has("epoch")) {
       const before = data.epochs.filter((epoch) => epoch <= Number(wanted.get("epoch"))).length;
-      state.moment = Math.max(0, before - 1);
+      state.snapshot = Math.max(0, before - 1);
     }
     const masks = data.levels[state.level].masks[data.levels[state.level].spatial[state.mask]];
     state.unit = masks ? Math.min(masks.shape[1], Math.max(0, state.unit)) : 0;
@@ -144,10 +144,10 @@
     changeLevel();
   }
 
-  byId("thumbs").replaceChildren(...data.images.map((image, place) => {
+  byId("thumbs").replaceChildren(...data.images.map((shown, place) => {
     const button = document.createElement("button"), image = document.createElement("img");
-    image.src = image.source;
-    image.alt = `show ${image.name}`;
+    image.src = shown.source;
+    image.alt = `show ${shown.name}`;
     button.append(image);
     button.addEventListener("click", () => { state.image = place; show(); });
     return button;
@@ -163,19 +163,19 @@
   });
   byId("stretch").addEventListener("change", show);
   byId("epoch").max = data.epochs.length - 1;
-  byId("epoch").addEventListener("input", (event) => { state.moment = Number(event.target.value); show(); });
+  byId("epoch").addEventListener("input", (event) => { state.snapshot = Number(event.target.value); show(); });
   let playing = 0;
   byId("play").addEventListener("click", () => {
     const stop = () => { playing = clearInterval(playing) || 0; byId("play").textContent = "▶"; byId("play").setAttribute("aria-label", "play"); };
     if (playing) return stop();
-    if (state.moment === data.epochs.length - 1) state.moment = 0;
+    if (state.snapshot === data.epochs.length - 1) state.snapshot = 0;
     show();
     byId("play").textContent = "❚❚";
     byId("play").setAttribute("aria-label", "pause");
     playing = setInterval(() => {
-      state.moment += 1;
+      state.snapshot += 1;
       show();
-      if (state.moment === data.epochs.length - 1) stop();
+      if (state.snapshot === data.epochs.length - 1) stop();
     }, 450);
   });
   addEventListener("hashchange", follow);

@@ -20,8 +20,8 @@ from acamkd import cli, config
 from acamkd.distillation.methods import options
 from acamkd.errors import AcamkdError
 from acamkd.jobs.compare import compare
-from acamkd.jobs.compare.compare import run_cell, run_cells, tabulate
-from acamkd.jobs.compare.trials import Cell, plan
+from acamkd.jobs.compare.compare import run_trial, run_trials, tabulate
+from acamkd.jobs.compare.trials import Trial, plan
 from acamkd.jobs.setup import Batches
 from tiny_recipes import fake, write_recipe
 
@@ -34,17 +34,17 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_recipe(tmp_path, "segmentation", compare={"methods": METHODS})
 
 
-def names(cells: list[Cell]) -> list[str]:
-    return [cell.name for cell in cells]
+def names(trials: list[Trial]) -> list[str]:
+    return [trial.name for trial in trials]
 
 
 def test_a_plan_goes_seed_by_seed_with_the_student_alone(recipe: Path, tmp_path: Path) -> None:
-    cells = plan(config.load(recipe), ["acam", "cwd", "acam", "longer"], 2, tmp_path)
-    assert names(cells) == [
+    trials = plan(config.load(recipe), ["acam", "cwd", "acam", "longer"], 2, tmp_path)
+    assert names(trials) == [
         "none-seed0", "acam-seed0", "cwd-seed0", "longer-seed0",
         "none-seed1", "acam-seed1", "cwd-seed1", "longer-seed1",
     ]  # fmt: skip
-    none, acam, cwd, longer = (cell.recipe for cell in cells[:4])
+    none, acam, cwd, longer = (trial.recipe for trial in trials[:4])
     assert none.losses == ()
     assert acam.losses[0].options == {"num_masks": 2}
     assert (cwd.losses[0].name, cwd.losses[0].options, cwd.losses[0].pairs) == ("cwd", {}, ("segmentation_head.0",))
@@ -56,7 +56,7 @@ def test_a_plan_goes_seed_by_seed_with_the_student_alone(recipe: Path, tmp_path:
         plan(config.load(recipe, ["compare.methods={x: {train.epoch: 3}}"]), ["x"], 1, tmp_path)
 
 
-def test_a_cell_knows_what_its_outcome_depends_on(recipe: Path, tmp_path: Path) -> None:
+def test_a_trial_knows_what_its_outcome_depends_on(recipe: Path, tmp_path: Path) -> None:
     def key(*overrides: str) -> str:
         return plan(config.load(recipe, overrides), ["acam"], 1, tmp_path)[1].key
 
@@ -76,21 +76,21 @@ def test_a_cell_knows_what_its_outcome_depends_on(recipe: Path, tmp_path: Path) 
 def test_tuning_comes_first_and_decides(recipe: Path, tmp_path: Path) -> None:
     tuned = config.load(recipe, ["compare.tune={option: weight, values: [0.5, 2], seeds: 2}"])
     results = tmp_path / "results"
-    cells = plan(tuned, ["acam"], 1, results)
-    assert names(cells) == [
+    trials = plan(tuned, ["acam"], 1, results)
+    assert names(trials) == [
         "acam-0.5-seed1000", "acam-0.5-seed1001", "acam-2-seed1000", "acam-2-seed1001", "none-seed0", "acam-seed0",
     ]  # fmt: skip
     with pytest.raises(AcamkdError, match=r"acam-seed0 needs the tuning .* missing: acam-0\.5-seed1000, acam-0"):
-        run_cell(cells, 5, results)
-    for cell, score in zip(cells[:4], (40.0, 44.0, 41.0, 44.0), strict=True):
-        fake(cell, results, score)
+        run_trial(trials, 5, results)
+    for trial, score in zip(trials[:4], (40.0, 44.0, 41.0, 44.0), strict=True):
+        fake(trial, results, score)
     final = plan(tuned, ["acam"], 1, results)[5]
     assert (final.setting, final.recipe.losses[0].options["weight"]) == (2.0, 2.0)
-    assert cells[2].recipe.losses[0].options["weight"] == 2.0
+    assert trials[2].recipe.losses[0].options["weight"] == 2.0
 
 
 def test_whole_numbers_tune_options_of_both_kinds(recipe: Path, tmp_path: Path) -> None:
-    def tuned(option: str) -> Cell:
+    def tuned(option: str) -> Trial:
         loaded = config.load(recipe, [f"compare.tune={{option: {option}, values: [3, 6]}}"])
         return plan(loaded, ["acam"], 1, tmp_path)[0]
 
@@ -107,13 +107,13 @@ def test_the_tables_tell_what_the_tuning_found(recipe: Path, tmp_path: Path) -> 
     tuned = config.load(recipe, ["compare.tune={option: weight, values: [0.5, 2, 8], seeds: 2}"])
     results = tmp_path / "results"
     scores = {"acam-0.5": 43.0, "acam-2": 41.5, "cwd-0.5": 40.0, "cwd-2": 41.25}
-    for cell in plan(tuned, ["acam", "cwd"], 1, results):
-        name = cell.name.rpartition("-")[0]
-        if cell.tuning and name in scores:
-            fake(cell, results, scores[name] + cell.seed - 1000)
-    for cell in plan(tuned, ["acam", "cwd"], 1, results):
-        if not cell.tuning:
-            fake(cell, results, 40.0, setting=None)  # as if it had been run before the tuning
+    for trial in plan(tuned, ["acam", "cwd"], 1, results):
+        name = trial.name.rpartition("-")[0]
+        if trial.tuning and name in scores:
+            fake(trial, results, scores[name] + trial.seed - 1000)
+    for trial in plan(tuned, ["acam", "cwd"], 1, results):
+        if not trial.tuning:
+            fake(trial, results, 40.0, setting=None)  # as if it had been run before the tuning
     tabulate(tuned, ["acam", "cwd"], 1, results)
     text = (results / "comparison.md").read_text()
     assert "mIoU by `weight`; seeds, which the table above does not use: 1000, 1001." in text
@@ -141,37 +141,37 @@ def test_a_methods_name_is_one_that_files_can_have(recipe: Path, name: str) -> N
         config.load(recipe, [f"compare.methods={json.dumps({name: {}})}"])
 
 
-def test_a_stopped_cell_whose_images_have_moved_begins_anew(
+def test_a_stopped_trial_whose_images_have_moved_begins_anew(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     results = tmp_path / "results"
-    cell, moved = (
+    trial, moved = (
         plan(config.load(recipe, ["train.epochs=2", *more]), ["acam"], 1, results)[1]
         for more in ((), (f"data.root={tmp_path / 'moved'}",))
     )
     with monkeypatch.context() as patched:
         tiny.interrupt_at(patched, epoch=1, batch=0)
         with pytest.raises(KeyboardInterrupt):
-            cell.run(results)
-    shutil.move(cell.recipe.data.root, tmp_path / "moved")
-    assert moved.key == cell.key
+            trial.run(results)
+    shutil.move(trial.recipe.data.root, tmp_path / "moved")
+    assert moved.key == trial.key
     moved.run(results)
     assert "acam-seed0: its images, teacher or device have moved since it stopped: it begins anew" in caplog.messages
     assert len(json.loads((results / "acam-seed0.json").read_text())["history"]) == 2
 
 
-def test_a_cell_without_a_score_fails_and_can_be_run_again(recipe: Path, tmp_path: Path) -> None:
+def test_a_trial_without_a_score_fails_and_can_be_run_again(recipe: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
-    cell = plan(config.load(recipe), ["acam"], 1, results)[0]
-    masks = {file: file.read_bytes() for file in (cell.recipe.data.root / "masks/val").iterdir()}
+    trial = plan(config.load(recipe), ["acam"], 1, results)[0]
+    masks = {file: file.read_bytes() for file in (trial.recipe.data.root / "masks/val").iterdir()}
     for file in masks:
         Image.fromarray(np.full_like(np.array(Image.open(file)), 255)).save(file)
     with pytest.raises(AcamkdError, match=r"none-seed0: mIoU has no basis, .* check data\.val and data\.ignore_index"):
-        cell.run(results)
-    assert cell.read(results) is None
+        trial.run(results)
+    assert trial.read(results) is None
     for file, content in masks.items():
         file.write_bytes(content)
-    cell.run(results)
+    trial.run(results)
     assert json.loads((results / "none-seed0.json").read_text())["history"][-1] > 0
 
 
@@ -190,10 +190,10 @@ def test_a_comparison_that_is_terminated_ends_its_cells(recipe: Path, tmp_path: 
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    cells = plan(config.load(recipe), ["acam"], 1, tmp_path)
+    trials = plan(config.load(recipe), ["acam"], 1, tmp_path)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
-        run_cells(cells, [0, 1], tmp_path / "results", command, end=None, jobs=1)
+        run_trials(trials, [0, 1], tmp_path / "results", command, end=None, jobs=1)
     assert ended.value.code == 143
     assert started == [0]  # whose process has ended too, as leaving the pool waits for it
     assert signal.getsignal(signal.SIGTERM) == before
@@ -203,12 +203,13 @@ def test_a_class_may_be_called_like_a_mask(recipe: Path, tmp_path: Path) -> None
     names = ["with_mask", "without_mask", "c", "d", "e", "f"]
     results = tmp_path / "results"
     loaded = config.load(recipe, [f"data.classes={json.dumps(names)}"])
-    cells = plan(loaded, ["acam"], 1, results)
+    trials = plan(loaded, ["acam"], 1, results)
     for number in range(2):
-        run_cell(cells, number, results)
+        run_trial(trials, number, results)
     content = json.loads((results / "acam-seed0.json").read_text())
     assert {f"IoU/{name}" for name in names} <= set(content["final"])
     assert all(name.startswith("segmentation_head.0/acam/") for name in content["masks"])
+    assert len(content["masks"]) == 6  # of the only kind in use
     tabulate(loaded, ["acam"], 1, results)
     assert "| IoU/with_mask |" in (results / "comparison.md").read_text()
 
@@ -226,49 +227,49 @@ def test_a_comparison_of_several_devices_does_not_train_its_teacher(
     monkeypatch.setattr("acamkd.jobs.train.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     loaded = config.load(recipe, ["teacher.weights=null", *(f"train.{name}={value}" for name, value in train.items())])
     with pytest.raises(AcamkdError if refused else KeyboardInterrupt) as caught:
-        compare.compare(loaded, ["acam"], 1, tmp_path / "results", lambda number: [])
+        compare.compare(loaded, ["acam"], seeds=1, results=tmp_path / "results")
     assert refused == ("with several devices a comparison cannot train it" in str(caught.value))
 
 
-def test_a_cell_is_one_small_file_and_is_not_run_again(
+def test_a_trial_is_one_small_file_and_is_not_run_again(
     recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger="acamkd")
     results = tmp_path / "results"
-    cells = plan(config.load(recipe), ["acam"], 1, results)
-    run_cell(cells, 1, results)
+    trials = plan(config.load(recipe), ["acam"], 1, results)
+    run_trial(trials, 1, results)
     file = results / "acam-seed0.json"
     content = json.loads(file.read_text())
     assert file.stat().st_size < 10_000
-    assert (content["seed"], content["recipe"], len(content["history"])) == (0, cells[1].key, 1)
+    assert (content["seed"], content["recipe"], len(content["history"])) == (0, trials[1].key, 1)
     assert content["final"]["mIoU"] == content["history"][-1]
     assert content["losses"][0]["num_masks"] == 2
     assert any(name.endswith("spatial_mask_std") for name in content["masks"])
     assert len(content["teacher"]["sha256"]) == 64
     assert content["wall_time"] > 0
-    folder = tmp_path / f"runs/recipe/compare/acam-seed0-{cells[1].key}"
+    folder = tmp_path / f"runs/recipe/compare/acam-seed0-{trials[1].key}"
     assert (folder / "student.safetensors").is_file()
     assert not (folder / "last.ckpt").exists()
 
     before = file.stat().st_mtime_ns
-    run_cell(cells, 1, results)
+    run_trial(trials, 1, results)
     assert file.stat().st_mtime_ns == before
     assert "acam-seed0 is there already" in caplog.messages
     assert plan(config.load(recipe, ["train.epochs=2"]), ["acam"], 1, results)[1].read(results) is None  # stale
-    with pytest.raises(AcamkdError, match="there is no cell 2: the plan has 2, counted from 0"):
-        run_cell(cells, 2, results)
+    with pytest.raises(AcamkdError, match="there is no trial 2: the plan has 2, counted from 0"):
+        run_trial(trials, 2, results)
 
 
-def test_a_cell_that_is_run_anew_measures_its_weight_anew(recipe: Path, tmp_path: Path) -> None:
+def test_a_trial_that_is_run_anew_measures_its_weight_anew(recipe: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
-    cell = plan(config.load(recipe, ["losses.0.weight=auto"]), ["fitnet"], 1, results)[1]
-    file, kept = results / "fitnet-seed0.json", tmp_path / f"runs/recipe/compare/fitnet-seed0-{cell.key}/recipe.yaml"
-    cell.run(results)
+    trial = plan(config.load(recipe, ["losses.0.weight=auto"]), ["fitnet"], 1, results)[1]
+    file, kept = results / "fitnet-seed0.json", tmp_path / f"runs/recipe/compare/fitnet-seed0-{trial.key}/recipe.yaml"
+    trial.run(results)
     weight = json.loads(file.read_text())["losses"][0]["weight"]
     text = kept.read_text()
     assert f"weight: {weight}\n" in text
     kept.write_text(text.replace(f"weight: {weight}\n", "weight: 123.0\n"))  # as of another teacher
-    cell.run(results)
+    trial.run(results)
     assert json.loads(file.read_text())["losses"][0]["weight"] == weight
 
 
@@ -287,10 +288,10 @@ def test_none_and_its_competing_method_start_from_the_same_student(
 ) -> None:
     raw = config.load(recipe, ["losses.0.weight=1e-12", "compare.methods.idle={}", f"student.inherit={inherit}"])
     results = tmp_path / "results"
-    cells = plan(raw, ["idle"], 1, results)
+    trials = plan(raw, ["idle"], 1, results)
     for number in range(2):
-        run_cell(cells, number, results)
-    none, idle = (cell.read(results) for cell in cells)
+        run_trial(trials, number, results)
+    none, idle = (trial.read(results) for trial in trials)
     assert none is not None
     assert idle is not None
     assert none["final"] == idle["final"]
@@ -303,12 +304,12 @@ def test_the_command_runs_what_is_missing_each_in_its_own_process(
 ) -> None:
     results = tmp_path / "results"
     loaded = config.load(recipe)
-    cells = plan(loaded, ["acam", "fitnet"], 3, results)
+    trials = plan(loaded, ["acam", "fitnet"], 3, results)
     batches = Batches(loaded)
     batches.check()
-    for cell in cells[1:]:
-        score = 40.0 + cell.seed if cell.method == "none" else 42.0 + 1.2 * cell.seed
-        fake(cell, results, score, data=batches.fingerprint)
+    for trial in trials[1:]:
+        score = 40.0 + trial.seed if trial.method == "none" else 42.0 + 1.2 * trial.seed
+        fake(trial, results, score, data=batches.fingerprint)
 
     def run(*words: str) -> str:
         monkeypatch.setattr(sys, "argv", ["acamkd", "compare", str(recipe), "--results", str(results), *words])
@@ -325,17 +326,67 @@ def test_the_command_runs_what_is_missing_each_in_its_own_process(
     done = run(*common)  # none-seed0
     assert "none-seed0 begins" in done
     assert "none-seed0: mIoU" in done
-    assert json.loads((results / "none-seed0.json").read_text())["recipe"] == cells[0].key
+    assert json.loads((results / "none-seed0.json").read_text())["recipe"] == trials[0].key
     assert {path.name for path in results.glob("comparison.*")} == {
-        "comparison.html", "comparison.md", "comparison.json", "comparison.png",
+        "comparison.html", "comparison.md", "comparison.json", "comparison.png", "comparison.yaml",
     }  # fmt: skip
     rows = json.loads((results / "comparison.json").read_text())["rows"]
     assert {row["method"]: row["n"] for row in rows} == {"none": 3, "acam": 3, "fitnet": 3}
 
 
+def test_python_compares_without_a_callback(recipe: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    overrides = [f"data.classes={json.dumps(['a', 'b, or c', 'd', 'e', 'f', 'g'])}", "train.optimizer.lr=1e-3"]
+    found = compare.compare(recipe, ["acam"], seeds=1, results=results, overrides=overrides)
+    assert (found.folder, found.metric, [row.n for row in found.rows]) == (results, "mIoU", [1, 1])
+    assert {row.method for row in found.rows} == {"none", "acam"}
+    first = config.load(recipe, overrides)
+    assert config.load(results / "comparison.yaml") == first
+    trial = plan(first, ["acam"], 1, results)[1]
+    content = trial.read(results)
+    assert content is not None
+    assert "IoU/b, or c" in content["final"]
+    again = compare.compare(first, ["acam"], seeds=1, results=results)  # nothing is left to do
+    assert again == found
+    assert recipe.read_text() != (results / "comparison.yaml").read_text()
+    with pytest.raises(AcamkdError, match=r"has no compare\.methods: name what to compare"):
+        compare.compare(recipe, overrides=["compare={}"])
+    with pytest.raises(AcamkdError, match=r"there is no method 'akam'"):
+        compare.compare(recipe, ["akam"], results=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_flags_name_a_trial_and_write_the_table(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "results"
+    for trial in plan(config.load(recipe), ["acam"], 1, results):
+        fake(trial, results, 40.0)
+
+    def run(*words: str) -> str:
+        common = ["--results", str(results), "--methods", "acam", "--seeds", "1"]
+        monkeypatch.setattr(sys, "argv", ["acamkd", "compare", str(recipe), *common, *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, error = capsys.readouterr()
+        assert end.value.code == 0, error
+        return out + error
+
+    assert "acam-seed0 is there already" in run("--trial", "1")
+    assert "none-seed0 is there already" in run("--cell", "0")  # as it was called
+    assert not (results / "trials.csv").exists()
+    assert "trials.csv: the finished trials" in run("--tables", "--csv")
+    for file in results.glob("*-seed0.json"):
+        file.unlink()
+    before = (results / "comparison.md").read_text()
+    assert "0.0 hours to do" in run("--plan")
+    run("--tables")
+    assert (results / "comparison.md").read_text() == before
+
+
 def test_tables_do_not_wait_for_torch(recipe: Path, tmp_path: Path) -> None:
-    for cell in plan(config.load(recipe), ["acam"], 3, tmp_path):
-        fake(cell, tmp_path, 40.0 + cell.seed)
+    for trial in plan(config.load(recipe), ["acam"], 3, tmp_path):
+        fake(trial, tmp_path, 40.0 + trial.seed)
     words = ["compare", str(recipe), "--methods", "acam", "--seeds", "3", "--tables", "--results", str(tmp_path)]
     script = f"""
 import sys
@@ -351,53 +402,63 @@ finally:
     assert (tmp_path / "comparison.html").is_file()
 
 
-def test_a_failed_cell_is_said_and_the_others_go_on(recipe: Path, tmp_path: Path) -> None:
+def failing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Every trial's process says `no memory` and ends."""
+    python = folder / "python"
+    python.write_text("#!/bin/sh\necho no memory\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+
+
+def test_a_failed_trial_is_said_and_the_others_go_on(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = tmp_path / "results"
     loaded = config.load(recipe)
-    cells = plan(loaded, ["acam"], 2, results)
-    for cell in cells[:3]:
-        fake(cell, results, 40.0)
-    with pytest.raises(AcamkdError, match=r"1 cells failed; what they said: .*acam-seed1\.txt"):
-        compare.compare(
-            loaded, ["acam"], 2, results, lambda number: [sys.executable, "-c", "print('no memory'); exit(3)"]
-        )
+    trials = plan(loaded, ["acam"], 2, results)
+    for trial in trials[:3]:
+        fake(trial, results, 40.0)
+    failing(monkeypatch, tmp_path)
+    with pytest.raises(AcamkdError, match=r"1 trials failed; what they said: .*acam-seed1\.txt"):
+        compare.compare(loaded, ["acam"], seeds=2, results=results)
     assert (results / "logs/acam-seed1.txt").read_text() == "no memory\n"
     assert (results / "comparison.md").is_file()
 
 
-def test_where_all_cells_fail_that_is_what_is_said(recipe: Path, tmp_path: Path) -> None:
-    with pytest.raises(AcamkdError, match=r"2 cells failed; what they said: .*none-seed0\.txt, .*acam-seed0\.txt"):
-        compare.compare(
-            config.load(recipe), ["acam"], 1, tmp_path / "results", lambda number: [sys.executable, "-c", "exit(3)"]
-        )
+def test_where_all_trials_fail_that_is_what_is_said(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, tmp_path)
+    with pytest.raises(AcamkdError, match=r"2 trials failed; what they said: .*none-seed0\.txt, .*acam-seed0\.txt"):
+        compare.compare(recipe, ["acam"], seeds=1, results=tmp_path / "results")
 
 
-def test_cells_of_other_images_or_teachers_are_refused(recipe: Path, tmp_path: Path) -> None:
+def test_trials_of_other_images_or_teachers_are_refused(recipe: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
     loaded = config.load(recipe)
-    with pytest.raises(AcamkdError, match="holds no cell of this comparison yet"):
+    with pytest.raises(AcamkdError, match="holds no trial of this comparison yet"):
         tabulate(loaded, ["acam"], 3, results)
-    cells = plan(loaded, ["acam"], 3, results)
-    for cell in cells:
-        fake(cell, results, 40.0)
+    trials = plan(loaded, ["acam"], 3, results)
+    for trial in trials:
+        fake(trial, results, 40.0)
     tabulate(loaded, ["acam"], 3, results)
-    fake(cells[3], results, 40.0, teacher={"sha256": "d" * 64, "mIoU": 51.0})
+    fake(trials[3], results, 40.0, teacher={"sha256": "d" * 64, "mIoU": 51.0})
     with pytest.raises(AcamkdError, match="do not share their teacher: remove acam-seed1"):
         tabulate(loaded, ["acam"], 3, results)
-    fake(cells[2], results, 40.0, inherited="d" * 64)
-    fake(cells[3], results, 40.0)
+    fake(trials[2], results, 40.0, inherited="d" * 64)
+    fake(trials[3], results, 40.0)
     with pytest.raises(AcamkdError, match="do not share their teacher: remove none-seed1"):
         tabulate(loaded, ["acam"], 3, results)
-    fake(cells[2], results, 40.0)
-    for cell in cells:
-        fake(cell, results, 40.0, processes=4 if cell is cells[3] else 1)
+    fake(trials[2], results, 40.0)
+    for trial in trials:
+        fake(trial, results, 40.0, processes=4 if trial is trials[3] else 1)
     with pytest.raises(AcamkdError, match="do not share their number of processes: remove acam-seed1"):
         tabulate(loaded, ["acam"], 3, results)
-    for cell in cells:
-        unlabeled = {} if cell.method == "none" else {"unlabelled": "c"}
-        fake(cell, results, 40.0, data={"train": "a", "val": "b"} | unlabeled)
+    for trial in trials:
+        unlabeled = {} if trial.method == "none" else {"unlabelled": "c"}
+        fake(trial, results, 40.0, data={"train": "a", "val": "b"} | unlabeled)
     tabulate(loaded, ["acam"], 3, results)
-    fake(cells[4], results, 40.0, data={"train": "x", "val": "b"})
+    fake(trials[4], results, 40.0, data={"train": "x", "val": "b"})
     with pytest.raises(AcamkdError, match="do not share their train images: remove none-seed2"):
         tabulate(loaded, ["acam"], 3, results)
 
@@ -411,18 +472,14 @@ def test_a_bad_time_is_refused(
     assert "--time sixh: write a number and h, m or s, such as 6h" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_method_whose_tuning_failed_is_not_run(recipe: Path, tmp_path: Path) -> None:
-    results, begun = tmp_path / "results", []
+def test_a_method_whose_tuning_failed_is_not_run(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = tmp_path / "results"
     loaded = config.override(config.load(recipe), [
         "compare.tune={values: [0.5, 1]}", "compare.methods.acam={losses.0.weight: auto}",
     ])  # fmt: skip
     fake(plan(loaded, ["acam"], 2, results)[0], results, 40.0)
-    cells = plan(loaded, ["acam"], 2, results)
-
-    def command(number: int) -> list[str]:
-        begun.append(cells[number].name)
-        return [sys.executable, "-c", "exit(3)"]
-
-    with pytest.raises(AcamkdError, match="3 cells failed"):
-        compare.compare(loaded, ["acam"], 2, results, command)
-    assert begun == ["acam-1-seed1000", "none-seed0", "none-seed1"]
+    failing(monkeypatch, tmp_path)
+    with pytest.raises(AcamkdError, match="3 trials failed"):
+        compare.compare(loaded, ["acam"], seeds=2, results=results)
+    begun = {file.stem for file in (results / "logs").iterdir()}
+    assert begun == {"acam-1-seed1000", "none-seed0", "none-seed1"}

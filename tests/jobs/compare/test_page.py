@@ -21,12 +21,12 @@ SCORES = {"none": (40.0, 41.0, 42.0), "cwd": (42.0, 43.2, 44.1), "acam": (39.0, 
 def page(tmp_path: Path) -> Path:
     """Of three methods with three seeds; ACAM's spatial masks have collapsed in two of them."""
     recipe, results = config.load(write_recipe(tmp_path, "segmentation")), tmp_path / "results"
-    for cell in plan(recipe, list(SCORES), 3, results):
-        score = SCORES[cell.method][cell.seed]
-        means = {"head/acam/spatial_mask": [0.5, 0.02 if cell.seed else 0.4], "head/acam/spatial_mask_std": [0.2, 0.1]}
+    for trial in plan(recipe, list(SCORES), 3, results):
+        score = SCORES[trial.method][trial.seed]
+        means = {"head/acam/spatial_mask": [0.5, 0.02 if trial.seed else 0.4], "head/acam/spatial_mask_std": [0.2, 0.1]}
         fake(
-            cell, results, score, history=[score / 2, score], final={"mIoU": score, "IoU/disc": score + 20},
-            masks=means if cell.method == "acam" else {},
+            trial, results, score, history=[score / 2, score], final={"mIoU": score, "IoU/disc": score + 20},
+            masks=means if trial.method == "acam" else {},
         )  # fmt: skip
     tabulate(recipe, list(SCORES), 3, results)
     return results / "comparison.html"
@@ -59,8 +59,8 @@ def test_a_browser_opens_it_and_fetches_nothing(page: Path, browser: Browser) ->
 
 def test_a_teacher_of_other_classes_has_no_score(tmp_path: Path) -> None:
     recipe, results = config.load(write_recipe(tmp_path, "segmentation")), tmp_path / "results"
-    for cell in plan(recipe, ["none", "acam"], 2, results):
-        fake(cell, results, 40.0, teacher=None if cell.method == "none" else {"sha256": "d" * 64, "mIoU": None})
+    for trial in plan(recipe, ["none", "acam"], 2, results):
+        fake(trial, results, 40.0, teacher=None if trial.method == "none" else {"sha256": "d" * 64, "mIoU": None})
     tabulate(recipe, ["none", "acam"], 2, results)
     assert "Teacher dddddddddddd: -." in (results / "comparison.md").read_text()
     page = (results / "comparison.html").read_text(encoding="utf-8")
@@ -72,8 +72,8 @@ def test_masks_that_are_ones_by_design_have_not_collapsed(source: str, tmp_path:
     overrides = ["losses.0.name=acam", f"losses.0.mask_source={source}"]
     recipe, results = config.load(write_recipe(tmp_path, "segmentation"), overrides), tmp_path / "results"
     masks = {"head/acam/spatial_mask": [1.0], "head/acam/spatial_mask_std": [0.0]}
-    for cell in plan(recipe, ["acam"], 1, results):
-        fake(cell, results, 40.0, masks=masks if cell.method == "acam" else {})
+    for trial in plan(recipe, ["acam"], 1, results):
+        fake(trial, results, 40.0, masks=masks if trial.method == "acam" else {})
     tabulate(recipe, ["acam"], 1, results)
     page = (results / "comparison.html").read_text(encoding="utf-8")
     assert ("Masks have collapsed" in page) == (source == "cooperative")
@@ -82,8 +82,8 @@ def test_masks_that_are_ones_by_design_have_not_collapsed(source: str, tmp_path:
 def test_masks_of_a_loss_that_stopped_are_judged_by_their_last_epoch(tmp_path: Path) -> None:
     recipe, results = config.load(write_recipe(tmp_path, "segmentation")), tmp_path / "results"
     masks = {"head/acam/spatial_mask": [0.5, 0.05, None], "head/acam/spatial_mask_std": [0.2, 0.1, None]}
-    for cell in plan(recipe, ["acam"], 1, results):
-        fake(cell, results, 40.0, history=[40.0] * 3, masks=masks if cell.method == "acam" else {})
+    for trial in plan(recipe, ["acam"], 1, results):
+        fake(trial, results, 40.0, history=[40.0] * 3, masks=masks if trial.method == "acam" else {})
     tabulate(recipe, ["acam"], 1, results)
     page = (results / "comparison.html").read_text(encoding="utf-8")
     assert "collapsed" in page
@@ -95,13 +95,13 @@ def test_masks_of_a_loss_that_stopped_are_judged_by_their_last_epoch(tmp_path: P
 def test_a_page_of_what_is_there(methods: list[str], tmp_path: Path) -> None:
     recipe = config.load(write_recipe(tmp_path, "segmentation"))
     results = tmp_path / "results"
-    cells: list[dict[str, Any]] = []
-    for cell in plan(recipe, ["acam"], 1, results):
-        fake(cell, results, 40.0)
-        found = cell.read(results)
+    trials: list[dict[str, Any]] = []
+    for trial in plan(recipe, ["acam"], 1, results):
+        fake(trial, results, 40.0)
+        found = trial.read(results)
         assert found is not None
-        cells += [found] if cell.method in methods else []
-    write_page(tmp_path / "page.html", recipe, summarize(cells), cells)
+        trials += [found] if trial.method in methods else []
+    write_page(tmp_path / "page.html", recipe, summarize(trials), trials)
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert ("too few seeds" in text) == (len(methods) == 2)
     assert ("Against the baseline" in text) == (len(methods) == 2)

@@ -11,7 +11,7 @@ from acamkd.jobs.compare.statistics import Row, holm, paired, summarize
 from acamkd.jobs.compare.tables import markdown
 
 
-def cell(method: str, seed: int, score: float, losses: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
+def trial(method: str, seed: int, score: float, losses: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
     return {
         "method": method, "seed": seed, "setting": None, "history": [1.0, score], "metric": "mIoU",
         "losses": [{"name": name} for name in losses], "wall_time": 60.0 + seed, "masks": {},
@@ -22,12 +22,12 @@ def cell(method: str, seed: int, score: float, losses: tuple[str, ...] = (), **m
 
 
 def table(scores: Mapping[str, list[float]], losses: Mapping[str, tuple[str, ...]]) -> dict[str, Row]:
-    cells = [
-        cell(method, seed, score, losses.get(method, (method,) if method != "none" else ()))
+    trials = [
+        trial(method, seed, score, losses.get(method, (method,) if method != "none" else ()))
         for method, values in scores.items()
         for seed, score in enumerate(values)
     ]
-    return {row.method: row for row in summarize(cells)}
+    return {row.method: row for row in summarize(trials)}
 
 
 def test_a_paired_difference_uses_the_seeds_that_both_have() -> None:
@@ -117,17 +117,17 @@ def test_a_competing_method_of_a_single_seed_is_the_best_only_where_all_are() ->
 
 
 def test_methods_without_a_common_seed_are_not_compared() -> None:
-    cells = [cell("none", 0, 1.0), cell("cwd", 1, 4.0), cell("pkd", 0, 2.0)]
-    rows = {row.method: row for row in summarize(cells)}
+    trials = [trial("none", 0, 1.0), trial("cwd", 1, 4.0), trial("pkd", 0, 2.0)]
+    rows = {row.method: row for row in summarize(trials)}
     assert (rows["cwd"].gain, rows["cwd"].over_best_other, rows["cwd"].verdict) == (None, None, None)
     assert rows["pkd"].over_best_other is None
-    assert "nan" not in markdown(summarize(cells), cells)
+    assert "nan" not in markdown(summarize(trials), trials)
 
 
 def test_the_page_shows_what_was_measured() -> None:
-    cells = [cell("none", seed, 40.0 + seed) for seed in range(3)]
-    cells += [cell("cwd", seed, 42.0 + seed * 1.5, ("cwd",), setting=0.5) for seed in range(3)]
-    page = markdown(summarize(cells), cells)
+    trials = [trial("none", seed, 40.0 + seed) for seed in range(3)]
+    trials += [trial("cwd", seed, 42.0 + seed * 1.5, ("cwd",), setting=0.5) for seed in range(3)]
+    page = markdown(summarize(trials), trials)
     assert "Teacher abababababab: 50.00." in page
     assert "| `cwd` | 0.5 | 3 | 43.50 ± 1.50 | +2.50 [" in page
     assert "| `none` | - | 3 | 41.00 ± 1.00 | - | - | - | - | 1.0 |" in page
@@ -135,13 +135,13 @@ def test_the_page_shows_what_was_measured() -> None:
 
 
 def test_the_page_shows_how_masks_moved() -> None:
-    course = {"0/acam/spatial_mask": [0.5, 0.4, 0.3], "1/acam/spatial_mask": [0.5, 0.2, 0.1]}
+    curve = {"0/acam/spatial_mask": [0.5, 0.4, 0.3], "1/acam/spatial_mask": [0.5, 0.2, 0.1]}
     dead = {"0/acam/spatial_mask_std": [0.1, None, 0.0]}
-    cells = [cell("none", 0, 40.0), cell("acam", 0, 42.0, ("acam",), masks=course | dead)]
-    cells.append(cell("acam", 1, 42.0, ("acam",), masks={name: [0.5, 0.3, 0.2] for name in course}))
-    cells.append(cell("acam-b", 1, 41.0, ("acam",), masks={"0/acam/spatial_mask_weight_std": [0.1, 0.2, 0.3]}))
-    page = markdown(summarize(cells), cells)
-    assert "| method | masks | mean | std | weight std |" in page  # of what no cell has there is no column
+    trials = [trial("none", 0, 40.0), trial("acam", 0, 42.0, ("acam",), masks=curve | dead)]
+    trials.append(trial("acam", 1, 42.0, ("acam",), masks={name: [0.5, 0.3, 0.2] for name in curve}))
+    trials.append(trial("acam-b", 1, 41.0, ("acam",), masks={"0/acam/spatial_mask_weight_std": [0.1, 0.2, 0.3]}))
+    page = markdown(summarize(trials), trials)
+    assert "| method | masks | mean | std | weight std |" in page  # of what no trial has there is no column
     assert "| `acam` | spatial | 0.5, 0.3, 0.2 | 0.1, nan, 0 | - |" in page
     assert "| `acam-b` | spatial | - | - | 0.1, 0.2, 0.3 |" in page
-    assert "## Masks" not in markdown(summarize(cells[:1]), cells[:1])
+    assert "## Masks" not in markdown(summarize(trials[:1]), trials[:1])

@@ -33,7 +33,7 @@ from acamkd.models.segmentation import Segmenter
 from tiny_recipes import write_recipe
 
 TASKS = ("detection", "segmentation")
-GUIDE = Path(__file__).parents[3] / "docs/export.md"
+GUIDE = Path(__file__).parents[3] / "docs/guides/export.md"
 FILES = ["README.md", "onnx_model.py", "student.onnx", "student.safetensors"]
 
 
@@ -143,10 +143,9 @@ def _tensors(found: Any) -> list[Tensor]:
     return list(found[0].values()) if isinstance(found, list) else [found]
 
 
-def test_an_export_shows_its_card_in_a_notebook(exported: Export) -> None:
-    shown = exported._repr_markdown_()
-    assert shown.lstrip().startswith("# ")
-    assert "library_name" not in shown
+def test_an_export_shows_its_table_in_a_notebook(exported: Export) -> None:
+    shown = tiny.in_notebook(exported)["text/html"]
+    assert "onnxruntime" in shown
     assert f"{exported.measured[-1].scores[exported.metric]:.2f}" in shown
 
 
@@ -155,12 +154,12 @@ def test_the_guides_code_runs(
     run: Run, exported: Export, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    by_onnxruntime, by_acamkd = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    _, by_onnxruntime, by_acamkd = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     shutil.copytree(exported.folder, tmp_path, dirs_exist_ok=True)
     shutil.copy(image, tmp_path / "image.jpg")
     shutil.copy(run.folder.parent / "recipe.yaml", tmp_path / "street.yaml")
     monkeypatch.chdir(tmp_path)
-    exec(by_onnxruntime.replace("from onnx_model", "from acamkd.onnx_model"), {})
+    exec(by_onnxruntime.replace("from onnx_model", "from acamkd.jobs.export.onnx_model"), {})
     assert "'background': " in capsys.readouterr().out
     exec(by_acamkd, {})
     assert capsys.readouterr().out.startswith("runs/street/distilled: mIoU student ")
@@ -280,7 +279,7 @@ def test_an_export_goes_to_the_hub(exported: Export, monkeypatch: pytest.MonkeyP
 
 
 def test_a_run_and_its_export_predict_alike(run: Run, exported: Export, image: Path, tmp_path: Path) -> None:
-    ours = predict(run.folder, image.parent, out=tmp_path / "run", score=0.0)
+    ours = predict(run.folder, image.parent, out=tmp_path / "run", score=0.0).folder
     # onnxruntime alone: torch is not importable there.
     script = (
         "import sys; sys.modules['torch'] = None; from pathlib import Path; from acamkd.predict import predict; "
@@ -304,20 +303,20 @@ def test_a_run_and_its_export_predict_alike(run: Run, exported: Export, image: P
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
     assert {box["category_name"] for box in by_run} <= set(run.recipe.data.classes or ())
     assert set(by_run[0]) == {"file_name", "category_id", "category_name", "bbox", "score"}
-    strict = predict(run.folder, image, out=tmp_path / "strict", score=1.0)
+    strict = predict(run.folder, image, out=tmp_path / "strict", score=1.0).folder
     assert json.loads((strict / "predictions.json").read_text()) == []
 
 
 def test_a_run_prints_itself(run: Run) -> None:
-    text, table = repr(run), run._repr_html_()
+    text, table = repr(run), tiny.in_notebook(run)["text/plain"]
     name = run.metrics["metric"]
     assert re.fullmatch(
         rf".*run: {name} student [\d.]+, teacher [\d.]+, best epoch 1, [\d,]+ parameters, 0:00:\d+", text
     )
-    assert f"<td>student</td><td>{run.metrics['student'][name]:.2f}</td>" in table
+    assert re.search(rf"│ student +│ {run.metrics['student'][name]:.2f} ", table)
     assert open_run(run.folder).metrics == run.metrics
     unfinished = Run(run.folder / "none", run.recipe, "student")
-    assert repr(unfinished) == f"{run.folder / 'none'}: student of recipe, not ended" == unfinished._repr_html_()
+    assert repr(unfinished) == f"{run.folder / 'none'}: student of recipe, not ended" == str(unfinished)
 
 
 class OwnSegmenter(Segmenter):

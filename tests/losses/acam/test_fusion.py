@@ -1,75 +1,155 @@
-"""Attention in blocks, by itself: against a dense softmax map, and on a device without numbers."""
+"""STCA-FF against the paper's reference and, with windows, against a loop over them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from math import log
+from typing import Any
+
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
-from acamkd.losses.acam import fusion as attention
-from acamkd.losses.acam.fusion import Condensed, cross_attention, heavy_hitters
+from acamkd.losses.acam import reference
+from acamkd.losses.acam import sparse_attention as attention
+from acamkd.losses.acam.fusion import STCAFF, layer_norm
+from acamkd.losses.acam.sparse_attention import window_side
+from tiny_maps import gradients_of, joint, maps
 
-
-def test_a_key_that_counts_three_times_is_three_keys() -> None:
-    query, key, value = (torch.randn(2, 4, size, dtype=torch.float64) for size in (9, 5, 5))
-    repeats = torch.tensor([1, 3, 1, 2, 1])
-    counts = repeats.double().expand(2, -1)
-    read, received = cross_attention(query, key, value, counts)
-    dense = cross_attention(query, key.repeat_interleave(repeats, 2), value.repeat_interleave(repeats, 2))
-    torch.testing.assert_close(read, dense[0], rtol=1e-12, atol=1e-12)
-    owner = torch.arange(5).repeat_interleave(repeats)
-    summed = torch.zeros_like(received).index_add_(1, owner, dense[1])
-    torch.testing.assert_close(received, summed, rtol=1e-12, atol=1e-12)
+SHAPES = [(1, 3, 5, 7), (3, 6, 5, 3), (3, 1, 4, 3), (2, 2, 1, 5)]
+"""(N, C, H, W)."""
 
 
-def test_a_key_that_counts_zero_times_is_none() -> None:
-    query, key, value = (torch.randn(2, 4, size, dtype=torch.float64) for size in (9, 5, 5))
-    query, key = query + 100, key - 100  # all logits far below that of a key of zeros, as an empty window's is
-    key[0, :, 2] = 0
-    for tensor in (query, key, value):
-        tensor.requires_grad_()
-    counts = torch.tensor([[1.0, 1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
-    read, received = cross_attention(query, key, value, counts)
-    kept = [0, 1, 3, 4]
-    without = cross_attention(query[:1], key[:1, :, kept], value[:1, :, kept])
-    torch.testing.assert_close((read[:1], received[:1, kept]), without, rtol=1e-12, atol=1e-12)
-    assert received[0, 2] == 0
-    read.square().sum().backward()  # type: ignore[no-untyped-call]
-    for tensor in (query, key, value):
-        assert tensor.grad is not None
-        assert tensor.grad.isfinite().all()
-    assert not key.grad[0, :, 2].any()  # type: ignore[index]
+def windowed(
+    q: Tensor, k: Tensor, v: Tensor, units: Tensor, size: tuple[int, int], stride: int
+) -> tuple[Tensor, Tensor]:
+    """F of one image from its queries, keys and values (C, HW), and what units (M, C) see of it, window by window."""
+    height, width = size
+    scale = float(q.shape[0]) ** -0.5
+    grid = next(s for s in range(1, 999) if -(-height // s) * -(-width // s) <= attention.PROBES)
+    probes = [i * width + j for i in range(0, height, grid) for j in range(0, width, grid)]
+    received = (q[:, probes].T @ k * scale).softmax(dim=1).sum(dim=0)
+    singles = received.topk(min(attention.KEYS, height * width) // 2).indices.tolist()
+    members = [
+        [p for p in range(height * width) if (p // width // stride, p % width // stride) == (i, j) and p not in singles]
+        for i in range(-(-height // stride))
+        for j in range(-(-width // stride))
+    ]
+    members = [window for window in members if window]
+    scores = [scale * q.T @ k[:, window].mean(dim=1) + log(len(window)) for window in members]
+    scores += [scale * q.T @ k[:, p] for p in singles]
+    shares = torch.stack(scores).softmax(dim=0)  # (K, HW)
+    sources = torch.stack([v[:, window].mean(dim=1) for window in members] + [v[:, p] for p in singles], dim=1)
+    varied = torch.zeros_like(v @ k.T)
+    for window in members:
+        dv, dk = (x[:, window] - x[:, window].mean(dim=1, keepdim=True) for x in (v, k))
+        varied = varied + dv @ dk.T / sum(map(len, members))
+    fused = sources @ shares
+    shift = units @ varied @ q * scale
+    variance = torch.zeros(len(units), dtype=q.dtype)
+    for window in members:
+        variance = variance + (units @ v[:, window]).var(dim=1, correction=0) * len(window) / sum(map(len, members))
+    damped = shift / (1 + shift.square() / variance.clamp_min(1e-300)[:, None]).sqrt()
+    return fused, units @ fused + shares[: len(members)].sum(dim=0) * damped
 
 
-def test_windows_leave_out_the_single_positions() -> None:
-    x = torch.arange(20.0).view(1, 1, 5, 4)
-    keys = Condensed.of(x, 3, torch.tensor([[3, 7, 11, 0]]))
-    assert keys.counts.tolist() == [[8, 0, 6, 2]]
-    assert keys.means.tolist() == [[[45 / 8, 0, 15, 17]]]  # rows of 0 to 3, 4 to 7, ...: the first lacks 0
-    assert keys.singles.tolist() == [[[3, 7, 11, 0]]]
-    members = [[1, 2, 4, 5, 6, 8, 9, 10], [12, 13, 14, 16, 17, 18], [15, 19]]
-    variance = sum(float(torch.tensor(window).float().var(correction=0)) * len(window) for window in members) / 16
-    torch.testing.assert_close(keys.covariance(torch.tensor([[[2.0]]])), torch.tensor([[[2 * variance]]]))
+def compare(fusion: STCAFF, shape: tuple[int, ...], stride: int) -> None:
+    """The average of F and its products with units, and every gradient of both."""
+    n, channels, height, width = shape
+    key_value, query = maps(n, channels, channels, height, width)
+    query.requires_grad_()
+    units = torch.randn(4, channels, dtype=torch.float64, requires_grad=True)
+    found = fusion(query, key_value, units)
+    p = {f"fusion.{name}": parameter for name, parameter in fusion.named_parameters()}
+    asked, kept = (layer_norm(x) if fusion.normalize else x for x in (query, key_value))
+    if stride == 1:
+        fused = reference.stca_ff(p, asked, kept)
+        seen = units @ fused
+    else:
+        q = reference.conv1x1(p, "fusion.query", asked).flatten(2)
+        k, v = (reference.conv1x1(p, f"fusion.{part}", kept).flatten(2) for part in ("key", "value"))
+        images = [windowed(*image, units, (height, width), stride) for image in zip(q, k, v, strict=True)]
+        fused, seen = (torch.stack(each) for each in zip(*images, strict=True))
+    inputs = [query, key_value, units, *fusion.parameters()]
+    for ours, expected in zip(found, (fused.mean(dim=2), seen.view(n, -1, height, width)), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+        direction = torch.randn_like(ours)
+        gradients = (gradients_of((x * direction).sum(), inputs) for x in (ours, expected))
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-11)
 
 
-def test_heavy_hitters_get_the_most_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A map of one channel, where a query of 1 attends by value."""
-    x = torch.tensor([[3.0, 1.0, 9.0, 4.0, 7.0, 0.0], [0.0, 5.0, 1.0, 2.0, 8.0, 6.0]]).view(2, 1, 2, 3)
-    query, to_key = torch.ones(2, 1, 2, 3), torch.ones(1, 1)
-    assert [set(row) for row in heavy_hitters(x, query, to_key).tolist()] == [{2, 4, 3}, {4, 5, 1}]  # half of the map
-    monkeypatch.setattr(attention, "KEYS", 4)
-    assert heavy_hitters(x, -query, to_key).tolist() == [[5, 1], [0, 2]]
-    monkeypatch.setattr(attention, "PROBES", 2)  # two of the first row
-    query[:, :, 0] = -1
-    assert heavy_hitters(x, query, to_key).tolist() == [[5, 1], [0, 2]]
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_values_and_gradients_are_those_of_the_dense_version(
+    stride: int, normalize: bool, shape: tuple[int, ...]
+) -> None:
+    compare(STCAFF(shape[1], stride, normalize).double(), shape, stride)
 
 
-def test_operations_are_counted_without_numbers() -> None:
-    """Two products forward; backward the map again, and a product for each of dP, dV, dQ and dK, and the mean."""
-    n, size, channels, values = 2, 6, 4, 3
-    query, key = (torch.empty(n, channels, size, device="meta", requires_grad=True) for _ in range(2))
-    value = torch.empty(n, values, size, device="meta", requires_grad=True)
-    with FlopCounterMode(display=False) as counter:
-        read, received = cross_attention(query, key, value)
-        (read.sum() + received.sum()).backward()  # type: ignore[no-untyped-call]
-    assert counter.get_total_flops() == 2 * n * size**2 * (4 * channels + 3 * values + 1)
+@pytest.mark.parametrize("block", [1, 7, 100])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_attention_in_blocks_is_the_same(stride: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "BLOCK", block)
+    compare(STCAFF(6, stride).double(), (3, 6, 5, 3), stride)
+
+
+@pytest.mark.parametrize("stride", [2, 3])
+def test_acam_hands_its_windows_on(stride: int) -> None:
+    student, teacher = maps(2, 3, 3, 5, 4)
+    loss = joint(3, 3, kv_stride=stride).double()
+    made = loss.selection.masks(*loss.fusion(teacher, student, loss.selection.spatial_units())).in_use()
+    assert loss.fusion.kv_stride == stride
+    for kind, mask in loss.masks(student, teacher).items():
+        torch.testing.assert_close(mask, made[kind], rtol=1e-12, atol=0)
+
+
+def test_auto_leaves_at_most_256_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [(100, 168), (50, 84), (25, 42), (16, 16), (1, 257), (129, 257), (1, 1)]
+    assert [window_side(size) for size in sizes] == [12, 6, 3, 1, 3, 17, 1]
+    fusion = STCAFF(3, "auto").double()
+    compare(fusion, (2, 3, 7, 5), 1)  # 35 locations
+    monkeypatch.setattr(attention, "KEYS", 12)  # 3 x 2 windows and 6 locations
+    monkeypatch.setattr(attention, "PROBES", 10)  # 4 x 2 queries on the corners of 2 x 2 ones
+    compare(fusion, (2, 3, 7, 5), 3)
+
+
+def correlations(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[float]:
+    """Of each mask of one image with its other form."""
+    pairs = [
+        torch.stack([one.flatten(), other.flatten()])
+        for kind, masks in ours.items()
+        for one, other in zip(masks[0], theirs[kind][0], strict=True)
+    ]
+    return [float(torch.corrcoef(pair)[0, 1]) for pair in pairs]
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 30.0])
+def test_windows_keep_the_masks(sharpness: float) -> None:
+    """Feature maps without structure: of soft attention averages alone would say nothing, of sharp one even less."""
+    student, teacher = maps(1, 8, 8, 24, 24)
+    whole, windowed = joint(8, 8).double(), joint(8, 8, kv_stride=4).double()
+    with torch.no_grad():
+        whole.fusion.query.weight *= sharpness
+    windowed.load_state_dict(whole.state_dict())
+    assert min(correlations(windowed.masks(student, teacher), whole.masks(student, teacher))) > 0.95
+
+
+def test_smaller_windows_at_the_border_count_less() -> None:
+    """Where all keys are alike, the fused feature map is the mean over locations, and not over windows."""
+    student, teacher = maps(2, 4, 4, 7, 5)
+    whole, windowed = joint(4, 4).double(), joint(4, 4, kv_stride=3).double()
+    torch.nn.init.zeros_(whole.fusion.key.weight)
+    windowed.load_state_dict(whole.state_dict())
+    torch.testing.assert_close(windowed.masks(student, teacher), whole.masks(student, teacher), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kv_stride", [1, 2, "auto"])
+def test_compiled_the_fusion_is_one_graph(kv_stride: Any) -> None:
+    student, teacher = maps(2, 4, 4, 18, 16)
+    loss = joint(4, 4, kv_stride=kv_stride).double()
+    units = loss.selection.spatial_units()
+    plain = loss.fusion(teacher, student, units)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(loss.fusion, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(teacher, student, units), plain)

@@ -6,129 +6,186 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from statistics import median
 
-from acamkd import config
-from acamkd.engine.runs import TERMINATED, default_folder
-from acamkd.errors import AcamkdError
-from acamkd.jobs.compare import tables
-from acamkd.jobs.compare.statistics import Row, summarize
-from acamkd.jobs.compare.trials import Cell, plan
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
-__all__ = ["Cell", "Row", "compare", "expected_seconds", "plan", "run_cell", "tabulate"]
+from acamkd import config
+from acamkd.engine.printing import Printable
+from acamkd.engine.runs import TERMINATED, default_folder, write_text
+from acamkd.errors import AcamkdError
+from acamkd.jobs.compare import tables, trials_csv
+from acamkd.jobs.compare.statistics import Row, summarize
+from acamkd.jobs.compare.trials import NONE, Trial, methods_of, plan
+
+__all__ = [
+    "ComparisonResult", "Row", "Trial", "compare", "expected_seconds", "methods_of", "plan", "run_trial", "tabulate",
+]  # fmt: skip
+
+RESOLVED = "comparison.yaml"
+"""The recipe with its overrides, which the trials' processes read; no name that a user's recipe beside it may have."""
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class ComparisonResult(Printable):
+    """What a comparison came to.
+
+    Attributes:
+        folder: Of the results: the trials, and the tables comparison.{html,md,json,png}.
+        metric: The score of the rows, in percent.
+        rows: The table, the best method first.
+    """
+
+    folder: Path
+    metric: str
+    rows: list[Row]
+
+    def __rich__(self) -> Group:
+        table = Table("method", "n", "mean", "std", f"against {NONE}", "95 %", "p", "verdict")
+        for row in self.rows:
+            gain = row.gain
+            table.add_row(
+                escape(row.method), str(row.n), f"{row.mean:.2f}", f"{row.std:.2f}" if row.std is not None else "",
+                f"{gain.mean:+.2f}" if gain else "",
+                f"{gain.low:+.2f} to {gain.high:+.2f}" if gain and gain.low is not None else "",
+                row.p_text, row.verdict or "",
+            )  # fmt: skip
+        return Group(table, Text(f"{self.folder}: comparison.html, comparison.md, comparison.json, comparison.png"))
+
+
 def compare(
-    recipe: config.Recipe,
-    methods: Sequence[str],
-    seeds: int,
-    results: Path,
-    command: Callable[[int], Sequence[str]],
+    recipe: config.Recipe | Path | str,
+    methods: Sequence[str] | None = None,
     *,
+    seeds: int = 5,
+    results: Path | str | None = None,
     seconds: float | None = None,
     jobs: int = 1,
-) -> list[Row]:
-    """Run every cell that is missing and write the tables.
+    overrides: Sequence[str] = (),
+) -> ComparisonResult:
+    """Run every trial that is missing, each as a process of its own, and write the tables.
 
     Args:
-        recipe: What is compared on.
-        methods: Names in the recipe's `compare.methods`, or of `acamkd methods`; the baseline is always there.
+        recipe: What is compared on, or its file.
+        methods: Names in the recipe's `compare.methods`, or of `acamkd methods`; the baseline is always there. By
+            default all of `compare.methods`.
         seeds: Trainings per method, with the seeds 0, 1, ...
-        results: Folder of the cells' JSON files and of the tables.
-        command: The command line that runs one cell of the plan, by its number.
-        seconds: Cells that are not expected to end within this time are not begun.
-        jobs: Cells that run at the same time.
+        results: Folder of the trials' JSON files and of the tables, instead of runs/NAME/compare. The recipe with its
+            overrides is written there as comparison.yaml.
+        seconds: Trials that are not expected to end within this time are not begun.
+        jobs: Trials that run at the same time.
+        overrides: `key=value` assignments for the recipe, as `--set` takes them.
 
     Raises:
-        AcamkdError: A method is unknown, cells failed, or they do not share their images, teacher and number of
-            processes.
+        AcamkdError: A method is unknown or none is given, trials failed, or they do not share their images, teacher and
+            number of processes.
     """
+    recipe = config.as_recipe(recipe, overrides)
+    methods, results = methods_of(recipe, methods), Path(results or default_folder(recipe, "compare"))
+    plan(recipe, methods, seeds, results)  # refuses what does not fit before anything is written
+    results.mkdir(parents=True, exist_ok=True)
+    write_text(results / RESOLVED, config.dump(recipe))
+    command = partial(_command, methods, seeds, results)
     end = None if seconds is None else time.monotonic() + seconds
-    failed: list[Cell] = []
-    for tuning in (True, False):  # what a method is tuned to is known only once its tuning cells have ended
-        cells = plan(recipe, methods, seeds, results)
-        untuned = set() if tuning else {cell.method for cell in failed}
+    failed: list[Trial] = []
+    for tuning in (True, False):  # what a method is tuned to is known only once its tuning trials have ended
+        trials = plan(recipe, methods, seeds, results)
+        untuned = set() if tuning else {trial.method for trial in failed}
         due = [
-            number for number, cell in enumerate(cells)
-            if cell.tuning is tuning and cell.method not in untuned and cell.read(results) is None
+            number for number, trial in enumerate(trials)
+            if trial.tuning is tuning and trial.method not in untuned and trial.read(results) is None
         ]  # fmt: skip
-        if any(cells[number].recipe.losses or cells[number].recipe.student.inherit for number in due):
+        if any(trials[number].recipe.losses or trials[number].recipe.student.inherit for number in due):
             _train_teacher(recipe)
-        failed += run_cells(cells, due, results, command, end=end, jobs=jobs)
+        failed += run_trials(trials, due, results, command, end=end, jobs=jobs)
     try:
         return tabulate(recipe, methods, seeds, results)
     finally:
         if failed:
-            logs = ", ".join(str(_log_file(results, cell)) for cell in failed)
-            raise AcamkdError(f"{len(failed)} cells failed; what they said: {logs}")
+            logs = ", ".join(str(_log_file(results, trial)) for trial in failed)
+            raise AcamkdError(f"{len(failed)} trials failed; what they said: {logs}")
 
 
-def run_cell(cells: Sequence[Cell], number: int, results: Path) -> None:
-    """Run one cell of a plan in this process, unless it is there.
+def _command(methods: Sequence[str], seeds: int, results: Path, number: int) -> list[str]:
+    """The command line that runs one trial of a plan."""
+    return [
+        sys.executable, "-m", "acamkd", "compare", str(results / RESOLVED), "--methods", ",".join(methods),
+        "--seeds", str(seeds), "--results", str(results), "--trial", str(number),
+    ]  # fmt: skip
+
+
+def run_trial(trials: Sequence[Trial], number: int, results: Path) -> None:
+    """Run one trial of a plan in this process, unless it is there.
 
     Raises:
-        AcamkdError: There is no such cell, the teacher is missing, or the cells that tune its method are.
+        AcamkdError: There is no such trial, the teacher is missing, or the trials that tune its method are.
     """
-    if not 0 <= number < len(cells):
-        raise AcamkdError(f"there is no cell {number}: the plan has {len(cells)}, counted from 0")
-    cell = cells[number]
-    if cell.read(results) is not None:
-        log.info("%s is there already", cell.name)
+    if not 0 <= number < len(trials):
+        raise AcamkdError(f"there is no trial {number}: the plan has {len(trials)}, counted from 0")
+    trial = trials[number]
+    if trial.read(results) is not None:
+        log.info("%s is there already", trial.name)
         return
     untuned = [
-        other.name for other in cells if other.tuning and other.method == cell.method and not other.read(results)
+        other.name for other in trials if other.tuning and other.method == trial.method and not other.read(results)
     ]
-    if untuned and not cell.tuning:
-        raise AcamkdError(f"{cell.name} needs the tuning of its method, of which are missing: {', '.join(untuned)}")
-    cell.run(results)
+    if untuned and not trial.tuning:
+        raise AcamkdError(f"{trial.name} needs the tuning of its method, of which are missing: {', '.join(untuned)}")
+    trial.run(results)
 
 
-def run_cells(
-    cells: Sequence[Cell],
+def run_trials(
+    trials: Sequence[Trial],
     due: Sequence[int],
     results: Path,
     command: Callable[[int], Sequence[str]],
     *,
     end: float | None,
     jobs: int,
-) -> list[Cell]:
-    """Run some cells of a plan, each as a process of its own.
+) -> list[Trial]:
+    """Run some trials of a plan, each as a process of its own.
 
     Args:
-        cells: The plan.
+        trials: The plan.
         due: Which of them.
-        results: Folder of the cells' JSON files.
-        command: The command line that runs one cell, by its number.
-        end: Time of `time.monotonic` that no cell is expected to pass.
-        jobs: Cells that run at the same time.
+        results: Folder of the trials' JSON files.
+        command: The command line that runs one trial, by its number.
+        end: Time of `time.monotonic` that no trial is expected to pass.
+        jobs: Trials that run at the same time.
 
     Returns:
-        The cells that failed.
+        The trials that failed.
     """
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    failed: list[Cell] = []
-    stale = [name for name in (cells[number].name for number in due) if (results / f"{name}.json").is_file()]
+    failed: list[Trial] = []
+    stale = [name for name in (trials[number].name for number in due) if (results / f"{name}.json").is_file()]
     if stale:
-        log.warning("the recipe of %d cells has changed, they are run anew: %s", len(stale), ", ".join(stale))
+        log.warning("the recipe of %d trials has changed, they are run anew: %s", len(stale), ", ".join(stale))
 
     def run(number: int) -> None:
-        cell = cells[number]
-        expected = expected_seconds(cell, cells, results) or 0.0
+        trial = trials[number]
+        expected = expected_seconds(trial, trials, results) or 0.0
         if end is not None and time.monotonic() + expected > end:
-            log.info("%s is left out: about %s would pass the time", cell.name, timedelta(seconds=round(expected)))
+            log.info("%s is left out: about %s would pass the time", trial.name, timedelta(seconds=round(expected)))
             return
-        log.info("%s begins", cell.name)
-        file = _log_file(results, cell)
+        log.info("%s begins", trial.name)
+        file = _log_file(results, trial)
         file.parent.mkdir(parents=True, exist_ok=True)
         with (
             file.open("w", encoding="utf-8") as output,
@@ -140,14 +197,14 @@ def run_cells(
             running.add(process)
             code = process.wait()
             running.remove(process)
-        found = cell.read(results)
+        found = trial.read(results)
         if code or found is None:
-            failed.append(cell)
-            log.error("%s failed (exit code %d): %s", cell.name, code, file)
+            failed.append(trial)
+            log.error("%s failed (exit code %d): %s", trial.name, code, file)
             return
-        left = sum(other.read(results) is None for other in cells)
+        left = sum(other.read(results) is None for other in trials)
         log.info(
-            "%s: %s %.2f in %s, %d cells left", cell.name, found["metric"], found["history"][-1],
+            "%s: %s %.2f in %s, %d trials left", trial.name, found["metric"], found["history"][-1],
             timedelta(seconds=round(found["wall_time"])), left,
         )  # fmt: skip
 
@@ -179,28 +236,28 @@ def _ending_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def expected_seconds(cell: Cell, cells: Sequence[Cell], results: Path) -> float | None:
-    """Median wall time of the finished cells of the same method, or of all; None where there is none."""
-    found = [(other.method, done["wall_time"]) for other in cells if (done := other.read(results))]
-    times = [seconds for method, seconds in found if method == cell.method] or [seconds for _, seconds in found]
+def expected_seconds(trial: Trial, trials: Sequence[Trial], results: Path) -> float | None:
+    """Median wall time of the finished trials of the same method, or of all; None where there is none."""
+    found = [(other.method, done["wall_time"]) for other in trials if (done := other.read(results))]
+    times = [seconds for method, seconds in found if method == trial.method] or [seconds for _, seconds in found]
     return median(times) if times else None
 
 
-def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results: Path) -> list[Row]:
-    """Write the tables of the cells that are there; needs neither images nor weights.
+def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results: Path) -> ComparisonResult:
+    """Write the tables of the trials that are there; needs neither images nor weights.
 
     Raises:
         AcamkdError: There is none, or they do not share their images, teacher and number of processes.
     """
-    # With the setting, which a cell that was run before the tuning does not know of.
+    # With the setting, which a trial that was run before the tuning does not know of.
     done = [
-        (cell, {**content, "setting": cell.setting, "option": cell.option})
-        for cell in plan(recipe, methods, seeds, results)
-        if (content := cell.read(results))
+        (trial, {**content, "setting": trial.setting, "option": trial.option})
+        for trial in plan(recipe, methods, seeds, results)
+        if (content := trial.read(results))
     ]
-    found, tuning = ([content for cell, content in done if cell.tuning is kind] for kind in (False, True))
+    found, tuning = ([content for trial, content in done if trial.tuning is kind] for kind in (False, True))
     if not found:
-        raise AcamkdError(f"{results} holds no cell of this comparison yet")
+        raise AcamkdError(f"{results} holds no trial of this comparison yet{_elsewhere(results)}")
     shared = {
         f"{split} images": [content["data"].get(split) for _, content in done]
         for split in ("train", "val", "unlabelled")  # the baseline sees nothing unlabeled
@@ -213,11 +270,20 @@ def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results:
     for what, values in shared.items():
         usual, *others = [value for value, _ in Counter(value for value in values if value).most_common()] or [None]
         if others:
-            odd = [cell.name for (cell, _), value in zip(done, values, strict=True) if value not in (usual, None)]
-            raise AcamkdError(f"the cells in {results} do not share their {what}: remove {', '.join(odd)}")
+            odd = [trial.name for (trial, _), value in zip(done, values, strict=True) if value not in (usual, None)]
+            raise AcamkdError(f"the trials in {results} do not share their {what}: remove {', '.join(odd)}")
     rows = summarize(found)
+    results.mkdir(parents=True, exist_ok=True)  # the trials may be in the table of the folder around it
     tables.write(results, recipe, rows, found, tuning)
-    return rows
+    return ComparisonResult(results, found[0]["metric"], rows)
+
+
+def _elsewhere(results: Path) -> str:
+    """Where a folder's table has what was meant perhaps."""
+    table = results / trials_csv.FILE
+    if not table.is_file():
+        return ""
+    return f"; {table} holds: {', '.join(str(results / name) for name in trials_csv.comparisons(table))}"
 
 
 def _train_teacher(recipe: config.Recipe) -> None:
@@ -241,5 +307,5 @@ def _devices(settings: config.Train) -> int:
     return 1 if settings.accelerator == "cpu" else torch.cuda.device_count()
 
 
-def _log_file(results: Path, cell: Cell) -> Path:
-    return results / "logs" / f"{cell.name}.txt"
+def _log_file(results: Path, trial: Trial) -> Path:
+    return results / "logs" / f"{trial.name}.txt"

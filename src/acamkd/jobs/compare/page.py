@@ -11,15 +11,15 @@ from matplotlib.ticker import MaxNLocator
 
 from acamkd import config
 from acamkd.engine.runs import write_text
-from acamkd.jobs.compare.statistics import Cells, Row, final_means, mask_courses, scores_of, tuned
+from acamkd.jobs.compare.statistics import Row, Trials, columns_of_masks, final_means, mask_curves, scores_of, tuned
 from acamkd.jobs.compare.trials import NONE
 from acamkd.mask_health import collapse
 from acamkd.report.charts import Chart, Points, draw
 from acamkd.report.masks import mask_charts
 from acamkd.report.templates import environment
 
-MOVEMENTS = {"": "mean", "_std": "variation", "_overlap": "diversity"}
-"""Ending of a mask's column -> what its chart shows; diversity is 1 minus the overlap."""
+MOVEMENTS = {"mean": "mean", "std": "variation", "overlap": "diversity"}
+"""Statistic of masks -> what its chart shows; diversity is 1 minus the overlap."""
 
 
 @dataclass(frozen=True)
@@ -35,18 +35,18 @@ class Difference:
     seeds: dict[int, float]
 
 
-def write_page(file: Path, recipe: config.Recipe, rows: Sequence[Row], cells: Cells, tuning: Cells = ()) -> None:
-    """Write the page of finished cells.
+def write_page(file: Path, recipe: config.Recipe, rows: Sequence[Row], trials: Trials, tuning: Trials = ()) -> None:
+    """Write the page of finished trials.
 
     Args:
         file: To write to.
         recipe: What was compared on.
         rows: The table, best first.
-        cells: What it was made of.
-        tuning: Cells that served the choice of the settings.
+        trials: What it was made of.
+        tuning: Trials that served the choice of the settings.
     """
-    metric = cells[0]["metric"]
-    differences = _differences(rows, cells)
+    metric = trials[0]["metric"]
+    differences = _differences(rows, trials)
     low, high = axis = _axis(differences)
     page = environment().get_template("comparison.html.jinja").render(
         recipe=recipe,
@@ -58,22 +58,22 @@ def write_page(file: Path, recipe: config.Recipe, rows: Sequence[Row], cells: Ce
         differences=differences,
         axis=axis,
         ticks=[tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high],
-        alone=next((row for row in rows if row.method == NONE), None),
-        teacher=next((cell["teacher"] for cell in cells if cell["teacher"]), None),
+        baseline=next((row for row in rows if row.method == NONE), None),
+        teacher=next((trial["teacher"] for trial in trials if trial["teacher"]), None),
         hues=_hues(rows),
-        metric_chart=_metric_chart(rows, cells),
-        final=final_means(rows, cells),
-        mask_charts=_mask_charts(rows, cells),
-        collapses=_collapses(rows, cells),
-        seeds=sorted({cell["seed"] for cell in cells}),
-        cells=sorted(cells, key=lambda cell: (cell["seed"], cell["method"])),
-        minutes=sum(cell["wall_time"] for cell in cells) / 60,
+        metric_chart=_metric_chart(rows, trials),
+        final=final_means(rows, trials),
+        mask_charts=_mask_charts(rows, trials),
+        collapses=_collapses(rows, trials),
+        seeds=sorted({trial["seed"] for trial in trials}),
+        trials=sorted(trials, key=lambda trial: (trial["seed"], trial["method"])),
+        minutes=sum(trial["wall_time"] for trial in trials) / 60,
     )  # fmt: skip
     write_text(file, page)
 
 
-def _differences(rows: Sequence[Row], cells: Cells) -> list[Difference]:
-    scores = scores_of(cells)
+def _differences(rows: Sequence[Row], trials: Trials) -> list[Difference]:
+    scores = scores_of(trials)
     alone = scores.get(NONE, {})
     shared = {method: sorted(found.keys() & alone.keys()) for method, found in scores.items()}
     return [
@@ -93,50 +93,50 @@ def _axis(differences: Sequence[Difference]) -> tuple[float, float]:
 def _hues(rows: Sequence[Row]) -> dict[str, str]:
     """Color of each method, the same in every chart."""
     methods = [row.method for row in rows if row.method != NONE]
-    return {NONE: "alone", "teacher": "teacher", **{method: f"c{k % 8}" for k, method in enumerate(methods)}}
+    return {NONE: "baseline", "teacher": "teacher", **{method: f"c{k % 8}" for k, method in enumerate(methods)}}
 
 
-def _metric_chart(rows: Sequence[Row], cells: Cells) -> Chart:
-    metric, curves = cells[0]["metric"], {}
+def _metric_chart(rows: Sequence[Row], trials: Trials) -> Chart:
+    metric, curves = trials[0]["metric"], {}
     for row in rows:
-        courses = np.array([c["history"] for c in cells if c["method"] == row.method], dtype=float)
-        curves[row.method] = _points(courses.mean(axis=0).tolist())
-    scores = [cell["teacher"][metric] for cell in cells if cell["teacher"]]  # None where its classes are others
+        histories = np.array([each["history"] for each in trials if each["method"] == row.method], dtype=float)
+        curves[row.method] = _points(histories.mean(axis=0).tolist())
+    scores = [trial["teacher"][metric] for trial in trials if trial["teacher"]]  # None where its classes are others
     level = ("teacher", scores[0]) if scores and scores[0] is not None else None
     return draw(f"{metric}, mean over the seeds", curves, level=level)
 
 
-def _points(course: Sequence[float]) -> Points:
-    """A mean course, without the epochs in which something was missing."""
-    return [(epoch, mean) for epoch, mean in enumerate(course, start=1) if mean == mean]
+def _points(curve: Sequence[float]) -> Points:
+    """A mean curve, without the epochs in which something was missing."""
+    return [(epoch, mean) for epoch, mean in enumerate(curve, start=1) if mean == mean]
 
 
-def _mask_charts(rows: Sequence[Row], cells: Cells) -> list[Chart]:
+def _mask_charts(rows: Sequence[Row], trials: Trials) -> list[Chart]:
     curves: dict[str, dict[str, Points]] = {}
-    for (method, kind), statistics in mask_courses(rows, cells).items():
+    for (method, kind), statistics in mask_curves(rows, trials).items():
         for statistic, words in MOVEMENTS.items():
             if statistic in statistics:
-                course = [1 - x if words == "diversity" else x for x in statistics[statistic]]
-                curves.setdefault(f"{kind} masks: {words}", {})[method] = _points(course)
+                curve = [1 - x if words == "diversity" else x for x in statistics[statistic]]
+                curves.setdefault(f"{kind} masks: {words}", {})[method] = _points(curve)
     return mask_charts(dict(sorted(curves.items())))
 
 
-def _collapses(rows: Sequence[Row], cells: Cells) -> list[tuple[str, str, int, int]]:
+def _collapses(rows: Sequence[Row], trials: Trials) -> list[tuple[str, str, int, int]]:
     """(method, kind of masks, collapsed sets, all sets) at the end; a set is those of one layer and seed.
 
     Masks that are ones by design (`mask_source: uniform`) are not among them.
     """
     found: dict[tuple[str, str], list[bool]] = {}
-    for cell in cells:
-        if any(loss.get("mask_source") == "uniform" for loss in cell["losses"]):
+    for trial in trials:
+        if any(loss.get("mask_source") == "uniform" for loss in trial["losses"]):
             continue
-        for column, course in cell["masks"].items():
-            kind = column.rpartition("/")[2].removesuffix("_mask")
-            if column.endswith("_mask"):
-                spreads = cell["masks"][f"{column}_std"]
-                known = [pair for pair in zip(course, spreads, strict=True) if None not in pair]  # until a loss stops
-                if known:
-                    found.setdefault((cell["method"], kind), []).append(bool(collapse(*known[-1])))
+        for kind, curves in columns_of_masks(trial):
+            if "mean" not in curves or "std" not in curves:
+                continue
+            pairs = zip(curves["mean"], curves["std"], strict=True)
+            known = [(mean, spread) for mean, spread in pairs if mean is not None and spread is not None]
+            if known:  # until a loss stops
+                found.setdefault((trial["method"], kind), []).append(bool(collapse(*known[-1])))
     return [
         (row.method, kind, sum(sets), len(sets))
         for row in rows

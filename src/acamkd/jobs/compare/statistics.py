@@ -1,4 +1,4 @@
-"""What cells say together: means over seeds, paired differences, and a verdict."""
+"""What trials say together: means over seeds, paired differences, and a verdict."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ import numpy as np
 from scipy import stats
 
 from acamkd.jobs.compare.trials import NONE, setting_means
+from acamkd.mask_health import mask_statistic
 
-Cells: TypeAlias = Sequence[Mapping[str, Any]]
-"""What finished cells left behind."""
+Trials: TypeAlias = Sequence[Mapping[str, Any]]
+"""What finished trials left behind."""
 
 Verdict: TypeAlias = Literal["gain", "no evidence", "harm", "too few seeds"]
 
 LEVEL = 0.05
 SEEDS_NEEDED = 3
 RESAMPLES = 9999
-
-STATISTICS = ("", "_std", "_entropy", "_overlap", "_correlation", "_weight_std")
-"""Endings of the columns that tell how masks move, after KIND_mask."""
 
 
 @dataclass(frozen=True)
@@ -129,19 +127,19 @@ class Tuning:
         return max(means, key=means.__getitem__)
 
 
-def scores_of(cells: Cells) -> dict[str, dict[int, float]]:
+def scores_of(trials: Trials) -> dict[str, dict[int, float]]:
     """Method -> seed -> metric at the last epoch."""
     scores: dict[str, dict[int, float]] = {}
-    for cell in cells:
-        scores.setdefault(cell["method"], {})[cell["seed"]] = cell["history"][-1]
+    for trial in trials:
+        scores.setdefault(trial["method"], {})[trial["seed"]] = trial["history"][-1]
     return scores
 
 
-def summarize(cells: Cells) -> list[Row]:
-    """The table of finished cells, the best method first."""
-    scores = scores_of(cells)
-    first = {method: next(cell for cell in cells if cell["method"] == method) for method in scores}
-    families = {method: _family(method, cell["losses"]) for method, cell in first.items()}
+def summarize(trials: Trials) -> list[Row]:
+    """The table of finished trials, the best method first."""
+    scores = scores_of(trials)
+    first = {method: next(trial for trial in trials if trial["method"] == method) for method in scores}
+    families = {method: _family(method, trial["losses"]) for method, trial in first.items()}
     means = {method: float(np.mean(list(values.values()))) for method, values in scores.items()}
     alone = scores.get(NONE, {})
     gains = {
@@ -171,7 +169,7 @@ def summarize(cells: Cells) -> list[Row]:
                 p_corrected=corrected.get(method),
                 over_best_other=paired(values, scores[best_other], best_other) if best_other else None,
                 verdict=_verdict(gain, corrected.get(method)) if gain else None,
-                minutes=float(np.median([cell["wall_time"] for cell in cells if cell["method"] == method])) / 60,
+                minutes=float(np.median([trial["wall_time"] for trial in trials if trial["method"] == method])) / 60,
             )
         )
     return sorted(rows, key=lambda row: -row.mean)
@@ -192,47 +190,57 @@ def _verdict(gain: Paired, p: float | None) -> Verdict:
     return "no evidence"
 
 
-def tuned(cells: Cells) -> Tuning | None:
-    """What tuning cells found; None where there is none."""
-    if not cells:
+def tuned(trials: Trials) -> Tuning | None:
+    """What tuning trials found; None where there is none."""
+    if not trials:
         return None
     return Tuning(
-        option=cells[0]["option"],
-        settings=sorted({cell["setting"] for cell in cells}),
-        seeds=sorted({cell["seed"] for cell in cells}),
+        option=trials[0]["option"],
+        settings=sorted({trial["setting"] for trial in trials}),
+        seeds=sorted({trial["seed"] for trial in trials}),
         means={
-            method: setting_means(cell for cell in cells if cell["method"] == method)
-            for method in dict.fromkeys(cell["method"] for cell in cells)
+            method: setting_means(trial for trial in trials if trial["method"] == method)
+            for method in dict.fromkeys(trial["method"] for trial in trials)
         },
     )
 
 
-def final_means(rows: Sequence[Row], cells: Cells) -> dict[str, list[float | None]]:
+def final_means(rows: Sequence[Row], trials: Trials) -> dict[str, list[float | None]]:
     """Every figure of the last epoch but the metric -> its mean over the seeds, method by method in the rows' order."""
     means: dict[str, list[float | None]] = {}
-    for name in (name for name in cells[0]["final"] if name != cells[0]["metric"]):
+    for name in (name for name in trials[0]["final"] if name != trials[0]["metric"]):
         means[name] = []
         for row in rows:
-            values = [cell["final"].get(name) for cell in cells if cell["method"] == row.method]
+            values = [trial["final"].get(name) for trial in trials if trial["method"] == row.method]
             known = [value for value in values if value is not None and value == value]
             means[name].append(float(np.mean(known)) if known else None)
     return means
 
 
-def mask_courses(rows: Sequence[Row], cells: Cells) -> dict[tuple[str, str], dict[str, list[float]]]:
+def columns_of_masks(trial: Mapping[str, Any]) -> list[tuple[str, dict[str, Sequence[float | None]]]]:
+    """Every set of masks of a trial, one layer's and loss's of one kind: the kind, and statistic -> curve."""
+    sets: dict[tuple[str, str], dict[str, Sequence[float | None]]] = {}
+    for column, curve in trial["masks"].items():
+        place, _, name = column.rpartition("/")
+        if of_masks := mask_statistic(name):
+            kind, statistic = of_masks
+            sets.setdefault((place, kind), {})[statistic] = curve
+    return [(kind, curves) for (_, kind), curves in sets.items()]
+
+
+def mask_curves(rows: Sequence[Row], trials: Trials) -> dict[tuple[str, str], dict[str, list[float]]]:
     """(method, kind of masks) -> statistic -> its mean over seeds and layers, epoch by epoch until a loss stops."""
-    found: dict[tuple[str, str], dict[str, list[list[float]]]] = {}
+    found: dict[tuple[str, str], dict[str, list[Sequence[float | None]]]] = {}
     for row in rows:
-        for cell in (cell for cell in cells if cell["method"] == row.method):
-            for column, course in cell["masks"].items():
-                kind, _, statistic = column.rpartition("/")[2].partition("_mask")
-                found.setdefault((row.method, kind), {}).setdefault(statistic, []).append(course)
+        for trial in (trial for trial in trials if trial["method"] == row.method):
+            for kind, curves in columns_of_masks(trial):
+                for statistic, curve in curves.items():
+                    found.setdefault((row.method, kind), {}).setdefault(statistic, []).append(curve)
     return {
-        masks: {name: _mean_course(courses) for name, courses in statistics.items()}
-        for masks, statistics in found.items()
+        masks: {name: _mean_curve(curves) for name, curves in statistics.items()} for masks, statistics in found.items()
     }
 
 
-def _mean_course(courses: Sequence[Sequence[float | None]]) -> list[float]:
-    means: list[float] = np.mean(np.array(courses, dtype=float), axis=0).tolist()
+def _mean_curve(curves: Sequence[Sequence[float | None]]) -> list[float]:
+    means: list[float] = np.mean(np.array(curves, dtype=float), axis=0).tolist()
     return means[: max((epoch for epoch, mean in enumerate(means, start=1) if mean == mean), default=0)]

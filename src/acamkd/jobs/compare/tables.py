@@ -12,27 +12,28 @@ import numpy as np
 from acamkd import config
 from acamkd.engine.runs import write_json, write_text
 from acamkd.jobs.compare.page import write_page
-from acamkd.jobs.compare.statistics import STATISTICS, Cells, Paired, Row, final_means, mask_courses, tuned
+from acamkd.jobs.compare.statistics import Paired, Row, Trials, final_means, mask_curves, tuned
 from acamkd.jobs.compare.trials import NONE
+from acamkd.mask_health import MASK_STATISTICS
 
 DASH = "-"
 
 
-def write(results: Path, recipe: config.Recipe, rows: Sequence[Row], cells: Cells, tuning: Cells) -> None:
-    """Write comparison.md, .json, .png and .html; `tuning` are the cells that served the choice of the settings."""
-    metric = cells[0]["metric"]
-    write_text(results / "comparison.md", f"# Comparison on {recipe.name}\n\n{markdown(rows, cells, tuning)}")
+def write(results: Path, recipe: config.Recipe, rows: Sequence[Row], trials: Trials, tuning: Trials) -> None:
+    """Write comparison.md, .json, .png and .html; `tuning` are the trials that served the choice of the settings."""
+    metric = trials[0]["metric"]
+    write_text(results / "comparison.md", f"# Comparison on {recipe.name}\n\n{markdown(rows, trials, tuning)}")
     search = tuned(tuning)
     content = {"metric": metric, "rows": [asdict(row) for row in rows], "tuning": search and asdict(search)}
     write_json(results / "comparison.json", content)
-    figure(results / "comparison.png", rows, cells, metric)
-    write_page(results / "comparison.html", recipe, rows, cells, tuning)
+    figure(results / "comparison.png", rows, trials, metric)
+    write_page(results / "comparison.html", recipe, rows, trials, tuning)
 
 
-def markdown(rows: Sequence[Row], cells: Cells, tuning: Cells = ()) -> str:
+def markdown(rows: Sequence[Row], trials: Trials, tuning: Trials = ()) -> str:
     """Tables and what must be known to read them."""
-    metric = cells[0]["metric"]
-    teachers = {cell["teacher"]["sha256"][:12]: cell["teacher"][metric] for cell in cells if cell["teacher"]}
+    metric = trials[0]["metric"]
+    teachers = {trial["teacher"]["sha256"][:12]: trial["teacher"][metric] for trial in trials if trial["teacher"]}
     lines = [
         f"{metric} in percent on the validation images after the last epoch, mean and deviation over n seeds. "
         "One seed gives every method the same initial student, images and augmentation, so differences are paired: "
@@ -46,8 +47,8 @@ def markdown(rows: Sequence[Row], cells: Cells, tuning: Cells = ()) -> str:
         *(_line(row) for row in rows),
         "",
         *_tuning(tuning),
-        *_classes(rows, cells),
-        *_masks(rows, cells),
+        *_classes(rows, trials),
+        *_masks(rows, trials),
     ]
     return "\n".join(lines) + "\n"
 
@@ -69,15 +70,15 @@ def _difference(paired: Paired) -> str:
     return f"{paired.mean:+.2f}{interval}"
 
 
-def _tuning(cells: Cells) -> list[str]:
+def _tuning(trials: Trials) -> list[str]:
     """What the search for each method's setting found, the best in bold."""
-    search = tuned(cells)
+    search = tuned(trials)
     if search is None:
         return []
     seeds = ", ".join(map(str, search.seeds))
     lines = [
         "## Tuning", "",
-        f"{cells[0]['metric']} by `{search.option}`; seeds, which the table above does not use: {seeds}.", "",
+        f"{trials[0]['metric']} by `{search.option}`; seeds, which the table above does not use: {seeds}.", "",
         f"| method | {' | '.join(f'{setting:g}' for setting in search.settings)} |",
         "|---" * (len(search.settings) + 1) + "|",
     ]  # fmt: skip
@@ -88,36 +89,38 @@ def _tuning(cells: Cells) -> list[str]:
     return [*lines, ""]
 
 
-def _classes(rows: Sequence[Row], cells: Cells) -> list[str]:
+def _classes(rows: Sequence[Row], trials: Trials) -> list[str]:
     lines = ["## By class and size", "", f"| | {' | '.join(f'`{row.method}`' for row in rows)} |"]
     lines.append("|---" * (len(rows) + 1) + "|")
-    for name, means in final_means(rows, cells).items():
+    for name, means in final_means(rows, trials).items():
         lines.append(f"| {name} | {' | '.join(DASH if mean is None else f'{mean:.1f}' for mean in means)} |")
     return lines
 
 
-def _masks(rows: Sequence[Row], cells: Cells) -> list[str]:
+def _masks(rows: Sequence[Row], trials: Trials) -> list[str]:
     """How the masks moved: every statistic in the first, the middle and the last epoch."""
-    found = mask_courses(rows, cells)
+    found = mask_curves(rows, trials)
     if not found:
         return []
-    known = [statistic for statistic in STATISTICS if any(statistic in courses for courses in found.values())]
-    lines = [
-        f"| `{method}` | {kind} | {' | '.join(_course(courses.get(statistic)) for statistic in known)} |"
-        for (method, kind), courses in found.items()
+    known = [
+        statistic for statistic in MASK_STATISTICS.values() if any(statistic in curves for curves in found.values())
     ]
-    columns = [statistic.removeprefix("_").replace("_", " ") or "mean" for statistic in known]
+    lines = [
+        f"| `{method}` | {kind} | {' | '.join(_snapshots(curves.get(statistic)) for statistic in known)} |"
+        for (method, kind), curves in found.items()
+    ]
+    columns = [statistic.replace("_", " ") for statistic in known]
     head = ["", "## Masks: first, middle and last epoch", "", f"| method | masks | {' | '.join(columns)} |"]
     return [*head, "|---" * (len(columns) + 2) + "|", *lines]
 
 
-def _course(means: Sequence[float] | None) -> str:
+def _snapshots(means: Sequence[float] | None) -> str:
     if means is None:
         return DASH
     return ", ".join(f"{means[epoch]:.3g}" for epoch in (0, len(means) // 2, -1))
 
 
-def figure(file: Path, rows: Sequence[Row], cells: Cells, metric: str) -> None:
+def figure(file: Path, rows: Sequence[Row], trials: Trials, metric: str) -> None:
     """Differences with their intervals, and the metric over the epochs."""
     height = 1.2 + 0.34 * len(rows)
     image, (left, right) = plt.subplots(1, 2, figsize=(11, max(3.2, height)), layout="constrained")
@@ -134,7 +137,7 @@ def figure(file: Path, rows: Sequence[Row], cells: Cells, metric: str) -> None:
     left.set_yticks(range(len(compared)), [f"{row.method} (n {row.n})" for row in reversed(compared)])
     left.set_xlabel(f"{metric} against {NONE}, points (95 % interval)")
     for row in rows:
-        curves = np.array([cell["history"] for cell in cells if cell["method"] == row.method], dtype=float)
+        curves = np.array([trial["history"] for trial in trials if trial["method"] == row.method], dtype=float)
         epochs = np.arange(1, curves.shape[1] + 1)
         scored = ~np.isnan(curves).any(axis=0)
         right.plot(

@@ -1,4 +1,4 @@
-"""Cells: one method with one seed each, trained on their own and kept as one small JSON."""
+"""Trials: one method with one seed each, trained on their own and kept as one small JSON."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from acamkd.engine.runs import (
     write_json,
 )
 from acamkd.errors import AcamkdError, nearest
+from acamkd.jobs.compare import trials_csv
+from acamkd.mask_health import mask_statistic
 
 log = logging.getLogger(__name__)
 
@@ -31,13 +33,13 @@ NONE = "none"
 """The baseline."""
 
 TUNING_SEED = 1000
-"""The first seed of the tuning cells, which the table does not use."""
+"""The first seed of the tuning trials, which the table does not use."""
 
 DIGITS = 4
 
 
 @dataclass(frozen=True)
-class Cell:
+class Trial:
     """One training of a comparison.
 
     Attributes:
@@ -71,7 +73,7 @@ class Cell:
 
         Weights and tokens count by the names of their files.
         """
-        # Without defaults, so that a key that a later version adds does not make every cell stale.
+        # Without defaults, so that a key that a later version adds does not make every trial stale.
         content = self.recipe.model_dump(mode="json", exclude_defaults=True)
         for section, names in {
             "data": ("root", "workers", "check", "classes"),
@@ -91,15 +93,14 @@ class Cell:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
     def read(self, results: Path) -> dict[str, Any] | None:
-        """What it left behind, if it was run with this recipe."""
+        """What it left behind, as a JSON of its own or in a table, if it was run with this recipe."""
         file = results / f"{self.name}.json"
-        if not file.is_file():
-            return None
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return found if found["recipe"] == self.key else None
+        own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        both: tuple[dict[str, Any] | None, ...] = own, trials_csv.stored(results).get(self.name)
+        return next((found for found in both if found and found["recipe"] == self.key), None)
 
     def run(self, results: Path) -> None:
-        """Train, or go on training, and write the cell's JSON; the run folder stays beside those of the recipe."""
+        """Train, or go on training, and write the trial's JSON; the run folder stays beside those of the recipe."""
         from acamkd.engine.metrics import METRICS
         from acamkd.jobs.train import distill, train
 
@@ -117,6 +118,7 @@ class Cell:
         metrics = run.metrics
         name = METRICS[self.recipe.task]
         columns = _columns(folder / "history.csv")
+        masks = _of_masks(columns)
         content = {
             "method": self.method,
             "setting": self.setting,
@@ -131,9 +133,9 @@ class Cell:
             "history": columns[name],
             "final": {
                 key: values[-1] for key, values in columns.items()
-                if key not in ("epoch", "step", "seconds") and not key.startswith("loss") and not _is_of_masks(key)
+                if key not in ("epoch", "step", "seconds", *masks) and not key.startswith("loss")
             },
-            "masks": {key: values for key, values in columns.items() if _is_of_masks(key)},
+            "masks": {key: columns[key] for key in masks},
             "wall_time": metrics["seconds"],
             "versions": metrics["versions"],
             "processes": metrics["processes"],
@@ -152,39 +154,51 @@ class Cell:
             )
 
 
-def plan(recipe: config.Recipe, methods: Sequence[str], seeds: int, results: Path) -> list[Cell]:
-    """Every cell of a comparison, in the order in which they are worth running.
+def plan(recipe: config.Recipe, methods: Sequence[str], seeds: int, results: Path) -> list[Trial]:
+    """Every trial of a comparison, in the order in which they are worth running.
 
-    The tuning cells come first, then seed after seed with all methods, the baseline among them.
+    The tuning trials come first, then seed after seed with all methods, the baseline among them.
 
     Raises:
         AcamkdError: A method is unknown, or its overrides do not fit.
     """
     methods = [NONE, *(method for method in dict.fromkeys(methods) if method != NONE)]
-    tuning = {method: _tuning_cells(recipe, method) for method in methods}
-    cells = [cell for group in tuning.values() for cell in group]
+    tuning = {method: _tuning_trials(recipe, method) for method in methods}
+    trials = [trial for group in tuning.values() for trial in group]
     for seed in range(seeds):
         for method in methods:
             setting = best_setting(tuning[method], results)
-            cells.append(_cell(recipe, method, seed, setting, tuning=False))
-    return cells
+            trials.append(_trial(recipe, method, seed, setting, tuning=False))
+    return trials
 
 
-def best_setting(cells: Sequence[Cell], results: Path) -> float | None:
+def methods_of(recipe: config.Recipe, methods: Sequence[str] | None = None) -> list[str]:
+    """What to compare: the given methods, or all of the recipe's `compare.methods`.
+
+    Raises:
+        AcamkdError: There is none of either.
+    """
+    names = list(methods or recipe.compare.methods)
+    if not names:
+        raise AcamkdError(f"the recipe {recipe.name} has no compare.methods: name what to compare by --methods")
+    return names
+
+
+def best_setting(trials: Sequence[Trial], results: Path) -> float | None:
     """The setting with the best mean at the last epoch; the first one where nothing has been run."""
-    means = setting_means([found for cell in cells if (found := cell.read(results))])
-    return max(means, key=means.__getitem__) if means else next((cell.setting for cell in cells), None)
+    means = setting_means([found for trial in trials if (found := trial.read(results))])
+    return max(means, key=means.__getitem__) if means else next((trial.setting for trial in trials), None)
 
 
 def setting_means(found: Iterable[Mapping[str, Any]]) -> dict[float, float]:
-    """Setting -> mean over the seeds of the metric at the last epoch, of one method's finished tuning cells."""
+    """Setting -> mean over the seeds of the metric at the last epoch, of one method's finished tuning trials."""
     scores: dict[float, list[float]] = {}
-    for cell in found:
-        scores.setdefault(cell["setting"], []).append(cell["history"][-1])
+    for trial in found:
+        scores.setdefault(trial["setting"], []).append(trial["history"][-1])
     return {setting: mean(values) for setting, values in scores.items()}
 
 
-def _tuning_cells(recipe: config.Recipe, method: str) -> list[Cell]:
+def _tuning_trials(recipe: config.Recipe, method: str) -> list[Trial]:
     search, losses = recipe.compare.tune, _variant(recipe, method).losses
     if search is None or not losses:
         return []
@@ -194,10 +208,10 @@ def _tuning_cells(recipe: config.Recipe, method: str) -> list[Cell]:
             "none: give it `weight: auto`, or tune another option"
         )
     seeds = range(TUNING_SEED, TUNING_SEED + search.seeds)
-    return [_cell(recipe, method, seed, value, tuning=True) for value in search.values for seed in seeds]
+    return [_trial(recipe, method, seed, value, tuning=True) for value in search.values for seed in seeds]
 
 
-def _cell(recipe: config.Recipe, method: str, seed: int, setting: float | None, *, tuning: bool) -> Cell:
+def _trial(recipe: config.Recipe, method: str, seed: int, setting: float | None, *, tuning: bool) -> Trial:
     search = recipe.compare.tune
     option = None if setting is None or search is None else search.option
     overrides = [f"train.seed={seed}"]
@@ -205,7 +219,7 @@ def _cell(recipe: config.Recipe, method: str, seed: int, setting: float | None, 
         value = int(setting) if setting.is_integer() else setting  # options such as num_masks take no 3.0
         overrides += [f"losses.{index}.{option}={value}" for index in range(len(_variant(recipe, method).losses))]
     varied = _variant(recipe, method, overrides)
-    return Cell(method, setting, option, tuning, varied.model_copy(update={"compare": config.Comparison()}))
+    return Trial(method, setting, option, tuning, varied.model_copy(update={"compare": config.Comparison()}))
 
 
 def _variant(recipe: config.Recipe, method: str, overrides: Sequence[str] = ()) -> config.Recipe:
@@ -223,8 +237,14 @@ def _variant(recipe: config.Recipe, method: str, overrides: Sequence[str] = ()) 
     return config.override(recipe, [*given, *overrides])
 
 
-def _is_of_masks(column: str) -> bool:
-    return "_mask" in column and not column.startswith(("AP/", "IoU/"))  # a class may be called with_mask
+def _of_masks(columns: Iterable[str]) -> list[str]:
+    """Statistics of masks among a history's columns: LAYER/METHOD/NAME of a loss that has a column of its own too.
+
+    A class may be called with_mask.
+    """
+    places = {column.removeprefix("loss/").rpartition("/")[0] for column in columns if column.startswith("loss/")}
+    apart = {column: column.rpartition("/") for column in columns}
+    return [column for column, (place, _, name) in apart.items() if place in places and mask_statistic(name)]
 
 
 def _columns(file: Path) -> dict[str, list[float | None]]:

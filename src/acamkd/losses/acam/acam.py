@@ -1,4 +1,7 @@
-"""ACAM-KD: student and teacher decide together, anew at every step, where the student imitates the teacher."""
+"""ACAM-KD: student and teacher decide together, anew at every step, where the student learns from the teacher.
+
+`reference.py` beside this file is the paper; this is the same in little memory, with options.
+"""
 
 from __future__ import annotations
 
@@ -9,174 +12,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acamkd.losses.acam.fusion import Condensed, cross_attention, heavy_hitters, layer_norm, window_side
-from acamkd.losses.acam.masks import (
-    CollapseWatch,
-    Masks,
-    apply_masks,
-    look_ahead_reward,
-    mask_overlap,
-    mask_statistics,
-    selection_loss,
-)
-from acamkd.losses.base import DistillationContext, FeatureLoss
+from acamkd.losses.acam.distances import distillation_distances
+from acamkd.losses.acam.fusion import STCAFF
+from acamkd.losses.acam.masks import ASCM, Masks, apply_masks, mask_overlap
+from acamkd.losses.acam.objective import look_ahead_reward, selection_loss
+from acamkd.losses.acam.statistics import CollapseWatch, mask_statistics
+from acamkd.losses.base import DistillationContext, FeatureLoss, TokenModule
 from acamkd.losses.functional import (
     align_layer,
     check_choices,
     freeze_tokens,
     full_precision,
-    imitation_errors,
     masked_error,
     resample,
-    safe_divide,
 )
 
 LEARNING = ("cooperative", "teacher")
 """Sources of masks that learn while the student does."""
 
 
-class STCAFF(nn.Module):
-    """Student-teacher cross-attention feature fusion: one network asks, the other answers.
-
-    Of the fused map F = A V, the masks read its average over positions and its products with the spatial units. Both
-    are linear in V, so that F itself, and V, need never be computed: (A V)^T m = A (V^T m), and the average of F is V
-    times the average row of A.
-
-    With windows, the positions to which a sample of the queries attends most stay keys of their own, and of the others
-    each window is one key, the mean of its positions, and counts as many times. What this leaves out, that a query
-    attends more to some positions of a window than to others, is put back into what the spatial units see, to first
-    order in the query: by the covariance of keys and values within windows, averaged over all of them, times the
-    attention a_i that the query pays to windows, m F_i += a_i m E[dV dK^T] q_i / sqrt(C_q). The shift is damped to stay
-    below the deviation of m V within windows, as no mean over a window can differ by much more from the plain one.
-
-    Args:
-        channels: C, of both maps.
-        kv_stride: Side of the windows, or `auto` for `window_side`; 1 is the paper.
-        normalize: Layer norm of both maps first, over the channels of each position and without parameters.
-    """
-
-    def __init__(self, channels: int, kv_stride: int | Literal["auto"] = 1, normalize: bool = False) -> None:
-        super().__init__()
-        self.kv_stride = kv_stride
-        self.normalize = normalize
-        query_channels = max(1, channels // 2)
-        self.query = nn.Conv2d(channels, query_channels, kernel_size=1)
-        self.key = nn.Conv2d(channels, query_channels, kernel_size=1)
-        self.value = nn.Conv2d(channels, channels, kernel_size=1)
-
-    def forward(self, asking: Tensor, answering: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
-        """Fuse two maps of (N, C, H, W) into F, seen through units (M, C): its average (N, C), and (N, M, H, W)."""
-        if self.normalize:
-            asking, answering = layer_norm(asking), layer_norm(answering)
-        weight, bias = self.value.weight.flatten(1), self.value.bias
-        assert bias is not None
-        query, readout = self.query(asking), units @ weight  # (N, C_q, H, W), (M, C)
-        side = window_side(answering.shape[2:]) if self.kv_stride == "auto" else self.kv_stride
-        if side == 1:
-            answers = answering.flatten(2)
-            read, received = cross_attention(query.flatten(2), self.key(answering).flatten(2), readout @ answers)
-        else:
-            answers, read, received = self._condensed(query, answering, readout, side)
-        pooled = torch.einsum("nck,nk->nc", answers, received)
-        logits = read + (units @ bias).unsqueeze(1)  # the rows of A sum to 1, so that the bias of V is one of F
-        return F.linear(pooled, weight, bias), logits.reshape(*logits.shape[:2], *asking.shape[-2:])
-
-    def _condensed(self, query: Tensor, answering: Tensor, readout: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
-        """With windows: what answers (N, C, K), A V seen through the units (N, M, HW), the average row of A (N, K)."""
-        to_key = self.key.weight.flatten(1) * query.shape[1] ** -0.5  # (C_q, C)
-        keys = Condensed.of(answering, side, heavy_hitters(answering, query, to_key))
-        query, answers = query.flatten(2), torch.cat([keys.means, keys.singles], dim=2)
-        counts = F.pad(keys.counts, (0, keys.singles.shape[2]), value=1.0)
-        in_windows = F.pad(torch.ones_like(keys.counts), (0, keys.singles.shape[2])).unsqueeze(1)
-        values = torch.cat([readout @ answers, in_windows], dim=1)
-        read, received = cross_attention(query, self.key(answers.unsqueeze(3)).flatten(2), values, counts)
-        # The covariance is that of the map; what keys and values make of it is linear.
-        varied = keys.covariance(readout.mT.expand(len(query), -1, -1))  # (N, C, M)
-        shift = (to_key @ varied).mT @ query
-        variance = (readout.mT * varied).sum(dim=1).unsqueeze(2)  # of m V within windows
-        shift = shift * torch.rsqrt(1 + safe_divide(shift.square(), variance))
-        return answers, read[:, :-1] + read[:, -1:] * shift, received
-
-
-class ASCM(nn.Module):
-    """Adaptive spatial-channel masking: M learnable selection units of each kind turn the fused map into masks.
-
-    Args:
-        channels: C.
-        num_masks: M.
-        kinds: Which of `channel` and `spatial`; only these get units.
-    """
-
-    def __init__(self, channels: int, num_masks: int, kinds: Sequence[str] = Masks._fields) -> None:
-        super().__init__()
-        self.channels = channels
-        # Unit-variance logits for unit-variance features: the masks start around 0.5 and differ from each other.
-        self.channel = nn.Parameter(torch.randn(num_masks, 1)) if "channel" in kinds else None
-        self.spatial = nn.Parameter(torch.randn(num_masks, channels) * channels**-0.5) if "spatial" in kinds else None
-
-    def forward(self, fused: Tensor) -> Masks:
-        """Masks from the fused map (N, C, H, W)."""
-        return self.masks(fused.mean(dim=(2, 3)), torch.einsum("mc,nchw->nmhw", self.spatial_units(), fused))
-
-    def spatial_units(self) -> Tensor:
-        """m_s, (M, C); none where there are only channel masks."""
-        return self.spatial if self.spatial is not None else next(self.parameters()).new_empty(0, self.channels)
-
-    def masks(self, pooled: Tensor, logits: Tensor) -> Masks:
-        """Masks from v, (N, C), and m_s F, (N, M, H, W)."""
-        return Masks(
-            None if self.channel is None else torch.sigmoid(self.channel * pooled.unsqueeze(1)),  # (N, M, C)
-            None if self.spatial is None else torch.sigmoid(logits),
-        )
-
-    def masked(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What fixed masks are learned from: a map (N, C, H, W) under its own masks, and the overlap of these."""
-        masks = self(x)
-        return apply_masks(masks, x), mask_overlap(masks)
-
-
 class ACAM(FeatureLoss):
-    """Masked imitation where cross-attention between student and teacher decides the masks.
+    """Distillation under masks that cross-attention between student and teacher makes.
 
     Paper: Lan and Tian, ACAM-KD: Adaptive and Cooperative Attention Masking for Knowledge Distillation, ICCV 2025.
+    https://arxiv.org/abs/2503.06307
 
-    With the teacher's map T, the aligned student's S' = f(S), both (C, H, W), and D = (T - S')^2:
+    The published method is the preset `paper`. The defaults depart from it, mainly so that the masks do not collapse.
 
-        STCA-FF   Q = W_q T, K = W_k S', V = W_v S', F = softmax(Q^T K / sqrt(C_q)) V
-        ASCM      M^c = sigmoid(m_c v), v the average of F over positions;  M^s = sigmoid(m_s F)
-        channel   L_c = 1/M sum_m sum_{k,p} (M^c_{m,k})^2 D_{k,p} / (HW sum_k M^c_{m,k})
-        spatial   L_s = 1/M sum_m sum_{k,p} (M^s_{m,p})^2 D_{k,p} / (C sum_p M^s_{m,p})
-        diversity L_div = Dice overlap between different masks of one kind, summed over the kinds
-        total     weight (L_c + L_s) + diversity_weight L_div
+    Code:
+        - (1) S' = f(S): align_layer
+        - (2), (3) F = A V: STCAFF.forward
+        - (4) M^c, M^s: ASCM.masks
+        - (5), (6) L_c, L_s: masked_error
+        - (7) L_div: mask_overlap
+        - D, in every channel and at every location: distillation_distances
+        - r: look_ahead_reward
+        - L_sel: selection_loss
+        - mean_m M^s_m M^c_m T, with mask_grad="task": apply_masks
 
-    All three are means over the images. Nothing of this remains at inference. The paper compares every level of a
-    detector's neck, or a segmenter's logits before upsampling; its detectors' necks and heads start from the teacher's
-    (`student.inherit`).
-
-    The paper leaves open, and here is done:
-        - The normalizer of L_c and L_s is read as a fraction (MasKD's code has the same form); the only other reading,
-          a factor, would be of the order of 1e4 to 1e7 beside a detection loss of order 1.
-        - Diversity: `literal` is the formula as typeset, in [0, M - 1]; `pairwise` is MasKD's mean over pairs, in
-          [0, 1], which keeps diversity_weight = 1 comparable for every M.
-        - C_q = C // 2, at least 1; the 1x1 convolutions have a bias; the units start from N(0, 1) (channel) and
-          N(0, 1/C) (spatial), so that masks of normalized features start around 0.5 and unequal.
-        - Denominators are clamped to 1e-31 (float32); the paper names no epsilon.
-        - MasKD's softmax weighting of the masks is left out: nothing in the paper speaks of it.
-        - `query="student"`: Q from the student, K and V from the teacher.
-
-    Four defaults depart from the method as published, which is the preset `paper`. The diversity is the mean over pairs
-    (above). Of the two kinds of masks the default has the spatial ones alone: with channel masks beside them students
-    were worse on one data set and no better on the other (docs/results.md). With imitation="squared" the channels with
-    the largest values decide, and their scale is the loss's; the default compares channels that are standardized over
-    the batch. With mask_grad="joint" both terms shrink with the masks and nothing holds the masks up, so that training
-    drives them to zero and the distillation with them. The default is mask_grad="look_ahead", with an objective of the
-    masks' own, for every mask and image
-
-        L_sel = -sum_p M_p r_p / sum_p M_p + 10 (mean_p M_p - 1/2)^2,  r_p = <dL_task/dS'_p, d(sum D)/dS'_p>
-
-    where r is what a step of imitation at p does to the student's task loss, to first order, divided by the image's
-    mean |r|; for channels likewise. mask_grad="task" holds them up too: a teacher whose features are masked away loses
-    its own task.
+    Example:
+        >>> student, teacher = torch.randn(2, 16, 8, 8, requires_grad=True), torch.randn(2, 32, 8, 8)
+        >>> terms = ACAM(16, 32, **ACAM.PRESETS["paper"])(student, teacher)
+        >>> sorted(terms)
+        ['channel', 'diversity', 'spatial']
 
     Args:
         student_channels: C_s.
@@ -184,40 +62,26 @@ class ACAM(FeatureLoss):
         num_masks: M. The paper takes 6 for detection and the number of classes for segmentation.
         weight: alpha, factor of L_c and L_s.
         diversity_weight: lambda, factor of L_div.
-        query: Who asks in the fusion: `teacher` (the paper's choice) or `student`.
-        masks: `spatial`, `channel` or `both` (the paper's choice); or a list of the first two.
-        mask_source: What the masks come from. `cooperative`: the method. `teacher`: Q, K and V all from the teacher.
-            `fixed`: frozen tokens, learned beforehand (`acamkd tokens RECIPE`, by the teacher's own loss on
-            mean_m M^s_m M^c_m T), on the teacher's map without fusion.
-            `random`: the method with everything that makes masks untrained and frozen. `uniform`: all-ones masks, so
-            that each term is the plain mean squared error, and no diversity.
-        mask_grad: What trains the masks that learn, beside the diversity. `look_ahead`: a place is worth imitating when
-            a step of imitation there lowers the student's task loss; the terms `KIND_selection` collect that reward
-            within a budget, mean M = 0.5. The Distiller takes that slope from the student's own backward, which it then
-            does not repeat; elsewhere it comes with the context. Unlabeled images get the masks that labeled
-            ones taught. `joint`: the distillation terms, and the student feels them through K and V (the method). With
-            all others the student feels only the finished masks. `detached`: nothing. `task`: the frozen teacher's own
-            loss on the map that they mask, mean_m M^s_m M^c_m T. This costs a second forward and a backward of the
-            teacher.
-        imitation: What D is. `squared`: the method. `standardized`: the same of maps standardized per channel over the
-            batch (PKD). `softmax`, for logits: divergence of each position's distribution over the channels (L_s) and
-            of each channel's over the positions (L_c, CWD). `correlation`, for logits: one minus the correlation of
-            the channels' probabilities, over the channels of a position (L_s) and the positions of a channel (L_c), as
-            in DIST.
+        query: Whose feature map is the query; the other's is key and value. `teacher` is the paper.
+        masks: `spatial`, `channel` or `both` (the paper); or a list of the first two.
+        mask_source: What the masks come from. `cooperative`: both networks. `teacher`: the teacher alone. `fixed`:
+            tokens that `acamkd tokens RECIPE` learned, without fusion. `random`: the method, untrained and frozen.
+            `uniform`: all ones, so that each term is the plain mean of the distance, without diversity.
+        mask_grad: What trains the masks, beside the diversity. `look_ahead`: the reward L_sel. `joint` (the paper): the
+            distillation terms, which the student feels through K and V. `detached`: nothing. `task`: the frozen
+            teacher's own loss on its masked feature map, which costs it a second forward and a backward.
+        imitation: The distance D. `squared`: the paper. `standardized`: of feature maps standardized per channel, as
+            in PKD. For logits: `softmax`, KL as in CWD, and `correlation`, as in DIST.
         temperature: tau of imitation="softmax" and "correlation".
-        diversity: `pairwise` or `literal`.
+        diversity: `literal` (the paper) or `pairwise`, the mean over pairs of masks.
         tokens: With mask_source="fixed": learned state of `selection`; in a recipe the file that `acamkd tokens` wrote.
             Without it the tokens stay random.
-        kv_stride: Side of the square windows over which the map that answers is averaged before keys and values are
-            made of it. Every position still asks, up to 128 positions that get the most attention stay keys of their
-            own, and what varies within the windows counts to first order. 1 is exact. `auto`: on each level the
-            smallest side that leaves at most 128 windows (1 on maps of up to 256 positions), which makes the cost
-            linear in the positions.
-        normalize: Fuse maps after a layer norm, over the channels of each position and without parameters. Raw maps are
-            the paper's; where their values are large, a query may see a single key (1.1 of 320 in a trained FCOS).
+        kv_stride: Side of the square windows that are one key and value each. 1 is exact, and the paper. `auto`: the
+            smallest side that leaves at most 128 windows, which makes the cost linear in the number of locations.
+        normalize: Layer norm of both feature maps before the fusion, over the channels of each location.
         align: Project the student even where the channels agree.
-        on_mask_collapse: Masks that learn are looked at every 100 steps. Where their mean or their deviation has left
-            what can still select, `warn` says so once, `stop` ends the training.
+        on_mask_collapse: Masks that learn are checked every 100 steps. Of collapsed ones `warn` says so once, and
+            `stop` ends the training.
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
@@ -254,7 +118,8 @@ class ACAM(FeatureLoss):
             ACAM.__init__, query=query, mask_source=mask_source, mask_grad=mask_grad, imitation=imitation,
             diversity=diversity, on_mask_collapse=on_mask_collapse,
         )  # fmt: skip
-        self.kinds = Masks._fields if masks == "both" else (masks,) if isinstance(masks, str) else tuple(masks)
+        listed = (masks,) if isinstance(masks, str) else tuple(masks)
+        self.kinds = Masks._fields if masks == "both" else listed
         if not self.kinds or not set(self.kinds) <= set(Masks._fields):
             raise ValueError(f"masks must be 'spatial', 'channel' or 'both', or a list of the first two, not {masks!r}")
         if tokens is not None and mask_source != "fixed":
@@ -281,6 +146,7 @@ class ACAM(FeatureLoss):
         self.diversity = diversity
         self.watch = CollapseWatch(stop=on_mask_collapse == "stop")
         self.align = align_layer(student_channels, teacher_channels, align)
+        self.fuses = fuses
         if fuses:
             self.fusion = STCAFF(teacher_channels, kv_stride, normalize)
         if mask_source != "uniform":
@@ -295,14 +161,12 @@ class ACAM(FeatureLoss):
         """Return `channel`, `spatial`, `diversity` and the look-ahead's `KIND_selection`, as far as they are in use."""
         student = self.align(student)
         masks = self._masks(student if self.mask_grad == "joint" else student.detach(), teacher)
-        errors = imitation_errors(student, teacher, self.kinds, self.imitation, self.temperature)
+        errors = distillation_distances(student, teacher, self.kinds, self.imitation, self.temperature)
         looking_ahead = "task_gradient" in self.needs and context.labeled and context.task_gradient is not None
         rewards = self._rewards(student, teacher, context) if looking_ahead else {}
         terms = {}
         self.statistics = {}
-        for kind, mask in masks._asdict().items():
-            if mask is None:
-                continue
+        for kind, mask in masks.in_use().items():
             mask = mask.flatten(2)  # (N, M, C) or (N, M, HW)
             selecting = mask if self.mask_grad == "joint" else mask.detach()
             terms[kind] = self.weight * masked_error(errors[kind], selecting).mean()
@@ -317,7 +181,7 @@ class ACAM(FeatureLoss):
         return terms
 
     def _masks(self, student: Tensor, teacher: Tensor) -> Masks:
-        """Masks from the aligned student's map and the teacher's, both (N, C, H, W)."""
+        """Masks from the aligned student's feature map and the teacher's, both (N, C, H, W)."""
         if self.mask_source == "uniform":
             images, channels, height, width = teacher.shape
             return Masks(
@@ -330,24 +194,39 @@ class ACAM(FeatureLoss):
                 masks: Masks = self.selection(teacher)
                 return masks
             partner = teacher if self.mask_source == "teacher" else student
-            asking, answering = (teacher, partner) if self.query == "teacher" else (partner, teacher)
-            return self.selection.masks(*self.fusion(asking, answering, self.selection.spatial_units()))
+            query, key_value = (teacher, partner) if self.query == "teacher" else (partner, teacher)
+            return self.selection.masks(*self.fusion(query, key_value, self.selection.spatial_units()))
 
     @torch.no_grad()
-    def masks_of(self, student: Tensor, teacher: Tensor) -> Masks:
-        """The masks of two maps, (N, C_s, H_s, W_s) and (N, C_t, H, W), for images and statistics."""
+    def masks(self, student: Tensor, teacher: Tensor, context: DistillationContext | None = None) -> dict[str, Tensor]:
+        """The masks in use: `channel`, (N, M, C_t), and `spatial`, (N, M, H_t, W_t)."""
         student, teacher = self._to_common_form(student, teacher)
-        return self._masks(self.align(student), teacher)
+        return self._masks(self.align(student), teacher).in_use()
 
     @property
     def teacher_task(self) -> bool:
-        """Whether the Distiller is to add the teacher's own loss on `masked` features."""
+        """With mask_grad="task"."""
         return self.mask_grad == "task"
 
-    def masked(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The teacher's map under the masks, for its own loss.
+    @property
+    def tokens(self) -> TokenModule | None:
+        """The selection units, with mask_source="fixed"."""
+        return self.selection if self.mask_source == "fixed" else None
 
-        The gradient reaches the masks' parts and whatever the map was computed from, as the masks of an earlier layer.
+    @property
+    def attention_module(self) -> nn.Module | None:
+        """STCA-FF, where the masks come from a fusion."""
+        return self.fusion if self.fuses else None
+
+    @classmethod
+    def scaled_options(cls, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """The diversity reaches the student only where the masks' gradient does."""
+        return ("weight", "diversity_weight") if options["mask_grad"] == "joint" else ("weight",)
+
+    def masked(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The teacher's feature map under the masks, for its own loss.
+
+        The gradient reaches the masks' parts, and what the feature map was computed from: masks of an earlier layer.
 
         Args:
             student: (N, C_s, H_s, W_s).

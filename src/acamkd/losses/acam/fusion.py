@@ -1,160 +1,97 @@
-"""Attention of one map to another in blocks, over all positions or windows of them: what ACAM's fusion is made of."""
+"""STCA-FF: what the masks need of the fused feature map, without ever computing it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import prod
-from typing import Any, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 
-from acamkd.losses.functional import full_precision
-
-BLOCK = 2**22
-"""Elements of an attention map that exist at a time, 16 MiB in float32."""
-
-KEYS = 256
-"""Keys that kv_stride="auto" leaves at most: half of them windows, half single positions."""
-
-PROBES = 128
-"""Queries at most that find the single positions."""
+from acamkd.losses.acam.sparse_attention import Condensed, cross_attention, heavy_hitters, window_side
+from acamkd.losses.functional import safe_divide
 
 
-def cross_attention(query: Tensor, key: Tensor, value: Tensor, counts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A V and the average row of A = softmax(Q^T K / sqrt(C_q)), over the key positions.
+class STCAFF(nn.Module):
+    """Student-teacher cross-attention feature fusion, F = A V, with one feature map as query and one as key and value.
 
-    A exists in blocks of at most BLOCK elements, which the backward computes anew.
+    The masks read two things of F: its average over locations, and its products with the spatial units. Both are
+    linear in V, so that neither F nor V is computed: (A V)^T m = A (V^T m), and the average of F is V times the average
+    row of A.
+
+    With windows (`kv_stride`), the locations that get most attention stay keys of their own. Of the others each window
+    is one key: the mean of its locations, which counts as many times. A query may attend more to some locations of a
+    window than to others. `_condensed` puts that back to first order.
 
     Args:
-        query: (N, C_q, HW).
-        key: (N, C_q, K).
-        value: (N, C, K); C may be 0.
-        counts: How many equal keys each of them stands for, (N, K); one where not given.
-
-    Returns:
-        (N, C, HW), and the attention that each key receives, (N, K), of sum 1.
-    """
-    queries, keys = query.mT * query.shape[1] ** -0.5, key.mT
-    if counts is not None:  # n exp(q k) = exp(q k + log n): one channel more, which is 1 in every query
-        queries = F.pad(queries, (0, 1), value=1.0)
-        # A key that stands for none is out of reach of every logit, and finite: its gradient is 0 times it.
-        keys = torch.cat([keys, counts.log().clamp_min(-1e30).unsqueeze(2)], dim=2)
-    read, received = _BlockAttention.apply(queries, keys, value.mT)
-    return read.mT, received[:, 0] / query.shape[2]
-
-
-class _BlockAttention(torch.autograd.Function):
-    """P V and the column sums of P = softmax(Q K^T), some rows of P at a time.
-
-    Whatever outlives a block is allocated beforehand; otherwise it would settle in the memory that a block has freed,
-    which the next one could not take again.
+        channels: C, of both feature maps.
+        kv_stride: Side of the windows, or `auto` for `window_side`; 1 is the paper.
+        normalize: Layer norm of both feature maps first, over the channels of each location and without parameters.
     """
 
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, HW, C_q), (N, K, C_q), (N, K, C) -> (N, HW, C), (N, 1, K)."""
-        rows = max(1, BLOCK // (len(query) * key.shape[1]))
-        read = query.new_empty(*query.shape[:2], value.shape[2])
-        received = query.new_zeros(len(query), 1, key.shape[1])
-        for q, out in zip(torch.split(query, rows, 1), torch.split(read, rows, 1), strict=True):
-            attention = (q @ key.mT).softmax(dim=2)
-            out.copy_(attention @ value)
-            received += attention.sum(dim=1, keepdim=True)
-        ctx.rows = rows
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, read)
-        return read, received
+    def __init__(self, channels: int, kv_stride: int | Literal["auto"] = 1, normalize: bool = False) -> None:
+        super().__init__()
+        self.kv_stride = kv_stride
+        self.normalize = normalize
+        query_channels = max(1, channels // 2)
+        self.query = nn.Conv2d(channels, query_channels, kernel_size=1)
+        self.key = nn.Conv2d(channels, query_channels, kernel_size=1)
+        self.value = nn.Conv2d(channels, channels, kernel_size=1)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, of_read: Tensor | None, of_received: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """With dP = dR V^T + 1 dr^T: dS = P (dP - sum_k P dP) for S = Q K^T."""
-        query, key, value, read = ctx.saved_tensors
-        d_read = torch.zeros_like(read) if of_read is None else of_read
-        d_received = key.new_zeros(len(key), 1, key.shape[1]) if of_received is None else of_received
-        d_query, d_key, d_value = (torch.zeros_like(x) for x in (query, key, value))
-        blocks = zip(*(torch.split(x, ctx.rows, 1) for x in (query, read, d_read, d_query)), strict=True)
-        with full_precision(query):  # a gradient may be asked for within autocast
-            for q, out, d_out, d_q in blocks:
-                attention = (q @ key.mT).softmax(dim=2)
-                d_value += attention.mT @ d_out
-                mean = (d_out * out).sum(dim=2, keepdim=True) + attention @ d_received.mT  # sum_k P dP
-                d_scores = (d_out @ value.mT).add_(d_received).sub_(mean).mul_(attention)
-                d_q.copy_(d_scores @ key)
-                d_key += d_scores.mT @ q
-        return d_query, d_key, None if of_read is None else d_value
-
-
-def window_side(size: Sequence[int]) -> int:
-    """For kv_stride="auto": 1 where a map of this (height, width) has at most KEYS positions, or KEYS / 2 windows."""
-    return 1 if prod(size) <= KEYS else _side(size, KEYS // 2)
-
-
-def _side(size: Sequence[int], most: int) -> int:
-    """Smallest side of so many square windows, at most, that cover a map of this (height, width)."""
-    side = 1  # a plain loop, which torch.compile does not break at
-    while prod([-(-length // side) for length in size]) > most:
-        side += 1
-    return side
-
-
-@torch.no_grad()
-def heavy_hitters(x: Tensor, query: Tensor, to_key: Tensor) -> Tensor:
-    """The positions of a map that get the most attention: KEYS / 2, but no more than half of them.
-
-    Args:
-        x: (N, C, H, W), the map.
-        query: (N, C_q, H_q, W_q), of which PROBES at most, on a grid, are asked.
-        to_key: (C_q, C), what makes keys of the map.
-
-    Returns:
-        Their indices in the flattened map, (N, S).
-    """
-    side = _side(query.shape[2:], PROBES)
-    probes = to_key.mT @ query[:, :, ::side, ::side].flatten(2)
-    keys = x.flatten(2).mT
-    _, received = _BlockAttention.apply(probes.mT, keys, keys[:, :, :0])
-    indices: Tensor = received[:, 0].topk(min(KEYS, keys.shape[1]) // 2, dim=1).indices
-    return indices
-
-
-class Condensed(NamedTuple):
-    """A map (N, C, H, W) as K windows, and S single positions, which the windows leave out."""
-
-    means: Tensor
-    """Of the windows, (N, C, K)."""
-    counts: Tensor
-    """Their positions, (N, K): fewer at the map's right and bottom, and 0 where all are single."""
-    singles: Tensor
-    """(N, C, S)."""
-    rest: Tensor
-    """The map with 0 in the place of the single positions, (N, C, HW)."""
-
-    @classmethod
-    def of(cls, x: Tensor, side: int, indices: Tensor) -> Condensed:
-        """Windows of this side over (N, C, H, W), and single positions by their indices (N, S) in the flattened map."""
-        pooled = torch.ones_like(x[:, 0]).flatten(1).scatter(1, indices, 0).view_as(x[:, :1])
-        rest = x * pooled
-        sums, counts = (F.avg_pool2d(y, side, ceil_mode=True, divisor_override=1).flatten(2) for y in (rest, pooled))
-        singles = x.flatten(2).gather(2, indices.unsqueeze(1).expand(-1, x.shape[1], -1))
-        return cls(sums / counts.clamp_min(1), counts.squeeze(1), singles, rest.flatten(2))
-
-    def covariance(self, vectors: Tensor) -> Tensor:
-        """E[D D^T] Y, with D what a position of a window differs by from its mean, averaged over all such positions.
+    def forward(self, query_map: Tensor, key_value_map: Tensor, units: Tensor) -> tuple[Tensor, Tensor]:
+        """Fuse two feature maps, and look at the result F through units.
 
         Args:
-            vectors: Y, (N, C, R).
+            query_map: (N, C, H, W).
+            key_value_map: (N, C, H, W).
+            units: (M, C).
 
         Returns:
-            (N, C, R); the covariance itself, (N, C, C), is never made.
+            The average of F, (N, C), and its products with the units, (N, M, H, W).
         """
-        of_means = self.means @ (self.counts.unsqueeze(2) * (self.means.mT @ vectors))
-        return (self.rest @ (self.rest.mT @ vectors) - of_means) / (self.rest.shape[2] - self.singles.shape[2])
+        if self.normalize:
+            query_map, key_value_map = layer_norm(query_map), layer_norm(key_value_map)
+        weight, bias = self.value.weight.flatten(1), self.value.bias
+        assert bias is not None
+        query, readout = self.query(query_map), units @ weight  # (N, C_q, H, W), (M, C)
+        side = window_side(key_value_map.shape[2:]) if self.kv_stride == "auto" else self.kv_stride
+        if side == 1:
+            sources = key_value_map.flatten(2)
+            read, received = cross_attention(query.flatten(2), self.key(key_value_map).flatten(2), readout @ sources)
+        else:
+            sources, read, received = self._condensed(query, key_value_map, readout, side)
+        pooled = torch.einsum("nck,nk->nc", sources, received)
+        logits = read + (units @ bias).unsqueeze(1)  # the rows of A sum to 1, so that the bias of V is one of F
+        return F.linear(pooled, weight, bias), logits.reshape(*logits.shape[:2], *query_map.shape[-2:])
+
+    def _condensed(
+        self, query: Tensor, key_value_map: Tensor, readout: Tensor, side: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attention over K windows and single locations.
+
+        What a mean over a window leaves out is m F_i += a_i m E[dV dK^T] q_i / sqrt(C_q), to first order in the query.
+        E is the covariance of keys and values within windows, averaged over all of them. a_i is the attention that
+        query i pays to windows. The shift is damped to stay below the standard deviation of m V within windows. No
+        weighted mean over a window can differ by much more from the plain one.
+
+        Returns:
+            The keys' sources, (N, C, K); A V seen through the units, (N, M, HW); the average row of A, (N, K).
+        """
+        to_key = self.key.weight.flatten(1) * query.shape[1] ** -0.5  # (C_q, C)
+        keys = Condensed.of(key_value_map, side, heavy_hitters(key_value_map, query, to_key))
+        query, sources = query.flatten(2), torch.cat([keys.means, keys.singles], dim=2)
+        counts = F.pad(keys.counts, (0, keys.singles.shape[2]), value=1.0)
+        in_windows = F.pad(torch.ones_like(keys.counts), (0, keys.singles.shape[2])).unsqueeze(1)
+        values = torch.cat([readout @ sources, in_windows], dim=1)
+        read, received = cross_attention(query, self.key(sources.unsqueeze(3)).flatten(2), values, counts)
+        # The covariance is that of the feature map; what keys and values make of it is linear.
+        varied = keys.covariance(readout.mT.expand(len(query), -1, -1))  # (N, C, M)
+        shift = (to_key @ varied).mT @ query
+        variance = (readout.mT * varied).sum(dim=1).unsqueeze(2)  # of m V within windows
+        shift = shift * torch.rsqrt(1 + safe_divide(shift.square(), variance))
+        return sources, read[:, :-1] + read[:, -1:] * shift, received
 
 
 def layer_norm(x: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 over the channels of each position, (N, C, H, W)."""
+    """Mean 0 and standard deviation 1 over the channels of each location, (N, C, H, W)."""
     return F.layer_norm(x.movedim(1, 3), x.shape[1:2]).movedim(3, 1)

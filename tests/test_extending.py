@@ -1,0 +1,62 @@
+"""The complete examples of the pages about new data formats and networks run in a training."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import acamkd
+import tiny
+from acamkd import config
+from acamkd.errors import AcamkdError
+
+GUIDES = Path(__file__).parents[1] / "docs/guides"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (GUIDES / f"{page}.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def install(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the page's module, which its first line names, where Python finds it."""
+    (code,) = blocks(page, "python")
+    (folder / code.split(":")[0].strip('"')).write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(folder)
+
+
+def test_the_reader_of_the_page_opens_and_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("add-a-data-format", tmp_path, monkeypatch)
+    drawn, root = tiny.write_data(tmp_path / "drawn"), tmp_path / "railway"
+    for split in ("train", "val"):
+        names = [file.stem for file in sorted((drawn / "images" / split).iterdir())]
+        for name in names:
+            for source, target in ((f"images/{split}/{name}.jpg", f"frames/{split}{name}.jpg"),
+                                   (f"masks/{split}/{name}.png", f"labels/{split}{name}.png")):  # fmt: skip
+                (root / target).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(drawn / source, root / target)
+        (root / f"{split}.txt").write_text("\n".join(f"{split}{name}" for name in names))
+    raw = tiny.raw_recipe(drawn, epochs=1)
+    (block,) = blocks("add-a-data-format", "yaml")
+    raw["data"] = {**yaml.safe_load(block)["data"], "root": str(root), "resize": [64, 64], "workers": 0}
+    with pytest.raises(AcamkdError, match="the mask holds"):  # drawn scenes have more than three classes
+        acamkd.train(config.parse(raw), out=tmp_path / "run")
+    for file in (root / "labels").iterdir():
+        Image.fromarray(np.asarray(Image.open(file)) % 3).save(file)
+    run = acamkd.train(config.parse(raw), out=tmp_path / "run")
+    assert run.recipe.data.classes == ("background", "rail", "train")
+
+
+def test_the_network_of_the_page_distills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("add-a-network", tmp_path, monkeypatch)
+    raw = tiny.raw_recipe(tiny.write_data(tmp_path / "data"), epochs=1)
+    (block,) = blocks("add-a-network", "yaml")
+    run = acamkd.distill(config.parse({**raw, **yaml.safe_load(block)}), out=tmp_path / "run")
+    assert run.load().get_submodule("net.0").out_channels == 8
+    assert "2/cwd/channel" in (run.folder / "history.csv").read_text(encoding="utf-8").splitlines()[0]
