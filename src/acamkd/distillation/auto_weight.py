@@ -158,19 +158,18 @@ def probing(distiller: Distiller) -> Iterator[Distiller]:
     """Within, forwards leave no trace: not in the student, not in torch's random state.
 
     Every layer stays in the mode that it is in, as in a training: single ones may be frozen. Networks and losses are on
-    the GPU, if there is one.
+    the student's device.
     """
     student = distiller.student
     buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
     device = student.mean.device
     with torch.random.fork_rng(devices=[]):
-        distiller.to("cuda" if torch.cuda.is_available() else "cpu")
+        distiller.to(device)
         distiller.training = False  # of itself alone: its own audit is for the training
         try:
             yield distiller
         finally:
-            distiller.to(device)
-            for name, buffer in student.named_buffers():  # other tensors than before, where the device has changed
+            for name, buffer in student.named_buffers():
                 buffer.data.copy_(buffers[name])
 
 

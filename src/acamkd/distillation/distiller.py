@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import isfinite
 from typing import TypeAlias
@@ -152,6 +152,7 @@ class Distiller(nn.Module):
             return {}
         names = _flat(self._layers(index)[0] for index in active)
         with ExitStack() as stack:
+            stack.enter_context(_explaining_checkpoints())
             onward: dict[int, GradientEdge] = {}  # by the identity of the tapped output, which may have two names
 
             def hand_on(_: str, student_map: Tensor) -> Tensor:
@@ -182,7 +183,7 @@ class Distiller(nn.Module):
                 terms |= {f"{key}/{name}": factors[index] * term for name, term in compared[key].items()}
             terms |= self._teacher_task(active, student_tap, batch)
             if compared and labeled and self.training and torch.is_grad_enabled():
-                self._audit(self.student.net, student_tap.features(), compared)
+                self._audit(self.student.net, student_tap.features(), compared, step)
         _check_finite(terms, step)
         return terms
 
@@ -288,6 +289,20 @@ class Distiller(nn.Module):
             return loss(student_tap[pair[0]], teacher_maps[pair[1]], context)  # type: ignore[no-any-return]
         except ValueError as error:
             raise AcamkdError(f"{self._keys[index]}: {error}") from error
+
+
+@contextmanager
+def _explaining_checkpoints() -> Iterator[None]:
+    """Say what is to be done where an activation checkpoint has no graph to differentiate."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise AcamkdError(
+            "the student has an activation checkpoint with use_reentrant=True, which gives no gradient at tapped maps: "
+            "set use_reentrant=False, torch's advice for every checkpoint"
+        ) from error
 
 
 def _flat(names: Iterable[Sequence[str]]) -> list[str]:

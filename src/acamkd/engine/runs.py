@@ -248,7 +248,7 @@ def default_folder(recipe: config.Recipe, job: str) -> Path:
 
 def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
     """Open a run, with some keys of its recipe overridden; raises AcamkdError if the folder holds none."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not (folder / RECIPE).is_file():
         raise AcamkdError(f"{folder} is not a run folder: it has no {RECIPE}")
     recipe = config.load(folder / RECIPE, overrides)

@@ -18,6 +18,7 @@ from acamkd import config, data, models
 from acamkd.data import ImageDataset
 from acamkd.distillation.auto_weight import gradient_norms, prepared, probe_distiller, total_norms, with_objects
 from acamkd.distillation.build import probe
+from acamkd.engine.devices import device_of, moved_to
 from acamkd.engine.metrics import METRICS, score, scorer_of
 from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
@@ -230,7 +231,7 @@ def _score(teacher: TaskModel, val: ImageDataset, recipe: config.Recipe) -> Find
             yield [image], [target]
 
     device = teacher.mean.device
-    teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+    teacher.to(device_of(recipe.train))
     reached = score(teacher, images(), scorer_of(recipe, val.classes))[metric]
     teacher.to(device)  # where the student is: both are looked into with its batches
     chance = ignorance(seen, len(val.classes)) if recipe.task == "segmentation" else 0.0
@@ -257,7 +258,8 @@ def _distillation(
 ) -> Iterator[Finding]:
     size = min(IMAGES, recipe.train.batch_size, len(train))
     images = data.loader(train, size, 0, shuffle=True, seed=recipe.train.seed)
-    with probe_distiller(student, teacher, recipe.losses) as distiller:
+    networks = (student, teacher)
+    with moved_to(device_of(recipe.train), *networks), probe_distiller(*networks, recipe.losses) as distiller:
         if recipe.data.unlabelled is not None:
             distiller.check_unlabeled()
         batch = next(prepared(student, with_objects(images)))

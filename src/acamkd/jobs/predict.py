@@ -250,8 +250,10 @@ def _open(model: Run | Path | str) -> tuple[str, Sequence[str], Callable[[Pixels
         return exported.task, exported.classes, exported.predict, suppression.get("detections")
     import torch  # an exported file needs none
 
+    from acamkd.engine.devices import device_of
+
     run = as_run(model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(run.recipe.train)
     network = run.load().to(device)
 
     def predict_one(image: Pixels) -> Prediction:

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from acamkd import config
+from acamkd.data import reading
 from acamkd.data.dataset import seed_of
 from acamkd.distillation.auto_weight import uncalibrated
 from acamkd.distillation.build import build_distiller, suppress_logs
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.taps import FeatureTap
+from acamkd.engine.devices import device_of
 from acamkd.engine.metrics import METRICS, score
 from acamkd.engine.runs import default_folder
 from acamkd.errors import AcamkdError
@@ -85,12 +87,14 @@ def learn_tokens(
         distiller = build_distiller(student, teacher, entries)
     modules = _token_modules(distiller, recipe.name)
     batches.check()
-    distiller.to("cuda" if torch.cuda.is_available() else "cpu")
-    courses = _learn(distiller, modules, batches, iterations, lr)
-    scores = {
-        "teacher": score(teacher, batches.val, batches.scorer),
-        "masked_teacher": _score_masked(teacher, modules, batches),
-    }
+    distiller.to(device_of(recipe.train))
+    with reading(batches.train):
+        courses = _learn(distiller, modules, batches, iterations, lr)
+    with reading(batches.val):
+        scores = {
+            "teacher": score(teacher, batches.val, batches.scorer),
+            "masked_teacher": _score_masked(teacher, modules, batches),
+        }
     metric = METRICS[recipe.task]
     log.info("%s of the teacher: %.2f, with masked features: %.2f",
              metric, scores["teacher"][metric], scores["masked_teacher"][metric])  # fmt: skip
