@@ -118,9 +118,9 @@ def predict(
     log.info("%s", made)
     if full:
         log.warning(
-            "%d %s have %d detections, which is all that the network gives: it may have left out some (options: "
+            "%d detections, all that the network gives, were found in %d %s: it may have left out some (options: "
             "{detections_per_img: N} in the recipe, box_detections_per_img of faster_rcnn, raises it)",
-            full, made.unit, limit,
+            limit, full, made.unit,
         )  # fmt: skip
     if unreadable:
         first = "; ".join(unreadable[:3]) + ("; ..." if len(unreadable) > 3 else "")
