@@ -103,6 +103,8 @@ def compare(
     results.mkdir(parents=True, exist_ok=True)
     write_text(results / RESOLVED, config.dump(recipe))
     command = partial(_command, methods, seeds, results)
+    if any(trial.read(results) is None for trial in plan(recipe, methods, seeds, results)):
+        _check_data(recipe)
     end = None if seconds is None else time.monotonic() + seconds
     failed: list[Trial] = []
     for tuning in (True, False):  # what a method is tuned to is known only once its tuning trials have ended
@@ -286,6 +288,13 @@ def _elsewhere(results: Path) -> str:
     if not table.is_file():
         return ""
     return f"; {table} holds: {', '.join(str(results / name) for name in trials_csv.comparisons(table))}"
+
+
+def _check_data(recipe: config.Recipe) -> None:
+    """Raise AcamkdError for data that no trial could use, before the first of many trainings says it."""
+    from acamkd.jobs.setup import Batches  # with torch: see Trial.run
+
+    Batches(recipe, with_unlabeled=recipe.data.unlabelled is not None).check()
 
 
 def _train_teacher(recipe: config.Recipe) -> None:
