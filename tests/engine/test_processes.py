@@ -234,13 +234,12 @@ def test_processes_judge_together_whether_masks_have_collapsed(means: tuple[floa
 
 
 def test_fewer_validation_images_than_processes_are_one_message(raw: dict[str, Any], tmp_path: Path) -> None:
-    recipe = _shared(raw, epochs=1)
+    write_scenes(tmp_path / "data", train=8, val=1, size=(64, 64), seed=0, task=raw["task"])
+    recipe = _shared({**raw, "data": {**raw["data"], "root": str(tmp_path / "data")}}, epochs=1)
 
     def refused(rank: int) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("acamkd.data.dataset.ImageDataset.__len__", lambda self: min(1, len(self.files)))
-            with pytest.raises(AcamkdError, match=r"data.val has 1 images, fewer than the 2 processes .* lower"):
-                distill(recipe, out=tmp_path / "run")
+        with pytest.raises(AcamkdError, match=r"validation images for 2 processes that are to share them: 1; lower"):
+            distill(recipe, out=tmp_path / "run")
 
     assert _together(refused) == [0, 0]
     assert not (tmp_path / "run").exists()

@@ -188,8 +188,8 @@ def _fit(
     trainer = build_trainer(recipe.train, recorder, progress=sys.stdout.isatty(), callbacks=watching)
     if len(batches.splits["val"]) < trainer.world_size:
         raise AcamkdError(
-            f"data.val has {len(batches.splits['val'])} images, fewer than the {trainer.world_size} processes that are "
-            "to share them: lower train.devices, or give more validation images"
+            f"data.val has too few validation images for {trainer.world_size} processes that are to share them: "
+            f"{len(batches.splits['val'])}; lower train.devices, or give more of them"
         )
     is_first = trainer.is_global_zero  # of several processes, it alone writes and speaks
     others = nullcontext(resume and run.has_checkpoint)
