@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     last.write_bytes(last.read_bytes()[:-1000])
     distill(config.parse(raw), out=folder, resume=True)
     assert f"{last}: the file is damaged" in caplog.text
-    assert f"going on from the one before, {previous}" in caplog.text
+    assert f"resuming from the previous checkpoint, {previous}" in caplog.text
     assert all(torch.load(file, weights_only=True)["global_step"] >= 3 for file in (last, previous))
     _same(whole, folder)
 

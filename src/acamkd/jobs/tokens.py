@@ -89,7 +89,7 @@ def learn_tokens(
     batches.check()
     distiller.to(device_of(recipe.train))
     with reading(batches.train):
-        courses = _learn(distiller, modules, batches, iterations, lr)
+        curves = _learn(distiller, modules, batches, iterations, lr)
     with reading(batches.val):
         scores = {
             "teacher": score(teacher, batches.val, batches.scorer),
@@ -100,7 +100,7 @@ def learn_tokens(
              metric, scores["teacher"][metric], scores["masked_teacher"][metric])  # fmt: skip
     _save(modules, path)
     log.info("%s: tokens of %s; distill with --set losses.N.tokens=%s", path, ", ".join(modules), path)
-    return {**courses, **scores}
+    return {**curves, **scores}
 
 
 def _check_file(path: Path, overwrite: bool) -> None:
@@ -139,7 +139,7 @@ def _learn(
         weight_decay=WEIGHT_DECAY,
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=iterations, eta_min=LAST_LR)
-    courses: dict[str, list[float]] = {"task": [], "dice": []}
+    curves: dict[str, list[float]] = {"task": [], "dice": []}
     started = time.monotonic()
     for done, (images, targets) in enumerate(islice(_endless(batches), iterations), start=1):
         torch.manual_seed(seed_of(seed, "tokens", done))  # Faster R-CNN samples within its loss
@@ -150,17 +150,17 @@ def _learn(
         for name, term in (("task", task), ("dice", dice)):
             if not term.isfinite():
                 raise AcamkdError(f"iteration {done}: the {name} loss of the tokens is {term.item()}: lower --lr")
-            courses[name].append(term.item())
+            curves[name].append(term.item())
         optimizer.zero_grad()
         (task + dice).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         window = max(1, iterations // REPORTS)
         if done % window == 0 or done == iterations:
-            means = [sum(course[-window:]) / len(course[-window:]) for course in courses.values()]
+            means = [sum(curve[-window:]) / len(curve[-window:]) for curve in curves.values()]
             left = timedelta(seconds=round((time.monotonic() - started) / done * (iterations - done)))
             log.info("iteration %d/%d, task loss %.3f, dice %.3f, %s left", done, iterations, *means, left)
-    return courses
+    return curves
 
 
 def _endless(batches: Batches) -> Iterator[Any]:
