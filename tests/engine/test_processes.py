@@ -238,7 +238,7 @@ def test_fewer_validation_images_than_processes_are_one_message(raw: dict[str, A
     recipe = _shared({**raw, "data": {**raw["data"], "root": str(tmp_path / "data")}}, epochs=1)
 
     def refused(rank: int) -> None:
-        with pytest.raises(AcamkdError, match=r"validation images for 2 processes that are to share them: 1; lower"):
+        with pytest.raises(AcamkdError, match=r"validation images for 2 processes: 1; lower"):
             distill(recipe, out=tmp_path / "run")
 
     assert _together(refused) == [0, 0]

@@ -204,7 +204,7 @@ def test_where_nothing_can_be_written_the_last_checkpoint_stays(
     with monkeypatch.context() as patch:
         patch.setattr("acamkd.engine.checkpoint.written_whole", full)
         with pytest.raises(
-            AcamkdError, match=rf"run: the training stopped: .*{os.strerror(number)}.* --resume goes on"
+            AcamkdError, match=rf"run: the training stopped: .*{os.strerror(number)}.* --resume continues"
         ):
             distill(config.parse(raw), out=folder)
     assert not list(folder.rglob(".unfinished-*"))
@@ -250,6 +250,6 @@ def test_images_that_vanish_end_the_run_with_one_message(
 
     monkeypatch.setattr(TrainingModule, "on_train_epoch_end", remove)
     with pytest.raises(
-        AcamkdError, match=r"run: the training stopped: .*images/train.*there is no such image.* --resume goes on"
+        AcamkdError, match=r"run: the training stopped: .*images/train.*there is no such image.* --resume continues"
     ):
         train(config.parse(_raw(data, workers=1)), out=tmp_path / "run")

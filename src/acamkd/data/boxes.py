@@ -110,7 +110,7 @@ class BoxDataset(ImageDataset):
         return self.ABSENT_ADVICE
 
     def gather(self, entries: Iterable[tuple[str, Any]]) -> None:
-        """Turn entries, each with its location, into one table sorted by image, in few large tensors for the workers."""
+        """Turn entries, each with its location, into one table sorted by image; workers share few large tensors."""
         rows: list[Box] = []
         clipped = empty = 0
         for where, entry in entries:

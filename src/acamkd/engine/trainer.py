@@ -108,7 +108,7 @@ class Recorder(Callback):
         epoch, scores, pl_module.scores = trainer.current_epoch + 1, pl_module.scores, {}
         losses = _means(gathered(self.sums))
         if scores and math.isnan(scores[self.metric]):
-            log.warning("%s has no basis: in the validation images every pixel is void, or every box a crowd: check "
+            log.warning("%s is undefined: in the validation images every pixel is void, or every box a crowd: check "
                         "data.val and data.ignore_index", self.metric)  # fmt: skip
         if scores:
             trainer.loggers[0].log_metrics({"epoch": trainer.current_epoch, **scores}, self.step - 1)
