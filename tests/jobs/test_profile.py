@@ -108,7 +108,7 @@ def test_unlabeled_images_are_counted(root: Path) -> None:
 
 def test_a_system_that_does_not_say_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError("/proc/meminfo")))
-    with pytest.raises(AcamkdError, match="how much memory is free can be read on Linux alone, or of a GPU: /proc"):
+    with pytest.raises(AcamkdError, match="free memory can be read only on Linux or from a GPU: /proc"):
         module.free_memory(torch.device("cpu"))
 
 

@@ -42,7 +42,7 @@ def evaluate(
 def export(
     run: RunFolder,
     set_: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Where to, instead of RUN/export.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder, instead of RUN/export.")] = None,
     with_nms: Annotated[
         bool,
         typer.Option("--with-nms", help="Detection: the full graph with its suppression, for single images."),
@@ -100,7 +100,7 @@ def report(
     ] = None,
     set_: Overrides = None,
 ) -> None:
-    """Write a run's report.html anew: figures, masks over the epochs, and where the gain came from."""
+    """Write a run's report.html again: scores, masks over the epochs, and the sources of the gain."""
     from acamkd.engine.runs import open_run
     from acamkd.report.run import write_report
 

@@ -58,7 +58,7 @@ def compare(
         ),
     ] = False,
 ) -> None:
-    """Compare methods on one recipe over several seeds: who gains over the baseline, and is it more than luck?"""
+    """Compare methods on one recipe over several seeds: gains over the baseline, with their significance."""
     from acamkd import config
     from acamkd.engine.runs import default_folder
     from acamkd.jobs.compare import compare as comparison
@@ -106,7 +106,7 @@ def _plan_table(trials: Sequence[Trial], results: Path) -> Table:
         table.add_row(str(number), escape(trial.method), str(trial.seed), purpose, "done" if done else "to do", minutes)
     known = any(trial.read(results) for trial in trials)
     table.caption = (
-        f"{missing / 3600:.1f} hours to do, one trial at a time, by the finished ones" if known
+        f"{missing / 3600:.1f} hours to do, one trial at a time, by the times of the finished ones" if known
         else "the hours are known once one trial has ended"
     )  # fmt: skip
     return table
@@ -125,7 +125,7 @@ def doctor(
     set_: Overrides = None,
     only_data: Annotated[
         bool,
-        typer.Option("--data", help="Look at the images alone, and count what they hold; --json lists every problem."),
+        typer.Option("--data", help="Examine only the images, and count what they hold; --json lists every problem."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -143,12 +143,12 @@ def doctor(
         else:
             show(report)
         raise typer.Exit(int(report.failed))
-    logging.getLogger("acamkd").setLevel(logging.ERROR)  # every line here is a finding
+    logging.getLogger("acamkd").setLevel(logging.ERROR)  # the output consists of findings only
     findings = []
     for finding in examine(config.load(recipe, overrides_of(losses, set_))):
         findings.append(finding)
         if not as_json:
-            show(finding)  # at once: the next one may take a while
+            show(finding)  # printed at once, since the next one may take a while
     if as_json:
         show_json([asdict(finding) for finding in findings])
     raise typer.Exit(int(Diagnosis(tuple(findings)).failed))
@@ -171,7 +171,7 @@ def inspect(
     ],
     set_: Overrides = None,
 ) -> None:
-    """Show what can be tapped in a teacher and a student, and propose the `losses` of a recipe."""
+    """List the layers of a teacher and a student that can be tapped, and propose a recipe's `losses`."""
     from acamkd.jobs.inspect_layers import inspect as job
 
     if len(what) > 2:
@@ -187,7 +187,7 @@ def methods(
     """List the distillation methods, or the options of one."""
     from acamkd.distillation.methods import METHODS, describe
 
-    logging.getLogger("acamkd").setLevel(logging.ERROR)  # describing builds losses without their tokens
+    logging.getLogger("acamkd").setLevel(logging.ERROR)  # the description builds losses without their tokens
     if as_json:
         show_json(describe(name) if name else {each: describe(each) for each in METHODS})
         return
@@ -201,7 +201,7 @@ def methods(
                 ", ".join(row["needs"]),
             )  # fmt: skip
         console.print(table)
-        console.print("parameters: learnable ones of one level at 256 channels on both sides")
+        console.print("parameters: learnable parameters of one level with 256 channels in student and teacher")
         return
     description = describe(name)
     console.print(f"[bold]{name}[/bold]: {escape(description['summary'])}\n{escape(description['paper'])}\n")
@@ -218,7 +218,7 @@ def demo(
     task: Annotated[
         Literal["both", "detection", "segmentation"], typer.Option(help="Which of the two networks.")
     ] = "both",
-    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/demo"),
 ) -> None:
     """Train, distill and compare a small detector and a small segmenter on built-in images, in minutes."""
     from acamkd.jobs.demo import demo as job

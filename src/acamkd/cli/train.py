@@ -75,7 +75,7 @@ def tokens(
     set_: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="File to write, instead of runs/NAME/tokens.safetensors.")] = None,
     iterations: Annotated[int, typer.Option(min=1, help="Number of batches.")] = 2000,
-    lr: Annotated[float, typer.Option(min=0, help="Learning rate at the start; a cosine takes it to 1e-6.")] = 0.01,
+    lr: Annotated[float, typer.Option(min=0, help="Initial learning rate; a cosine lowers it to 1e-6.")] = 0.01,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Learn the tokens of maskd, freekd or acam (mask_source: fixed) on a recipe's teacher, before distilling."""

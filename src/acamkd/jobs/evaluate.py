@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class Scores(dict[str, float], Printable):
-    """Every metric by name, in percent; NaN where the images have nothing to score."""
+    """Every metric by name, in percent; NaN if it is undefined on these images."""
 
     def __rich__(self) -> Table:
         table = Table("metric", "percent")

@@ -1,4 +1,4 @@
-"""Look at the images of a recipe: count what they hold, and find everything that is wrong with them."""
+"""Examine the images of a recipe: count what they hold, and list all problems."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from acamkd.errors import AcamkdError
 
 @dataclass(frozen=True)
 class DataReport(Printable):
-    """What the splits of a recipe's data hold, by their names."""
+    """Statistics of a recipe's splits, by name."""
 
     splits: dict[str, Statistics]
 
     @property
     def failed(self) -> bool:
-        """Whether something cannot be used."""
+        """Whether any split has a problem."""
         return any(split.problems for split in self.splits.values())
 
     def __rich__(self) -> Group:
@@ -40,16 +40,16 @@ class DataReport(Printable):
 
 
 def examine_data(recipe: config.Recipe) -> DataReport:
-    """Count what the splits of a recipe's data hold, and find everything that is wrong with them.
+    """Count what the splits of a recipe's data hold, and list all their problems.
 
     Args:
-        recipe: Its networks are not looked at.
+        recipe: Recipe; its networks are not examined.
 
     Returns:
-        By split; one that cannot be read at all has that as its only problem.
+        Statistics by split; an unreadable split has only this problem.
 
     Raises:
-        AcamkdError: The format is not found.
+        AcamkdError: The data format is unknown.
     """
     source = data.resolve(recipe.data, recipe.task)
     splits: tuple[SplitName, ...] = ("train", "val")
@@ -70,7 +70,7 @@ def examine_data(recipe: config.Recipe) -> DataReport:
     if "train" in datasets and "val" in datasets:
         try:
             val.warnings += data.compare_splits(datasets["train"], datasets["val"], source, datasets.get("unlabelled"))
-        except AcamkdError as error:  # two palettes that contradict each other; the rest is said already
+        except AcamkdError as error:  # contradicting palettes; other problems are reported already
             val.problems += [] if str(error) in val.problems else [str(error)]
     if train.classes and val.classes and list(train.classes) != list(val.classes):
         val.problems.append(f"the classes are {', '.join(val.classes)}, but those of train {', '.join(train.classes)}")

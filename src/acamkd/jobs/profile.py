@@ -1,4 +1,4 @@
-"""What a distillation takes, before it is run: parameters, operations, memory, and the largest batch that fits."""
+"""Estimate of a distillation's cost: parameters, operations, memory, and the largest batch that fits."""
 
 from __future__ import annotations
 
@@ -27,26 +27,25 @@ from acamkd.jobs.setup import build_network
 from acamkd.models.base import Batch
 
 IMAGES = 2
-"""Training images that are run; batch norm may refuse a single one."""
+"""Number of training images to run; batch norm may refuse a single one."""
 WORKSPACE = 4 / 3
-"""What a process takes at most by what is counted: operators need memory of their own (see performance.md)."""
+"""Largest ratio of a process's real memory to the counted one: operators need workspace (see performance.md)."""
 STATES = {"sgd": 1, "adamw": 2}
-"""Numbers that an optimizer keeps for each parameter."""
+"""Values that an optimizer keeps per parameter."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one part of a training step takes.
+    """Cost of one part of a training step.
 
     Attributes:
-        name: `teacher`, whose forward ends at the last tapped layer; `student`, forward and backward of its own task;
-            `losses`, what they add to both, with the teacher's maps that they keep, and both networks on as many
-            unlabeled images, where there are some; `attention`, the losses' `attention_module`, such as ACAM's
-            fusion: forward and backward, counted among the losses' too, and its memory by itself, of labeled images
-            alone.
-        parameters: Their number.
+        name: `teacher`: forward up to the last tapped layer. `student`: forward and backward of its own task. `losses`:
+            what they add, with the teacher's feature maps and both networks on unlabeled images, if there are any.
+            `attention`: the losses' `attention_module`, such as ACAM's fusion, on labeled images; it is also counted in
+            `losses`.
+        parameters: Number of parameters.
         gflops: 1e9 floating-point operations per image, counted as in `acamkd.engine.cost`.
-        memory: Largest number of bytes per image that are alive at a time, without the parameters.
+        memory: Peak bytes per image, without the parameters.
     """
 
     name: str
@@ -57,18 +56,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Estimate(Printable):
-    """What a distillation takes in float32; mixed precision takes less memory.
+    """Cost of a distillation in float32; mixed precision needs less memory.
 
     Attributes:
-        parts: Teacher, student, losses and, of these, attention.
-        frame: (height, width) of the batch that was run.
-        image: Bytes per image of a whole step. Not the sum of the parts: the teacher is done before the student's
-            forward begins.
-        fixed: Bytes of all weights, and of gradients and optimizer states of those that train.
-        free: Bytes that the device can still give, with the weights loaded.
-        batch_size: The recipe's.
+        parts: Teacher, student, losses, and the attention within the losses.
+        frame: (height, width) of the padded input that was run.
+        image: Bytes per image of a whole step. It is not the sum of the parts, since the teacher ends before the
+            student starts.
+        fixed: Bytes of all weights, and of the gradients and optimizer states of trained ones.
+        free: Free bytes of the device, with the weights loaded.
+        batch_size: Batch size of the recipe.
         with_unlabeled: Whether the losses run on unlabeled images too.
-        largest_batch: Images that fit into that, with a third on top of what is counted; 0 where not even one does.
+        largest_batch: Number of images that fit into `free`, with a margin of a third; 0 if not even one fits.
     """
 
     parts: tuple[Part, ...]
@@ -95,13 +94,14 @@ class Estimate(Printable):
 
 
 def estimate(recipe: config.Recipe) -> Estimate:
-    """Run forward and backward on the first training images and count; nothing is trained and nothing written.
+    """Run forward and backward on the first training images and measure; nothing is trained or written.
 
-    Memory is counted from the tensors that operators give and that are still alive. What an operator needs within
-    itself, and what the allocator loses, comes on top; the largest batch leaves room for it.
+    Memory is counted from the live output tensors of the operators. Workspace of the operators and losses of the
+    allocator
+    come on top; the largest batch leaves room for them.
 
     Args:
-        recipe: As `distill` takes it; the teacher's weights may be missing.
+        recipe: A recipe for `distill`; the teacher's weights may be missing.
 
     Raises:
         AcamkdError: The recipe cannot be distilled.
@@ -144,7 +144,7 @@ def estimate(recipe: config.Recipe) -> Estimate:
 
 
 def step_of(distiller: Distiller, batch: Batch, *, unlabeled: bool = False) -> tuple[float, int]:
-    """GFLOPs and peak bytes of forward and backward, without the gradients, which are dropped as they come.
+    """GFLOPs and peak bytes of forward and backward, without parameter gradients, which are freed at once.
 
     With `unlabeled` the images are distilled once more without their targets, as many unlabeled ones would be.
     """
@@ -166,8 +166,8 @@ def step_of(distiller: Distiller, batch: Batch, *, unlabeled: bool = False) -> t
 
 
 def _fusing(fusions: nn.ModuleList, distiller: Distiller, batch: Batch) -> tuple[float, int]:
-    """GFLOPs and peak bytes of the fusions of one step, forward and backward, by themselves."""
-    calls: list[tuple[nn.Module, list[Tensor]]] = []  # one fusion may be called twice: masks that learn by the teacher
+    """GFLOPs and peak bytes of one step's fusions alone, forward and backward."""
+    calls: list[tuple[nn.Module, list[Tensor]]] = []  # a fusion may run twice, if masks learn from the teacher
 
     def note(fusion: nn.Module, maps: tuple[Tensor, ...]) -> None:
         calls.append((fusion, [x.detach().requires_grad_(x.requires_grad) for x in maps]))
@@ -194,7 +194,7 @@ def measured(call: Callable[[], object]) -> tuple[float, int]:
 
 
 class LiveMemory(TorchDispatchMode):
-    """Within, sums up the bytes of what operators give, for as long as they are alive; `peak` is the largest sum."""
+    """Sum the bytes of live operator outputs within the context; `peak` is the largest sum."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -225,15 +225,15 @@ def _size(module: nn.Module, *, trained: bool = False) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a device can still give; of the CPU's memory also what the system could reclaim.
+    """Free bytes of a device; for the CPU including what the system can reclaim.
 
     Raises:
-        AcamkdError: The system does not say.
+        AcamkdError: The system does not report it.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError as error:
-        raise AcamkdError(f"how much memory is free can be read on Linux alone, or of a GPU: {error}") from error
+        raise AcamkdError(f"free memory can be read only on Linux or from a GPU: {error}") from error
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
