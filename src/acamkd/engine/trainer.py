@@ -22,6 +22,7 @@ from lightning.pytorch.loggers import CSVLogger
 from acamkd.config import Train
 from acamkd.data.loading import Images
 from acamkd.engine.checkpoint import CheckpointFiles, Checkpoints
+from acamkd.engine.heartbeat import Heartbeat
 from acamkd.engine.metrics import gathered, own_part
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.nonfinite import NonFinite
@@ -185,7 +186,7 @@ def build_trainer(
     Args:
         config: The recipe's `train`.
         recorder: Keeps the best network and the history.
-        progress: Whether to draw a bar.
+        progress: Whether to draw a bar; otherwise a line now and then says how far it is.
         callbacks: More of them, called after the recorder and before the checkpoint is written.
 
     Raises:
@@ -198,8 +199,7 @@ def build_trainer(
         *callbacks,
         Checkpoints(folder, config.checkpoint_every),
     ]
-    if progress:
-        all_callbacks.append(_Bar())
+    all_callbacks.append(_Bar() if progress else Heartbeat())
     try:
         return L.Trainer(
             default_root_dir=folder,
