@@ -196,6 +196,22 @@ def test_a_source_without_images_is_refused(tmp_path: Path) -> None:
             predict(model, path)
 
 
+def test_folders_in_the_folder_and_every_suffix(red: Path, box: Path, tmp_path: Path) -> None:
+    places = ["a.jpg", "camera2/a.jpg", "camera2/deep/b.TIF", "c.gif", "d.jfif", "e.tiff"]
+    for number, place in enumerate(places):
+        (tmp_path / "images" / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 8), (40 * number, 0, 0)).save(tmp_path / "images" / place)
+    for _ in range(2):  # what the first run wrote is no image of the second
+        made = predict(red, tmp_path / "images", out=tmp_path / "images/found")
+        assert made.count == len(places)
+        for place in places:
+            assert (made.folder / "overlays" / place).is_file()
+            assert (made.folder / "masks" / place).with_suffix(".png").is_file()
+    made = predict(box, tmp_path / "images", out=tmp_path / "images/found")
+    found = json.loads((made.folder / "predictions.json").read_text())
+    assert sorted(entry["file_name"] for entry in found) == sorted(places)
+
+
 def test_two_images_of_one_name_are_for_a_detector_alone(red: Path, box: Path, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()

@@ -15,6 +15,7 @@ from acamkd.config.schema import (
     Size,
     Split,
     Train,
+    parse_mask_value,
 )
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "load",
     "override",
     "parse",
+    "parse_mask_value",
     "read_text",
 ]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import Run, as_run
 from acamkd.errors import AcamkdError
-from acamkd.files import IMAGE_SUFFIXES, written_whole
+from acamkd.files import IMAGE_SUFFIXES, files_below, written_whole
 from acamkd.jobs.export.onnx_model import OnnxModel, Pixels, Prediction, read_image
 from acamkd.report.visualize import draw_predictions
 
@@ -62,7 +62,8 @@ def predict(
 
     Args:
         model: A run, its folder, or a file that `acamkd export` wrote.
-        source: An image, a folder of images, or a video, which needs `pip install '.[video]'`.
+        source: An image, a folder of images, or a video, which needs `pip install '.[video]'`. Folders in the folder
+            count, too, and are made in the output.
         out: Output folder; `predictions` beside the model where not given.
         score: Detections below it are left out.
 
@@ -71,11 +72,11 @@ def predict(
     """
     source = Path(source)
     is_video = source.is_file() and source.suffix.lower() in VIDEOS
-    files = [] if is_video else images_of(source)
+    folder = Path(out) if out else _beside(model) / "predictions"
+    files = [] if is_video else images_of(source, without=[folder])
     task, classes, network = _open(model)
     if task == "segmentation" and files:
         _check_names(files, source)
-    folder = Path(out) if out else _beside(model) / "predictions"
     results: list[dict[str, Any]] = []
 
     def look(image: Pixels, mask: str, **where: Any) -> Image.Image:
@@ -101,7 +102,9 @@ def predict(
         except AcamkdError as error:
             unreadable.append(str(error))
             continue
-        _save(look(image, f"{file.stem}.png", file_name=file.name), folder / "overlays" / file.name)
+        name = file.relative_to(source) if source.is_dir() else Path(file.name)
+        mask = name.with_suffix(".png").as_posix()
+        _save(look(image, mask, file_name=name.as_posix()), folder / "overlays" / name)
     if task == "detection":
         with _whole(folder / "predictions.json") as unfinished:
             unfinished.write_text(json.dumps(results, indent=1), encoding="utf-8")
@@ -174,8 +177,12 @@ class Video:
         self.writer.mux(self.stream.encode(av.VideoFrame.from_ndarray(np.asarray(even), format="rgb24")))
 
 
-def images_of(source: Path) -> list[Path]:
-    """The images that a file or folder stands for; raises AcamkdError if there are none."""
+def images_of(source: Path, *, without: Sequence[Path] = ()) -> list[Path]:
+    """The images that a file or folder stands for, with those of all folders in it but some.
+
+    Raises:
+        AcamkdError: There are none, or a folder cannot be read.
+    """
     if not source.is_dir():
         if not source.exists():
             raise AcamkdError(f"{source}: there is no such image, folder or video")
@@ -185,7 +192,10 @@ def images_of(source: Path) -> list[Path]:
                 f"({', '.join(VIDEOS)})"
             )
         return [source]
-    files = sorted(file for file in source.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".")
+    try:
+        files = [file for file in files_below(source, without=without) if file.suffix.lower() in IMAGE_SUFFIXES]
+    except OSError as error:
+        raise AcamkdError(f"cannot read the folder {error.filename or source}: {error.strerror}") from error
     if not files:
         raise AcamkdError(f"{source}: the folder holds no images ({', '.join(IMAGE_SUFFIXES)})")
     return files
@@ -193,9 +203,11 @@ def images_of(source: Path) -> list[Path]:
 
 def _check_names(files: Sequence[Path], source: Path) -> None:
     """Raise AcamkdError if the masks of two images would be one file."""
-    stem, count = Counter(file.stem for file in files).most_common(1)[0]
+    name, count = Counter(file.with_suffix("") for file in files).most_common(1)[0]
     if count > 1:
-        raise AcamkdError(f"{source}: {count} images are called {stem}, and their masks would be one file: rename them")
+        raise AcamkdError(
+            f"{source}: {count} images are called {name.name}, and their masks would be one file: rename them"
+        )
 
 
 def _beside(model: Run | Path | str) -> Path:
