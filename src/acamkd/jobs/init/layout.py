@@ -20,8 +20,6 @@ from acamkd.errors import AcamkdError
 from acamkd.files import IMAGE_SUFFIXES
 from acamkd.models.base import VOID, Task
 
-log = logging.getLogger(__name__)
-
 Keys: TypeAlias = dict[str, str]
 """One split, as a recipe writes it."""
 
@@ -74,7 +72,13 @@ def find_layouts(root: Path) -> list[Layout]:
     if not root.is_dir():
         raise AcamkdError(f"{root}: there is no such folder")
     finders: Sequence[Callable[[Path], Iterator[Layout]]] = (_coco, _yolo, _voc, _masks, _cityscapes)
-    found = [layout for finder in finders for layout in finder(root)]
+    package = logging.getLogger("acamkd.data")
+    level = package.level
+    package.setLevel(logging.ERROR)  # of what is only tried nothing is to be said
+    try:
+        found = [layout for finder in finders for layout in finder(root)]
+    finally:
+        package.setLevel(level)
     if not found:
         patterns = "; ".join(
             f"{name}: {' and '.join(reader.LAYOUT)}" for name, readers in FORMATS.items() for reader in readers
@@ -179,14 +183,14 @@ def _yolo(root: Path) -> Iterator[Layout]:
         relative = images.relative_to(root)
         parts = [("labels" if part == "images" else part) for part in relative.parts]
         labels = root.joinpath(*parts)
-        if labels != images and any(file.name != "classes.txt" for file in labels.glob("*.txt")):
-            keys = {"images": str(relative), "annotations": str(labels.relative_to(root))}
-            candidates.append((str(relative), keys))
+        if any(file.stem not in ("classes", "labels") for file in labels.glob("*.txt")):
+            beside = {} if labels == images else {"annotations": str(labels.relative_to(root))}
+            candidates.append((str(relative), {"images": str(relative), **beside}))
     if not candidates or names is None:
         return
     splits = _opened(root, "detection", "yolo", _by_split(candidates), classes=names[0])
     if splits:
-        reason = f"{splits['train']['annotations']} holds text files"
+        reason = f"{splits['train'].get('annotations', splits['train']['images'])} holds text files"
         yield Layout("detection", "yolo", splits, reason, classes=names[0], names_from=names[1])
 
 
@@ -194,15 +198,26 @@ def _voc(root: Path) -> Iterator[Layout]:
     kinds: Sequence[tuple[Task, str, str]] = (
         ("detection", "Annotations", "Main"), ("segmentation", "SegmentationClass", "Segmentation"),
     )  # fmt: skip
-    for task, annotations, lists in kinds:
-        if not (root / annotations).is_dir():
+    for task, labels, lists in kinds:
+        if not (root / labels).is_dir():
             continue
         names = {file.stem for file in (root / "ImageSets" / lists).glob("*.txt")}
         candidates = {split: {"name": split} for split in WORDS if split in names}
         if "train" not in candidates and "trainval" in names:
             candidates["train"] = {"name": "trainval"}
         if splits := _opened(root, task, "voc", candidates):
-            yield Layout(task, "voc", splits, f"{annotations} and ImageSets/{lists} are there")
+            yield Layout(task, "voc", splits, f"{labels} and ImageSets/{lists} are there")
+            return
+    # Without lists: XML files beside the images, or in a folder beside theirs.
+    beside = []
+    for images in _images_below(root):
+        for folder in (images, images.parent / "Annotations", images.parent / "annotations"):
+            if any(folder.glob("*.xml")):
+                keys = {} if folder == images else {"annotations": str(folder.relative_to(root))}
+                beside.append((str(images.relative_to(root)), {"images": str(images.relative_to(root)), **keys}))
+                break
+    if splits := _opened(root, "detection", "voc", _by_split(beside)):
+        yield Layout("detection", "voc", splits, f"XML files belong to {splits['train']['images']}")
 
 
 def _masks(root: Path) -> Iterator[Layout]:
@@ -265,7 +280,7 @@ def _names(root: Path) -> tuple[tuple[str, ...], str] | None:
 
 
 def _beside_background(root: Path, values: Sequence[int]) -> tuple[tuple[str, ...], str] | None:
-    """Background and the categories of a COCO file beside the masks, where their numbers are 1, 2, ... without a gap."""
+    """Background and the categories of a COCO file beside the masks, where those are numbered 1, 2, and so on."""
     for file in sorted(root.glob("annotations/*.json")):
         if _first_image(file) is None:
             continue
