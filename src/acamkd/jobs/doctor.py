@@ -152,8 +152,9 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
         yield from _batch_norm(student, teacher, recipe.train.batch_size)
         stage = "teacher's score"
         yield _score(teacher, val, recipe)
-        if warning := describe_lead(recipe, score_of_run(recipe, section), default_folder(recipe, "baseline")):
-            yield Finding(stage, "warn", warning, "train a stronger teacher, or find labels for more images")
+        behind = describe_lead(recipe, score_of_run(recipe, section), default_folder(recipe, "baseline"))
+        if behind is not None:
+            yield Finding(stage, "warn", behind, "train a stronger teacher, or find labels for more images")
         stage = "distillation"
         yield from _distillation(student, teacher, train, recipe)
     except AcamkdError as error:

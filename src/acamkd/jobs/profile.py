@@ -183,7 +183,7 @@ def _inference(model: TaskModel, batch: Batch) -> float:
     with keeping_modes(model.net), torch.no_grad(), flop_counter() as counter:
         model.eval()
         model(batch)
-    return counter.get_total_flops() / 1e9 / len(batch.sizes)
+    return float(counter.get_total_flops()) / 1e9 / len(batch.sizes)
 
 
 def step_of(distiller: Distiller, batch: Batch, *, unlabeled: bool = False) -> tuple[float, int]:

@@ -16,7 +16,7 @@ from rich.text import Text
 from acamkd import config
 from acamkd.engine.metrics import METRICS
 from acamkd.engine.printing import Printable
-from acamkd.engine.runs import Run, default_folder, open_run, write_json
+from acamkd.engine.runs import OtherRunError, Run, default_folder, open_run, write_json
 from acamkd.errors import AcamkdError
 from acamkd.jobs.doctor import examine
 from acamkd.jobs.evaluate import evaluate
@@ -42,6 +42,7 @@ class RunAll(Printable):
 
     Attributes:
         recipe: What was run.
+        file: The recipe's file, or `RECIPE` where it was an object.
         metric: Name of the deciding metric.
         scores: By network (`teacher`, `baseline`, `distilled`) its best validation score in percent; a teacher that
             cannot be scored is missing.
@@ -50,6 +51,7 @@ class RunAll(Printable):
     """
 
     recipe: config.Recipe
+    file: str
     metric: str
     scores: dict[str, float]
     test: dict[str, float]
@@ -65,7 +67,8 @@ class RunAll(Printable):
     def verdict(self) -> str:
         """The last line: the gain, and whether more seeds are needed to believe it."""
         where = "test" if self.test else "validation"
-        compare = f"acamkd compare {self.recipe.name}.yaml --seeds 3"
+        methods = "" if self.recipe.compare.methods else f" --methods {self.recipe.losses[0].name}"
+        compare = f"acamkd compare {self.file}{methods} --seeds 3"
         head = f"gain {self.gain:+.2f} {self.metric} on the {where} images, one seed"
         if abs(self.gain) < LUCK:
             return f"{head}: it may be luck, more seeds are needed ({compare})"
@@ -95,6 +98,7 @@ def run(recipe: config.Recipe | Path | str, *, overrides: Sequence[str] = (), an
     Raises:
         AcamkdError: The recipe or its images cannot be used, or the doctor found a reason not to distill.
     """
+    file = "RECIPE" if isinstance(recipe, config.Recipe) else str(recipe)
     recipe = config.as_recipe(recipe, overrides)
     if recipe.teacher is None or not recipe.losses:
         raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section and `losses` to distill")
@@ -122,7 +126,7 @@ def run(recipe: config.Recipe | Path | str, *, overrides: Sequence[str] = (), an
     known = {name: float(score) for name, score in scores.items() if score is not None}
     if missing := {"baseline", "distilled"} - known.keys():
         raise AcamkdError(f"{metric} of {' and '.join(sorted(missing))} has no basis: check data.val")
-    return RunAll(recipe, metric, known, test, report)
+    return RunAll(recipe, file, metric, known, test, report)
 
 
 def _check_data(recipe: config.Recipe) -> None:
@@ -161,9 +165,8 @@ class _Notes:
         content = json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else {}
         self._ended: dict[str, Any] = content.get("ended", {})
         self._test: dict[str, Any] = content.get("test", {})
-        self._recipe = json.loads(
-            recipe.model_dump_json(exclude={"compare": True, "data": {"workers", "check", "test"}})
-        )
+        without: dict[str, Any] = {"compare": True, "data": {"workers", "check", "test"}}
+        self._recipe = recipe.model_dump(mode="json", exclude=without)
 
     def has_ended(self, name: str) -> bool:
         """Whether this run ended with this recipe, and its files are there."""
@@ -178,7 +181,10 @@ class _Notes:
             return open_run(folder)
         begun = Run(folder, self.recipe, "student").has_begun
         log.info("%s: %s", folder, "going on" if begun else "training the " + name)
-        done = job(begun)
+        try:
+            done = job(begun)
+        except OtherRunError as error:
+            raise AcamkdError(f"{error}; --set name=OTHER runs everything in a folder of its own") from error
         self._ended[name] = self._recipe
         self._test.pop(name, None)
         self._write()

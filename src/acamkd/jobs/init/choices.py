@@ -49,7 +49,7 @@ class Machine:
 
 CPU = Machine(
     name="a processor without an accelerator",
-    longest={"detection": 320, "segmentation": 256},
+    longest={"detection": 256, "segmentation": 160},
     batch_size=8,
     steps=1500,
     networks={

@@ -25,7 +25,7 @@ from acamkd.jobs.init.choices import (
     inherited,
     this_machine,
 )
-from acamkd.jobs.init.layout import Layout, find_layouts, find_unlabeled
+from acamkd.jobs.init.layout import Layout, find_layouts, find_unlabeled, quiet
 from acamkd.jobs.init.teacher import Teacher, identify
 from acamkd.jobs.inspect_layers import as_losses, of_recipe, propose
 from acamkd.jobs.profile import Estimate, estimate
@@ -132,7 +132,7 @@ def init(
     built = of_recipe(blank.model_copy(update={"data": blank.data.model_copy(update={"classes": own_classes})}))
     losses = as_losses(propose(*built), built[1])
     measured = _measured(_parsed(file, task, source, unfilled, losses, blank.train.batch_size, 16))
-    batch = choose_batch(images, machine, measured and measured.largest_batch)
+    batch = choose_batch(images, machine, measured.largest_batch if measured else None)
     epochs, every = choose_epochs(images, batch, machine)
     train = {"epochs": epochs, "eval_every": every, "batch_size": batch}
     reasons = _Reasons(layout, counted, frame.reason, frame.augment_reason, machine, known, measured, len(own_classes))
@@ -260,7 +260,8 @@ def _parsed(
 
 def _measured(recipe: config.Recipe) -> Estimate | None:
     try:
-        return estimate(recipe)
+        with quiet("acamkd.models"):  # which would miss the teacher's weights
+            return estimate(recipe)
     except AcamkdError as error:
         log.warning("what a step takes is not known: %s", error)
         return None
@@ -341,6 +342,8 @@ def _written(
     ]
     if task == "detection":
         lines.append(_line(2, "clip", 35, "detectors' first gradients can be huge"))
+    methods = {loss["name"]: {}}
+    lines += ["compare:", _line(2, "methods", methods, "acamkd compare RECIPE --seeds 3: is a gain more than luck?")]
     return "\n".join(lines) + "\n"
 
 

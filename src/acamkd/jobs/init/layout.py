@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -72,13 +72,8 @@ def find_layouts(root: Path) -> list[Layout]:
     if not root.is_dir():
         raise AcamkdError(f"{root}: there is no such folder")
     finders: Sequence[Callable[[Path], Iterator[Layout]]] = (_coco, _yolo, _voc, _masks, _cityscapes)
-    package = logging.getLogger("acamkd.data")
-    level = package.level
-    package.setLevel(logging.ERROR)  # of what is only tried nothing is to be said
-    try:
+    with quiet("acamkd.data"):  # of what is only tried
         found = [layout for finder in finders for layout in finder(root)]
-    finally:
-        package.setLevel(level)
     if not found:
         patterns = "; ".join(
             f"{name}: {' and '.join(reader.LAYOUT)}" for name, readers in FORMATS.items() for reader in readers
@@ -88,6 +83,18 @@ def find_layouts(root: Path) -> list[Layout]:
             f"{patterns}. Give the folder that holds these (docs/guides/data.md shows every layout)"
         )
     return found
+
+
+@contextmanager
+def quiet(part: str) -> Iterator[None]:
+    """Within, a part of the package says nothing below an error."""
+    logger = logging.getLogger(part)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def find_unlabeled(root: Path) -> str | None:
