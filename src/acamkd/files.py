@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
+
+from acamkd.errors import AcamkdError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 """Endings of what is read as an image, in any case."""
@@ -42,6 +45,28 @@ def files_below(folder: Path, *, without: Sequence[Path] = ()) -> list[Path]:
         ]
         found += [Path(path, name) for name in names if name[0] != "."]
     return sorted(found, key=lambda file: (str(file.parent), file.stem, file.suffix))
+
+
+def check_writable(folder: Path, what: str = "", advice: str = "--out writes elsewhere") -> None:
+    """Find out whether files can be written to a folder, which need not exist yet; nothing is left behind.
+
+    Args:
+        folder: Where to.
+        what: What the folder is, for the message.
+        advice: What to do where it cannot be written.
+
+    Raises:
+        AcamkdError: It cannot be made or written.
+    """
+    above = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
+    try:
+        if above == folder.absolute():
+            above.mkdir(exist_ok=True)  # which says it of a file in its place
+        with TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        named = f"{what} {folder}" if what else folder
+        raise AcamkdError(f"cannot write {named}: {error.strerror or error}; {advice}") from error
 
 
 def unfinished_name(name: str) -> str:

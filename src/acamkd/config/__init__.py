@@ -17,6 +17,7 @@ from acamkd.config.schema import (
     Train,
     parse_mask_value,
 )
+from acamkd.config.yaml_text import read_yaml, write_yaml
 
 __all__ = [
     "Augmentation",
@@ -40,4 +41,6 @@ __all__ = [
     "parse",
     "parse_mask_value",
     "read_text",
+    "read_yaml",
+    "write_yaml",
 ]

@@ -13,10 +13,22 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 Size: TypeAlias = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
 """(height, width) in pixels."""
 
-Positive: TypeAlias = Annotated[int, Field(gt=0)]
+Positive: TypeAlias = Annotated[int, Field(gt=0, lt=2**31)]
 Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Deviation: TypeAlias = Annotated[float, Field(gt=0)]
-FileName: TypeAlias = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+
+
+def _check_file_name(name: str) -> str:
+    if re.fullmatch(r"[\w.-]*[\w-][\w.-]*", name):
+        return name
+    fitting = re.sub(r"[^\w.-]+", "-", name).strip("-.")
+    raise ValueError(
+        f"{name!r} cannot name files: use letters, digits and `_.-`, without blanks and not dots alone"
+        + (f", such as {fitting}" if fitting else "")
+    )
+
+
+FileName: TypeAlias = Annotated[str, AfterValidator(_check_file_name)]
 """What files and folders can be called."""
 
 
@@ -49,9 +61,9 @@ def parse_mask_value(text: str) -> int | tuple[int, int, int]:
 
 
 class Section(BaseModel):
-    """A mapping in a recipe; unknown keys are errors."""
+    """A mapping in a recipe; unknown keys and infinite numbers are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Split(Section):
@@ -189,7 +201,7 @@ class Model(Section):
     def _check_none(cls, given: str | None) -> str | None:
         if given is not None and given.lower() == "none":
             raise ValueError("YAML writes nothing as null")
-        return given
+        return str(_written_path(Path(given))) if given is not None and given.startswith("~") else given
 
     @property
     def title(self) -> str:
@@ -293,7 +305,7 @@ class Train(Section):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
-    """What the networks compute in; losses and weights are of 32 bits with each."""
+    """What the networks compute in while they train; losses, weights and every evaluation are of 32 bits with each."""
     channels_last: bool = False
     """Student, teacher and losses keep weights and maps channels last: other rounding, and less time where convolutions
     are made for it, most of all with bf16-mixed (docs/reference/performance.md)."""
@@ -303,7 +315,7 @@ class Train(Section):
     """Largest norm of the whole gradient."""
     sync_batchnorm: bool = False
     """Batch norm takes its statistics over the images of all devices, rather than over those of its own."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Of first weights, order of the images, augmentation and everything else that is drawn."""
     eval_every: Positive = 1
     """Epochs between two evaluations; must divide `epochs`, so that the last one is evaluated."""

@@ -36,7 +36,7 @@ class Box(NamedTuple):
 
 
 class BoxDataset(ImageDataset):
-    """Object detection: a subclass reads one format and hands every entry to `_gather`.
+    """Object detection: a subclass reads one format and hands every entry to `gather`.
 
     Boxes that reach beyond the image are clipped to it, with a warning.
 
@@ -80,7 +80,7 @@ class BoxDataset(ImageDataset):
         self.keep_crowd = keep_crowd
 
     @abstractmethod
-    def _parse(self, entry: Any) -> Box:
+    def parse(self, entry: Any) -> Box:
         """One entry of the format; raises AcamkdError with what is wrong."""
 
     def target(self, index: int, size: PixelSize) -> Target:
@@ -109,13 +109,13 @@ class BoxDataset(ImageDataset):
         """What a reader of the format can do about them."""
         return self.ABSENT_ADVICE
 
-    def _gather(self, entries: Iterable[tuple[str, Any]]) -> None:
+    def gather(self, entries: Iterable[tuple[str, Any]]) -> None:
         """Turn entries, each with its place, into one table sorted by image: few large tensors are shared well."""
         rows: list[Box] = []
         clipped = empty = 0
         for where, entry in entries:
             try:
-                given = self._parse(entry)
+                given = self.parse(entry)
                 box = self._clip(given)
             except AcamkdError as error:
                 self.problems.append(f"{where}: {error}")

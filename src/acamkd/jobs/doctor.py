@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from acamkd import config, data, models
 from acamkd.data import ImageDataset
-from acamkd.distillation.auto_weight import gradient_norms, prepared, probe_distiller, total_norms
+from acamkd.distillation.auto_weight import gradient_norms, prepared, probe_distiller, total_norms, with_objects
 from acamkd.distillation.build import probe
-from acamkd.engine.metrics import METRICS, Scorer, score
+from acamkd.engine.devices import device_of, moved_to
+from acamkd.engine.metrics import METRICS, score, scorer_of
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import default_folder
 from acamkd.errors import AcamkdError
@@ -241,8 +242,8 @@ def _score(teacher: TaskModel, val: ImageDataset, recipe: config.Recipe) -> Find
             yield [image], [target]
 
     device = teacher.mean.device
-    teacher.to("cuda" if torch.cuda.is_available() else "cpu")
-    reached = score(teacher, images(), Scorer(recipe.task, val.classes))[metric]
+    teacher.to(device_of(recipe.train))
+    reached = score(teacher, images(), scorer_of(recipe, val.classes))[metric]
     teacher.to(device)  # where the student is: both are looked into with its batches
     chance = ignorance(seen, len(val.classes)) if recipe.task == "segmentation" else 0.0
     text = f"{metric} {reached:.2f} on {len(seen)} validation images; {chance:.2f} without looking"
@@ -268,10 +269,11 @@ def _distillation(
 ) -> Iterator[Finding]:
     size = min(IMAGES, recipe.train.batch_size, len(train))
     images = data.loader(train, size, 0, shuffle=True, seed=recipe.train.seed)
-    with probe_distiller(student, teacher, recipe.losses) as distiller:
+    networks = (student, teacher)
+    with moved_to(device_of(recipe.train), *networks), probe_distiller(*networks, recipe.losses) as distiller:
         if recipe.data.unlabelled is not None:
             distiller.check_unlabeled()
-        batch = next(prepared(student, images))
+        batch = next(prepared(student, with_objects(images)))
         for pair, loss in distiller.levels:
             name = type(loss).__name__
             if pair is not None:

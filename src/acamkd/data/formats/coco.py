@@ -102,12 +102,13 @@ class CocoDetection(BoxDataset):
                 self.problems.append(f"{annotations}: the list of {what} is empty")
             elif len(ids) < len(entries):
                 self.problems.append(f"{annotations}: {len(entries) - len(ids)} {what} share an id with another")
-        self._gather(
+        self.gather(
             (f"{annotations}: annotation {entry.get('id')} of image {entry.get('image_id')}", entry)
             for entry in content["annotations"]
         )
 
-    def _parse(self, entry: Mapping[str, Any]) -> Box:
+    def parse(self, entry: Mapping[str, Any]) -> Box:
+        """An element of `annotations`."""
         try:
             image, category, crowd = entry["image_id"], entry["category_id"], entry.get("iscrowd", 0)
             x, y, width, height = (float(value) for value in entry["bbox"])

@@ -119,14 +119,15 @@ class VocDetection(BoxDataset):
         if not found and not problems:
             what = "the list is empty" if split is not None else "the folder holds no XML files"
             self.problems.append(f"{source}: {what}")
-        self._gather(
+        self.gather(
             (f"{file}: object {number} ({entry.findtext('name')})", (index, entry))
             for index, (file, each) in enumerate(zip(files, read, strict=True))
             if not isinstance(each, str)
             for number, entry in enumerate(each.iterfind("object"), start=1)
         )
 
-    def _parse(self, entry: tuple[int, Element]) -> Box:
+    def parse(self, entry: tuple[int, Element]) -> Box:
+        """The index of an image, and one of its `object` elements."""
         index, element = entry
         name = (element.findtext("name") or "").strip()
         if name not in self.classes:

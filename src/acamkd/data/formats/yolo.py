@@ -103,7 +103,7 @@ class YoloDetection(BoxDataset):
             problems.append(f"{given[0]}: the list is empty")
         self.problems += problems
         self.warnings += warnings
-        self._gather(
+        self.gather(
             (f"{text}:{number}", (index, line))
             for index, (_, text) in enumerate(pairs)
             if text is not None
@@ -115,7 +115,8 @@ class YoloDetection(BoxDataset):
         """Whether the numbers may begin with 1."""
         return "the files count classes from 0: do theirs begin with 1?" if not counts[0] else ""
 
-    def _parse(self, entry: tuple[int, str]) -> Box:
+    def parse(self, entry: tuple[int, str]) -> Box:
+        """The index of an image, and one of its lines."""
         index, line = entry
         words = line.split()
         try:
