@@ -31,7 +31,7 @@ IMAGES = 2
 """Training images that are run; batch norm may refuse a single one."""
 WORKSPACE = 4 / 3
 """What a process takes at most by what is counted: operators need memory of their own (see performance.md)."""
-TIMED, TIMED_SECONDS = 4, 8.0
+TIMED, TIMED_SECONDS = 3, 4.0
 """Steps that are timed, and seconds after which no further one is."""
 STATES = {"sgd": 1, "adamw": 2}
 """Numbers that an optimizer keeps for each parameter."""

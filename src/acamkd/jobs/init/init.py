@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 import yaml
 from rich.text import Text
 
 from acamkd import config, data
+from acamkd.config.yaml_text import Dumper
 from acamkd.data.statistics import Statistics, count
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import write_text
@@ -259,24 +261,24 @@ def _parsed(
 
 
 def _measured(recipe: config.Recipe) -> Estimate | None:
-    try:
-        with quiet("acamkd.models"):  # which would miss the teacher's weights
-            return estimate(recipe)
-    except AcamkdError as error:
-        log.warning("what a step takes is not known: %s", error)
+    """What a step takes; None where the system does not say how much memory is free."""
+    if not (torch.cuda.is_available() or Path("/proc/meminfo").is_file()):
         return None
+    with quiet("acamkd.models"):  # which would miss the teacher's weights
+        return estimate(recipe)
 
 
 def _check(text: str, file: Path) -> None:
     """Raise AcamkdError if the text is no recipe."""
-    config.parse({"name": _file_name(file.stem), **yaml.load(text, Loader=config.loading.Loader)}, source=str(file))
+    config.parse({"name": _file_name(file.stem), **config.read_yaml(text, str(file))}, source=str(file))
 
 
 def _flow(value: Any) -> str:
     """YAML on one line."""
-    return yaml.safe_dump(
-        value, default_flow_style=True, width=10**6, allow_unicode=True, sort_keys=False
-    ).removesuffix("...\n").strip()  # fmt: skip
+    text = yaml.dump(
+        value, Dumper=Dumper, default_flow_style=True, width=10**6, allow_unicode=True, sort_keys=False
+    )  # fmt: skip
+    return text.removesuffix("...\n").strip()
 
 
 def _written(
@@ -342,7 +344,7 @@ def _written(
     ]
     if task == "detection":
         lines.append(_line(2, "clip", 35, "detectors' first gradients can be huge"))
-    methods = {loss["name"]: {}}
+    methods: dict[str, Any] = {loss["name"]: {}}
     lines += ["compare:", _line(2, "methods", methods, "acamkd compare RECIPE --seeds 3: is a gain more than luck?")]
     return "\n".join(lines) + "\n"
 
