@@ -108,13 +108,14 @@ class Estimate(Printable):
         )
         time_words = (
             f"a step of {self.batch_size} images takes about {self.seconds:.2g} s on this machine, and the recipe's "
-            f"{self.steps:,} steps {_duration(self.hours)}, without reading images and evaluations"
+            f"{self.steps:,} steps about {_duration(self.hours)}, without reading images and evaluations"
         )
         return Group(table, Text(words), Text(time_words))
 
 
 def _duration(hours: float) -> str:
-    return f"{hours:.1f} hours" if hours >= 1 else f"{max(1, round(60 * hours))} minutes"
+    minutes = max(1, round(60 * hours))
+    return f"{hours:.1f} hours" if hours >= 1 else f"{minutes} minute{'s' if minutes > 1 else ''}"
 
 
 def estimate(recipe: config.Recipe) -> Estimate:
