@@ -60,6 +60,13 @@ def test_the_parts_of_a_recipe(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert 2.5 * teacher.gflops < student.gflops
     assert 0 < attention.gflops < losses.gflops < student.gflops
     assert 0 < attention.memory < student.memory
+    assert teacher.inference == pytest.approx(teacher.gflops)
+    assert student.inference == pytest.approx(teacher.inference)  # the same network, though it trains
+    assert (losses.inference, attention.inference) == (None, None)
+    assert found.steps == 2 * 2  # epochs, batches of 4 of the 8 images
+    assert found.hours == pytest.approx(found.seconds * 4 / 3600)
+    assert 0 < found.seconds < 60
+    assert "the recipe's 4 steps about 1 minute, without reading images" in " ".join(str(found).split())
     fusion = (value for name, value in built.losses.named_parameters() if ".fusion." in name)
     assert attention.parameters == sum(value.numel() for value in fusion)
 

@@ -21,8 +21,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Distill object detectors and semantic segmenters: ACAM-KD and its competing methods behind one interface.",
-    epilog="Start with [bold]acamkd demo[/bold]; on your own images: [bold]acamkd train R --model teacher[/bold], "
-    "[bold]acamkd train R[/bold], [bold]acamkd distill R[/bold] with a recipe R.",
+    epilog="Start with [bold]acamkd demo[/bold]; on your own images: [bold]acamkd init FOLDER[/bold] writes a "
+    "recipe, and [bold]acamkd run RECIPE[/bold] trains and compares.",
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see the folder recipes/.")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,17 +15,21 @@ from acamkd.cli.app import AsJson, Overrides, RunFolder, app, examples, show, sh
         "acamkd evaluate runs/camvid/distilled",
         "acamkd evaluate runs/camvid/distilled --set data.root=/data/camvid --json",
         "acamkd evaluate runs/camvid/distilled --set data.val.images=images/test --set data.val.masks=masks/test",
+        "acamkd evaluate runs/camvid/distilled --split test",
     )
 )
 def evaluate(
     run: RunFolder,
     set_: Overrides = None,
+    split: Annotated[
+        Literal["val", "test"], typer.Option(help="Which images of the recipe: data.val or data.test.")
+    ] = "val",
     as_json: AsJson = False,
 ) -> None:
-    """Score a run's best network on its validation images."""
+    """Score a run's best network on its validation or test images."""
     from acamkd.jobs.evaluate import evaluate as job
 
-    scores = job(run, overrides=set_ or ())
+    scores = job(run, overrides=set_ or (), split=split)
     if as_json:
         show_json(scores)
     else:

@@ -1,8 +1,9 @@
-"""Commands that examine and compare: compare, doctor, inspect, methods, demo."""
+"""Commands that examine and compare: init, compare, doctor, inspect, methods, demo."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,6 +18,42 @@ from acamkd.errors import AcamkdError
 
 if TYPE_CHECKING:
     from acamkd.jobs.compare.trials import Trial
+
+
+@app.command(
+    epilog=examples(
+        "acamkd init photos",
+        "acamkd init photos --task segmentation --classes background,road,car --unlabeled images/more",
+        "acamkd init photos --teacher teacher.pth --teacher-network retinanet/resnet101 --out cells.yaml",
+    )
+)
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images and annotations, in any known layout.")],
+    task: Annotated[
+        Literal["detection", "segmentation"] | None, typer.Option(help="Needed where there are boxes and masks.")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Names from 0 on, separated by commas, where the folder does not say them.")
+    ] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Checkpoint of a teacher; otherwise one is trained.")] = None,
+    teacher_network: Annotated[
+        str | None, typer.Option(metavar="ARCH/BACKBONE", help="What that is, where its tensors do not tell.")
+    ] = None,
+    unlabeled: Annotated[Path | None, typer.Option(help="Folder of images that have no labels.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The recipe, instead of FOLDER's name .yaml.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe that is there.")] = False,
+) -> None:
+    """Look at a folder of images and write a recipe for it, each choice with its reason."""
+    from acamkd.jobs.init.init import init as job
+
+    asking = typer.prompt if sys.stdin.isatty() else None
+    names = [name.strip() for name in classes.split(",")] if classes else None
+    show(
+        job(
+            folder, task=task, classes=names, teacher=teacher, teacher_network=teacher_network, unlabeled=unlabeled,
+            out=out, overwrite=overwrite, ask=asking,
+        )
+    )  # fmt: skip
 
 
 @app.command(

@@ -1,4 +1,4 @@
-"""Commands that train: train, distill, tokens."""
+"""Commands that train: run, train, distill, tokens."""
 
 from __future__ import annotations
 
@@ -60,6 +60,25 @@ def distill(
         show(job(recipe, overrides=overrides, dry_run=True))
     else:
         job(recipe, overrides=overrides, out=out, resume=resume, overwrite=overwrite)
+
+
+@app.command(
+    epilog=examples(
+        "acamkd run photos.yaml",
+        "acamkd run recipes/camvid.yaml --set data.root=/data/camvid --set train.epochs=24",
+    )
+)
+def run(
+    recipe: RecipeFile,
+    set_: Overrides = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Distill although the doctor finds that it would be worthless.")
+    ] = False,
+) -> None:
+    """Train teacher, baseline and distilled student, and compare: one command, which goes on where it was stopped."""
+    from acamkd.jobs.run_all import run as job
+
+    show(job(recipe, overrides=set_ or (), anyway=anyway))
 
 
 @app.command(

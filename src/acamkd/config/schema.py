@@ -133,6 +133,8 @@ class Data(Section):
     """Folder of the data; the splits' paths are relative to it."""
     train: Split = Split(name="train")
     val: Split = Split(name="val")
+    test: Split | None = None
+    """Images that no training and no choice sees: `evaluate --split test` scores on them, and so does `run`."""
     classes: tuple[str, ...] | None = None
     """Class names in the order of their ids. Needed for masks; the other formats bring their own."""
     ignore_index: Annotated[int, Field(ge=0, le=255)] = 255

@@ -201,7 +201,7 @@ class Run(Printable):
 
     def _content(self, recipe: config.Recipe) -> dict[str, Any]:
         """The keys that affect the outcome."""
-        without: dict[str, Any] = {"data": {"workers", "check"}, "train": {"checkpoint_every"}, "compare": True}
+        without: dict[str, Any] = {"data": {"workers", "check", "test"}, "train": {"checkpoint_every"}, "compare": True}
         if self.role == "teacher":
             without["student"] = True
         return recipe.model_dump(mode="json", exclude=without)

@@ -23,6 +23,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from acamkd.config import Train
 from acamkd.data.loading import Images
 from acamkd.engine.checkpoint import CheckpointFiles, Checkpoints
+from acamkd.engine.heartbeat import Heartbeat
 from acamkd.engine.metrics import gathered, own_part
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.nonfinite import NonFinite
@@ -186,7 +187,7 @@ def build_trainer(
     Args:
         config: The recipe's `train`.
         recorder: Keeps the best network and the history.
-        progress: Whether to draw a progress bar.
+        progress: Whether to draw a progress bar; otherwise a log line now and then gives the rate and the time left.
         callbacks: Further callbacks, called after the recorder and before the checkpoint is written.
 
     Raises:
@@ -200,8 +201,7 @@ def build_trainer(
         *callbacks,
         Checkpoints(folder, config.checkpoint_every),
     ]
-    if progress:
-        all_callbacks.append(_Bar())
+    all_callbacks.append(_Bar() if progress else Heartbeat())
     try:
         trainer = L.Trainer(
             default_root_dir=folder,

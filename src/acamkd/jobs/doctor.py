@@ -21,9 +21,17 @@ from acamkd.distillation.build import probe
 from acamkd.engine.devices import device_of, moved_to
 from acamkd.engine.metrics import METRICS, score, scorer_of
 from acamkd.engine.printing import Printable
+from acamkd.engine.runs import default_folder
 from acamkd.errors import AcamkdError
 from acamkd.jobs.examine_data import DataReport, examine_data
-from acamkd.jobs.setup import build_network, teacher_section
+from acamkd.jobs.setup import (
+    ALL_LABELED,
+    build_network,
+    describe_data,
+    describe_lead,
+    score_of_run,
+    teacher_section,
+)
 from acamkd.losses.base import HeadLoss
 from acamkd.models.base import VOID, Batch, Target, TaskModel
 
@@ -123,12 +131,12 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
         data.check_same_classes(train, val)
         for split in (train, val):
             data.refuse(split.problems)
-        yield Finding(
-            stage, "pass", f"{len(train)} training and {len(val)} validation images, {len(train.classes)} classes"
-        )
+        yield Finding(stage, "pass", describe_data(train, val))
         more = None if source.unlabelled is None else data.build_unlabeled(source, recipe.task, seed=recipe.train.seed)
         for warning in data.compare_splits(train, val, source, more):
             yield Finding(stage, "warn", warning)
+        if more is None:
+            yield Finding(stage, "pass", ALL_LABELED)
         stage = "teacher's weights"
         if recipe.teacher is None or not recipe.losses:
             raise AcamkdError("the recipe needs a `teacher` section and `losses` to distill")
@@ -145,6 +153,9 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
         yield from _batch_norm(student, teacher, recipe.train.batch_size)
         stage = "teacher's score"
         yield _score(teacher, val, recipe)
+        behind = describe_lead(recipe, score_of_run(recipe, section), default_folder(recipe, "baseline"))
+        if behind is not None:
+            yield Finding(stage, "warn", behind, "train a stronger teacher, or find labels for more images")
         stage = "distillation"
         yield from _distillation(student, teacher, train, recipe)
     except AcamkdError as error:

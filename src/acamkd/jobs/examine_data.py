@@ -18,13 +18,15 @@ from acamkd.data.dataset import SplitName
 from acamkd.data.statistics import Statistics, count
 from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
+from acamkd.models.base import Task
 
 
 @dataclass(frozen=True)
 class DataReport(Printable):
-    """Statistics of a recipe's splits, by name."""
+    """What the splits of a recipe's data hold, by their names, and which task they are for."""
 
     splits: dict[str, Statistics]
+    task: Task
 
     @property
     def failed(self) -> bool:
@@ -36,7 +38,7 @@ class DataReport(Printable):
         for name, split in self.splits.items():
             lines += [Text.assemble(("warn", "yellow"), f"  {name}: {warning}") for warning in split.warnings]
             lines += [Text.assemble(("fail", "bold red"), f"  {name}: {problem}") for problem in listed(split.problems)]
-        return Group(_table(self.splits), *lines)
+        return Group(_table(self.splits, self.task), *lines)
 
 
 def examine_data(recipe: config.Recipe) -> DataReport:
@@ -74,15 +76,15 @@ def examine_data(recipe: config.Recipe) -> DataReport:
             val.problems += [] if str(error) in val.problems else [str(error)]
     if train.classes and val.classes and list(train.classes) != list(val.classes):
         val.problems.append(f"the classes are {', '.join(val.classes)}, but those of train {', '.join(train.classes)}")
-    return DataReport(found)
+    return DataReport(found, recipe.task)
 
 
-def _table(splits: Mapping[str, Statistics]) -> Table:
+def _table(splits: Mapping[str, Statistics], task: Task) -> Table:
     found = splits.values()
     table = Table("", *splits)
     table.add_row("images", *(f"{each.images:,}" for each in found))
     table.add_row("image sizes", *(_most_frequent(each.sizes) for each in found))
-    boxes = any(each.boxes for each in found)
+    boxes = task == "detection"
     table.add_row("without boxes" if boxes else "all void", *(f"{each.without:,}" for each in found))
     for key in ("small", "medium", "large", "ignored") if boxes else ():
         table.add_row(f"{key} boxes", *(f"{each.boxes.get(key, 0):,}" for each in found))

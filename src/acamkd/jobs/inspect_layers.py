@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ SIDE = 256
 """Pixels of the blank square image that the networks are run on."""
 DEPTH = 2
 """Depth of the listed layers, which are stages rather than single convolutions."""
+RATIOS: Mapping[Task, int] = {"detection": 4, "segmentation": 8}
+"""`gradient_ratio` of the gains that docs/research/results.md reports. Guides and `init` recommend the same."""
 CLASSES = 19
 """Number of classes if it is unknown, that of Cityscapes."""
 
@@ -199,6 +201,10 @@ def _pair(ours: Layer, theirs: Layer) -> Pair:
 
 
 def as_losses(pairs: Sequence[Pair], model: TaskModel) -> list[dict[str, Any]]:
-    """`losses` of a recipe with ACAM-KD at these pairs."""
+    """A recipe's `losses`: ACAM-KD at these pairs, with the settings that gained; the one recommendation there is."""
     masks = {"num_masks": model.num_classes} if model.task == "segmentation" else {}
-    return [{"name": "acam", "pairs": list(pairs), **masks, "weight": "auto"}]
+    ratio = RATIOS[model.task]
+    return [
+        {"name": "acam", "pairs": list(pairs), **masks, "weight": "auto", "gradient_ratio": ratio,
+         "diversity_weight": 0.5}
+    ]  # fmt: skip

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from acamkd import config, data, models
-from acamkd.engine.metrics import scorer_of
+from acamkd.data import ImageDataset
+from acamkd.engine.metrics import METRICS, scorer_of
 from acamkd.engine.runs import RECIPE, Run, default_folder
 from acamkd.errors import AcamkdError
 from acamkd.models.base import TaskModel
@@ -66,6 +68,50 @@ def with_normalization_of_run(recipe: config.Recipe, section: config.Model) -> c
     return section.model_copy(update={"mean": section.mean or own.mean, "std": section.std or own.std})
 
 
+def describe_data(train: ImageDataset, val: ImageDataset) -> str:
+    """How many images and classes there are."""
+    classes = len(train.classes)
+    return f"{len(train)} training and {len(val)} validation images, {classes} class{'es' if classes != 1 else ''}"
+
+
+ALL_LABELED = (
+    "there are no unlabeled images (data.unlabelled): all our gains were measured with them and with few labels, and "
+    "with all labels nothing gained (docs/research/results.md)"
+)
+"""What is said once where a recipe has labeled images alone."""
+
+
+def describe_lead(recipe: config.Recipe, teacher: float | None, folder: Path) -> str | None:
+    """What is to be said of a teacher's score, in percent, that is not above a baseline's.
+
+    Args:
+        recipe: Of the distillation.
+        teacher: The teacher's score on the validation images; None or NaN = unknown.
+        folder: Of the baseline's run; nothing is said where it has not ended.
+    """
+    baseline = Run(folder, recipe, "student")
+    if teacher is None or math.isnan(teacher) or not baseline.has_ended:
+        return None
+    metric = METRICS[recipe.task]
+    reached = baseline.metrics.get("student", {}).get(metric)
+    if reached is None or teacher > reached:
+        return None
+    return (
+        f"the teacher, {metric} {teacher:.2f}, is not ahead of the baseline, {reached:.2f} ({folder}): there is "
+        "little to learn from it"
+    )
+
+
+def score_of_run(recipe: config.Recipe, section: config.Model) -> float | None:
+    """The score in percent that a network's own run left beside its weights; None where there is none."""
+    if section.weights is None:
+        return None
+    file = Path(section.weights)
+    run = Run(file.parent, recipe, "teacher")
+    scores = run.metrics.get(file.stem) if run.has_ended else None
+    return scores.get(METRICS[recipe.task]) if isinstance(scores, dict) else None
+
+
 class Batches:
     """Data loaders of a recipe, for use after `check`; `mixed` is `train` with unlabeled images, if there are any."""
 
@@ -89,7 +135,7 @@ class Batches:
             data.loader, batch_size=size, workers=workers, shuffle=True, seed=seed, batches=steps and steps * accumulate
         )
         self.train = self.mixed = shuffled(splits["train"])
-        self.unlabeled = None
+        self.unlabeled, self.distills = None, with_unlabeled
         if with_unlabeled and source.unlabelled is not None:
             # It now serves only the calibration; loading processes of its own would idle afterwards.
             self.train = shuffled(splits["train"], workers=0)
@@ -115,8 +161,9 @@ class Batches:
             data.check(self.unlabeled, how)
             self.fingerprint["unlabelled"] = self.unlabeled.fingerprint()
             log.info("%d unlabeled images, which only the distillation uses", len(self.unlabeled))
-        log.info("%d training and %d validation images, %d classes",
-                 len(self.splits["train"]), len(self.splits["val"]), len(self.classes))  # fmt: skip
+        elif self.distills:
+            log.info("%s", ALL_LABELED)
+        log.info("%s", describe_data(self.splits["train"], self.splits["val"]))
 
 
 def build_network(

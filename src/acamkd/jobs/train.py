@@ -30,7 +30,7 @@ from acamkd.engine.runs import LOG, RECIPE, TERMINATED, Role, Run, default_folde
 from acamkd.engine.trainer import Recorder, build_trainer
 from acamkd.errors import AcamkdError
 from acamkd.jobs.profile import Estimate, estimate
-from acamkd.jobs.setup import Batches, build_network, teacher_section, with_normalization
+from acamkd.jobs.setup import Batches, build_network, describe_lead, teacher_section, with_normalization
 from acamkd.models.base import TaskModel
 from acamkd.report.run import REPORT, write_report
 
@@ -207,6 +207,8 @@ def _fit(
         if distiller.losses:
             with data.reading(batches.val):
                 scores = _score_teacher(distiller.teacher.to(trainer.strategy.root_device), batches)
+            if warning := describe_lead(recipe, scores[metric], run.folder.parent / "baseline"):
+                log.warning("%s", warning)
             taught_by = {"teacher": scores, "teacher_sha256": _hash(distiller.teacher.net)}
         torch.manual_seed(recipe.train.seed)
         module = TrainingModule(distiller, recipe.train, batches.scorer)

@@ -115,7 +115,8 @@ def write_report(run: Run, baseline: Run | None = None) -> Path:
     )  # fmt: skip
     file = run.folder / REPORT
     write_text(file, page)
-    log.info("%s: the report, %.1f MB", file, len(page) / 1e6)
+    size = len(page.encode())
+    log.info("%s: the report, %s", file, f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB")
     return file
 
 
