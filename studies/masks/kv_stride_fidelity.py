@@ -41,7 +41,7 @@ from acamkd.losses.acam import fusion
 from acamkd.losses.acam import sparse_attention as attention
 from acamkd.losses.functional import standardize
 from acamkd.models.base import Batch
-from acamkd.models.weights import read_file
+from acamkd.models.weight_files import read_file
 
 Rows: TypeAlias = list[dict[str, Any]]
 

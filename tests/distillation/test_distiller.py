@@ -521,7 +521,7 @@ def test_looking_ahead_repeats_no_work_of_a_detectors_heads_and_changes_no_gradi
 
     def distiller(mask_grad: str) -> Distiller:
         torch.manual_seed(0)
-        losses = [ACAM(32, 32, masks="both", mask_grad=mask_grad) for _ in levels]  # type: ignore[arg-type]
+        losses = [ACAM(64, 64, masks="both", mask_grad=mask_grad) for _ in levels]  # type: ignore[arg-type]
         whole = Distiller(student, teacher, pairs, losses).train()
         whole.training = False  # without the watch over the first steps, which costs a backward
         return whole

@@ -206,7 +206,7 @@ def test_clipping_bounds_the_whole_gradient(tmp_path: Path) -> None:
 
 def test_bf16_runs_the_network_in_bf16_and_keeps_float32_weights(tmp_path: Path) -> None:
     model, seen = _model(), []
-    model.net.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    model.net.register_forward_hook(lambda net, _, output: seen.append(output.dtype) if net.training else None)
     distiller = build_distiller(model, _model(1), [config.Loss(name="acam", pairs=("1",), num_masks=2, masks="both")])
     seen.clear()
     _fit(tmp_path, _batches(2), distiller, precision="bf16-mixed")

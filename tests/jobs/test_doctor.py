@@ -73,7 +73,7 @@ def test_both_networks_are_on_one_device_after_the_score(
     went: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(TaskModel, "to", lambda self, device: went.append(str(device)))
-    recipe = config.load(segmentation, [trained])
+    recipe = config.load(segmentation, [trained, "train.accelerator=auto"])
     val = data.build(recipe.data, recipe.task, "val", seed=0, augment=False)
     assert recipe.teacher is not None
     teacher = build_network(recipe, recipe.teacher, val.classes, teacher=True)

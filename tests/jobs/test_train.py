@@ -284,7 +284,7 @@ def test_a_launchers_other_processes_find_the_folder_begun(
     whole: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr("acamkd.jobs.setup.Batches", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("acamkd.jobs.train.Batches", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     for job in (train, distill):
         with pytest.raises(KeyboardInterrupt):  # rather than that the folder holds a run already
             job(tiny.recipe(root, epochs=3), out=whole)

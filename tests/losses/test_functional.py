@@ -119,6 +119,7 @@ def test_constants_are_not_standardized_and_correlate_with_nothing(value: float)
     of_deviation, constant.grad = constant.grad, None
     correlation.sum().backward()  # type: ignore[no-untyped-call]
     for gradient in (of_deviation, constant.grad):
+        assert gradient is not None
         assert torch.equal(gradient[:, ::2], torch.zeros(2, 2, 5, 7))
         assert (gradient[:, 1] != 0).all()
     assert standard[:, ::2].abs().max() == correlation[:, ::2].abs().max() == 0
