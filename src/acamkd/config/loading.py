@@ -149,6 +149,9 @@ def _explain(entry: Mapping[str, Any], texts: Sequence[tuple[Location, str]]) ->
         read = json.dumps(entry["input"])
         as_what = "" if read == found else f" as {read}"
         return f"{key}: {found} is read{as_what}, and text is needed: write it in quotes, {quoted(found)}"
+    if entry["type"] == "model_type":
+        keys = ", ".join(_fields_at(location))
+        return f"{key}: must be a mapping with keys of {keys}, not {_short(repr(entry['input']))}"
     message = entry["msg"].removeprefix("Value error, ")
     given = "" if entry["type"] == "value_error" else f" (given: {_short(repr(entry['input']))})"
     return f"{key}: {message}{given}" if key else message

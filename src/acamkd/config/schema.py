@@ -82,15 +82,17 @@ class Split(Section):
     """Format coco: the JSON file, unless it is the one of this `name`. Formats yolo and voc: folder of text or XML
     files, unless it is beside `images`."""
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """`data.val` only: this share of the training images is used for validation, not for training. It is drawn by the
-    images' names and `seed`, so every run draws the same images; no file is moved."""
+    """`data.val` only: this share of the training images validates and does not train. Drawn by the images' names and
+    `seed`, so that every run draws the same ones; no file is moved. `val: 0.2` says the same."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the draw."""
 
     @model_validator(mode="after")
     def _check(self) -> Split:
         if sum(each is not None for each in (self.name, self.images, self.share)) != 1:
-            raise ValueError("give either the split's `name` in the format's own layout, or its `images`")
+            raise ValueError(
+                "give either the split's `name` in the format's own layout, or its `images`, or for `val` a `share`"
+            )
         if self.share is not None and (self.masks or self.annotations):
             raise ValueError("a `share` of the training images takes their masks and annotations: leave both out")
         return self
@@ -154,18 +156,31 @@ class Data(Section):
     check: Literal["full", "headers"] = "full"
     """Before training, decode every image (full) or only read its header (headers)."""
 
+    @field_validator("val", mode="before")
+    @classmethod
+    def _share(cls, given: Any) -> Any:
+        is_number = isinstance(given, (int, float)) and not isinstance(given, bool)
+        return {"share": float(given)} if is_number else given
+
     @field_validator("mask_values", mode="before")
     @classmethod
     def _text_keys(cls, given: Any) -> Any:
         return {str(key): value for key, value in given.items()} if isinstance(given, dict) else given
 
+    @field_validator("mask_values")
+    @classmethod
+    def _check_values(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        parsed = [parse_mask_value(value) for value in given or ()]
+        if len({type(value) for value in parsed}) > 1:
+            raise ValueError("give values or colors, not both")
+        if len(set(parsed)) < len(parsed):
+            raise ValueError(f"{', '.join(given or ())} has one value twice")
+        return given
+
     @model_validator(mode="after")
     def _check(self) -> Data:
         if self.train.share is not None:
             raise ValueError("train.share: only `val` can be a share, of the training images")
-        kinds = {type(parse_mask_value(value)) for value in self.mask_values or ()}
-        if len(kinds) > 1:
-            raise ValueError("mask_values: give values or colors, not both")
         return self
 
 

@@ -106,13 +106,13 @@ class BoxDataset(ImageDataset):
         return [f"{file} has {describe_shown(file, size)}, but {source} says {describe(said)}"]
 
     def why_absent(self, counts: Tensor) -> str:
-        """Return the format's ABSENT_ADVICE."""
-        return self.ABSENT_ADVICE
+        """What a reader of the format can do about them."""
+        return self.ABSENT_ADVICE if counts[:-1].any() else ""
 
     def gather(self, entries: Iterable[tuple[str, Any]]) -> None:
         """Turn entries, each with its location, into one table sorted by image; workers share few large tensors."""
         rows: list[Box] = []
-        clipped = empty = 0
+        clipped = empty = ignored = 0
         for where, entry in entries:
             try:
                 given = self.parse(entry)
@@ -126,6 +126,8 @@ class BoxDataset(ImageDataset):
             clipped += box != given
             if self.keep_crowd or not box.crowd:
                 rows.append(box)
+            else:
+                ignored += 1
         rows.sort(key=lambda box: box.image)
         counts = torch.bincount(torch.tensor([box.image for box in rows], dtype=torch.int64), minlength=len(self))
         self._first: list[int] = [0, *counts.cumsum(0).tolist()]
@@ -145,7 +147,8 @@ class BoxDataset(ImageDataset):
         if self.sizes is not None and 2 * (sides <= 1).sum() > len(rows):
             self.warnings.append(f"{self.source}: most boxes have a pixel or less: are they shares of the image?")
         if not rows and not self.problems:
-            self.problems.append(f"{self.source}: there is no box for any image")
+            but = f" but {ignored} of crowds or difficult objects, which do not train" if ignored else ""
+            self.problems.append(f"{self.source}: there is no box for any image{but}")
         elif without := int((counts == 0).sum()):
             self.warnings.append(f"{self.source}: {without} of {len(self)} images have no boxes")
         again = len(rows) - len({(box.image, box.label, box.corners) for box in rows})

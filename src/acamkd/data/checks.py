@@ -61,11 +61,12 @@ class Look(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """Checks of all images, with the problems and warnings of the data set."""
+    """All images: a look at each, what is wrong or worth knowing of them together, and the sum of their tallies."""
 
     looks: list[Look]
     problems: list[str]
     warnings: list[str]
+    counts: Tensor | None = None
 
 
 def examine(dataset: ImageDataset, *, decode: bool, count: bool = False) -> Findings:
@@ -83,20 +84,21 @@ def examine(dataset: ImageDataset, *, decode: bool, count: bool = False) -> Find
     if dataset.classes:
         warnings += _turned(dataset, looks)
     tallies = [look.tally for look in looks if look.tally is not None]
-    if tallies and dataset.classes:
-        dataset.counts = sum(tallies[1:], start=tallies[0])
+    counts = sum(tallies[1:], start=tallies[0]) if tallies and dataset.classes else None
+    if counts is not None:
         empty = sum(not tally[:-1].any() for tally in tallies)
         if empty == len(looks) and not problems:
-            reason = dataset.why_absent(dataset.counts)
+            reason = dataset.why_absent(counts)
             problems.append(
                 f"none of the {empty} images has a {COUNTED[dataset.TASK]}: nothing can be learned or scored"
                 f"{reason and f'; {reason}'}"
             )
         elif empty and dataset.TASK == "segmentation":
             warnings.append(f"{empty} of {len(looks)} masks hold nothing but void: nothing is learned from them")
+    dataset.counts = None if problems else counts  # what cannot be read may show any class
     if looks and all(look.hash is not None for look in looks):
         dataset.hashes = np.stack([look.hash for look in looks if look.hash is not None])
-    return Findings(looks, problems, warnings)
+    return Findings(looks, problems, warnings, counts)
 
 
 COUNTED: Mapping[Task, str] = {

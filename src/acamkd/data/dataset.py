@@ -52,10 +52,11 @@ class ImageDataset(Dataset[Sample], ABC):
         seed: Seed of the augmentation.
 
     Attributes:
-        problems: Errors that make the annotations unusable, one sentence each.
-        warnings: Remarks about what is legal but suspicious.
-        counts: Sum of `tally` over the images; None until the targets have been read.
-        hashes: `difference_hash` of each image, (N, 32) uint8; None until `check` has decoded every image.
+        problems: What makes the annotations unusable, one sentence per entry.
+        warnings: What is legitimate but worth knowing.
+        counts: Sum of `tally` over the images; None until `check` has looked at every pixel, or where it has found
+            problems.
+        hashes: `difference_hash` of each image, (N, 32) uint8; None until `check` has looked at every pixel.
 
     A class that a recipe names in `data.format` also sets the following class attributes.
     """
@@ -111,7 +112,12 @@ class ImageDataset(Dataset[Sample], ABC):
             for name, times in Counter(classes).items()
             if times > 1
         ]
-        self.warnings: list[str] = []
+        first: dict[str, str] = {}
+        self.warnings = [
+            f"the classes {one} and {name} differ in case or blanks alone: are they one?"
+            for name in dict.fromkeys(classes)
+            if (one := first.setdefault("".join(name.split()).casefold(), name)) != name
+        ]
         self.counts: Tensor | None = None
         self.hashes: npt.NDArray[np.uint8] | None = None
         self.reading: Tensor | None = None  # (W, 2), shared: process id and current key of each loading process

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import mimetypes
 import unicodedata
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote
 
 from acamkd.errors import AcamkdError
 from acamkd.files import IMAGE_SUFFIXES, files_below
@@ -14,9 +15,9 @@ from acamkd.files import IMAGE_SUFFIXES, files_below
 class Folder:
     """Visible files of given types in a folder and in all folders below it, found by name.
 
-    A file's name is its path below the folder without suffix. `find` also takes the path with its suffix. If only one
-    file fits, it takes another spelling too: other case, another Unicode form, or back-slashes. Suffixes match in any
-    case.
+    A file's name is its path below the folder without suffix. `find` also takes the path with its suffix and, where one
+    file alone fits, another spelling: other case, another Unicode form, back-slashes, or `%20` for a blank. Suffixes
+    count in any case.
 
     Args:
         path: The folder.
@@ -45,8 +46,10 @@ class Folder:
             name: file for file, name in reversed(names.items())
         }
         self._spelled: dict[str, set[Path]] = {}
+        self._last: dict[str, set[Path]] = {}  # by the last part of the name
         for name, file in self._written.items():
             self._spelled.setdefault(_spelling(name), set()).add(file)
+            self._last.setdefault(_spelling(PurePosixPath(name).name), set()).add(file)
 
     def name(self, file: Path) -> str:
         """The name of one of its files."""
@@ -56,8 +59,20 @@ class Folder:
         """The file of a name; None if there is none, or if several fit and none is spelled exactly so."""
         if name in self._written:
             return self._written[name]
-        fitting = self._spelled.get(_spelling(name), set())
-        return next(iter(fitting)) if len(fitting) == 1 else None
+        return _only(self._spelled.get(_spelling(name)) or self._spelled.get(_spelling(unquote(name)), set()))
+
+    def find_end(self, name: str) -> Path | None:
+        """The file of the longest end of a path that is a name here."""
+        parts = _parts(name)
+        return next((file for k in range(len(parts)) if (file := self.find("/".join(parts[k:])))), None)
+
+    def find_ends(self, names: Iterable[str]) -> dict[str, Path]:
+        """Files of names that all begin elsewhere: on another machine, as an URL, or in a sub folder that they omit."""
+        found = {
+            name: self.find_end(name) or _only(self._last.get(_spelling("".join(_parts(name)[-1:])), set()))
+            for name in names
+        }
+        return {name: file for name, file in found.items() if file is not None}
 
     def described_left_out(self) -> list[str]:
         """A warning about images of other types, if there are any."""
@@ -80,13 +95,21 @@ def existing(path: Path) -> Path:
     return fitting[0] if len(fitting) == 1 else parent / path.name
 
 
-def twins(folder: Folder, what: str) -> list[str]:
-    """Problems of images that differ only in their suffix and therefore share `what`."""
-    first: dict[str, Path] = {}
+def twins(pairs: Iterable[tuple[Path, Path | None]], what: str) -> list[str]:
+    """Problems of images that share a file of `what`, since their names differ in suffix, case or folder alone."""
+    first: dict[Path, Path] = {}
     return [
-        f"{file}: the image has the same name as {one.name}, and so the same {what}"
-        for file in folder.files
-        if (one := first.setdefault(folder.name(file), file)) != file
+        f"{file}: the image has the same name as {one.name}, and so the same {what}, {shared}: rename one of them"
+        for file, shared in pairs
+        if shared is not None and (one := first.setdefault(shared, file)) != file
+    ]
+
+
+def described_ends(ends: Mapping[str, Path], where: Path) -> list[str]:
+    """A warning of images that `Folder.find_ends` has found, if there are any."""
+    return [
+        f"{where}: none of its names is there, but {len(ends)} files end alike and are taken instead ({name} is {file})"
+        for name, file in list(ends.items())[:1]
     ]
 
 
@@ -99,6 +122,14 @@ def no_images(folder: Folder) -> list[str]:
 
 def _spelling(name: str) -> str:
     return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    return PurePosixPath(unquote(name).replace("\\", "/")).parts
+
+
+def _only(fitting: Collection[Path]) -> Path | None:
+    return next(iter(fitting)) if len(fitting) == 1 else None
 
 
 def _is_image(file: Path) -> bool:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 from acamkd.config import Data
 from acamkd.data.formats import FORMATS
+from acamkd.data.formats.yolo import NAMES
+from acamkd.data.image_io import lines_of
 from acamkd.models.base import Task
 
 LOOKED_AT = 200
@@ -57,6 +60,9 @@ def _files(folder: Path, task: Task) -> str:
             f"There are XML files in {folder}: data.format voc reads them, with data.train: {{images: ..., "
             "annotations: ...}, and data.val: {share: 0.2} if no images are for validation"
         )
+    for file in sorted(folder.glob("*.y*ml")):
+        if re.search(r"^names:", "\n".join(lines_of(file)), re.MULTILINE):
+            return f"Is {file} for format yolo? It is read under the name {NAMES}"
     if any(folder.glob("*.txt")):
         return (
             f"There are text files in {folder}: data.format yolo reads them, with data.classes and data.train: "

@@ -49,13 +49,13 @@ def count(dataset: ImageDataset, *, decode: bool) -> Statistics:
         dataset: A data set without augmentation, from `build`.
         decode: Decode every image rather than read its header.
     """
-    looks, problems, warnings = examine(dataset, decode=decode, count=True)
+    looks, problems, warnings, tally = examine(dataset, decode=decode, count=True)
     result = Statistics(images=len(dataset), problems=problems, warnings=warnings)
     result.sizes = dict(Counter(describe(look.size) for look in looks if look.size is not None).most_common())
     if not dataset.classes:  # unlabeled images have no targets
         return result
     result.without = sum(look.tally is not None and not look.tally[:-1].any() for look in looks)
-    counts = torch.zeros(len(dataset.classes)) if dataset.counts is None else dataset.counts[:-1]
+    counts = torch.zeros(len(dataset.classes)) if tally is None else tally[:-1]
     if dataset.TASK == "detection":
         result.classes = dict(zip(dataset.classes, counts.long().tolist(), strict=True))
         sound = ((index, look.size) for index, look in enumerate(looks) if look.tally is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,8 +18,7 @@ from acamkd.data.checks import listed
 from acamkd.data.dataset import SplitName
 from acamkd.data.statistics import Statistics, count
 from acamkd.engine.printing import Printable
-from acamkd.errors import AcamkdError
-from acamkd.models.base import Task
+from acamkd.errors import AcamkdError, ImageError
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,13 @@ def examine_data(recipe: config.Recipe) -> DataReport:
             found[name] = Statistics(problems=[str(error)])
     train, val = found["train"], found["val"]
     if "train" in datasets and "val" in datasets:
-        try:
-            val.warnings += data.compare_splits(datasets["train"], datasets["val"], source, datasets.get("unlabelled"))
-        except AcamkdError as error:  # contradicting palettes; other problems are reported already
-            val.problems += [] if str(error) in val.problems else [str(error)]
+        if contradictions := datasets["val"].contradictions(datasets["train"]):
+            val.problems += contradictions
+        else:
+            with suppress(ImageError):  # which is said already
+                val.warnings += data.compare_splits(
+                    datasets["train"], datasets["val"], source, datasets.get("unlabelled")
+                )
     if train.classes and val.classes and list(train.classes) != list(val.classes):
         val.problems.append(f"the classes are {', '.join(val.classes)}, but those of train {', '.join(train.classes)}")
     return DataReport(found, recipe.task)

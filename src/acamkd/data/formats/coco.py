@@ -12,7 +12,7 @@ from acamkd.config import Data, Split
 from acamkd.data.boxes import Box, BoxDataset
 from acamkd.data.checks import check_classes
 from acamkd.data.dataset import SplitName, Transform
-from acamkd.data.folders import Folder
+from acamkd.data.folders import Folder, described_ends
 from acamkd.errors import AcamkdError
 
 NEEDED: Mapping[str, Sequence[str]] = {
@@ -79,19 +79,23 @@ class CocoDetection(BoxDataset):
         categories = sorted(content["categories"], key=lambda category: _order(category["id"]))
         if classes is not None:
             categories = [each for each in categories if each["name"] in classes or _id(each["id"]) in used]
-        names = tuple(category["name"] for category in categories)
-        check_classes(classes, names, f"the categories of {annotations}")
+        own = tuple(category["name"] for category in categories)
+        check_classes(classes, own, f"the categories of {annotations}")
         folder = Folder(images)
+        names = [image["file_name"] for image in content["images"]]
+        files = {name: folder.find(name) or images / name for name in names}
+        ends = {} if any(file.is_file() for file in files.values()) else folder.find_ends(files)
         super().__init__(
-            [folder.find(image["file_name"]) or images / image["file_name"] for image in content["images"]],
+            [ends.get(name, files[name]) for name in names],
             [annotations],
-            names,
+            own,
             source=annotations,
             sizes=[(image["height"], image["width"]) for image in content["images"]],
             keep_crowd=keep_crowd,
             transform=transform,
             seed=seed,
         )
+        self.warnings += described_ends(ends, annotations)
         self._index_of = {_id(image["id"]): index for index, image in enumerate(content["images"])}
         self._label_of = {_id(category["id"]): label for label, category in enumerate(categories, start=1)}
         for what, ids, entries in (
@@ -149,7 +153,10 @@ def _read(annotations: Path) -> dict[str, Any]:
     try:
         content = json.loads(annotations.read_bytes())
     except OSError as error:
-        raise AcamkdError(f"cannot read the annotations {annotations}: {error.strerror}") from error
+        raise AcamkdError(
+            f"cannot read the annotations {annotations}: {error.strerror}; data.train and data.val name a split's "
+            "files with {images: ..., annotations: ...}"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise AcamkdError(f"{annotations} is not valid JSON: {error}") from error
     for what, keys in NEEDED.items():

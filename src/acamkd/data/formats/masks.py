@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 from acamkd.config import Data, Split, parse_mask_value
 from acamkd.data.checks import describe, describe_shown
 from acamkd.data.dataset import ImageDataset, SplitName, Transform
-from acamkd.data.folders import Folder, no_images, twins
+from acamkd.data.folders import Folder, existing, no_images, twins
 from acamkd.data.image_io import opened
 from acamkd.errors import AcamkdError, ImageError, nearest
 from acamkd.models.base import VOID, PixelSize, Target
@@ -119,10 +119,15 @@ class MaskDataset(ImageDataset):
         ]
 
     def why_absent(self, counts: Tensor) -> str:
-        """Advice on `data.mask_values` for classes without pixels."""
+        """Whether another reading of the values would give the classes their pixels."""
+        if not self.READS_MASK_VALUES:
+            return ""
         present, void = counts[:-1] > 0, bool(counts[-1])
         voids = [code for code, label in self.ids.items() if label == VOID]
-        if void and present.sum() <= 1 and not self.by_color:
+        if void and voids[0] < len(self.classes) and not self.by_color:
+            name = self.classes[voids[0]]
+            return f"the value {voids[0]} is void, as data.ignore_index says, and so no pixel is {name}"
+        if void and not present[1:].any() and not self.by_color:
             meant = "{0: " + self.classes[0] + f", {voids[0]}: {self.classes[-1]}" + "}"
             return (
                 f"the other pixels have the value {voids[0]}, which is void: if it is a class, say so with "
@@ -150,7 +155,7 @@ class MaskDataset(ImageDataset):
         if len(unknown) > SHOWN:
             unknown[SHOWN:] = [f"{len(unknown) - SHOWN} more"]
         *most, last = sorted(self.ids)
-        if most == list(range(len(most))):
+        if most == list(range(len(most))) and len(most) > 1 and not self.by_color:
             known = f"0 to {last}" if last == len(most) else f"{most[0]} to {most[-1]} and {last}"
         else:
             known = ", ".join(map(self._written, [*most, last]))
@@ -248,8 +253,14 @@ class MaskFolder(MaskDataset):
     def open_split(cls, data: Data, split: SplitName, *, transform: Transform | None, seed: int) -> MaskFolder:
         """Open one split of a recipe's `data`."""
         paths: Split = getattr(data, split)
+        images = data.root / (paths.images or f"images/{paths.name}")
+        if not images.is_dir():
+            raise AcamkdError(
+                f"cannot read the folder {images}: data.train and data.val name a split's folders with {images: ..., "
+                "masks: ...}, and data.val: {share: 0.2} draws validation images"
+            )
         return cls(
-            data.root / (paths.images or f"images/{paths.name}"),
+            images,
             data.root / (paths.masks or f"masks/{paths.name}"),
             data.classes or (),
             ignore_index=data.ignore_index,
@@ -269,6 +280,8 @@ class MaskFolder(MaskDataset):
         transform: Transform | None = None,
         seed: int = 0,
     ) -> None:
+        if existing(images).resolve() == existing(masks).resolve():
+            raise AcamkdError(f"{images}: images and masks are in one folder, where each would be both: give them two")
         folder = Folder(images, without=[masks])
         inside = Folder(masks, MASK_SUFFIXES)
         pairs = [(file, inside.find(folder.name(file))) for file in folder.files]
@@ -282,22 +295,33 @@ class MaskFolder(MaskDataset):
             seed=seed,
         )
         self.problems += no_images(folder)
-        lossy = {file.stem for file in inside.left_out}
+        lossy = {file.stem: file.suffix for file in inside.left_out}
+        used = set(self.annotation_files)
+        if pairs and inside.files and not used:
+            self.problems.append(
+                f"no mask has the name of an image ({folder.name(pairs[0][0])} and {inside.name(inside.files[0])}, "
+                f"for example, in {images} and {masks}): give each mask the name of its image"
+            )
+            return
         for file, mask in pairs:
             if mask is None:
                 name = f"{masks / folder.name(file)}.png"
-                advice = "; its type changes values, save it as PNG" if file.stem in lossy else ""
+                kept = ", ".join(MASK_SUFFIXES)
+                advice = f", but one of the type {lossy[file.stem]}: masks end in {kept}" if file.stem in lossy else ""
                 self.problems.append(f"{file}: the image has no mask {name}{advice}")
-        used = set(self.annotation_files)
         self.problems += [f"{file}: the mask has no image in {images}" for file in inside.files if file not in used]
-        self.problems += twins(folder, "mask")
+        self.problems += twins(pairs, "mask")
         self.warnings += folder.described_left_out()
 
     def _advice(self, values: Sequence[int]) -> str:
+        if self.by_color:
+            blurred = len(set(values) - set(self.ids)) > SHOWN
+            cause = "JPEG and resizing leave so many colors behind: save masks without either; " if blurred else ""
+            return f" ({cause}data.mask_values says what further colors mean)"
         hints = ["data.ignore_index says what void is, and data.mask_values what other values mean"]
         if any(self.ids.get(k) == VOID for k in range(len(self.classes))):
             hints.append("a void that is one of the values from 0 on is listed in data.classes too")
-        elif 0 not in values and len(self.classes) in values and not self.by_color:
+        elif 0 not in values and len(self.classes) in values:
             hints.append("do the values begin with 1?")
         return f" ({'; '.join(hints)})"
 

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 from acamkd.config import Data, Split
 from acamkd.data.boxes import Box, BoxDataset
 from acamkd.data.dataset import SplitName, Transform
-from acamkd.data.folders import Folder, existing
+from acamkd.data.folders import Folder, described_ends, existing, twins
 from acamkd.data.formats.masks import MASK_SUFFIXES, Color, MaskDataset, mask_ids
 from acamkd.data.image_io import lines_of
 from acamkd.errors import AcamkdError, nearest
@@ -52,7 +52,7 @@ class VocDetection(BoxDataset):
 
     LAYOUT = ("Annotations", "ImageSets/Main")
     SPLIT_KEYS = frozenset({"images", "annotations"})
-    SPARE_LAYOUT = ("Annotations/*.xml", "JPEGImages")
+    SPARE_LAYOUT = ("Annotations/**/*.xml", "JPEGImages")
     FIXED_CLASSES = CLASSES
     ABSENT_ADVICE = "data.classes may list the others alone"
 
@@ -94,10 +94,10 @@ class VocDetection(BoxDataset):
             if left_out := len(folder.files) - len({image for image, _ in found}):
                 warnings.append(f"{folder.path}: {left_out} images have no XML in {texts.path} and are left out")
         else:
-            names, source = _names(root, "Main", split, folder)
-            found = [
-                (_image(folder, name), texts.find(_plain(folder, name)) or texts.path / f"{name}.xml") for name in names
-            ]
+            names, source, ends = _names(root, "Main", split, folder)
+            found = [(_image(folder, name), _beside(texts, _plain(folder, name))) for name in names]
+            warnings += described_ends(ends, source)
+            problems = twins(found, "XML")
         files = [file for _, file in found]
         read: list[Element | str] = [_read(file) for file in files]  # the root, or a description of the error
         sizes = [None if isinstance(each, str) else _size(each) for each in read]
@@ -187,20 +187,22 @@ class VocSegmentation(MaskDataset):
         seed: int = 0,
     ) -> None:
         folder, masks = Folder(root / "JPEGImages"), Folder(root / "SegmentationClass", MASK_SUFFIXES)
+        ends: dict[str, Path] = {}
         if all_masks:
             names, source = [masks.name(file) for file in masks.files], masks.path
         else:
-            names, source = _names(root, "Segmentation", split, folder)
+            names, source, ends = _names(root, "Segmentation", split, folder)
         super().__init__(
             [_image(folder, name) for name in names],
-            [masks.find(_plain(folder, name)) or masks.path / f"{name}.png" for name in names],
+            [_beside(masks, _plain(folder, name)) for name in names],
             classes or ("background", *CLASSES),
             ids=ids,
             same_palette=ids is None,
             transform=transform,
             seed=seed,
         )
-        self.warnings += folder.described_left_out()
+        self.warnings += [*folder.described_left_out(), *described_ends(ends, source)]
+        self.problems += twins(zip(self.files, self.annotation_files, strict=True), "mask")
         if not names:
             self.problems.append(f"{source}: {'the folder holds no masks' if all_masks else 'the list is empty'}")
 
@@ -216,8 +218,8 @@ def _folders(root: Path, split: Split) -> tuple[Path, Path]:
     return images, root / (split.annotations or split.images or "Annotations")
 
 
-def _names(root: Path, task: str, split: str, folder: Folder) -> tuple[list[str], Path]:
-    """Names of a split's images, and the file that lists them."""
+def _names(root: Path, task: str, split: str, folder: Folder) -> tuple[list[str], Path, dict[str, Path]]:
+    """Names of a split's images, the list that they stand in, and what `find_ends` has found of them."""
     lists = Folder(existing(root / "ImageSets" / task), (".txt",)) if (root / "ImageSets" / task).is_dir() else None
     listing = (lists and lists.find(split)) or root / "ImageSets" / task / f"{split}.txt"
     if not listing.is_file():
@@ -226,7 +228,9 @@ def _names(root: Path, task: str, split: str, folder: Folder) -> tuple[list[str]
             f"there is no list {listing}; name one with data.train.name and data.val.name (there are: "
             f"{', '.join(known) or 'none; data.val: {share: 0.2} draws validation images from all of them'})"
         )
-    return [_name(folder, line.strip()) for line in lines_of(listing) if line.strip()], listing
+    names = [_name(folder, line.strip()) for line in lines_of(listing) if line.strip()]
+    ends = {} if any(map(folder.find, names)) else folder.find_ends(names)
+    return [folder.name(ends[name]) if name in ends else name for name in names], listing, ends
 
 
 def _name(folder: Folder, line: str) -> str:
@@ -238,6 +242,11 @@ def _name(folder: Folder, line: str) -> str:
 def _image(folder: Folder, name: str) -> Path:
     """The image of a name; VOC's own are .jpg."""
     return folder.find(name) or folder.path / f"{name}.jpg"
+
+
+def _beside(folder: Folder, name: str) -> Path:
+    """The XML or mask of an image's name, in the same sub folder as the image or without that folder."""
+    return folder.find_end(name) or folder.path / f"{name}{folder.suffixes[0]}"
 
 
 def _plain(folder: Folder, name: str) -> str:

@@ -1,4 +1,4 @@
-"""YOLO's text files: one per image, one line `class cx cy w h` per box, in shares of the image."""
+"""YOLO's text files: one per image, one line `class cx cy w h` or `class x y x y x y ...` per object, in shares."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from acamkd.config import Data, Split
 from acamkd.data.boxes import Box, BoxDataset
 from acamkd.data.checks import check_classes
 from acamkd.data.dataset import SplitName, Transform
-from acamkd.data.folders import Folder, existing, no_images, twins
+from acamkd.data.folders import Folder, described_ends, existing, no_images, twins
 from acamkd.data.image_io import lines_of
 from acamkd.errors import AcamkdError
 
@@ -25,6 +25,8 @@ NAMES = "data.yaml"
 ROUNDING = 1e-3
 """A center at most this far outside its image is taken for a rounding error and moved to the edge."""
 
+BEGIN = "the files count classes from 0: do theirs begin with 1?"
+
 ALIASES = {"val": "validation"}
 """Alternative keys of data.yaml for a split."""
 
@@ -32,7 +34,8 @@ ALIASES = {"val": "validation"}
 class YoloDetection(BoxDataset):
     """Object detection: images, and text files of the same names beside them or in a folder of their own.
 
-    Class k of the files is label k + 1. An image whose file is missing or empty has no boxes.
+    Class k of the files is label k + 1. An image whose file is missing or empty has no boxes. The box of a polygon,
+    three corners or more, is what encloses it.
 
     Args:
         images: Folders of images, with all folders in them, or text files that list images, one per line.
@@ -74,12 +77,14 @@ class YoloDetection(BoxDataset):
         warnings: list[str] = []
         for each in given:
             if each.suffix.lower() == ".txt" and each.is_file():
-                pairs += _listed(each, labels)
+                listed, ends = _listed(each, labels)
+                pairs += listed
+                warnings += described_ends(ends, each)
                 continue
             folder, texts = Folder(each), Folder(labels or labels_of(each), (".txt",))
             found = [(file, texts.find(folder.name(file))) for file in folder.files]
             pairs += found
-            problems += [*no_images(folder), *twins(folder, "boxes")]
+            problems += no_images(folder)
             warnings += folder.described_left_out()
             if folder.files and not texts.files and texts.path == each:
                 problems.append(
@@ -101,7 +106,7 @@ class YoloDetection(BoxDataset):
         )
         if not pairs and not problems:
             problems.append(f"{given[0]}: the list is empty")
-        self.problems += problems
+        self.problems += [*problems, *twins(pairs, "boxes")]
         self.warnings += warnings
         self.gather(
             (f"{text}:{number}", (index, line))
@@ -112,19 +117,30 @@ class YoloDetection(BoxDataset):
         )
 
     def why_absent(self, counts: Tensor) -> str:
-        """Ask whether the numbers begin with 1, if class 0 is absent."""
-        return "the files count classes from 0: do theirs begin with 1?" if not counts[0] else ""
+        """Whether the numbers may begin with 1."""
+        return BEGIN if counts[:-1].any() and not counts[0] else ""
 
     def parse(self, entry: tuple[int, str]) -> Box:
         """The index of an image, and one of its lines."""
         index, line = entry
         words = line.split()
         try:
-            number, cx, cy, width, height = map(float, words)
+            number, *shares = map(float, words)
+            if len(shares) != 4 and (len(shares) < 6 or len(shares) % 2):
+                raise ValueError("neither a box nor a polygon")
         except ValueError as error:
-            raise AcamkdError(f"a box is `class cx cy w h`, not `{line.strip()}`") from error
+            given = line.strip()[:80]
+            raise AcamkdError(
+                f"a box is `class cx cy w h`, not `{given}`; a polygon, `class x y x y x y ...`, has 3 corners or more"
+            ) from error
         if number not in range(len(self.classes)):
-            raise AcamkdError(f"class {words[0]} is none of the {len(self.classes)}, 0 to {len(self.classes) - 1}")
+            hint = f"; {BEGIN}" if number == len(self.classes) else ""
+            raise AcamkdError(
+                f"class {words[0]} is none of the {len(self.classes)}, 0 to {len(self.classes) - 1}{hint}"
+            )
+        if len(shares) > 4:
+            return Box(index, int(number) + 1, _enclosing(shares))
+        cx, cy, width, height = shares
         if not (-ROUNDING <= cx <= 1 + ROUNDING and -ROUNDING <= cy <= 1 + ROUNDING):
             raise AcamkdError(f"the center ({cx:g}, {cy:g}) must be shares of width and height from 0 to 1, not pixels")
         cx, cy = min(max(cx, 0.0), 1.0), min(max(cy, 0.0), 1.0)
@@ -153,13 +169,14 @@ def sources(root: Path, split: str) -> list[Path]:
     if not all(isinstance(entry, str) for entry in entries):
         raise AcamkdError(f"{root / NAMES}: {split} must be folders of images or files that list them, not {given!r}")
     found = []
-    for entry in entries:
-        places = [base / entry, base / entry.removeprefix("../"), base / split / "images"]
+    for entry in (written.replace("\\", "/") for written in entries):
+        places = dict.fromkeys([base / entry, base / entry.removeprefix("../"), base / split / "images"])
         place = next((spelled for place in places if (spelled := existing(place)).exists()), None)
         if place is None:
             raise AcamkdError(
                 f"there is no folder of images for the split {split}; looked for {', '.join(map(str, places))}: "
-                "give the split's `images` in data.train and data.val"
+                f"name it in {root / NAMES}, or with `images` in data.train and data.val; data.val: {{share: 0.2}} "
+                "draws validation images"
             )
         found.append(place)
     return found
@@ -178,7 +195,7 @@ def _base(root: Path, content: dict[str, Any]) -> Path:
     given = content.get("path")
     if not given:
         return root
-    path = Path(str(given)).expanduser()
+    path = Path(str(given).replace("\\", "/")).expanduser()
     places = [root / path, *([] if path.is_absolute() else [path, "datasets" / path])]
     if root.resolve().name == path.name:  # `path: coco8` in coco8/data.yaml
         places.append(root)
@@ -193,20 +210,42 @@ def _base(root: Path, content: dict[str, Any]) -> Path:
     return base
 
 
-def _listed(file: Path, labels: Path | None) -> list[tuple[Path, Path | None]]:
-    """Images that a text file lists, relative to it or to the current folder, each with its labels."""
+def _listed(file: Path, labels: Path | None) -> tuple[list[tuple[Path, Path | None]], dict[str, Path]]:
+    """Images that a text file lists, relative to it or to the current folder, each with its labels.
+
+    Also what `find_ends` has found of them.
+    """
+    lines = [line.replace("\\", "/") for line in map(str.strip, lines_of(file)) if line]
+    places = {line: (file.parent / line, Path(line)) for line in lines}
+    images = {line: next((place for place in places[line] if place.is_file()), None) for line in lines}
+    ends: dict[str, Path] = {}
+    if missing := [line for line, image in images.items() if image is None]:
+        around = Folder(file.parent)
+        images |= {line: around.find(Path(line).as_posix()) for line in missing}
+        ends = {} if any(images.values()) else around.find_ends(lines)
     folders: dict[Path, Folder | None] = {}
-    pairs = []
-    for line in filter(None, map(str.strip, lines_of(file))):
-        written = Path(line.replace("\\", "/"))
-        places = [file.parent / written, written]
-        image = next((spelled for place in places if (spelled := existing(place)).is_file()), places[0])
+    pairs: list[tuple[Path, Path | None]] = []
+    for line in lines:
+        image = images[line] or ends.get(line, places[line][0])
         beside = labels or labels_of(image.parent)
         if beside not in folders:
             folders[beside] = Folder(beside, (".txt",)) if beside.is_dir() else None
         texts = folders[beside]
-        pairs.append((image, None if texts is None else texts.find(image.stem)))
-    return pairs
+        name = image.stem if labels is None else image.with_suffix("").as_posix()
+        pairs.append((image, None if texts is None else texts.find_end(name)))
+    return pairs, ends
+
+
+def _enclosing(corners: Sequence[float]) -> tuple[float, float, float, float]:
+    """The box around a polygon, x y x y ..., whose corners may lie a rounding error outside of the image.
+
+    Raises:
+        AcamkdError: One lies farther outside.
+    """
+    if not all(-ROUNDING <= share <= 1 + ROUNDING for share in corners):
+        raise AcamkdError("a polygon's corners must be shares of width and height from 0 to 1, not pixels")
+    across, down = ([min(max(share, 0.0), 1.0) for share in corners[axis::2]] for axis in (0, 1))
+    return min(across), min(down), max(across), max(down)
 
 
 def class_names(root: Path, given: Sequence[str] | None) -> tuple[str, ...]:
@@ -218,9 +257,10 @@ def class_names(root: Path, given: Sequence[str] | None) -> tuple[str, ...]:
             raise AcamkdError(f"the class names are missing: give `names` in {file}, or data.classes")
         return tuple(given)
     if isinstance(names, dict):
-        if sorted(names, key=str) != sorted(range(len(names)), key=str):
+        numbered = {str(number): name for number, name in names.items()}
+        if set(numbered) != set(map(str, range(len(names)))):
             raise AcamkdError(f"{file}: names must be numbered 0 to {len(names) - 1}, not {', '.join(map(str, names))}")
-        names = [names[number] for number in range(len(names))]
+        names = [numbered[str(number)] for number in range(len(names))]
     if not (isinstance(names, list) and names):
         raise AcamkdError(f"{file}: names must be a list, or a mapping from number to name")
     if wrong := [(number, name) for number, name in enumerate(names) if not isinstance(name, str)]:
@@ -232,6 +272,9 @@ def class_names(root: Path, given: Sequence[str] | None) -> tuple[str, ...]:
             f'quotes, "{text}"' + (f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else "")
         )
     own = tuple(names)
+    number = _content(root).get("nc", len(own))
+    if number != len(own):
+        raise AcamkdError(f"{file}: nc is {number}, but there are {len(own)} names: correct either")
     check_classes(given, own, f"the names of {file}")
     return own
 
