@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from acamkd import config
+from acamkd.config.yaml_text import read_yaml
 from acamkd.errors import AcamkdError
 from command import Command
 
@@ -99,8 +100,16 @@ def test_a_name_that_yaml_takes_for_something_else_is_to_be_quoted(
         ("data: {classes: &a [*a]}", "data.classes.0 refers to itself"),
         ("data: &a {b: *a}", "data.b refers to itself"),
         ("compare: {methods: {no: {}}}", "the key no in compare.methods is read as False, and keys are text"),
-        ("1: 2", "the key 1 is read as 1, and keys are text"),
-        (f"train: {{epochs: {'9' * 5000}}}", r"(?s)is not valid YAML: .*5000 digits.*line 6"),
+        ("1.5: 2", "the key 1.5 is read as 1.5, and keys are text"),
+        ("01: 2", "01: unknown key"),
+        (f"train: {{epochs: {'9' * 5000}}}", r"(?s)is not valid YAML: .*too many digits.*line 6"),
+        (f"train: {{epochs: 0x{'f' * 5000}}}", "train.epochs is too large"),
+        ("train:\n\tepochs: 1", "(?s)is not valid YAML: .*; indent with blanks, not with tabs$"),
+        ("train: 3", r"train: must hold keys \(given: 3\); known: epochs"),
+        ("losses: fitnet", r"losses: must be a list \(given: 'fitnet'\); write it in brackets"),
+        ("name: ~", "name: ~ is read as null, and text is needed: write it in quotes, '~'"),
+        ("name:", "name: nothing is given, and text is needed"),
+        ("data: {resize: 64}", r"(?s)data.resize: must be a list .*data.resize: must hold keys .*known: short, long$"),
         ("data: {classes: [2024-13-01]}", "(?s)is not valid YAML: .*month.*line 6"),
         ("data: " + "[" * 3000, "nested too deeply"),
         (f"train: {{epochs: 1, seed: {2**64}}}", "train.seed: Input should be less than 18446744073709551616"),
@@ -148,3 +157,26 @@ def test_a_tilde_is_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert recipe.student.weights == str(tmp_path / "w.pth")
     with pytest.raises(AcamkdError, match=r"data\.root: .*write the path without ~"):
         config.as_recipe("~/own.yaml", ["data.root=~nobody-here/data"])
+
+
+def test_whole_numbers_are_keys_and_no_part_of_a_union_contradicts_another(tmp_path: Path) -> None:
+    read = read_yaml("{0: background, 010: a, 1_0: b, x: [=, <<], y: {<<: {z: 1}}}", "a recipe")
+    assert read == {"0": "background", "010": "a", "1_0": "b", "x": ["=", "<<"], "y": {"z": 1}}
+    with pytest.raises(AcamkdError, match="0 is given a second time"):
+        read_yaml("{0: a, '0': b}", "a recipe")
+    file = tmp_path / "own.yaml"
+    file.write_text(RECIPE)
+    assert config.load(file, ["data.mask_values={0: a, 255: b}"]).data.mask_values == {"0": "a", "255": "b"}
+    with pytest.raises(AcamkdError) as caught:
+        config.load(file, ["data.resize={short: 3}", "losses=[{name: fitnet, pairs: [no]}]"])
+    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
+        "data.resize.long: missing",
+        "losses.0.pairs.0: no is read as false, and text is needed: write it in quotes, 'no'",
+    ]
+
+
+def test_a_file_in_another_encoding_is_told_from_one_that_is_not_there(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_bytes(RECIPE.encode("utf-16"))
+    with pytest.raises(AcamkdError, match=r"own\.yaml: it is no UTF-8 .*; save it as UTF-8"):
+        config.load(file)

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -22,8 +23,10 @@ def read_text(path: Path, what: str) -> str:
     """Read a text file of the user; an AcamkdError names it as `what`."""
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AcamkdError(f"cannot read the {what} {path}: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise AcamkdError(f"cannot read the {what} {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise AcamkdError(f"cannot read the {what} {path}: it is no UTF-8 ({error}); save it as UTF-8") from error
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -65,7 +68,7 @@ def parse(raw: Mapping[str, Any], source: str = "recipe", texts: Sequence[tuple[
         # JSON mode is strict about types but accepts lists for tuples and strings for paths.
         return Recipe.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(entry, texts) for entry in error.errors())  # parts of a union repeat messages
+        lines = dict.fromkeys(_explain(entry, texts) for entry in _telling(error.errors()))  # of a union some are equal
         raise AcamkdError("\n  ".join([f"{source} does not fit:", *lines])) from error
 
 
@@ -100,7 +103,7 @@ def imported(reference: str, key: str) -> Any:
 def _assign(raw: dict[str, Any], assignment: str) -> tuple[Location, str]:
     """Apply one `key=value` to the raw mapping; returns the location and the text of the value."""
     key, separator, text = assignment.partition("=")
-    if not separator or not key:
+    if not separator or not all(key.split(".")):
         raise AcamkdError(f"--set {assignment}: write key=value, such as train.epochs=20")
     value = read_yaml(text, f"--set {_short(assignment)}: the value")
     place = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
@@ -136,25 +139,45 @@ def _child(node: Any, name: str, key: str) -> Any:
 
 def _explain(entry: Mapping[str, Any], texts: Sequence[tuple[Location, str]]) -> str:
     """One line for one validation error."""
-    # Without pydantic's names for the parts of a union.
-    place = tuple(part for part in entry["loc"] if part not in ("ShortLong", "Model", "str") and "[" not in str(part))
+    place = _place(entry)
     location = [str(part) for part in place]
     key = ".".join(location)
     if entry["type"] == "extra_forbidden":
         return f"{key}: unknown key; {nearest(location[-1], _fields_at(location[:-1]))}"
     if entry["type"] == "missing":
         return f"{key}: missing"
-    if entry["type"] in ("string_type", "path_type") and isinstance(entry["input"], (bool, int, float)):
-        found = _spelling(place, texts) or json.dumps(entry["input"])
+    if entry["type"] in ("string_type", "path_type") and isinstance(entry["input"], (bool, int, float, NoneType)):
         read = json.dumps(entry["input"])
+        found = read if (spelled := _spelling(place, texts)) is None else spelled
+        if not found:
+            return f"{key}: nothing is given, and text is needed"
         as_what = "" if read == found else f" as {read}"
         return f"{key}: {found} is read{as_what}, and text is needed: write it in quotes, {quoted(found)}"
+    if entry["type"] in ("tuple_type", "list_type"):
+        return f"{key}: must be a list (given: {_short(repr(entry['input']))}); write it in brackets"
     if entry["type"] == "model_type":
         keys = ", ".join(_fields_at(location))
-        return f"{key}: must be a mapping with keys of {keys}, not {_short(repr(entry['input']))}"
+        return f"{key}: must hold keys (given: {_short(repr(entry['input']))}); known: {keys}"
     message = entry["msg"].removeprefix("Value error, ")
     given = "" if entry["type"] == "value_error" else f" (given: {_short(repr(entry['input']))})"
     return f"{key}: {message}{given}" if key else message
+
+
+def _telling(errors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Without "is no list" and "is no section" where another part of a union has more to say of the same entry."""
+    kinds = ("tuple_type", "model_type")
+    told = [_place(entry) for entry in errors if entry["type"] not in kinds]
+    return [
+        entry
+        for entry in errors
+        if entry["type"] not in kinds or not any(place[: len(_place(entry))] == _place(entry) for place in told)
+    ]
+
+
+def _place(entry: Mapping[str, Any]) -> Location:
+    """Where a validation error is, without what pydantic calls the parts of a union."""
+    unions = ("ShortLong", "Model", "str", "int")
+    return tuple(part for part in entry["loc"] if part not in unions and "[" not in str(part))
 
 
 def _spelling(location: Location, texts: Sequence[tuple[Location, str]]) -> str | None:

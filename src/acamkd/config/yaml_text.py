@@ -13,17 +13,28 @@ from acamkd.errors import AcamkdError
 Location: TypeAlias = tuple[str | int, ...]
 """Keys and list indices that lead to an entry."""
 
+LONGEST = 1024
+"""Bits of a whole number; a float holds none that is larger."""
+
 _FLOAT = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
+_TEXT, _WHOLE, _MERGE, _VALUE = (f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "merge", "value"))
+
+
 class Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-3 as a number, as YAML 1.2 does, and refuses a repeated key."""
+    """SafeLoader that also reads 1e-3 as a number, as YAML 1.2 and every user do, and refuses a key given twice.
+
+    A key that is a whole number is text, and so are `=` and `<<` as values.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Read a mapping; raises ComposerError for a repeated key."""
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.tag == _WHOLE:
+                key.tag = _TEXT
             if (key.tag, key.value) in seen:
                 raise yaml.composer.ComposerError(None, None, f"{key.value} is given a second time", key.start_mark)
             seen.add((key.tag, key.value))
@@ -34,7 +45,8 @@ class Loader(yaml.SafeLoader):
         try:
             return super().construct_object(node, deep)
         except ValueError as error:
-            raise yaml.constructor.ConstructorError(None, None, str(error), node.start_mark) from error
+            reason = "the number has too many digits" if node.tag == _WHOLE else str(error)
+            raise yaml.constructor.ConstructorError(None, None, reason, node.start_mark) from error
 
 
 class Dumper(yaml.SafeDumper):
@@ -43,11 +55,13 @@ class Dumper(yaml.SafeDumper):
     def represent_str(self, data: str) -> yaml.ScalarNode:
         """Write a text; in single quotes, PyYAML would indent after these line breaks."""
         style = '"' if set(data) & set("\x85\u2028\u2029") else None
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+        return self.represent_scalar(_TEXT, data, style=style)
 
 
 Dumper.add_representer(str, Dumper.represent_str)
 Loader.add_implicit_resolver(*_FLOAT)
+for tag in (_MERGE, _VALUE):
+    Loader.add_constructor(tag, Loader.construct_yaml_str)
 Dumper.add_implicit_resolver(*_FLOAT)
 
 
@@ -65,7 +79,8 @@ def read_yaml(text: str, what: str) -> Any:
         content = yaml.load(text, Loader=Loader)
         _check(content, (), [], text, what)
     except yaml.YAMLError as error:
-        raise AcamkdError(f"{what} is not valid YAML: {error}") from error
+        advice = "; indent with blanks, not with tabs" if r"'\t'" in str(error) else ""
+        raise AcamkdError(f"{what} is not valid YAML: {error}{advice}") from error
     except RecursionError as error:
         raise AcamkdError(f"{what} is nested too deeply") from error
     return content
@@ -117,6 +132,8 @@ def _check(content: Any, location: Location, above: list[int], text: str, what: 
                 )
             _check(value, (*location, key), above, text, what)
         above.pop()
+    elif isinstance(content, int) and content.bit_length() > LONGEST:
+        raise AcamkdError(f"{what}: {joined(location) or 'the number'} is too large")
     elif not (content is None or isinstance(content, (str, bool, int, float))):
         found = spelling(text, location) or str(content)
         raise AcamkdError(
@@ -134,4 +151,4 @@ def _spelled_key(text: str, location: Location, key: Any) -> str:
         else:
             node = node.value[step] if isinstance(node, yaml.SequenceNode) and isinstance(step, int) else None
     names = [name for name, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-    return next((name.value for name in names if name.tag != "tag:yaml.org,2002:str"), str(key))
+    return next((name.value for name in names if name.tag != _TEXT), str(key))
