@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from acamkd import config
-from acamkd.config.schema import Section
+from acamkd.config.data import Section
 
 DOCS = Path(__file__).parents[1] / "docs"
 TEXT = (DOCS / "reference/recipe.md").read_text(encoding="utf-8")

@@ -72,13 +72,14 @@ def test_both_networks_are_on_one_device_after_the_score(
 ) -> None:
     went: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(TaskModel, "to", lambda self, device: went.append(str(device)))
     recipe = config.load(segmentation, [trained, "train.accelerator=auto"])
     val = data.build(recipe.data, recipe.task, "val", seed=0, augment=False)
     assert recipe.teacher is not None
     teacher = build_network(recipe, recipe.teacher, val.classes, teacher=True)
     doctor._score(teacher, val, recipe)
-    assert went == ["cuda", "cpu"]
+    assert went == ["cuda:0", "cpu"]
 
 
 def test_a_random_teacher_fails(detection: Path, segmentation: Path) -> None:
@@ -148,7 +149,7 @@ def test_a_factory_may_bring_weights(segmentation: Path) -> None:
     recipe = config.load(segmentation)
     net = build_network(recipe, recipe.student, tuple(recipe.data.classes or ()))
     finding = doctor._weights("student's weights", net, config.Model(arch="own.nets:small"))
-    assert (finding.status, finding.text) == ("pass", "whatever own.nets:small brings")
+    assert (finding.status, finding.text) == ("pass", "as own.nets:small provides them")
 
 
 def test_a_students_own_weights_are_counted(segmentation: Path, trained: str, tmp_path: Path) -> None:

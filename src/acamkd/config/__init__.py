@@ -1,22 +1,8 @@
 """Recipes. Imports no torch, so that the command line answers at once."""
 
+from acamkd.config.data import Augmentation, Data, ShortLong, Size, Split, parse_mask_value
 from acamkd.config.loading import as_recipe, dump, imported, load, override, parse, read_text
-from acamkd.config.schema import (
-    Augmentation,
-    Comparison,
-    Data,
-    Loss,
-    Model,
-    Optimizer,
-    Recipe,
-    Schedule,
-    Search,
-    ShortLong,
-    Size,
-    Split,
-    Train,
-    parse_mask_value,
-)
+from acamkd.config.schema import Comparison, Loss, Model, Optimizer, Recipe, Schedule, Search, Train
 from acamkd.config.yaml_text import read_yaml, write_yaml
 
 __all__ = [

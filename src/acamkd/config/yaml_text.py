@@ -61,7 +61,7 @@ class Dumper(yaml.SafeDumper):
 Dumper.add_representer(str, Dumper.represent_str)
 Loader.add_implicit_resolver(*_FLOAT)
 for tag in (_MERGE, _VALUE):
-    Loader.add_constructor(tag, Loader.construct_yaml_str)
+    Loader.add_constructor(tag, Loader.construct_yaml_str)  # type: ignore[type-var]
 Dumper.add_implicit_resolver(*_FLOAT)
 
 

@@ -16,8 +16,7 @@ def device_of(settings: Train) -> torch.device:
     """The device of this process: a GPU if `train.accelerator` allows it and one is available, else the CPU.
 
     Each of several processes that a launcher has started gets its own GPU. A run that was trained on a GPU can be
-    opened
-    on a machine without one.
+    opened on a machine without one.
     """
     if settings.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))

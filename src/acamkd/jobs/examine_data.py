@@ -19,6 +19,7 @@ from acamkd.data.dataset import SplitName
 from acamkd.data.statistics import Statistics, count
 from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError, ImageError
+from acamkd.models.base import Task
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,14 @@ def teacher_section(recipe: config.Recipe) -> config.Model:
     if trained.weights.is_file():
         if trained.has_begun and not trained.has_ended:
             raise AcamkdError(
-                f"{trained.folder}: the teacher's training has not ended: acamkd train RECIPE --model teacher --resume "
+                f"{trained.folder}: the teacher's training has not ended: acamkd train RECIPE --role teacher --resume "
                 f"goes on with it; to use it as it is, set teacher.weights={trained.weights}"
             )
         return with_normalization_of_run(recipe, recipe.teacher.model_copy(update={"weights": str(trained.weights)}))
     if ":" in recipe.teacher.arch:  # a factory may load weights itself
         return recipe.teacher
     raise AcamkdError(
-        f"the teacher has no weights: set teacher.weights, or train it first (acamkd train RECIPE --model teacher "
+        f"the teacher has no weights: set teacher.weights, or train it first (acamkd train RECIPE --role teacher "
         f"writes {trained.weights})"
     )
 

@@ -256,8 +256,8 @@ class MaskFolder(MaskDataset):
         images = data.root / (paths.images or f"images/{paths.name}")
         if not images.is_dir():
             raise AcamkdError(
-                f"cannot read the folder {images}: data.train and data.val name a split's folders with {images: ..., "
-                "masks: ...}, and data.val: {share: 0.2} draws validation images"
+                f"cannot read the folder {images}: data.train and data.val name a split's folders with `images` and "
+                "`masks`, and data.val: {share: 0.2} draws validation images"
             )
         return cls(
             images,
