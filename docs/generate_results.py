@@ -1,10 +1,9 @@
-"""Write the tables and figures in the pages anew from the trials in studies/: python docs/generate_results.py.
+"""Regenerate the tables and figures of the pages from the trials in studies/: python docs/generate_results.py.
 
-A page says where: what stands between `<!-- trials: NAME METHOD ... -->` and `<!-- end -->` is of these methods, or of
-all where none is named, in the comparison NAME of some studies/*/trials.csv; `cells` means the same. Between
-`<!-- ablations: NAME NAME -->` and `<!-- end -->` are the paper's ablations beside those of two comparisons, with
-`controls` in that place ACAM's controls, seed by seed, and with `summary` what each comparison came to. Figures lie
-beside their page.
+The text between `<!-- trials: NAME METHOD ... -->` and `<!-- end -->` is replaced by the table of these methods, or of
+all methods if none is named. NAME is a comparison in one of studies/*/trials.csv; `cells` means the same as `trials`.
+`<!-- ablations: NAME NAME -->` puts the paper's ablations beside those of the comparisons. `controls` lists ACAM's
+controls, seed by seed, and `summary` the main result of each comparison. Figures lie beside their page.
 """
 
 from __future__ import annotations
@@ -30,38 +29,38 @@ ABLATIONS = (
     ("masks", "spatial, the default", "acam", 40.9),
     ("", "channel", "acam-channel", 40.4),
     ("", "both, the paper's choice", "acam-both", 41.2),
-    ("who asks", "the teacher, the default", "acam", 41.2),
+    ("query", "the teacher, the default", "acam", 41.2),
     ("", "the student", "acam-student", 41.0),
-    ("masks made by", "nobody: masks of ones, in the paper the baseline", "acam-uniform", 37.4),
-    ("", "the teacher, beforehand", "acam-fixed", 39.8),
+    ("masks made by", "none: masks of ones, in the paper the baseline", "acam-uniform", 37.4),
+    ("", "the teacher, fixed before training", "acam-fixed", 39.8),
     ("", "the teacher, adaptive", "acam-teacher", 39.9),
     ("", "student and teacher, the default", "acam", 41.2),
 )
-"""What is varied, how, the method of the recipes, and mAP of a RetinaNet on COCO in the paper's tables 8 to 10."""
+"""Varied part, variant, method name in the recipes, and mAP of a RetinaNet on COCO in the paper's tables 8 to 10."""
 
 CONTROLS = (
-    ("no masks: the same imitation", "pkd"),
+    ("no masks: the same distance", "pkd"),
     ("... twice as strong", "pkd-16"),
     ("masks of ones, of both kinds", "acam-uniform"),
-    ("masks fixed beforehand, nearly constant in an image", "acam-fixed"),
+    ("masks fixed before training, nearly constant in an image", "acam-fixed"),
     ("untrained masks, soft", "acam-random"),
-    ("untrained masks, as hard as learned ones", "acam-hard-random"),
+    ("untrained masks, as saturated as learned ones", "acam-hard-random"),
     ("... twice as strong", "acam-hard-random-16"),
-    ("learned masks, half the image's height from where they belong", "acam-shifted"),
-    ("learned masks that do not pull harder as they harden", "acam-strength-normalized"),
-    ("learned masks, each laid on another image", "acam-shuffled"),
+    ("learned masks, shifted by half the image's height", "acam-shifted"),
+    ("learned masks whose strength stays constant as they saturate", "acam-strength-normalized"),
+    ("learned masks, each applied to another image", "acam-shuffled"),
     ("masks that learn from the teacher alone", "acam-teacher"),
     ("learned masks without the diversity term", "acam-no-diversity"),
-    ("learned masks that are fed the difference to the teacher", "acam-difference"),
-    ("masks that learn as published, from the imitation itself", "acam-joint"),
+    ("learned masks with the difference to the teacher as input", "acam-difference"),
+    ("masks trained as published, by the distillation loss itself", "acam-joint"),
 )
-"""What stands in the place of ACAM's masks, and the method of the recipes."""
+"""Replacement of ACAM's masks, and method name in the recipes."""
 
 Trials: TypeAlias = list[Mapping[str, Any]]
 
 
 def pages() -> dict[str, str]:
-    """Every page with such blocks, by its path within this folder."""
+    """Text of every page with such blocks, by its path within this folder."""
     found = {page: text for page, text in _texts() if BLOCK.search(text) or AGAINST_DEFAULT.search(text)}
     return {
         page.relative_to(HERE).as_posix(): AGAINST_DEFAULT.sub(_against, BLOCK.sub(_block(page), text))
@@ -70,7 +69,7 @@ def pages() -> dict[str, str]:
 
 
 def figures() -> Iterator[tuple[Path, list[Row], Trials]]:
-    """Files of the figures, and the rows and trials that they show."""
+    """Files of the figures, with the rows and trials that they show."""
     for page, text in _texts():
         for match in BLOCK.finditer(text):
             trials, _ = _trials(match[2])
@@ -82,7 +81,7 @@ def _texts() -> Iterator[tuple[Path, str]]:
 
 
 def _trials(name: str) -> tuple[Trials, Trials]:
-    """The finished trials of a comparison, and those that served the tuning."""
+    """The finished trials of a comparison, and its tuning trials."""
     found = [trial for _, trial in sorted(_comparisons()[name].items())]
     return (
         [trial for trial in found if trial["seed"] < TUNING_SEED],
@@ -92,13 +91,13 @@ def _trials(name: str) -> tuple[Trials, Trials]:
 
 @cache
 def _comparisons() -> dict[str, dict[str, dict[str, Any]]]:
-    """Comparison -> trial -> what it left behind, of all studies."""
+    """Comparison -> trial -> content, for all studies."""
     files = sorted(STUDIES.glob(f"*/{trials_csv.FILE}"))
     return {name: trials for file in files for name, trials in trials_csv.comparisons(file).items()}
 
 
 def _rows(trials: Trials, methods: str) -> list[Row]:
-    """Rows of some methods; p and the best competing method are of the whole comparison."""
+    """Rows of some methods; p and the best competing method refer to the whole comparison."""
     rows = summarize(trials)
     wanted = set(methods.split()) or {row.method for row in rows}
     if missing := wanted - {row.method for row in rows}:
@@ -107,7 +106,7 @@ def _rows(trials: Trials, methods: str) -> list[Row]:
 
 
 def _figure(page: Path, block: re.Match[str]) -> Path:
-    """Of a block; the second one of the same comparison on a page is NAME-2, and so on."""
+    """File of a block's figure; the second block of the same comparison on a page gets NAME-2, and so on."""
     name = block[2]
     number = sum(other[2] == name for other in BLOCK.finditer(block.string, endpos=block.end()))
     return page.with_name(f"{page.stem}-{name}{f'-{number}' if number > 1 else ''}.png")
@@ -118,7 +117,7 @@ def _block(page: Path) -> Callable[[re.Match[str]], str]:
         begin, name, methods, end = match.groups()
         trials, tuning = _trials(name)
         rows = _rows(trials, methods)
-        if methods:  # otherwise of all that were searched, whether or not they are in the table
+        if methods:  # otherwise show all tuned methods, also those not in the table
             tuning = [trial for trial in tuning if trial["method"] in {row.method for row in rows}]
         text = tables.markdown(rows, trials, tuning)
         text = text.replace("\n## ", "\n#### ")
@@ -128,7 +127,7 @@ def _block(page: Path) -> Callable[[re.Match[str]], str]:
 
 
 def _against(match: re.Match[str]) -> str:
-    """What is compared with the default on the seeds that both have."""
+    """Table of comparisons with the default, on the seeds that both have."""
     begin, kind, names, end = match.groups()
     comparisons = {name: _trials(name)[0] for name in names.split()}
     heads = [f"`{name}`, {trials[0]['metric']}" for name, trials in comparisons.items()]
@@ -152,7 +151,7 @@ def _against(match: re.Match[str]) -> str:
 
 
 def _summary(trials: Trials) -> str:
-    """Of one comparison; competing methods have three seeds or more, and are no variants."""
+    """Main result of one comparison; competing methods have at least three seeds and are no variants."""
     rows = {row.method: row for row in summarize(trials)}
     ours, alone = rows[DEFAULT], rows[NONE]
     others = [row for name, row in rows.items() if "-" not in name and name not in (DEFAULT, NONE) and row.n > 2]

@@ -17,7 +17,7 @@ from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
 from acamkd.losses.base import FeatureLoss, HeadLoss
 
-FUNCTIONS = {"train", "distill", "evaluate", "predict", "export", "compare", "doctor", "inspect", "demo"}
+FUNCTIONS = {"train", "distill", "evaluate", "predict", "export", "compare", "doctor", "inspect", "demo", "init", "run"}
 OTHERS = {
     "TaskModel", "Detector", "Segmenter", "FeatureTap", "Distiller", "build_distiller", "load_student", "open_run",
     "METHODS",

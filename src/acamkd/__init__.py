@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from acamkd.jobs.doctor import doctor as doctor
     from acamkd.jobs.evaluate import evaluate as evaluate
     from acamkd.jobs.export.export import export as export
+    from acamkd.jobs.init.init import init as init
     from acamkd.jobs.inspect_layers import inspect as inspect
     from acamkd.jobs.predict import predict as predict
+    from acamkd.jobs.run_all import run as run
     from acamkd.jobs.train import distill as distill
     from acamkd.jobs.train import train as train
     from acamkd.losses import *  # noqa: F403
@@ -46,10 +48,12 @@ _HOMES = {
     "doctor": "acamkd.jobs.doctor",
     "evaluate": "acamkd.jobs.evaluate",
     "export": "acamkd.jobs.export.export",
+    "init": "acamkd.jobs.init.init",
     "inspect": "acamkd.jobs.inspect_layers",
     "load_student": "acamkd.engine.runs",
     "open_run": "acamkd.engine.runs",
     "predict": "acamkd.jobs.predict",
+    "run": "acamkd.jobs.run_all",
     "train": "acamkd.jobs.train",
 }
 """Where each name lives; the losses are names of `acamkd.losses`."""

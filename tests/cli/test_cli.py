@@ -96,7 +96,7 @@ def test_brackets_in_the_names_of_classes_are_shown(
     acamkd: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = Scores({"AP/sign [red]": 12.5, "AP/car [/old]": 3.0})
-    monkeypatch.setattr("acamkd.jobs.evaluate.evaluate", lambda run, overrides: scores)
+    monkeypatch.setattr("acamkd.jobs.evaluate.evaluate", lambda _run, **_options: scores)
     shown = acamkd("evaluate", tmp_path)
     assert (shown.code, shown.err) == (0, "")
     assert re.search(r"│ AP/sign \[red\] +│ 12\.50", shown.out)

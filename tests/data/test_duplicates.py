@@ -115,7 +115,7 @@ def test_numbers_that_are_none(tmp_path: Path) -> None:
     for change, message in (
         ({"area": float("inf")}, r"has the area inf, which must be a finite number from 0 on"),
         ({"area": -4}, "has the area -4, which must be"),
-        ({"bbox": [1, 1, float("inf"), 5]}, "has no area that can be told: its numbers must be finite"),
+        ({"bbox": [1, 1, float("inf"), 5]}, "has no defined area: its numbers must be finite"),
     ):
         dataset = _coco(tmp_path, ["a.png"], [{"image_id": 0, "bbox": [1, 1, 9, 9], **change}])
         with pytest.raises(AcamkdError, match=message):

@@ -11,7 +11,7 @@ from torch import nn
 
 import tiny
 from acamkd.distillation.distiller import Distiller
-from acamkd.engine.mask_history import MOMENTS, REPLAY, MaskHistory, is_kept, look, spread
+from acamkd.engine.mask_history import REPLAY, SNAPSHOTS, MaskHistory, is_kept, look, spread
 from acamkd.jobs import train as jobs
 from acamkd.jobs.train import distill
 from acamkd.losses import ACAM, FGD, FitNet, MasKD
@@ -166,10 +166,10 @@ def test_modes_are_restored_module_by_module(tmp_path: Path, root: Path, monkeyp
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 31, 32, 33, 100, 1000])
-def test_a_long_run_keeps_few_moments_and_always_the_last(epochs: int) -> None:
+def test_a_long_run_keeps_few_snapshots_and_always_the_last(epochs: int) -> None:
     kept = [epoch for epoch in range(1, epochs + 1) if is_kept(epoch, epochs)]
     assert kept[-1] == epochs
-    assert min(epochs, MOMENTS // 2) <= len(kept) <= MOMENTS + 1
+    assert min(epochs, SNAPSHOTS // 2) <= len(kept) <= SNAPSHOTS + 1
 
 
 def test_images_are_spread_evenly() -> None:

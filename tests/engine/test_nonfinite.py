@@ -127,7 +127,7 @@ def test_a_step_that_is_left_out_leaves_no_trace(
     recipe = tiny.recipe(root, epochs=1, batch_size=2, checkpoint_every=1, clip=1.0, on_nonfinite="skip")
     folder = tmp_path / "run"
     distill(recipe, out=folder)
-    assert "the step is left out, 1 so far" in caplog.text
+    assert "the step is skipped, 1 so far" in caplog.text
     after, before = (torch.load(folder / name, weights_only=True) for name in ("last.ckpt", "previous.ckpt"))
     assert (before["global_step"], after["global_step"]) == (3, 4)
     torch.testing.assert_close(
@@ -149,7 +149,7 @@ def test_an_epoch_of_which_nothing_is_left_is_said(
 
 def test_too_many_in_a_row_stop_the_run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _poison(monkeypatch, set(range(3, 99)), backwards=False)
-    with pytest.raises(AcamkdError, match=r"step 13: .*\n  it is the 11th step in a row"):
+    with pytest.raises(AcamkdError, match=r"step 13: .*\n  it is consecutive step 11 with this fault"):
         distill(tiny.recipe(root, epochs=2, batch_size=1, on_nonfinite="skip"), out=tmp_path / "run")
     assert 3 + IN_A_ROW == 13
     assert len(list((tmp_path / "run/nonfinite").iterdir())) == KEPT

@@ -166,7 +166,7 @@ def test_processes_agree(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytes
         "step-3-process-0.pt", "step-3-process-1.pt",
     }  # fmt: skip
     log = (tmp_path / "run/log.txt").read_text()
-    assert log.count("the step is left out, 1 so far") == log.count("terminated; --resume goes on at step 5") == 1
+    assert log.count("the step is skipped, 1 so far") == log.count("terminated; --resume goes on at step 5") == 1
     monkeypatch.undo()
     assert _together(lambda rank: distill(recipe, out=tmp_path / "run", resume=True)) == [0, 0]
     history = tiny.rows(tmp_path / "run/history.csv")
@@ -238,7 +238,7 @@ def test_fewer_validation_images_than_processes_are_one_message(raw: dict[str, A
     recipe = _shared({**raw, "data": {**raw["data"], "root": str(tmp_path / "data")}}, epochs=1)
 
     def refused(rank: int) -> None:
-        with pytest.raises(AcamkdError, match=r"validation images for 2 processes that are to share them: 1; lower"):
+        with pytest.raises(AcamkdError, match=r"validation images for 2 processes: 1; lower"):
             distill(recipe, out=tmp_path / "run")
 
     assert _together(refused) == [0, 0]

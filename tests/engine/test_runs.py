@@ -81,7 +81,9 @@ def test_a_run_that_has_not_ended_says_so(tmp_path: Path, caplog: pytest.LogCapt
     run = _run(tmp_path / "run")
     _fill(run)
     open_run(run.folder)
-    assert caplog.messages == [f"{run.folder}: its training has not ended; its weights are of the best epoch so far"]
+    assert caplog.messages == [
+        f"{run.folder}: its training has not ended; its weights are those of the best epoch so far"
+    ]
     run.write_metrics({})
     caplog.clear()
     open_run(run.folder)

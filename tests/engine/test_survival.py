@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     last.write_bytes(last.read_bytes()[:-1000])
     distill(config.parse(raw), out=folder, resume=True)
     assert f"{last}: the file is damaged" in caplog.text
-    assert f"going on from the one before, {previous}" in caplog.text
+    assert f"resuming from the previous checkpoint, {previous}" in caplog.text
     assert all(torch.load(file, weights_only=True)["global_step"] >= 3 for file in (last, previous))
     _same(whole, folder)
 
@@ -204,7 +204,7 @@ def test_where_nothing_can_be_written_the_last_checkpoint_stays(
     with monkeypatch.context() as patch:
         patch.setattr("acamkd.engine.checkpoint.written_whole", full)
         with pytest.raises(
-            AcamkdError, match=rf"run: the training stopped: .*{os.strerror(number)}.* --resume goes on"
+            AcamkdError, match=rf"run: the training stopped: .*{os.strerror(number)}.* --resume continues"
         ):
             distill(config.parse(raw), out=folder)
     assert not list(folder.rglob(".unfinished-*"))
@@ -250,6 +250,6 @@ def test_images_that_vanish_end_the_run_with_one_message(
 
     monkeypatch.setattr(TrainingModule, "on_train_epoch_end", remove)
     with pytest.raises(
-        AcamkdError, match=r"run: the training stopped: .*images/train.*there is no such image.* --resume goes on"
+        AcamkdError, match=r"run: the training stopped: .*images/train.*there is no such image.* --resume continues"
     ):
         train(config.parse(_raw(data, workers=1)), out=tmp_path / "run")

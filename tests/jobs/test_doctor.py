@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def test_a_sound_recipe_passes(segmentation: Path, trained: str) -> None:
     (weights,) = findings["teacher's weights"]
     assert "tensors matched" in weights.text
     (total,) = findings["gradient"]
-    assert total.text.endswith("times as strong, before `weight: auto` sets fitnet")
+    assert re.search(r"gradient-norm ratio \S+, before `weight: auto` sets fitnet$", total.text)
     assert {"gradient at encoder.model", "gradient at segmentation_head.0"} <= set(findings)
     assert found(segmentation, trained)["gradient"][0].text.partition(":")[0] == total.text.partition(":")[0]
 
@@ -101,8 +102,8 @@ def test_every_level_is_shown(detection: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "check", "status", "text"),
     [
-        (["losses.0.weight=1000"], "gradient", "warn", "times as strong"),
-        (["losses.0.weight=0"], "gradient", "fail", "nothing of the distillation arrives"),
+        (["losses.0.weight=1000"], "gradient", "warn", "gradient-norm ratio"),
+        (["losses.0.weight=0"], "gradient", "fail", "no gradient of the distillation reaches the student"),
         (["losses.0.weight=1.0e+33"], "gradient", "fail", "distillation inf, task "),
         (["losses.0.pairs=[[segmentation_head.0, decoder.blocks]]"], "distillation", "fail", "there is no layer"),
         (["losses.0.pairs=[[segmentation_head.0, 'encoder:4']]"], "tap", "warn", "feature map is resampled"),
@@ -308,6 +309,13 @@ def test_every_problem_of_the_data_is_listed(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert result.stdout.count("fail  train: ") == 11
     assert "fail  train: ... and 3 more" in result.stdout
+
+
+def test_classes_are_not_missed_where_something_cannot_be_read(tmp_path: Path) -> None:
+    root = _yolo(tmp_path / "data")
+    (root / "labels/train/a.txt").write_text("7 0.5 0.5 0.1 0.1")
+    found = examine_data(config.load(_image_recipe(root, "detection"))).splits
+    assert not any("no training image has a box" in warning for warning in found["val"].warnings)
 
 
 def test_a_split_that_cannot_be_read_and_other_classes(tmp_path: Path) -> None:

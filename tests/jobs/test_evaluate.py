@@ -31,6 +31,17 @@ def test_the_figures_are_those_of_the_best_epoch(tmp_path: Path, task: Task) -> 
         evaluate(open_run(tmp_path / "elsewhere"))
 
 
+def test_the_test_split_is_the_recipes_own(tmp_path: Path) -> None:
+    root = tiny.write_data(tmp_path / "data")
+    run = train(tiny.recipe(root, epochs=1), out=tmp_path / "run")
+    with pytest.raises(AcamkdError, match=r"has no `data.test`"):
+        evaluate(run, split="test")
+    named = ["data.test.images=images/train", "data.test.masks=masks/train"]
+    on_training = evaluate(run, overrides=["data.val.images=images/train", "data.val.masks=masks/train"])
+    assert evaluate(run, overrides=named, split="test") == pytest.approx(on_training, nan_ok=True)
+    assert evaluate(run, overrides=named) == pytest.approx(evaluate(run), nan_ok=True)
+
+
 def test_a_teacher_run_gives_the_teacher(tmp_path: Path) -> None:
     root = tiny.write_data(tmp_path / "data")
     best = train(tiny.recipe(root, epochs=1), "teacher", out=tmp_path / "run").metrics["teacher"]

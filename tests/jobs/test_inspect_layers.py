@@ -58,6 +58,7 @@ def test_pairs_are_of_one_stride_or_the_logits(teacher: str, student: str, pairs
     assert propose(*networks) == pairs
     (loss,) = as_losses(pairs, networks[1])
     assert loss.get("num_masks") == (None if networks[1].task == "detection" else 19)
+    assert loss["gradient_ratio"] == {"detection": 4, "segmentation": 8}[networks[1].task]
 
 
 def test_the_classes_are_those_of_the_format_that_is_found(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_a_full_list_of_detections_is_said(
         caplog.clear()
         monkeypatch.setattr(predicting, "_open", lambda _, limit=limit: (*opened[:3], limit))
         predict(box, tmp_path / "a.png", out=tmp_path / "out", score=score)
-        assert ("2 detections, all that the network gives, were found in 1 image" in caplog.text) == said
+        assert ("limit of 2 detections was reached in 1 image" in caplog.text) == said
 
 
 def test_an_output_folder_that_cannot_be_written_is_said_before_the_first_image(red: Path, tmp_path: Path) -> None:

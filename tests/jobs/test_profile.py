@@ -60,6 +60,13 @@ def test_the_parts_of_a_recipe(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert 2.5 * teacher.gflops < student.gflops
     assert 0 < attention.gflops < losses.gflops < student.gflops
     assert 0 < attention.memory < student.memory
+    assert teacher.inference == pytest.approx(teacher.gflops)
+    assert student.inference == pytest.approx(teacher.inference)  # the same network, though it trains
+    assert (losses.inference, attention.inference) == (None, None)
+    assert found.steps == 2 * 2  # epochs, batches of 4 of the 8 images
+    assert found.hours == pytest.approx(found.seconds * 4 / 3600)
+    assert 0 < found.seconds < 60
+    assert "the recipe's 4 steps about 1 minute, without reading images" in " ".join(str(found).split())
     fusion = (value for name, value in built.losses.named_parameters() if ".fusion." in name)
     assert attention.parameters == sum(value.numel() for value in fusion)
 
@@ -108,7 +115,7 @@ def test_unlabeled_images_are_counted(root: Path) -> None:
 
 def test_a_system_that_does_not_say_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError("/proc/meminfo")))
-    with pytest.raises(AcamkdError, match="how much memory is free can be read on Linux alone, or of a GPU: /proc"):
+    with pytest.raises(AcamkdError, match="free memory can be read only on Linux or from a GPU: /proc"):
         module.free_memory(torch.device("cpu"))
 
 

@@ -15,8 +15,10 @@ from acamkd.losses.functional import (
     distribution_error,
     freeze_tokens,
     masked_error,
+    pearson,
     resample,
     safe_divide,
+    standardize,
 )
 
 ROWS = torch.tensor([[[1.0, 0.0], [1.0, 1.0], [0.0, 2.0]]])
@@ -92,6 +94,35 @@ def test_masked_error_under_a_constant_mask_is_that_share_of_the_mean() -> None:
     error = torch.rand(2, 12)
     expected = (error.mean(dim=1) / 4).unsqueeze(1)
     torch.testing.assert_close(masked_error(error, torch.full((2, 1, 12), 0.25)), expected)
+
+
+@pytest.mark.parametrize("error", [1.0, 4e8, 1e30])
+def test_masked_error_under_no_mask_at_all_is_zero_and_so_is_its_gradient(error: float) -> None:
+    mask, errors = torch.zeros(1, 2, 16, requires_grad=True), torch.full((1, 16), error, requires_grad=True)
+    masked = masked_error(errors, mask)
+    masked.sum().backward()  # type: ignore[no-untyped-call]
+    assert torch.equal(masked, torch.zeros(1, 2))
+    for tensor in (mask, errors):
+        assert tensor.grad is not None
+        assert torch.equal(tensor.grad, torch.zeros_like(tensor))
+
+
+@pytest.mark.parametrize("value", [0.0, 3.3, -1e4])
+def test_constants_are_not_standardized_and_correlate_with_nothing(value: float) -> None:
+    constant = torch.full((2, 3, 5, 7), value)
+    constant[:, 1] = torch.randn(2, 5, 7)
+    constant.requires_grad_()
+    standard = standardize(constant)
+    correlation = pearson(constant.flatten(2), torch.randn(2, 3, 35), dim=2)
+    (standard * torch.randn(2, 3, 5, 7)).sum().backward()  # type: ignore[no-untyped-call]
+    assert constant.grad is not None
+    of_deviation, constant.grad = constant.grad, None
+    correlation.sum().backward()  # type: ignore[no-untyped-call]
+    for gradient in (of_deviation, constant.grad):
+        assert torch.equal(gradient[:, ::2], torch.zeros(2, 2, 5, 7))
+        assert (gradient[:, 1] != 0).all()
+    assert standard[:, ::2].abs().max() == correlation[:, ::2].abs().max() == 0
+    torch.testing.assert_close(standard[:, 1].std(), torch.tensor(1.0))
 
 
 def test_the_gradient_of_a_distribution_error_is_bounded_by_the_temperature() -> None:

@@ -253,7 +253,7 @@ def test_masks_of_other_methods_are_shown_too(runs: Path, browser: Browser, tmp_
 @pytest.mark.parametrize(
     ("figures", "collapsed", "words"),
     [
-        ([(0.5, 0.1), (0.5, 0.1)], False, "active: mean 0.50, varying by 0.100, diversity 0.75"),
+        ([(0.5, 0.1), (0.5, 0.1)], False, "active: mean 0.50, standard deviation 0.100, diversity 0.75"),
         ([(0.5, 0.1), (0.04, 0.1)], True, "collapsed since epoch 1: their mean is 0.04, below 0.1"),
         ([(0.5, 0.1), (0.95, 0.1)], True, "collapsed since epoch 1: their mean is 0.95, above 0.9"),
         ([(0.5, 0.01), (0.5, 0.019)], True, "collapsed from the start: they vary by 0.019 only"),

@@ -1,4 +1,4 @@
-"""The command line's frame: its application, the arguments that commands share, and how errors end it."""
+"""Common parts of the command line: the application, shared arguments, and error handling."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Distill object detectors and semantic segmenters: ACAM-KD and its competing methods behind one interface.",
-    epilog="Start with [bold]acamkd demo[/bold]; on your own images: [bold]acamkd train R --model teacher[/bold], "
-    "[bold]acamkd train R[/bold], [bold]acamkd distill R[/bold] with a recipe R.",
+    epilog="Start with [bold]acamkd demo[/bold]; on your own images: [bold]acamkd init FOLDER[/bold] writes a "
+    "recipe, and [bold]acamkd run RECIPE[/bold] trains and compares.",
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see the folder recipes/.")]
@@ -47,23 +47,23 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 
 
 def overrides_of(losses: Path | None, assignments: list[str] | None) -> list[str]:
-    """Both as assignments, the list of losses first, so that `--set losses.0.weight=2` can change it."""
+    """Combine --losses and --set into assignments; the losses come first, so that --set can change them."""
     from acamkd.config import read_text, read_yaml
 
     if losses is None:
         return assignments or []
     text = read_text(losses, "losses")
-    read_yaml(text, str(losses))  # an error is to name the file
+    read_yaml(text, str(losses))  # so that an error names the file
     return [f"losses={text}", *(assignments or [])]
 
 
 def examples(*lines: str) -> str:
-    """What stands below a command's help."""
+    """Text below a command's help."""
     return "Examples:\n\n" + "\n\n".join(lines)
 
 
 def show(result: Any) -> None:
-    """Print a result; what does not fit into a terminal's line is wrapped by the terminal."""
+    """Print a result; a terminal wraps long lines, a file gets them whole."""
     Console().print(result, soft_wrap=not sys.stdout.isatty())
 
 
@@ -93,7 +93,7 @@ def _options(
 
 
 class _Lines(logging.Handler):
-    """One line on stderr per message, above the progress bar where there is one; terminals wrap, files do not."""
+    """Prints one line per message to stderr, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -103,7 +103,7 @@ class _Lines(logging.Handler):
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is one message and exit code 1."""
+    """Run the command line; an AcamkdError becomes one message and exit code 1."""
     try:
         app()
     except AcamkdError as error:

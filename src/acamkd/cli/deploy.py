@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,17 +15,21 @@ from acamkd.cli.app import AsJson, Overrides, RunFolder, app, examples, show, sh
         "acamkd evaluate runs/camvid/distilled",
         "acamkd evaluate runs/camvid/distilled --set data.root=/data/camvid --json",
         "acamkd evaluate runs/camvid/distilled --set data.val.images=images/test --set data.val.masks=masks/test",
+        "acamkd evaluate runs/camvid/distilled --split test",
     )
 )
 def evaluate(
     run: RunFolder,
     set_: Overrides = None,
+    split: Annotated[
+        Literal["val", "test"], typer.Option(help="Which images of the recipe: data.val or data.test.")
+    ] = "val",
     as_json: AsJson = False,
 ) -> None:
-    """Score a run's best network on its validation images."""
+    """Score a run's best network on its validation or test images."""
     from acamkd.jobs.evaluate import evaluate as job
 
-    scores = job(run, overrides=set_ or ())
+    scores = job(run, overrides=set_ or (), split=split)
     if as_json:
         show_json(scores)
     else:
@@ -42,7 +46,7 @@ def evaluate(
 def export(
     run: RunFolder,
     set_: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Where to, instead of RUN/export.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder, instead of RUN/export.")] = None,
     with_nms: Annotated[
         bool,
         typer.Option("--with-nms", help="Detection: the full graph with its suppression, for single images."),
@@ -100,7 +104,7 @@ def report(
     ] = None,
     set_: Overrides = None,
 ) -> None:
-    """Write a run's report.html anew: figures, masks over the epochs, and where the gain came from."""
+    """Write a run's report.html again: scores, masks over the epochs, and the sources of the gain."""
     from acamkd.engine.runs import open_run
     from acamkd.report.run import write_report
 

@@ -1,8 +1,9 @@
-"""Commands that examine and compare: compare, doctor, inspect, methods, demo."""
+"""Commands that examine and compare: init, compare, doctor, inspect, methods, demo."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,6 +18,42 @@ from acamkd.errors import AcamkdError
 
 if TYPE_CHECKING:
     from acamkd.jobs.compare.trials import Trial
+
+
+@app.command(
+    epilog=examples(
+        "acamkd init photos",
+        "acamkd init photos --task segmentation --classes background,road,car --unlabeled images/more",
+        "acamkd init photos --teacher teacher.pth --teacher-network retinanet/resnet101 --out cells.yaml",
+    )
+)
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images and annotations, in any known layout.")],
+    task: Annotated[
+        Literal["detection", "segmentation"] | None, typer.Option(help="Needed where there are boxes and masks.")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Names from 0 on, separated by commas, where the folder does not say them.")
+    ] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Checkpoint of a teacher; otherwise one is trained.")] = None,
+    teacher_network: Annotated[
+        str | None, typer.Option(metavar="ARCH/BACKBONE", help="What that is, where its tensors do not tell.")
+    ] = None,
+    unlabeled: Annotated[Path | None, typer.Option(help="Folder of images that have no labels.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The recipe, instead of FOLDER's name .yaml.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe that is there.")] = False,
+) -> None:
+    """Look at a folder of images and write a recipe for it, each choice with its reason."""
+    from acamkd.jobs.init.init import init as job
+
+    asking = typer.prompt if sys.stdin.isatty() else None
+    names = [name.strip() for name in classes.split(",")] if classes else None
+    show(
+        job(
+            folder, task=task, classes=names, teacher=teacher, teacher_network=teacher_network, unlabeled=unlabeled,
+            out=out, overwrite=overwrite, ask=asking,
+        )
+    )  # fmt: skip
 
 
 @app.command(
@@ -58,7 +95,7 @@ def compare(
         ),
     ] = False,
 ) -> None:
-    """Compare methods on one recipe over several seeds: who gains over the baseline, and is it more than luck?"""
+    """Compare methods on one recipe over several seeds: gains over the baseline, with their significance."""
     from acamkd import config
     from acamkd.engine.runs import default_folder
     from acamkd.jobs.compare import compare as comparison
@@ -106,7 +143,7 @@ def _plan_table(trials: Sequence[Trial], results: Path) -> Table:
         table.add_row(str(number), escape(trial.method), str(trial.seed), purpose, "done" if done else "to do", minutes)
     known = any(trial.read(results) for trial in trials)
     table.caption = (
-        f"{missing / 3600:.1f} hours to do, one trial at a time, by the finished ones" if known
+        f"{missing / 3600:.1f} hours to do, one trial at a time, by the times of the finished ones" if known
         else "the hours are known once one trial has ended"
     )  # fmt: skip
     return table
@@ -125,7 +162,7 @@ def doctor(
     set_: Overrides = None,
     only_data: Annotated[
         bool,
-        typer.Option("--data", help="Look at the images alone, and count what they hold; --json lists every problem."),
+        typer.Option("--data", help="Examine only the images, and count what they hold; --json lists every problem."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -143,12 +180,12 @@ def doctor(
         else:
             show(report)
         raise typer.Exit(int(report.failed))
-    logging.getLogger("acamkd").setLevel(logging.ERROR)  # every line here is a finding
+    logging.getLogger("acamkd").setLevel(logging.ERROR)  # the output consists of findings only
     findings = []
     for finding in examine(config.load(recipe, overrides_of(losses, set_))):
         findings.append(finding)
         if not as_json:
-            show(finding)  # at once: the next one may take a while
+            show(finding)  # printed at once, since the next one may take a while
     if as_json:
         show_json([asdict(finding) for finding in findings])
     raise typer.Exit(int(Diagnosis(tuple(findings)).failed))
@@ -171,7 +208,7 @@ def inspect(
     ],
     set_: Overrides = None,
 ) -> None:
-    """Show what can be tapped in a teacher and a student, and propose the `losses` of a recipe."""
+    """List the layers of a teacher and a student that can be tapped, and propose a recipe's `losses`."""
     from acamkd.jobs.inspect_layers import inspect as job
 
     if len(what) > 2:
@@ -187,7 +224,7 @@ def methods(
     """List the distillation methods, or the options of one."""
     from acamkd.distillation.methods import METHODS, describe
 
-    logging.getLogger("acamkd").setLevel(logging.ERROR)  # describing builds losses without their tokens
+    logging.getLogger("acamkd").setLevel(logging.ERROR)  # the description builds losses without their tokens
     if as_json:
         show_json(describe(name) if name else {each: describe(each) for each in METHODS})
         return
@@ -201,7 +238,7 @@ def methods(
                 ", ".join(row["needs"]),
             )  # fmt: skip
         console.print(table)
-        console.print("parameters: learnable ones of one level at 256 channels on both sides")
+        console.print("parameters: learnable parameters of one level with 256 channels in student and teacher")
         return
     description = describe(name)
     console.print(f"[bold]{name}[/bold]: {escape(description['summary'])}\n{escape(description['paper'])}\n")
@@ -218,7 +255,7 @@ def demo(
     task: Annotated[
         Literal["both", "detection", "segmentation"], typer.Option(help="Which of the two networks.")
     ] = "both",
-    out: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/demo"),
 ) -> None:
     """Train, distill and compare a small detector and a small segmenter on built-in images, in minutes."""
     from acamkd.jobs.demo import demo as job

@@ -1,4 +1,4 @@
-"""Commands that train: train, distill, tokens."""
+"""Commands that train: run, train, distill, tokens."""
 
 from __future__ import annotations
 
@@ -64,6 +64,25 @@ def distill(
 
 @app.command(
     epilog=examples(
+        "acamkd run photos.yaml",
+        "acamkd run recipes/camvid.yaml --set data.root=/data/camvid --set train.epochs=24",
+    )
+)
+def run(
+    recipe: RecipeFile,
+    set_: Overrides = None,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Distill although the doctor finds that it would be worthless.")
+    ] = False,
+) -> None:
+    """Train teacher, baseline and distilled student, and compare: one command, which goes on where it was stopped."""
+    from acamkd.jobs.run_all import run as job
+
+    show(job(recipe, overrides=set_ or (), anyway=anyway))
+
+
+@app.command(
+    epilog=examples(
         "acamkd tokens recipes/camvid.yaml --set losses.0.name=maskd --set losses.0.preset=segmentation",
         "acamkd distill recipes/camvid.yaml --set losses.0.name=maskd --set losses.0.preset=segmentation "
         "--set losses.0.tokens=runs/camvid/tokens.safetensors",
@@ -75,7 +94,7 @@ def tokens(
     set_: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="File to write, instead of runs/NAME/tokens.safetensors.")] = None,
     iterations: Annotated[int, typer.Option(min=1, help="Number of batches.")] = 2000,
-    lr: Annotated[float, typer.Option(min=0, help="Learning rate at the start; a cosine takes it to 1e-6.")] = 0.01,
+    lr: Annotated[float, typer.Option(min=0, help="Initial learning rate; a cosine lowers it to 1e-6.")] = 0.01,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Learn the tokens of maskd, freekd or acam (mask_source: fixed) on a recipe's teacher, before distilling."""

@@ -1,4 +1,4 @@
-"""Recipes from and to YAML, with overrides, and errors that name the key. Imports no torch."""
+"""Recipes from and to YAML, with overrides and errors that name the key. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def read_text(path: Path, what: str) -> str:
-    """Read a text file of the user's; an AcamkdError calls it `what`."""
+    """Read a text file of the user; an AcamkdError names it as `what`."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -31,8 +31,8 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: YAML file.
-        overrides: `key=value` assignments, such as `losses.0.weight=2`; values are YAML. Another `losses.N.name`
-            also drops the options of the method that stood there, since they are not the new one's.
+        overrides: `key=value` assignments, such as `losses.0.weight=2`; values are YAML. A new `losses.N.name` also
+            drops the options of the previous method.
 
     Raises:
         AcamkdError: The file cannot be read, or does not fit; the message names every bad key.
@@ -46,7 +46,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def as_recipe(recipe: Recipe | Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe, given as such or by its file, with some keys overridden; raises AcamkdError as `load` does."""
+    """Return a recipe, given itself or by its file, with keys overridden; raises AcamkdError as `load` does."""
     if isinstance(recipe, Recipe):
         return override(recipe, overrides) if overrides else recipe
     return load(Path(recipe).expanduser(), overrides)
@@ -57,34 +57,35 @@ def parse(raw: Mapping[str, Any], source: str = "recipe", texts: Sequence[tuple[
 
     Args:
         raw: The mapping.
-        source: Where it is from.
-        texts: The YAML that it was read from, each with its place in the recipe, so that an error can quote it.
+        source: Origin of the mapping, for messages.
+        texts: The YAML texts that it was read from, each with its location in the recipe, so that errors can quote
+            them.
     """
     try:
-        # JSON mode is strict about types and still takes lists for tuples and strings for paths.
+        # JSON mode is strict about types but accepts lists for tuples and strings for paths.
         return Recipe.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(entry, texts) for entry in error.errors())  # parts of a union say the same
+        lines = dict.fromkeys(_explain(entry, texts) for entry in error.errors())  # parts of a union repeat messages
         raise AcamkdError("\n  ".join([f"{source} does not fit:", *lines])) from error
 
 
 def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
-    """A recipe with some keys changed, as `load` takes them; raises AcamkdError that names every bad key."""
+    """Return a recipe with overrides, as in `load`; raises AcamkdError that names every bad key."""
     raw = recipe.model_dump(mode="json")
     texts = [_assign(raw, assignment) for assignment in assignments]
     return parse(raw, f"the recipe {recipe.name} with {', '.join(map(_short, assignments))}", texts)
 
 
 def dump(recipe: Recipe) -> str:
-    """Write a recipe as YAML, every default spelled out; `load` reads it back to an equal recipe."""
+    """Write a recipe as YAML, with all defaults; `load` reads it back as an equal recipe."""
     return write_yaml(recipe.model_dump(mode="json"))
 
 
 def imported(reference: str, key: str) -> Any:
-    """What `package.module:name` stands for; the log says what is imported.
+    """Import the object `package.module:name`; the import is logged.
 
     Raises:
-        AcamkdError: There is no such thing; the recipe's `key` is named.
+        AcamkdError: The object does not exist; the message names the recipe's `key`.
     """
     module, _, name = reference.partition(":")
     log.info("importing %s", reference)
@@ -97,7 +98,7 @@ def imported(reference: str, key: str) -> Any:
 
 
 def _assign(raw: dict[str, Any], assignment: str) -> tuple[Location, str]:
-    """Carry out one `key=value` in the raw mapping; returns the place and the text of the value."""
+    """Apply one `key=value` to the raw mapping; returns the location and the text of the value."""
     key, separator, text = assignment.partition("=")
     if not separator or not key:
         raise AcamkdError(f"--set {assignment}: write key=value, such as train.epochs=20")
@@ -121,7 +122,7 @@ def _assign(raw: dict[str, Any], assignment: str) -> tuple[Location, str]:
 
 
 def _child(node: Any, name: str, key: str) -> Any:
-    """The entry of a list, or of a mapping (where it is made if need be), on the way to `key`."""
+    """The entry of a list, or of a mapping (created if needed), on the way to `key`."""
     if isinstance(node, list):
         if not name.isdecimal() or int(name) >= len(node):
             raise AcamkdError(f"--set {key}: there is no entry {name}, the list has {len(node)} (counted from 0)")
@@ -135,7 +136,7 @@ def _child(node: Any, name: str, key: str) -> Any:
 
 def _explain(entry: Mapping[str, Any], texts: Sequence[tuple[Location, str]]) -> str:
     """One line for one validation error."""
-    # Without what pydantic calls the parts of a union.
+    # Without pydantic's names for the parts of a union.
     place = tuple(part for part in entry["loc"] if part not in ("ShortLong", "Model", "str") and "[" not in str(part))
     location = [str(part) for part in place]
     key = ".".join(location)
@@ -157,7 +158,7 @@ def _explain(entry: Mapping[str, Any], texts: Sequence[tuple[Location, str]]) ->
 
 
 def _spelling(location: Location, texts: Sequence[tuple[Location, str]]) -> str | None:
-    """How an entry of the recipe was written by the last text that gave it."""
+    """Text of a recipe's entry in the last source that set it."""
     for place, text in reversed(texts):
         if location[: len(place)] == place:
             return spelling(text, location[len(place) :])
@@ -169,7 +170,7 @@ def _short(text: str) -> str:
 
 
 def _fields_at(location: Sequence[str]) -> list[str]:
-    """Legal keys of the section at a location of the recipe."""
+    """Allowed keys of the section at a location of the recipe."""
     section: type[BaseModel] = Recipe
     for part in location:
         field = section.model_fields.get(part)

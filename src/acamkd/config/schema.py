@@ -1,4 +1,4 @@
-"""What a recipe may say: one class per section, every key with its meaning. Imports no torch."""
+"""Schema of a recipe: one class per section, with the meaning of every key. Imports no torch."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def _check_file_name(name: str) -> str:
 
 
 FileName: TypeAlias = Annotated[str, AfterValidator(_check_file_name)]
-"""What files and folders can be called."""
+"""Allowed names of files and folders."""
 
 
 def _written_path(path: Path) -> Path:
-    """With the home folder for `~`, and the slashes of this system."""
+    """Expand `~`, and use this system's slashes."""
     text = str(path)
     try:
         return Path(text if os.name == "nt" else text.replace("\\", "/")).expanduser()
@@ -42,7 +42,7 @@ def _written_path(path: Path) -> Path:
 
 
 DataPath: TypeAlias = Annotated[Path, AfterValidator(_written_path)]
-"""Of images and annotations: `~` is the home folder, and back-slashes are slashes."""
+"""Path of images or annotations: `~` is the home folder, and back-slashes count as slashes."""
 
 
 def parse_mask_value(text: str) -> int | tuple[int, int, int]:
@@ -67,7 +67,7 @@ class Section(BaseModel):
 
 
 class Split(Section):
-    """Where one split lies: by `name`, in the format's own layout, or by `images`, with paths below `data.root`.
+    """Location of one split: by `name`, in the format's own layout, or by `images`, with paths below `data.root`.
 
     Validation can also be a `share` of the training images.
     """
@@ -75,17 +75,17 @@ class Split(Section):
     name: str | None = None
     """Such as `val`, `trainval` (VOC) or `train2017` (COCO)."""
     images: DataPath | None = None
-    """Folder of images; those of the folders in it count, too. Format yolo: or a text file that lists images."""
+    """Folder of images, including the folders below it. Format yolo: also a text file that lists images."""
     masks: DataPath | None = None
     """Format masks: folder of masks, one per image, of the same name."""
     annotations: DataPath | None = None
-    """Format coco: the JSON, if it is not the one of this `name`. Formats yolo and voc: folder of text or XML files, if
-    it is not beside `images`."""
+    """Format coco: the JSON file, unless it is the one of this `name`. Formats yolo and voc: folder of text or XML
+    files, unless it is beside `images`."""
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """`data.val` only: this share of the training images validates and does not train. Drawn by the images' names and
-    `seed`, so that every run draws the same ones; no file is moved. `val: 0.2` says the same."""
+    """`data.val` only: this share of the training images is used for validation, not for training. It is drawn by the
+    images' names and `seed`, so every run draws the same images; no file is moved. `val: 0.2` says the same."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the drawing."""
+    """Seed of the draw."""
 
     @model_validator(mode="after")
     def _check(self) -> Split:
@@ -99,10 +99,10 @@ class Split(Section):
 
 
 class Augmentation(Section):
-    """Random changes of the training images, in the images' own pixels, before `data.resize`."""
+    """Random augmentation of the training images, in their own pixels, before `data.resize`."""
 
     scale: tuple[float, float] | None = None
-    """Range of a random factor on both sides, drawn evenly."""
+    """Range of a random factor for both sides, drawn uniformly."""
     crop: Size | None = None
     """(height, width) of a random crop; smaller images are padded."""
     flip: Fraction = 0.5
@@ -135,19 +135,21 @@ class Data(Section):
     """Folder of the data; the splits' paths are relative to it."""
     train: Split = Split(name="train")
     val: Split = Split(name="val")
+    test: Split | None = None
+    """Images that no training and no choice sees: `evaluate --split test` scores on them, and so does `run`."""
     classes: tuple[str, ...] | None = None
     """Class names in the order of their ids. Needed for masks; the other formats bring their own."""
     ignore_index: Annotated[int, Field(ge=0, le=255)] = 255
-    """Format masks: mask value that neither trains nor counts."""
+    """Format masks: mask value that is ignored in training and evaluation."""
     mask_values: dict[str, str | int | None] | None = None
     """Formats masks and voc: class, by name or number, of each value of the masks, where value k is not class k:
-    `{0: background, 255: crack}`. Or of each color: `{"#ff0000": road, "0, 0, 255": car}`. `void` is what neither
-    trains nor counts."""
+    `{0: background, 255: crack}`. Or of each color: `{"#ff0000": road, "0, 0, 255": car}`. `void` is ignored in
+    training and evaluation."""
     unlabelled: DataPath | None = None
-    """Folder of further images, relative to `root`, that only the distillation sees: each batch brings as many of
-    them as it has labeled ones. Used by `distill` alone."""
+    """Folder of further images, relative to `root`, without targets. Only `distill` uses them: each batch has as many
+    of them as labeled images."""
     resize: Size | ShortLong | None = None
-    """What the networks see: (height, width), or {short, long}; nothing = the images' own size."""
+    """Input size of the networks: (height, width), or {short, long}; nothing = the images' own size."""
     augment: Augmentation = Augmentation()
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that load images."""
@@ -196,18 +198,18 @@ class Model(Section):
     backbone_weights: str | None = "imagenet"
     """The backbone alone: `imagenet` (the framework's own), a file, or nothing."""
     fpn_channels: Positive = 256
-    """Detection: width of the feature pyramid and of the heads."""
+    """Detection: number of channels of the feature pyramid and of the heads."""
     options: dict[str, Any] = {}
     """Further arguments of the architecture's constructor."""
     num_classes: Positive | None = None
-    """Teacher only: number of its own classes, where it was trained on others than the data's. It is not scored then,
-    and losses may compare features, but no heads and no logits."""
+    """Teacher only: number of its own classes, if it was trained on other classes than the data's. It is then not
+    scored, and losses may compare features, but neither heads nor logits."""
     inherit: tuple[str, ...] = ()
     """Student only: parts (such as `head` or `backbone.fpn`) that start from the teacher's tensors."""
     mean: tuple[float, float, float] | None = None
-    """Mean color; nothing = what the backbone was pretrained with."""
+    """Mean color of the normalization; nothing = the value of the backbone's pretraining."""
     std: tuple[Deviation, Deviation, Deviation] | None = None
-    """Standard deviation of the colors, likewise."""
+    """Standard deviation of the normalization; nothing = the value of the backbone's pretraining."""
 
     @field_validator("weights", "backbone_weights")
     @classmethod
@@ -224,7 +226,7 @@ class Model(Section):
 
     @property
     def convention(self) -> Any:
-        """Whose conventions a detector follows: the option of that name, torchvision's where there is none."""
+        """Conventions that a detector follows: the option of that name, by default torchvision's."""
         return self.options.get("convention", "torchvision")
 
 
@@ -239,14 +241,14 @@ class Loss(BaseModel):
     """Layers: `student_layer`, the same in both, or [student_layer, teacher_layer]. Grammar: `layer`, `layer:key` for
     one entry of a dict or tuple output, `layer:*` for all of them, `layer@2` for the third call."""
     preset: str | None = None
-    """A published setting by name; options given here win over it."""
+    """Name of a published setting; options given here override it."""
     weight: int | float | Literal["auto"] | None = None
     """Factor of the loss, from 0. `auto`: set before the first step, see `gradient_ratio`. Without it the preset's
     weight, or the method's own."""
     ramp_epochs: Annotated[float, Field(ge=0)] = 0
     """The weight rises linearly from 0 to its value over this many epochs."""
     stop_epoch: Annotated[float, Field(gt=0)] | None = None
-    """The loss is switched off from this epoch on."""
+    """The loss is off from this epoch on."""
     gradient_ratio: Annotated[float, Field(gt=0)] = 0.5
     """`weight: auto` sets the weight, before the first step, so that the norm of this loss's gradient is this many
     times the norm of the task's gradient."""
@@ -261,7 +263,7 @@ class Loss(BaseModel):
 
     @property
     def is_auto(self) -> bool:
-        """Whether the weight is still to be set by gradients; the recipe in a run folder holds the number."""
+        """Whether the weight is still to be measured; the recipe in a run folder holds the number."""
         return self.weight == "auto"
 
     @property
@@ -271,7 +273,7 @@ class Loss(BaseModel):
 
 
 class Optimizer(Section):
-    """The optimizer; the losses' own parameters form a group of their own."""
+    """The optimizer; the losses' own parameters form a separate group."""
 
     name: Literal["sgd", "adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
@@ -284,7 +286,7 @@ class Optimizer(Section):
 
 
 class Schedule(Section):
-    """How the learning rate moves, per optimization step."""
+    """Schedule of the learning rate, per optimization step."""
 
     name: Literal["constant", "step", "polynomial", "one_cycle"] = "one_cycle"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -295,7 +297,7 @@ class Schedule(Section):
     power: Annotated[float, Field(gt=0)] = 0.9
     """polynomial: exponent."""
     pct_start: Fraction = 0.3
-    """one_cycle: share of the steps that rise."""
+    """one_cycle: share of the steps in which the rate rises."""
 
     @model_validator(mode="after")
     def _check(self) -> Schedule:
@@ -318,32 +320,32 @@ class Train(Section):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
-    """What the networks compute in while they train; losses, weights and every evaluation are of 32 bits with each."""
+    """Precision of the networks in training. Losses, weights and every evaluation always use 32 bits."""
     channels_last: bool = False
-    """Student, teacher and losses keep weights and maps channels last: other rounding, and less time where convolutions
-    are made for it, most of all with bf16-mixed (docs/reference/performance.md)."""
+    """Keep weights and feature maps of student, teacher and losses channels last. Rounding differs, and hardware with
+    suitable convolutions is faster, most of all with bf16-mixed (docs/reference/performance.md)."""
     accumulate: Positive = 1
     """Batches per optimization step."""
     clip: Annotated[float, Field(gt=0)] | None = None
-    """Largest norm of the whole gradient."""
+    """Largest norm of the whole gradient; a larger gradient is scaled down."""
     sync_batchnorm: bool = False
-    """Batch norm takes its statistics over the images of all devices, rather than over those of its own."""
+    """Batch norm computes its statistics over the images of all devices, not only of its own."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
-    """Of first weights, order of the images, augmentation and everything else that is drawn."""
+    """Seed of initial weights, image order, augmentation and every other random draw."""
     eval_every: Positive = 1
     """Epochs between two evaluations; must divide `epochs`, so that the last one is evaluated."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A step whose loss or gradient is NaN or infinite ends the run (stop) or is left out, up to 10 in a row (skip);
-    its images are kept in the run's folder `nonfinite`."""
+    """A step whose loss or gradient is NaN or infinite ends the run (stop), or is skipped, up to 10 in a row (skip).
+    Its images are saved in the run's folder `nonfinite`."""
     checkpoint_every: Positive | None = None
     """Optimization steps between two checkpoints within an epoch; nothing = only at the ends of epochs."""
     accelerator: str = "auto"
-    """Such as `cpu`, `gpu` or `mps`, by Lightning's names; `auto` takes what is there."""
+    """Type of device by Lightning's name, such as `cpu`, `gpu` or `mps`; `auto` takes what is available."""
     devices: int | Literal["auto"] = "auto"
-    """Of each node, one or more; each takes batches of `batch_size`."""
+    """Number of devices per node; each takes batches of `batch_size`."""
     num_nodes: Positive = 1
     strategy: str = "auto"
-    """How devices work together, by Lightning's names."""
+    """How devices work together, by Lightning's name."""
 
     @field_validator("precision", mode="before")
     @classmethod
@@ -365,30 +367,30 @@ class Train(Section):
 
 
 class Search(Section):
-    """The same small search for every method of a comparison, on the validation images and on seeds of its own."""
+    """The same small search for every method of a comparison, on the validation images and on separate seeds."""
 
     option: str = "gradient_ratio"
-    """Option of each entry of `losses`."""
+    """Option to set in each entry of `losses`."""
     values: Annotated[tuple[float, ...], Field(min_length=2)] = (0.25, 0.5, 1.0)
-    """What it is set to."""
+    """Values of the option."""
     seeds: Positive = 1
     """Trainings per value."""
 
 
 class Comparison(Section):
-    """What `acamkd compare` runs beside the baseline."""
+    """Methods that `acamkd compare` runs beside the baseline."""
 
     methods: dict[FileName, dict[str, Any]] = {}
-    """By name, which files get too, keys of this recipe to override: `{losses.0.weight: 3}`, or `{losses: [...]}`."""
+    """By name, which also names files: overrides of this recipe, `{losses.0.weight: 3}` or `{losses: [...]}`."""
     tune: Search | None = None
-    """Nothing = every method runs with the weights that it is written with."""
+    """Nothing = no search: every method runs with its own weights."""
 
 
 class Recipe(Section):
     """Everything that a run depends on."""
 
     name: FileName
-    """Letters, digits and `_.-`; runs go to `runs/NAME/`. In a file it may be left out, and is the file's name then."""
+    """Letters, digits and `_.-`; runs go to `runs/NAME/`. By default the file's name."""
     task: Literal["detection", "segmentation"]
     data: Data
     teacher: Model | None = None

@@ -1,4 +1,4 @@
-"""YAML as recipes are written in it: one reader, and a writer whose text it reads back. Imports no torch."""
+"""YAML of recipes: a reader, and a writer whose output it reads back. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import yaml
 from acamkd.errors import AcamkdError
 
 Location: TypeAlias = tuple[str | int, ...]
-"""Keys and list indices on the way to an entry."""
+"""Keys and list indices that lead to an entry."""
 
 _FLOAT = ("tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789."))
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-3 as a number, as YAML 1.2 and every user do, and refuses a key given twice."""
+    """SafeLoader that also reads 1e-3 as a number, as YAML 1.2 does, and refuses a repeated key."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Read a mapping; raises ComposerError where a key stands twice."""
+        """Read a mapping; raises ComposerError for a repeated key."""
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
@@ -30,7 +30,7 @@ class Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        """Read an entry; raises ConstructorError at thousands of digits, which Python limits, and at a 13th month."""
+        """Read an entry; raises ConstructorError for numbers of thousands of digits and for invalid dates."""
         try:
             return super().construct_object(node, deep)
         except ValueError as error:
@@ -41,7 +41,7 @@ class Dumper(yaml.SafeDumper):
     """SafeDumper that quotes the text `1e-3`, which `Loader` would read as a number, and escapes rare line breaks."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        """Write a text; between single quotes PyYAML would indent behind these line breaks."""
+        """Write a text; in single quotes, PyYAML would indent after these line breaks."""
         style = '"' if set(data) & set("\x85\u2028\u2029") else None
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
@@ -56,10 +56,10 @@ def read_yaml(text: str, what: str) -> Any:
 
     Args:
         text: The YAML.
-        what: What an error calls it.
+        what: Name of the text in errors.
 
     Raises:
-        AcamkdError: It is no valid YAML, refers to itself, or holds a key or value that JSON does not know.
+        AcamkdError: It is not valid YAML, refers to itself, or holds a key or value that JSON lacks.
     """
     try:
         content = yaml.load(text, Loader=Loader)
@@ -72,12 +72,12 @@ def read_yaml(text: str, what: str) -> Any:
 
 
 def write_yaml(content: Any, *, flow: bool | None = False) -> str:
-    """Write YAML that `read_yaml` reads back to the same; `flow` is PyYAML's `default_flow_style`."""
+    """Write YAML that `read_yaml` reads back unchanged; `flow` is PyYAML's `default_flow_style`."""
     return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=flow)
 
 
 def spelling(text: str, location: Location) -> str | None:
-    """How a plain entry is spelled in YAML, such as `no` for what is read as False; None where it is not found."""
+    """Spelling of a plain entry in the YAML, such as `no` for False; None if it is not found."""
     try:
         node = yaml.compose(text, Loader=Loader)
     except yaml.YAMLError:
@@ -93,17 +93,17 @@ def spelling(text: str, location: Location) -> str | None:
 
 
 def quoted(found: str) -> str:
-    """How to write something so that YAML reads it as text."""
+    """Quote a value so that YAML reads it as text."""
     return write_yaml([found], flow=True).strip()[1:-1] if "'" in found else f"'{found}'"
 
 
 def joined(location: Sequence[str | int]) -> str:
-    """A location as `--set` names it."""
+    """A location in the form of `--set`."""
     return ".".join(map(str, location))
 
 
 def _check(content: Any, location: Location, above: list[int], text: str, what: str) -> None:
-    """Raise AcamkdError at what JSON does not know."""
+    """Raise AcamkdError for values that JSON lacks."""
     if isinstance(content, (dict, list)):
         if id(content) in above:
             raise AcamkdError(f"{what}: {joined(location) or 'an anchor'} refers to itself: leave the anchor out")
@@ -126,7 +126,7 @@ def _check(content: Any, location: Location, above: list[int], text: str, what: 
 
 
 def _spelled_key(text: str, location: Location, key: Any) -> str:
-    """How a key that is not text is spelled; the key itself where that is not found."""
+    """Spelling of a key that is not text; the key itself if it is not found."""
     node: Any = yaml.compose(text, Loader=Loader)
     for step in location:
         if isinstance(node, yaml.MappingNode):

@@ -1,4 +1,4 @@
-"""Images and targets: one data set class per format, and the loader that both networks are fed from."""
+"""Images and targets: one data set class per format, and the loader of both networks' batches."""
 
 from acamkd.data.build import build, build_unlabeled, loader, resolve
 from acamkd.data.checks import check, check_same_classes, compare_splits, refuse

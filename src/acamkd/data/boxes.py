@@ -18,13 +18,13 @@ from acamkd.errors import AcamkdError
 from acamkd.models.base import PixelSize, Target
 
 _THINNEST = 1e-6
-"""A box that is no wider than this share of its image has no area: float32 could lose it at the far edge."""
+"""A box that is not wider than this share of its image counts as empty: float32 may round it to zero width."""
 
 
 class Box(NamedTuple):
-    """One object: number of its image, label from 1, x1 y1 x2 y2, whether training does without it, and its area.
+    """One object: index of its image, label from 1, x1 y1 x2 y2, whether training ignores it, and its area.
 
-    The area is that of its outline in pixels, by which COCO calls it small or large; 0 where nothing but the box is
+    The area is that of the outline in pixels, by which COCO calls an object small or large. It is 0 if only the box is
     known.
     """
 
@@ -36,7 +36,7 @@ class Box(NamedTuple):
 
 
 class BoxDataset(ImageDataset):
-    """Object detection: a subclass reads one format and hands every entry to `gather`.
+    """Object detection: a subclass reads one format and passes every entry to `gather`.
 
     Boxes that reach beyond the image are clipped to it, with a warning.
 
@@ -44,23 +44,23 @@ class BoxDataset(ImageDataset):
         files: Images.
         annotation_files: One file of boxes for all images, or one for each.
         classes: Class names; label k is the k-th.
-        source: What warnings name.
-        sizes: (height, width) of each image as the format says it, None where it fails to; None altogether where
+        source: File or folder that warnings name.
+        sizes: (height, width) of each image according to the format, None for an image without it. None altogether if
             boxes are shares of their image.
-        keep_crowd: Keep the boxes that are ignored: crowds, and what is difficult. Evaluation needs them, since it
-            forgives what a network finds there; training does without, since a box around a crowd would teach that a
-            group is one large object.
-        transform: Random changes.
-        seed: Of the random changes.
+        keep_crowd: Keep ignored boxes, those of crowds and difficult objects. Evaluation needs them, since detections
+            there do not count as errors. Training drops them, since a box around a crowd would teach that a group is
+            one large object.
+        transform: Augmentation.
+        seed: Seed of the augmentation.
     """
 
     TASK = "detection"
 
     ABSENT_ADVICE: ClassVar[str] = ""
-    """What to do about classes that no box has."""
+    """Advice for classes that no box has."""
 
     LEAVES_OUT_EMPTY: ClassVar[bool] = False
-    """Whether boxes without area are left out, with a warning, or refused."""
+    """Whether boxes without area are left out with a warning; otherwise they are errors."""
 
     def __init__(
         self,
@@ -81,13 +81,13 @@ class BoxDataset(ImageDataset):
 
     @abstractmethod
     def parse(self, entry: Any) -> Box:
-        """One entry of the format; raises AcamkdError with what is wrong."""
+        """Read one entry of the format; raises AcamkdError that describes the error."""
 
     def target(self, index: int, size: PixelSize) -> Target:
         """`boxes` (K, 4) float32 x1 y1 x2 y2, `labels` (K,) and `iscrowd` (K,) int64, `area` (K,) as in Box."""
         rows = slice(self._first[index], self._first[index + 1])
         height, width = size if self.sizes is None else (1, 1)
-        # A product is a copy: a transform that works in place must not reach the table.
+        # The product is a copy: an in-place transform must not change the table.
         boxes = self._boxes[rows] * torch.tensor([width, height, width, height])
         return {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
@@ -97,7 +97,7 @@ class BoxDataset(ImageDataset):
         }
 
     def inspect(self, index: int, size: PixelSize) -> list[str]:
-        """The image must have the size that its annotations say."""
+        """Check that the image has the size given in its annotations."""
         said = self.sizes[index] if self.sizes is not None else None
         if said is None or said == size:
             return []
@@ -106,11 +106,11 @@ class BoxDataset(ImageDataset):
         return [f"{file} has {describe_shown(file, size)}, but {source} says {describe(said)}"]
 
     def why_absent(self, counts: Tensor) -> str:
-        """What a reader of the format can do about them."""
+        """Return the format's ABSENT_ADVICE, if some class has boxes."""
         return self.ABSENT_ADVICE if counts[:-1].any() else ""
 
     def gather(self, entries: Iterable[tuple[str, Any]]) -> None:
-        """Turn entries, each with its place, into one table sorted by image: few large tensors are shared well."""
+        """Turn entries, each with its location, into one table sorted by image; workers share few large tensors."""
         rows: list[Box] = []
         clipped = empty = ignored = 0
         for where, entry in entries:
@@ -159,15 +159,15 @@ class BoxDataset(ImageDataset):
             )
 
     def _clip(self, box: Box) -> Box | None:
-        """What of a box lies within its image; None if it is to be left out. Raises AcamkdError if nothing does."""
+        """Clip a box to its image; None if it is to be left out. Raises AcamkdError if it lies outside."""
         size = (1, 1) if self.sizes is None else self.sizes[box.image]
-        if size is None:  # a problem of its own
+        if size is None:  # reported as another problem
             return box
         left, top, right, bottom = box.corners
         name = f"the box from ({left:g}, {top:g}) to ({right:g}, {bottom:g})"
         image = self.files[box.image].name
         if not all(map(math.isfinite, box.corners)):
-            raise AcamkdError(f"{name} on {image} has no area that can be told: its numbers must be finite")
+            raise AcamkdError(f"{name} on {image} has no defined area: its numbers must be finite")
         if not 0 <= box.area < math.inf:
             raise AcamkdError(f"{name} on {image} has the area {box.area:g}, which must be a finite number from 0 on")
         if not _has_area(box.corners, size):

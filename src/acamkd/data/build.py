@@ -1,4 +1,4 @@
-"""From a recipe's `data` to data sets and loaders."""
+"""Build data sets and loaders from a recipe's `data`."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def build(data: config.Data, task: Task, split: SplitName, *, seed: int, augment
     Args:
         data: The recipe's `data`.
         task: The recipe's task.
-        split: Which split.
-        seed: Of the random changes.
+        split: `train` or `val`.
+        seed: Seed of the augmentation.
         augment: Whether `data.augment` is applied.
 
     Raises:
@@ -44,7 +44,7 @@ def build(data: config.Data, task: Task, split: SplitName, *, seed: int, augment
     reader, drawn = reader_of(data.format, task), data.val
     if drawn.share is None:
         return reader.open_split(data, split, transform=transform, seed=seed)
-    # Opened as `split`, since a format may leave more to validation, such as crowds.
+    # Opened as `split`, since a format may keep more boxes for validation, such as crowds.
     whole = reader.open_split(data.model_copy(update={"val": data.train}), split, transform=None, seed=seed)
     stay, held_out = draw_share(whole.files, drawn.share, drawn.seed)
     part = Part(whole, stay if split == "train" else held_out, transform=transform, seed=seed)
@@ -62,10 +62,10 @@ def build_unlabeled(data: config.Data, task: Task, *, seed: int) -> UnlabeledIma
 
 
 def resolve(data: config.Data, task: Task) -> config.Data:
-    """The same data with the format that `auto` stands for, which the log says and explains; its keys are checked.
+    """Replace the format `auto` by the one that is found, log the reason, and check the keys.
 
     Raises:
-        AcamkdError: No layout is found, or several are; the format is none for this task, or lacks a key.
+        AcamkdError: No layout or more than one is found, the format does not fit the task, or a key is missing.
     """
     data = _spelled(data)
     if not data.root.is_dir() and ":" not in data.format:
@@ -78,7 +78,7 @@ def resolve(data: config.Data, task: Task) -> config.Data:
 
 
 def _spelled(data: config.Data) -> config.Data:
-    """The same data with its paths as they are spelled on the disk; see `existing`."""
+    """The same data with its paths as spelled on disk; see `existing`."""
     root = existing(data.root)
 
     def found(path: Path | None) -> Path | None:
@@ -92,10 +92,10 @@ def _spelled(data: config.Data) -> config.Data:
 
 
 def reader_of(name: str, task: Task) -> type[ImageDataset]:
-    """The class that reads a format for a task: one of FORMATS, or a class of the user's, `package.module:Class`.
+    """The class that reads a format for a task: one of FORMATS, or the user's own, `package.module:Class`.
 
     Raises:
-        AcamkdError: There is none, or it is for another task.
+        AcamkdError: There is no such class, or it is for another task.
     """
     if ":" in name:
         reader = config.imported(name, "data.format")
@@ -114,7 +114,7 @@ def reader_of(name: str, task: Task) -> type[ImageDataset]:
 
 
 def _find_format(data: config.Data, task: Task) -> str:
-    """The format that a recipe's paths or the layout of the root tell."""
+    """Find the format by the recipe's paths or by the layout of the root."""
     found = _found(data, data.root, task)
     if len(found) != 1:
         looked = "; ".join(
@@ -132,7 +132,7 @@ def _find_format(data: config.Data, task: Task) -> str:
 
 
 def _found(data: config.Data, root: Path, task: Task) -> dict[str, str]:
-    """Formats that it may be, each with the reason."""
+    """Formats that fit, each with the reason."""
     if data.train.masks is not None:
         return {"masks": f"data.train.masks is {data.train.masks}"}
     if data.train.annotations is not None and data.train.annotations.suffix == ".json":
@@ -174,15 +174,16 @@ def loader(
 ) -> ImageLoader:
     """Batches as (list of images, list of targets), and a list of unlabeled images where there are some.
 
-    A shuffled loader leaves out an incomplete last batch, which batch norm cannot always use; the next epoch's order
-    brings other images there. Otherwise every image comes once, in order.
+    A shuffled loader drops an incomplete last batch, since batch norm may not accept it; every epoch drops other
+    images.
+    Without shuffling, every image comes once, in order.
 
     Args:
         dataset: Images and targets.
         batch_size: Images per batch.
-        workers: Processes that load; 0 loads in this one. Changes nothing about the batches.
-        shuffle: Draw each epoch's order from (seed, epoch).
-        seed: Of the order.
+        workers: Processes that load images; 0 loads in this one. The batches do not depend on it.
+        shuffle: Shuffle every epoch, by (seed, epoch).
+        seed: Seed of the order.
         batches: Shuffled batches per epoch; None for one pass over the images.
 
     Raises:
@@ -200,6 +201,6 @@ def loader(
         workers,
         batch_size=batch_size,
         drop_last=shuffle and len(sampler) > batch_size,
-        # Without its own generator every epoch would move torch's global one.
+        # Without its own generator, every epoch would advance torch's global one.
         generator=torch.Generator().manual_seed(seed),
     )

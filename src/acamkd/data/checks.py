@@ -1,4 +1,4 @@
-"""What is looked at before images are used, and how problems are told."""
+"""Checks of images and targets before they are used, and the report of their problems."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from acamkd.models.base import PixelSize, Task
 log = logging.getLogger(__name__)
 
 UNNOTICED = 1.25
-"""By this factor training and validation may differ in scale without a warning."""
+"""Training and validation may differ in scale by this factor without a warning."""
 
 LISTED_PROBLEMS = 10
 """An error lists this many problems and counts the others."""
 
 
 def check(dataset: ImageDataset, mode: Literal["full", "headers"]) -> list[str]:
-    """Look at every image and target before they are used.
+    """Check every image and target before they are used.
 
     Args:
         dataset: What `build` returned.
         mode: `full` decodes every image and mask, `headers` only reads their sizes.
 
     Returns:
-        Warnings: what is legitimate but worth knowing.
+        Warnings about what is legal but suspicious.
 
     Raises:
-        AcamkdError: Something cannot be used; lists the first problems with file and entry, and counts them all.
+        AcamkdError: An image or target cannot be used. The message lists the first problems and counts all.
     """
     log.info("checking %d images (%s)", len(dataset), mode)
     found = examine(dataset, decode=mode == "full")
@@ -51,7 +51,7 @@ def check(dataset: ImageDataset, mode: Literal["full", "headers"]) -> list[str]:
 
 
 class Look(NamedTuple):
-    """One image: its (height, width), None if it cannot be read; what is wrong; EXIF orientation; tally; hash."""
+    """Check of one image: (height, width), None if unreadable; problems; EXIF orientation; tally; hash."""
 
     size: PixelSize | None
     problems: list[str]
@@ -61,7 +61,7 @@ class Look(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """All images: a look at each, what is wrong or worth knowing of them together, and the sum of their tallies."""
+    """Checks of all images, with the problems and warnings of the data set and the sum of the tallies."""
 
     looks: list[Look]
     problems: list[str]
@@ -70,12 +70,12 @@ class Findings(NamedTuple):
 
 
 def examine(dataset: ImageDataset, *, decode: bool, count: bool = False) -> Findings:
-    """Look at every image and target; the data set keeps its counts and hashes.
+    """Check every image and target; the data set keeps its counts and hashes.
 
     Args:
         dataset: What `build` returned.
-        decode: Look at every pixel, rather than at headers.
-        count: Look at every target's pixels, even if not at those of the images.
+        decode: Decode every image; otherwise only its header is read.
+        count: Read the pixels of every target even without `decode`.
     """
     with ThreadPoolExecutor() as pool:  # decoders release the interpreter's lock
         looks = list(pool.map(partial(look_at, dataset, decode=decode, count=count), range(len(dataset))))
@@ -110,7 +110,7 @@ UNIT: Mapping[Task, str] = {"detection": "box", "segmentation": "pixel"}
 
 
 def _repeated(dataset: ImageDataset, looks: Sequence[Look]) -> list[str]:
-    """Images that a data set has more than once, with other annotations each time."""
+    """Images that a data set holds more than once, with different annotations."""
     warnings = []
     if again := [file for file, times in Counter(dataset.files).items() if times > 1]:
         warnings.append(
@@ -131,7 +131,7 @@ def _repeated(dataset: ImageDataset, looks: Sequence[Look]) -> list[str]:
 def _same_target(dataset: ImageDataset, looks: Sequence[Look], one: int, other: int) -> bool:
     sizes = [looks[index].size for index in (one, other) if not looks[index].problems]
     if len(sizes) < 2 or None in sizes:
-        return True  # a problem of its own
+        return True  # reported as another problem
     try:
         first, second = (dataset.target(index, size) for index, size in zip((one, other), sizes, strict=True) if size)
     except ImageError:
@@ -140,7 +140,7 @@ def _same_target(dataset: ImageDataset, looks: Sequence[Look], one: int, other: 
 
 
 def _turned(dataset: ImageDataset, looks: Sequence[Look]) -> list[str]:
-    """Images whose EXIF entry turns them so that sizes cannot tell whether the annotations follow."""
+    """Images with an EXIF orientation for which sizes do not show whether the annotations follow it."""
     untold = range(2, 5 if dataset.KNOWS_SIZES else 9)
     turned = [file for file, look in zip(dataset.files, looks, strict=True) if look.orientation in untold]
     if not turned:
@@ -152,7 +152,7 @@ def _turned(dataset: ImageDataset, looks: Sequence[Look]) -> list[str]:
 
 
 def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:
-    """Raise AcamkdError unless label k means the same in both splits."""
+    """Raise AcamkdError unless label k means the same class in both splits."""
     if train.classes != val.classes:
         raise AcamkdError(
             f"train and val must list the same classes in the same order, but train has {', '.join(train.classes)} "
@@ -163,13 +163,13 @@ def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:
 def compare_splits(
     train: ImageDataset, val: ImageDataset, options: Data, unlabeled: ImageDataset | None = None
 ) -> list[str]:
-    """What is legitimate, but seldom meant, of training and validation together.
+    """Warnings about training and validation together, for what is legal but seldom intended.
 
-    Copies that are no longer byte for byte the same are found once `check` has decoded the images, classes without a
-    pixel once it has looked at the masks.
+    Copies that differ in their bytes are found only after `check` has decoded the images. Classes without a pixel are
+    found only after it has read the masks.
 
     Raises:
-        AcamkdError: One value of the masks has different colors in both.
+        AcamkdError: A mask value has different palette colors in the two splits.
     """
     refuse(val.contradictions(train))
     warnings = _absent_classes(train, val)
@@ -179,7 +179,7 @@ def compare_splits(
     crop = options.augment.crop
     if crop is not None and isinstance(options.resize, tuple) and val.files:
         size = read_size(val.files[0])
-        # A crop is of the image as it lies on disk, and is then resized as a whole image is.
+        # A crop is taken from the original image and is then resized like a whole image.
         larger = math.sqrt(math.prod(size) / math.prod(crop))
         low, high = (larger * factor for factor in options.augment.scale or (1.0, 1.0))
         if not low / UNNOTICED <= 1 <= high * UNNOTICED:
@@ -192,7 +192,7 @@ def compare_splits(
 
 
 def _absent_classes(train: ImageDataset, val: ImageDataset) -> list[str]:
-    """Classes that no image of a split shows."""
+    """Warnings about classes that no image of a split contains."""
     warnings = []
     absent = {
         split: [name for name, count in zip(dataset.classes, dataset.counts.tolist(), strict=False) if not count]
@@ -221,7 +221,7 @@ def _some(names: Sequence[str], of: int) -> str:
 
 
 def _shared_images(val: ImageDataset, others: ImageDataset, kind: str) -> list[str]:
-    """Validation images that are among the others, too: the same files, the same bytes, or what looks the same."""
+    """Validation images that also occur among the others: as the same file, the same bytes, or a near-duplicate."""
     warnings = []
     own, other = ([file.resolve() for file in dataset.files] for dataset in (val, others))
     same = set(own) & set(other)
@@ -245,7 +245,7 @@ def _shared_images(val: ImageDataset, others: ImageDataset, kind: str) -> list[s
 
 
 def check_classes(given: Sequence[str] | None, own: Sequence[str], whose: str) -> None:
-    """Raise AcamkdError if a recipe gives other classes than the data's own."""
+    """Raise AcamkdError if a recipe lists classes that differ from the data's own."""
     if given is not None and tuple(given) != tuple(own):
         raise AcamkdError(
             f"data.classes is {', '.join(given)}, but {whose} are {', '.join(own)}: leave data.classes out, or list "
@@ -262,24 +262,24 @@ def refuse(problems: Sequence[str]) -> None:
 
 
 def listed(problems: Sequence[str]) -> list[str]:
-    """The first problems, and how many more there are."""
+    """The first problems, and the number of further ones."""
     more = len(problems) - LISTED_PROBLEMS
     return [*problems[:LISTED_PROBLEMS], *([f"... and {more} more"] if more > 0 else [])]
 
 
 def describe(size: Sequence[int]) -> str:
-    """(height, width) in the order and words that users know."""
+    """(height, width) as text, `WIDTH x HEIGHT pixels`."""
     return f"{size[1]} x {size[0]} pixels"
 
 
 def describe_shown(file: Path, size: PixelSize) -> str:
-    """An image's size, and whether it is that of a rotated image."""
+    """An image's size as text, with a note if EXIF rotates the image."""
     rotated = read_header(file)[1] >= 5
     return describe(size) + (" (rotated as its EXIF entry says)" if rotated else "")
 
 
 def look_at(dataset: ImageDataset, index: int, *, decode: bool, count: bool = False) -> Look:
-    """One image, and what is wrong with it or, now that its size is known, with its target; see `examine`."""
+    """Check one image and, once its size is known, its target; see `examine`."""
     file = dataset.files[index]
     hashed = tally = None
     try:

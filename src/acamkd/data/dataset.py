@@ -1,4 +1,4 @@
-"""The data set that every format is one of: images with targets, random changes seeded by (seed, epoch, index)."""
+"""Base class of every data format: images with targets, and augmentation seeded by (seed, epoch, index)."""
 
 from __future__ import annotations
 
@@ -23,70 +23,69 @@ from acamkd.errors import ImageError
 from acamkd.models.base import VOID, PixelSize, Target, Task
 
 Sample: TypeAlias = tuple[Tensor, Target]
-"""An image, (3, H, W) uint8 RGB, and what is known of it."""
+"""An image, (3, H, W) uint8 RGB, and its target."""
 
 SplitName: TypeAlias = Literal["train", "val"]
-"""Of a recipe: `data.train` and `data.val`."""
+"""Split of a recipe: `data.train` or `data.val`."""
 
 Transform: TypeAlias = Callable[[Tensor, Target], Sample]
-"""A joint change of image and target (tv_tensors); draws from torch's default CPU generator only."""
+"""Joint augmentation of image and target (tv_tensors); it draws only from torch's default CPU generator."""
 
 
 def seed_of(*parts: object) -> int:
-    """A 64-bit seed that is a function of the parts alone, such as (seed, epoch, index)."""
+    """A 64-bit seed that depends only on the given parts, such as (seed, epoch, index)."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big")
 
 
 class ImageDataset(Dataset[Sample], ABC):
     """Images and their targets.
 
-    An item's key is `epoch * len(dataset) + index`, so that the order of reading, the number of workers and a resumed
-    run change nothing about what epoch 3 does to image 7. What is wrong with the annotations is collected while they
-    are read; `check` reports it together with what is wrong with the files.
+    An item's key is `epoch * len(dataset) + index`. The augmentation of image 7 in epoch 3 therefore does not depend on
+    the reading order, the number of workers or a resume. Problems of the annotations are collected while they are read;
+    `check` reports them together with those of the files.
 
     Args:
         files: Images.
-        annotation_files: Every file that the targets come from.
+        annotation_files: All files that the targets are read from.
         classes: Class names, background and void not counted.
-        transform: Random changes, None for the images as they are.
-        seed: Of the random changes.
+        transform: Augmentation; None leaves the images unchanged.
+        seed: Seed of the augmentation.
 
     Attributes:
-        problems: What makes the annotations unusable, one sentence per entry.
-        warnings: What is legitimate but worth knowing.
-        counts: Sum of `tally` over the images; None until `check` has looked at every pixel, or where it has found
-            problems.
-        hashes: `difference_hash` of each image, (N, 32) uint8; None until `check` has looked at every pixel.
+        problems: Errors that make the annotations unusable, one sentence each.
+        warnings: Remarks about what is legal but suspicious.
+        counts: Sum of `tally` over the images; None until the targets have been read, or if `check` found problems.
+        hashes: `difference_hash` of each image, (N, 32) uint8; None until `check` has decoded every image.
 
-    A class that a recipe names, in `data.format`, also says what follows here.
+    A class that a recipe names in `data.format` also sets the following class attributes.
     """
 
     TASK: Task
-    """What its targets are for."""
+    """The task of its targets."""
 
     LAYOUT: ClassVar[tuple[str, ...]] = ()
     """Patterns below `data.root`; `data.format: auto` takes the class whose patterns all match something."""
 
     SPARE_LAYOUT: ClassVar[tuple[str, ...]] = ()
-    """Patterns that do for `auto` where no class's LAYOUT matches."""
+    """Patterns that `auto` tries if no class's LAYOUT matches."""
 
     SPLIT_KEYS: ClassVar[frozenset[str]] = frozenset()
-    """Paths of a recipe's split that it reads: of `images`, `masks` and `annotations`."""
+    """Keys of a recipe's split that it reads, out of `images`, `masks` and `annotations`."""
 
     BESIDE_IMAGES: ClassVar[str | None] = None
-    """The path that a split needs where it gives `images`."""
+    """The key that a split needs beside `images`."""
 
     NEEDS_CLASSES: ClassVar[bool] = False
-    """Whether only a recipe, in `data.classes`, can name the classes."""
+    """Whether the recipe must name the classes, in `data.classes`."""
 
     FIXED_CLASSES: ClassVar[tuple[str, ...] | None] = None
-    """Class names, where the format itself says them."""
+    """Class names, if the format fixes them."""
 
     READS_MASK_VALUES: ClassVar[bool] = False
-    """Whether `data.mask_values` may say what its masks' values or colors mean."""
+    """Whether `data.mask_values` may define its masks' values or colors."""
 
     KNOWS_SIZES: bool = True
-    """Whether the annotations say their image's size, so that a quarter turn would be noticed."""
+    """Whether the annotations hold their image's size, so that a quarter turn is detected."""
 
     @classmethod
     def open_split(cls, data: Data, split: SplitName, *, transform: Transform | None, seed: int) -> ImageDataset:
@@ -120,18 +119,18 @@ class ImageDataset(Dataset[Sample], ABC):
         ]
         self.counts: Tensor | None = None
         self.hashes: npt.NDArray[np.uint8] | None = None
-        self.reading: Tensor | None = None  # (W, 2): id and key of each loading process, shared with them
+        self.reading: Tensor | None = None  # (W, 2), shared: process id and current key of each loading process
 
     @abstractmethod
     def target(self, index: int, size: PixelSize) -> Target:
-        """What is known of one image of this (height, width), as tv_tensors where torchvision has a type for it."""
+        """Target of one image of this (height, width), as tv_tensors where torchvision has a type."""
 
     @abstractmethod
     def inspect(self, index: int, size: PixelSize) -> list[str]:
-        """Problems of one entry whose image has this (height, width), as far as files' headers tell."""
+        """Problems of one entry whose image has this (height, width), as far as file headers show."""
 
     def tally(self, index: int, size: PixelSize) -> Tensor:
-        """(K + 1,) int64: boxes or pixels of each class in one image, then the boxes that are ignored or void pixels.
+        """(K + 1,) int64: number of boxes or pixels of each class in one image, then of ignored boxes or void pixels.
 
         Raises ImageError as `target` does.
         """
@@ -144,11 +143,11 @@ class ImageDataset(Dataset[Sample], ABC):
         return torch.where(void.as_subclass(Tensor), last, labels).bincount(minlength=last + 1)
 
     def contradictions(self, other: ImageDataset) -> list[str]:
-        """Problems of this split and another one together, once `check` has looked at both."""
+        """Problems between this split and another one, after `check` has examined both."""
         return []
 
     def why_absent(self, counts: Tensor) -> str:
-        """The likely reason why `counts`, (K + 1,) as in `tally`, has none of some classes, and what to do."""
+        """The likely reason why classes are absent in `counts`, (K + 1,) as in `tally`, with advice."""
         return ""
 
     def __len__(self) -> int:
@@ -167,7 +166,7 @@ class ImageDataset(Dataset[Sample], ABC):
         return image.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
 
     def sources(self, key: int) -> list[Path]:
-        """The files that an item is made of, without those of its target."""
+        """The image files of an item, without those of its target."""
         return [self.files[key % len(self)]]
 
     def __iter__(self) -> Iterator[Sample]:
@@ -175,10 +174,10 @@ class ImageDataset(Dataset[Sample], ABC):
         return (self[index] for index in range(len(self)))
 
     def fingerprint(self) -> str:
-        """Short name of the data's content: class names, names and sizes of the images, bytes of the annotations.
+        """Hash of the data's content: class names, names and sizes of the images, bytes of the annotations.
 
         Raises:
-            ImageError: One of the files is not there.
+            ImageError: A file does not exist.
         """
         digest = hashlib.sha256(repr(self.classes).encode())
         try:
@@ -192,6 +191,6 @@ class ImageDataset(Dataset[Sample], ABC):
 
 
 def note_reading(reading: Tensor | None, key: int) -> None:
-    """Leave word of the item that this loading process is about to read, in case that it dies of it."""
+    """Record the item that this loading process reads next, so that a crash can be traced to it."""
     if reading is not None and (worker := get_worker_info()):
         reading[worker.id] = torch.tensor([os.getpid(), key])

@@ -1,4 +1,4 @@
-"""Copies of images: the same bytes under two names, and what looks the same in another size or quality."""
+"""Copies of images: identical files, and near-duplicates of another size or quality."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ GRID = 16
 """Rows and columns of bits."""
 
 MARGIN = 2
-"""Gray levels by which a neighbor must be lighter to set a bit: noise in a flat area sets none."""
+"""A bit is set if the neighbor is lighter by this many gray levels; noise in a flat area sets none."""
 
 NEAREST = 32
 """Bits by which copies may differ. Half the size, or JPEG at quality 40, changes 16 to 24, another focus of the same
 slide 25; the closest unrelated photographs of five data sets differ by 48."""
 
 START = 4096
-"""Bytes that are compared before whole files are."""
+"""Bytes at the start of a file that are compared first."""
 
 
 def difference_hash(pixels: Tensor) -> Hash:
-    """Where an image gets lighter from left to right, on a grid of 16 x 17 means.
+    """Hash of an image: where it gets lighter from left to right, on a grid of 16 x 17 means.
 
-    The library imagehash has the same by way of SciPy and PyWavelets; these lines need neither, and give each image's
-    hash from pixels that are decoded already.
+    The library imagehash offers the same but needs SciPy and PyWavelets. This function needs neither, and uses pixels
+    that are already decoded.
 
     Source:
         N. Krawetz, "Kind of Like That", 2013, https://www.hackerfactor.com/blog/index.php?/archives/529-Kind-of-Like-That.html
@@ -51,7 +51,7 @@ def difference_hash(pixels: Tensor) -> Hash:
 
 
 def near_copies(hashes: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8]) -> list[tuple[int, int]]:
-    """(index, index in `others`) of each image that looks like another one, with the closest.
+    """(index, index in `others`) of each image that looks like another one; the closest one is given.
 
     Args:
         hashes: (N, 32), of `difference_hash`.
@@ -66,7 +66,7 @@ def near_copies(hashes: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8]) ->
         chunk = bits[begin : begin + 256].float()
         distances = (GRID**2 - (chunk * 2 - 1) @ signs.T) / 2
         nearest, which = distances.min(dim=1)
-        # A flat image has next to no bits, and resembles every other flat one.
+        # A flat image has almost no bits set, and resembles every other flat image.
         allowed = (chunk.sum(dim=1) / 3).clamp(max=NEAREST)
         alike = ((nearest <= allowed) & (allowed >= 2)).nonzero()[:, 0].tolist()
         found += [(begin + row, int(which[row])) for row in alike]
@@ -74,13 +74,13 @@ def near_copies(hashes: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8]) ->
 
 
 def identical(files: Iterable[Path], others: Iterable[Path] | None = None) -> list[tuple[Path, Path]]:
-    """Each file with another one of the same bytes.
+    """Pair each file with another one of the same bytes.
 
-    Few files are read as a whole: only those that share their size and their start with another one.
+    Only files that share their size and their first bytes with another one are read completely.
 
     Args:
-        files: Those without a file behind them are no copies.
-        others: Where to look for copies; None = among `files`, of which each is a copy of the first one alike.
+        files: Paths; those that do not exist are no copies.
+        others: Where to look for copies. None = among `files`; each is then paired with the first identical one.
     """
     first = list(dict.fromkeys(files))
     second = first if others is None else list(dict.fromkeys(others))
@@ -96,7 +96,7 @@ def identical(files: Iterable[Path], others: Iterable[Path] | None = None) -> li
 def _split(
     group: tuple[Sequence[Path], Sequence[Path]], key: Callable[[Path], Hashable], pool: ThreadPoolExecutor
 ) -> Iterable[tuple[list[Path], list[Path]]]:
-    """A group's files by their key, where there are some of both kinds, and two at least."""
+    """Group files by a key; only groups with files of both kinds, and at least two, are kept."""
     everything = list(dict.fromkeys([*group[0], *group[1]]))
     keys = dict(zip(everything, pool.map(key, everything), strict=True))
     split: dict[Hashable, tuple[list[Path], list[Path]]] = defaultdict(lambda: ([], []))

@@ -13,22 +13,22 @@ from acamkd.files import IMAGE_SUFFIXES, files_below
 
 
 class Folder:
-    """Visible files of some types in a folder and in all folders below it, found by their names.
+    """Visible files of given types in a folder and in all folders below it, found by name.
 
-    A file's name is its path below the folder without suffix. `find` also takes the path with its suffix and, where one
-    file alone fits, another spelling: other case, another Unicode form, back-slashes, or `%20` for a blank. Suffixes
-    count in any case.
+    A file's name is its path below the folder without suffix. `find` also takes the path with its suffix. If only one
+    file fits, it takes another spelling too: other case, another Unicode form, back-slashes, or `%20` for a blank.
+    Suffixes match in any case.
 
     Args:
         path: The folder.
         suffixes: Endings of the files, in lower case.
-        without: Folders below it that are left out.
+        without: Folders below it that are skipped.
 
     Raises:
         AcamkdError: The folder cannot be read.
 
     Attributes:
-        files: In the order of their names.
+        files: The files, sorted by name.
         left_out: Images of types that are not read.
     """
 
@@ -52,11 +52,11 @@ class Folder:
             self._last.setdefault(_spelling(PurePosixPath(name).name), set()).add(file)
 
     def name(self, file: Path) -> str:
-        """Of one of its files."""
+        """The name of one of its files."""
         return file.relative_to(self.path).with_suffix("").as_posix()
 
     def find(self, name: str) -> Path | None:
-        """The file of a name; None if there is none, or if several fit and none is spelled so."""
+        """The file of a name; None if there is none, or if several fit and none is spelled exactly so."""
         if name in self._written:
             return self._written[name]
         return _only(self._spelled.get(_spelling(name)) or self._spelled.get(_spelling(unquote(name)), set()))
@@ -75,7 +75,7 @@ class Folder:
         return {name: file for name, file in found.items() if file is not None}
 
     def described_left_out(self) -> list[str]:
-        """A warning of the images that are not read, if there are any."""
+        """A warning about images of other types, if there are any."""
         if not self.left_out:
             return []
         return [
@@ -85,7 +85,7 @@ class Folder:
 
 
 def existing(path: Path) -> Path:
-    """A path, or the one that is there under another spelling; see Folder."""
+    """A path, or the existing one of another spelling; see Folder."""
     if path.exists() or path == path.parent:
         return path
     parent = existing(path.parent)
@@ -96,7 +96,7 @@ def existing(path: Path) -> Path:
 
 
 def twins(pairs: Iterable[tuple[Path, Path | None]], what: str) -> list[str]:
-    """Problems of images that share a file of `what`, since their names differ in suffix, case or folder alone."""
+    """Problems of images that share a file of `what`: their names differ only in suffix, case or folder."""
     first: dict[Path, Path] = {}
     return [
         f"{file}: the image has the same name as {one.name}, and so the same {what}, {shared}: rename one of them"
@@ -114,7 +114,7 @@ def described_ends(ends: Mapping[str, Path], where: Path) -> list[str]:
 
 
 def no_images(folder: Folder) -> list[str]:
-    """A problem of a folder that holds none."""
+    """The problem of a folder without images."""
     if folder.files:
         return []
     return [f"{folder.path}: the folder holds no images ({', '.join(folder.suffixes)})"]

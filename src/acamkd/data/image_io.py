@@ -23,17 +23,17 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what brings the pixels upright."""
+"""EXIF orientation -> transposition that makes the image upright."""
 
 
 def read_image(file: Path) -> Tensor:
     """Decode an image of any 8-bit mode to (3, H, W) uint8 RGB, rotated as its EXIF orientation says.
 
     Raises:
-        ImageError: It is not there, cannot be decoded, or has more bits; the file is named.
+        ImageError: The file is missing, cannot be decoded, or has more than 8 bits; the message names it.
     """
     with opened(file) as image:
-        if image.mode[0] in "IF":  # Pillow would clip them to white without a word
+        if image.mode[0] in "IF":  # Pillow would silently clip them to white
             raise ImageError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
         image.load()
         turn = TURNS.get(orientation_of(image))
@@ -50,30 +50,30 @@ def read_header(file: Path) -> tuple[PixelSize, int]:
     """(height, width) after EXIF rotation, and the EXIF orientation, 1 to 8; raises as `read_image`."""
     with opened(file) as image:
         width, height = image.size
-        # Without this question Pillow would decode a whole PNG in search of an entry after its pixels.
+        # Without this test, Pillow would decode a whole PNG to look for an entry after its pixels.
         says = any(entry in image.info for entry in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"))
         orientation = orientation_of(image) if says else 1
     return ((width, height) if orientation >= 5 else (height, width)), orientation
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 where the block is damaged, as everything that shows the image does."""
+    """The EXIF orientation, 1 to 8; 1 if the EXIF block is damaged, as image viewers assume."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return orientation if orientation in TURNS else 1
-    except Exception:  # a parser of broken blocks raises whatever it meets first
+    except Exception:  # parsing a damaged block may raise any error
         return 1
 
 
 @contextmanager
 def opened(file: Path, what: str = "image") -> Iterator[Image.Image]:
-    """An image; whatever goes wrong with it within becomes a ImageError that names it."""
+    """Open an image; any error within the context becomes an ImageError that names the file."""
     try:
         with Image.open(file) as image:
             yield image
     except FileNotFoundError as error:
         raise ImageError(f"{file}: there is no such {what}") from error
-    except Exception as error:  # decoders of broken files raise whatever they meet first
+    except Exception as error:  # decoding a damaged file may raise any error
         raise ImageError(f"{file}: the {what} cannot be read: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""Which format a folder's layout is, and what to say where it is none."""
+"""Detection of a folder's data format, and hints where none is found."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from acamkd.data.image_io import lines_of
 from acamkd.models.base import Task
 
 LOOKED_AT = 200
-"""Folders that are looked at for a hint."""
+"""Number of folders that are searched for a hint."""
 
 
 def layouts(root: Path, task: Task) -> dict[str, str]:
-    """Formats whose patterns all match something in a folder, each with the reason in words."""
+    """Formats whose patterns all match in a folder, each with the reason as text."""
     readers = [(name, reader) for name, readers in FORMATS.items() for reader in readers if task == reader.TASK]
     return _matching(root, [(name, reader.LAYOUT) for name, reader in readers]) or _matching(
         root, [(name, reader.SPARE_LAYOUT) for name, reader in readers if reader.SPARE_LAYOUT]
@@ -34,7 +34,7 @@ def _matching(root: Path, patterns: Iterable[tuple[str, Sequence[str]]]) -> dict
 
 
 def hint(data: Data, task: Task) -> str:
-    """What else is there, in the root or beside it, and how a recipe would name it; empty where nothing is known."""
+    """Hint at other data in the root or beside it, with the keys that a recipe would need; empty if there is none."""
     other: Task = "segmentation" if task == "detection" else "detection"
     for folder in (data.root.absolute().parent, *_folders(data.root)):
         if reasons := layouts(folder, task):
@@ -48,7 +48,7 @@ def hint(data: Data, task: Task) -> str:
 
 
 def _files(folder: Path, task: Task) -> str:
-    """Files of a known kind in a folder of an unknown layout."""
+    """Hint at known files in a folder of an unknown layout."""
     if task == "segmentation":
         if any(folder.glob("*.png")) and any(word in folder.name.casefold() for word in ("mask", "label", "annot")):
             return f"Are there masks in {folder}? data.train: {{images: ..., masks: {folder.name}}} names them"
@@ -72,7 +72,7 @@ def _files(folder: Path, task: Task) -> str:
 
 
 def _folders(root: Path) -> Iterator[Path]:
-    """Visible folders in a folder and in these."""
+    """Visible folders of a folder, and those one level below."""
 
     def below(folder: Path) -> Iterator[Path]:
         return (each for each in sorted(folder.iterdir()) if each.is_dir() and each.name[0] != ".")

@@ -1,4 +1,4 @@
-"""Loading: batches that can begin in the middle of an epoch, and that know which files they came from."""
+"""Batch loader that can start in the middle of an epoch and knows the files of every batch."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from acamkd.models.base import Target
 Images: TypeAlias = tuple[list[Tensor], list[Target]]
 
 KILLED = 5.0
-"""Seconds to wait for the end of a killed process, which a broken file system can hold up."""
+"""Seconds to wait for the end of a killed process, which a hanging file system can delay."""
 ALIGNMENT = 16
-"""Tensors that share a block of memory begin at multiples of so many bytes."""
+"""Tensors in a shared block of memory start at multiples of this many bytes."""
 
 
 class ImageLoader(DataLoader[Any]):
     """Batches as (list of images, list of targets), and a list of unlabeled images where there are some.
 
-    Its processes ignore SIGTERM, so that nobody but `close`, or the end of Python, ends them.
+    Its processes ignore SIGTERM; only `close` or the end of the program ends them.
 
     Args:
         dataset: The images.
         sampler: Keys of one epoch.
-        workers: Processes that load; 0 loads in this one.
-        options: As of torch's DataLoader.
+        workers: Processes that load images; 0 loads in this one.
+        options: Options of torch's DataLoader.
     """
 
     dataset: ImageDataset | WithUnlabeled
@@ -64,29 +64,29 @@ class ImageLoader(DataLoader[Any]):
             for batch in super().__iter__():
                 yield batch.unpacked() if isinstance(batch, _Block) else batch
         except (ConnectionError, EOFError) as error:  # the loading process ended while it handed over a batch
-            time.sleep(0.5)  # its sockets close a moment before it counts as dead
+            time.sleep(0.5)  # its sockets close a moment before it is reported dead
             alive = {process.pid for process in multiprocessing.active_children()}
             raise _death("has ended", [self], lambda pid: pid not in alive) from error
 
     def close(self) -> None:
-        """End the processes that load; the next iteration starts new ones."""
+        """End the loading processes; the next iteration starts new ones."""
         iterator: Any = self._iterator
         self._iterator = None
         if iterator is None or not self.num_workers:
             return
         iterator._shutdown_workers()
         for worker in iterator._workers:
-            if worker.is_alive():  # amid an image that takes its time
+            if worker.is_alive():  # still decoding a slow image
                 worker.kill()
                 worker.join(KILLED)
 
     def begin(self, epoch: int, batches: int) -> None:
-        """Leave out this epoch's first batches; every other epoch begins at its beginning."""
+        """Skip the first batches of this epoch; every other epoch starts at its first batch."""
         assert isinstance(self.sampler, SeededSampler)
         self.sampler.begin = (epoch, batches * self._size)
 
     def files(self, batch: int) -> list[Path]:
-        """The images of one batch of the current epoch in this process; batches count from 0."""
+        """The image files of one batch of the current epoch in this process; batches count from 0."""
         assert isinstance(self.sampler, SeededSampler)
         keys = self.sampler.keys()[batch * self._size : (batch + 1) * self._size]
         return [file for key in keys for file in self.dataset.sources(key)]
@@ -102,16 +102,16 @@ _LOADERS: WeakSet[ImageLoader] = WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """Before multiprocessing's own exit, which waits without a limit for processes that ignore its SIGTERM."""
+    """Runs before multiprocessing's own exit, which would wait forever for processes that ignore its SIGTERM."""
     for loader in tuple(_LOADERS):
         loader.close()
 
 
 @contextmanager
 def reading(*loaders: ImageLoader) -> Iterator[None]:
-    """Close some loaders at the end of what reads them, however it ends.
+    """Close loaders at the end of the context, also after an error.
 
-    The death of a loading process, which torch may tell at any moment, becomes an error that names its image.
+    The death of a loading process, which torch may report at any time, becomes an error that names its image.
     """
     try:
         yield
@@ -148,8 +148,8 @@ def _death(what: str, loaders: Sequence[ImageLoader], is_dead: Callable[[int], b
 
 
 def _be_ended(_: int) -> None:
-    """Leave the end of a loading process to the training process."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send theirs to every process
+    """Set up a loading process so that only the training process ends it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send SIGTERM to every process
     # By this hook multiprocessing prints that training has ended amid a hand-over, and nothing else: every other
     # exception is sent to the training process.
     sys.excepthook = lambda *_: None
@@ -161,7 +161,7 @@ def _as_lists(samples: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies in a block: its first byte, shape and type."""
+    """Location of a tensor in a block: first byte, shape and type."""
 
     start: int
     shape: torch.Size
@@ -170,7 +170,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Block:
-    """A batch on its way between processes, all of its tensors in one: each that is shared keeps a file open.
+    """A batch in transfer between processes, as one block of memory: each shared tensor would keep a file open.
 
     Attributes:
         memory: (bytes,) uint8.
@@ -209,7 +209,7 @@ def _packed(samples: Sequence[tuple[Any, ...]]) -> _Block:
 
 
 def _changed(batch: Any, change: Callable[[Any], Any]) -> Any:
-    """Nested lists, tuples and mappings with everything else in them changed."""
+    """Apply a function to every leaf of nested lists, tuples and mappings."""
     if isinstance(batch, dict):
         return {name: _changed(part, change) for name, part in batch.items()}
     if isinstance(batch, (list, tuple)):

@@ -1,4 +1,4 @@
-"""Some images of a data set: how a share of the training images becomes the validation images."""
+"""Subsets of a data set, for a share of the training images that serves as validation images."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from acamkd.models.base import PixelSize, Target
 
 
 class Part(ImageDataset):
-    """Some images of another data set, which reads their targets.
+    """A subset of another data set, which reads the targets.
 
     Args:
-        whole: The data set, without random changes.
-        rows: Which of its images.
-        transform: Random changes.
-        seed: Of the random changes.
+        whole: The data set, without augmentation.
+        rows: Indices of the subset's images.
+        transform: Augmentation.
+        seed: Seed of the augmentation.
     """
 
     def __init__(
@@ -36,39 +36,39 @@ class Part(ImageDataset):
         self.problems = list(whole.problems)
 
     def target(self, index: int, size: PixelSize) -> Target:
-        """As of the whole."""
+        """Target of the image in the whole data set."""
         return self.whole.target(self.rows[index], size)
 
     def inspect(self, index: int, size: PixelSize) -> list[str]:
-        """As of the whole."""
+        """Problems of the image in the whole data set."""
         return self.whole.inspect(self.rows[index], size)
 
     def tally(self, index: int, size: PixelSize) -> Tensor:
-        """As of the whole."""
+        """Tally of the image in the whole data set."""
         return self.whole.tally(self.rows[index], size)
 
     def contradictions(self, other: ImageDataset) -> list[str]:
-        """As of the wholes."""
+        """Problems between the whole data sets."""
         return self.whole.contradictions(other.whole if isinstance(other, Part) else other)
 
     def why_absent(self, counts: Tensor) -> str:
-        """As of the whole."""
+        """Reason given by the whole data set."""
         return self.whole.why_absent(counts)
 
 
 def draw_share(files: Sequence[Path], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers of the images that stay, and of those that are drawn, which a function of names and seed decides.
+    """Split images into those that stay and those that are drawn, by their names and a seed.
 
-    Names are paths below the folder that all images share, so that neither the place of the data nor the order of the
-    files matters, and further images seldom move one from side to side.
+    Names are paths below the images' common folder, so that neither the location of the data nor the order of the files
+    matters. Images that are added later seldom move others from one side to the other.
 
     Args:
-        files: Images; what is listed twice goes to one side.
-        share: Between 0 and 1; one image at least is drawn, and one stays.
+        files: Images; duplicates in the list stay on one side.
+        share: Between 0 and 1; at least one image is drawn, and at least one stays.
         seed: Of the drawing.
 
     Raises:
-        AcamkdError: There are fewer than two images.
+        AcamkdError: There are fewer than two different images.
     """
     if len(set(files)) < 2:
         raise AcamkdError(f"data.val.share: {len(set(files))} images cannot be divided into training and validation")

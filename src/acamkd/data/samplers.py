@@ -1,4 +1,4 @@
-"""In which order images are read, by which process."""
+"""Order in which the processes read images."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from acamkd.data.dataset import seed_of
 
 
 class SeededSampler(Sampler[int]):
-    """Shuffled keys of one epoch, a function of (seed, epoch) alone.
+    """Shuffled keys of one epoch, which depend only on (seed, epoch).
 
-    Pass after pass over the data set, each in an order of its own; an epoch is one pass, or the next `length` keys of
-    every process. In a distributed run every process takes its own equal share of the common order; Lightning must not
-    shard it once more (`Trainer(use_distributed_sampler=False)`), because its wrapper keeps `set_epoch` from arriving
-    here.
+    The sampler passes over the data set repeatedly, each time in a new order. An epoch is one pass, or the next
+    `length`
+    keys of every process. In a distributed run, every process takes an equal share of the common order. Lightning must
+    not
+    shard it again (`Trainer(use_distributed_sampler=False)`), because its wrapper hides `set_epoch`.
 
     Args:
         n: Length of the data set.
-        seed: Of the order.
+        seed: Seed of the order.
         length: Keys per process and epoch; None for one pass.
     """
 
@@ -31,10 +32,10 @@ class SeededSampler(Sampler[int]):
         self.length = length
         self.epoch = 0
         self.begin = (0, 0)
-        """(epoch, keys): the one epoch that a resumed run begins in its middle, and how many of its keys were seen."""
+        """(epoch, keys): the epoch that a resumed run starts in its middle, and the number of its keys already seen."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration belongs to; Lightning calls it."""
+        """Set the epoch of the next iteration; Lightning calls this."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -45,7 +46,7 @@ class SeededSampler(Sampler[int]):
         return iter(self.keys()[seen if epoch == self.epoch else 0 :])
 
     def keys(self) -> list[int]:
-        """This process's keys of the whole current epoch."""
+        """Keys of this process for the whole current epoch."""
         rank, processes = rank_and_world_size()
         count = len(self) * processes
         start = self.epoch * (count if self.length else self.n)
@@ -60,7 +61,7 @@ class SeededSampler(Sampler[int]):
 
 
 class DistributedSequentialSampler(Sampler[int]):
-    """Every image once, in order; of several processes each takes its share, and none repeats an image.
+    """Every image once, in order; several processes share the images, and none repeats one.
 
     Args:
         n: Length of the data set.

@@ -1,7 +1,7 @@
-"""Scenes that are drawn rather than photographed: a detection or segmentation task without a download.
+"""Synthetic scenes: a detection or segmentation task without a download.
 
-Five classes differ in shape and in texture, never in color. Clutter, occlusion, uneven light, noise and a wide range
-of sizes keep them from being trivial.
+Five classes differ in shape and texture, never in color. Clutter, occlusion, uneven light, noise and a wide range of
+sizes make the task non-trivial.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SUPERSAMPLING = 4
 """Samples per pixel side, for smooth edges."""
 
 VISIBLE = 0.4
-"""Objects of which less can be seen have no box."""
+"""Objects with a smaller visible share have no box."""
 
 
 def _cells(*coordinates: Floats) -> Bools:
@@ -67,7 +67,7 @@ class Scene:
         pixels: (H, W, 3) uint8.
         labels: (H, W) uint8, label of the object seen at each pixel, 0 = background.
         owners: (H, W) int64, number of the object seen at each pixel, -1 = background.
-        objects: Number -> label, of the objects that can be seen well enough to be asked for.
+        objects: Number -> label, of the objects that are visible enough to be annotated.
     """
 
     pixels: npt.NDArray[np.uint8]
@@ -77,7 +77,7 @@ class Scene:
 
 
 def draw_scene(size: PixelSize, *, seed: int, split: str, index: int) -> Scene:
-    """Draw one scene, a function of the arguments alone."""
+    """Draw one scene, which depends only on the arguments."""
     rng = np.random.default_rng(seed_of("scene", seed, split, index))
     unit = min(size) / 128
     canvas = _background(rng, size)
@@ -103,22 +103,22 @@ def draw_scene(size: PixelSize, *, seed: int, split: str, index: int) -> Scene:
 
 
 def write_scenes(root: Path, *, train: int, val: int, size: PixelSize, seed: int, task: Task) -> None:
-    """Draw scenes into an ordinary data set on disk.
+    """Write scenes as an ordinary data set on disk.
 
     Detection: `images/{train,val}/*.jpg` and COCO's `annotations/instances_{train,val}.json`. Segmentation:
-    `images/{train,val}/*.jpg` and `masks/{train,val}/*.png`, 0 = background. The folder appears when it is complete;
-    one that was drawn with the same arguments is left as it is.
+    `images/{train,val}/*.jpg` and `masks/{train,val}/*.png`, 0 = background. The folder appears when it is complete; an
+    existing one with the same arguments stays unchanged.
 
     Args:
         root: Folder to make.
         train: Number of training images.
         val: Number of validation images.
         size: (height, width) in pixels.
-        seed: Of the drawing; more images of one seed begin with the same ones.
+        seed: Seed of the scenes; with more images, the first ones stay the same.
         task: Which layout.
 
     Raises:
-        AcamkdError: The folder holds something else, or cannot be written.
+        AcamkdError: The folder holds other files, or cannot be written.
     """
     asked = {"train": train, "val": val, "size": list(size), "seed": seed, "task": task}
     if _is_written(root, asked):
@@ -144,7 +144,7 @@ def write_scenes(root: Path, *, train: int, val: int, size: PixelSize, seed: int
 
 
 def _is_written(root: Path, asked: Mapping[str, Any]) -> bool:
-    """Whether these very scenes are there; raises AcamkdError if something else is."""
+    """Whether the folder holds exactly these scenes; raises AcamkdError if it holds other files."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     note = root / "scenes.json"
@@ -198,7 +198,7 @@ def _write_image(folder: Path, number: int, scene: Scene) -> str:
 def _stamp(
     rng: np.random.Generator, size: PixelSize, name: str, radius: float
 ) -> tuple[Floats, Floats, tuple[slice, slice]]:
-    """One object at a random place, turned and squeezed: coverage and texture in [0, 1] per pixel, and where."""
+    """One object at a random location, rotated and squeezed: coverage, texture (both in [0, 1]) and window."""
     center = rng.uniform(0, 1, 2) * size
     low = np.maximum(np.floor(center - radius), 0).astype(int)
     high = np.minimum(np.ceil(center + radius), size).astype(int)

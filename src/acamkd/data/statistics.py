@@ -1,4 +1,4 @@
-"""What a data set holds, counted in one look at every image and target."""
+"""Statistics of a data set, from one pass over all images and targets."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from acamkd.data.dataset import ImageDataset
 from acamkd.models.base import Target
 
 SMALL, LARGE = 32**2, 96**2
-"""Areas in pixels of the image that part COCO's small, medium and large boxes."""
+"""Areas in image pixels that separate COCO's small, medium and large boxes."""
 
 
 @dataclass
 class Statistics:
-    """One split.
+    """Statistics of one split.
 
     Attributes:
         images: Number of images.
         sizes: "640 x 480 pixels" -> number of images, the most frequent first.
-        classes: Class -> number of boxes, or share of the pixels that are not void, in percent.
-        without: Images that have no box, or nothing but void.
-        boxes: Detection: number of `small`, `medium` and `large` boxes by COCO's areas, and of the `ignored` ones,
-            which the other figures leave out.
+        classes: Class -> number of boxes, or percentage of the pixels that are not void.
+        without: Number of images without a box, or with only void.
+        boxes: Detection: number of `small`, `medium` and `large` boxes by COCO's areas, and of `ignored` boxes, which
+            the other statistics exclude.
         sides: Detection: `shortest`, `median` and `longest` of all widths and heights, in pixels.
-        problems: What makes the split unusable, each with its file and line or entry.
-        warnings: What is legitimate but worth knowing.
+        problems: Errors that make the split unusable, each with its file and line or entry.
+        warnings: Remarks about what is legal but suspicious.
     """
 
     images: int = 0
@@ -43,16 +43,16 @@ class Statistics:
 
 
 def count(dataset: ImageDataset, *, decode: bool) -> Statistics:
-    """Look at every image and target; images with a problem count as images, and no further.
+    """Examine every image and target; images with a problem enter only the number of images.
 
     Args:
-        dataset: What `build` returned, unchanged by augmentation.
+        dataset: A data set without augmentation, from `build`.
         decode: Decode every image rather than read its header.
     """
     looks, problems, warnings, tally = examine(dataset, decode=decode, count=True)
     result = Statistics(images=len(dataset), problems=problems, warnings=warnings)
     result.sizes = dict(Counter(describe(look.size) for look in looks if look.size is not None).most_common())
-    if not dataset.classes:  # nothing is known of unlabeled images
+    if not dataset.classes:  # unlabeled images have no targets
         return result
     result.without = sum(look.tally is not None and not look.tally[:-1].any() for look in looks)
     counts = torch.zeros(len(dataset.classes)) if tally is None else tally[:-1]
@@ -71,7 +71,7 @@ def _describe_boxes(result: Statistics, targets: Sequence[Target]) -> None:
     boxes = torch.cat([torch.empty(0, 4), *(t["boxes"][kept] for t, kept in zip(targets, counted, strict=True))])
     sides = boxes[:, 2:] - boxes[:, :2]
     outlines = torch.cat([torch.empty(0), *(t["area"][kept] for t, kept in zip(targets, counted, strict=True))])
-    areas = torch.where(outlines > 0, outlines, sides.prod(dim=1))  # as the score by size goes
+    areas = torch.where(outlines > 0, outlines, sides.prod(dim=1))  # as in the AP by size
     result.boxes = {
         "small": int((areas < SMALL).sum()),
         "medium": int(((areas >= SMALL) & (areas < LARGE)).sum()),

@@ -1,4 +1,4 @@
-"""Random changes of a training image together with its boxes or mask."""
+"""Augmentation of a training image together with its boxes or mask."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from acamkd.data.dataset import Sample, Transform
 from acamkd.models.base import VOID, Target, Task
 
 PADDING = (124, 116, 104)
-"""ImageNet's mean color, RGB: what a small image is padded with before a crop."""
+"""ImageNet's mean color, RGB, which pads small images before a crop."""
 
 
 def augmentation(options: Augmentation, task: Task) -> Transform:
-    """Chain the changes that a recipe asks for: scale, crop, flip, photometric.
+    """Chain the augmentations that a recipe asks for: scale, crop, flip, photometric.
 
-    Boxes are clamped to the crop and dropped where less than a pixel is left; a crop without objects is legitimate.
+    Boxes are clamped to the crop and dropped if less than a pixel remains; a crop without objects is legal.
     Images smaller than the crop are padded at a random offset, masks with VOID.
 
     Args:
@@ -35,7 +35,7 @@ def augmentation(options: Augmentation, task: Task) -> Transform:
         steps.append(v2.SanitizeBoundingBoxes(min_size=1, labels_getter=_per_box))
     steps.append(v2.RandomHorizontalFlip(options.flip))
     if options.photometric:
-        # The ranges of SSD; RandomPhotometricDistort has them too, but also swaps channels.
+        # The ranges of SSD. RandomPhotometricDistort has the same ranges, but also swaps channels.
         steps.append(v2.ColorJitter(brightness=0.125, contrast=0.5, saturation=0.5, hue=0.05))
     chain: Transform = v2.Compose(steps)
     return chain
@@ -45,7 +45,7 @@ class RandomScale(nn.Module):
     """Resize by a random factor, the same on both sides.
 
     Args:
-        factors: Range of the factor, drawn evenly.
+        factors: Range of the factor, drawn uniformly.
     """
 
     def __init__(self, factors: tuple[float, float]) -> None:
@@ -61,5 +61,5 @@ class RandomScale(nn.Module):
 
 
 def _per_box(sample: Sample) -> tuple[Tensor, ...]:
-    """What goes when its box goes."""
+    """Entries of the target that are dropped together with their box."""
     return tuple(value for name, value in sample[1].items() if name != "boxes")

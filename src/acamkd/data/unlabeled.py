@@ -1,4 +1,4 @@
-"""Images without targets, which only the distillation sees."""
+"""Images without targets, which only the distillation uses."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from acamkd.models.base import VOID, PixelSize, Target, Task
 
 
 class UnlabeledImages(ImageDataset):
-    """A folder of images, with all folders in it, of which nothing is known: no boxes, nothing but void.
+    """All images in a folder and the folders below it, with empty targets: no boxes, or only void.
 
     Args:
         images: Folder of images.
-        task: What the targets are to look like, for the sake of the transform.
-        transform: Random changes.
-        seed: Of the random changes.
+        task: Task whose target format the transform expects.
+        transform: Augmentation.
+        seed: Seed of the augmentation.
 
     Raises:
         AcamkdError: The folder cannot be read.
@@ -44,26 +44,27 @@ class UnlabeledImages(ImageDataset):
         return {"boxes": boxes, "labels": none, "iscrowd": none.clone()}
 
     def inspect(self, index: int, size: PixelSize) -> list[str]:
-        """There is nothing to be wrong."""
+        """Return no problem: there are no annotations to check."""
         return []
 
 
 class WithUnlabeled(Dataset[tuple[Tensor, Target, Tensor]]):
-    """Every labeled image with an unlabeled one, as (image, target, unlabeled image).
+    """Pairs every labeled image with an unlabeled one, as (image, target, unlabeled image).
 
-    Which one and how it is changed is a function of the key and the seed, as everything else. Of m unlabeled images
-    m keys in a row show each one once.
+    The pairing and the augmentation depend only on the key and the seed. With m unlabeled images, m consecutive keys
+    use
+    each of them once.
 
     Args:
         labeled: Images and targets.
-        unlabeled: Images that go with them.
+        unlabeled: Images to pair with them.
     """
 
     def __init__(self, labeled: ImageDataset, unlabeled: ImageDataset) -> None:
         self.labeled = labeled
         self.unlabeled = unlabeled
         self.problems: Sequence[str] = [*labeled.problems, *unlabeled.problems]
-        self.reading: Tensor | None = None  # as of the labeled ones
+        self.reading: Tensor | None = None  # shared with loading processes, as in ImageDataset
         generator = torch.Generator().manual_seed(seed_of("unlabelled", unlabeled.seed))
         self._order: list[int] = torch.randperm(len(unlabeled), generator=generator).tolist()
 
@@ -76,7 +77,7 @@ class WithUnlabeled(Dataset[tuple[Tensor, Target, Tensor]]):
         return image, target, self.unlabeled[self._partner(key)][0]
 
     def sources(self, key: int) -> list[Path]:
-        """The files that an item is made of."""
+        """The image files of an item."""
         return [*self.labeled.sources(key), *self.unlabeled.sources(self._partner(key))]
 
     def _partner(self, key: int) -> int:

@@ -153,15 +153,16 @@ class Distiller(nn.Module):
         names = _flat(self._layers(index)[0] for index in active)
         with ExitStack() as stack:
             stack.enter_context(_explaining_checkpoints())
-            onward: dict[int, GradientEdge] = {}  # by the identity of the tapped output, which may have two names
+            # Keyed by the identity of the tapped output, which may have two names.
+            continuation_edges: dict[int, GradientEdge] = {}
 
-            def hand_on(_: str, student_map: Tensor) -> Tensor:
+            def clone_and_record(_: str, student_map: Tensor) -> Tensor:
                 copy = student_map.clone()
                 if copy.requires_grad:  # noted before anything works on it in place
-                    onward[id(student_map)] = get_gradient_edge(copy)
+                    continuation_edges[id(student_map)] = get_gradient_edge(copy)
                 return copy
 
-            student_tap = stack.enter_context(FeatureTap(self.student.net, names, edit=hand_on))
+            student_tap = stack.enter_context(FeatureTap(self.student.net, names, edit=clone_and_record))
             # Whole once: a layer that runs again behind the last one needed is to be named with its call.
             whole = self.training and not self._audit.has_begun
             teacher_maps = self.teacher_maps(batch, active, whole=whole) if active else {}
@@ -173,7 +174,7 @@ class Distiller(nn.Module):
             else:
                 with student_tap.early_stop(), explaining_norms():
                     self.student(batch)
-            gradients, terms = self._task_gradients(active, student_tap, onward, terms)
+            gradients, terms = self._task_gradients(active, student_tap, continuation_edges, terms)
             compared: dict[str, dict[str, Tensor]] = {}  # by loss, whatever the schedules
             for index in active:
                 boxes = batch.boxes if "boxes" in self.levels[index][1].needs else None
@@ -234,7 +235,7 @@ class Distiller(nn.Module):
         self,
         active: Sequence[int],
         student_tap: FeatureTap,
-        onward: Mapping[int, GradientEdge],
+        continuation_edges: Mapping[int, GradientEdge],
         terms: dict[str, Tensor],
     ) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
         """The task loss's gradient at the student's feature maps, by loss that needs it; the terms for the backward."""
@@ -246,11 +247,14 @@ class Distiller(nn.Module):
         if not layers or not terms or not torch.is_grad_enabled():
             return {}, terms
         maps = {index: student_tap[layer] for index, layer in layers.items()}
-        felt = {id(x): x for x in maps.values() if id(x) in onward}  # a frozen stage feels nothing
+        # The maps of a frozen stage have no gradient.
+        differentiable_maps = {id(x): x for x in maps.values() if id(x) in continuation_edges}
         at_maps: list[Tensor] = []
-        if felt:
-            at_maps, terms = split_backward(terms, list(felt.values()), [onward[key] for key in felt])
-        gradients = dict(zip(felt, at_maps, strict=True))
+        if differentiable_maps:
+            at_maps, terms = split_backward(
+                terms, list(differentiable_maps.values()), [continuation_edges[key] for key in differentiable_maps]
+            )
+        gradients = dict(zip(differentiable_maps, at_maps, strict=True))
         return {index: gradients.get(id(x), torch.zeros_like(x)) for index, x in maps.items()}, terms
 
     def _teacher_task(self, active: Sequence[int], student_tap: FeatureTap, batch: Batch) -> dict[str, Tensor]:

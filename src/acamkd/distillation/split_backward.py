@@ -54,15 +54,15 @@ def backward_scale(maps: Iterable[Tensor]) -> float:
 
 
 def split_backward(
-    terms: Mapping[str, Tensor], maps: Sequence[Tensor], onward: Sequence[GradientEdge]
+    terms: Mapping[str, Tensor], maps: Sequence[Tensor], continuation_edges: Sequence[GradientEdge]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The gradients of a loss at feature maps that it was computed from, without repeating that work in its backward.
 
     Args:
         terms: Scalars; the loss is their sum.
         maps: Each with a graph.
-        onward: The copy of each, as it was made, that the rest of the network worked on. One feature map may be
-            computed from another, as P6 is from P5, if not by way of a copy.
+        continuation_edges: Of each, the edge of the copy that the rest of the network continues from. One feature map
+            may be computed from another, as P6 is from P5, if not by way of a copy.
 
     Returns:
         The gradients, those of float16 as float32; and the terms in a form whose backward starts at the feature maps,
@@ -75,16 +75,16 @@ def split_backward(
     total = torch.stack(list(terms.values())).sum()
     device, scale = total.device.type, backward_scale(maps)
     half = scale != 1
-    above, _ = upstream_leaves([total.grad_fn], stop=onward)
+    above, _ = upstream_leaves([total.grad_fn], stop=continuation_edges)
     below, _ = upstream_leaves(x.grad_fn for x in maps)
-    _, nested = upstream_leaves((edge.node for edge in onward), stop=onward)
+    _, nested = upstream_leaves((edge.node for edge in continuation_edges), stop=continuation_edges)
     around = {id(leaf) for leaf in above} & {id(leaf) for leaf in (*below, *maps)}
     hooked = any(leaf._backward_hooks for leaf in above)
     with torch.autocast(device, enabled=False):  # a backward runs without, and rounds nothing more than its forward did
         if half or nested or around or hooked:
             gradients = torch.autograd.grad(scale * total, maps, retain_graph=True, materialize_grads=True)
             return [gradient.float() / scale if half else gradient for gradient in gradients], dict(terms)
-        edges = [*onward, *map(get_gradient_edge, above)]
+        edges = [*continuation_edges, *map(get_gradient_edge, above)]
         found = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
         direct = [torch.zeros_like(x) if g is None else g for x, g in zip((*maps, *above), found, strict=True)]
         gradients = torch.autograd.grad(maps, maps, direct[: len(maps)], retain_graph=True)  # by way of other ones too

@@ -130,18 +130,18 @@ class FeatureTap:
             return None  # a backward runs a checkpointed layer again, and nobody works on what that puts out
         call = len(self._outputs[layer])
         kept: dict[str, Tensor] = {}
-        onward: dict[str, Tensor] = {}
+        replacements: dict[str, Tensor] = {}
         for key, tensor in entries_of(output).items():
             for request in self._requests.values():
                 if request.layer == layer and _covers(request, key, call):
                     kept[key] = tensor
                     name = _name(layer, key, None if request.call is None else call)
-                    onward[key] = self._edit(name, tensor) if self._edit else tensor.clone()
+                    replacements[key] = self._edit(name, tensor) if self._edit else tensor.clone()
                     break
         self._outputs[layer].append(kept)
         if self._stop_when_complete and all(self._is_complete(request) for request in self._requests.values()):
             raise _Complete
-        return _replaced(output, onward)
+        return _replaced(output, replacements)
 
     def _is_complete(self, request: _Request) -> bool:
         return request.call != "*" and len(self._outputs[request.layer]) > int(request.call or 0)

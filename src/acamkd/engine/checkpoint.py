@@ -1,4 +1,4 @@
-"""Checkpoints that survive: written whole or not at all, the one before kept, read without running any code."""
+"""Robust checkpoints: written completely or not at all, the previous one kept, read without running code."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from acamkd.models.weight_files import DamagedFileError, read_file
 log = logging.getLogger(__name__)
 
 DAMAGED = "damaged.ckpt"
-"""A last checkpoint that could not be read."""
+"""Name for a last checkpoint that cannot be read."""
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run folder that can be read; the log says so where it is not the last one.
+    """Find the newest readable checkpoint of a run folder; a warning is logged if it is not the last one.
 
     Raises:
-        AcamkdError: None of those that are there can be read, or one holds more than data.
+        AcamkdError: No checkpoint in the folder can be read, or one holds more than tensors and plain values.
     """
     damaged: list[DamagedFileError] = []
     for file in (folder / CHECKPOINT, folder / PREVIOUS):
@@ -43,9 +43,9 @@ def find_checkpoint(folder: Path) -> Path | None:
             damaged.append(error)
             continue
         for damage in damaged:
-            log.warning("%s; going on from the one before, %s", damage, file)
-            with suppress(FileNotFoundError):  # another process was first
-                # Aside, or the next save would keep it in the place of the one that can be read.
+            log.warning("%s; resuming from the previous checkpoint, %s", damage, file)
+            with suppress(FileNotFoundError):  # another process has moved it already
+                # Moved aside: the next save would otherwise keep it as PREVIOUS, instead of the readable one.
                 (folder / CHECKPOINT).replace(folder / DAMAGED)
         return file
     if damaged:
@@ -57,9 +57,9 @@ class CheckpointFiles(TorchCheckpointIO):
     """Reads and writes checkpoints for Lightning."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a file beside `path` and move it there; what `path` held before becomes PREVIOUS."""
+        """Write a temporary file and move it to `path`; the previous file at `path` becomes PREVIOUS."""
         path = Path(path)
-        content = io.BytesIO()  # torch.save would turn a full disk into a RuntimeError about positions
+        content = io.BytesIO()  # with a file, torch.save would report a full disk as an unrelated RuntimeError
         torch.save(checkpoint, content)
         with written_whole(path, previous=path.with_name(PREVIOUS)) as unfinished:
             unfinished.write_bytes(content.getbuffer())
@@ -67,17 +67,17 @@ class CheckpointFiles(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a file of tensors and plain values; AcamkdError if it holds anything else, which could run code."""
+        """Read a file of tensors and plain values; raises AcamkdError if it holds objects that could run code."""
         content: dict[str, Any] = read_file(Path(path))
         return content
 
 
 class Checkpoints(Checkpoint):
-    """Writes last.ckpt at the end of each epoch, every so many steps within one, and when SIGTERM asks the run to end.
+    """Writes last.ckpt after each epoch, after every `every` steps within an epoch, and on SIGTERM.
 
     Args:
         folder: The run folder.
-        every: Optimization steps between two checkpoints within an epoch; None writes none there.
+        every: Optimization steps between two checkpoints within an epoch; None writes them only after epochs.
     """
 
     def __init__(self, folder: Path, every: int | None = None) -> None:
@@ -85,34 +85,34 @@ class Checkpoints(Checkpoint):
         self.every = every
         self.terminated = False
         self.position = (0, 0)
-        """Epoch, and how many of its batches are done; it is all that the order of the images needs to go on."""
+        """Epoch, and number of its completed batches; the order of the images depends on nothing else."""
         self.processes = 1
-        """How many train together: positions, steps and schedules are counted for each of them."""
+        """Number of processes; positions, steps and schedules are counted per process."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Count the processes, before the checkpoint is read."""
+        """Note the number of processes before the checkpoint is read."""
         self.processes = trainer.world_size
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on."""
+        """Return the state that a resumed run needs."""
         return {"position": self.position, "processes": self.processes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint; raises OtherRunError if another number of processes wrote it."""
+        """Restore the state from a checkpoint; raises OtherRunError if another number of processes wrote it."""
         before = state_dict.get("processes", self.processes)
         if before != self.processes:
             raise OtherRunError(
                 f"{self.folder} was trained by {before} process{'es' if before > 1 else ''}, and now there "
-                f"{'are' if self.processes > 1 else 'is'} {self.processes}, so that batches and steps are others: "
+                f"{'are' if self.processes > 1 else 'is'} {self.processes}, which changes batches and steps: "
                 f"resume with {before} (train.devices times train.num_nodes), or start again with --overwrite"
             )
         self.position = state_dict["position"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin where the checkpoint was written. Listen to SIGTERM in the place of Lightning, which restores it."""
-        if isinstance(trainer.train_dataloader, ImageLoader):  # Lightning itself would read the epoch from its start
+        """Start at the checkpoint's position, and handle SIGTERM instead of Lightning, which restores the handler."""
+        if isinstance(trainer.train_dataloader, ImageLoader):  # Lightning would read the epoch from its start
             trainer.train_dataloader.begin(*self.position)
-        if threading.current_thread() is threading.main_thread():  # no other one may
+        if threading.current_thread() is threading.main_thread():  # only the main thread may set signal handlers
             signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, *_: object) -> None:
@@ -121,10 +121,10 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save between two steps; behind the last one of an epoch, which has its end still to come, that end saves."""
+        """Save after a step; after the last step of an epoch, `on_train_epoch_end` saves."""
         if trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        # Whichever process was asked to end, all of them do.
+        # If one process is asked to end, all of them end.
         end = trainer.strategy.reduce_boolean_decision(self.terminated, all=False)
         if end or (self.every and trainer.global_step % self.every == 0):
             self._save(trainer, (trainer.current_epoch, batch_idx + 1))
@@ -132,7 +132,7 @@ class Checkpoints(Checkpoint):
             raise SystemExit(TERMINATED)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save; the recorder has kept the best network and the history by now."""
+        """Save a checkpoint; the recorder has saved the best network and the history by now."""
         self._save(trainer, (trainer.current_epoch + 1, 0))
         if trainer.strategy.reduce_boolean_decision(self.terminated, all=False):
             raise SystemExit(TERMINATED)
@@ -140,5 +140,5 @@ class Checkpoints(Checkpoint):
     def _save(self, trainer: L.Trainer, position: tuple[int, int]) -> None:
         self.position = position
         for logger in trainer.loggers:
-            logger.save()  # the log of the steps must not be behind the checkpoint
+            logger.save()  # the step log must reach as far as the checkpoint
         trainer.save_checkpoint(self.folder / CHECKPOINT)

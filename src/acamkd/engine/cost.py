@@ -1,4 +1,4 @@
-"""What one image costs a network: parameters, operations, time."""
+"""Cost of one prediction of a network: parameters, operations, time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from acamkd.models.base import TaskModel
 
 RUNS = 10
 PATIENCE = 3.0
-"""Seconds after which no further run is timed."""
+"""Seconds of measured time after which no further run starts."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,9 @@ class Cost:
     """Cost of one network.
 
     Attributes:
-        parameters: Their number.
-        gflops: 1e9 floating-point operations of one prediction, 2 per multiply-add, of the convolutions, matrix
-            products and attention alone, as torch counts them.
+        parameters: Number of parameters.
+        gflops: 1e9 floating-point operations of one prediction, 2 per multiply-add. As in torch's counter, only
+            convolutions, matrix products and attention count.
         milliseconds: Median time of one prediction on the CPU, resizing and decoding included.
     """
 
@@ -47,19 +47,19 @@ def cost(model: TaskModel, image: Tensor) -> Cost:
 
 
 def flop_counter() -> FlopCounterMode:
-    """Within, counts floating-point operations, of backward passes too, 2 per multiply-add."""
+    """Count the floating-point operations within the context, 2 per multiply-add, backward passes included."""
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
 
 
 def _convolution_backward(gradient: list[int], x: list[int], weight: list[int], *settings: Any, **_out: object) -> int:
-    """Each gradient takes what the forward took; torch 2.14 counts the weights' once per group."""
+    """Each gradient costs as much as the forward pass; torch 2.14 counts the weight gradient once per group."""
     _, _, _, _, transposed, _, _, (of_x, of_weight, _) = settings
     flops: int = (of_x + of_weight) * conv_flop_count(x, weight, gradient, transposed=transposed)
     return flops
 
 
 def median_milliseconds(call: Callable[[], object]) -> float:
-    """Median time of a call that has run before."""
+    """Median time of a call that is already warmed up."""
     times: list[float] = []
     while not times or (len(times) < RUNS and sum(times) < PATIENCE):
         start = time.perf_counter()
@@ -69,5 +69,5 @@ def median_milliseconds(call: Callable[[], object]) -> float:
 
 
 def threads() -> int:
-    """Threads that the times were taken with."""
+    """Number of CPU threads used in the measurement."""
     return torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""Which device a job works on."""
+"""Choice of the device that a job runs on."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from acamkd.config import Train
 
 
 def device_of(settings: Train) -> torch.device:
-    """The device of this process by `train.accelerator`: a GPU where one is there and may be used, else the CPU.
+    """The device of this process: a GPU if `train.accelerator` allows it and one is available, else the CPU.
 
-    Of several processes that a launcher has started, each has a GPU of its own. A run that was trained on a GPU can be
-    opened where there is none.
+    Each of several processes that a launcher has started gets its own GPU. A run that was trained on a GPU can be
+    opened
+    on a machine without one.
     """
     if settings.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
@@ -28,7 +29,7 @@ def device_of(settings: Train) -> torch.device:
 
 @contextmanager
 def moved_to(device: torch.device, *models: nn.Module) -> Iterator[None]:
-    """Within, networks are on a device; afterwards they are on the CPU, where they were built."""
+    """Move networks to a device within the context, and back to the CPU after it."""
     for model in models:
         model.to(device)
     try:

@@ -28,22 +28,22 @@ Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 
 REPLAY = "replay.npz"
 IMAGES = 4
-MOMENTS = 32
-"""About this many moments are kept of a long run; a shorter one has all of its epochs."""
+SNAPSHOTS = 32
+"""About this many snapshots are kept of a long run; a shorter run keeps one per epoch."""
 SIDE = 40
-"""Longest side of a feature map as it is kept."""
+"""Longest side of a saved feature map, in locations."""
 UNITS = 12
 CHANNELS = 256
-"""At most this many masks, and entries of a channel mask, are kept."""
+"""At most UNITS masks, and CHANNELS entries of a channel mask, are saved."""
 
 
 class MaskHistory(Callback):
-    """Looks at the same few validation images before the first step and after each epoch, and writes replay.npz.
+    """Records masks of the same few validation images before the first step and after the epochs, in replay.npz.
 
-    The training does not notice: both networks run in eval mode, without gradient, and every training step seeds
-    itself. For E moments and K images the file holds
+    This does not change the training: both networks run in eval mode, without gradients, and every training step sets
+    its own seed. For E snapshots and K images the file holds
 
-        epoch                       (E,), epochs done
+        epoch                       (E,), completed epochs
         images                    (K,), indices in the validation set
         LAYER/METHOD/student        (E, K, 1, h, w) uint8: mean magnitude over the channels, 255 = its largest
         LAYER/METHOD/teacher        likewise
@@ -59,15 +59,17 @@ class MaskHistory(Callback):
         self.file = folder / REPLAY
         self.images = images
         self.chosen = spread(len(images), IMAGES)
-        self.moments: list[Arrays] = []
+        self.snapshots: list[Arrays] = []
         self.teacher_maps: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Record the start; a resumed run goes on from what was recorded before its checkpoint."""
+        """Record the start; a resumed run keeps the snapshots up to its checkpoint."""
         if trainer.global_step == 0:
             self._record(trainer, pl_module, epoch=0)
         elif self.file.is_file():
-            self.moments = [moment for moment in read_moments(self.file) if moment["epoch"] <= trainer.current_epoch]
+            self.snapshots = [
+                snapshot for snapshot in read_snapshots(self.file) if snapshot["epoch"] <= trainer.current_epoch
+            ]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record the end of an epoch."""
@@ -82,39 +84,39 @@ class MaskHistory(Callback):
         student = pl_module.distiller.student
         images, targets = zip(*(self.images[index] for index in self.chosen), strict=True)
         with keeping_modes(student):
-            student.eval()  # before prepare: a detector in training mode may draw its input size
+            student.eval()  # before `prepare`: a detector in training mode may draw its input size at random
             batch = student.prepare(*to_device(images, targets, pl_module.device))
-            if not self.teacher_maps:  # the teacher never changes, and is the expensive one
+            if not self.teacher_maps:  # the teacher never changes, and its forward pass is the expensive one
                 self.teacher_maps = {name: x.cpu() for name, x in pl_module.distiller.teacher_maps(batch).items()}
-            self.moments.append({"epoch": np.array(epoch), **look(pl_module.distiller, batch, self.teacher_maps)})
+            self.snapshots.append({"epoch": np.array(epoch), **look(pl_module.distiller, batch, self.teacher_maps)})
         self._write()
 
     def _write(self) -> None:
-        stacked = {name: np.stack([moment[name] for moment in self.moments]) for name in self.moments[0]}
+        stacked = {name: np.stack([snapshot[name] for snapshot in self.snapshots]) for name in self.snapshots[0]}
         with written_whole(self.file) as unfinished:
             np.savez(unfinished, **stacked, images=np.array(self.chosen))  # type: ignore[arg-type]
 
 
-def read_moments(file: Path) -> list[Arrays]:
-    """What a replay.npz holds, one mapping per moment, without `images`."""
+def read_snapshots(file: Path) -> list[Arrays]:
+    """Read the snapshots of a replay.npz, one mapping each, without `images`."""
     with np.load(file) as stored:
         stacked = {name: stored[name] for name in stored.files if name != "images"}
-    return [{name: array[moment] for name, array in stacked.items()} for moment in range(len(stacked["epoch"]))]
+    return [{name: array[snapshot] for name, array in stacked.items()} for snapshot in range(len(stacked["epoch"]))]
 
 
 def is_kept(epoch: int, epochs: int) -> bool:
-    """Whether the end of this epoch, counted from 1, is among about MOMENTS even ones; the last always is."""
-    return epoch % math.ceil(epochs / MOMENTS) == 0 or epoch == epochs
+    """Whether this epoch, counted from 1, is among about SNAPSHOTS evenly spaced ones; the last epoch always is."""
+    return epoch % math.ceil(epochs / SNAPSHOTS) == 0 or epoch == epochs
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """Up to `wanted` indices, evenly over `count` entries."""
+    """Up to `wanted` indices, evenly spaced over `count` entries."""
     return [index * count // min(wanted, count) for index in range(min(wanted, count))]
 
 
 @torch.no_grad()
 def look(distiller: Distiller, batch: Batch, teacher_maps: Mapping[str, Tensor]) -> Arrays:
-    """Feature maps and masks of one batch as `MaskHistory` keeps them; the student is in eval mode."""
+    """Compute a batch's feature maps and masks in the form that `MaskHistory` saves; expects eval mode."""
     pairs = list(_pairs(distiller))
     context = DistillationContext(input_size=batch.input_size, boxes=batch.boxes)
     shares = [(h / batch.input_size[0], w / batch.input_size[1]) for h, w in batch.sizes]
@@ -130,16 +132,16 @@ def look(distiller: Distiller, batch: Batch, teacher_maps: Mapping[str, Tensor])
                 found[f"{key}/{who}"] = _bytes(_scaled(_pooled(_inside(x.abs().mean(1, keepdim=True), shares))))
             for name, masks in loss.masks(student, teacher, context).items():
                 visible = _inside(masks, shares) if masks.ndim == 4 else list(masks)
-                if masks.ndim == 4 and name != "spatial":  # weights of any size
+                if masks.ndim == 4 and name != "spatial":  # weights that may exceed 1
                     visible = _scaled(visible)
-                found[f"{key}/{name}/figures"] = np.mean([_figures(x.flatten(1)) for x in visible], axis=0)
+                found[f"{key}/{name}/figures"] = np.mean([_statistics(x.flatten(1)) for x in visible], axis=0)
                 kept = _pooled(visible) if masks.ndim == 4 else masks[..., :CHANNELS]
                 found[f"{key}/{name}"] = _bytes(kept[:, :UNITS])
     return found
 
 
 def _pairs(distiller: Distiller) -> Iterator[tuple[str, str, DistillationLoss]]:
-    """Layers of student and teacher that are compared, with the loss that compares them."""
+    """Student layer, teacher layer and loss of every compared pair."""
     for pair, loss in distiller.levels:
         if isinstance(loss, HeadLoss):
             layers = loss.layers(distiller.student, distiller.teacher)
@@ -149,7 +151,7 @@ def _pairs(distiller: Distiller) -> Iterator[tuple[str, str, DistillationLoss]]:
 
 
 def _inside(maps: Tensor, shares: Sequence[tuple[float, float]]) -> list[Tensor]:
-    """(K, M, H, W) -> (M, h, w) per image, without the padding around it."""
+    """(K, M, H, W) -> (M, h, w) per image, without its padding."""
     height, width = maps.shape[-2:]
     return [
         x[:, : math.ceil(height * rows), : math.ceil(width * columns)]
@@ -158,17 +160,17 @@ def _inside(maps: Tensor, shares: Sequence[tuple[float, float]]) -> list[Tensor]
 
 
 def _pooled(maps: Sequence[Tensor]) -> Tensor:
-    """Maps of up to SIDE locations a side, one size for all images: (K, M, h, w)."""
+    """Pool to at most SIDE locations per side, with one size for all images: (K, M, h, w)."""
     height, width = (min(SIDE, max(x.shape[axis] for x in maps)) for axis in (-2, -1))
     return torch.stack([F.adaptive_avg_pool2d(x, (height, width)) for x in maps])
 
 
 def _scaled(maps: Iterable[Tensor]) -> list[Tensor]:
-    """Each image's maps over their largest value."""
+    """Divide each image's maps by their largest value."""
     return [x / x.amax().clamp_min(1e-12) for x in maps]
 
 
-def _figures(masks: Tensor) -> list[float]:
+def _statistics(masks: Tensor) -> list[float]:
     """Mean, standard deviation over locations and Dice overlap of the masks (M, P) of one image."""
     return [masks.mean().item(), masks.std(dim=1, correction=0).mean().item(), dice_overlap(masks[None]).item()]
 

@@ -23,13 +23,13 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 MAX_DETECTIONS = 100
-"""COCO's: what counts of one class in one image."""
+"""COCO's limit on the detections of one class that count in one image."""
 
 _LIMITS = ("detections_per_img", "box_detections_per_img")
-"""Options of a recipe's networks that say how many detections an image gets."""
+"""Options of a recipe's networks that limit the detections per image."""
 
 METRICS: Mapping[Task, str] = {"detection": "mAP", "segmentation": "mIoU"}
-"""The one figure that decides, per task."""
+"""The deciding metric of each task."""
 
 _COCO_NAMES = {
     "mAP": "map", "AP50": "map_50", "AP75": "map_75", "AP_s": "map_small", "AP_m": "map_medium", "AP_l": "map_large",
@@ -37,42 +37,43 @@ _COCO_NAMES = {
 
 
 class Scorer(nn.Module):
-    """Collects predictions over a data set and turns them into the task's metrics, in percent.
+    """Collects predictions over a data set and computes the task's metrics, in percent.
 
-    Detection: COCO's mAP, AP50, AP75, AP by object size (small below 32^2, large above 96^2 pixels of the image as
-    it lies on disk, by the target's `area`, or that of the box where there is none) and `AP/CLASS`. Segmentation: mIoU
-    from one confusion matrix over the whole set, and `IoU/CLASS`.
+    Detection: COCO's mAP, AP50, AP75, AP by object size, and `AP/CLASS`. Objects are small below 32^2 and large above
+    96^2 pixels of the original image. Their size is the target's `area`, or that of the box if `area` is 0 or missing.
+    Segmentation: mIoU from one confusion matrix over the whole data set, and `IoU/CLASS`.
 
-    A figure that has no basis is NaN and does not enter a mean: an AP without such an object in the set, an IoU of a
-    class that is neither in the masks nor predicted. A class that is predicted alone has an IoU of 0, which does enter
-    the mean, as in torchmetrics and MMSegmentation; detectron2 leaves it out.
+    A metric that is undefined is NaN and does not enter a mean: the AP of a class or size without objects, or the IoU
+    of
+    a class that is neither in the masks nor predicted. The IoU of a class that is predicted but not in the masks is 0.
+    It enters the mean, as in torchmetrics and MMSegmentation; detectron2 leaves it out.
 
-    Of several processes each adds its own images, in any number, and all of them get the figures of the whole set.
+    With several processes, each adds its own images, in any number. All of them get the metrics of the whole data set.
 
     Args:
         task: `detection` or `segmentation`.
         classes: Class names in the order of their ids.
-        max_detections: Detection: the best so many of each class count in an image.
+        max_detections: Detection: this many detections of each class count in an image, the best ones.
 
     Raises:
-        AcamkdError: There is a single class to segment.
+        AcamkdError: Segmentation with a single class.
     """
 
     def __init__(self, task: Task, classes: Sequence[str], max_detections: int = MAX_DETECTIONS) -> None:
         super().__init__()
         self.task: Task = task
         self.max_detections = max_detections
-        self._crowded: list[int] = []  # numbers of objects beyond the limit
+        self._crowded: list[int] = []  # number of objects of each image that exceeds the limit
         self._has_warned = False
         self.classes = tuple(classes)
         self._images: list[tuple[dict[str, Tensor], ...]] = []
         if task == "detection":
-            # Its own exchange between processes waits for ever where they have unequal numbers of images.
+            # torchmetrics' own synchronization hangs if the processes have unequal numbers of images.
             self.metric: Metric = MeanAveragePrecision(
                 backend="faster_coco_eval", class_metrics=True, sync_on_compute=False,
                 max_detection_thresholds=[1, 10, max_detections],
             )  # fmt: skip
-            self.metric.warn_on_many_detections = False  # which are no loss; objects are, and told below
+            self.metric.warn_on_many_detections = False  # surplus detections are harmless; `_warn` reports objects
         else:
             if len(classes) < 2:
                 raise AcamkdError(
@@ -95,7 +96,7 @@ class Scorer(nn.Module):
             self.metric.update(prediction["mask"].unsqueeze(0), target["mask"].unsqueeze(0))
 
     def compute(self) -> dict[str, float]:
-        """Return every figure by name, in percent, and start anew."""
+        """Return every metric by name, in percent, and reset."""
         if self.task == "detection":
             for image in _interleaved(gathered(self._images)):
                 self.metric.update(*([side] for side in image))
@@ -116,7 +117,7 @@ class Scorer(nn.Module):
         return scores
 
     def _warn(self) -> None:
-        """Say once that no network could find every object."""
+        """Warn once that some images have more objects than detections count."""
         if self._crowded and not self._has_warned:
             log.warning(
                 "%d images have more than %d objects (up to %d), and no more detections of a class count in an image: "
@@ -129,7 +130,7 @@ class Scorer(nn.Module):
 
 
 def scorer_of(recipe: Recipe, classes: Sequence[str]) -> Scorer:
-    """The scorer of a recipe: it counts 100 detections, or as many as the options of one of its networks ask for."""
+    """Build a recipe's scorer; it counts 100 detections of a class per image, or as many as a network may give."""
     sections = [section for section in (recipe.student, recipe.teacher) if section is not None]
     asked = [section.options[name] for section in sections for name in _LIMITS if name in section.options]
     return Scorer(recipe.task, classes, max([MAX_DETECTIONS, *asked]))
@@ -144,7 +145,7 @@ def score(
     Args:
         model: The network; its modes are restored afterwards.
         batches: (images, targets) each.
-        scorer: Fresh, or computed before.
+        scorer: New, or reset by `compute`.
     """
     device = model.mean.device
     scorer.to(device)
@@ -157,7 +158,7 @@ def score(
 
 
 def gathered(own: T) -> list[T]:
-    """What every process has, in the order of their ranks; alone, a list of one."""
+    """Gather a value of every process, in the order of their ranks; a single process gets a list of one."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return [own]
     everything: list[Any] = [None] * distributed.get_world_size()
@@ -166,18 +167,18 @@ def gathered(own: T) -> list[T]:
 
 
 def own_part(everything: Sequence[T]) -> T | None:
-    """What `gathered` had of this process; nothing where there were fewer of them."""
+    """Return this process's entry of what `gathered` returned; None if fewer processes had gathered it."""
     rank, _ = rank_and_world_size()
     return everything[rank] if rank < len(everything) else None
 
 
 def _interleaved(shares: Sequence[Sequence[T]]) -> list[T]:
-    """Shares that were dealt out like cards, in the order of the pack."""
+    """Merge shares that were distributed round-robin, in the original order."""
     return [share[index] for index in range(max(map(len, shares))) for share in shares if index < len(share)]
 
 
 def _percent(value: Tensor) -> float:
-    return 100 * float(value) if value >= 0 else math.nan  # pycocotools' -1: nothing to find
+    return 100 * float(value) if value >= 0 else math.nan  # pycocotools gives -1 where there is no object
 
 
 logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)

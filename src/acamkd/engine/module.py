@@ -22,10 +22,11 @@ from acamkd.models.base import Batch, Target
 class TrainingModule(L.LightningModule):
     """Trains a Distiller's student, with or without distillation.
 
-    What a step found is in `values`, and what a validation found in `scores`, for the recorder.
+    The recorder reads the loss terms of the last step from `values`, and the metrics of the last validation from
+    `scores`.
 
     Args:
-        distiller: The student and whatever it learns from; brought into the memory format that `config` asks for.
+        distiller: The student with its teacher and losses. It is converted to the memory format that `config` asks for.
         config: The recipe's `train`.
         scorer: Collects the validation metric.
     """
@@ -33,21 +34,21 @@ class TrainingModule(L.LightningModule):
     def __init__(self, distiller: Distiller, config: Train, scorer: Scorer) -> None:
         super().__init__()
         self.distiller = distiller
-        if config.channels_last:  # the maps follow their convolutions' weights
+        if config.channels_last:  # feature maps take the memory format of the weights
             distiller.to(memory_format=torch.channels_last)
         self.config = config
         self.scorer = scorer
         self.scores: dict[str, float] = {}
-        """Figures of the last validation."""
+        """Metrics of the last validation."""
         self.values: dict[str, float] = {}
         """Loss, its terms and the losses' statistics in the last step; empty where a term was not finite."""
         self.faults: list[str] = []
         """What was not finite in the batches of the current step."""
 
     def on_fit_start(self) -> None:
-        """Mend what torch gets wrong in the training's precision on its device, and agree on the losses' weights.
+        """Work around a torch error in bfloat16 on the CPU, and give all processes the same loss weights.
 
-        Each process has measured `weight: auto` for itself, and other devices may round in another way.
+        Each process has measured `weight: auto` itself, and devices may round differently.
         """
         weights = [
             {name: value for name, value in vars(loss).items() if name.endswith("weight") and isinstance(value, float)}
@@ -59,7 +60,7 @@ class TrainingModule(L.LightningModule):
             mend_convolutions(self.distiller.student.net)
 
     def on_train_start(self) -> None:
-        """Turn the epochs of the losses' schedules into steps: only now is it known how many processes there are."""
+        """Convert the loss schedules from epochs to steps: the number of processes is known only now."""
         for schedule in self.distiller.schedules:
             if isinstance(schedule, WeightSchedule):
                 schedule.steps_per_epoch = -(-int(self.trainer.num_training_batches) // self.config.accumulate)
@@ -68,17 +69,17 @@ class TrainingModule(L.LightningModule):
         """Return the training loss of one batch.
 
         Args:
-            batch: Images and targets and, if there are any, as many unlabeled images. A term that sees both is
-                the mean of the two, so that its weight means the same as without.
-            batch_idx: Its place in the epoch.
+            batch: Images, targets and, if the recipe has them, as many unlabeled images. A term computed on both is
+                their mean, so that its weight keeps its meaning.
+            batch_idx: Index of the batch in the epoch.
         """
-        # Every draw inside a step (dropout, a random mask, sampled boxes) is a function of the seed and the position.
+        # Every random draw in a step (dropout, random masks, sampled boxes) depends only on seed, position and rank.
         batches = int(self.trainer.num_training_batches)
         position = self.current_epoch * batches + batch_idx
         torch.manual_seed(seed_of(self.config.seed, position, self.global_rank))
         terms, statistics, faults = self._terms(*batch)
         total = torch.stack(list(terms.values())).sum()
-        if faults:  # dealt with where all processes are behind their backward pass, each part of which others wait for
+        if faults:  # handled after the backward pass, which every process must complete for the others
             self.values = {}
             self.faults += faults
             return torch.nan * (total + torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum())
@@ -94,7 +95,7 @@ class TrainingModule(L.LightningModule):
     def _terms(
         self, images: list[Tensor], targets: list[Target], unlabeled: list[Tensor] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-        """Loss terms, the losses' statistics, and what was not finite."""
+        """Return the loss terms, the losses' statistics, and descriptions of what was not finite."""
         student, faults = self.distiller.student, []
 
         def run(batch: Batch, *, labeled: bool) -> dict[str, Tensor]:
@@ -112,7 +113,7 @@ class TrainingModule(L.LightningModule):
         return terms, statistics, faults
 
     def validation_step(self, batch: Images, batch_idx: int) -> None:
-        """Collect the predictions of one batch, in 32 bits whatever the training's precision, as every score is."""
+        """Collect one batch's predictions, computed in 32 bits whatever the training's precision is."""
         images, targets = batch
         with torch.autocast(self.device.type, enabled=False):
             self.scorer.update(self.distiller.student.predict(images), targets)
@@ -122,7 +123,7 @@ class TrainingModule(L.LightningModule):
         self.scores = self.scorer.compute()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Student and loss parameters in groups of their own; the schedule moves by step."""
+        """Put student and loss parameters into separate groups; the schedule advances once per optimization step."""
         config = self.config.optimizer
         groups = [
             {"params": [p for p in self.distiller.student.parameters() if p.requires_grad], "lr": config.lr},
@@ -150,11 +151,11 @@ class TrainingModule(L.LightningModule):
         if config.name == "one_cycle":
             peaks = [group["lr"] for group in optimizer.param_groups]
             total_steps = max(total_steps, 2)
-            # torch divides by zero where exactly one step rises, or none falls.
+            # torch divides by zero if the learning rate rises for exactly one step, or never falls.
             pct_start = min(max(config.pct_start, 1.5 / total_steps), 1 - 0.5 / total_steps)
             return lr_scheduler.OneCycleLR(
                 optimizer, max_lr=peaks, total_steps=total_steps, pct_start=pct_start,
-                cycle_momentum=self.config.optimizer.name != "sgd",  # whose momentum is the recipe's
+                cycle_momentum=self.config.optimizer.name != "sgd",  # with sgd the recipe sets the momentum
             )  # fmt: skip
         parts: list[lr_scheduler.LRScheduler] = []
         if config.warmup_steps:
@@ -168,10 +169,10 @@ class TrainingModule(L.LightningModule):
 
 
 def mend_convolutions(net: nn.Module) -> None:
-    """Keep a network's dilated depthwise convolutions from channels last, and leave the rest of it as it is.
+    """Keep the dilated depthwise convolutions of a network in the contiguous memory format.
 
-    In bfloat16 on a CPU torch (2.14, by oneDNN) gives the weights of such a convolution a wrong gradient as soon as
-    they or its input are channels last, which a network's own permutations can bring about too.
+    In bfloat16 on a CPU, torch 2.14 (oneDNN) computes a wrong weight gradient for such a convolution. The error occurs
+    if the weights or the input are channels last, which permutations within a network can also cause.
     """
     for layer in net.modules():
         if (
@@ -179,7 +180,7 @@ def mend_convolutions(net: nn.Module) -> None:
             and layer.groups == layer.in_channels
             and max(layer.dilation) > 1
         ):
-            # `contiguous` would leave weights of (C, 1, H, W) as they are, in either format.
+            # `contiguous` copies nothing here: weights of (C, 1, H, W) count as contiguous in both formats.
             layer.weight.data = layer.weight.data.clone(memory_format=torch.contiguous_format)
             layer.register_forward_pre_hook(_contiguous)
 

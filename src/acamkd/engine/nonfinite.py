@@ -1,4 +1,4 @@
-"""NonFinite: what happens where a loss term or a gradient becomes NaN or infinite."""
+"""NonFinite: handles steps whose loss or gradient is NaN or infinite."""
 
 from __future__ import annotations
 
@@ -19,26 +19,29 @@ from acamkd.errors import AcamkdError
 log = logging.getLogger(__name__)
 
 NONFINITE = "nonfinite"
-"""Folder of the batches in a run folder."""
+"""Folder within the run folder that holds the images of such steps."""
 IN_A_ROW = 10
-"""More steps than this, one behind the other, are not left out: then it is not the images."""
+"""More consecutive steps than this are not skipped: the run stops, since single images cannot be the cause."""
 HALVINGS = 32
-"""After more of them in a row, from 2^16 on, it is not the scaler's factor that makes a gradient infinite."""
+"""In 16-mixed an infinite gradient counts as a fault after this many consecutive halvings of the loss scale.
+
+The scale starts at 2^16 and is then 2^-16, too small to be the cause.
+"""
 KEPT = 10
-"""At most this many batches are kept."""
+"""The images of at most this many steps are saved."""
 
 
 class NonFinite(Callback):
-    """Stops at a step whose loss or gradient is not finite, or leaves it out; the images are kept for a replay.
+    """Stops the run at a step whose loss or gradient is not finite, or skips the step; its images are saved.
 
-    A step that is left out changes neither weights, optimizer nor batch norm's statistics; it counts as a step for the
-    schedules. Where several processes train, all of them see it at the same step: a process whose loss is not finite
-    lets NaN into the gradient that they share. In 16-mixed an infinite gradient alone is left to its scaler, which
-    leaves such steps out as a matter of course and halves its factor, unless that does not help.
+    A skipped step changes neither weights, optimizer nor batch-norm statistics; the schedules still count it. With
+    several processes, all of them detect the fault at the same step: a process whose loss is not finite puts NaN into
+    the shared gradient. In 16-mixed the gradient scaler handles an infinite gradient: it skips the step and halves the
+    loss scale. Only a gradient that stays infinite after HALVINGS halvings is a fault.
 
     Args:
         folder: The run folder.
-        skip: Leave such a step out; otherwise stop.
+        skip: Skip such a step; otherwise stop the run.
     """
 
     def __init__(self, folder: Path, *, skip: bool) -> None:
@@ -51,17 +54,17 @@ class NonFinite(Callback):
         self._buffers: list[tuple[Tensor, Tensor]] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on."""
+        """Return the counters that a resumed run continues from."""
         return {"skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the counters from a checkpoint."""
         self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Images, batch_idx: int
     ) -> None:
-        """Remember the batches of a step and, where it may be left out, batch norm's statistics before it."""
+        """Keep the batches of a step and, if it may be skipped, a copy of the buffers (batch-norm statistics)."""
         assert isinstance(pl_module, TrainingModule)
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._window, pl_module.faults = [], []
@@ -72,7 +75,7 @@ class NonFinite(Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Look at the gradient, which is the same in every process by now."""
+        """Check the gradient, which is the same in every process by now."""
         assert isinstance(pl_module, TrainingModule)
         norms = [p.grad.norm() for p in pl_module.parameters() if p.grad is not None]
         if torch.stack(norms).isfinite().all():
@@ -89,19 +92,22 @@ class NonFinite(Callback):
         if not self.skip:
             raise AcamkdError(text)
         if self.in_a_row > IN_A_ROW:
-            raise AcamkdError(f"{text}\n  it is the {self.in_a_row}th step in a row that would have to be left out")
-        log.warning("%s; the step is left out, %d so far", text, self.skipped)
-        optimizer.zero_grad()  # to None: the optimizer's step passes over every parameter
+            raise AcamkdError(
+                f"{text}\n  it is consecutive step {self.in_a_row} with this fault, and at most {IN_A_ROW} are skipped"
+            )
+        log.warning("%s; the step is skipped, %d so far", text, self.skipped)
+        optimizer.zero_grad()  # sets every gradient to None, so that the optimizer updates nothing
         for buffer, before in self._buffers:
             buffer.copy_(before)
 
     def _describe(self, trainer: L.Trainer, module: TrainingModule) -> str:
-        """What is wrong in this process, with which images."""
+        """Describe what is not finite in this process, and name the images."""
         broken = [n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         count = f"{len(broken)} parameter{'s' if len(broken) > 1 else ''}"
         text = "; ".join(module.faults) or (
             f"step {trainer.global_step}: the gradient is not finite at {count} "
-            f"({', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}), though every loss term of this process is"
+            f"({', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}), though every loss term of this process "
+            "is finite"
         )
         loader = trainer.train_dataloader
         assert isinstance(loader, ImageLoader)

@@ -1,4 +1,4 @@
-"""Results that print themselves: as a table in a terminal and in a notebook."""
+"""Results that print as a table, in a terminal and in a notebook."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from rich.console import Console, RenderableType
 from rich.jupyter import JupyterMixin
 
 WIDTH = 120
-"""Columns of what `str` gives, which knows no terminal."""
+"""Width in characters of the text that `str` returns."""
 
 
 class Printable(JupyterMixin, ABC):
-    """What a job returns. `print` and the last line of a notebook's cell show what `__rich__` gives."""
+    """Base class of the jobs' results: `print` and a notebook cell show what `__rich__` returns."""
 
     @abstractmethod
     def __rich__(self) -> RenderableType:
-        """A table, or text, of rich."""
+        """Return a rich table or text."""
 
     def __str__(self) -> str:
         console = Console(width=WIDTH, color_system=None)

@@ -1,4 +1,4 @@
-"""Run folders: what one training leaves behind, and how it is opened again."""
+"""Run folders: the files of one training, and how to open them again."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ PREVIOUS = "previous.ckpt"
 LOCK = ".lock"
 
 TERMINATED = 128 + signal.SIGTERM
-"""Exit code of what was asked to end and saved itself: what a shell gives a process that SIGTERM ended."""
+"""Exit code of a run that saved a checkpoint after SIGTERM; shells report the same code for a process that it ended."""
 
 _BEGINNING = {LOCK, LOG, unfinished_name(RECIPE)}
-"""What a run may leave behind that could not begin."""
+"""Files that a run may leave behind if it fails before its start."""
 
 PATIENCE = 10.0
-"""Seconds to wait for a run folder that another process holds: what loads a killed training's images stays a few."""
+"""Seconds to wait for a locked run folder: the image loaders of a killed training hold the lock for a few more."""
 
 
 class OtherRunError(AcamkdError):
@@ -54,16 +54,17 @@ class OtherRunError(AcamkdError):
 
 @dataclass(frozen=True, repr=False)
 class Run(Printable):
-    """One run folder; it prints itself as a line, in a notebook as a table.
+    """One run folder. It prints as a line, in a notebook as a table.
 
-    It holds the resolved recipe (`recipe.yaml`), `metrics.json`, `history.csv`, `log.txt`, `last.ckpt` to resume from
-    (and `previous.ckpt`, the one before), and the trained network alone at its best epoch, `student.safetensors` (or
-    `teacher.safetensors`), which the plain framework loads.
+    The folder holds the resolved recipe (`recipe.yaml`), `metrics.json`, `history.csv`, `log.txt`, and the checkpoints
+    `last.ckpt` and `previous.ckpt`, from which a run resumes. `student.safetensors` (or `teacher.safetensors`) holds
+    the
+    weights of the best epoch, which the framework loads without acamkd.
 
     Attributes:
-        folder: Where it lies.
-        recipe: Everything it depended on, class names included.
-        role: Which of the recipe's networks it trained.
+        folder: Path of the run folder.
+        recipe: The resolved recipe, class names included.
+        role: Which of the recipe's networks was trained.
     """
 
     folder: Path
@@ -77,12 +78,12 @@ class Run(Printable):
 
     @property
     def checkpoint(self) -> Path:
-        """What `resume` starts from."""
+        """The checkpoint that `resume` starts from."""
         return self.folder / CHECKPOINT
 
     @property
     def has_begun(self) -> bool:
-        """Whether the folder holds a run; both files, since a recipe.yaml alone may be the user's own."""
+        """Whether the folder holds a run. Both files are needed, since a lone recipe.yaml may be the user's own."""
         return (self.folder / RECIPE).is_file() and (self.folder / LOG).is_file()
 
     @property
@@ -97,7 +98,7 @@ class Run(Printable):
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """What metrics.json holds; a score that is not defined is None.
+        """The content of metrics.json; an undefined score is None.
 
         Raises:
             AcamkdError: The run has not ended.
@@ -135,15 +136,15 @@ class Run(Printable):
 
     @contextmanager
     def entered(self, *, resume: bool, overwrite: bool) -> Iterator[bool]:
-        """Make the folder, or enter it again, and keep other processes out of it within.
+        """Create the folder or reopen it, and lock it against other processes within the context.
 
         Yields:
             Whether there is a checkpoint to resume from.
 
         Raises:
             OtherRunError: The run to resume had another recipe.
-            AcamkdError: There is a run already and neither `resume` nor `overwrite` is set, another process is at work
-                in it, or the folder holds something else or cannot be written.
+            AcamkdError: The folder holds a run and neither `resume` nor `overwrite` is set, another process uses it, it
+                holds other files, or it cannot be written.
         """
         lock = FileLock(self.folder / LOCK, timeout=PATIENCE)
         try:
@@ -159,7 +160,7 @@ class Run(Printable):
         try:
             try:
                 self.check_free(resume=resume, overwrite=overwrite)  # again: it may have waited for another process
-                # As JSON, where neither the order of keys nor tuple or list makes a difference.
+                # Compared as JSON, in which neither the order of keys nor tuple or list matters.
                 if self.has_begun and resume:
                     self._check_same()
                 if self.has_begun and not resume:
@@ -173,7 +174,7 @@ class Run(Printable):
             lock.release()
 
     def check_free(self, *, resume: bool, overwrite: bool) -> None:
-        """Raise AcamkdError if the folder cannot be written, or holds something that may not be touched."""
+        """Raise AcamkdError if the folder cannot be written, or holds files that must not be changed."""
         if resume and overwrite:
             raise AcamkdError("--resume continues a run and --overwrite replaces it: give one of them")
         if self.has_begun:
@@ -189,7 +190,7 @@ class Run(Printable):
         check_writable(self.folder, "the run folder")
 
     def _check_same(self) -> None:
-        """Raise OtherRunError where the folder's recipe would have come to another outcome."""
+        """Raise OtherRunError if the folder's recipe differs in a key that affects the outcome."""
         changes = list(_changes(self._content(config.load(self.folder / RECIPE)), self._content(self.recipe)))
         if changes:
             more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
@@ -199,8 +200,8 @@ class Run(Printable):
             )
 
     def _content(self, recipe: config.Recipe) -> dict[str, Any]:
-        """What the outcome depends on."""
-        without: dict[str, Any] = {"data": {"workers", "check"}, "train": {"checkpoint_every"}, "compare": True}
+        """The keys that affect the outcome."""
+        without: dict[str, Any] = {"data": {"workers", "check", "test"}, "train": {"checkpoint_every"}, "compare": True}
         if self.role == "teacher":
             without["student"] = True
         return recipe.model_dump(mode="json", exclude=without)
@@ -223,7 +224,7 @@ class Run(Printable):
         return self._build(section.model_copy(update={"weights": str(self.weights)}))
 
     def load_teacher(self) -> TaskModel:
-        """Build the teacher that a student was distilled from, in eval mode; raises AcamkdError if that cannot be."""
+        """Build the teacher of a distilled student, in eval mode; raises AcamkdError if its weights do not load."""
         assert self.recipe.teacher is not None
         return self._build(self.recipe.teacher)
 
@@ -236,18 +237,18 @@ class Run(Printable):
 
 
 def is_first_process() -> bool:
-    """Whether this is the first of the processes that a launcher has started, or the only one."""
+    """Whether this is the only process, or the first one that a launcher has started."""
     ranks = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ]
     return not ranks or ranks[0] == "0"
 
 
 def default_folder(recipe: config.Recipe, job: str) -> Path:
-    """Where a recipe's `teacher`, `baseline` and `distilled` runs go."""
+    """Default folder of a recipe's `teacher`, `baseline` or `distilled` run."""
     return Path("runs") / recipe.name / job
 
 
 def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
-    """Open a run, with some keys of its recipe overridden; raises AcamkdError if the folder holds none."""
+    """Open a run and override keys of its recipe; raises AcamkdError if the folder holds no run."""
     folder = Path(folder).expanduser()
     if not (folder / RECIPE).is_file():
         raise AcamkdError(f"{folder} is not a run folder: it has no {RECIPE}")
@@ -257,13 +258,13 @@ def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
         run = Run(folder, recipe, role)
         if run.weights.is_file():
             if not run.has_ended:
-                log.warning("%s: its training has not ended; its weights are of the best epoch so far", folder)
+                log.warning("%s: its training has not ended; its weights are those of the best epoch so far", folder)
             return run
     raise AcamkdError(f"{folder} holds no weights yet: its first epoch has not ended (--resume continues it)")
 
 
 def as_run(run: Run | Path | str, overrides: Sequence[str] = ()) -> Run:
-    """A run, given as such or by its folder, with some keys of its recipe overridden."""
+    """Return a run, given itself or by its folder, with keys of its recipe overridden."""
     if not isinstance(run, Run):
         return open_run(Path(run), overrides)
     return replace(run, recipe=config.override(run.recipe, overrides)) if overrides else run
@@ -272,7 +273,7 @@ def as_run(run: Run | Path | str, overrides: Sequence[str] = ()) -> Run:
 def load_student(run: Run | Path | str) -> TaskModel:
     """Build the network that a run trained, with its best weights and in eval mode.
 
-    `predict` of what is returned takes images, (3, H, W) uint8 or in [0, 1]; its `net` is the framework's own module.
+    Its `predict` takes images, (3, H, W) uint8 or float in [0, 1]. Its `net` is the framework's own module.
 
     Raises:
         AcamkdError: The folder holds no run, or its weights do not fit.
@@ -281,23 +282,23 @@ def load_student(run: Run | Path | str) -> TaskModel:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either there whole or not at all."""
+    """Write a text file completely or not at all."""
     with written_whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Mapping[Any, Any]) -> None:
-    """Write JSON likewise; see `as_json`."""
+    """Write a JSON file completely or not at all; see `as_json`."""
     write_text(path, as_json(content) + "\n")
 
 
 def as_json(content: Any) -> str:
-    """Indented JSON; NaN, which JSON does not know, becomes null."""
+    """Indented JSON, with null for NaN, which JSON lacks."""
     return json.dumps(_without_nan(content), indent=2)
 
 
 def _empty(folder: Path) -> None:
-    """Remove what a run folder holds but its lock."""
+    """Remove everything in a run folder except its lock."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -309,7 +310,7 @@ _MISSING = "not given"
 
 
 def _changes(before: Any, now: Any, key: str = "") -> Iterator[str]:
-    """Where two contents differ: keys as `--set` names them, with both values."""
+    """Differences of two contents: keys in the form of `--set`, with both values."""
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         before, now = dict(enumerate(before)), dict(enumerate(now))
     if isinstance(before, dict) and isinstance(now, dict):

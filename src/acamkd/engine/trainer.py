@@ -23,6 +23,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from acamkd.config import Train
 from acamkd.data.loading import Images
 from acamkd.engine.checkpoint import CheckpointFiles, Checkpoints
+from acamkd.engine.heartbeat import Heartbeat
 from acamkd.engine.metrics import gathered, own_part
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.nonfinite import NonFinite
@@ -32,7 +33,7 @@ from acamkd.models.weights import save_weights
 
 log = logging.getLogger(__name__)
 
-# Lightning sets its own levels on import; what it would say there is said here, or is advertising.
+# Lightning sets its own levels on import; its messages repeat those of this package, or advertise.
 for name in ("lightning.pytorch", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
@@ -41,9 +42,9 @@ warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
 
 
 class Recorder(Callback):
-    """Keeps the best network, logs every step, writes history.csv and says after every epoch where the training stands.
+    """Saves the best network, logs every step, writes history.csv and reports the progress after every epoch.
 
-    A row of history.csv has the means over the epoch's images of what the steps found.
+    A row of history.csv has the means of the steps' values over the images of the epoch.
 
     Args:
         folder: The run folder.
@@ -61,21 +62,21 @@ class Recorder(Callback):
         self.seconds = 0.0
         self.step = 0
         self.sums: dict[str, list[float]] = {}
-        """By name, the sum over the epoch's images so far, and how many they were."""
-        self._steps = _rows(folder / "logs/metrics.csv")  # now, because Lightning's logger deletes the file
+        """By name, the sum over the epoch's images so far, and their number."""
+        self._steps = _rows(folder / "logs/metrics.csv")  # read now, because Lightning's logger deletes the file
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on, of every process its own sums; all of them are to ask."""
+        """Return the state that a resumed run needs, with the sums of every process; all processes must call this."""
         names = ("best", "best_epoch", "history", "seconds", "step")
         return {name: getattr(self, name) for name in names} | {"sums": gathered(self.sums)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state from a checkpoint."""
         for name, value in state_dict.items():
             setattr(self, name, (own_part(value) or {}) if name == "sums" else value)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock and the log of the steps where a resumed run's checkpoint left them."""
+        """Start the clock and the step log; a resumed run continues both from its checkpoint."""
         self._started = time.monotonic() - self.seconds
         for row in self._steps:
             if int(row["step"]) < self.step:
@@ -83,7 +84,7 @@ class Recorder(Callback):
         trainer.loggers[0].save()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the epoch's means; an epoch that is resumed in its middle goes on with what it has."""
+        """Reset the sums; an epoch that is resumed in its middle keeps its own."""
         self.sums = {}
 
     def on_train_batch_end(
@@ -102,13 +103,13 @@ class Recorder(Callback):
         self.seconds = time.monotonic() - self._started
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep the best network and write one row; validation has run by now, if it was due."""
+        """Save the best network and write one row; a validation that is due has run by now."""
         assert isinstance(pl_module, TrainingModule)
         self.seconds = time.monotonic() - self._started
         epoch, scores, pl_module.scores = trainer.current_epoch + 1, pl_module.scores, {}
         losses = _means(gathered(self.sums))
         if scores and math.isnan(scores[self.metric]):
-            log.warning("%s has no basis: in the validation images every pixel is void, or every box a crowd: check "
+            log.warning("%s is undefined: in the validation images every pixel is void, or every box a crowd: check "
                         "data.val and data.ignore_index", self.metric)  # fmt: skip
         if scores:
             trainer.loggers[0].log_metrics({"epoch": trainer.current_epoch, **scores}, self.step - 1)
@@ -142,7 +143,7 @@ class Recorder(Callback):
                 sums[kind] = sums.get(kind, 0.0) + value
         left = timedelta(seconds=round(self.seconds / epoch * (epochs - epoch)))
         parts = [f"epoch {epoch}/{epochs}"]
-        if "task" in sums:  # there is none where every step was left out
+        if "task" in sums:  # missing if every step was skipped
             parts.append(f"task loss {sums['task']:.3f}")
         if "distillation" in sums:
             parts.append(f"distillation {sums['distillation']:.3f}")
@@ -152,7 +153,7 @@ class Recorder(Callback):
 
 
 class _Bar(TQDMProgressBar):
-    """Lightning's bar, with epochs counted from 1 as everywhere else, and the loss alone beside it."""
+    """Lightning's progress bar, with epochs counted from 1, and only the loss beside it."""
 
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)
@@ -175,23 +176,23 @@ def _rows(file: Path) -> list[dict[str, str]]:
     if not file.is_file():
         return []
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return list(csv.DictReader(line for line in lines if line.endswith("\n")))  # a killed run may leave half a line
+    return list(csv.DictReader(line for line in lines if line.endswith("\n")))  # a killed run may leave part of a line
 
 
 def build_trainer(
     config: Train, recorder: Recorder, *, progress: bool, callbacks: Sequence[Callback] = ()
 ) -> L.Trainer:
-    """A Lightning trainer that writes into the recorder's run folder.
+    """Build a Lightning trainer that writes into the recorder's run folder.
 
     Args:
         config: The recipe's `train`.
         recorder: Keeps the best network and the history.
-        progress: Whether to draw a bar.
-        callbacks: More of them, called after the recorder and before the checkpoint is written.
+        progress: Whether to draw a progress bar; otherwise a log line now and then gives the rate and the time left.
+        callbacks: Further callbacks, called after the recorder and before the checkpoint is written.
 
     Raises:
-        AcamkdError: There are no such devices, a launcher has started another number of processes, or they would be
-            forks of this one.
+        AcamkdError: The devices do not exist, a launcher has started another number of processes, or the processes
+            would be forks of this one.
     """
     folder = recorder.folder
     all_callbacks: list[Callback] = [
@@ -200,8 +201,7 @@ def build_trainer(
         *callbacks,
         Checkpoints(folder, config.checkpoint_every),
     ]
-    if progress:
-        all_callbacks.append(_Bar())
+    all_callbacks.append(_Bar() if progress else Heartbeat())
     try:
         trainer = L.Trainer(
             default_root_dir=folder,
@@ -219,21 +219,21 @@ def build_trainer(
             log_every_n_steps=1,
             logger=CSVLogger(folder, name=None, version="logs", flush_logs_every_n_steps=20),
             callbacks=all_callbacks,
-            # SLURM's own way of resuming would write into, and read from, a place that runs share.
+            # Lightning's automatic SLURM resume would use a checkpoint folder that all runs share.
             plugins=[CheckpointFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
             enable_progress_bar=progress,
             enable_model_summary=False,
-            use_distributed_sampler=False,  # the samplers take their own share
+            use_distributed_sampler=False,  # acamkd's samplers divide the images themselves
         )
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         keys = ("accelerator", "devices", "num_nodes", "strategy", "precision")
         given = ", ".join(f"{key} {getattr(config, key)}" for key in keys)
         raise AcamkdError(f"train: this machine, or what launched it, cannot run {given}: {error}") from error
     if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-        # Lightning's choice too where a notebook has several devices.
+        # Lightning also chooses this for a notebook with several devices.
         raise AcamkdError(
             f"train.strategy {config.strategy} with {trainer.world_size} devices would train in forks of this process, "
-            "which keep their results: set train.devices to 1, as notebooks need it, or run acamkd from a shell with "
+            "whose results are lost: set train.devices to 1, as notebooks need it, or run acamkd from a shell with "
             "train.strategy ddp or auto"
         )
     return trainer

@@ -55,7 +55,7 @@ TITLES = {"teacher": "teacher", "student": "baseline", "distilled": "distilled s
 
 
 class Cost(NamedTuple):
-    """What a network costs; milliseconds are those of one image."""
+    """Cost of a network; the milliseconds are for one image."""
 
     parameters: int
     milliseconds: float
@@ -63,13 +63,13 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Demo(Printable):
-    """What the demo measured.
+    """Results of the demo.
 
     Attributes:
-        folder: With `metrics.json`, `pictures.png` and the run folders.
-        results: What metrics.json holds: per task the name of the metric, and its value in percent of the teacher, the
-            baseline and the distilled student.
-        costs: Per task and network.
+        folder: Output folder, with `metrics.json`, `pictures.png` and the run folders.
+        results: Content of metrics.json: per task, the name of the metric and its percentage for teacher, baseline and
+            distilled student.
+        costs: Cost by task and network.
     """
 
     folder: Path
@@ -88,7 +88,7 @@ def demo(out: Path | str = "runs/demo", *, task: Task | Literal["both"] = "both"
 
     Args:
         out: Folder to write to.
-        task: Which of the two, or both.
+        task: One task, or both.
 
     Raises:
         AcamkdError: The folder cannot be used.
@@ -122,7 +122,7 @@ def read_recipe(task: Task, out: Path) -> config.Recipe:
 
 
 def _train_all(recipe: config.Recipe, folder: Path, before: int, total: int) -> dict[str, float]:
-    """Train the three networks into their run folders; the metric of each."""
+    """Train the three networks into their run folders; returns the metric of each."""
     metric = METRICS[recipe.task]
     for existing in (folder / name for name in FOLDERS.values()):
         if existing.exists():
@@ -151,7 +151,7 @@ def _cost(model: TaskModel) -> Cost:
 
 
 def _block(runs: dict[str, Run], result: dict[str, Any]) -> Block:
-    """What the networks find in the first validation images, and ACAM's masks there."""
+    """Draw the networks' predictions on the first validation images, and ACAM's masks."""
     recipe = runs["distilled"].recipe
     samples = data.build(recipe.data, recipe.task, "val", seed=0, augment=False)
     images = [samples[index][0] for index in range(SHOWN)]
@@ -175,7 +175,7 @@ def _array(image: Tensor) -> Pixels:
 
 
 def _drawn(image: Tensor, found: Prediction, recipe: config.Recipe) -> Pixels:
-    """A small image, enlarged, with what is known or predicted of it."""
+    """Draw a target or prediction on an enlarged image."""
     arrays = {name: x.numpy() for name, x in found.items()}
     if "mask" in arrays:
         arrays = {"mask": enlarge(arrays["mask"])}
@@ -186,14 +186,14 @@ def _drawn(image: Tensor, found: Prediction, recipe: config.Recipe) -> Pixels:
 
 
 def spatial_masks(run: Run, images: Sequence[Tensor]) -> Tensor:
-    """The spatial masks of the first loss of a distilled run at the end: (N, M, H, W) for N images."""
+    """Final spatial masks of a distilled run's first loss: (N, M, H, W) for N images."""
     recipe = run.recipe
     assert recipe.teacher is not None
     assert recipe.data.classes is not None
     student = run.load()
     teacher = models.build(recipe.teacher, recipe.task, len(recipe.data.classes), recipe.data.resize, teacher=True)
     distiller = build_distiller(student, teacher, recipe.losses)
-    # The masks belong to the loss, and only the checkpoint, which holds the last student too, has the loss.
+    # The masks belong to the loss. Only the checkpoint holds the loss, together with the last student.
     state = torch.load(run.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     distiller.load_state_dict({name.removeprefix("distiller."): value for name, value in state.items()})
     batch, (pair, loss) = student.prepare(images), distiller.levels[0]

@@ -1,4 +1,4 @@
-"""Examine a recipe before a long training: does everything that distillation rests on hold?"""
+"""Examine a recipe before a long training: data, teacher, layers and gradients."""
 
 from __future__ import annotations
 
@@ -21,9 +21,17 @@ from acamkd.distillation.build import probe
 from acamkd.engine.devices import device_of, moved_to
 from acamkd.engine.metrics import METRICS, score, scorer_of
 from acamkd.engine.printing import Printable
+from acamkd.engine.runs import default_folder
 from acamkd.errors import AcamkdError
 from acamkd.jobs.examine_data import DataReport, examine_data
-from acamkd.jobs.setup import build_network, teacher_section
+from acamkd.jobs.setup import (
+    ALL_LABELED,
+    build_network,
+    describe_data,
+    describe_lead,
+    score_of_run,
+    teacher_section,
+)
 from acamkd.losses.base import HeadLoss
 from acamkd.models.base import VOID, Batch, Target, TaskModel
 
@@ -32,15 +40,15 @@ Status: TypeAlias = Literal["pass", "warn", "fail"]
 COLORS: Mapping[Status, str] = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 
 SLICE = 64
-"""The teacher is scored on at most this many validation images ..."""
+"""The teacher is scored on at most this many validation images."""
 SECONDS = 20
-"""... and for about this long."""
+"""The scoring stops after about this many seconds."""
 IMAGES = 4
-"""Training images in the batch that gradients are measured on."""
+"""Number of training images on which gradients are measured."""
 MARGIN = 1.0
-"""A teacher that is not this many points better than knowing nothing has not been trained on these images."""
+"""A teacher less than this many points above a constant prediction was not trained on these images."""
 STRONG, WEAK = 2.0, 0.02
-"""Ratios of distillation's to task's gradient beyond which a weight is suspicious."""
+"""Gradient-norm ratios (distillation to task) beyond which a weight is suspicious."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +56,10 @@ class Finding(Printable):
     """One line of the examination.
 
     Attributes:
-        check: What was looked at.
-        status: `fail`: the distillation would be worthless; `warn`: worth a thought.
-        text: What was found.
-        advice: What to do, where something is to be done.
+        check: Name of the check.
+        status: `fail`: the distillation would be worthless; `warn`: worth checking.
+        text: The result.
+        advice: What to do; empty if there is nothing to do.
     """
 
     check: str
@@ -66,13 +74,13 @@ class Finding(Printable):
 
 @dataclass(frozen=True)
 class Diagnosis(Printable):
-    """What an examination found, in the order in which it looked."""
+    """All findings of an examination, in the order of the checks."""
 
     findings: tuple[Finding, ...]
 
     @property
     def failed(self) -> bool:
-        """Whether something was found that makes the distillation worthless."""
+        """Whether any finding makes the distillation worthless."""
         return any(finding.status == "fail" for finding in self.findings)
 
     def __rich__(self) -> Group:
@@ -93,25 +101,25 @@ def doctor(
     """Examine a recipe in less than a minute: is the teacher good, does its gradient reach the student?
 
     Args:
-        recipe: As `distill` takes it, or its file.
+        recipe: A recipe for `distill`, or its file.
         overrides: `key=value` assignments, as `--set` takes them.
-        only_data: Look at the images alone, and count what they hold.
+        only_data: Examine only the images, and count what they hold.
 
     Raises:
-        AcamkdError: The recipe cannot be read. What is wrong beyond that is a finding.
+        AcamkdError: The recipe cannot be read. Every other problem is a finding.
     """
     recipe = config.as_recipe(recipe, overrides)
     return examine_data(recipe) if only_data else Diagnosis(tuple(examine(recipe)))
 
 
 def examine(recipe: config.Recipe) -> Iterator[Finding]:
-    """Look at everything that a distillation rests on, in less than a minute; nothing is written.
+    """Examine data, networks and losses of a distillation in less than a minute; nothing is written.
 
     Args:
         recipe: As `distill` takes it.
 
     Yields:
-        Findings as they are made; what cannot even be built is the last of them.
+        Findings as they are made. An error that prevents further checks is the last one.
     """
     stage = "data"
     try:
@@ -123,12 +131,12 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
         data.check_same_classes(train, val)
         for split in (train, val):
             data.refuse(split.problems)
-        yield Finding(
-            stage, "pass", f"{len(train)} training and {len(val)} validation images, {len(train.classes)} classes"
-        )
+        yield Finding(stage, "pass", describe_data(train, val))
         more = None if source.unlabelled is None else data.build_unlabeled(source, recipe.task, seed=recipe.train.seed)
         for warning in data.compare_splits(train, val, source, more):
             yield Finding(stage, "warn", warning)
+        if more is None:
+            yield Finding(stage, "pass", ALL_LABELED)
         stage = "teacher's weights"
         if recipe.teacher is None or not recipe.losses:
             raise AcamkdError("the recipe needs a `teacher` section and `losses` to distill")
@@ -145,6 +153,9 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
         yield from _batch_norm(student, teacher, recipe.train.batch_size)
         stage = "teacher's score"
         yield _score(teacher, val, recipe)
+        behind = describe_lead(recipe, score_of_run(recipe, section), default_folder(recipe, "baseline"))
+        if behind is not None:
+            yield Finding(stage, "warn", behind, "train a stronger teacher, or find labels for more images")
         stage = "distillation"
         yield from _distillation(student, teacher, train, recipe)
     except AcamkdError as error:
@@ -152,7 +163,7 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
 
 
 def _weights(check: str, model: TaskModel, section: config.Model) -> Finding:
-    """What of the network comes from where; it has been loaded once already, so that nothing can be refused here."""
+    """Report the source of a network's weights. They have loaded once already, so no error can occur here."""
     if section.weights is not None:
         report = models.load_weights(
             model.net, section.weights, strict=False, what=section.arch, convention=section.convention
@@ -160,19 +171,19 @@ def _weights(check: str, model: TaskModel, section: config.Model) -> Finding:
     elif section.backbone_weights not in (None, "imagenet"):
         report = models.load_weights(model.backbone, section.backbone_weights, strict=False, what=section.backbone)
     elif ":" in section.arch:
-        return Finding(check, "pass", f"whatever {section.arch} brings")
+        return Finding(check, "pass", f"as {section.arch} provides them")
     elif section.backbone_weights == "imagenet":
-        return Finding(check, "pass", f"{section.backbone} pretrained on ImageNet, everything else starts anew")
+        return Finding(check, "pass", f"{section.backbone} pretrained on ImageNet, the rest starts from random weights")
     else:
         return Finding(check, "warn", "nothing is pretrained", "give weights or backbone_weights, if there are any")
-    advice = "" if len(report.matched) == report.total else "the rest starts anew"
+    advice = "" if len(report.matched) == report.total else "the rest starts from random weights"
     if section.weights is not None and report.deeper:
         advice = f"the file is of a network with further parts, {report.deeper[0]} among them: check the backbone"
     return Finding(check, "warn" if advice else "pass", str(report), advice)
 
 
 def _colors(student: TaskModel, teacher: TaskModel) -> Finding:
-    """Mean and standard deviation of the colors that the networks expect."""
+    """Compare the normalization statistics (mean, standard deviation) that the networks expect."""
     described = [
         f"{who} {' '.join(f'{x:.3f}' for x in model.mean.flatten().tolist())} / "
         f"{' '.join(f'{x:.3f}' for x in model.std.flatten().tolist())}"
@@ -182,7 +193,7 @@ def _colors(student: TaskModel, teacher: TaskModel) -> Finding:
         return Finding("colors", "pass", f"both networks: {described[0].removeprefix('student ')}")
     return Finding(
         "colors", "warn", "; ".join(described),
-        "each network normalizes for itself, so this is right if each was trained so; otherwise set mean and std",
+        "each network normalizes its input itself; if one was trained with other values, set its mean and std",
     )  # fmt: skip
 
 
@@ -205,7 +216,7 @@ def _batch_norm(student: TaskModel, teacher: TaskModel, batch_size: int) -> Iter
 
 
 def _norms(net: nn.Module) -> dict[str, Any]:
-    """Layers with statistics, frozen ones too, by name."""
+    """Layers with running statistics by name, including frozen ones."""
     return {name: module for name, module in net.named_modules() if hasattr(module, "running_var")}
 
 
@@ -215,7 +226,7 @@ def _is_blank(layer: Any) -> bool:
 
 
 def _score(teacher: TaskModel, val: ImageDataset, recipe: config.Recipe) -> Finding:
-    """Score on the first images, beside what a network that knows nothing would get."""
+    """Score the teacher on the first images, and compare with a constant prediction."""
     metric = METRICS[recipe.task]
     if teacher.num_classes != len(val.classes):
         text = f"not scored: it has {teacher.num_classes} classes of its own, the data {len(val.classes)}"
@@ -233,9 +244,9 @@ def _score(teacher: TaskModel, val: ImageDataset, recipe: config.Recipe) -> Find
     device = teacher.mean.device
     teacher.to(device_of(recipe.train))
     reached = score(teacher, images(), scorer_of(recipe, val.classes))[metric]
-    teacher.to(device)  # where the student is: both are looked into with its batches
+    teacher.to(device)  # the student's device, whose batches both networks get
     chance = ignorance(seen, len(val.classes)) if recipe.task == "segmentation" else 0.0
-    text = f"{metric} {reached:.2f} on {len(seen)} validation images; {chance:.2f} without looking"
+    text = f"{metric} {reached:.2f} on {len(seen)} validation images; a constant prediction has {chance:.2f}"
     if not reached >= chance + MARGIN:
         advice = (
             "its weights were not trained on these classes in this order, or hardly trained, or its mean, std or "
@@ -280,7 +291,7 @@ def _distillation(
 
 
 def _tap(method: str, pair: tuple[str, str], student: TaskModel, teacher: TaskModel, batch: Batch) -> Finding:
-    """One pair of layers on real images."""
+    """Check one pair of layers on real images."""
     maps = [probe(model, [name], batch)[name] for model, name in ((student, pair[0]), (teacher, pair[1]))]
     shapes = [list(x.shape[1:]) for x in maps]
     text = f"{method}: {pair[0]} {shapes[0]} <- {pair[1]} {shapes[1]}"
@@ -296,13 +307,14 @@ def _total(norms: dict[str, tuple[float, float]], recipe: config.Recipe) -> Find
     distillation, task = total_norms(norms)
     text = f"distillation {distillation:.3g}, task {task:.3g}"
     if not math.isfinite(distillation + task):
-        return Finding("gradient", "fail", f"{text}: not finite", "check the layers and what was read from the weights")
+        return Finding("gradient", "fail", f"{text}: not finite", "check the layers and the loaded weights")
     if distillation == 0:
-        return Finding("gradient", "fail", f"{text}: nothing of the distillation arrives", "check pairs and weights")
+        problem = f"{text}: no gradient of the distillation reaches the student"
+        return Finding("gradient", "fail", problem, "check pairs and weights")
     ratio = distillation / task if task else math.inf
-    text = f"{text}: {ratio:.2g} times as strong"
+    text = f"{text}: gradient-norm ratio {ratio:.2g}"
     if automatic := [entry.name for entry in recipe.losses if entry.is_auto]:
         return Finding("gradient", "pass", f"{text}, before `weight: auto` sets {', '.join(automatic)}")
     if WEAK <= ratio <= STRONG:
         return Finding("gradient", "pass", text)
-    return Finding("gradient", "warn", text, "set weight: auto, which measures it on more images, or a weight")
+    return Finding("gradient", "warn", text, "set weight: auto, which measures on more images, or set a weight")

@@ -1,10 +1,11 @@
-"""Score a trained network on validation images."""
+"""Score a trained network on validation or test images."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from rich.markup import escape
 from rich.table import Table
@@ -14,12 +15,13 @@ from acamkd.engine.devices import device_of
 from acamkd.engine.metrics import score, scorer_of
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import Run, as_run
+from acamkd.errors import AcamkdError
 
 log = logging.getLogger(__name__)
 
 
 class Scores(dict[str, float], Printable):
-    """Every metric by name, in percent; NaN where the images have nothing to score."""
+    """Every metric by name, in percent; NaN if it is undefined on these images."""
 
     def __rich__(self) -> Table:
         table = Table("metric", "percent")
@@ -28,19 +30,25 @@ class Scores(dict[str, float], Printable):
         return table
 
 
-def evaluate(run: Run | Path | str, *, overrides: Sequence[str] = ()) -> Scores:
-    """Score a run's best network on its recipe's validation images.
+def evaluate(run: Run | Path | str, *, overrides: Sequence[str] = (), split: Literal["val", "test"] = "val") -> Scores:
+    """Score a run's best network on its recipe's validation or test images.
 
     Args:
         run: The run, or its folder.
         overrides: `key=value` assignments that change its recipe, such as `data.root=FOLDER`.
+        split: `val`, or the recipe's `data.test`.
 
     Raises:
-        AcamkdError: The run's weights or images are missing or do not fit.
+        AcamkdError: The run's weights or images are missing or do not fit, or the recipe has no `data.test`.
     """
     run = as_run(run, overrides)
     recipe = run.recipe
-    images = data.build(recipe.data, recipe.task, "val", seed=recipe.train.seed, augment=False)
+    source = recipe.data
+    if split == "test":
+        if source.test is None:
+            raise AcamkdError(f"the recipe {recipe.name} has no `data.test`: name its images there, as those of val")
+        source = source.model_copy(update={"val": source.test})
+    images = data.build(source, recipe.task, "val", seed=recipe.train.seed, augment=False)
     for warning in data.check(images, recipe.data.check):
         log.warning("%s", warning)
     model = run.load().to(device_of(recipe.train))

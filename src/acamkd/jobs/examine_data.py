@@ -1,4 +1,4 @@
-"""Look at the images of a recipe: count what they hold, and find everything that is wrong with them."""
+"""Examine the images of a recipe: count what they hold, and list all problems."""
 
 from __future__ import annotations
 
@@ -19,17 +19,19 @@ from acamkd.data.dataset import SplitName
 from acamkd.data.statistics import Statistics, count
 from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError, ImageError
+from acamkd.models.base import Task
 
 
 @dataclass(frozen=True)
 class DataReport(Printable):
-    """What the splits of a recipe's data hold, by their names."""
+    """What the splits of a recipe's data hold, by their names, and which task they are for."""
 
     splits: dict[str, Statistics]
+    task: Task
 
     @property
     def failed(self) -> bool:
-        """Whether something cannot be used."""
+        """Whether any split has a problem."""
         return any(split.problems for split in self.splits.values())
 
     def __rich__(self) -> Group:
@@ -37,20 +39,20 @@ class DataReport(Printable):
         for name, split in self.splits.items():
             lines += [Text.assemble(("warn", "yellow"), f"  {name}: {warning}") for warning in split.warnings]
             lines += [Text.assemble(("fail", "bold red"), f"  {name}: {problem}") for problem in listed(split.problems)]
-        return Group(_table(self.splits), *lines)
+        return Group(_table(self.splits, self.task), *lines)
 
 
 def examine_data(recipe: config.Recipe) -> DataReport:
-    """Count what the splits of a recipe's data hold, and find everything that is wrong with them.
+    """Count what the splits of a recipe's data hold, and list all their problems.
 
     Args:
-        recipe: Its networks are not looked at.
+        recipe: Recipe; its networks are not examined.
 
     Returns:
-        By split; one that cannot be read at all has that as its only problem.
+        Statistics by split; an unreadable split has only this problem.
 
     Raises:
-        AcamkdError: The format is not found.
+        AcamkdError: The data format is unknown.
     """
     source = data.resolve(recipe.data, recipe.task)
     splits: tuple[SplitName, ...] = ("train", "val")
@@ -72,21 +74,21 @@ def examine_data(recipe: config.Recipe) -> DataReport:
         if contradictions := datasets["val"].contradictions(datasets["train"]):
             val.problems += contradictions
         else:
-            with suppress(ImageError):  # which is said already
+            with suppress(ImageError):  # an unreadable image is reported already
                 val.warnings += data.compare_splits(
                     datasets["train"], datasets["val"], source, datasets.get("unlabelled")
                 )
     if train.classes and val.classes and list(train.classes) != list(val.classes):
         val.problems.append(f"the classes are {', '.join(val.classes)}, but those of train {', '.join(train.classes)}")
-    return DataReport(found)
+    return DataReport(found, recipe.task)
 
 
-def _table(splits: Mapping[str, Statistics]) -> Table:
+def _table(splits: Mapping[str, Statistics], task: Task) -> Table:
     found = splits.values()
     table = Table("", *splits)
     table.add_row("images", *(f"{each.images:,}" for each in found))
     table.add_row("image sizes", *(_most_frequent(each.sizes) for each in found))
-    boxes = any(each.boxes for each in found)
+    boxes = task == "detection"
     table.add_row("without boxes" if boxes else "all void", *(f"{each.without:,}" for each in found))
     for key in ("small", "medium", "large", "ignored") if boxes else ():
         table.add_row(f"{key} boxes", *(f"{each.boxes.get(key, 0):,}" for each in found))

@@ -1,8 +1,8 @@
-"""Look into a teacher and a student: what can be tapped, and which layers of the two belong together."""
+"""List the layers of a teacher and a student that can be tapped, and propose pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,19 +29,21 @@ Pair: TypeAlias = "str | list[str]"
 SIDE = 256
 """Pixels of the blank square image that the networks are run on."""
 DEPTH = 2
-"""Layers down to this depth are listed, which are stages rather than single convolutions."""
+"""Depth of the listed layers, which are stages rather than single convolutions."""
+RATIOS: Mapping[Task, int] = {"detection": 4, "segmentation": 8}
+"""`gradient_ratio` of the gains that docs/research/results.md reports. Guides and `init` recommend the same."""
 CLASSES = 19
-"""Of networks whose classes are not known, as Cityscapes has."""
+"""Number of classes if it is unknown, that of Cityscapes."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """An output that can be tapped.
+    """A layer output that can be tapped.
 
     Attributes:
-        name: In the grammar of `pairs`.
-        channels: C.
-        stride: Pixels of the image per position of the map.
+        name: Name in the grammar of `pairs`.
+        channels: Number of channels.
+        stride: Image pixels per location of the feature map.
     """
 
     name: str
@@ -51,13 +53,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Inspection(Printable):
-    """What can be tapped in a teacher and a student, and what to compare.
+    """Layers of a teacher and a student that can be tapped, and proposed losses.
 
     Attributes:
-        teacher: Its layers, in the order in which they run.
-        student: Likewise.
+        teacher: Layers of the teacher, in the order in which they run.
+        student: Layers of the student, in the same order.
         networks: Class names of the teacher's and of the student's network.
-        losses: For a recipe: ACAM-KD at the layers that belong together.
+        losses: `losses` of a recipe: ACAM-KD at corresponding layers.
     """
 
     teacher: tuple[Layer, ...]
@@ -88,7 +90,7 @@ def _table(title: str, found: Sequence[Layer]) -> Table:
 def inspect(
     recipe: config.Recipe | Path | str, student: str | None = None, *, overrides: Sequence[str] = ()
 ) -> Inspection:
-    """Show what can be tapped in a teacher and a student, and propose the `losses` of a recipe.
+    """List the layers of a teacher and a student that can be tapped, and propose a recipe's `losses`.
 
     Args:
         recipe: A recipe or its file; or, with `student`, the teacher's name: ARCH/BACKBONE, or torchvision/NAME.
@@ -109,7 +111,7 @@ def of_recipe(recipe: config.Recipe) -> tuple[TaskModel, TaskModel]:
     if recipe.teacher is None:
         raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
     form = recipe.data.format
-    with suppress(AcamkdError):  # the images need not be there yet
+    with suppress(AcamkdError):  # the images need not exist yet
         form = data.resolve(recipe.data, recipe.task).format
     fixed = None if form == AUTO else reader_of(form, recipe.task).FIXED_CLASSES
     classes = len(recipe.data.classes or fixed or range(CLASSES))
@@ -140,7 +142,7 @@ def _build(section: config.Model, task: Task, classes: int) -> TaskModel:
 
 @torch.no_grad()
 def layers(model: TaskModel) -> list[Layer]:
-    """What of a network can be tapped, in the order in which it runs; of equal maps in a row the last."""
+    """Layers that can be tapped, in the order in which they run; of consecutive equal feature maps only the last."""
     found: list[Layer] = []
     calls: dict[str, int] = {}
 
@@ -185,7 +187,7 @@ def propose(teacher: TaskModel, student: TaskModel) -> list[Pair]:
 
 
 def _logits(found: Sequence[Layer], model: TaskModel) -> Layer:
-    """The last map with one channel per class before it is brought to the image's size, where it is."""
+    """The last feature map with one channel per class, before any resizing to the image's size."""
     logits = [
         each for each in found if each.channels == model.num_classes and not each.name.startswith("aux_classifier")
     ]
@@ -199,6 +201,10 @@ def _pair(ours: Layer, theirs: Layer) -> Pair:
 
 
 def as_losses(pairs: Sequence[Pair], model: TaskModel) -> list[dict[str, Any]]:
-    """A recipe's `losses` with ACAM-KD at these pairs."""
+    """A recipe's `losses`: ACAM-KD at these pairs, with the settings that gained; the one recommendation there is."""
     masks = {"num_masks": model.num_classes} if model.task == "segmentation" else {}
-    return [{"name": "acam", "pairs": list(pairs), **masks, "weight": "auto"}]
+    ratio = RATIOS[model.task]
+    return [
+        {"name": "acam", "pairs": list(pairs), **masks, "weight": "auto", "gradient_ratio": ratio,
+         "diversity_weight": 0.5}
+    ]  # fmt: skip

@@ -32,13 +32,13 @@ VIDEOS = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 
 @dataclass(frozen=True)
 class Predictions(Printable):
-    """What was predicted, and where it lies.
+    """Summary of a prediction run.
 
     Attributes:
-        folder: With `overlays/`, and `predictions.json` (detection) or `masks/` (segmentation).
+        folder: Output folder, with `overlays/`, and `predictions.json` (detection) or `masks/` (segmentation).
         count: Number of images or frames.
         unit: `image` or `frame`.
-        per_second: Images or frames per second, with reading, drawing and writing.
+        per_second: Images or frames per second, including reading, drawing and writing.
     """
 
     folder: Path
@@ -54,19 +54,19 @@ class Predictions(Printable):
 def predict(
     model: Run | Path | str, source: Path | str, *, out: Path | str | None = None, score: float = 0.3
 ) -> Predictions:
-    """Predict on images or on a video, and write what was found.
+    """Predict on images or on a video, and write the predictions.
 
-    The output folder holds `overlays/`, the images or the video with the predictions drawn on them, and for detection
-    `predictions.json` (entries with `file_name`, `category_id`, which counts the recipe's classes from 1,
-    `category_name`, `bbox` [x, y, width, height] in pixels and `score`; of a video, `frame` counts from 0), for
-    segmentation `masks/` (PNG files of class ids; of a video, a folder with one per frame).
+    The output folder holds `overlays/`, the images or the video with the predictions drawn on them. Detection also
+    writes `predictions.json`. Its entries have `file_name`, `category_id` (the recipe's classes, counted from 1),
+    `category_name`, `bbox` [x, y, width, height] in pixels and `score`, and for a video `frame`, counted from 0.
+    Segmentation also writes `masks/`, PNG files of class ids; a video gets a folder with one file per frame.
 
     Args:
         model: A run, its folder, or a file that `acamkd export` wrote.
-        source: An image, a folder of images, or a video, which needs `pip install '.[video]'`. Folders in the folder
-            count, too, and are made in the output.
-        out: Output folder; `predictions` beside the model where not given.
-        score: Detections below it are left out.
+        source: An image, a folder of images, or a video, which needs `pip install '.[video]'`. Its subfolders are
+            included, and are created in the output.
+        out: Output folder; by default `predictions` beside the model.
+        score: Detections with a lower score are left out.
 
     Raises:
         AcamkdError: The model, the source or one of its images cannot be read.
@@ -118,7 +118,7 @@ def predict(
     log.info("%s", made)
     if full:
         log.warning(
-            "%d detections, all that the network gives, were found in %d %s: it may have left out some (options: "
+            "the network's limit of %d detections was reached in %d %s, so some may be missing (options: "
             "{detections_per_img: N} in the recipe, box_detections_per_img of faster_rcnn, raises it)",
             limit, full, made.unit,
         )  # fmt: skip
@@ -129,13 +129,13 @@ def predict(
 
 
 class Video:
-    """A video that is read, and another that is written with the times of its frames.
+    """Reads a video, and writes another one with the same frame times.
 
-    The size is made even, as the encoder wants it.
+    The output size is made even, as the encoder requires.
 
     Args:
-        source: To read from.
-        out: To write to, with the ending .mp4.
+        source: Video to read.
+        out: Video to write, with the suffix .mp4.
 
     Raises:
         AcamkdError: PyAV is missing, or the video cannot be read.
@@ -161,10 +161,10 @@ class Video:
         self.time_base = stream.time_base or 1 / Fraction(rate)
         self.stream.codec_context.time_base = self.time_base
         self._usual = max(1, round(1 / (rate * self.time_base)))
-        self._time: int | None = None  # of the frame that was read last
-        self._written: int | None = None  # and of the one that was written last, in units of the time base
+        self._time: int | None = None  # of the last frame read
+        self._written: int | None = None  # of the last frame written, in units of the time base
         self.length = stream.frames or None
-        """Number of frames, where the file says it."""
+        """Number of frames, if the file states it."""
 
     def __enter__(self) -> Video:
         return self
@@ -188,7 +188,7 @@ class Video:
             raise AcamkdError(f"{self.source}: the video holds no frames")
 
     def write(self, image: Image.Image) -> None:
-        """Add a frame at the time of the one that was read last; frames need not be equally far apart."""
+        """Add a frame at the time of the last frame read; frames need not be equally spaced."""
         import av
 
         even = image.crop((0, 0, max(2, image.width // 2 * 2), max(2, image.height // 2 * 2)))
@@ -203,7 +203,7 @@ class Video:
 
 
 def images_of(source: Path, *, without: Sequence[Path] = ()) -> list[Path]:
-    """The images that a file or folder stands for, with those of all folders in it but some.
+    """The given image, or all images of a folder and the folders below it, without the folders `without`.
 
     Raises:
         AcamkdError: There are none, or a folder cannot be read.
@@ -227,7 +227,7 @@ def images_of(source: Path, *, without: Sequence[Path] = ()) -> list[Path]:
 
 
 def _check_names(files: Sequence[Path], source: Path) -> None:
-    """Raise AcamkdError if the masks of two images would be one file."""
+    """Raise AcamkdError if the masks of two images would have the same file name."""
     name, count = Counter(file.with_suffix("") for file in files).most_common(1)[0]
     if count > 1:
         raise AcamkdError(
@@ -243,7 +243,7 @@ def _beside(model: Run | Path | str) -> Path:
 
 
 def _open(model: Run | Path | str) -> tuple[str, Sequence[str], Callable[[Pixels], Prediction], int | None]:
-    """Task, class names, what turns an image into predictions, and the most boxes that it gives, if that is known."""
+    """Return task, class names, the prediction function of an image, and its limit of boxes, if known."""
     if not isinstance(model, Run) and Path(model).suffix == ".onnx":
         exported = OnnxModel(Path(model))
         suppression = exported.metadata["nms"] or {}
@@ -279,7 +279,7 @@ def _save(image: Image.Image, path: Path) -> None:
 
 @contextmanager
 def _whole(path: Path) -> Iterator[Path]:
-    """`written_whole` in a folder that need not exist yet; AcamkdError where that cannot be."""
+    """Use `written_whole` in a folder that is created if needed; raises AcamkdError if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path, durable=False) as unfinished:

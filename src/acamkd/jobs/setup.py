@@ -1,15 +1,17 @@
-"""What every job begins with: the data and the networks of a recipe."""
+"""Common setup of the jobs: data and networks of a recipe."""
 
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from acamkd import config, data, models
-from acamkd.engine.metrics import scorer_of
+from acamkd.data import ImageDataset
+from acamkd.engine.metrics import METRICS, scorer_of
 from acamkd.engine.runs import RECIPE, Run, default_folder
 from acamkd.errors import AcamkdError
 from acamkd.models.base import TaskModel
@@ -18,10 +20,10 @@ log = logging.getLogger(__name__)
 
 
 def teacher_section(recipe: config.Recipe) -> config.Model:
-    """The recipe's teacher with the weights it is to be loaded from.
+    """The recipe's teacher section, with the weights to load.
 
     Raises:
-        AcamkdError: There are none, or their training has not ended.
+        AcamkdError: There are no weights, or their training has not ended.
     """
     if recipe.teacher is None:
         raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section")
@@ -35,7 +37,7 @@ def teacher_section(recipe: config.Recipe) -> config.Model:
                 f"goes on with it; to use it as it is, set teacher.weights={trained.weights}"
             )
         return with_normalization_of_run(recipe, recipe.teacher.model_copy(update={"weights": str(trained.weights)}))
-    if ":" in recipe.teacher.arch:  # a factory may bring weights of its own
+    if ":" in recipe.teacher.arch:  # a factory may load weights itself
         return recipe.teacher
     raise AcamkdError(
         f"the teacher has no weights: set teacher.weights, or train it first (acamkd train RECIPE --model teacher "
@@ -44,9 +46,9 @@ def teacher_section(recipe: config.Recipe) -> config.Model:
 
 
 def with_normalization(section: config.Model, model: TaskModel) -> config.Model:
-    """A network's description with the mean and deviation of the colors that its downloaded backbone brought.
+    """Add the normalization statistics of a downloaded backbone to a network's section.
 
-    Who loads the trained weights downloads nothing, and could not know them.
+    A later load of the trained weights downloads nothing and could not know them.
     """
     if section.weights is not None or section.backbone_weights != "imagenet":
         return section
@@ -55,7 +57,7 @@ def with_normalization(section: config.Model, model: TaskModel) -> config.Model:
 
 
 def with_normalization_of_run(recipe: config.Recipe, section: config.Model) -> config.Model:
-    """A teacher's description with the colors that a run kept, where its weights are a run's."""
+    """Add the normalization statistics that a run has kept to a teacher's section, if its weights are from a run."""
     assert section.weights is not None
     file = Path(section.weights)
     if not Run(file.parent, recipe, "teacher").has_begun:
@@ -66,11 +68,55 @@ def with_normalization_of_run(recipe: config.Recipe, section: config.Model) -> c
     return section.model_copy(update={"mean": section.mean or own.mean, "std": section.std or own.std})
 
 
+def describe_data(train: ImageDataset, val: ImageDataset) -> str:
+    """How many images and classes there are."""
+    classes = len(train.classes)
+    return f"{len(train)} training and {len(val)} validation images, {classes} class{'es' if classes != 1 else ''}"
+
+
+ALL_LABELED = (
+    "there are no unlabeled images (data.unlabelled): all our gains were measured with them and with few labels, and "
+    "with all labels nothing gained (docs/research/results.md)"
+)
+"""What is said once where a recipe has labeled images alone."""
+
+
+def describe_lead(recipe: config.Recipe, teacher: float | None, folder: Path) -> str | None:
+    """What is to be said of a teacher's score, in percent, that is not above a baseline's.
+
+    Args:
+        recipe: Of the distillation.
+        teacher: The teacher's score on the validation images; None or NaN = unknown.
+        folder: Of the baseline's run; nothing is said where it has not ended.
+    """
+    baseline = Run(folder, recipe, "student")
+    if teacher is None or math.isnan(teacher) or not baseline.has_ended:
+        return None
+    metric = METRICS[recipe.task]
+    reached = baseline.metrics.get("student", {}).get(metric)
+    if reached is None or teacher > reached:
+        return None
+    return (
+        f"the teacher, {metric} {teacher:.2f}, is not ahead of the baseline, {reached:.2f} ({folder}): there is "
+        "little to learn from it"
+    )
+
+
+def score_of_run(recipe: config.Recipe, section: config.Model) -> float | None:
+    """The score in percent that a network's own run left beside its weights; None where there is none."""
+    if section.weights is None:
+        return None
+    file = Path(section.weights)
+    run = Run(file.parent, recipe, "teacher")
+    scores = run.metrics.get(file.stem) if run.has_ended else None
+    return scores.get(METRICS[recipe.task]) if isinstance(scores, dict) else None
+
+
 class Batches:
-    """A recipe's data, to be read once `check` has passed; `mixed` is `train` with unlabeled images, if any."""
+    """Data loaders of a recipe, for use after `check`; `mixed` is `train` with unlabeled images, if there are any."""
 
     fingerprint: dict[str, str]
-    """Of each split; known once `check` has passed."""
+    """Fingerprint of each split; set by `check`."""
 
     def __init__(self, recipe: config.Recipe, *, with_unlabeled: bool = False) -> None:
         seed, size, workers = recipe.train.seed, recipe.train.batch_size, recipe.data.workers
@@ -82,16 +128,16 @@ class Batches:
         }
         for split in splits.values():
             if split.problems:
-                data.check(split, recipe.data.check)  # which tells them beside those of the images
+                data.check(split, recipe.data.check)  # which reports them together with problems of the images
         data.check_same_classes(splits["train"], splits["val"])
         self.classes = splits["train"].classes
         shuffled = partial(
             data.loader, batch_size=size, workers=workers, shuffle=True, seed=seed, batches=steps and steps * accumulate
         )
         self.train = self.mixed = shuffled(splits["train"])
-        self.unlabeled = None
+        self.unlabeled, self.distills = None, with_unlabeled
         if with_unlabeled and source.unlabelled is not None:
-            # It only feeds the calibration now: processes of its own would idle from then on.
+            # It now serves only the calibration; loading processes of its own would idle afterwards.
             self.train = shuffled(splits["train"], workers=0)
             self.unlabeled = data.build_unlabeled(source, recipe.task, seed=seed)
             self.mixed = shuffled(data.WithUnlabeled(splits["train"], self.unlabeled))
@@ -100,9 +146,9 @@ class Batches:
         self.resolved = recipe.model_copy(update={"data": source.model_copy(update={"classes": self.classes})})
 
     def check(self) -> None:
-        """Look at every image, and keep a fingerprint of each split.
+        """Check every image, and compute a fingerprint of each split.
 
-        It can take minutes, so that what is wrong with networks and losses is better said before.
+        This can take minutes, so networks and losses should be checked first.
         """
         how, source = self.resolved.data.check, self.resolved.data
         for name, split in self.splits.items():
@@ -114,15 +160,16 @@ class Batches:
         if self.unlabeled is not None:
             data.check(self.unlabeled, how)
             self.fingerprint["unlabelled"] = self.unlabeled.fingerprint()
-            log.info("%d unlabeled images, which only the distillation sees", len(self.unlabeled))
-        log.info("%d training and %d validation images, %d classes",
-                 len(self.splits["train"]), len(self.splits["val"]), len(self.classes))  # fmt: skip
+            log.info("%d unlabeled images, which only the distillation uses", len(self.unlabeled))
+        elif self.distills:
+            log.info("%s", ALL_LABELED)
+        log.info("%s", describe_data(self.splits["train"], self.splits["val"]))
 
 
 def build_network(
     recipe: config.Recipe, section: config.Model, classes: tuple[str, ...], *, teacher: bool = False
 ) -> TaskModel:
-    """Build one of a recipe's networks; `section` is its description, with the weights to load."""
-    # Seeded anew for each network, so that a student starts the same with and without a teacher beside it.
+    """Build one of a recipe's networks from its section, which names the weights to load."""
+    # Seeded for each network, so that a student starts the same with and without a teacher.
     torch.manual_seed(recipe.train.seed)
     return models.build(section, recipe.task, len(classes), recipe.data.resize, teacher=teacher)

@@ -46,26 +46,29 @@ def learn_tokens(
     lr: float = 0.01,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Learn the tokens of every loss of a recipe that has some: maskd, freekd, and acam with mask_source: fixed.
+    """Learn the tokens of a recipe's losses: maskd, freekd, and acam with mask_source: fixed.
 
-    At every tapped layer the teacher goes on with its masked features. The tokens minimize the teacher's own loss on
-    them, which keeps up what it needs, plus the Dice overlap of the masks, summed over the layers. The teacher is
-    frozen and in eval mode: gradients run through it, not into it. Adam with weight decay 1e-3 and a cosine to 1e-6,
-    as in MasKD's detection settings.
+    At every tapped layer, the teacher continues with its masked feature maps. The tokens minimize the teacher's own
+    loss,
+    which keeps the features that it needs, plus the Dice overlap of the masks, summed over the layers. The teacher is
+    frozen and in eval mode. The optimizer is Adam with weight decay 1e-3 and a cosine schedule to 1e-6, as in MasKD's
+    detection settings.
 
     Args:
-        recipe: The pairs of its losses say the teacher's layers, their options the number and kind of tokens.
-        out: File to write; `runs/NAME/tokens.safetensors` where not given. `losses.N.tokens` takes it.
+        recipe: Its losses name the teacher's layers in `pairs`, and the number and kind of tokens in their options.
+        out: File to write, for `losses.N.tokens`; by default `runs/NAME/tokens.safetensors`.
         iterations: Number of batches.
-        lr: Learning rate at the start.
+        lr: Initial learning rate.
         overwrite: Replace the file.
 
     Returns:
         `task` and `dice`, the two parts of the objective by iteration; `teacher` and `masked_teacher`, the scores on
-        the validation images without and with the masks: tokens are good where the second keeps up with the first.
+        the
+        validation images without and with the masks. Tokens are good if both scores are close.
 
     Raises:
-        AcamkdError: Something that was given cannot be used, or the objective is not finite; nothing is written then.
+        AcamkdError: An argument or a part of the recipe cannot be used, or the objective is not finite. Nothing is
+            written.
     """
     path = out or default_folder(recipe, "tokens.safetensors")
     _check_file(path, overwrite)
@@ -75,7 +78,7 @@ def learn_tokens(
     teacher = build_network(recipe, teacher_section(recipe), batches.classes, teacher=True)
     if teacher.num_classes != len(batches.classes):
         raise AcamkdError("tokens learn from the teacher's own loss, which a teacher with other classes does not have")
-    # The student only shapes the batches and the pairs here.
+    # The student only determines the shapes of batches and pairs here.
     blank = recipe.student.model_copy(update={"weights": None, "backbone_weights": None})
     student = build_network(recipe, blank, batches.classes)
     entries = [
@@ -89,7 +92,7 @@ def learn_tokens(
     batches.check()
     distiller.to(device_of(recipe.train))
     with reading(batches.train):
-        courses = _learn(distiller, modules, batches, iterations, lr)
+        curves = _learn(distiller, modules, batches, iterations, lr)
     with reading(batches.val):
         scores = {
             "teacher": score(teacher, batches.val, batches.scorer),
@@ -100,7 +103,7 @@ def learn_tokens(
              metric, scores["teacher"][metric], scores["masked_teacher"][metric])  # fmt: skip
     _save(modules, path)
     log.info("%s: tokens of %s; distill with --set losses.N.tokens=%s", path, ", ".join(modules), path)
-    return {**courses, **scores}
+    return {**curves, **scores}
 
 
 def _check_file(path: Path, overwrite: bool) -> None:
@@ -113,7 +116,7 @@ def _check_file(path: Path, overwrite: bool) -> None:
 
 
 def _token_modules(distiller: Distiller, name: str) -> dict[str, TokenModule]:
-    """What learns, by the teacher's layer."""
+    """Token modules to train, by the teacher's layer."""
     modules: dict[str, TokenModule] = {}
     for pair, loss in distiller.levels:
         if pair is None or loss.tokens is None:
@@ -131,7 +134,7 @@ def _token_modules(distiller: Distiller, name: str) -> dict[str, TokenModule]:
 def _learn(
     distiller: Distiller, modules: Mapping[str, TokenModule], batches: Batches, iterations: int, lr: float
 ) -> dict[str, list[float]]:
-    """Move the tokens; returns both parts of the objective by iteration."""
+    """Train the tokens; returns both parts of the objective by iteration."""
     student, teacher, seed = distiller.student, distiller.teacher, batches.resolved.train.seed
     optimizer = torch.optim.Adam(
         [parameter for module in modules.values() for parameter in module.parameters()],
@@ -139,10 +142,10 @@ def _learn(
         weight_decay=WEIGHT_DECAY,
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=iterations, eta_min=LAST_LR)
-    courses: dict[str, list[float]] = {"task": [], "dice": []}
+    curves: dict[str, list[float]] = {"task": [], "dice": []}
     started = time.monotonic()
     for done, (images, targets) in enumerate(islice(_endless(batches), iterations), start=1):
-        torch.manual_seed(seed_of(seed, "tokens", done))  # Faster R-CNN samples within its loss
+        torch.manual_seed(seed_of(seed, "tokens", done))  # Faster R-CNN draws samples within its loss
         batch = student.prepare(*to_device(images, targets, student.mean.device))
         with _masked(teacher, modules) as overlaps:
             task = torch.stack(list(teacher.loss(teacher(batch), batch).values())).sum()
@@ -150,17 +153,17 @@ def _learn(
         for name, term in (("task", task), ("dice", dice)):
             if not term.isfinite():
                 raise AcamkdError(f"iteration {done}: the {name} loss of the tokens is {term.item()}: lower --lr")
-            courses[name].append(term.item())
+            curves[name].append(term.item())
         optimizer.zero_grad()
         (task + dice).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         window = max(1, iterations // REPORTS)
         if done % window == 0 or done == iterations:
-            means = [sum(course[-window:]) / len(course[-window:]) for course in courses.values()]
+            means = [sum(curve[-window:]) / len(curve[-window:]) for curve in curves.values()]
             left = timedelta(seconds=round((time.monotonic() - started) / done * (iterations - done)))
             log.info("iteration %d/%d, task loss %.3f, dice %.3f, %s left", done, iterations, *means, left)
-    return courses
+    return curves
 
 
 def _endless(batches: Batches) -> Iterator[Any]:
@@ -173,7 +176,7 @@ def _endless(batches: Batches) -> Iterator[Any]:
 
 @contextmanager
 def _masked(teacher: TaskModel, modules: Mapping[str, TokenModule]) -> Iterator[list[Tensor]]:
-    """Within, one forward of the teacher runs on masked features; yields the list that the masks' overlaps go to."""
+    """Mask the teacher's feature maps within the context, for one forward pass; yields the masks' overlaps."""
     overlaps: list[Tensor] = []
 
     def edit(name: str, x: Tensor) -> Tensor:

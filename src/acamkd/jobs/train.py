@@ -1,4 +1,4 @@
-"""The main jobs: train a network without distillation, or distill a student from a teacher."""
+"""The main jobs: training without distillation, and distillation of a student from a teacher."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from acamkd.engine.runs import LOG, RECIPE, TERMINATED, Role, Run, default_folde
 from acamkd.engine.trainer import Recorder, build_trainer
 from acamkd.errors import AcamkdError
 from acamkd.jobs.profile import Estimate, estimate
-from acamkd.jobs.setup import Batches, build_network, teacher_section, with_normalization
+from acamkd.jobs.setup import Batches, build_network, describe_lead, teacher_section, with_normalization
 from acamkd.models.base import TaskModel
 from acamkd.report.run import REPORT, write_report
 
@@ -51,8 +51,8 @@ def train(
     """Train one network of a recipe without distillation.
 
     Args:
-        recipe: What to train on what, or the YAML file that says it.
-        role: `student`, or `teacher`, where `distill` then finds it.
+        recipe: The recipe, or its YAML file.
+        role: `student`, or `teacher` for the network that `distill` then uses.
         overrides: `key=value` assignments, as `--set` takes them.
         out: Run folder; `runs/NAME/baseline` or `runs/NAME/teacher` where not given.
         resume: Continue the run that the folder holds.
@@ -71,16 +71,16 @@ def train(
     if section.num_classes is not None:
         raise AcamkdError("teacher.num_classes: a teacher with classes of its own cannot be trained on these images")
     folder = Path(out).expanduser() if out else default_folder(recipe, "teacher" if role == "teacher" else "baseline")
-    if is_first_process():  # before minutes of looking at images
+    if is_first_process():  # before the images are checked, which can take minutes
         Run(folder, recipe, role).check_free(resume=resume, overwrite=overwrite)
     batches = Batches(recipe)
     if recipe.data.unlabelled is not None:
         log.info("data.unlabelled is not used: only a distillation learns from unlabeled images")
     model = build_network(recipe, section, batches.classes)
-    # Only what the run depends on, so that --resume tells it from a distillation.
+    # Only the sections that the run depends on, so that --resume can tell it from a distillation.
     used: dict[str, Any] = {"losses": ()}
     inherited = None
-    if role == "student" and recipe.student.inherit:  # as the distilled student does, which is compared with this one
+    if role == "student" and recipe.student.inherit:  # as for the distilled student, so that both start alike
         used["teacher"] = teacher_section(recipe)
         teacher = build_network(recipe, used["teacher"], batches.classes, teacher=True)
         models.inherit(model, teacher, recipe.student.inherit)
@@ -118,7 +118,7 @@ def distill(
 ) -> Run | Estimate:
     """Train a recipe's student with its losses against its teacher.
 
-    The teacher's weights are the recipe's `teacher.weights`, or what `train(recipe, "teacher")` left behind. It is
+    The teacher's weights are the recipe's `teacher.weights`, or those that `train(recipe, "teacher")` wrote. It is
     scored on the validation images before the first epoch.
 
     Args:
@@ -127,7 +127,7 @@ def distill(
         out: Run folder; `runs/NAME/distilled` where not given.
         resume: Continue the run that the folder holds.
         overwrite: Replace it.
-        dry_run: Train nothing, and estimate parameters, operations, memory and the largest batch.
+        dry_run: Do not train; estimate parameters, operations, memory and the largest batch.
 
     Returns:
         The run, with its `metrics` and `load()`; or the estimate.
@@ -172,26 +172,26 @@ def _score_teacher(teacher: TaskModel, batches: Batches) -> dict[str, float]:
     log.info("scoring the teacher on the validation images")
     scores = score(teacher, batches.val, batches.scorer)
     log.info("teacher: %s %.2f", metric, scores[metric])
-    # One class everywhere comes to no more; of a detector less than a point is nothing.
+    # A constant prediction scores no more than this; for a detector, below one point is as good as nothing.
     if scores[metric] <= (1.0 if teacher.task == "detection" else 100 / teacher.num_classes):
-        log.warning("that teacher has next to nothing to teach: acamkd doctor RECIPE examines it")
+        log.warning("this teacher scores almost nothing, so distillation cannot help: acamkd doctor RECIPE examines it")
     return scores
 
 
 def _fit(
     run: Run, distiller: Distiller, batches: Batches, *, resume: bool, overwrite: bool, inherited: str | None = None
 ) -> Run:
-    """Train into the run folder; `inherited` is the hash of a teacher that only the student's first weights are of."""
+    """Train into the run folder; `inherited` is the hash of a teacher that only initializes the student."""
     recipe, metric = run.recipe, METRICS[run.recipe.task]
     recorder = Recorder(run.folder, run.weights.name, metric)
     watching = [MaskHistory(run.folder, batches.splits["val"])] if distiller.losses else []
     trainer = build_trainer(recipe.train, recorder, progress=sys.stdout.isatty(), callbacks=watching)
     if len(batches.splits["val"]) < trainer.world_size:
         raise AcamkdError(
-            f"data.val has too few validation images for {trainer.world_size} processes that are to share them: "
-            f"{len(batches.splits['val'])}; lower train.devices, or give more of them"
+            f"data.val has too few validation images for {trainer.world_size} processes: "
+            f"{len(batches.splits['val'])}; lower train.devices, or add validation images"
         )
-    is_first = trainer.is_global_zero  # of several processes, it alone writes and speaks
+    is_first = trainer.is_global_zero  # only the first process writes and logs
     others = nullcontext(resume and run.has_checkpoint)
     entered = run.entered(resume=resume, overwrite=overwrite) if is_first else others
     with entered as goes_on, _log_file(run.folder / LOG, is_first), _explaining(run.folder):
@@ -201,12 +201,14 @@ def _fit(
                 write_report(run)
             return run
         if resume and not goes_on:
-            log.warning("%s has no finished epoch to resume from: it starts anew", run.folder)
+            log.warning("%s has no finished epoch to resume from: the training starts anew", run.folder)
         checkpoint = find_checkpoint(run.folder) if goes_on else None
         taught_by: dict[str, Any] = {"inherited_sha256": inherited} if inherited else {}
         if distiller.losses:
             with data.reading(batches.val):
                 scores = _score_teacher(distiller.teacher.to(trainer.strategy.root_device), batches)
+            if warning := describe_lead(recipe, scores[metric], run.folder.parent / "baseline"):
+                log.warning("%s", warning)
             taught_by = {"teacher": scores, "teacher_sha256": _hash(distiller.teacher.net)}
         torch.manual_seed(recipe.train.seed)
         module = TrainingModule(distiller, recipe.train, batches.scorer)
@@ -215,7 +217,7 @@ def _fit(
         if distiller.losses and _hash(distiller.teacher.net) != taught_by["teacher_sha256"]:
             raise RuntimeError("the teacher changed during training")
         if distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()  # what follows is for the first process alone
+            distributed.destroy_process_group()  # the rest runs in the first process only
         if not is_first:
             return run
         metrics = {
@@ -242,12 +244,12 @@ def _fit(
 
 @contextmanager
 def _log_file(file: Path, is_first: bool) -> Iterator[None]:
-    """Write what the package says into a file too; of several processes only the first one speaks."""
+    """Write the package's log into a file too; of several processes only the first one logs."""
     handler = logging.FileHandler(file, encoding="utf-8") if is_first else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     package = logging.getLogger("acamkd")
     level = package.level
-    # The file is to be complete, whatever a program around this wants on its screen.
+    # The file gets every message, whatever level the calling program shows on its screen.
     package.setLevel(logging.INFO if is_first else logging.ERROR)
     package.addHandler(handler)
     try:
@@ -260,19 +262,19 @@ def _log_file(file: Path, is_first: bool) -> Iterator[None]:
 
 @contextmanager
 def _explaining(folder: Path) -> Iterator[None]:
-    """Say of a full disk, or of images that have gone, what is to be done."""
+    """Explain a full disk or missing images, and say what to do."""
     try:
         yield
     except OSError as error:
-        reason = str(error).rstrip().splitlines()[-1]  # a loading process sends a whole traceback
+        reason = str(error).rstrip().splitlines()[-1]  # a loading process sends a complete traceback
         raise AcamkdError(
-            f"{folder}: the training stopped: {reason}; once that is mended, --resume goes on from the last checkpoint"
+            f"{folder}: the training stopped: {reason}; once that is fixed, --resume continues from the last checkpoint"
         ) from error
 
 
 @contextmanager
 def _stopping(folder: Path, recorder: Recorder, epochs: int) -> Iterator[None]:
-    """Say where `--resume` goes on when a signal ends the training within."""
+    """Log where `--resume` continues when a signal ends the training."""
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -280,7 +282,7 @@ def _stopping(folder: Path, recorder: Recorder, epochs: int) -> Iterator[None]:
         if end.code == TERMINATED:
             log.warning("%s: terminated; --resume goes on at step %d", folder, recorder.step)
             raise
-        # Lightning's answer to Ctrl-C, which it ignores from then on.
+        # Lightning handles Ctrl-C with SystemExit, and ignores further ones.
         signal.signal(signal.SIGINT, on_interrupt)
         done = len(recorder.history)
         log.warning(
@@ -295,7 +297,7 @@ def count_parameters(net: nn.Module) -> int:
 
 
 def _machine() -> str:
-    """What a CPU's rounding depends on: its kind, the instructions that torch uses, and the number of threads."""
+    """Properties that affect a CPU's rounding: its type, the instruction set that torch uses, the number of threads."""
     threads = torch.get_num_threads()
     kind, instructions = platform.processor() or platform.machine(), torch.backends.cpu.get_cpu_capability()
     return f"{kind}, {instructions}, {threads} thread{'s' if threads > 1 else ''}"

@@ -47,9 +47,12 @@ def inverse_haar(low: Tensor, details: Sequence[Tensor], size: Sequence[int]) ->
 
 
 def _blocks_to_bands(blocks: Tensor) -> Tensor:
-    """One Haar step on blocks of 2 x 2 locations, (N, C, 4, h, w); its matrix is symmetric, hence its own inverse."""
-    matrix = blocks.new_tensor([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 2
-    return torch.einsum("ij,ncjhw->ncihw", matrix, blocks)
+    """One Haar step on blocks of 2 x 2 locations, (N, C, 4, h, w), which is its own inverse."""
+    a, b, c, d = (blocks / 2).unbind(dim=2)
+    top, bottom, top_difference, bottom_difference = a + b, c + d, a - b, c - d
+    return torch.stack(
+        (top + bottom, top - bottom, top_difference + bottom_difference, top_difference - bottom_difference), dim=2
+    )
 
 
 class FrequencyTokens(TokenModule):

@@ -61,10 +61,19 @@ def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     return numerator / denominator.clamp_min(limits.tiny / limits.eps)
 
 
+def varies(deviation: Tensor, mean: Tensor) -> Tensor:
+    """Whether values of this standard deviation and mean are more than a constant and its rounding.
+
+    A quotient by the deviation of a constant is rounding, and its gradient so large that float16 cannot hold it.
+    """
+    return deviation > 8 * torch.finfo(mean.dtype).eps * mean.abs()
+
+
 def standardize(x: Tensor) -> Tensor:
     """Mean 0 and standard deviation 1 per channel over the whole batch, (N, C, ...) -> (N, C, ...).
 
-    The standard deviation is the unbiased one. 1e-6 is added to it, as in the code of PKD's authors.
+    The standard deviation is the unbiased one. 1e-6 is added to it, as in the code of PKD's authors. A constant channel
+    becomes 0 and receives no gradient.
 
     Raises:
         ValueError: A channel has a single value.
@@ -76,10 +85,11 @@ def standardize(x: Tensor) -> Tensor:
             f"a feature map of {tuple(x.shape)} has a single value per channel, and so no standard deviation: take a "
             "larger batch or larger images, or leave this layer out"
         )
-    centered = x - x.mean(dim=others, keepdim=True)
+    mean = x.mean(dim=others, keepdim=True)
+    centered = x - mean
     # The norm takes a third of the time of `std`, which computes the mean again.
     deviation: Tensor = torch.linalg.vector_norm(centered, dim=others, keepdim=True) * (values - 1) ** -0.5
-    return centered * (deviation + 1e-6).reciprocal()
+    return centered * torch.where(varies(deviation, mean), (deviation + 1e-6).reciprocal(), 0)
 
 
 def distribution_error(student: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:
@@ -90,10 +100,15 @@ def distribution_error(student: Tensor, teacher: Tensor, temperature: float, dim
 
 
 def pearson(x: Tensor, y: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
-    """Pearson correlation of two tensors of one shape along `dim`, which is reduced; 0 where one is constant."""
-    x, y = x - x.mean(dim, keepdim=True), y - y.mean(dim, keepdim=True)
-    norms: Tensor = torch.linalg.vector_norm(x, dim=dim) * torch.linalg.vector_norm(y, dim=dim)
-    return (x * y).sum(dim) / (norms + eps)
+    """Pearson correlation of two tensors of one shape along `dim`, which is reduced.
+
+    Where one is constant it is 0 without gradient.
+    """
+    means = x.mean(dim, keepdim=True), y.mean(dim, keepdim=True)
+    x, y = x - means[0], y - means[1]
+    norms = torch.linalg.vector_norm(x, dim=dim), torch.linalg.vector_norm(y, dim=dim)
+    both = [varies(norm * x.shape[dim] ** -0.5, mean.squeeze(dim)) for norm, mean in zip(norms, means, strict=True)]
+    return torch.where(both[0] & both[1], (x * y).sum(dim) / (norms[0] * norms[1] + eps), 0)
 
 
 def masked_error(error: Tensor, mask: Tensor) -> Tensor:
@@ -109,7 +124,9 @@ def masked_error(error: Tensor, mask: Tensor) -> Tensor:
     Returns:
         (N, M).
     """
-    return safe_divide(torch.einsum("nmk,nk->nm", mask.square(), error), mask.sum(dim=2))
+    # The quotient first: it is at most 1, while the gradient of the other order overflows where a mask is all 0.
+    shares = safe_divide(mask, mask.sum(dim=2, keepdim=True))
+    return torch.einsum("nmk,nk->nm", mask * shares, error)
 
 
 def dice_overlap(masks: Tensor, form: str = "pairwise") -> Tensor:
@@ -127,11 +144,12 @@ def dice_overlap(masks: Tensor, form: str = "pairwise") -> Tensor:
         return masks.new_zeros(())
     inner = masks @ masks.transpose(1, 2)  # (N, M, M)
     norms = inner.diagonal(dim1=1, dim2=2)  # (N, M)
-    off_diagonal = ~torch.eye(count, dtype=torch.bool, device=masks.device)
+    itself = torch.eye(count, dtype=torch.bool, device=masks.device)  # no index: a GPU would wait for its length
     if form == "literal":
-        return safe_divide(inner[:, off_diagonal].sum(dim=1), norms.sum(dim=1)).mean()
+        return safe_divide(inner.masked_fill(itself, 0).sum(dim=(1, 2)), norms.sum(dim=1)).mean()
     pair_norms = norms.unsqueeze(2) + norms.unsqueeze(1)  # (N, M, M)
-    return safe_divide(2 * inner, pair_norms)[:, off_diagonal].mean()
+    overlaps = safe_divide(2 * inner, pair_norms).masked_fill(itself, 0)
+    return overlaps.sum(dim=(1, 2)).mean() / (count * (count - 1))
 
 
 def freeze_tokens(module: nn.Module, state: Mapping[str, Tensor] | None) -> None:

@@ -27,7 +27,7 @@ TORCHVISION = "torchvision/"
 
 
 Top: TypeAlias = Callable[[int], ExtraFPNBlock]
-"""Makes what adds levels above a pyramid, from the number of channels of the backbone's last stage."""
+"""Builds the module that adds levels above a pyramid, from the channels of the backbone's last stage."""
 
 
 class TimmWithFPN(nn.Module):
@@ -36,8 +36,8 @@ class TimmWithFPN(nn.Module):
     Args:
         body: Made by `timm.create_model(..., features_only=True)`.
         strides: Strides of the maps that feed the pyramid, such as (8, 16, 32).
-        channels: Width of the pyramid.
-        top: What adds coarser levels, made for the channels of the last stage.
+        channels: Number of channels of the pyramid.
+        top: Builds the module that adds coarser levels, from the channels of the last stage.
     """
 
     def __init__(self, body: Any, strides: Sequence[int], channels: int, top: Top) -> None:
@@ -74,10 +74,10 @@ def build_backbone(model: Model, strides: Sequence[int], top: Top) -> tuple[nn.M
         top: What adds coarser levels.
 
     Returns:
-        The backbone, and the mean and the standard deviation of the colors that it was pretrained with.
+        The backbone, and the mean and standard deviation of its pretraining's normalization.
 
     Raises:
-        AcamkdError: The name is unknown, the backbone has no such strides, or the weights cannot be had.
+        AcamkdError: The name is unknown, the backbone lacks these strides, or the weights cannot be downloaded.
     """
     if model.backbone.startswith(TORCHVISION):
         return _torchvision(model, strides, top), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -88,7 +88,7 @@ def build_backbone(model: Model, strides: Sequence[int], top: Top) -> tuple[nn.M
     with hub_errors(name) if pretrained else nullcontext():
         try:
             body: Any = timm.create_model(name, pretrained=pretrained, features_only=True, **timm_options(name))
-        except AttributeError as error:  # timm's answer for models without feature extraction
+        except AttributeError as error:  # raised by timm for models without feature extraction
             raise AcamkdError(f"timm's {name} cannot give feature maps; take another backbone") from error
     reductions = body.feature_info.reduction()
     if not set(strides) <= set(reductions):
@@ -101,7 +101,7 @@ def build_backbone(model: Model, strides: Sequence[int], top: Top) -> tuple[nn.M
 
 
 def timm_options(name: str) -> dict[str, Any]:
-    """What timm's constructor needs beside the name: Swin transformers refuse images of another size unless told."""
+    """Further options of timm's constructor: Swin transformers accept other image sizes only with one."""
     return {"strict_img_size": False} if name.startswith("swin") else {}
 
 
@@ -143,7 +143,7 @@ def _last_of_each_stride(features: nn.Module) -> dict[int, tuple[str, int]]:
     x, stages = torch.zeros(1, 3, 64, 64), {}
     for name, child in features.eval().named_children():
         x = child(x)
-        if x.shape[-1] <= 64:  # transformers put their channels last
+        if x.shape[-1] <= 64:  # transformers return channels last
             stages[64 // x.shape[-1]] = (name, x.shape[1])
     features.train()
     return stages

@@ -20,19 +20,20 @@ from acamkd.errors import AcamkdError
 Task: TypeAlias = Literal["detection", "segmentation"]
 
 Target: TypeAlias = dict[str, Tensor]
-"""What is known of one image, in its own pixels. Detection: `boxes` (K, 4) float x1 y1 x2 y2, `labels` (K,) int64
+"""Target of one image, in its own pixels. Detection: `boxes` (K, 4) float x1 y1 x2 y2, `labels` (K,) int64
 from 1 (0 is background, torchvision's convention), `iscrowd` (K,) int64, and from data sets `area` (K,) of the outlines
-in pixels, 0 where it is unknown. Segmentation: `mask` (H, W) int64, VOID where nothing is known."""
+in pixels, 0 if unknown.
+Segmentation: `mask` (H, W) int64, VOID where unlabeled."""
 
 Prediction: TypeAlias = dict[str, Tensor]
-"""What a network says of one image, in the image's own pixels. Detection: `boxes` (K, 4), `scores` (K,), `labels`
+"""Prediction for one image, in the image's own pixels. Detection: `boxes` (K, 4), `scores` (K,), `labels`
 (K,) from 1. Segmentation: `mask` (H, W) int64."""
 
 Outputs: TypeAlias = Mapping[str, Any]
-"""Raw head outputs of one network; only the network's own `loss` and `decode` look inside."""
+"""Raw head outputs of one network, in a form that only its own `loss` and `decode` read."""
 
 VOID = 255
-"""Mask value of pixels that neither train nor count."""
+"""Mask value of pixels that are ignored in training and evaluation."""
 
 PixelSize: TypeAlias = tuple[int, int]
 """(height, width)."""
@@ -40,13 +41,13 @@ PixelSize: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch in the networks' common input frame; made once by the student's `prepare` and seen by both networks.
+    """One batch as padded input, created once by the student's `prepare` and used by both networks.
 
     Attributes:
         pixels: (N, 3, H, W) in [0, 1], not yet normalized; padding has the preparing network's mean color.
-        sizes: (height, width) of each image inside the frame, without padding.
+        sizes: (height, width) of each image within the padded input.
         original_sizes: (height, width) of each image as it was given to `prepare`.
-        targets: One per image, in the input frame (masks padded with VOID); None at prediction.
+        targets: One per image, in pixels of the padded input (masks padded with VOID); None for prediction.
     """
 
     pixels: Tensor
@@ -56,12 +57,12 @@ class Batch:
 
     @property
     def input_size(self) -> PixelSize:
-        """(height, width) of the common frame."""
+        """(height, width) of the padded input."""
         return (self.pixels.shape[-2], self.pixels.shape[-1])
 
     @cached_property
     def boxes(self) -> list[Tensor] | None:
-        """(K, 4) of each image's single objects; a box around a crowd is none. None where the targets have none."""
+        """(K, 4) boxes of each image's single objects, without crowds; None if the targets have no boxes."""
         if self.targets is None or any("boxes" not in target for target in self.targets):
             return None
         return [
@@ -73,7 +74,7 @@ class Batch:
 def to_device(
     images: Iterable[Tensor], targets: Iterable[Target], device: torch.device
 ) -> tuple[list[Tensor], list[Target]]:
-    """Images and their targets on a device."""
+    """Move images and their targets to a device."""
     return (
         [image.to(device) for image in images],
         [{name: value.to(device) for name, value in target.items()} for target in targets],
@@ -82,7 +83,7 @@ def to_device(
 
 @contextmanager
 def keeping_modes(net: nn.Module) -> Iterator[None]:
-    """Afterwards each module is in training or eval mode as before; single layers may be frozen, so one by one."""
+    """Restore the training or eval mode of each single module after the context, since some may be frozen."""
     modes = [(module, module.training) for module in net.modules()]
     try:
         yield
@@ -93,7 +94,7 @@ def keeping_modes(net: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def explaining_norms() -> Iterator[None]:
-    """Say what is to be done where a normalization layer has no two values to take statistics of."""
+    """Turn the error of a normalization layer with too few values into an AcamkdError with advice."""
     try:
         yield
     except ValueError as error:
@@ -113,13 +114,13 @@ def explaining_norms() -> Iterator[None]:
 
 
 class TaskModel(nn.Module, ABC):
-    """A network together with its task: what turns images into pixels, outputs, a loss and predictions.
+    """A network with its task: it turns images into inputs, outputs, a loss and predictions.
 
     Args:
         net: The framework's own module. Only its `state_dict` is saved, so that the framework alone can load it.
         num_classes: Number of classes of the task, background and void not counted.
         mean: Mean color that the network expects, RGB in [0, 1].
-        std: Standard deviation of the colors, likewise.
+        std: Standard deviation that the network expects, likewise.
     """
 
     task: ClassVar[Task]
@@ -130,18 +131,18 @@ class TaskModel(nn.Module, ABC):
         self.num_classes = num_classes
         self.mean: Tensor
         self.std: Tensor
-        # Of floats also where a factory gives whole numbers: pixels would be cut off to 0 and 1 otherwise.
+        # As floats, even if a factory gives integers: pixels would otherwise be truncated to 0 and 1.
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
 
     @property
     def backbone(self) -> nn.Module:
-        """The part that image-classification weights belong to."""
+        """The part of the network that image-classification weights fit."""
         raise NotImplementedError(f"{type(self).__name__} does not say which part of its network is the backbone")
 
     @property
     def max_detections(self) -> int | None:
-        """Detection: an image gets so many boxes at most; None where there is no limit, or no boxes."""
+        """Detection: limit of boxes per image; None without a limit, and for segmentation."""
         return None
 
     def normalize(self, batch: Batch) -> Tensor:
@@ -164,7 +165,7 @@ class TaskModel(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Task terms, scalars; also callable while the network is in eval mode."""
+        """Scalar terms of the task loss; also callable in eval mode."""
 
     @abstractmethod
     def decode(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
@@ -173,14 +174,14 @@ class TaskModel(nn.Module, ABC):
     def prepare_alike(self, images: Sequence[Tensor]) -> list[tuple[list[int], Batch]]:
         """Prepare each image as if it were alone, and stack those whose padded inputs have one size.
 
-        In one batch with larger images an image gets more padding, which changes what a network finds: by what its
-        convolutions see at the border, and by normalization over the whole map.
+        In a batch with larger images, an image gets more padding. That changes predictions, through convolutions at the
+        border and through normalization over the whole feature map.
 
         Args:
             images: (3, H, W) each, uint8, or float in [0, 1]; sizes may differ.
 
         Returns:
-            Places in `images`, and their batch without targets; one such pair per size.
+            Indices in `images`, and their batch without targets; one such pair per size.
         """
         groups: dict[PixelSize, list[tuple[int, Batch]]] = {}
         for index, image in enumerate(images):
@@ -190,10 +191,11 @@ class TaskModel(nn.Module, ABC):
 
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor]) -> list[Prediction]:
-        """Images in, predictions out; the network should be in eval mode.
+        """Predict on images; the network should be in eval mode.
 
-        An image's prediction does not depend on the images beside it, nor on a training's precision: the network
-        runs in that of its weights.
+        An image's prediction depends neither on the other images nor on the precision of a training: the network runs
+        in the
+        precision of its weights.
         """
         found: dict[int, Prediction] = {}
         with explaining_norms(), torch.autocast(self.mean.device.type, enabled=False):
@@ -203,7 +205,7 @@ class TaskModel(nn.Module, ABC):
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:
-    """Batches of one input size as one, without targets."""
+    """Join batches of one input size, without targets."""
     if len(batches) == 1:
         return batches[0]
     return Batch(
@@ -215,13 +217,13 @@ def _joined(batches: Sequence[Batch]) -> Batch:
 
 @dataclass(frozen=True)
 class Family:
-    """Networks that are built in one way, from a recipe's section to a TaskModel.
+    """Networks that one function builds, from a recipe's section to a TaskModel.
 
     Attributes:
-        task: What they are for.
-        names: What `arch` may be, as a call; a name that ends with a slash stands for all that begin so.
-        build: Takes the recipe's section, the number of classes and `data.resize`; raises AcamkdError where something
-            that the recipe names does not exist.
+        task: Task of the networks.
+        names: Returns the values of `arch`; a name that ends with a slash stands for all names with this prefix.
+        build: Takes the recipe's section, the number of classes and `data.resize`; raises AcamkdError if something
+            named in the recipe does not exist.
     """
 
     task: Task
@@ -229,5 +231,5 @@ class Family:
     build: Callable[[Model, int, PixelSize | ShortLong | None], TaskModel]
 
     def holds(self, arch: str) -> bool:
-        """Whether a recipe's `arch` is one of these."""
+        """Whether a recipe's `arch` belongs to this family."""
         return any(arch.startswith(name) if name.endswith("/") else arch == name for name in self.names())

@@ -1,4 +1,4 @@
-"""From a recipe's section to a TaskModel."""
+"""Build a TaskModel from a recipe's section."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 
 
 FAMILIES = (detection.FAMILY, segmentation.FAMILY)
-"""The only table of networks that have a name."""
+"""The only table of named networks."""
 
 
 def family_of(arch: str, task: Task | None = None) -> Family:
-    """The family of a recipe's `arch`, of one task or of any; raises AcamkdError that lists the nearest names."""
+    """Find the family of a recipe's `arch`, for one task or any; raises AcamkdError that lists the nearest names."""
     families = [family for family in FAMILIES if task in (None, family.task)]
     for family in families:
         if family.holds(arch):
@@ -48,16 +48,16 @@ def build(
         model: The recipe's section. `arch: package.module:factory` calls `factory(num_classes=num_classes,
             **options)`, in which an option `num_classes` wins (torchvision's detectors count the background too); it
             returns a TaskModel, a torchvision RetinaNet, FCOS or FasterRCNN, or any segmentation module.
-        task: What the network is for.
+        task: Task of the network.
         num_classes: Classes of the task, background and void not counted; the section's own number wins.
         resize: The recipe's `data.resize`.
-        teacher: Every tensor must be in the file of weights; a student may start from a part of it.
+        teacher: Every tensor must be in the weights file; a student may start from a part of them.
 
     Raises:
         AcamkdError: Something named in the recipe does not exist or does not fit; the message says what is allowed.
     """
     num_classes = model.num_classes or num_classes
-    if model.weights is not None:  # they cover the backbone: do not fetch what will be overwritten
+    if model.weights is not None:  # they include the backbone: a download would be overwritten
         model = model.model_copy(update={"backbone_weights": None})
     if ":" in model.arch:
         built = _from_factory(model, task, num_classes, resize)
@@ -69,7 +69,7 @@ def build(
     elif model.backbone_weights not in (None, "imagenet"):
         _say(load_weights(built.backbone, model.backbone_weights, strict=False, what=f"{who}, backbone"))
     elif teacher and ":" not in model.arch:
-        log.warning("the teacher, %s, has no `weights`: nothing was trained but, at most, its backbone", who)
+        log.warning("the teacher, %s, has no `weights`: at most its backbone is pretrained", who)
     return built
 
 
@@ -78,7 +78,7 @@ def _say(report: LoadReport) -> None:
 
 
 def call_factory(model: Model, num_classes: int) -> Any:
-    """What the factory that a recipe's section names gives."""
+    """Call the factory that a recipe's section names."""
     return imported(model.arch, "arch")(**{"num_classes": num_classes, **model.options})
 
 

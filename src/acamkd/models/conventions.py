@@ -1,7 +1,7 @@
-"""What MMDetection and detectron2 do otherwise than torchvision in the same detectors.
+"""Differences of MMDetection's and detectron2's detectors from torchvision's.
 
-None of it shows in the weights, and all of it in what a converted network finds. `options: {convention: ...}` of a
-recipe's model chooses.
+The differences are not visible in the weights, but change the predictions of a converted network. A recipe's model
+chooses by `options: {convention: ...}`.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ ROI_STRIDES = (4, 8, 16, 32)
 
 
 class ExactAnchors(AnchorGenerator):  # type: ignore[misc]
-    """Anchors whose sides are not rounded, on the levels' true strides.
+    """Anchors with unrounded sides, on the levels' exact strides.
 
-    torchvision rounds sides, and divides the padded image by the grid: 114 instead of 128 pixels on the coarsest
-    level of an image 800 pixels high.
+    torchvision rounds sides, and computes strides from the padded image and the grid. On the coarsest level of an image
+    800 pixels high, that gives 114 instead of 128 pixels.
 
     Args:
-        sizes: Per level.
-        strides: Per level.
+        sizes: Anchor sizes of each level.
+        strides: Stride of each level.
     """
 
     def __init__(self, sizes: Sequence[Sequence[float]], strides: Sequence[int]) -> None:
@@ -58,9 +58,9 @@ class P6P7FromC5(LastLevelP6P7):  # type: ignore[misc]
     """RetinaNet's two coarsest levels from the backbone's last stage.
 
     Args:
-        in_channels: Of that stage.
-        out_channels: Width of the pyramid.
-        relu: Whether P6 passes a ReLU on its way to P7.
+        in_channels: Number of channels of that stage.
+        out_channels: Number of channels of the pyramid.
+        relu: Whether a ReLU is applied to P6 before P7.
     """
 
     def __init__(self, in_channels: int, out_channels: int, *, relu: bool) -> None:
@@ -75,7 +75,7 @@ class P6P7FromC5(LastLevelP6P7):  # type: ignore[misc]
 
 
 class AlignedRoIAlign(MultiScaleRoIAlign):  # type: ignore[misc]
-    """RoIAlign without the shift by half a pixel of torchvision's, and with as many samples as a bin has pixels."""
+    """RoIAlign without torchvision's half-pixel shift, and with as many samples as a bin has pixels."""
 
     def __init__(self) -> None:
         super().__init__(["0", "1", "2", "3"], output_size=7, sampling_ratio=0)
@@ -93,7 +93,7 @@ class AlignedRoIAlign(MultiScaleRoIAlign):  # type: ignore[misc]
 
 
 def stride_in_1x1(body: nn.Module) -> None:
-    """Move the stride of a ResNet's bottlenecks from the 3x3 to the first 1x1 convolution, where Caffe had it."""
+    """Move the stride of a ResNet's bottlenecks from the 3x3 to the first 1x1 convolution, as in Caffe."""
     blocks: Iterable[Any] = body.modules()
     for block in blocks:
         if hasattr(block, "conv3") and block.conv2.stride == (2, 2):

@@ -1,4 +1,4 @@
-"""MMDetection's and detectron2's RetinaNet and Faster R-CNN in torchvision's names and order of rows."""
+"""Conversion of MMDetection's and detectron2's RetinaNet and Faster R-CNN to torchvision's names and row order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from acamkd.models.conventions import RATIOS, Convention
 
 BACKGROUND_LOGIT = -20.0
-"""Of RetinaNet's output for background, which both frameworks lack: no threshold lets it pass."""
+"""Bias of RetinaNet's background output, which both frameworks lack; its score is below every threshold."""
 
 _Rule: TypeAlias = tuple[str, str | Callable[[re.Match[str]], str]]
 
@@ -67,7 +67,7 @@ _RULES: Mapping[Convention, Sequence[_Rule]] = {"mmdetection": _MMDETECTION, "de
 
 
 def convention_of(names: Iterable[str]) -> Convention:
-    """Whose detector the tensors of these names are."""
+    """Framework of a detector whose tensors have these names."""
     for name in names:
         if name.startswith("neck.lateral_convs."):
             return "mmdetection"
@@ -77,11 +77,11 @@ def convention_of(names: Iterable[str]) -> Convention:
 
 
 def to_torchvision(state: Mapping[str, Tensor], convention: Convention) -> dict[str, Tensor]:
-    """A detector's tensors as torchvision's own would be called and ordered.
+    """Rename and reorder a detector's tensors as in torchvision.
 
     Args:
-        state: By the names of the framework that `convention` names. What is none of its detectors' keeps its name.
-        convention: What `convention_of` said.
+        state: Tensors by their names in the framework `convention`; unknown names are kept.
+        convention: Result of `convention_of`.
     """
     renamed = {_rename(name, _RULES[convention]): tensor for name, tensor in state.items()}
     renamed = _number_levels(renamed)

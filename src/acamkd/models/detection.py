@@ -37,13 +37,13 @@ from acamkd.models.resize import DetectionTransform
 class Detector(TaskModel):
     """A torchvision detector; losses and detections are those of `net(images, targets)` and `net(images)`.
 
-    Raw outputs hold `features` (the pyramid's levels by name), what the heads say in float32, and `anchors` (one
-    tensor per image). Crowd boxes stay in the targets but do not train. Detections labeled 0 (background), which
+    Raw outputs hold `features` (the pyramid's levels by name), the heads' outputs in float32, and `anchors` (one tensor
+    per image). Crowd boxes stay in the targets but are not used in training. Detections labeled 0 (background), which
     torchvision's dense detectors may give, are dropped.
 
     Args:
-        net: The torchvision module; its transform says the input size, mean and standard deviation.
-        num_classes: Without background; the net has one output more.
+        net: The torchvision module; its transform holds the input size, mean and standard deviation.
+        num_classes: Number of classes without background; the net has one output more.
     """
 
     task = "detection"
@@ -65,12 +65,12 @@ class Detector(TaskModel):
 
     @property
     def backbone(self) -> nn.Module:
-        """The backbone, without its pyramid where it has one."""
+        """The backbone, without its pyramid if it has one."""
         body: nn.Module = getattr(self.net.backbone, "body", self.net.backbone)
         return body
 
     def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
-        """Resize, pad and stack by the net's own transform, which normalizes; the pixels are turned back."""
+        """Resize, pad and stack by the net's own transform, and revert its normalization of the pixels."""
         floats = [to_dtype(image, torch.float32, scale=True) for image in images]
         frame, moved = self.net.transform(floats, targets)
         return Batch(
@@ -89,7 +89,7 @@ class Detector(TaskModel):
 
     @abstractmethod
     def _detect(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
-        """Detections in the input frame."""
+        """Detections in pixels of the padded input."""
 
     def _features(self, batch: Batch) -> dict[str, Tensor]:
         """Maps by level, from fine to coarse; a backbone of one level gives its map alone."""
@@ -97,7 +97,7 @@ class Detector(TaskModel):
         return {"0": features} if isinstance(features, Tensor) else features
 
     def _anchors(self, generator: AnchorGenerator, features: Mapping[str, Tensor], batch: Batch) -> list[Tensor]:
-        # The generator takes its type from the maps, and half precision cannot tell far pixels apart under autocast.
+        # The generator uses the feature maps' type, and half precision under autocast cannot resolve large coordinates.
         maps = [batch.pixels.new_empty(()).expand(level.shape) for level in features.values()]
         anchors: list[Tensor] = generator(ImageList(batch.pixels, batch.sizes), maps)
         return anchors
@@ -110,7 +110,7 @@ class DenseDetector(Detector):
         super().__init__(net, num_classes)
         norms = [layer for layer in self.net.head.modules() if isinstance(layer, nn.GroupNorm)]
         self.single_channels = any(norm.num_groups == norm.num_channels for norm in norms)
-        """Whether the heads normalize each channel of a map alone, which a map of one value does not allow."""
+        """Whether the heads normalize each channel alone, which fails on a feature map of one location."""
 
     @property
     def net_classes(self) -> int:
@@ -126,7 +126,7 @@ class DenseDetector(Detector):
         return {"features": features, "anchors": self._anchors(self.net.anchor_generator, features, batch), **head}
 
     def _check_maps(self, features: Mapping[str, Tensor], batch: Batch) -> None:
-        """Refuse at every batch size what a single image could not be predicted with."""
+        """Raise AcamkdError for inputs on which a single image cannot be predicted, at every batch size."""
         if any(level.shape[-2:].numel() == 1 for level in features.values()):
             height, width = batch.input_size
             channels = next(iter(features.values())).shape[1]
@@ -141,7 +141,7 @@ class DenseDetector(Detector):
         anchors = [list(torch.split(image, counts)) for image in outputs["anchors"]]
         head = {name: list(torch.split(output, counts, dim=1)) for name, output in _head(outputs).items()}
         detections = self.net.postprocess_detections(head, anchors, batch.sizes)
-        # The heads have an output for background, which is never a box's label but can pass an untrained threshold.
+        # The background output is never a box's label, but may pass the threshold in an untrained network.
         return [{name: x[found["labels"] > 0] for name, x in found.items()} for found in detections]
 
     @property
@@ -216,7 +216,7 @@ class FasterRCNNDetector(Detector):
         labels, matched = rpn.assign_targets_to_anchors(outputs["anchors"], targets)
         wanted = rpn.box_coder.encode(matched, outputs["anchors"])
         objectness, rpn_box = rpn.compute_loss(outputs["objectness"], outputs["rpn_deltas"], labels, wanted)
-        # A copy of the list, in which the sampler replaces the proposals.
+        # A copy of the list, since the sampler replaces the proposals in it.
         sampled, _, classes, wanted = self.net.roi_heads.select_training_samples(list(outputs["proposals"]), targets)
         classifier, box = fastrcnn_loss(*self._classify(outputs, sampled, batch), classes, wanted)
         return {
@@ -254,9 +254,11 @@ ARCHITECTURES: Mapping[str, type[nn.Module]] = {"retinanet": RetinaNet, "fcos": 
 def build_detector(model: Model, num_classes: int, resize: PixelSize | ShortLong | None) -> Detector:
     """Build one of torchvision's detectors over a backbone with a pyramid of `model.fpn_channels`.
 
-    `model.options` are numbers of torchvision's constructor (`score_thresh`, `box_detections_per_img`, ...) and, for
-    RetinaNet and Faster R-CNN, `anchor_sizes`: the smallest anchor of each of the five levels, in pixels; and
-    `convention`: `torchvision`, or `mmdetection` or `detectron2` for a network that does exactly as theirs.
+    `model.options` are numbers of torchvision's constructor (`score_thresh`, `box_detections_per_img`, ...). RetinaNet
+    and
+    Faster R-CNN also have `anchor_sizes`, the smallest anchor of each of the five levels in pixels. Their `convention`
+    is
+    `torchvision`, `mmdetection` or `detectron2`, whose detectors the network then reproduces exactly.
 
     Raises:
         AcamkdError: Something named in the recipe does not exist.
@@ -271,7 +273,7 @@ def build_detector(model: Model, num_classes: int, resize: PixelSize | ShortLong
     if kind is FasterRCNN:
         backbone, mean, std = build_backbone(model, (4, 8, 16, 32), lambda _: LastLevelMaxPool())
     elif convention == "torchvision":
-        top = LastLevelP6P7(width, width)  # before the backbone: a seed stands for an order of draws
+        top = LastLevelP6P7(width, width)  # built before the backbone, so that a seed keeps giving the same weights
         backbone, mean, std = build_backbone(model, (8, 16, 32), lambda _: top)
     else:
         relu = convention == "detectron2"
@@ -294,14 +296,14 @@ def wrap_detector(
 ) -> Detector:
     """Put a torchvision detector behind TaskModel.
 
-    Its transform is replaced, so that the net alone resizes and normalizes as it was trained to.
+    Its transform is replaced, so that the net alone resizes and normalizes as in training.
 
     Args:
         net: An instance of one of WRAPPERS.
         num_classes: Without background.
         resize: (height, width) of the frame, or its short and long side; None = each image's own size.
         mean: Mean color; None = the net's own.
-        std: Standard deviation of the colors, likewise.
+        std: Standard deviation; None = the net's own.
     """
     net.transform = DetectionTransform(resize, mean or net.transform.image_mean, std or net.transform.image_std)
     wrapper = next(wrapper for framework, wrapper in WRAPPERS.items() if isinstance(net, framework))
@@ -309,7 +311,7 @@ def wrap_detector(
 
 
 def _constructor_options(model: Model, kind: type[nn.Module]) -> tuple[dict[str, Any], Convention]:
-    """The recipe's options as constructor arguments; torchvision itself would swallow a misspelt one."""
+    """Turn the recipe's options into constructor arguments; torchvision itself would ignore a misspelled one."""
     numbers = {
         name
         for name, parameter in inspect.signature(kind).parameters.items()

@@ -1,4 +1,4 @@
-"""Resizing of images to what a network sees: each side keeps at least one pixel, however narrow the image is."""
+"""Resizing of images to a network's input size; each side keeps at least one pixel, even of narrow images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def frame_size(
     Args:
         size: (height, width) of the image.
         resize: The recipe's `data.resize`.
-        whole: Makes whole numbers of {short, long}'s sides.
+        whole: Rounds the sides of {short, long} to whole numbers.
     """
     if resize is None:
         return size
@@ -34,16 +34,16 @@ def frame_size(
 class DetectionTransform(GeneralizedRCNNTransform):  # type: ignore[misc]
     """torchvision's transform, which normalizes, resizes and pads, for a recipe's `data.resize`.
 
-    torchvision's own makes sides of 0 pixels of narrow strips, and leaves images as they are in training mode only.
+    torchvision's own shrinks narrow strips to sides of 0 pixels, and can keep the image size only in training mode.
 
     Args:
         resize: (height, width), its short and long side, or None for each image's own size.
         mean: Mean color.
-        std: Standard deviation of the colors.
+        std: Standard deviation of the normalization.
     """
 
     def __init__(self, resize: PixelSize | ShortLong | None, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__(1, 1, list(mean), list(std))  # the two sizes serve its own `resize` alone
+        super().__init__(1, 1, list(mean), list(std))  # only its own `resize` uses the two sizes
         self.frame = resize
 
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:

@@ -1,4 +1,4 @@
-"""Segmenters of segmentation_models_pytorch, torchvision or anybody behind TaskModel."""
+"""Segmenters of segmentation_models_pytorch, torchvision or the user behind TaskModel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from acamkd.models.resize import frame_size
 from acamkd.models.weights import hub_errors
 
 STRIDE = 32
-"""Frames are padded to multiples of this; the coarsest map of the usual encoders is 32 times smaller."""
+"""Inputs are padded to multiples of this many pixels; the usual encoders have a largest stride of 32."""
 
 AUXILIARY_WEIGHT = 0.4
 
@@ -36,8 +36,8 @@ class Segmenter(TaskModel):
         net: (N, 3, H, W) -> (N, K, H, W), H and W multiples of 32.
         num_classes: K.
         mean: Mean color that the network expects, RGB in [0, 1].
-        std: Standard deviation of the colors, likewise.
-        resize: (height, width) of the frame, or its short and long side; None = each image's own size.
+        std: Standard deviation that the network expects, likewise.
+        resize: (height, width) of the input, or its short and long side; None = each image's own size.
     """
 
     task = "segmentation"
@@ -101,7 +101,7 @@ class Segmenter(TaskModel):
         return terms
 
     def decode(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
-        """Best class of every pixel; logits are brought to the image's size first."""
+        """Best class of every pixel, after resizing the logits to the image's size."""
         predictions = []
         for logits, (h, w), original in zip(outputs["out"], batch.sizes, batch.original_sizes, strict=True):
             logits = logits[None, :, :h, :w]
@@ -114,8 +114,8 @@ class Segmenter(TaskModel):
 def build_segmenter(model: Model, num_classes: int, resize: PixelSize | ShortLong | None) -> Segmenter:
     """Build an architecture of segmentation_models_pytorch over `model.backbone`, or `torchvision/NAME` as it is.
 
-    `model.options` are further arguments of the constructor (`decoder_channels`, `aux_loss`, ...); those that an smp
-    architecture does not know go to timm where the encoder is a `tu-` one.
+    `model.options` are further arguments of the constructor (`decoder_channels`, `aux_loss`, ...); for a `tu-` encoder,
+    those unknown to the smp architecture go to timm.
 
     Raises:
         AcamkdError: Something named in the recipe does not exist.
@@ -148,7 +148,7 @@ def _smp(model: Model, num_classes: int) -> tuple[nn.Module, Any, Any]:
             net = smp.create_model(
                 model.arch, encoder_name=encoder, encoder_weights=weights, classes=num_classes, **model.options
             )
-        except OSError:  # a download's; some of them are ValueErrors as well
+        except OSError:  # download errors, some of which are also ValueErrors
             raise
         except (TypeError, ValueError, NotImplementedError) as error:
             raise AcamkdError(f"{model.arch} cannot be built over {encoder} with {model.options}: {error}") from error
@@ -159,7 +159,7 @@ def _smp(model: Model, num_classes: int) -> tuple[nn.Module, Any, Any]:
 
 
 _NOT_OPTIONS = {"encoder_name", "encoder_weights", "in_channels", "classes", "activation", "aux_params", "kwargs"}
-"""What the recipe says elsewhere, or what would change the form of the output."""
+"""Options that the recipe sets elsewhere, or that would change the form of the output."""
 
 
 def _torchvision(model: Model, num_classes: int) -> tuple[nn.Module, Any, Any]:
@@ -181,20 +181,20 @@ def _torchvision(model: Model, num_classes: int) -> tuple[nn.Module, Any, Any]:
 
 
 def _check_options(model: Model, allowed: set[str]) -> None:
-    """Both frameworks swallow a misspelt option."""
+    """Refuse unknown options, since both frameworks ignore them."""
     for name in model.options:
         if name not in allowed:
             raise AcamkdError(f"{model.arch} has no option {name}; {nearest(name, allowed)}")
 
 
 def _fit_mask(mask: Tensor, size: PixelSize, frame: PixelSize) -> Tensor:
-    """(H, W) -> frame: nearest neighbor to `size`, VOID beyond."""
+    """(H, W) -> padded input: nearest neighbor to `size`, VOID beyond."""
     if mask.shape != size:
         mask = F.interpolate(mask[None, None].float(), size=size, mode="nearest-exact")[0, 0].long()
     return F.pad(mask, (0, frame[1] - size[1], 0, frame[0] - size[0]), value=VOID)
 
 
 def _cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the pixels that are not void; zero where all are, and still part of the graph."""
+    """Mean over the pixels that are not void; zero if all are, but still part of the graph."""
     total = F.cross_entropy(logits, mask, ignore_index=VOID, reduction="sum")
     return total / (mask != VOID).sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""Files of weights: read without running any code, and the one state dict in them that a network is to have."""
+"""Weights files: reading without running code, and selection of the state dict that fits a network."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ log = logging.getLogger(__name__)
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
 Located: TypeAlias = tuple[tuple[str, ...], dict[str, Tensor]]
-"""A state dict, and the keys or names that lead to it."""
+"""A state dict, with the keys or names that lead to it."""
 
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""What torch's compiler and its wrappers put into the names of the parts that they wrap."""
+"""Name parts that torch's compiler and wrappers insert."""
 
 DEPTH = 3
-"""Keys above a state dict, and names above a network within one, that are looked through."""
+"""Keys that may contain a state dict, and name prefixes within one, that are searched."""
 
 _HARMLESS: list[Any] = [
     np.ndarray, np.dtype, (multiarray._reconstruct, "numpy.core.multiarray._reconstruct"), multiarray._reconstruct,
     (multiarray.scalar, "numpy.core.multiarray.scalar"), multiarray.scalar,
     *{type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"},
 ]  # fmt: skip
-"""NumPy's scalars and arrays, which trainings keep beside the weights."""
+"""NumPy's scalars and arrays, which trainings save beside the weights."""
 
 
 class DamagedFileError(AcamkdError):
-    """A file that is cut short, or not what its name says."""
+    """A file that is truncated, or not of the type of its suffix."""
 
 
 def read_tensors_file(path: Path, own: Shapes | None) -> dict[str, Tensor]:
@@ -57,7 +57,7 @@ def read_tensors_file(path: Path, own: Shapes | None) -> dict[str, Tensor]:
 
 
 def read_file(path: Path) -> Any:
-    """What a file of torch.save holds, on the CPU, without running any code that it may name.
+    """Read a file of torch.save to the CPU, without running any code that it may name.
 
     Raises:
         DamagedFileError: It cannot be read.
@@ -71,7 +71,7 @@ def read_file(path: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise nearly anything
+    except Exception as error:  # a damaged file may raise any error
         if blocked := re.search(r"unsupported GLOBAL ([\w.]+) whose module \w+ is blocked", str(error)):
             raise AcamkdError(
                 f"{path}: the file would call {blocked[1]}; no file of weights does: delete it"
@@ -93,7 +93,7 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _conversion(path: Path, first: str) -> str:
-    """How to get the weights out of a file with Python objects, by what it holds."""
+    """Advice for extracting the weights from a file with Python objects."""
     content = _outline(path)
     names = [name for name in torch.serialization.get_unsafe_globals_in_checkpoint(path) or [first]
              if not name.startswith("numpy.")]  # fmt: skip
@@ -122,7 +122,7 @@ def _conversion(path: Path, first: str) -> str:
 
 
 class _Stub:
-    """Stands for an object of a class that is not to be run."""
+    """Placeholder for an object of a class that must not run."""
 
     name = ""
 
@@ -150,7 +150,7 @@ class _Outliner(pickle.Unpickler):
 
 
 def _outline(path: Path) -> Any:
-    """What a file holds, with stubs for its Python objects; an empty mapping where that cannot be told."""
+    """Content of a file, with stubs for its Python objects; an empty mapping if it cannot be read."""
     shim = types.SimpleNamespace(
         Unpickler=_Outliner, load=pickle.load, loads=pickle.loads, UnpicklingError=pickle.UnpicklingError,
         __name__="outline",
@@ -159,7 +159,7 @@ def _outline(path: Path) -> Any:
         return {}
     try:
         content = torch.load(path, map_location="cpu", pickle_module=shim, weights_only=False)
-    except Exception:  # the answer only helps a message
+    except Exception:  # the result only improves a message
         return {}
     return content if isinstance(content, (Mapping, _Stub)) else {}
 
@@ -178,12 +178,12 @@ def state_dicts(content: Any, keys: tuple[str, ...] = ()) -> Iterator[Located]:
 
 
 def choose(content: Any, path: Path, own: Shapes | None = None) -> dict[str, Tensor]:
-    """The state dict that fits best; where an average of the weights (EMA) fits as well as they do, the average.
+    """Select the state dict that fits best; if an average of the weights (EMA) fits equally well, the average.
 
-    Wrappers' names are taken out, and so are statistics of colors, which are no part of a network here.
+    Wrappers' names are removed, and so are normalization statistics, which are no part of a network here.
 
     Args:
-        content: What the file holds.
+        content: Content of the file.
         path: The file, for messages.
         own: Shapes of the network's tensors by name; None = the largest state dict is taken as it is.
 
@@ -221,7 +221,7 @@ def _largest(found: Sequence[Located]) -> dict[str, Tensor]:
 
 
 def _parts(tensors: dict[str, Tensor], above: tuple[str, ...] = ()) -> Iterator[Located]:
-    """A state dict, and what lies below each of its names."""
+    """A state dict, and the nested ones below its name prefixes."""
     yield above, tensors
     if len(above) < DEPTH:
         groups: dict[str, dict[str, Tensor]] = {}
@@ -234,7 +234,7 @@ def _parts(tensors: dict[str, Tensor], above: tuple[str, ...] = ()) -> Iterator[
 
 
 def _fitting(tensors: Mapping[str, Tensor], own: Shapes) -> int:
-    """Number of tensors that the network has; of a detector of another framework, of all that will be renamed."""
+    """Number of matching tensors; for another framework's detector, of all that will be renamed."""
     if convention_of(tensors) != "torchvision":
         return len(tensors)
     return sum(own.get(name.replace(".", "_")) == tuple(tensor.shape) for name, tensor in tensors.items())

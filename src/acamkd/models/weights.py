@@ -1,4 +1,4 @@
-"""Weights: read from a file or from torchvision, matched by name and shape, with an account of what fitted."""
+"""Weights from a file or from torchvision, matched by name and shape, with a report."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ WITHOUT_EPSILON = ("RetinaNet_ResNet50_FPN_Weights", "FasterRCNN_ResNet50_FPN_We
 """torchvision's weights whose frozen batch norm was trained without an epsilon."""
 
 EPSILON = 1e-5
-"""Of torch's and torchvision's batch norm."""
+"""Epsilon of torch's and torchvision's batch norm."""
 
 
 @dataclass(frozen=True, repr=False)
 class LoadReport:
-    """What became of the tensors of a file and of a network; batch norm's step counters are left out of the account.
+    """Match between the tensors of a file and of a network; batch norm's step counters are not counted.
 
     Attributes:
-        what: The network or part that was filled.
+        what: The network or part that was loaded.
         source: The file, or torchvision's name of the weights.
-        matched: Tensors that were taken over.
+        matched: Tensors that were loaded.
         missing: Tensors of the network that the file lacks.
         unexpected: Tensors of the file that the network lacks.
-        deeper: Those of them that belong to a further block of a part that the network has.
+        deeper: Unexpected tensors that belong to a further block of a part that the network has.
         mismatched: (name, shape in the file, shape in the network).
     """
 
@@ -76,7 +76,7 @@ def load_weights(
             below its prefixes (`module.`, `net.`).
         strict: Every tensor of the module must be found in its shape; otherwise half of them must.
         what: Name of the module in messages.
-        convention: Whose detector the module does exactly as.
+        convention: Framework whose detector the module reproduces exactly.
 
     Raises:
         AcamkdError: The source cannot be read, or does not fit.
@@ -87,7 +87,7 @@ def load_weights(
     if framework != "torchvision":
         if framework != convention:
             raise AcamkdError(
-                f"{source} is a detector of {framework}'s, which does a few things otherwise: give {what} "
+                f"{source} is a detector of {framework}, whose conventions differ: give {what}  "
                 f"`options: {{convention: {framework}}}`"
             )
         tensors = to_torchvision(tensors, framework)
@@ -114,14 +114,14 @@ def load_weights(
 def _fill(
     module: nn.Module, own: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], source: str, what: str
 ) -> LoadReport:
-    """Take over what fits the module's `own` shapes, and account for the rest."""
+    """Load the tensors that fit the module's `own` shapes, and report the rest."""
     mismatched = {
         name: (tuple(tensor.shape), own[name])
         for name, tensor in state.items()
         if name in own and tuple(tensor.shape) != own[name]
     }
     try:
-        # Not a plain comparison of names: modules may still convert older names of theirs while they load.
+        # Names are not compared directly, since modules may convert older names while they load.
         result = module.load_state_dict({n: t for n, t in state.items() if n not in mismatched}, strict=False)
     except RuntimeError as error:
         raise AcamkdError(f"{source} does not fit {what}: {error}") from error
@@ -139,16 +139,16 @@ def _fill(
 
 
 def save_weights(net: nn.Module, path: Path) -> None:
-    """Write a network's state dict as safetensors; the file appears whole or not at all."""
+    """Write a network's state dict as safetensors, completely or not at all."""
     save_tensors(net.state_dict(), path)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors of any device likewise."""
+    """Write tensors of any device as safetensors, completely or not at all."""
     # Clones, since safetensors refuses tensors that share memory, and every name must be in the file.
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     with written_whole(path) as unfinished:
-        unfinished.write_bytes(save(state))  # save_file would make it unreadable to everybody else
+        unfinished.write_bytes(save(state))  # save_file would make the file unreadable for other users
 
 
 def inherit(student: TaskModel, teacher: TaskModel, parts: Sequence[str]) -> None:
@@ -156,7 +156,7 @@ def inherit(student: TaskModel, teacher: TaskModel, parts: Sequence[str]) -> Non
 
     Args:
         student: Changed in place.
-        teacher: Has modules of the same names and shapes.
+        teacher: Must have modules of the same names and shapes.
         parts: Names of sub-modules of `net`, such as `head` or `backbone.fpn`.
 
     Raises:
@@ -179,7 +179,7 @@ def inherit(student: TaskModel, teacher: TaskModel, parts: Sequence[str]) -> Non
 
 @contextmanager
 def hub_errors(what: str, key: str = "backbone_weights") -> Iterator[None]:
-    """Turn whatever a download raises (each framework has errors of its own) into advice on the recipe's `key`."""
+    """Turn download errors, which differ by framework, into an AcamkdError with advice on the recipe's `key`."""
     try:
         yield
     except AcamkdError:
@@ -209,7 +209,7 @@ def _is_counter(name: str) -> bool:
 
 
 def _is_further_part(module: nn.Module, name: str) -> bool:
-    """Whether a tensor's name leads into a numbered module that a network does not have, where it has others."""
+    """Whether a tensor belongs to a numbered module that a network lacks, while it has others."""
     for part in name.split(".")[:-1]:
         children = dict(module.named_children())
         if part not in children:
@@ -232,7 +232,7 @@ def _adapt_names(state: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, T
 
 
 def read_tensors(source: str, own: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
-    """Tensors of a file or of torchvision; `own` holds the shapes that the network expects, for the latter."""
+    """Read tensors of a file or of torchvision; for the latter, `own` holds the shapes that the network expects."""
     if re.fullmatch(r"\w+_Weights\.\w+", source):
         return _read_torchvision(source, own or {})
     path = Path(source)
@@ -266,15 +266,15 @@ def _read_torchvision(source: str, own: Mapping[str, tuple[int, ...]]) -> dict[s
 
 
 def with_epsilon(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Batch norm in eval mode that divides by sqrt(variance), as the same with sqrt(variance + EPSILON).
+    """Adapt weights of batch norm trained with sqrt(variance) to layers with sqrt(variance + EPSILON), in eval mode.
 
-    In the tensors rather than in the modules, so that whatever is saved of the network loads like any other.
+    The tensors change rather than the modules, so that saved weights of the network load like any others.
     """
     scaled = dict(state)
     for name, variance in state.items():
         layer, _, entry = name.rpartition(".")
         if entry == "running_var":
-            factor = (1 + EPSILON / variance.double()).sqrt()  # dead filters have variances down to float32's last
+            factor = (1 + EPSILON / variance.double()).sqrt()  # variances of dead filters are tiny in float32
             scaled[f"{layer}.weight"] = (state[f"{layer}.weight"] * factor).to(variance.dtype)
     return scaled
 
@@ -282,7 +282,7 @@ def with_epsilon(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _drop_unused_classes(
     state: Mapping[str, Tensor], own: Mapping[str, tuple[int, ...]], categories: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Leave out the rows of classes that exist in name only, where the network does not have them.
+    """Drop the rows of placeholder classes (N/A) that the network does not have.
 
     torchvision's COCO detectors count 91 classes, of which 10 are called N/A, so that labels equal COCO's category
     ids; data sets number the 80 real ones without gaps.

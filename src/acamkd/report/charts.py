@@ -1,4 +1,4 @@
-"""Curves as SVG paths: the template draws them, so that they follow the page's colors."""
+"""Curves as SVG paths, which the template draws in the page's colors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Points: TypeAlias = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 360, 200
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26
-"""Margins of the area that the curves are drawn in."""
+"""Margins of the drawing area."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Tick:
-    """A mark on an axis: where, and what it says."""
+    """A mark on an axis: position and label."""
 
     position: float
     label: str
@@ -43,13 +43,13 @@ class Chart:
     """Curves over epochs.
 
     Attributes:
-        title: What is drawn.
+        title: Title of the chart.
         lines: The curves.
         x_ticks: Epochs.
         y_ticks: Values.
         epochs: First and last epoch, at the left and right end of the area.
-        bands: (top, height) of areas to warn of.
-        level: Height of a line to compare with, and its name.
+        bands: (top, height) of shaded warning ranges.
+        level: Position and name of a horizontal reference line.
     """
 
     title: str
@@ -62,7 +62,7 @@ class Chart:
 
 
 def read_history(file: Path) -> list[dict[str, float]]:
-    """Rows of a history.csv; a cell that is empty or not a finite number is left out.
+    """Rows of a history.csv, without cells that are empty or not finite.
 
     Raises:
         AcamkdError: The file cannot be read.
@@ -85,13 +85,13 @@ def draw(
     bands: Sequence[tuple[float, float]] = (),
     level: tuple[str, float] | None = None,
 ) -> Chart:
-    """Lay curves out.
+    """Lay out curves in a chart.
 
     Args:
-        title: What is drawn.
-        curves: Points by name; without any, the axes baseline are drawn.
-        limits: Lowest and highest value; those of the curves where not given.
-        bands: Ranges of values to warn of.
+        title: Title of the chart.
+        curves: Points by name; without any, only the axes are drawn.
+        limits: Lowest and highest value; by default those of the curves.
+        bands: Ranges of values to shade as a warning.
         level: Name and value of a horizontal line.
     """
     epochs = [epoch for points in curves.values() for epoch, _ in points] or [1.0]
@@ -109,7 +109,7 @@ def draw(
 
     def path(points: Points) -> str:
         places = [f"{x(epoch)},{y(value)}" for epoch, value in points]
-        return "M" + " L".join(places if len(places) > 1 else places * 2)  # a round cap makes a dot of one point
+        return "M" + " L".join(places if len(places) > 1 else places * 2)  # a round line cap draws one point as a dot
 
     whole = MaxNLocator(5, integer=True).tick_values(first, last)
     return Chart(
@@ -124,7 +124,7 @@ def draw(
 
 
 def loss_charts(history: Sequence[Mapping[str, float]]) -> list[Chart]:
-    """The total and every term; a term that stands at several layers has one line for each."""
+    """Charts of the total loss and of every term; a term at several layers has one line for each."""
     groups: dict[str, dict[str, Points]] = {}
     columns = dict.fromkeys(["loss", *(name for row in history for name in row if name.startswith("loss/"))])
     for column in columns:

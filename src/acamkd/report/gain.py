@@ -1,4 +1,4 @@
-"""Where a gain came from: by class, by object size, by image."""
+"""Breakdown of a gain by class, object size and image."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from acamkd.report.panels import Panel, prediction_panel, truth_panel
 from acamkd.report.visualize import embed
 
 IMAGES = 200
-"""At most this many are compared one by one."""
+"""At most this many images are compared one by one."""
 EXAMPLES = 4
-"""So many of the most improved, and of the most harmed, are drawn."""
+"""Number of the most improved, and of the most harmed, images that are drawn."""
 SIZES = {"AP_s": "small objects", "AP_m": "medium objects", "AP_l": "large objects"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One class or size, before and after; None where the set has no such object."""
+    """Metric of one class or object size, before and after; None if the data set has no such object."""
 
     name: str
     before: float | None
@@ -33,13 +33,13 @@ class Row:
 
     @property
     def gain(self) -> float:
-        """Points gained; 0 where nothing can be said."""
+        """Gain in points; 0 if a value is missing."""
         return 0.0 if self.before is None or self.after is None else self.after - self.before
 
 
 @dataclass(frozen=True)
 class Change:
-    """One image: its number in the validation set, and the metric on it alone, before and after."""
+    """One image: its index in the validation set, and its own metric before and after."""
 
     index: int
     name: str
@@ -65,12 +65,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Gain:
-    """What became of some images.
+    """Changes of the metric on single images.
 
     Attributes:
-        changes: One per compared image that has a figure on both sides, best first.
-        improved: The most improved, drawn.
-        harmed: The most harmed, drawn.
+        changes: One per compared image with a defined metric on both sides, best first.
+        improved: The most improved images, drawn.
+        harmed: The most harmed images, drawn.
     """
 
     changes: list[Change]
@@ -79,12 +79,12 @@ class Gain:
 
     @property
     def better(self) -> int:
-        """Number of images that gained."""
+        """Number of images that improved."""
         return sum(change.gain > 0 for change in self.changes)
 
     @property
     def worse(self) -> int:
-        """Number of images that lost."""
+        """Number of images that got worse."""
         return sum(change.gain < 0 for change in self.changes)
 
     @property
@@ -94,7 +94,7 @@ class Gain:
 
 
 def rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
-    """Figures by class, most improved first, and by object size, of two sets of scores."""
+    """Compare two sets of scores by class, most improved first, and by object size."""
     classes = [Row(name.partition("/")[2], before.get(name), value) for name, value in after.items() if "/" in name]
     sizes = [Row(words, before.get(name), after[name]) for name, words in SIZES.items() if name in after]
     return sorted(classes, key=lambda row: -row.gain), sizes
@@ -103,11 +103,11 @@ def rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[Row]
 def compare(
     images: ImageDataset, indices: list[int], before: tuple[str, TaskModel], after: tuple[str, TaskModel]
 ) -> Gain:
-    """Score two networks on each of some images alone, and draw where they differ most.
+    """Score two networks on single images, and draw those with the largest differences.
 
     Args:
         images: The validation set.
-        indices: Which of them.
+        indices: Indices of the images to compare.
         before: Name of a network, and the network in eval mode.
         after: Likewise.
     """

@@ -1,4 +1,4 @@
-"""Class names as they can be drawn: in a font that has their letters, or by the letters' names. Needs no torch."""
+"""Class names in a drawable form: in a font with their letters, or with letters spelled out. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from matplotlib.ft2font import FT2Font
 from PIL import ImageFont
 
 OWN_FONT = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
-"""Comes with matplotlib: most alphabets, but neither Chinese, Japanese and Korean nor emoji."""
+"""Font of matplotlib: most alphabets, but neither Chinese, Japanese and Korean nor emoji."""
 
 
 @cache
 def font_for(text: str, size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """A font that has every letter of what `drawable` gave."""
+    """A font that has every letter of a text from `drawable`."""
     if text.isascii():
         return ImageFont.load_default(size)
     file = _font_of(text)
@@ -26,11 +26,11 @@ def font_for(text: str, size: float) -> ImageFont.FreeTypeFont | ImageFont.Image
 
 @cache
 def drawable(text: str, *, own_font: bool = False) -> str:
-    """The text itself where one font has all of it; otherwise with letters that the own font lacks written out.
+    """The text itself if one font has all its letters; otherwise with missing letters spelled out.
 
     Args:
-        text: Such as a class name.
-        own_font: No other font than matplotlib's can be used.
+        text: Text to draw, such as a class name.
+        own_font: Whether only matplotlib's own font is available.
     """
     text = unicodedata.normalize("NFC", text)
     if text.isascii() or (_has(OWN_FONT, text) if own_font else _font_of(text) is not None):
@@ -50,7 +50,7 @@ def _written_out(letter: str) -> str:
 
 @cache
 def _font_of(text: str) -> Path | None:
-    """The own font, or the first one on this machine, that has every letter; None where none has."""
+    """The first font that has every letter, matplotlib's own before those of this machine; None if none has."""
     others = sorted({font.fname for font in font_manager.fontManager.ttflist})
     return next((file for file in (OWN_FONT, *map(Path, others)) if _has(file, text)), None)
 
@@ -63,5 +63,5 @@ def _has(file: Path, text: str) -> bool:
 def _letters(file: Path) -> frozenset[int]:
     try:
         return frozenset(FT2Font(str(file)).get_charmap())
-    except (OSError, RuntimeError, ValueError):  # the list of fonts is a cache, and bitmaps cannot be scaled
+    except (OSError, RuntimeError, ValueError):  # the font list may be outdated, and bitmap fonts cannot be scaled
         return frozenset()

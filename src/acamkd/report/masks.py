@@ -1,4 +1,4 @@
-"""What the masks did: the replay as data for the page, and whether they collapsed, in words."""
+"""Mask history for the report page, with verdicts on mask collapse."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from acamkd.mask_health import CLOSED, FLAT, OPEN, collapse
 from acamkd.report.charts import Chart, Points, draw
 
 LEARNED = ("spatial", "channel")
-"""Masks with values in (0, 1) that may collapse; those of other names are given, such as FGD's of the boxes."""
+"""Kinds of learned masks with values in (0, 1), which may collapse; other masks are fixed, such as FGD's box masks."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One level's masks of one kind, judged at the last moment."""
+    """Verdict on one layer's masks of one kind, at the last snapshot."""
 
     layer: str
     kind: str
@@ -30,27 +30,27 @@ class Verdict:
 
 
 def judge(layer: str, kind: str, epochs: Sequence[int], figures: npt.NDArray[Any]) -> Verdict:
-    """Judge masks by their figures (E, 3), mean, standard deviation and overlap, at these epochs."""
+    """Judge masks by their statistics (E, 3), mean, standard deviation and overlap, at these epochs."""
     reasons = [collapse(mean, spread) for mean, spread, _ in figures.tolist()]
     if reasons[-1]:
         sound = [index for index, why in enumerate(reasons) if not why]
         since = f"since epoch {epochs[sound[-1] + 1]}" if sound else "from the start"
         return Verdict(layer, kind, True, f"collapsed {since}: {reasons[-1]}")
     mean, spread, overlap = figures[-1]
-    words = f"active: mean {mean:.2f}, varying by {spread:.3f}, diversity {1 - overlap:.2f}"
+    words = f"active: mean {mean:.2f}, standard deviation {spread:.3f}, diversity {1 - overlap:.2f}"
     bad = [str(epoch) for epoch, why in zip(epochs, reasons, strict=True) if why]
     return Verdict(layer, kind, False, words + (f"; had collapsed at epoch {', '.join(bad)}" if bad else ""))
 
 
 @dataclass(frozen=True)
 class MaskReplay:
-    """A run's replay.npz.
+    """Content of a run's replay.npz.
 
     Attributes:
-        data: For the page's script: epochs, and per layer and method the feature maps and masks, base64 of uint8.
+        data: Data for the page's script: epochs, and per layer and method the feature maps and masks, base64 of uint8.
         images: Indices of the images in the validation set.
-        verdicts: On every learned mask.
-        charts: Mean, variation and diversity over the epochs.
+        verdicts: Verdicts on all learned masks.
+        charts: Mean, variation (standard deviation) and diversity over the epochs.
     """
 
     data: dict[str, Any]
@@ -60,7 +60,7 @@ class MaskReplay:
 
 
 def load_replay(file: Path) -> MaskReplay:
-    """Read what the training has recorded."""
+    """Read the snapshots that the training has recorded."""
     with np.load(file) as stored:
         arrays = {name: stored[name] for name in stored.files}
     epochs = arrays["epoch"].tolist()
@@ -90,10 +90,10 @@ def load_replay(file: Path) -> MaskReplay:
 
 
 def mask_charts(curves: Mapping[str, Mapping[str, Points]]) -> list[Chart]:
-    """Charts of titles `KIND masks: STATISTIC`, on one scale in every page, shaded where masks have collapsed."""
+    """Charts titled `KIND masks: STATISTIC`, with the same scale on every page; ranges of collapse are shaded."""
     ranges: dict[str, dict[str, Any]] = {
         "mean": {"limits": (0, 1), "bands": ((0, CLOSED), (OPEN, 1))},
-        "variation": {"limits": (0, 0.5), "bands": ((0, FLAT),)},  # no deviation of values in (0, 1) is larger
+        "variation": {"limits": (0, 0.5), "bands": ((0, FLAT),)},  # the largest standard deviation of values in (0, 1)
         "diversity": {"limits": (0, 1)},
     }
     return [draw(title, lines, **ranges[title.rpartition(" ")[2]]) for title, lines in curves.items()]

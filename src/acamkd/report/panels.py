@@ -1,4 +1,4 @@
-"""What the report page draws over an image: ground truth and predictions, with what was found."""
+"""Overlays of the report page: ground truth and predictions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from acamkd.models.base import Prediction, Target
 from acamkd.report.visualize import embed_mask, hex_color
 
 HIT = 0.5
-"""Least overlap (IoU) of a box with the object that it is counted for."""
+"""Smallest overlap (IoU) of a box with an object that it detects."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Panel:
-    """What is drawn over an image: boxes, or a label map as a data URI."""
+    """Overlay of an image: boxes, or a label map as a data URI."""
 
     title: str
     words: str
@@ -39,7 +39,7 @@ class Panel:
 
 
 def truth_panel(target: Target, classes: Sequence[str]) -> Panel:
-    """What is known of an image."""
+    """Panel of an image's ground truth."""
     if "mask" in target:
         return Panel("truth", "the true label map", label_map=embed_mask(target["mask"].numpy(), classes))
     single = target["iscrowd"] == 0
@@ -48,7 +48,7 @@ def truth_panel(target: Target, classes: Sequence[str]) -> Panel:
 
 
 def prediction_panel(title: str, prediction: Prediction, target: Target, classes: Sequence[str]) -> Panel:
-    """What a network says of an image: its label map, or as many of its best boxes as there are objects."""
+    """Panel of a network's prediction: its label map, or as many of its best boxes as there are objects."""
     if "mask" in prediction:
         return Panel(
             title, f"the label map of the {title}", label_map=embed_mask(prediction["mask"].cpu().numpy(), classes)
@@ -59,7 +59,7 @@ def prediction_panel(title: str, prediction: Prediction, target: Target, classes
     boxes, found = prediction["boxes"][best], prediction["labels"][best]
     overlaps = box_iou(boxes, objects) * (found[:, None] == labels)  # (boxes, objects)
     right = []
-    for row in overlaps:  # best first; an object is found once
+    for row in overlaps:  # best first; an object counts as found once
         hit = len(objects) > 0 and bool(row.max() >= HIT)
         if hit:
             overlaps[:, row.argmax()] = 0

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that opens anywhere, without a network."""
+"""The report of a run: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ REPORT = "report.html"
 TEACHER, BASELINE, DISTILLED = "teacher", "baseline", "distilled"
 
 BESIDE = ("baseline", "alone")
-"""Folders beside a distilled run that may hold the baseline; the second is what earlier versions called it."""
+"""Folders beside a distilled run that may hold the baseline; the second name is of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Network:
 
     Attributes:
         name: TEACHER, BASELINE or DISTILLED.
-        architecture: Its section of the recipe, in words.
+        architecture: Description of the network, from its section of the recipe.
         scores: Every metric by name, in percent.
-        model: In eval mode on the CPU; None where its weights are gone.
-        cost: Of one prediction; None likewise.
+        model: The network in eval mode on the CPU; None if its weights are missing.
+        cost: Cost of one prediction; None if the weights are missing.
     """
 
     name: str
@@ -58,13 +58,14 @@ def write_report(run: Run, baseline: Run | None = None) -> Path:
 
     Args:
         run: A finished run.
-        baseline: A run of the same student without distillation; the folder `baseline` beside the run where not given.
+        baseline: A run of the same student without distillation; by default the folder `baseline` beside the run.
 
     Returns:
         The file.
 
     Raises:
-        AcamkdError: A run is not finished, its weights or images are gone, or the two saw other validation images.
+        AcamkdError: A run is not finished, its weights or images are missing, or the runs have different validation
+            images.
     """
     check_writable(run.folder, "the report to", "copy the run to a folder that can be written")
     recipe, metrics = run.recipe, run.metrics
@@ -114,7 +115,8 @@ def write_report(run: Run, baseline: Run | None = None) -> Path:
     )  # fmt: skip
     file = run.folder / REPORT
     write_text(file, page)
-    log.info("%s: the report, %.1f MB", file, len(page) / 1e6)
+    size = len(page.encode())
+    log.info("%s: the report, %s", file, f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB")
     return file
 
 
@@ -125,7 +127,7 @@ def _own_name(run: Run) -> str:
 
 
 def _baseline(run: Run, metrics: dict[str, Any], given: Run | None) -> Run | None:
-    """The baseline, where it is known and was scored on the same images."""
+    """The baseline, if it is known and was scored on the same images."""
     if _own_name(run) != DISTILLED:
         if given is not None:
             raise AcamkdError(f"{run.folder} is no distillation: there is nothing to compare with {given.folder}")
@@ -142,13 +144,13 @@ def _baseline(run: Run, metrics: dict[str, Any], given: Run | None) -> Run | Non
     except AcamkdError as error:
         if given is not None:
             raise
-        log.warning("the report compares with the teacher only: %s", error)
+        log.warning("the report compares only with the teacher: %s", error)
         return None
     return baseline
 
 
 def _networks(run: Run, baseline: Run | None, images: ImageDataset, own: str) -> dict[str, Network]:
-    """Teacher, baseline and distilled student, as far as they are known, in this order."""
+    """Teacher, baseline and distilled student, as far as known, in this order."""
     image, metrics, recipe = images[0][0], run.metrics, run.recipe
 
     def network(name: str, section: config.Model, scores: dict[str, Any], model: TaskModel | None) -> Network:
@@ -171,7 +173,7 @@ def _teacher(run: Run) -> TaskModel | None:
     try:
         return run.load_teacher()
     except AcamkdError as error:
-        log.warning("the report says nothing of the teacher's cost: %s", error)
+        log.warning("the report omits the teacher's cost: %s", error)
         return None
 
 
@@ -187,7 +189,7 @@ def _metric_chart(
 
 
 def _compare(images: ImageDataset, before: Network, after: Network, device: torch.device) -> Gain | None:
-    """Both networks image by image, where both are at hand and know the same classes."""
+    """Comparison of both networks image by image, if both are available and have the same classes."""
     if before.model is None or after.model is None or before.model.num_classes != after.model.num_classes:
         return None
     log.info("comparing %d images one by one", min(IMAGES, len(images)))
@@ -196,7 +198,7 @@ def _compare(images: ImageDataset, before: Network, after: Network, device: torc
 
 
 def _viewer(replay: dict[str, Any], indices: list[int], images: ImageDataset) -> dict[str, Any]:
-    """The replay with its images."""
+    """The mask history with its images."""
     shown = [images[index][0] for index in indices]
     return {
         **replay,

@@ -1,4 +1,4 @@
-"""The templates of the HTML pages, which open anywhere without a network."""
+"""Templates of the self-contained HTML pages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def environment() -> Environment:
-    """The templates of the pages, with their filters."""
+    """Environment of the pages' templates, with their filters."""
     found = Environment(
         loader=PackageLoader("acamkd.report", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -17,7 +17,7 @@ def environment() -> Environment:
 
 
 def _si(count: float) -> str:
-    """A number with three digits and a unit: 1.23 M."""
+    """A number with three digits and an SI prefix: 1.23 M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
             return f"{count / size:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""Everything that is drawn of images, with one color per class: overlays, masks, sheets. Needs no torch."""
+"""Drawings of images with one color per class: overlays, masks, sheets. Needs no torch."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]
 """(H, W, 3), RGB."""
 
 Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
-"""`boxes` (K, 4), `labels` (K,) and perhaps `scores` (K,); or `mask` (H, W). In pixels of the image."""
+"""`boxes` (K, 4), `labels` (K,) and optionally `scores` (K,); or `mask` (H, W). In pixels of the image."""
 
 BACKGROUND = "background"
-"""A class of this name is left clear."""
+"""Name of the class that stays transparent."""
 
 ENLARGEMENT = 4
-"""Pixels of a sheet per pixel of a small image, so that lines are thin beside small objects."""
+"""Enlargement of small images on a sheet, so that lines are thin relative to small objects."""
 
 MIN_SCORE = 0.3
-"""Boxes of a lower score are not drawn on a sheet."""
+"""Boxes with a lower score are not drawn on a sheet."""
 
 MASKS_PER_ROW = 3
 
 EMBEDDED_SIDE = 320
 """Longest side of an image within a page, in pixels."""
 EMBEDDED_QUALITY = 50
-"""Of its WebP; even noise stays below 56 kB then, so that 200 images in base64 stay below 15 MB."""
+"""Quality of its WebP. Even noise then takes less than 56 kB, so 200 images in base64 take less than 15 MB."""
 
 
 def color(label: int) -> tuple[int, int, int]:
-    """RGB of a class; neighboring labels differ most, since their hues lie a golden section apart."""
+    """RGB of a class; hues of neighboring labels differ by the golden ratio and thus clearly."""
     red, green, blue = colorsys.hls_to_rgb((0.58 + label * 0.618034) % 1, 0.56, 0.78)
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def hex_color(label: int) -> str:
-    """The same as `#rrggbb`."""
+    """Color of a class as `#rrggbb`."""
     return "#{:02x}{:02x}{:02x}".format(*color(label))
 
 
@@ -61,8 +61,8 @@ def draw_predictions(
         image: (H, W, 3) uint8.
         found: Predictions or ground truth of this image; labels of boxes count from 1, of masks from 0.
         classes: Class names, in the order of the labels.
-        with_names: Boxes carry their names, and scores where there are some.
-        opacity: Of a mask's colors.
+        with_names: Label boxes with their class names, and with scores if there are any.
+        opacity: Opacity of a mask's colors.
     """
     if "mask" in found:
         return _draw_mask(image, found["mask"], classes, opacity)
@@ -71,7 +71,7 @@ def draw_predictions(
     side = min(drawing.size)
     height, width = max(9, side / 40), max(2, round(side / 240))
     scores = found.get("scores")
-    for index in reversed(range(len(found["boxes"]))):  # best last, so that it lies on top
+    for index in reversed(range(len(found["boxes"]))):  # best last, so that it is on top
         x1, y1, x2, y2 = found["boxes"][index].tolist()
         label = int(found["labels"][index])
         canvas.rectangle((x1, y1, x2, y2), outline=color(label), width=width)
@@ -93,16 +93,16 @@ def _draw_mask(image: Pixels, mask: npt.NDArray[Any], classes: Sequence[str], op
 
 
 def enlarge(image: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """An image (H, W, 3) or a mask (H, W) with ENLARGEMENT times as many rows and columns."""
+    """Enlarge an image (H, W, 3) or a mask (H, W) by ENLARGEMENT."""
     return image.repeat(ENLARGEMENT, 0).repeat(ENLARGEMENT, 1)
 
 
 def draw_spatial_masks(image: Pixels, masks: npt.NDArray[np.float32]) -> Pixels:
-    """Lay the spatial masks of a loss over a gray image, dark where they are low and bright where they are high.
+    """Draw the spatial masks of a loss over a gray image, dark for low and bright for high values.
 
     Args:
         image: (H, W, 3) uint8.
-        masks: (M, h, w); each is stretched to its own range.
+        masks: (M, h, w); each is scaled to its own range.
 
     Returns:
         (H', W', 3) uint8, MASKS_PER_ROW masks in a row, enlarged.
@@ -136,7 +136,7 @@ class Block:
     """One part of a sheet.
 
     Attributes:
-        title: What stands above it.
+        title: Title above the block.
         columns: Heading of each column.
         rows: One image, (H, W, 3) uint8, per column; the images of a column share one size.
     """
@@ -147,11 +147,11 @@ class Block:
 
 
 def draw_sheet(blocks: Sequence[Block], legend: Mapping[str, int]) -> Figure:
-    """Set blocks of images below each other, over a legend of the classes' colors.
+    """Draw blocks of images below each other, above a legend of the classes' colors.
 
     Args:
-        blocks: From top to bottom.
-        legend: Class name -> label, of which the color is.
+        blocks: Blocks from top to bottom.
+        legend: Class name -> label, which determines the color.
     """
     heights = [_height(block) for block in blocks]
     figure = Figure(figsize=(12, sum(heights) + 0.5), dpi=100)
@@ -190,14 +190,14 @@ def _draw_block(part: SubFigure, block: Block) -> None:
 
 
 def embed(image: Pixels) -> str:
-    """An image as a data URI of modest size, for a page."""
+    """An image as a data URI of limited size, for a page."""
     shrunk = Image.fromarray(image)
     shrunk.thumbnail((EMBEDDED_SIDE, EMBEDDED_SIDE))
     return _data_uri(shrunk, "webp", quality=EMBEDDED_QUALITY)
 
 
 def embed_mask(mask: npt.NDArray[Any], classes: Sequence[str]) -> str:
-    """A mask (H, W) of class ids as a translucent data URI; background and void are clear."""
+    """A mask (H, W) of class ids as a translucent data URI; background and void are transparent."""
     height, width = mask.shape
     scale = min(1, EMBEDDED_SIDE / max(height, width))
     drawing = Image.fromarray(mask.astype(np.uint8), mode="P")

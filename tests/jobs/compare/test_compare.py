@@ -116,7 +116,7 @@ def test_the_tables_tell_what_the_tuning_found(recipe: Path, tmp_path: Path) -> 
             fake(trial, results, 40.0, setting=None)  # as if it had been run before the tuning
     tabulate(tuned, ["acam", "cwd"], 1, results)
     text = (results / "comparison.md").read_text()
-    assert "mIoU by `weight`; seeds, which the table above does not use: 1000, 1001." in text
+    assert "mIoU by `weight`, on seeds that the table above does not use: 1000, 1001." in text
     assert "| method | 0.5 | 2 |\n|---|---|---|\n| `acam` | **43.50** | 42.00 |\n| `cwd` | 40.50 | **41.75** |" in text
     assert "| `acam` | 0.5 | 1 | 40.00 |" in text
     tuning = json.loads((results / "comparison.json").read_text())["tuning"]
@@ -156,7 +156,7 @@ def test_a_stopped_trial_whose_images_have_moved_begins_anew(
     shutil.move(trial.recipe.data.root, tmp_path / "moved")
     assert moved.key == trial.key
     moved.run(results)
-    assert "acam-seed0: its images, teacher or device have moved since it stopped: it begins anew" in caplog.messages
+    assert "acam-seed0: its images, teacher or device have moved since it stopped: it starts anew" in caplog.messages
     assert len(json.loads((results / "acam-seed0.json").read_text())["history"]) == 2
 
 
@@ -166,7 +166,7 @@ def test_a_trial_without_a_score_fails_and_can_be_run_again(recipe: Path, tmp_pa
     masks = {file: file.read_bytes() for file in (trial.recipe.data.root / "masks/val").iterdir()}
     for file in masks:
         Image.fromarray(np.full_like(np.array(Image.open(file)), 255)).save(file)
-    with pytest.raises(AcamkdError, match=r"none-seed0: mIoU has no basis, .* check data\.val and data\.ignore_index"):
+    with pytest.raises(AcamkdError, match=r"none-seed0: mIoU is undefined, .* check data\.val and data\.ignore_index"):
         trial.run(results)
     assert trial.read(results) is None
     for file, content in masks.items():
@@ -254,7 +254,7 @@ def test_a_trial_is_one_small_file_and_is_not_run_again(
     before = file.stat().st_mtime_ns
     run_trial(trials, 1, results)
     assert file.stat().st_mtime_ns == before
-    assert "acam-seed0 is there already" in caplog.messages
+    assert "acam-seed0 is finished already" in caplog.messages
     assert plan(config.load(recipe, ["train.epochs=2"]), ["acam"], 1, results)[1].read(results) is None  # stale
     with pytest.raises(AcamkdError, match="there is no trial 2: the plan has 2, counted from 0"):
         run_trial(trials, 2, results)
@@ -372,8 +372,8 @@ def test_the_flags_name_a_trial_and_write_the_table(
         assert end.value.code == 0, error
         return out + error
 
-    assert "acam-seed0 is there already" in run("--trial", "1")
-    assert "none-seed0 is there already" in run("--cell", "0")  # as it was called
+    assert "acam-seed0 is finished already" in run("--trial", "1")
+    assert "none-seed0 is finished already" in run("--cell", "0")  # as it was called
     assert not (results / "trials.csv").exists()
     assert "trials.csv: the finished trials" in run("--tables", "--csv")
     for file in results.glob("*-seed0.json"):
@@ -419,7 +419,7 @@ def test_a_failed_trial_is_said_and_the_others_go_on(
     for trial in trials[:3]:
         fake(trial, results, 40.0)
     failing(monkeypatch, tmp_path)
-    with pytest.raises(AcamkdError, match=r"1 trials failed; what they said: .*acam-seed1\.txt"):
+    with pytest.raises(AcamkdError, match=r"1 trials failed; their logs: .*acam-seed1\.txt"):
         compare.compare(loaded, ["acam"], seeds=2, results=results)
     assert (results / "logs/acam-seed1.txt").read_text() == "no memory\n"
     assert (results / "comparison.md").is_file()
@@ -429,7 +429,7 @@ def test_where_all_trials_fail_that_is_what_is_said(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(monkeypatch, tmp_path)
-    with pytest.raises(AcamkdError, match=r"2 trials failed; what they said: .*none-seed0\.txt, .*acam-seed0\.txt"):
+    with pytest.raises(AcamkdError, match=r"2 trials failed; their logs: .*none-seed0\.txt, .*acam-seed0\.txt"):
         compare.compare(recipe, ["acam"], seeds=1, results=tmp_path / "results")
 
 

@@ -1,4 +1,4 @@
-"""Cityscapes: street scenes with fine masks, in the folders that its archives unpack to."""
+"""Cityscapes: street scenes with fine masks, in the folder layout of its archives."""
 
 from __future__ import annotations
 
@@ -35,18 +35,19 @@ IMAGE, TRAIN_IDS, IDS = "_leftImg8bit.png", "_gtFine_labelTrainIds.png", "_gtFin
 class Cityscapes(MaskDataset):
     """Semantic segmentation of `leftImg8bit/SPLIT/CITY/*` by `gtFine/SPLIT/CITY/*`.
 
-    The masks of train ids that Cityscapes' own scripts make are taken where every image has one; otherwise those of
-    label ids, mapped to train ids. Images that have coarse masks only cannot be used.
+    If every image has a mask of train ids, as made by Cityscapes' own scripts, these masks are used. Otherwise the
+    masks
+    of label ids are mapped to train ids. Images with only coarse masks cannot be used.
 
     Args:
         root: Folder with `leftImg8bit` and `gtFine`.
         split: `train`, `val` or another folder in both.
         classes: None, or the names of the 19 classes.
-        transform: Random changes.
-        seed: Of the random changes.
+        transform: Augmentation.
+        seed: Seed of the augmentation.
 
     Raises:
-        AcamkdError: The split has no folder, or other classes are asked for.
+        AcamkdError: The split has no folder, or `classes` differs from the 19 classes.
     """
 
     LAYOUT = ("leftImg8bit", "gtFine")

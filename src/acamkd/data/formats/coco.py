@@ -20,7 +20,7 @@ NEEDED: Mapping[str, Sequence[str]] = {
     "annotations": (),
     "categories": ("id", "name"),
 }
-"""Lists of a COCO file, and what each of their entries must have."""
+"""Lists of a COCO file, and the keys that each of their entries needs."""
 
 MEANT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "id": (lambda given: isinstance(given, (int, str)) and not isinstance(given, bool), "a number or text"),
@@ -29,23 +29,23 @@ MEANT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "width": (lambda given: isinstance(given, int) and given > 0, "a whole number above 0"),
     "height": (lambda given: isinstance(given, int) and given > 0, "a whole number above 0"),
 }
-"""What a key's value may be, once `_plain` has made it plain, and in words."""
+"""Test of a key's value after `_plain`, and the allowed values in words."""
 
 
 class CocoDetection(BoxDataset):
     """Object detection in COCO's format; categories in the order of their ids become the labels 1..K.
 
-    An id is the same as a number and as text, `1` and `"1"`, and a whole number is one as `96.0`, too.
+    The ids `1` and `"1"` are equal, and `96.0` counts as the whole number 96.
 
     Args:
         images: Folder that the JSON's `file_name` entries are relative to; see Folder on how they may be spelled.
         annotations: The JSON: `images` (id, file_name, width, height), `annotations` (image_id, category_id, bbox
             [x, y, width, height], iscrowd, area) and `categories` (id, name).
-        classes: Names that the file must list, in its order; categories that no box has may be left out. None takes
-            the file's own.
+        classes: Names that the file must list, in its order; categories without boxes may be left out. None takes the
+            file's own names.
         keep_crowd: Keep the boxes around crowds; see BoxDataset.
-        transform: Random changes.
-        seed: Of the random changes.
+        transform: Augmentation.
+        seed: Seed of the augmentation.
 
     Raises:
         AcamkdError: The file cannot be read, is not a COCO JSON, or lists other classes.
@@ -136,7 +136,7 @@ class CocoDetection(BoxDataset):
 def _paths(root: Path, split: Split) -> tuple[Path, Path]:
     if split.images is not None and split.annotations is not None:
         return root / split.images, root / split.annotations
-    # COCO's own train and val are called so, and its archives lay their folders of images beside `annotations`.
+    # The names of COCO's own splits; its archives place the image folders beside `annotations`.
     names = [str(split.name), f"{split.name}2017"]
     name = next((each for each in names if _instances(root, each).is_file()), names[0])
     annotations = root / split.annotations if split.annotations else _instances(root, name)
@@ -149,7 +149,7 @@ def _instances(root: Path, name: str) -> Path:
 
 
 def _read(annotations: Path) -> dict[str, Any]:
-    """The JSON, once every entry of its lists has the keys that are needed."""
+    """Read the JSON and check that every entry of its lists has the required keys."""
     try:
         content = json.loads(annotations.read_bytes())
     except OSError as error:
@@ -179,17 +179,17 @@ def _read(annotations: Path) -> dict[str, Any]:
 
 
 def _plain(given: Any) -> Any:
-    """A value, with 96.0 as the whole number that it is."""
+    """A value, with a float such as 96.0 as an integer."""
     return int(given) if isinstance(given, float) and given.is_integer() else given
 
 
 def _id(given: Any) -> str | None:
-    """What makes two ids the same; None if it can be none."""
+    """Canonical text of an id; None if the value cannot be an id."""
     plain = _plain(given)
     return str(plain) if isinstance(plain, int | str) and not isinstance(plain, bool) else None
 
 
 def _order(given: int | str) -> tuple[int, str]:
-    """Sorts ids as numbers where they are, and after these as text."""
+    """Sort key: numeric ids first, by value, then the others as text."""
     text = str(given)
     return (int(text), "") if text.isdecimal() else (sys.maxsize, text)

@@ -22,24 +22,24 @@ from acamkd.errors import AcamkdError, ImageError, nearest
 from acamkd.models.base import VOID, PixelSize, Target
 
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
-"""Endings of masks: types that keep every value."""
+"""Suffixes of masks: lossless file types."""
 
 SHOWN = 8
-"""Values that an error lists."""
+"""Number of values that an error lists."""
 
 Color: TypeAlias = tuple[int, int, int]
 
 
 class MaskDataset(ImageDataset):
-    """Semantic segmentation: images and as many masks, 8-bit gray, with a palette, or of colors.
+    """Semantic segmentation: one mask per image, 8-bit gray, with a palette, or in color.
 
     Args:
         files: Images.
         masks: Their masks, in the same order.
         classes: Names of the ids 0..K-1.
-        ids: Class id, or VOID, of each value that a mask may hold: numbers, which are gray levels or a palette's
-            indices, or colors (red, green, blue), whatever mode the masks have. None for 0..K-1 and VOID as they are.
-        same_palette: Refuse masks whose palettes give one value different colors, since its meaning cannot be the same.
+        ids: Class id, or VOID, of each value that a mask may hold. Values are gray levels or palette indices, or colors
+            (red, green, blue) whatever the masks' mode is. None means 0..K-1 and VOID, unchanged.
+        same_palette: Refuse masks whose palettes give one value different colors, since its class would be ambiguous.
         transform: Random changes.
         seed: Of the random changes.
     """
@@ -63,14 +63,14 @@ class MaskDataset(ImageDataset):
         self.ids = {_code(value): label for value, label in given.items()}
         self.same_palette = same_palette
         self.palette: dict[int, tuple[Color, Path]] = {}
-        """Of each value that a palette mask holds: its color, and the first mask that says so."""
+        """Palette color of each value in use, with the first mask that defines it."""
         codes = sorted(self.ids)
         self._codes = torch.tensor(codes)
         self._labels = torch.tensor([self.ids[code] for code in codes])
         self._table = torch.tensor([self.ids.get(value, -1) for value in range(256)])
 
     def target(self, index: int, size: PixelSize) -> Target:
-        """`mask` (H, W) int64, VOID where nothing is known; a ImageError if it holds other values."""
+        """`mask` (H, W) int64, VOID where unlabeled; raises ImageError if it holds other values."""
         file = self.annotation_files[index]
         with self._opened(file) as image:
             values = self._values(image)
@@ -84,7 +84,7 @@ class MaskDataset(ImageDataset):
         return {"mask": tv_tensors.Mask(mask)}
 
     def tally(self, index: int, size: PixelSize) -> Tensor:
-        """As of every data set; raises ImageError, too, where a palette contradicts that of another mask."""
+        """See ImageDataset; also raises ImageError if a palette contradicts that of another mask."""
         counts = super().tally(index, size)
         file = self.annotation_files[index]
         if self.same_palette and not self.by_color:
@@ -97,7 +97,7 @@ class MaskDataset(ImageDataset):
         return counts
 
     def inspect(self, index: int, size: PixelSize) -> list[str]:
-        """The mask must have its image's size and a mode that can hold ids."""
+        """Check that the mask has its image's size and a mode that can hold ids."""
         file = self.annotation_files[index]
         try:
             with self._opened(file) as image:
@@ -110,7 +110,7 @@ class MaskDataset(ImageDataset):
         return [f"{file}: the mask has {describe(mask_size)}, but {self.files[index].name} has {shown}"]
 
     def contradictions(self, other: ImageDataset) -> list[str]:
-        """Values whose colors differ between the palettes of two splits."""
+        """Problems of values whose palette colors differ between two splits."""
         known = other.palette if isinstance(other, MaskDataset) else {}
         return [
             contradiction(value, color, file, *known[value])
@@ -119,7 +119,7 @@ class MaskDataset(ImageDataset):
         ]
 
     def why_absent(self, counts: Tensor) -> str:
-        """Whether another reading of the values would give the classes their pixels."""
+        """Advice on `data.mask_values` for classes without pixels."""
         if not self.READS_MASK_VALUES:
             return ""
         present, void = counts[:-1] > 0, bool(counts[-1])
@@ -148,7 +148,7 @@ class MaskDataset(ImageDataset):
         return (red << 16) + (green << 8) + blue
 
     def _unknown(self, values: Sequence[int]) -> str:
-        """What is wrong with a mask's values; empty where nothing is."""
+        """Describe invalid values of a mask; empty if all are valid."""
         unknown = [self._written(value) for value in values if value not in self.ids]
         if not unknown:
             return ""
@@ -165,7 +165,7 @@ class MaskDataset(ImageDataset):
         )
 
     def _advice(self, values: Sequence[int]) -> str:
-        """What to do about values that are unknown."""
+        """Advice on unknown values."""
         return ""
 
     def _written(self, code: int) -> str:
@@ -173,7 +173,7 @@ class MaskDataset(ImageDataset):
 
     @contextmanager
     def _opened(self, file: Path) -> Iterator[Image.Image]:
-        """A mask whose mode can hold what its values mean; raises as `opened` does."""
+        """Open a mask and check its mode; raises as `opened` does."""
         with opened(file, "mask") as image:
             allowed = ("1", "L", "P", "RGB", "RGBA", "LA", "PA") if self.by_color else ("1", "L", "P")
             if image.mode not in allowed:
@@ -188,7 +188,7 @@ class MaskDataset(ImageDataset):
 
 
 def contradiction(value: int, color: Color, file: Path, other: Color, first: Path) -> str:
-    """What is wrong where two palettes give one value different colors."""
+    """Describe a value with different colors in two palettes."""
     return (
         f"{file}: the palette's color {value} is #{_code(color):06x}, but #{_code(other):06x} in {first}: the values "
         "cannot mean the same class in both; say with data.mask_values which color is which class, or, where the "
@@ -197,7 +197,7 @@ def contradiction(value: int, color: Color, file: Path, other: Color, first: Pat
 
 
 def mask_ids(data: Data, classes: Sequence[str]) -> Mapping[int, int] | Mapping[Color, int] | None:
-    """What `data.mask_values` says, as MaskDataset takes it; None where a recipe says nothing.
+    """Convert `data.mask_values` to the `ids` of MaskDataset; None if the recipe does not set it.
 
     Raises:
         AcamkdError: A class has no value, or a value's class is unknown.
@@ -228,14 +228,14 @@ def mask_ids(data: Data, classes: Sequence[str]) -> Mapping[int, int] | Mapping[
 
 
 class MaskFolder(MaskDataset):
-    """A folder of images and a folder of masks of the same names, with all folders in them; see Folder on names.
+    """A folder of images and a folder of masks with the same names, including the folders below; see Folder on names.
 
     Args:
         images: Folder of images.
         masks: Folder of masks (png, bmp, tif) whose values are class ids.
         classes: Names of the ids 0..K-1.
-        ignore_index: Value of pixels that neither train nor count.
-        ids: What values mean, in place of both; see MaskDataset.
+        ignore_index: Value of pixels that are ignored in training and evaluation.
+        ids: Meaning of the values, instead of `classes` order and `ignore_index`; see MaskDataset.
         transform: Random changes.
         seed: Of the random changes.
 
@@ -256,7 +256,7 @@ class MaskFolder(MaskDataset):
         images = data.root / (paths.images or f"images/{paths.name}")
         if not images.is_dir():
             raise AcamkdError(
-                f"cannot read the folder {images}: data.train and data.val name a split's folders with {images: ..., "
+                f"cannot read the folder {images}: data.train and data.val name a split's folders with {{images: ..., "
                 "masks: ...}, and data.val: {share: 0.2} draws validation images"
             )
         return cls(
@@ -327,12 +327,12 @@ class MaskFolder(MaskDataset):
 
 
 def _code(value: int | Color) -> int:
-    """A color as one number, 0xRRGGBB; a value as it is."""
+    """A color as one number, 0xRRGGBB; other values unchanged."""
     return value if isinstance(value, int) else (value[0] << 16) + (value[1] << 8) + value[2]
 
 
 def _used_colors(mask: Image.Image) -> dict[int, Color]:
-    """The colors of the values that a palette mask holds; none where it has no palette."""
+    """Palette colors of the values that a mask holds; empty without a palette."""
     if mask.mode != "P" or mask.palette is None:
         return {}
     palette = mask.getpalette("RGB") or []

@@ -28,18 +28,20 @@ Element: TypeAlias = "ElementTree.Element[str]"
 class VocDetection(BoxDataset):
     """Object detection: `JPEGImages/NAME.jpg` by `Annotations/NAME.xml`, names in `ImageSets/Main/SPLIT.txt`.
 
-    Or any folder of images, with the XML files beside them or in a folder of their own, as annotation tools write them.
-    VOC counts pixels from 1 and includes the last one: (xmin, ymin, xmax, ymax) becomes the corners (xmin - 1,
-    ymin - 1, xmax, ymax). An object that is `difficult` is ignored in evaluation, as COCO's crowds are, and does not
-    train. Names are found as Folder does, in `JPEGImages`, `Annotations` and all folders in them.
+    It also reads any folder of images, with the XML files beside them or in a separate folder, as annotation tools
+    write
+    them. VOC counts pixels from 1 and includes the last one: (xmin, ymin, xmax, ymax) becomes the corners (xmin - 1,
+    ymin - 1, xmax, ymax). A `difficult` object is ignored in evaluation, like COCO's crowds, and not used in training.
+    Names
+    are found as in Folder, in `JPEGImages`, `Annotations` and all folders below.
 
     Args:
         root: Folder with `JPEGImages`, `Annotations` and `ImageSets`.
         split: Such as `train`, `val` or `trainval`; None = every image that has an XML.
         images: Another folder of images, of which every one that has an XML is used.
         annotations: The folder of their XML files; None = `images`.
-        classes: Names in the order of their labels. None takes VOC's 20 where `Annotations` has no others, and
-            otherwise every name there, in alphabetical order.
+        classes: Names in the order of their labels. None takes VOC's 20 if `Annotations` has no others. Otherwise it
+            takes every name there, in alphabetical order.
         keep_crowd: Keep difficult objects; see BoxDataset.
         transform: Random changes.
         seed: Of the random changes.
@@ -97,7 +99,7 @@ class VocDetection(BoxDataset):
             warnings += described_ends(ends, source)
             problems = twins(found, "XML")
         files = [file for _, file in found]
-        read: list[Element | str] = [_read(file) for file in files]  # or what is wrong with it
+        read: list[Element | str] = [_read(file) for file in files]  # the root, or a description of the error
         sizes = [None if isinstance(each, str) else _size(each) for each in read]
         super().__init__(
             [image for image, _ in found],
@@ -150,7 +152,7 @@ class VocSegmentation(MaskDataset):
         root: Folder with `JPEGImages`, `SegmentationClass` and `ImageSets`.
         split: A list in `ImageSets/Segmentation`, such as `train` or `val`.
         classes: Names of the ids; None takes background and VOC's 20.
-        ids: What the masks' values or colors mean, if not that; see MaskDataset.
+        ids: Meaning of the masks' values or colors, if it differs; see MaskDataset.
         all_masks: Take every mask, whatever the split.
         transform: Random changes.
         seed: Of the random changes.
@@ -206,7 +208,7 @@ class VocSegmentation(MaskDataset):
 
 
 def _wants_all(data: Data, task: str) -> bool:
-    """Whether one split is divided into two, and no list says which images it has."""
+    """Whether one split is divided into two and no list names its images."""
     return data.train == data.val and not any((data.root / "ImageSets" / task).glob("*.txt"))
 
 
@@ -217,7 +219,7 @@ def _folders(root: Path, split: Split) -> tuple[Path, Path]:
 
 
 def _names(root: Path, task: str, split: str, folder: Folder) -> tuple[list[str], Path, dict[str, Path]]:
-    """Names of a split's images, the list that they stand in, and what `find_ends` has found of them."""
+    """Names of a split's images, the file that lists them, and what `Folder.find_ends` found for them."""
     lists = Folder(existing(root / "ImageSets" / task), (".txt",)) if (root / "ImageSets" / task).is_dir() else None
     listing = (lists and lists.find(split)) or root / "ImageSets" / task / f"{split}.txt"
     if not listing.is_file():
@@ -232,7 +234,7 @@ def _names(root: Path, task: str, split: str, folder: Folder) -> tuple[list[str]
 
 
 def _name(folder: Folder, line: str) -> str:
-    """The name in a line; the lists of single classes have 1, 0 or -1 behind it, but a name may end like that, too."""
+    """The name in a line. Lists of single classes append 1, 0 or -1, but a name may also end like that."""
     name = re.sub(r"\s+(1|0|-1)$", "", line)
     return line if name != line and folder.find(line) else name
 
@@ -254,7 +256,7 @@ def _plain(folder: Folder, name: str) -> str:
 
 
 def _read(file: Path) -> Element | str:
-    """The root of an XML, or what is wrong with it."""
+    """The root of an XML file, or a description of the error."""
     try:
         return ElementTree.parse(file).getroot()
     except OSError as error:
@@ -277,7 +279,7 @@ def _number(element: Element, path: str) -> float:
 
 
 def _classes(folders: Iterable[Path]) -> tuple[str, ...]:
-    """What the XML files of all splits name, so that they agree."""
+    """Class names in the XML files of all splits, so that the splits agree."""
     files = [file for folder in dict.fromkeys(folders) for file in Folder(folder, (".xml",)).files]
     trees: list[Any] = [_read(file) for file in dict.fromkeys(files)]
     found = {

@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 NAMES = "data.yaml"
 
 ROUNDING = 1e-3
-"""A center that lies no farther outside of its image is rounded, and lies at the edge."""
+"""A center at most this far outside its image is taken for a rounding error and moved to the edge."""
 
 BEGIN = "the files count classes from 0: do theirs begin with 1?"
 
 ALIASES = {"val": "validation"}
-"""Another key of data.yaml for a split."""
+"""Alternative keys of data.yaml for a split."""
 
 
 class YoloDetection(BoxDataset):
@@ -39,11 +39,11 @@ class YoloDetection(BoxDataset):
 
     Args:
         images: Folders of images, with all folders in them, or text files that list images, one per line.
-        labels: Folder of the text files, of which each lies where its image lies among the `images`. None: beside the
-            images' folder, `labels` where its path has `images`, or else with the images.
+        labels: Folder of the text files, at the same relative paths as their images. None: the images' folder with
+            `labels` in place of the last `images` of its path, or else the images' folder itself.
         classes: Names in the order of their numbers.
-        transform: Random changes.
-        seed: Of the random changes.
+        transform: Augmentation.
+        seed: Seed of the augmentation.
 
     Raises:
         AcamkdError: A folder or file cannot be read.
@@ -92,7 +92,7 @@ class YoloDetection(BoxDataset):
                     "annotations"
                 )
             used = {text for _, text in found}
-            # `classes` is what some tools write there.
+            # Some tools write a file `classes.txt` there.
             if lost := [text.name for text in texts.files if text not in used and text.stem != "classes"]:
                 warnings.append(f"{texts.path}: {len(lost)} files have no image in {each} ({', '.join(lost[:3])})")
         super().__init__(
@@ -117,7 +117,7 @@ class YoloDetection(BoxDataset):
         )
 
     def why_absent(self, counts: Tensor) -> str:
-        """Whether the numbers may begin with 1."""
+        """Ask whether the numbers begin with 1, if class 0 is absent."""
         return BEGIN if counts[:-1].any() and not counts[0] else ""
 
     def parse(self, entry: tuple[int, str]) -> Box:
@@ -148,11 +148,12 @@ class YoloDetection(BoxDataset):
 
 
 def sources(root: Path, split: str) -> list[Path]:
-    """Where a split's images lie: folders, or text files that list images.
+    """Locate a split's images: folders, or text files that list images.
 
-    Paths of data.yaml are resolved as the format's authors do: below its `path`, which is relative to data.yaml's own
-    folder, else to the current one or its `datasets`; and exports that say ../train/images for what is train/images
-    beside their data.yaml are understood.
+    Paths of data.yaml are resolved as the format's authors do, below its `path`. That is relative to data.yaml's own
+    folder, or else to the current folder or its `datasets`. Some exports write ../train/images for the folder
+    train/images
+    beside their data.yaml; this is accepted.
 
     Args:
         root: Folder of data.yaml.
@@ -182,7 +183,7 @@ def sources(root: Path, split: str) -> list[Path]:
 
 
 def labels_of(images: Path) -> Path:
-    """The folder of labels that goes with a folder of images: `labels` for the last `images` of its path."""
+    """The folder of labels of a folder of images: `labels` replaces the last `images` of its path."""
     parts = list(images.parts)
     if "images" in parts:
         parts[len(parts) - 1 - parts[::-1].index("images")] = "labels"
@@ -248,7 +249,7 @@ def _enclosing(corners: Sequence[float]) -> tuple[float, float, float, float]:
 
 
 def class_names(root: Path, given: Sequence[str] | None) -> tuple[str, ...]:
-    """Names of the classes, from data.yaml where there is one; raises AcamkdError if there are none or others."""
+    """Class names, from data.yaml if there is one; raises AcamkdError if they are missing or differ from `given`."""
     names: Any = _content(root).get("names")
     file = root / NAMES
     if names is None:

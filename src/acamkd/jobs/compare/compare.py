@@ -1,4 +1,4 @@
-"""Compare distillation methods: same recipe, same seeds, one process per training, and an honest verdict."""
+"""Compare distillation methods: same recipe, same seeds, one process per training, and a statistical verdict."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ __all__ = [
 ]  # fmt: skip
 
 RESOLVED = "comparison.yaml"
-"""The recipe with its overrides, which the trials' processes read; no name that a user's recipe beside it may have."""
+"""The recipe with its overrides, for the trials' processes; a user's recipe is unlikely to have this name."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ComparisonResult(Printable):
-    """What a comparison came to.
+    """Result of a comparison.
 
     Attributes:
-        folder: Of the results: the trials, and the tables comparison.{html,md,json,png}.
-        metric: The score of the rows, in percent.
-        rows: The table, the best method first.
+        folder: Folder of the results: the trials, and the tables comparison.{html,md,json,png}.
+        metric: Name of the rows' metric, in percent.
+        rows: Rows of the table, the best method first.
     """
 
     folder: Path
@@ -80,26 +80,26 @@ def compare(
     jobs: int = 1,
     overrides: Sequence[str] = (),
 ) -> ComparisonResult:
-    """Run every trial that is missing, each as a process of its own, and write the tables.
+    """Run every missing trial in a separate process, and write the tables.
 
     Args:
-        recipe: What is compared on, or its file.
-        methods: Names in the recipe's `compare.methods`, or of `acamkd methods`; the baseline is always there. By
-            default all of `compare.methods`.
+        recipe: The recipe, or its file.
+        methods: Names in the recipe's `compare.methods`, or of `acamkd methods`; by default all of `compare.methods`.
+            The baseline is always included.
         seeds: Trainings per method, with the seeds 0, 1, ...
         results: Folder of the trials' JSON files and of the tables, instead of runs/NAME/compare. The recipe with its
             overrides is written there as comparison.yaml.
-        seconds: Trials that are not expected to end within this time are not begun.
+        seconds: Trials that are not expected to end within this time are not started.
         jobs: Trials that run at the same time.
         overrides: `key=value` assignments for the recipe, as `--set` takes them.
 
     Raises:
-        AcamkdError: A method is unknown or none is given, trials failed, or they do not share their images, teacher and
-            number of processes.
+        AcamkdError: A method is unknown or none is given, trials failed, or they differ in images, teacher or number of
+            processes.
     """
     recipe = config.as_recipe(recipe, overrides)
     methods, results = methods_of(recipe, methods), Path(results or default_folder(recipe, "compare"))
-    plan(recipe, methods, seeds, results)  # refuses what does not fit before anything is written
+    plan(recipe, methods, seeds, results)  # raises errors before anything is written
     results.mkdir(parents=True, exist_ok=True)
     write_text(results / RESOLVED, config.dump(recipe))
     command = partial(_command, methods, seeds, results)
@@ -107,7 +107,7 @@ def compare(
         _check_data(recipe)
     end = None if seconds is None else time.monotonic() + seconds
     failed: list[Trial] = []
-    for tuning in (True, False):  # what a method is tuned to is known only once its tuning trials have ended
+    for tuning in (True, False):  # a method's setting is known only after its tuning trials
         check_writable(results, advice="--results DIR writes elsewhere")
         trials = plan(recipe, methods, seeds, results)
         untuned = set() if tuning else {trial.method for trial in failed}
@@ -123,7 +123,7 @@ def compare(
     finally:
         if failed:
             logs = ", ".join(str(_log_file(results, trial)) for trial in failed)
-            raise AcamkdError(f"{len(failed)} trials failed; what they said: {logs}")
+            raise AcamkdError(f"{len(failed)} trials failed; their logs: {logs}")
 
 
 def _command(methods: Sequence[str], seeds: int, results: Path, number: int) -> list[str]:
@@ -135,22 +135,22 @@ def _command(methods: Sequence[str], seeds: int, results: Path, number: int) -> 
 
 
 def run_trial(trials: Sequence[Trial], number: int, results: Path) -> None:
-    """Run one trial of a plan in this process, unless it is there.
+    """Run one trial of a plan in this process, unless it is finished.
 
     Raises:
-        AcamkdError: There is no such trial, the teacher is missing, or the trials that tune its method are.
+        AcamkdError: There is no such trial, or its teacher or the tuning trials of its method are missing.
     """
     if not 0 <= number < len(trials):
         raise AcamkdError(f"there is no trial {number}: the plan has {len(trials)}, counted from 0")
     trial = trials[number]
     if trial.read(results) is not None:
-        log.info("%s is there already", trial.name)
+        log.info("%s is finished already", trial.name)
         return
     untuned = [
         other.name for other in trials if other.tuning and other.method == trial.method and not other.read(results)
     ]
     if untuned and not trial.tuning:
-        raise AcamkdError(f"{trial.name} needs the tuning of its method, of which are missing: {', '.join(untuned)}")
+        raise AcamkdError(f"{trial.name} needs the tuning trials of its method; missing: {', '.join(untuned)}")
     trial.run(results)
 
 
@@ -163,14 +163,14 @@ def run_trials(
     end: float | None,
     jobs: int,
 ) -> list[Trial]:
-    """Run some trials of a plan, each as a process of its own.
+    """Run some trials of a plan, each in a separate process.
 
     Args:
         trials: The plan.
-        due: Which of them.
+        due: Trials to run.
         results: Folder of the trials' JSON files.
         command: The command line that runs one trial, by its number.
-        end: Time of `time.monotonic` that no trial is expected to pass.
+        end: Time of `time.monotonic` by which every trial must be expected to end.
         jobs: Trials that run at the same time.
 
     Returns:
@@ -216,7 +216,7 @@ def run_trials(
     with ThreadPoolExecutor(jobs) as pool, _ending_on_sigterm():
         try:
             list(pool.map(run, due))
-        except BaseException:  # or they would go on without whoever began them
+        except BaseException:  # otherwise they would outlive this process
             for process in tuple(running):
                 process.terminate()
             raise
@@ -225,8 +225,8 @@ def run_trials(
 
 @contextmanager
 def _ending_on_sigterm() -> Iterator[None]:
-    """Within, SIGTERM ends the main thread as Ctrl-C does, rather than at once."""
-    if threading.current_thread() is not threading.main_thread():  # no other one gets signals
+    """Let SIGTERM end the main thread like Ctrl-C within the context, rather than at once."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
         yield
         return
 
@@ -241,19 +241,19 @@ def _ending_on_sigterm() -> Iterator[None]:
 
 
 def expected_seconds(trial: Trial, trials: Sequence[Trial], results: Path) -> float | None:
-    """Median wall time of the finished trials of the same method, or of all; None where there is none."""
+    """Median wall time of the finished trials of the same method, or else of all; None without any."""
     found = [(other.method, done["wall_time"]) for other in trials if (done := other.read(results))]
     times = [seconds for method, seconds in found if method == trial.method] or [seconds for _, seconds in found]
     return median(times) if times else None
 
 
 def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results: Path) -> ComparisonResult:
-    """Write the tables of the trials that are there; needs neither images nor weights.
+    """Write the tables of the finished trials; needs neither images nor weights.
 
     Raises:
-        AcamkdError: There is none, or they do not share their images, teacher and number of processes.
+        AcamkdError: There is none, or they differ in images, teacher or number of processes.
     """
-    # With the setting, which a trial that was run before the tuning does not know of.
+    # With the setting, which is missing in trials that were run before the tuning.
     done = [
         (trial, {**content, "setting": trial.setting, "option": trial.option})
         for trial in plan(recipe, methods, seeds, results)
@@ -264,12 +264,12 @@ def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results:
         raise AcamkdError(f"{results} holds no trial of this comparison yet{_elsewhere(results)}")
     shared = {
         f"{split} images": [content["data"].get(split) for _, content in done]
-        for split in ("train", "val", "unlabelled")  # the baseline sees nothing unlabeled
+        for split in ("train", "val", "unlabelled")  # the baseline uses no unlabeled images
     } | {
         "teacher": [
             content["teacher"]["sha256"] if content["teacher"] else content.get("inherited") for _, content in done
         ],
-        "number of processes": [content.get("processes") for _, content in done],  # which batch sizes are each one's
+        "number of processes": [content.get("processes") for _, content in done],  # the batch size is per process
     }
     for what, values in shared.items():
         usual, *others = [value for value, _ in Counter(value for value in values if value).most_common()] or [None]
@@ -277,13 +277,13 @@ def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results:
             odd = [trial.name for (trial, _), value in zip(done, values, strict=True) if value not in (usual, None)]
             raise AcamkdError(f"the trials in {results} do not share their {what}: remove {', '.join(odd)}")
     rows = summarize(found)
-    results.mkdir(parents=True, exist_ok=True)  # the trials may be in the table of the folder around it
+    results.mkdir(parents=True, exist_ok=True)  # the trials may be in the parent folder's table
     tables.write(results, recipe, rows, found, tuning)
     return ComparisonResult(results, found[0]["metric"], rows)
 
 
 def _elsewhere(results: Path) -> str:
-    """Where a folder's table has what was meant perhaps."""
+    """Hint at comparisons in a folder's table that may be meant."""
     table = results / trials_csv.FILE
     if not table.is_file():
         return ""
@@ -291,7 +291,7 @@ def _elsewhere(results: Path) -> str:
 
 
 def _check_data(recipe: config.Recipe) -> None:
-    """Raise AcamkdError for data that no trial could use, before the first of many trainings says it."""
+    """Raise AcamkdError for unusable data before the first training starts."""
     from acamkd.jobs.setup import Batches  # with torch: see Trial.run
 
     Batches(recipe, with_unlabeled=recipe.data.unlabelled is not None).check()
@@ -304,7 +304,7 @@ def _train_teacher(recipe: config.Recipe) -> None:
     try:
         teacher_section(recipe)
     except AcamkdError as error:
-        if _devices(recipe.train) > 1:  # each would begin this comparison again
+        if _devices(recipe.train) > 1:  # each process would start this comparison again
             raise AcamkdError(f"{error}; with several devices a comparison cannot train it") from error
         log.info("the teacher is trained first")
         train(recipe, "teacher", resume=default_folder(recipe, "teacher").exists())
@@ -313,7 +313,7 @@ def _train_teacher(recipe: config.Recipe) -> None:
 def _devices(settings: config.Train) -> int:
     if settings.devices != "auto":
         return settings.devices
-    import torch  # as late as the training
+    import torch  # imported only when a training needs it
 
     return 1 if settings.accelerator == "cpu" else torch.cuda.device_count()
 

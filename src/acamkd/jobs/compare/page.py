@@ -1,4 +1,4 @@
-"""The comparison as one HTML file that opens anywhere, without a network; needs neither images nor weights."""
+"""The comparison as one self-contained HTML file; needs neither images nor weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from acamkd.report.masks import mask_charts
 from acamkd.report.templates import environment
 
 MOVEMENTS = {"mean": "mean", "std": "variation", "overlap": "diversity"}
-"""Statistic of masks -> what its chart shows; diversity is 1 minus the overlap."""
+"""Mask statistic -> name of its chart; diversity is 1 minus the overlap."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Difference:
     """One method against the baseline.
 
     Attributes:
-        row: Its figures.
+        row: Its row of the table.
         seeds: Difference of each seed that both have, in points.
     """
 
@@ -40,10 +40,10 @@ def write_page(file: Path, recipe: config.Recipe, rows: Sequence[Row], trials: T
 
     Args:
         file: To write to.
-        recipe: What was compared on.
-        rows: The table, best first.
-        trials: What it was made of.
-        tuning: Trials that served the choice of the settings.
+        recipe: The common recipe.
+        rows: Rows of the table, best first.
+        trials: The trials of these rows.
+        tuning: Trials of the search for the settings.
     """
     metric = trials[0]["metric"]
     differences = _differences(rows, trials)
@@ -84,7 +84,7 @@ def _differences(rows: Sequence[Row], trials: Trials) -> list[Difference]:
 
 
 def _axis(differences: Sequence[Difference]) -> tuple[float, float]:
-    """Lowest and highest difference to draw; 0 is between them."""
+    """Lowest and highest difference of the axis, with 0 between them."""
     values = [0.0, *(value for each in differences for value in each.seeds.values())]
     margin = 0.06 * (max(values) - min(values)) or 1.0
     return min(values) - margin, max(values) + margin
@@ -107,7 +107,7 @@ def _metric_chart(rows: Sequence[Row], trials: Trials) -> Chart:
 
 
 def _points(curve: Sequence[float]) -> Points:
-    """A mean curve, without the epochs in which something was missing."""
+    """A mean curve, without the epochs in which a value is missing."""
     return [(epoch, mean) for epoch, mean in enumerate(curve, start=1) if mean == mean]
 
 
@@ -122,9 +122,9 @@ def _mask_charts(rows: Sequence[Row], trials: Trials) -> list[Chart]:
 
 
 def _collapses(rows: Sequence[Row], trials: Trials) -> list[tuple[str, str, int, int]]:
-    """(method, kind of masks, collapsed sets, all sets) at the end; a set is those of one layer and seed.
+    """(method, kind of masks, collapsed sets, all sets) at the end; a set is the masks of one layer and seed.
 
-    Masks that are ones by design (`mask_source: uniform`) are not among them.
+    Masks that are ones by design (`mask_source: uniform`) are excluded.
     """
     found: dict[tuple[str, str], list[bool]] = {}
     for trial in trials:
@@ -135,7 +135,7 @@ def _collapses(rows: Sequence[Row], trials: Trials) -> list[tuple[str, str, int,
                 continue
             pairs = zip(curves["mean"], curves["std"], strict=True)
             known = [(mean, spread) for mean, spread in pairs if mean is not None and spread is not None]
-            if known:  # until a loss stops
+            if known:  # the last values before a loss stops
                 found.setdefault((trial["method"], kind), []).append(bool(collapse(*known[-1])))
     return [
         (row.method, kind, sum(sets), len(sets))

@@ -1,4 +1,4 @@
-"""What trials say together: means over seeds, paired differences, and a verdict."""
+"""Statistics of trials: means over seeds, paired differences, and a verdict."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from acamkd.jobs.compare.trials import NONE, setting_means
 from acamkd.mask_health import mask_statistic
 
 Trials: TypeAlias = Sequence[Mapping[str, Any]]
-"""What finished trials left behind."""
+"""Contents of finished trials."""
 
 Verdict: TypeAlias = Literal["gain", "no evidence", "harm", "too few seeds"]
 
@@ -24,14 +24,14 @@ RESAMPLES = 9999
 
 @dataclass(frozen=True)
 class Paired:
-    """Differences between two methods on the seeds that both have.
+    """Paired differences between two methods, on the seeds that both have.
 
     Attributes:
-        other: What is subtracted.
-        mean: In points.
+        other: Method that is subtracted.
+        mean: Mean difference, in points.
         low: Lower end of the bootstrap's 95 % interval (percentiles of the resampled mean); None with one seed.
         high: Its upper end.
-        p: Of the paired t test, two-sided, before the correction for the number of methods; None with one seed.
+        p: Two-sided p of the paired t test, before the correction for the number of methods; None with one seed.
         n: Number of seeds.
     """
 
@@ -45,19 +45,19 @@ class Paired:
 
 @dataclass(frozen=True)
 class Row:
-    """One method of the table.
+    """One row of the table, for one method.
 
     Attributes:
-        method: Its name.
+        method: Name of the method.
         setting: Value of the tuned key.
         n: Number of seeds.
-        mean: Metric at the last epoch, mean over the seeds.
-        std: Its standard deviation over the seeds (n - 1); None with one seed.
-        gain: Against the baseline; None for that itself, and without a common seed.
+        mean: Mean over the seeds of the metric at the last epoch.
+        std: Standard deviation over the seeds (n - 1); None with one seed.
+        gain: Difference to the baseline; None for the baseline itself, and without a common seed.
         p_corrected: Holm's correction of `gain.p` over the methods of the table.
-        over_best_other: Against the best method that is no variant of it and shares a seed; of those with enough
-            seeds, where there are some.
-        verdict: `gain` or `harm` where the corrected p is below 0.05 and the interval is on that side of 0.
+        over_best_other: Difference to the best method that is no variant of it and shares a seed. Methods with enough
+            seeds have precedence.
+        verdict: `gain` or `harm` if the corrected p is below 0.05 and the interval is on that side of 0.
         minutes: Median wall time.
     """
 
@@ -74,7 +74,7 @@ class Row:
 
     @property
     def p_text(self) -> str:
-        """The corrected p as tables write it; empty where there is none."""
+        """The corrected p as written in tables; empty if there is none."""
         if self.p_corrected is None:
             return ""
         return f"{self.p_corrected:.3f}" if self.p_corrected >= 0.001 else "<0.001"
@@ -86,7 +86,7 @@ def paired(scores: Mapping[int, float], others: Mapping[int, float], other: str)
     n, mean = len(differences), float(differences.mean()) if len(differences) else float("nan")
     if n < 2:
         return Paired(other, mean, None, None, None, n)
-    if not differences.std():  # the same difference throughout: nothing to resample
+    if not differences.std():  # all differences are equal: resampling is pointless
         return Paired(other, mean, mean, mean, float(mean == 0), n)
     interval = stats.bootstrap(
         (differences,), np.mean, method="percentile", n_resamples=RESAMPLES, rng=np.random.default_rng(0)
@@ -107,12 +107,12 @@ def holm(values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What the search for the methods' settings found.
+    """Results of the search for the methods' settings.
 
     Attributes:
         option: Name of the tuned option.
         settings: Its values, ascending.
-        seeds: Seeds of the search, which no row uses.
+        seeds: Seeds of the search; no row uses them.
         means: Method -> setting -> mean of the metric at the last epoch over these seeds.
     """
 
@@ -176,7 +176,7 @@ def summarize(trials: Trials) -> list[Row]:
 
 
 def _family(method: str, losses: Sequence[Mapping[str, Any]]) -> set[str]:
-    """What makes two methods variants of each other: a shared class, or a name such as `acam-shuffled`."""
+    """Key that is equal for variants of one method, by class or by a name such as `acam-shuffled`."""
     return {method.partition("-")[0], *(loss["name"] for loss in losses)} if losses else set()
 
 
@@ -191,7 +191,7 @@ def _verdict(gain: Paired, p: float | None) -> Verdict:
 
 
 def tuned(trials: Trials) -> Tuning | None:
-    """What tuning trials found; None where there is none."""
+    """Results of the tuning trials; None if there are none."""
     if not trials:
         return None
     return Tuning(
@@ -206,7 +206,7 @@ def tuned(trials: Trials) -> Tuning | None:
 
 
 def final_means(rows: Sequence[Row], trials: Trials) -> dict[str, list[float | None]]:
-    """Every figure of the last epoch but the metric -> its mean over the seeds, method by method in the rows' order."""
+    """Every other metric of the last epoch -> its means over the seeds, one per method in the rows' order."""
     means: dict[str, list[float | None]] = {}
     for name in (name for name in trials[0]["final"] if name != trials[0]["metric"]):
         means[name] = []
@@ -218,7 +218,7 @@ def final_means(rows: Sequence[Row], trials: Trials) -> dict[str, list[float | N
 
 
 def columns_of_masks(trial: Mapping[str, Any]) -> list[tuple[str, dict[str, Sequence[float | None]]]]:
-    """Every set of masks of a trial, one layer's and loss's of one kind: the kind, and statistic -> curve."""
+    """Kind of masks and statistic -> curve, for every set of masks (one kind, layer and loss) of a trial."""
     sets: dict[tuple[str, str], dict[str, Sequence[float | None]]] = {}
     for column, curve in trial["masks"].items():
         place, _, name = column.rpartition("/")
@@ -229,7 +229,7 @@ def columns_of_masks(trial: Mapping[str, Any]) -> list[tuple[str, dict[str, Sequ
 
 
 def mask_curves(rows: Sequence[Row], trials: Trials) -> dict[tuple[str, str], dict[str, list[float]]]:
-    """(method, kind of masks) -> statistic -> its mean over seeds and layers, epoch by epoch until a loss stops."""
+    """(method, kind of masks) -> statistic -> mean curve over seeds and layers, until a loss stops."""
     found: dict[tuple[str, str], dict[str, list[Sequence[float | None]]]] = {}
     for row in rows:
         for trial in (trial for trial in trials if trial["method"] == row.method):

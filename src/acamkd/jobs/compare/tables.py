@@ -1,4 +1,4 @@
-"""The outcome of a comparison: Markdown, JSON, a figure and a page."""
+"""Output of a comparison: Markdown, JSON, a figure and an HTML page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DASH = "-"
 
 
 def write(results: Path, recipe: config.Recipe, rows: Sequence[Row], trials: Trials, tuning: Trials) -> None:
-    """Write comparison.md, .json, .png and .html; `tuning` are the trials that served the choice of the settings."""
+    """Write comparison.md, .json, .png and .html; `tuning` holds the trials of the search for the settings."""
     metric = trials[0]["metric"]
     write_text(results / "comparison.md", f"# Comparison on {recipe.name}\n\n{markdown(rows, trials, tuning)}")
     search = tuned(tuning)
@@ -31,13 +31,14 @@ def write(results: Path, recipe: config.Recipe, rows: Sequence[Row], trials: Tri
 
 
 def markdown(rows: Sequence[Row], trials: Trials, tuning: Trials = ()) -> str:
-    """Tables and what must be known to read them."""
+    """Tables, with the explanations that they need."""
     metric = trials[0]["metric"]
     teachers = {trial["teacher"]["sha256"][:12]: trial["teacher"][metric] for trial in trials if trial["teacher"]}
     lines = [
-        f"{metric} in percent on the validation images after the last epoch, mean and deviation over n seeds. "
-        "One seed gives every method the same initial student, images and augmentation, so differences are paired: "
-        "mean, bootstrap 95 % interval, p of the paired t test with Holm's correction for the number of methods.",
+        f"{metric} in percent on the validation images after the last epoch, mean and standard deviation over n seeds. "
+        "A seed gives every method the same initial student, images and augmentation, so differences are paired. "
+        "They are given as mean and bootstrap 95 % interval. "
+        "p is that of the paired t test with Holm's correction for the number of methods.",
         "",
         *(f"Teacher {digest}: {DASH if score is None else f'{score:.2f}'}." for digest, score in teachers.items()),
         "",
@@ -71,14 +72,14 @@ def _difference(paired: Paired) -> str:
 
 
 def _tuning(trials: Trials) -> list[str]:
-    """What the search for each method's setting found, the best in bold."""
+    """Table of the search for each method's setting, the best in bold."""
     search = tuned(trials)
     if search is None:
         return []
     seeds = ", ".join(map(str, search.seeds))
     lines = [
         "## Tuning", "",
-        f"{trials[0]['metric']} by `{search.option}`; seeds, which the table above does not use: {seeds}.", "",
+        f"{trials[0]['metric']} by `{search.option}`, on seeds that the table above does not use: {seeds}.", "",
         f"| method | {' | '.join(f'{setting:g}' for setting in search.settings)} |",
         "|---" * (len(search.settings) + 1) + "|",
     ]  # fmt: skip
@@ -98,7 +99,7 @@ def _classes(rows: Sequence[Row], trials: Trials) -> list[str]:
 
 
 def _masks(rows: Sequence[Row], trials: Trials) -> list[str]:
-    """How the masks moved: every statistic in the first, the middle and the last epoch."""
+    """Mask statistics in the first, middle and last epoch."""
     found = mask_curves(rows, trials)
     if not found:
         return []

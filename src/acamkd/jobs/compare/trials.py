@@ -1,4 +1,4 @@
-"""Trials: one method with one seed each, trained on their own and kept as one small JSON."""
+"""Trials: trainings of one method with one seed each, each saved as a small JSON file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NONE = "none"
 """The baseline."""
 
 TUNING_SEED = 1000
-"""The first seed of the tuning trials, which the table does not use."""
+"""First seed of the tuning trials; the table does not use these seeds."""
 
 DIGITS = 4
 
@@ -43,11 +43,11 @@ class Trial:
     """One training of a comparison.
 
     Attributes:
-        method: Its name in the table.
-        setting: Value of the tuned option; None where nothing is tuned.
+        method: Name of the method in the table.
+        setting: Value of the tuned option; None without tuning.
         option: Name of the tuned option.
-        tuning: Whether it serves the choice of the setting rather than the table.
-        recipe: What it runs, seed included.
+        tuning: Whether the trial serves the choice of the setting, not the table.
+        recipe: The recipe that it runs, seed included.
     """
 
     method: str
@@ -63,17 +63,17 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Of its file, without the ending."""
+        """Name of its file, without the suffix."""
         setting = f"-{self.setting:g}" if self.tuning else ""
         return f"{self.method}{setting}-seed{self.seed}"
 
     @property
     def key(self) -> str:
-        """Hash of everything that the outcome depends on but the seed, the images, the teacher and the machine.
+        """Hash of everything that affects the outcome except the seed, the images, the teacher and the machine.
 
-        Weights and tokens count by the names of their files.
+        For weights and tokens, the file names enter the hash.
         """
-        # Without defaults, so that a key that a later version adds does not make every trial stale.
+        # Without defaults, so that a key added by a later version does not invalidate every trial.
         content = self.recipe.model_dump(mode="json", exclude_defaults=True)
         for section, names in {
             "data": ("root", "workers", "check", "classes"),
@@ -87,33 +87,33 @@ class Trial:
                 if file := entry.get(name):
                     entry[name] = Path(file).name
         for entry in content.get("losses", []):
-            if self.option in entry:  # the number that was searched, however the recipe writes it
+            if self.option in entry:  # the number of the search, in whatever form the recipe has it
                 entry[self.option] = self.setting
         del content["name"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
     def read(self, results: Path) -> dict[str, Any] | None:
-        """What it left behind, as a JSON of its own or in a table, if it was run with this recipe."""
+        """Content of the finished trial, from its JSON or a table; None unless it was run with this recipe."""
         file = results / f"{self.name}.json"
         own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
         both: tuple[dict[str, Any] | None, ...] = own, trials_csv.stored(results).get(self.name)
         return next((found for found in both if found and found["recipe"] == self.key), None)
 
     def run(self, results: Path) -> None:
-        """Train, or go on training, and write the trial's JSON; the run folder stays beside those of the recipe."""
+        """Train or resume, and write the trial's JSON; the run folder stays beside the recipe's other runs."""
         from acamkd.engine.metrics import METRICS
         from acamkd.jobs.train import distill, train
 
         folder = default_folder(self.recipe, "compare") / f"{self.name}-{self.key}"
         job = distill if self.recipe.losses else train
-        # Without a checkpoint nothing of a former run counts, such as weights that its teacher's gradients set.
+        # Without a checkpoint nothing of an earlier run is reused, such as calibrated loss weights.
         resume = Run(folder, self.recipe, "student").has_checkpoint
         try:
             run = job(self.recipe, out=folder, resume=resume, overwrite=not resume)
-        except OtherRunError:  # the key does not count where images and teacher lie, and the device
-            log.warning("%s: its images, teacher or device have moved since it stopped: it begins anew", self.name)
+        except OtherRunError:  # the hash ignores the device and the paths of images and teacher
+            log.warning("%s: its images, teacher or device have moved since it stopped: it starts anew", self.name)
             run = job(self.recipe, out=folder, overwrite=True)
-        if not is_first_process():  # the others have no figures
+        if not is_first_process():  # the other processes have no metrics
             return
         metrics = run.metrics
         name = METRICS[self.recipe.task]
@@ -146,18 +146,18 @@ class Trial:
             results.mkdir(parents=True, exist_ok=True)
             write_json(results / f"{self.name}.json", content)
         for file in (CHECKPOINT, PREVIOUS):
-            (folder / file).unlink(missing_ok=True)  # the largest files, and of no more use
+            (folder / file).unlink(missing_ok=True)  # the largest files, no longer needed
         if not has_score:
             raise AcamkdError(
-                f"{self.name}: {name} has no basis, since in the validation images every pixel is void, or every box "
+                f"{self.name}: {name} is undefined, since in the validation images every pixel is void, or every box "
                 "a crowd: check data.val and data.ignore_index"
             )
 
 
 def plan(recipe: config.Recipe, methods: Sequence[str], seeds: int, results: Path) -> list[Trial]:
-    """Every trial of a comparison, in the order in which they are worth running.
+    """Every trial of a comparison, in the order in which to run them.
 
-    The tuning trials come first, then seed after seed with all methods, the baseline among them.
+    The tuning trials come first. Then each seed follows with all methods, the baseline included.
 
     Raises:
         AcamkdError: A method is unknown, or its overrides do not fit.
@@ -173,10 +173,10 @@ def plan(recipe: config.Recipe, methods: Sequence[str], seeds: int, results: Pat
 
 
 def methods_of(recipe: config.Recipe, methods: Sequence[str] | None = None) -> list[str]:
-    """What to compare: the given methods, or all of the recipe's `compare.methods`.
+    """Methods to compare: the given ones, or all of the recipe's `compare.methods`.
 
     Raises:
-        AcamkdError: There is none of either.
+        AcamkdError: No method is given and the recipe has none.
     """
     names = list(methods or recipe.compare.methods)
     if not names:
@@ -185,7 +185,7 @@ def methods_of(recipe: config.Recipe, methods: Sequence[str] | None = None) -> l
 
 
 def best_setting(trials: Sequence[Trial], results: Path) -> float | None:
-    """The setting with the best mean at the last epoch; the first one where nothing has been run."""
+    """The setting with the best mean at the last epoch; the first setting if no trial is finished."""
     means = setting_means([found for trial in trials if (found := trial.read(results))])
     return max(means, key=means.__getitem__) if means else next((trial.setting for trial in trials), None)
 
@@ -216,19 +216,19 @@ def _trial(recipe: config.Recipe, method: str, seed: int, setting: float | None,
     option = None if setting is None or search is None else search.option
     overrides = [f"train.seed={seed}"]
     if option is not None and setting is not None:
-        value = int(setting) if setting.is_integer() else setting  # options such as num_masks take no 3.0
+        value = int(setting) if setting.is_integer() else setting  # options such as num_masks accept no 3.0
         overrides += [f"losses.{index}.{option}={value}" for index in range(len(_variant(recipe, method).losses))]
     varied = _variant(recipe, method, overrides)
     return Trial(method, setting, option, tuning, varied.model_copy(update={"compare": config.Comparison()}))
 
 
 def _variant(recipe: config.Recipe, method: str, overrides: Sequence[str] = ()) -> config.Recipe:
-    """The recipe as one method runs it."""
+    """The recipe of one method."""
     named: Mapping[str, Mapping[str, Any]] = {NONE: {"losses": []}, **recipe.compare.methods}
     if method in named:
         changes = dict(named[method])
     else:
-        from acamkd.distillation.methods import METHODS  # with torch, which tables of named methods do without
+        from acamkd.distillation.methods import METHODS  # imports torch, which tables of named methods do not need
 
         if method not in METHODS or not recipe.losses:
             raise AcamkdError(f"there is no method {method!r} to compare; {nearest(method, [*named, *METHODS])}")
@@ -238,9 +238,9 @@ def _variant(recipe: config.Recipe, method: str, overrides: Sequence[str] = ()) 
 
 
 def _of_masks(columns: Iterable[str]) -> list[str]:
-    """Statistics of masks among a history's columns: LAYER/METHOD/NAME of a loss that has a column of its own too.
+    """Columns of mask statistics in a history: LAYER/METHOD/NAME where the loss itself has a column too.
 
-    A class may be called with_mask.
+    The loss's column is required since a class may be named with_mask.
     """
     places = {column.removeprefix("loss/").rpartition("/")[0] for column in columns if column.startswith("loss/")}
     apart = {column: column.rpartition("/") for column in columns}
@@ -248,7 +248,7 @@ def _of_masks(columns: Iterable[str]) -> list[str]:
 
 
 def _columns(file: Path) -> dict[str, list[float | None]]:
-    """A history.csv by column, rounded."""
+    """Columns of a history.csv, rounded."""
     with file.open(newline="", encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
     return {name: [round(float(row[name]), DIGITS) if row[name] else None for row in rows] for name in rows[0]}

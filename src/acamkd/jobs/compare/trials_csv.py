@@ -1,8 +1,7 @@
-"""Finished trials as one table: `trials.csv`, a row per training, small enough to be kept beside a recipe.
+"""Finished trials as one table, `trials.csv`: a row per training, small enough to be committed with a recipe.
 
-A row has a trial's scores, hashes and circumstances as its JSON has them, without what no table shows: of the masks
-it keeps the first, the middle and the last epoch, of the teacher the hash and the metric, of the losses what is no
-default.
+A row holds a trial's scores, hashes and environment, as in its JSON. It omits what no table shows: it keeps the masks'
+statistics at the first, middle and last epoch, the teacher's hash and metric, and the losses' non-default options.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from acamkd.engine.runs import write_text
 from acamkd.errors import AcamkdError
 
 Content: TypeAlias = dict[str, Any]
-"""What a finished trial left behind, as in its JSON."""
+"""Content of a finished trial, as in its JSON."""
 
 Curve: TypeAlias = Sequence[float | None]
-"""A figure after every epoch; None where it was not measured."""
+"""A value after every epoch; None where it was not measured."""
 
 FILE = "trials.csv"
 COMPARISON = "comparison"
 TRIAL = "trial"
-"""Column of the names of the trials' JSON files, without the ending."""
+"""Column with the names of the trials' JSON files, without the suffix."""
 
 TEXTS = ("method", "option", "recipe", "metric", "machine", "inherited")
 NUMBERS = ("setting", "seed", "wall_time", "processes")
 SECTIONS = ("data", "teacher", "final", "versions", "masks")
-"""Mappings; each of their entries has a column of its own, SECTION/KEY."""
+"""Mappings; each entry has its own column, SECTION/KEY."""
 ORDER = (
     "method", "setting", "option", "seed", "metric", "epochs", "history", "wall_time", "recipe", "inherited", "data",
     "teacher", "final", "losses", "masks", "machine", "processes", "versions",
@@ -43,29 +42,30 @@ ORDER = (
 
 
 def stored(results: Path) -> dict[str, Content]:
-    """Trials that a results folder holds as a table, by name.
+    """Trials in a results folder's table, by name.
 
-    They are in the folder's own trials.csv, or in that of the folder around it. Where a table has a column
-    `comparison`, a folder's trials are the rows that carry its name.
+    The table is the folder's own trials.csv, or that of the parent folder. If it has a column `comparison`, the
+    folder's
+    trials are the rows with its name.
     """
     file = _file_of(results)
     return comparisons(file).get(results.resolve().name, {}) if file.is_file() else {}
 
 
 def comparisons(file: Path) -> Mapping[str, dict[str, Content]]:
-    """Comparison -> trial -> what it left behind; a table without that column holds one, of its folder's name.
+    """Comparison -> trial -> content. A table without the column `comparison` holds one, named after its folder.
 
     Raises:
-        AcamkdError: The file is no such table.
+        AcamkdError: The file is not a table of trials.
     """
     return _read(file.resolve(), file.stat().st_mtime_ns)
 
 
 def export(results: Path) -> Path:
-    """Write every finished trial of a results folder into its table, beside the rows that are there.
+    """Add every finished trial of a results folder to its table.
 
     Returns:
-        The table: the folder's own, or that of the folder around it if this comparison is in there.
+        Path of the table: the folder's own, or the parent folder's if it holds this comparison.
 
     Raises:
         AcamkdError: The folder holds no trial.
@@ -121,7 +121,7 @@ def _read(file: Path, _changed: int) -> Mapping[str, dict[str, Content]]:
 
 
 def _to_row(trial: Content) -> dict[str, str]:
-    """Cells as text; numbers as JSON writes them, so that reading gives the same to the last digit."""
+    """Cells of a row as text, with numbers as in JSON, so that reading restores every digit."""
     metric, cells = trial["metric"], dict[str, str]()
     for name in ORDER:
         value = trial.get(name)
@@ -149,7 +149,7 @@ def _of_row(row: Mapping[str, str]) -> Content:
     for section in SECTIONS:
         given = {column.partition("/")[2]: text for column, text in row.items() if column.startswith(f"{section}/")}
         trial[section] = {key: _of_text(section, key, text, epochs) for key, text in given.items() if text}
-    trial["teacher"] = trial["teacher"] or None  # the baseline has none
+    trial["teacher"] = trial["teacher"] or None  # the baseline has no teacher
     return trial
 
 
@@ -170,7 +170,7 @@ def _is_text(section: str, key: str) -> bool:
 
 
 def _losses_to_text(losses: Sequence[Mapping[str, Any]]) -> str:
-    """As a recipe writes them, in one line."""
+    """Losses in the form of a recipe, in one line."""
     defaults = {name: field.default for name, field in config.Loss.model_fields.items()}
     given = [{key: x for key, x in loss.items() if key not in defaults or x != defaults[key]} for loss in losses]
     text: str = yaml.safe_dump(given, default_flow_style=True, sort_keys=False, width=float("inf"))
@@ -178,11 +178,11 @@ def _losses_to_text(losses: Sequence[Mapping[str, Any]]) -> str:
 
 
 UNKNOWN = "null"
-"""A curve without any figure, which is not the same as no curve."""
+"""Text of a curve without any value, as opposed to a missing curve."""
 
 
 def _curve_to_text(curve: Curve) -> str:
-    """`16:33.2297 32:43.4427`: epochs, counted from 1, with what was measured after them."""
+    """`16:33.2297 32:43.4427`: epochs, counted from 1, with the value after each."""
     known = (f"{epoch}:{json.dumps(value)}" for epoch, value in enumerate(curve, start=1) if value is not None)
     return " ".join(known) or UNKNOWN
 
@@ -196,7 +196,7 @@ def _curve_of(text: str, epochs: int) -> list[float | None]:
 
 
 def _snapshots(curve: Curve) -> Curve:
-    """The first, the middle and the last known figure of a curve, which ends where the loss stopped."""
+    """The first, middle and last known value of a curve, which ends where the loss stopped."""
     known = [epoch for epoch, value in enumerate(curve) if value is not None and value == value]
     end = known[-1] + 1 if known else 0
     kept = {0, end // 2, end - 1}
@@ -204,7 +204,7 @@ def _snapshots(curve: Curve) -> Curve:
 
 
 def _merged(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Every column once, each after those that stand before it in its row."""
+    """Merge the rows' columns; each comes after those that precede it in its row."""
     columns: list[str] = []
     for row in rows:
         place = 0

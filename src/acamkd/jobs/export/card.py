@@ -1,4 +1,4 @@
-"""The text that goes with an exported network: what it is, what it learned from, how well it does, how to use it."""
+"""Model card of an exported network: description, training, scores and usage."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def write_card(
     """Write a model card in Markdown, with the Hub's metadata on top.
 
     Args:
-        file: `README.md`, which is what the Hub shows.
-        run: What was exported.
+        file: `README.md`, which the Hub shows.
+        run: The exported run.
         model: Its network.
         exported: The ONNX file.
-        figures: What the export measured.
-        license: Of the weights, as the Hub names it; the card asks for one where it is not given.
+        figures: Measurements of the export.
+        license: License of the weights, by the Hub's name; without it the card asks for one.
     """
     recipe = run.recipe
     section = recipe.teacher if run.role == "teacher" else recipe.student
@@ -50,7 +50,7 @@ def write_card(
         exported=exported,
         shape=exported.session.get_inputs()[0].shape,
         figures=figures,
-        metrics=[name for name in figures.measured[-1].scores if "/" not in name],  # without those of single classes
+        metrics=[name for name in figures.measured[-1].scores if "/" not in name],  # without single classes
         license=license,
         version=__version__,
     )  # fmt: skip

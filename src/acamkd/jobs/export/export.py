@@ -1,4 +1,4 @@
-"""Export a run's network to ONNX, prove that the file finds what PyTorch finds, and publish it."""
+"""Export a run's network to ONNX, verify the file against PyTorch, and publish it."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ CARD = "README.md"
 """The model card, by the name under which the Hub shows it."""
 
 LARGEST_DIFFERENCE = 1e-3
-"""Between the outputs of the two runtimes, as a share of an output's largest value."""
+"""Allowed difference between the outputs of the two runtimes, as a share of an output's largest value."""
 
 LARGEST_METRIC_DIFFERENCE = 0.1
-"""In points."""
+"""Allowed difference between the runtimes' metrics, in points."""
 
 COMPARED_IMAGES = 8
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One network in one runtime.
+    """Measurements of one network in one runtime.
 
     Attributes:
         network: `teacher` or `student`.
         runtime: `PyTorch` or `onnxruntime`.
         scores: Every metric on the validation images, in percent.
-        cost: Of one prediction; None where a teacher's weights are gone.
+        cost: Cost of one prediction; None if a teacher's weights are missing.
     """
 
     network: str
@@ -66,15 +66,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class Export(Printable):
-    """What was exported, and how it compares.
+    """Summary of an export, with scores and costs.
 
     Attributes:
-        folder: Where the files are.
+        folder: Folder of the files.
         metric: Name of the deciding metric.
         difference: Largest difference between an output of onnxruntime and of PyTorch.
-        relative_difference: The same as a share of that output's largest value.
-        measured: The teacher where there is one, and the exported network in both runtimes.
-        threads: That the times were taken with.
+        relative_difference: This difference as a share of the output's largest value.
+        measured: The teacher, if there is one, and the exported network in both runtimes.
+        threads: Number of CPU threads in the time measurements.
         images: Number of validation images.
     """
 
@@ -110,17 +110,17 @@ def export(
 ) -> Export:
     """Export a run's network; the folder appears once every check has passed.
 
-    It then holds the network's weights (`student.safetensors`), `student.onnx`, `onnx_model.py`, which runs that file
-    without acamkd, and a model card, `README.md`.
+    The folder holds the weights (`student.safetensors`), `student.onnx`, and a model card, `README.md`. Its
+    `onnx_model.py` runs the ONNX file without acamkd.
 
     Args:
         run: A run with weights, or its folder.
         overrides: `key=value` assignments that change its recipe, such as `data.root=FOLDER`.
-        out: Where to; `export` in the run folder where not given.
+        out: Output folder; by default `export` in the run folder.
         overwrite: Replace the export that the folder holds.
         with_nms: Detection: put everything up to the non-maximum suppression into the graph, for single images of
             the recipe's size. Faster R-CNN has no other export.
-        license: Of the weights, for the model card, as the Hub names it (`apache-2.0`).
+        license: License of the weights for the model card, by the Hub's name (`apache-2.0`).
 
     Raises:
         AcamkdError: A package or the data is missing, the network cannot be exported, or the file gives other outputs
@@ -151,14 +151,14 @@ def export(
 
 
 def push_to_hub(folder: Path, repository: str) -> str:
-    """Upload an export to the Hugging Face Hub, into a private repository if there is none yet.
+    """Upload an export to the Hugging Face Hub; a new repository is private.
 
     Args:
-        folder: What `export` wrote.
-        repository: OWNER/NAME.
+        folder: Output folder of `export`.
+        repository: Repository as OWNER/NAME.
 
     Returns:
-        Its address.
+        URL of the repository.
 
     Raises:
         AcamkdError: The Hub cannot be reached or refuses.
@@ -169,7 +169,7 @@ def push_to_hub(folder: Path, repository: str) -> str:
     try:
         address = str(api.create_repo(repository, private=True, exist_ok=True))
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"acamkd {__version__} export")
-    except Exception as error:  # of the Hub, of its transport, of the files
+    except Exception as error:  # errors of the Hub, the network or the files
         raise AcamkdError(
             f"{repository} could not be uploaded: {error}\n  {folder} is complete; `hf auth login` stores a token, and "
             f"`hf upload {repository} {folder}` uploads it later"
@@ -179,27 +179,27 @@ def push_to_hub(folder: Path, repository: str) -> str:
 
 
 def check_repository(name: str) -> None:
-    """Raise AcamkdError, before anything is exported, unless an upload to OWNER/NAME can be tried."""
+    """Raise AcamkdError unless an upload to OWNER/NAME is possible; called before the export."""
     require("huggingface_hub")
     if name.count("/") != 1:
         raise AcamkdError(f"--push-to-hub {name}: give OWNER/NAME")
 
 
 def require(*packages: str) -> None:
-    """Raise AcamkdError unless these packages of the extra are installed."""
+    """Raise AcamkdError unless these packages of the extra `export` are installed."""
     if missing := [name for name in packages if find_spec(name) is None]:
         raise AcamkdError(f"export needs {', '.join(missing)}: pip install '.[export]' in the checkout")
 
 
 @torch.no_grad()
 def _compare_outputs(graph: Graph, exported: OnnxModel, images: ImageDataset) -> tuple[float, float]:
-    """Largest difference of any output on real images, and the largest as a share of its output's largest value."""
+    """Largest difference of any output on real images, absolute and as a share of the output's largest value."""
     largest = relative = 0.0
     for index in range(min(COMPARED_IMAGES, len(images))):
         pixels = graph.model.prepare([images[index][0]]).pixels
         names: tuple[str, ...] = graph.output_names
         if isinstance(graph, DetectionsGraph):
-            names = ("scores",)  # rounding may swap two boxes, or let one more pass: their sorted scores are compared
+            names = ("scores",)  # rounding may swap or add boxes: only sorted scores are compared
         else:
             pixels = pixels.expand(1 + index % 2, -1, -1, -1)  # batches of different sizes
         expected = dict(zip(graph.output_names, graph(pixels), strict=True))
@@ -246,7 +246,7 @@ def _measure(run: Run, model: TaskModel, exported: OnnxModel, images: ImageDatas
 
 
 def _measure_teacher(run: Run, images: ImageDataset) -> list[Measured]:
-    """The teacher of a distillation, with the scores that the run gave it: on the same images, at the same size."""
+    """Measure the teacher of a distillation; the run's scores are reused for the same images at the same size."""
     if run.role == "teacher" or run.recipe.teacher is None:
         return []
     scores = run.metrics.get("teacher", {}) if run.has_ended else {}
@@ -263,7 +263,7 @@ def _measure_teacher(run: Run, images: ImageDataset) -> list[Measured]:
 
 
 def _is_as_trained(run: Run, images: ImageDataset) -> bool:
-    """Whether the run was scored on these images, and at the size that its recipe says now."""
+    """Whether the run was scored on these images at the recipe's present size."""
     trained = config.load(run.folder / RECIPE).data.resize
     return bool(trained == run.recipe.data.resize and images.fingerprint() == run.metrics["data"]["val"])
 
@@ -271,7 +271,7 @@ def _is_as_trained(run: Run, images: ImageDataset) -> bool:
 def _score(
     run: Run, model: TaskModel, exported: OnnxModel, images: ImageDataset
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Every metric by PyTorch and by onnxruntime, image by image: padding to a batch's size would change one."""
+    """Every metric in PyTorch and in onnxruntime, image by image, since padding in a batch would change results."""
     ours, theirs = scorer_of(run.recipe, images.classes), scorer_of(run.recipe, images.classes)
     for index in range(len(images)):
         image, target = images[index]
@@ -282,9 +282,9 @@ def _score(
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
-    """Raise AcamkdError, before anything is exported, if the folder cannot be written or holds something else."""
+    """Raise AcamkdError if the folder cannot be written or holds other files; called before the export."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        if not (out / "onnx_model.py").is_file():  # what somebody else wrote must never be replaced
+        if not (out / "onnx_model.py").is_file():  # files of other programs must never be replaced
             raise AcamkdError(f"{out} exists and is not an export: choose another folder with --out")
         if not overwrite:
             raise AcamkdError(f"{out} already holds an export: --overwrite replaces it, --out FOLDER writes elsewhere")
@@ -293,7 +293,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
-    """A folder to write to, which becomes `out` when everything has gone well."""
+    """Temporary folder within the context, which becomes `out` if no error occurs."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as unfinished:

@@ -1,4 +1,4 @@
-"""From a network to an ONNX file: what goes into the graph, and the exporter that can write it."""
+"""Conversion of a network to an ONNX file: the graph's content, and the exporter."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from acamkd.models.detection import DenseDetector, Detector, FCOSDetector
 from acamkd.models.segmentation import STRIDE, Segmenter
 
 ADVICE = {
-    False: "for one size of frame it may be able to: --set data.resize='[HEIGHT, WIDTH]'",
+    False: "a fixed input size may work: --set data.resize='[HEIGHT, WIDTH]'",
     True: "take another backbone or architecture",
 }
-"""What to do where there is no graph, by whether it was for a fixed size."""
+"""Advice if the export fails, by whether the input size was fixed."""
 
 
 class Graph(nn.Module):
-    """What an ONNX file computes: `pixels` (N, 3, H, W), RGB in [0, 1] -> the outputs that OnnxModel describes.
+    """Module behind an ONNX file: `pixels` (N, 3, H, W), RGB in [0, 1] -> the outputs described in OnnxModel.
 
     Args:
-        model: In eval mode.
-        output_names: Names of what `forward` gives.
+        model: The network, in eval mode.
+        output_names: Names of the outputs of `forward`.
     """
 
     def __init__(self, model: TaskModel, *output_names: str) -> None:
         super().__init__()
         self.model = model
         self.output_names = output_names
-        self.eval()  # the exporters put back the mode that they find
+        self.eval()  # the exporters restore the mode that they find
 
 
 class SegmentationGraph(Graph):
@@ -53,7 +53,7 @@ class SegmentationGraph(Graph):
 
 
 class DenseGraph(Graph):
-    """`scores` (N, A, K + 1), `boxes` (N, A, 4) in the frame, `levels` (A,): all but thresholds and suppression."""
+    """`scores` (N, A, K + 1), `boxes` (N, A, 4) in the input, `levels` (A,): all but thresholds and suppression."""
 
     model: DenseDetector
 
@@ -76,7 +76,7 @@ class DenseGraph(Graph):
 
 
 class DetectionsGraph(Graph):
-    """`boxes` (K, 4) in the frame, `scores` and `labels` (K,) of one image of one size, suppression included."""
+    """`boxes` (K, 4) in the padded input, `scores` and `labels` (K,) of one image of fixed size, after suppression."""
 
     def __init__(self, model: Detector, size: tuple[int, int]) -> None:
         super().__init__(model, "boxes", "scores", "labels")
@@ -90,7 +90,7 @@ class DetectionsGraph(Graph):
 
 
 def build_graph(model: TaskModel, resize: config.Size | config.ShortLong | None, *, with_nms: bool) -> Graph:
-    """Choose what goes into the file.
+    """Choose the graph to export.
 
     Args:
         model: In eval mode.
@@ -98,7 +98,7 @@ def build_graph(model: TaskModel, resize: config.Size | config.ShortLong | None,
         with_nms: Detection: everything up to the non-maximum suppression, for single images of one size.
 
     Raises:
-        AcamkdError: There is no such graph of this network.
+        AcamkdError: The network has no such graph.
     """
     if isinstance(model, Segmenter):
         if with_nms:
@@ -111,7 +111,7 @@ def build_graph(model: TaskModel, resize: config.Size | config.ShortLong | None,
         )
     if with_nms:
         if not isinstance(resize, tuple):
-            raise AcamkdError("--with-nms writes a graph for one size of image: --set data.resize='[HEIGHT, WIDTH]'")
+            raise AcamkdError("--with-nms writes a graph for one image size: --set data.resize='[HEIGHT, WIDTH]'")
         return DetectionsGraph(model, resize)
     if not isinstance(model, DenseDetector):
         raise AcamkdError(
@@ -124,18 +124,18 @@ def build_graph(model: TaskModel, resize: config.Size | config.ShortLong | None,
 def write_graph(graph: Graph, file: Path, recipe: config.Recipe) -> None:
     """Write an ONNX file with the metadata that OnnxModel needs; raises AcamkdError if PyTorch cannot.
 
-    The batch size stays free, and the frame's size too where the recipe's `resize` does not fix it; with suppression,
-    which only the legacy exporter can write, both are fixed.
+    The batch size stays free, and so does the input size unless the recipe's `resize` fixes it. With suppression, which
+    only the legacy exporter can write, both are fixed.
     """
     what = type(graph.model.net).__name__
     resize = recipe.data.resize
     names: dict[str, Any] = {"input_names": ["pixels"], "output_names": list(graph.output_names)}
     fixed = isinstance(resize, tuple)
-    # All maps of a pyramid must be larger than 1 here, or a graph for any size would only fit such maps.
+    # Every feature map must be larger than 1 x 1 here, or the graph would accept only maps of size 1.
     frame = [-(-side // STRIDE) * STRIDE for side in resize] if isinstance(resize, tuple) else [8 * STRIDE, 12 * STRIDE]
     try:
         with warnings.catch_warnings(), time_limit(f"PyTorch's export of {what}", ADVICE[fixed]):
-            warnings.simplefilter("ignore")  # of their age, and of every shape that they take as a constant
+            warnings.simplefilter("ignore")  # about deprecation, and about shapes taken as constants
             if isinstance(graph, DetectionsGraph):
                 torch.onnx.export(graph, (torch.rand(1, 3, *frame),), file, dynamo=False, **names)
             else:
@@ -149,7 +149,7 @@ def write_graph(graph: Graph, file: Path, recipe: config.Recipe) -> None:
                 program.save(file, external_data=False)
     except AcamkdError:
         raise
-    except Exception as error:  # the exporters fail with whatever they meet
+    except Exception as error:  # the exporters may raise any error
         raise AcamkdError(
             f"PyTorch {torch.__version__} cannot export {what}: {ADVICE[fixed]} ({str(error).strip()[:500]})"
         ) from error
@@ -188,4 +188,4 @@ def _write_metadata(file: Path, metadata: dict[str, Any]) -> None:
     onnx.save(content, file)
 
 
-logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of constants that it did not merge
+logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns about constants that it did not merge

@@ -1,6 +1,6 @@
 """Run a network that `acamkd export` wrote, with onnxruntime, NumPy and Pillow alone.
 
-This file needs nothing of acamkd. A copy of it lies beside every exported network:
+This file does not need acamkd. Every export contains a copy of it:
 
     model = OnnxModel("student.onnx")
     found = model.predict(read_image("cell.jpg"))
@@ -29,22 +29,23 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]
 Floats: TypeAlias = npt.NDArray[np.float32]
 
 Prediction: TypeAlias = dict[str, npt.NDArray[Any]]
-"""What a network says of one image, in the image's own pixels. Detection: `boxes` (K, 4) x1 y1 x2 y2, `scores`
-(K,), best first, and `labels` (K,) from 1. Segmentation: `mask` (H, W) int64."""
+"""Prediction for one image, in the image's own pixels. Detection: `boxes` (K, 4) x1 y1 x2 y2, `scores` (K,), best
+first, and `labels` (K,) from 1. Segmentation: `mask` (H, W) int64."""
 
 STRIDE = 32
-"""Frames are padded to multiples of this."""
+"""Inputs are padded to multiples of this many pixels."""
 
 METADATA = ("acamkd_version", "task", "classes", "resize", "mean", "nms")
-"""Entries that the export writes, each as JSON."""
+"""Metadata entries that the export writes, each as JSON."""
 
 
 class OnnxModel:
-    """An exported network: images in, predictions out.
+    """An exported network that predicts on images.
 
     The graph takes `pixels` (N, 3, H, W), RGB in [0, 1], and normalizes them itself. A segmenter gives `logits`
-    (N, K, H, W). A dense detector gives `scores` (N, A, K + 1), in which column 0 is the background, `boxes` (N, A, 4)
-    as x1 y1 x2 y2 in the frame's pixels, and `levels` (A,), each anchor's level of the pyramid. A detector exported
+    (N, K, H, W). A dense detector gives `scores` (N, A, K + 1), with the background in column 0, `boxes` (N, A, 4) as
+    x1 y1 x2 y2 in
+    pixels of the padded input, and `levels` (A,), each anchor's pyramid level. A detector exported
     with its non-maximum suppression takes one image and gives its `boxes` (K, 4), `scores` (K,) and `labels` (K,).
 
     Args:
@@ -52,14 +53,14 @@ class OnnxModel:
         threads: Threads of onnxruntime; 0 = one per core.
 
     Attributes:
-        session: onnxruntime's.
+        session: The session of onnxruntime.
         task: `detection` or `segmentation`.
-        classes: Class names; a mask holds their indices, and a box of label k is of `classes[k - 1]`.
-        metadata: What the export wrote beside the graph; docs/guides/export.md lists it.
+        classes: Class names. A mask holds their indices; a box with label k has the class `classes[k - 1]`.
+        metadata: Entries that the export wrote into the file; acamkd's guide to exports lists them.
 
     Raises:
-        AcamkdError: The file cannot be read or was not written by `acamkd export`, or onnxruntime is missing; a
-            ValueError where acamkd is not installed.
+        AcamkdError: The file cannot be read or was not written by `acamkd export`, or onnxruntime is missing. Without
+            acamkd it is a ValueError.
     """
 
     def __init__(self, file: Path | str, *, threads: int = 0) -> None:
@@ -73,15 +74,15 @@ class OnnxModel:
         options.intra_op_num_threads = threads
         try:
             self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has a class of its own for every kind of damage
+        except Exception as error:  # onnxruntime has a separate exception class for each kind of damage
             raise AcamkdError(f"{file}: onnxruntime cannot read it: {error}") from error
         found = self.session.get_modelmeta().custom_metadata_map
         try:
-            # Other tools, such as onnxruntime's quantization, add entries of their own.
+            # Other tools, such as onnxruntime's quantization, add their own entries.
             self.metadata: dict[str, Any] = {name: json.loads(found[name]) for name in METADATA}
         except (KeyError, ValueError) as error:
             raise AcamkdError(
-                f"{file} was not written by acamkd export: it does not say how images go in and predictions come out"
+                f"{file} was not written by acamkd export: it lacks the metadata on its input and output"
             ) from error
         self.task: str = self.metadata["task"]
         self.classes: tuple[str, ...] = tuple(self.metadata["classes"])
@@ -99,7 +100,7 @@ class OnnxModel:
         """
         pixels: Floats = (image.transpose(2, 0, 1) / 255).astype(np.float32)
         height, width = size = frame_size((image.shape[0], image.shape[1]), self.metadata["resize"], self.task)
-        # As the networks were trained: torchvision's detectors do not smooth before they shrink an image.
+        # As in training: torchvision's detectors shrink images without antialiasing.
         pixels = (resize if self.task == "detection" else resize_smoothly)(pixels, size)
         frame = np.empty((1, 3, *(math.ceil(side / STRIDE) * STRIDE for side in size)), np.float32)
         frame[:] = np.reshape(self.metadata["mean"], (3, 1, 1))
@@ -118,8 +119,8 @@ class OnnxModel:
 
         Args:
             outputs: What `run` returned.
-            size: (height, width) of the image inside the frame.
-            original: (height, width) of the image itself.
+            size: (height, width) of the image within the padded input.
+            original: (height, width) of the original image.
         """
         if self.task == "segmentation":
             logits = outputs["logits"][0, :, : size[0], : size[1]]
@@ -138,15 +139,15 @@ def detections(
     size: tuple[int, int],
     settings: Mapping[str, Any],
 ) -> Prediction:
-    """Turn what a dense detector says of one image into detections, as torchvision does.
+    """Turn the outputs of a dense detector for one image into detections, as torchvision does.
 
     Args:
         scores: (A, K + 1), column 0 for the background.
         boxes: (A, 4), x1 y1 x2 y2.
-        levels: (A,), the level that each anchor belongs to.
+        levels: (A,), level of each anchor.
         size: (height, width) that the boxes are clipped to.
-        settings: `score_threshold`, `candidates` (the best of each level that go on), `iou_threshold` and `detections`
-            (at most).
+        settings: `score_threshold`, `candidates` (number kept per level, the best), `iou_threshold` and `detections`
+            (largest number).
 
     Returns:
         `boxes`, `scores` and `labels`, best first.
@@ -159,7 +160,7 @@ def detections(
     rows, labels = rows[order], labels[order]
     clipped = boxes[rows].clip(0, np.array([size[1], size[0], size[1], size[0]], np.float32))
     kept = suppress(clipped, labels, settings["iou_threshold"], settings["detections"])
-    kept = kept[labels[kept] > 0]  # not before: in torchvision the background takes part, and takes places
+    kept = kept[labels[kept] > 0]  # only now, as in torchvision, where background boxes count among the candidates
     return {"boxes": clipped[kept], "scores": scores[rows[kept], labels[kept]], "labels": labels[kept]}
 
 
@@ -169,8 +170,8 @@ def suppress(boxes: Floats, labels: npt.NDArray[np.int64], threshold: float, lim
     Args:
         boxes: (K, 4), x1 y1 x2 y2, best first.
         labels: (K,).
-        threshold: Intersection over union above which the worse box goes.
-        limit: Number of boxes to keep at most.
+        threshold: Intersection over union above which the box with the lower score is dropped.
+        limit: Largest number of boxes to keep.
 
     Returns:
         Indices of the kept boxes, best first.
@@ -202,7 +203,7 @@ def frame_size(size: tuple[int, int], resize: Sequence[int] | Mapping[str, int] 
 
 
 def resize(maps: Floats, size: tuple[int, int]) -> Floats:
-    """Bilinear resizing without smoothing, (C, H, W) -> (C, *size): torch's `interpolate(align_corners=False)`."""
+    """Bilinear resizing without antialiasing, (C, H, W) -> (C, *size): torch's `interpolate(align_corners=False)`."""
     for axis, length in zip((1, 2), size, strict=True):
         given = maps.shape[axis]
         if given == length:
@@ -216,7 +217,7 @@ def resize(maps: Floats, size: tuple[int, int]) -> Floats:
 
 
 def resize_smoothly(maps: Floats, size: tuple[int, int]) -> Floats:
-    """Bilinear resizing that smooths what it shrinks, (C, H, W) -> (C, *size): torch's with `antialias=True`."""
+    """Bilinear resizing with antialiasing, (C, H, W) -> (C, *size): torch's with `antialias=True`."""
     if maps.shape[1:] == size:
         return maps
     channels = (Image.fromarray(each).resize(size[::-1], Image.Resampling.BILINEAR) for each in maps)
@@ -232,14 +233,14 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what brings the pixels upright; acamkd.data.image_io has the same, which training reads by."""
+"""EXIF orientation -> transposition that makes the image upright; the same as in acamkd.data.image_io for training."""
 
 
 def _orientation(image: Image.Image) -> Any:
-    """The EXIF orientation; 1 where the block is damaged, as everything that shows the image does."""
+    """The EXIF orientation; 1 if the EXIF block is damaged, as image viewers assume."""
     try:
         return image.getexif().get(274, 1)
-    except Exception:  # a parser of broken blocks raises whatever it meets first
+    except Exception:  # parsing a damaged block may raise any error
         return 1
 
 
@@ -247,10 +248,10 @@ def read_image(file: Path | str) -> Pixels:
     """Decode an image of any 8-bit mode, rotated as its EXIF orientation says; raises AcamkdError if it cannot be."""
     try:
         with Image.open(file) as image:
-            if image.mode[0] in "IF":  # Pillow would clip them to white without a word
+            if image.mode[0] in "IF":  # Pillow would silently clip them to white
                 raise ValueError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
             image.load()
             turn = TURNS.get(_orientation(image))
             return np.array((image if turn is None else image.transpose(turn)).convert("RGB"))
-    except Exception as error:  # decoders of broken files raise whatever they meet first
+    except Exception as error:  # decoding a damaged file may raise any error
         raise AcamkdError(f"{file}: the image cannot be read: {error}") from error

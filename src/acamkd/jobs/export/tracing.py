@@ -1,4 +1,4 @@
-"""What keeps PyTorch's exporter from working for ever on a graph for any size of frame."""
+"""Measures that keep PyTorch's exporter from hanging on a graph for any input size."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from acamkd.errors import AcamkdError
 from acamkd.models.segmentation import STRIDE
 
 TIME_LIMIT = 900.0
-"""Seconds that an export may take."""
+"""Time limit of an export, in seconds."""
 
 ODD_FRAME = (7 * STRIDE, 9 * STRIDE)
-"""What divides these sides on every level divides those of every frame."""
+"""A number that divides these sides at every level divides those of every input."""
 
 
 class _TimeUpError(BaseException):
-    """Not an Exception: the exporter catches those, and goes on in another way."""
+    """Not an Exception, since the exporter catches those and continues in another way."""
 
 
 @contextmanager
 def time_limit(what: str, advice: str) -> Iterator[None]:
-    """Raise AcamkdError after TIME_LIMIT; only the main thread can be interrupted, others go on.
+    """Raise AcamkdError after TIME_LIMIT; only in the main thread, since others cannot be interrupted.
 
     Args:
-        what: Who is at work, for the message.
-        advice: What to do then.
+        what: Description of the work, for the message.
+        advice: Advice for the message.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
@@ -54,10 +54,10 @@ def time_limit(what: str, advice: str) -> Iterator[None]:
 
 @contextmanager
 def constant_same_padding(graph: nn.Module) -> Iterator[None]:
-    """Within, timm's `same` padding is a number wherever it is one for every frame.
+    """Make timm's `same` padding a constant within the context, where it is the same for every input size.
 
-    It depends on the size that a layer sees, and the exporter would carry that formula through every layer behind it.
-    Frames are multiples of 32 pixels: a layer whose stride divides what it sees pads by kernel - stride in all.
+    Otherwise it depends on the layer's input size, and the exporter would carry that formula through all later layers.
+    Inputs are multiples of 32 pixels, and a layer whose stride divides its input size pads by kernel - stride in total.
 
     Args:
         graph: Takes pixels (N, 3, H, W).

@@ -1,0 +1,1 @@
+"""`init`: from a folder of images to a recipe that runs as it is."""

@@ -1,0 +1,353 @@
+"""Look at a folder of images, and write a recipe for it that runs as it is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import yaml
+from rich.text import Text
+
+from acamkd import config, data
+from acamkd.config.yaml_text import Dumper
+from acamkd.data.statistics import Statistics, count
+from acamkd.engine.printing import Printable
+from acamkd.engine.runs import write_text
+from acamkd.errors import AcamkdError
+from acamkd.jobs.init.choices import (
+    DENSE,
+    Machine,
+    choose_batch,
+    choose_epochs,
+    choose_frame,
+    inherited,
+    this_machine,
+)
+from acamkd.jobs.init.layout import Layout, find_layouts, find_unlabeled, quiet
+from acamkd.jobs.init.teacher import Teacher, identify
+from acamkd.jobs.inspect_layers import as_losses, of_recipe, propose
+from acamkd.jobs.profile import Estimate, estimate
+from acamkd.models.base import VOID, Task
+
+log = logging.getLogger(__name__)
+
+SHARE = 0.2
+"""Of the training images, for validation, where a folder has no images for it."""
+
+Ask: TypeAlias = Callable[[str], str]
+"""Puts a question and gives the answer."""
+
+
+@dataclass(frozen=True)
+class Proposal(Printable):
+    """A recipe that was written.
+
+    Attributes:
+        file: The recipe.
+        found: What lies in the folder, in words.
+        warnings: What is worth a thought before the training.
+        estimate: What a step of the distillation takes here; None where the system does not say.
+    """
+
+    file: Path
+    found: str
+    warnings: tuple[str, ...]
+    estimate: Estimate | None
+
+    @property
+    def commands(self) -> tuple[str, str, str]:
+        """The three trainings, in their order."""
+        return (f"acamkd train {self.file} --role teacher", f"acamkd train {self.file}", f"acamkd distill {self.file}")
+
+    def __rich__(self) -> Text:
+        text = Text(f"{self.found}\n")
+        for warning in self.warnings:
+            text.append("warn", "yellow").append(f"  {warning}\n")
+        text.append(f"{self.file} is written; every choice has its reason there. Next:\n")
+        for command, why in zip(self.commands, ("the teacher", "the baseline", "the distilled student"), strict=True):
+            text.append(f"  {command}", "bold").append(f"   # {why}\n")
+        text.append("or all of it, checked before and compared after:\n").append(f"  acamkd run {self.file}", "bold")
+        return text
+
+
+def init(
+    folder: Path | str,
+    *,
+    task: Task | None = None,
+    classes: Sequence[str] | None = None,
+    teacher: Path | str | None = None,
+    teacher_network: str | None = None,
+    unlabeled: Path | str | None = None,
+    out: Path | str | None = None,
+    overwrite: bool = False,
+    ask: Ask | None = None,
+) -> Proposal:
+    """Look at a folder of images, and write a commented recipe of at most forty lines that runs as it is.
+
+    Nothing in the folder is changed. Images for validation are drawn from the training images where there are none,
+    without moving a file.
+
+    Args:
+        folder: Images and annotations, in a layout that is known.
+        task: Needed where the folder has boxes and masks.
+        classes: Names, needed where masks or text files come without.
+        teacher: A checkpoint of the teacher; where not given, the recipe trains one.
+        teacher_network: What it is, ARCH/BACKBONE, where its tensors do not tell.
+        unlabeled: Folder of further images, relative to the folder or absolute; found by its name where not given.
+        out: The recipe; NAME.yaml in the current folder where not given, with the folder's name.
+        overwrite: Replace it.
+        ask: Puts a question where something is missing; without it that is an error.
+
+    Raises:
+        AcamkdError: The folder is none that is known, something is missing, or the recipe is there already.
+    """
+    root = Path(folder).expanduser().resolve()
+    file = Path(out) if out else Path(f"{_file_name(root.name)}.yaml")
+    if file.exists() and not overwrite:
+        raise AcamkdError(f"{file} is there already: --overwrite replaces it, --out FILE writes elsewhere")
+    layout = _chosen(find_layouts(root), task, ask)
+    task, machine = layout.task, this_machine()
+    names, ignored = _classes(layout, classes, ask)
+    more = str(unlabeled) if unlabeled else find_unlabeled(root)
+    source: dict[str, Any] = {"format": layout.format, "root": str(root), **layout.splits}
+    if "val" not in source:
+        source["val"] = {"share": SHARE}
+    source |= {"classes": list(names)} if names else {}
+    source |= {"ignore_index": ignored} if ignored is not None else {}
+    source |= {"unlabelled": more} if more else {}
+    counted, own_classes = _count(source, task)
+    frame = choose_frame(counted["train"], task, machine)
+    source |= {"resize": frame.resize, "augment": frame.augment}
+    known = identify(Path(teacher).expanduser(), task, teacher_network) if teacher else None
+    networks = _networks(task, machine, known, len(own_classes))
+    images = counted["train"].images
+    blank = _parsed(file, task, source, networks, [], choose_batch(images, machine, None), 16)
+    unfilled = {
+        role: {**section.model_dump(), "weights": None, "backbone_weights": None, "inherit": ()}
+        for role, section in (("teacher", blank.teacher), ("student", blank.student))
+        if section is not None
+    }
+    built = of_recipe(blank.model_copy(update={"data": blank.data.model_copy(update={"classes": own_classes})}))
+    losses = as_losses(propose(*built), built[1])
+    measured = _measured(_parsed(file, task, source, unfilled, losses, blank.train.batch_size, 16))
+    batch = choose_batch(images, machine, measured.largest_batch if measured else None)
+    epochs, every = choose_epochs(images, batch, machine)
+    train = {"epochs": epochs, "eval_every": every, "batch_size": batch}
+    reasons = _Reasons(layout, counted, frame.reason, frame.augment_reason, machine, known, measured, len(own_classes))
+    text = _written(file, task, source, networks, losses, train, reasons)
+    _check(text, file)
+    write_text(file, text)
+    problems = [problem for each in counted.values() for problem in each.problems]
+    warnings = [warning for each in counted.values() for warning in each.warnings]
+    if problems:
+        warnings.append(
+            f"{len(problems)} problems to be mended first, such as {problems[0]}: acamkd doctor {file} --data"
+        )
+    if not more:
+        warnings.append(NOTHING_UNLABELED)
+    said = (
+        f"{root}: {layout.format}, since {layout.reason}; {task}; {len(own_classes)} classes; "
+        f"{', '.join(f'{each.images} {name}' for name, each in counted.items())} images"
+    )
+    return Proposal(file, said, tuple(warnings), measured)
+
+
+NOTHING_UNLABELED = (
+    "no unlabeled images: all published gains had them, with few labels; with all labels nothing gained "
+    "(docs/research/results.md). A folder of them goes into data.unlabelled, or --unlabeled FOLDER"
+)
+
+
+@dataclass(frozen=True)
+class _Reasons:
+    """What the comments are made of."""
+
+    layout: Layout
+    counted: dict[str, Statistics]
+    size: str
+    augment: str
+    machine: Machine
+    teacher: Teacher | None
+    measured: Estimate | None
+    num_classes: int
+
+
+def _file_name(name: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "_.-" else "_" for letter in name) or "recipe"
+
+
+def _chosen(layouts: Sequence[Layout], task: Task | None, ask: Ask | None) -> Layout:
+    """The layout of the task that is meant; several formats of one task are told in the order of `find_layouts`."""
+    tasks = list(dict.fromkeys(layout.task for layout in layouts))
+    if task is None and len(tasks) > 1 and ask is not None:
+        answer = ask(f"The folder is good for {' and '.join(tasks)}. Which one?").strip().lower()
+        task = next((each for each in tasks if answer and each.startswith(answer)), None)
+    if task is None and len(tasks) > 1:
+        raise AcamkdError(f"the folder is good for {' and '.join(tasks)}: say which with --task")
+    fitting = [layout for layout in layouts if task in (None, layout.task)]
+    if not fitting:
+        raise AcamkdError(f"the folder has nothing for {task}, only for {' and '.join(tasks)} ({layouts[0].reason})")
+    if len(fitting) > 1:
+        log.info("%s, since %s; it could be read as %s, too", fitting[0].format, fitting[0].reason, fitting[1].format)
+    return fitting[0]
+
+
+def _classes(layout: Layout, given: Sequence[str] | None, ask: Ask | None) -> tuple[tuple[str, ...] | None, int | None]:
+    """Names of the classes, where the recipe needs them, and the masks' void value, where it is not 255."""
+    if layout.format != "masks":
+        return (tuple(given) if given else layout.classes), None
+    values = [value for value in layout.values if value != VOID]
+    names = tuple(given) if given else layout.classes
+    if names is None and ask is not None:
+        answer = ask(f"The masks hold the values {_range(values)}. Names of the classes from 0 on, with commas?")
+        names = tuple(name.strip() for name in answer.split(",") if name.strip())
+    if not names:
+        raise AcamkdError(
+            f"the masks hold the values {_range(values)}, and nothing says what they mean: give the names from 0 on, "
+            "--classes sky,road,...; one name less than there are values makes the last value void"
+        )
+    last = max(values, default=0)
+    if last > len(names):
+        raise AcamkdError(f"the masks hold values up to {last}, but there are only {len(names)} names: one for each")
+    return names, last if last == len(names) else None
+
+
+def _range(values: Sequence[int]) -> str:
+    numbered = list(values) == list(range(len(values)))
+    return f"0 to {values[-1]}" if numbered and values else ", ".join(map(str, values))
+
+
+def _count(source: dict[str, Any], task: Task) -> tuple[dict[str, Statistics], tuple[str, ...]]:
+    """What the splits hold, and the classes."""
+    parsed = config.Data.model_validate({**source, "test": None})
+    datasets = {split: data.build(parsed, task, split, seed=0, augment=False) for split in ("train", "val")}
+    counted = {
+        "training": count(datasets["train"], decode=False), "validation": count(datasets["val"], decode=False)
+    }  # fmt: skip
+    return {"train": counted["training"], "val": counted["validation"]}, datasets["train"].classes
+
+
+def _networks(task: Task, machine: Machine, known: Teacher | None, classes: int) -> dict[str, dict[str, Any]]:
+    """Sections of teacher and student."""
+    teacher, student = (dict(section) for section in machine.networks[task])
+    if known is not None:
+        if known.num_classes != classes and task == "segmentation":
+            raise AcamkdError(f"the teacher, {known.text}, has other classes than the data, {classes}: its logits are "
+                              "compared, so that it must have the same")  # fmt: skip
+        teacher = known.section.model_dump(mode="json", exclude_defaults=True)
+        if teacher.get("backbone_weights", "") is None:
+            del teacher["backbone_weights"]  # the file has them
+        if task == "detection":
+            student["fpn_channels"] = known.section.fpn_channels
+            student["arch"] = known.section.arch if known.section.arch in DENSE else student["arch"]
+        if known.num_classes != classes:
+            teacher["num_classes"] = known.num_classes
+    same = known is None or known.num_classes == classes
+    if parts := inherited(config.Model.model_validate(teacher), config.Model.model_validate(student), same):
+        student["inherit"] = parts
+    return {"teacher": teacher, "student": student}
+
+
+def _parsed(
+    file: Path, task: Task, source: dict[str, Any], networks: dict[str, dict[str, Any]], losses: list[dict[str, Any]],
+    batch: int, epochs: int,
+) -> config.Recipe:  # fmt: skip
+    raw = {"name": _file_name(file.stem), "task": task, "data": source, **networks, "losses": losses}
+    return config.parse({**raw, "train": {"epochs": epochs, "batch_size": batch}}, source=str(file))
+
+
+def _measured(recipe: config.Recipe) -> Estimate | None:
+    """What a step takes; None where the system does not say how much memory is free."""
+    if not (torch.cuda.is_available() or Path("/proc/meminfo").is_file()):
+        return None
+    with quiet("acamkd.models"):  # which would miss the teacher's weights
+        return estimate(recipe)
+
+
+def _check(text: str, file: Path) -> None:
+    """Raise AcamkdError if the text is no recipe."""
+    config.parse({"name": _file_name(file.stem), **config.read_yaml(text, str(file))}, source=str(file))
+
+
+def _flow(value: Any) -> str:
+    """YAML on one line."""
+    text = yaml.dump(
+        value, Dumper=Dumper, default_flow_style=True, width=10**6, allow_unicode=True, sort_keys=False
+    )  # fmt: skip
+    return text.removesuffix("...\n").strip()
+
+
+def _written(
+    file: Path, task: Task, source: dict[str, Any], networks: dict[str, dict[str, Any]], losses: list[dict[str, Any]],
+    train: dict[str, Any], why: _Reasons,
+) -> str:  # fmt: skip
+    """The recipe, a comment behind every choice."""
+    layout, counted, machine = why.layout, why.counted, why.machine
+    drawn = "" if "share" not in source["val"] else ", drawn from train by a seed; no file is moved"
+    comments = {
+        "format": layout.reason,
+        "train": f"{counted['train'].images} images",
+        "val": f"{counted['val'].images} images, which everything is judged by{drawn}",
+        "test": "seen by no training and no choice: acamkd run scores on it at the end",
+        "classes": f"names from {layout.names_from}" if layout.names_from else "names as they were given",
+        "ignore_index": "a value more in the masks than there are names: void",
+        "unlabelled": "only the distillation sees these: all published gains had such images",
+        "resize": why.size,
+        "augment": why.augment,
+    }
+    lines = [
+        f"# acamkd run {file} trains teacher, baseline and distilled student, and compares them.",
+        f"task: {task}",
+        "data:",
+        *(_line(2, key, value, comments.get(key, "")) for key, value in source.items()),
+    ]
+    if "unlabelled" not in source:
+        lines.append("  # unlabelled: FOLDER  # images without labels; without them nothing gained in our measurements")
+    of_teacher = why.teacher.text if why.teacher else f"no checkpoint: it is trained first; {machine.networks_reason}"
+    lines += [
+        _line(0, "teacher", networks["teacher"], of_teacher),
+        _line(0, "student", networks["student"],
+              "same heads and pyramid as the teacher's, and starting from them" if "inherit" in networks["student"]
+              else machine.networks_reason),
+    ]  # fmt: skip
+    (loss,) = losses
+    of_loss = {
+        "name": "the method; acamkd methods lists the others",
+        "pairs": "every level of the feature pyramid" if task == "detection" else "the logits before they are enlarged",
+        "num_masks": "one for each class, as in the paper",
+        "weight": "measured on the first batches",
+        "gradient_ratio": "distillation's gradient over the task's: docs/research/results.md gained with it",
+        "diversity_weight": "as there",
+    }
+    lines.append("losses:")
+    for number, (key, value) in enumerate(loss.items()):
+        lines.append(_line(4, key, value, of_loss.get(key, "")).replace("    ", "  - " if number == 0 else "    ", 1))
+    steps = train["epochs"] * max(1, counted["train"].images // train["batch_size"])
+    measured = why.measured
+    seconds = measured.seconds * train["batch_size"] / measured.batch_size if measured else 0.0
+    time_taken = f"; on this machine about {seconds:.2g} s each, {steps * seconds / 3600:.1f} h to distill"
+    of_train = {
+        "epochs": f"about {steps:,} steps{time_taken if measured else ''}",
+        "eval_every": "eight evaluations; the best weights are kept",
+        "batch_size": f"{machine.name}; about {measured.largest_batch} would fit into memory" if measured
+        else machine.name,
+    }  # fmt: skip
+    lines.append("train:")
+    lines += [_line(2, key, value, of_train.get(key, "")) for key, value in train.items()]
+    lines += [
+        _line(2, "optimizer", {"name": "adamw", "lr": 1e-3}, "as in docs/research/results.md"),
+        _line(2, "schedule", {"name": "one_cycle"}, "warms up, and ends near 0"),
+    ]
+    if task == "detection":
+        lines.append(_line(2, "clip", 35, "detectors' first gradients can be huge"))
+    methods: dict[str, Any] = {loss["name"]: {}}
+    lines += ["compare:", _line(2, "methods", methods, "acamkd compare RECIPE --seeds 3: is a gain more than luck?")]
+    return "\n".join(lines) + "\n"
+
+
+def _line(indent: int, key: str, value: Any, comment: str) -> str:
+    return f"{' ' * indent}{key}: {_flow(value)}" + (f"  # {comment}" if comment else "")

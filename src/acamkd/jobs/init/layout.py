@@ -1,0 +1,299 @@
+"""What lies in a folder of images: its format, its splits and its classes, as a recipe's `data` names them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from acamkd import config, data
+from acamkd.data.formats import FORMATS
+from acamkd.errors import AcamkdError
+from acamkd.files import IMAGE_SUFFIXES
+from acamkd.models.base import VOID, Task
+
+Keys: TypeAlias = dict[str, str]
+"""One split, as a recipe writes it."""
+
+WORDS: Mapping[str, frozenset[str]] = {
+    "train": frozenset({"train", "training", "train2017"}),
+    "val": frozenset({"val", "valid", "validation", "val2017"}),
+    "test": frozenset({"test", "testing"}),
+}
+"""Split -> what exports of annotation tools call it."""
+
+UNLABELED = frozenset({"unlabeled", "unlabelled", "rest", "extra", "unannotated"})
+"""What folders of images without labels are called."""
+
+NAME_FILES = ("classes.txt", "labels.txt", "obj.names", "labels/classes.txt", "classes.json")
+"""Where class names may stand, one per line or as JSON."""
+
+SAMPLED = 400
+"""Masks that are read to see which values there are."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to read a folder.
+
+    Attributes:
+        task: What the annotations are for.
+        format: As in `data.format`.
+        splits: `train`, and as far as they are there `val` and `test`: the keys of each in a recipe.
+        reason: How the format was recognized, in words.
+        classes: Names, where the recipe has to give them and the folder says them.
+        names_from: Where they stand.
+        values: Formats with masks whose classes the recipe names: the values that the masks hold.
+    """
+
+    task: Task
+    format: str
+    splits: dict[str, Keys]
+    reason: str
+    classes: tuple[str, ...] | None = None
+    names_from: str = ""
+    values: tuple[int, ...] = ()
+
+
+def find_layouts(root: Path) -> list[Layout]:
+    """Every way to read a folder of which the images and annotations are there.
+
+    Raises:
+        AcamkdError: There is no such folder, or none that is known.
+    """
+    if not root.is_dir():
+        raise AcamkdError(f"{root}: there is no such folder")
+    finders: Sequence[Callable[[Path], Iterator[Layout]]] = (_coco, _yolo, _voc, _masks, _cityscapes)
+    with quiet("acamkd.data"):  # of what is only tried
+        found = [layout for finder in finders for layout in finder(root)]
+    if not found:
+        patterns = "; ".join(
+            f"{name}: {' and '.join(reader.LAYOUT)}" for name, readers in FORMATS.items() for reader in readers
+        )
+        raise AcamkdError(
+            f"{root}: no images with annotations that are known; looked for a COCO JSON, YOLO's text files, and "
+            f"{patterns}. Give the folder that holds these (docs/guides/data.md shows every layout)"
+        )
+    return found
+
+
+@contextmanager
+def quiet(part: str) -> Iterator[None]:
+    """Within, a part of the package says nothing below an error."""
+    logger = logging.getLogger(part)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def find_unlabeled(root: Path) -> str | None:
+    """A folder of images that is named as one without labels, relative to the root."""
+    folders = [folder for parent in (root, root / "images") if parent.is_dir() for folder in sorted(parent.iterdir())]
+    found = (folder for folder in folders if folder.is_dir() and folder.name.lower() in UNLABELED)
+    return next((str(folder.relative_to(root)) for folder in found if _has_images(folder)), None)
+
+
+def split_of(name: str) -> str | None:
+    """`train`, `val` or `test`, where a word of a file's or folder's name says so."""
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    return next((split for split, known in WORDS.items() if words & known), None)
+
+
+def _has_images(folder: Path) -> bool:
+    return folder.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.iterdir())
+
+
+def _images_below(root: Path) -> list[Path]:
+    """Folders that hold images, at most two levels down, the root first."""
+    return [
+        folder
+        for folder in [root, *sorted(root.glob("*/")), *sorted(root.glob("*/*/"))]
+        if folder.name[:1] != "." and _has_images(folder)
+    ]
+
+
+def _opened(root: Path, task: Task, form: str, splits: Mapping[str, Keys], **more: Any) -> dict[str, Keys]:
+    """Those of the splits that can be opened and hold images; without a training split none."""
+    opened = {}
+    for split, keys in splits.items():
+        with suppress(AcamkdError):
+            raw = {"format": form, "root": str(root), "train": keys, "val": keys, **more}
+            if len(data.build(config.Data.model_validate(raw), task, "val", seed=0, augment=False)):
+                opened[split] = keys
+    return opened if "train" in opened else {}
+
+
+def _by_split(candidates: Iterable[tuple[str, Keys]]) -> dict[str, Keys]:
+    """The first candidate of each split by its name; a single one without such a name is for training."""
+    listed = list(candidates)
+    named: dict[str, Keys] = {}
+    for name, keys in listed:
+        if split := split_of(name):
+            named.setdefault(split, keys)
+    if "train" not in named and (others := [keys for name, keys in listed if split_of(name) is None]):
+        if len(others) > 1:
+            return {}
+        named["train"] = others[0]
+    return {split: named[split] for split in WORDS if split in named}
+
+
+def _coco(root: Path) -> Iterator[Layout]:
+    candidates = []
+    # A file of boxes before those of key points and captions of the same split.
+    files = sorted(
+        (file for pattern in ("*.json", "*/*.json", "*/*/*.json") for file in root.glob(pattern)),
+        key=lambda file: (not file.name.startswith("instances"), file),
+    )
+    for file in files:
+        if (first := _first_image(file)) is None:
+            continue
+        name = file.stem.removeprefix("instances_")
+        relative = str(file.relative_to(root).with_suffix(""))
+        places = [root / "images" / name, root / name, file.parent, file.parent / "images", root / "images", root]
+        images = next((place for place in places if (place / first).is_file()), None)
+        if images is not None:
+            keys = {"images": str(images.relative_to(root)), "annotations": str(file.relative_to(root))}
+            candidates.append((relative, keys))
+    if splits := _opened(root, "detection", "coco", _by_split(candidates)):
+        yield Layout("detection", "coco", splits, f"{splits['train']['annotations']} is a COCO file")
+
+
+def _first_image(file: Path) -> str | None:
+    """The first `file_name` of a COCO file that has boxes; None where it is no such file."""
+    with suppress(OSError, ValueError, RecursionError, KeyError, TypeError, IndexError):
+        content = json.loads(file.read_bytes())
+        if content["categories"] and any("bbox" in entry for entry in content["annotations"][:50]):
+            return str(content["images"][0]["file_name"])
+    return None
+
+
+def _yolo(root: Path) -> Iterator[Layout]:
+    if (root / "data.yaml").is_file():
+        splits = _opened(root, "detection", "yolo", {split: {"name": split} for split in WORDS})
+        if splits:
+            yield Layout("detection", "yolo", splits, "there is a data.yaml")
+        return
+    names = _names(root)
+    candidates = []
+    for images in _images_below(root):
+        relative = images.relative_to(root)
+        parts = [("labels" if part == "images" else part) for part in relative.parts]
+        labels = root.joinpath(*parts)
+        if any(file.stem not in ("classes", "labels") for file in labels.glob("*.txt")):
+            beside = {} if labels == images else {"annotations": str(labels.relative_to(root))}
+            candidates.append((str(relative), {"images": str(relative), **beside}))
+    if not candidates or names is None:
+        return
+    splits = _opened(root, "detection", "yolo", _by_split(candidates), classes=names[0])
+    if splits:
+        reason = f"{splits['train'].get('annotations', splits['train']['images'])} holds text files"
+        yield Layout("detection", "yolo", splits, reason, classes=names[0], names_from=names[1])
+
+
+def _voc(root: Path) -> Iterator[Layout]:
+    kinds: Sequence[tuple[Task, str, str]] = (
+        ("detection", "Annotations", "Main"), ("segmentation", "SegmentationClass", "Segmentation"),
+    )  # fmt: skip
+    for task, labels, lists in kinds:
+        if not (root / labels).is_dir():
+            continue
+        names = {file.stem for file in (root / "ImageSets" / lists).glob("*.txt")}
+        candidates = {split: {"name": split} for split in WORDS if split in names}
+        if "train" not in candidates and "trainval" in names:
+            candidates["train"] = {"name": "trainval"}
+        if splits := _opened(root, task, "voc", candidates):
+            yield Layout(task, "voc", splits, f"{labels} and ImageSets/{lists} are there")
+            return
+    # Without lists: XML files beside the images, or in a folder beside theirs.
+    beside = []
+    for images in _images_below(root):
+        for folder in (images, images.parent / "Annotations", images.parent / "annotations"):
+            if any(folder.glob("*.xml")):
+                keys = {} if folder == images else {"annotations": str(folder.relative_to(root))}
+                beside.append((str(images.relative_to(root)), {"images": str(images.relative_to(root)), **keys}))
+                break
+    if splits := _opened(root, "detection", "voc", _by_split(beside)):
+        yield Layout("detection", "voc", splits, f"XML files belong to {splits['train']['images']}")
+
+
+def _masks(root: Path) -> Iterator[Layout]:
+    candidates = []
+    for masks in _images_below(root):
+        relative = masks.relative_to(root)
+        for word in ("masks", "labels", "annotations"):
+            if word not in relative.parts:
+                continue
+            images = root.joinpath(*("images" if part == word else part for part in relative.parts))
+            if images.is_dir() and any(masks.glob("*.png")):
+                candidates.append((str(relative), {"images": str(images.relative_to(root)), "masks": str(relative)}))
+    every = tuple(str(value) for value in range(VOID))
+    splits = _opened(root, "segmentation", "masks", _by_split(candidates), classes=every)
+    if not splits:
+        return
+    values = _values(root / keys["masks"] for keys in splits.values())
+    names = _names(root) or _beside_background(root, values)
+    classes, source = names or (None, "")
+    reason = f"{splits['train']['masks']} holds masks"
+    yield Layout("segmentation", "masks", splits, reason, classes=classes, names_from=source, values=values)
+
+
+def _cityscapes(root: Path) -> Iterator[Layout]:
+    if (root / "leftImg8bit").is_dir():
+        splits = _opened(root, "segmentation", "cityscapes", {split: {"name": split} for split in ("train", "val")})
+        if splits:
+            yield Layout("segmentation", "cityscapes", splits, "leftImg8bit and gtFine are there")
+
+
+def _values(folders: Iterable[Path]) -> tuple[int, ...]:
+    """Which values 8-bit masks hold, of an even sample of them; of other masks none."""
+    found: set[int] = set()
+    for folder in folders:
+        files = sorted(folder.glob("*.png"))
+        for file in files[:: max(1, len(files) // SAMPLED)]:
+            with Image.open(file) as image:
+                if image.mode not in ("L", "P"):
+                    return ()
+                found.update(np.unique(np.asarray(image)).tolist())
+    return tuple(sorted(found))
+
+
+def _names(root: Path) -> tuple[tuple[str, ...], str] | None:
+    """Class names, and the file that they stand in."""
+    for name in NAME_FILES:
+        file = root / name
+        if not file.is_file():
+            continue
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".json":
+            with suppress(ValueError):
+                content = json.loads(text)
+                listed = content.get("classes", content.get("names")) if isinstance(content, dict) else content
+                if isinstance(listed, list) and listed and all(isinstance(each, str) for each in listed):
+                    return tuple(listed), name
+        elif lines := [line.strip() for line in text.splitlines() if line.strip()]:
+            return tuple(lines), name
+    return None
+
+
+def _beside_background(root: Path, values: Sequence[int]) -> tuple[tuple[str, ...], str] | None:
+    """Background and the categories of a COCO file beside the masks, where those are numbered 1, 2, and so on."""
+    for file in sorted(root.glob("annotations/*.json")):
+        if _first_image(file) is None:
+            continue
+        names = {each["id"]: str(each["name"]) for each in json.loads(file.read_bytes())["categories"]}
+        numbered = list(range(1, len(names) + 1))
+        known = {0, *numbered, VOID}
+        if sorted(names) == numbered and set(values) <= known:
+            return ("background", *(names[number] for number in numbered)), str(file.relative_to(root))
+    return None

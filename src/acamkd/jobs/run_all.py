@@ -1,0 +1,213 @@
+"""One command for the evening: teacher, baseline, distilled student, scores on the test split, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from acamkd import config
+from acamkd.engine.metrics import METRICS
+from acamkd.engine.printing import Printable
+from acamkd.engine.runs import OtherRunError, Run, default_folder, open_run, write_json
+from acamkd.errors import AcamkdError
+from acamkd.jobs.doctor import examine
+from acamkd.jobs.evaluate import evaluate
+from acamkd.jobs.examine_data import examine_data
+from acamkd.jobs.train import distill, train
+from acamkd.report.run import REPORT, write_report
+
+log = logging.getLogger(__name__)
+
+NOTES = "run.json"
+"""In runs/NAME: what has ended with which recipe, and the scores on the test split."""
+
+LUCK = 2.0
+"""Points within which the difference of one pair of trainings says little: twice what it varied by between seeds in
+docs/research/results.md, up to 0.9."""
+
+FOLDERS = {"teacher": "teacher", "baseline": "baseline", "distilled": "distilled"}
+
+
+@dataclass(frozen=True)
+class RunAll(Printable):
+    """What an evening's trainings came to.
+
+    Attributes:
+        recipe: What was run.
+        file: The recipe's file, or `RECIPE` where it was an object.
+        metric: Name of the deciding metric.
+        scores: By network (`teacher`, `baseline`, `distilled`) its best validation score in percent; a teacher that
+            cannot be scored is missing.
+        test: Likewise on the test split; empty where the recipe has none.
+        report: The page.
+    """
+
+    recipe: config.Recipe
+    file: str
+    metric: str
+    scores: dict[str, float]
+    test: dict[str, float]
+    report: Path
+
+    @property
+    def gain(self) -> float:
+        """Points of the distilled student over the baseline: on the test split if there is one, else in validation."""
+        judged = self.test or self.scores
+        return judged["distilled"] - judged["baseline"]
+
+    @property
+    def verdict(self) -> str:
+        """The last line: the gain, and whether more seeds are needed to believe it."""
+        where = "test" if self.test else "validation"
+        methods = "" if self.recipe.compare.methods else f" --methods {self.recipe.losses[0].name}"
+        compare = f"acamkd compare {self.file}{methods} --seeds 3"
+        head = f"gain {self.gain:+.2f} {self.metric} on the {where} images, one seed"
+        if abs(self.gain) < LUCK:
+            return f"{head}: it may be luck, more seeds are needed ({compare})"
+        what = "a gain" if self.gain > 0 else "a loss"
+        return f"{head}: {what} that is larger than seeds differed by in our studies; three seeds show it ({compare})"
+
+    def __rich__(self) -> Group:
+        table = Table("network", f"{self.metric}, validation", *([f"{self.metric}, test"] if self.test else []))
+        for name in FOLDERS:
+            if name in self.scores:
+                tested = [f"{self.test[name]:.2f}" if name in self.test else ""] if self.test else []
+                table.add_row(name, f"{self.scores[name]:.2f}", *tested)
+        return Group(table, Text(f"the report: {self.report}"), Text(self.verdict, "bold"))
+
+
+def run(recipe: config.Recipe | Path | str, *, overrides: Sequence[str] = (), anyway: bool = False) -> RunAll:
+    """Examine a recipe, train teacher, baseline and distilled student, score them on the test split, and report.
+
+    Everything goes to runs/NAME. What has ended with the same recipe is skipped and what has begun is resumed, so that
+    the same command goes on after any interruption.
+
+    Args:
+        recipe: As `distill` takes it, or its file. Its teacher is trained first where it has no weights.
+        overrides: `key=value` assignments, as `--set` takes them.
+        anyway: Distill although the doctor finds that it would be worthless.
+
+    Raises:
+        AcamkdError: The recipe or its images cannot be used, or the doctor found a reason not to distill.
+    """
+    file = "RECIPE" if isinstance(recipe, config.Recipe) else str(recipe)
+    recipe = config.as_recipe(recipe, overrides)
+    if recipe.teacher is None or not recipe.losses:
+        raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section and `losses` to distill")
+    notes = _Notes(recipe)
+    if not all(notes.has_ended(name) for name in ("baseline", "distilled")):
+        _check_data(recipe)
+    trains_teacher = recipe.teacher.weights is None and ":" not in recipe.teacher.arch
+    if trains_teacher:
+        notes.carry_out("teacher", lambda resume: train(recipe, "teacher", resume=resume))
+    if not notes.has_ended("distilled"):
+        _examine(recipe, anyway)
+    baseline = notes.carry_out("baseline", lambda resume: train(recipe, resume=resume))
+    distilled = notes.carry_out("distilled", lambda resume: distill(recipe, resume=resume))
+    runs = {"baseline": baseline, "distilled": distilled}
+    if trains_teacher:
+        runs = {"teacher": open_run(notes.folder / FOLDERS["teacher"]), **runs}
+    metric = METRICS[recipe.task]
+    scores = {"teacher": distilled.metrics["teacher"].get(metric)} | {
+        name: each.metrics["student"][metric] for name, each in runs.items() if name != "teacher"
+    }
+    test = notes.test_scores(runs, metric) if recipe.data.test is not None else {}
+    report = distilled.folder / REPORT
+    if not report.is_file() or report.stat().st_mtime < (baseline.folder / REPORT).stat().st_mtime:
+        report = write_report(distilled, baseline)
+    known = {name: float(score) for name, score in scores.items() if score is not None}
+    if missing := {"baseline", "distilled"} - known.keys():
+        raise AcamkdError(f"{metric} of {' and '.join(sorted(missing))} has no basis: check data.val")
+    return RunAll(recipe, file, metric, known, test, report)
+
+
+def _check_data(recipe: config.Recipe) -> None:
+    """Raise AcamkdError that counts and shows what is wrong with the images, before anything is trained."""
+    found = examine_data(recipe)
+    for name, split in found.splits.items():
+        if split.problems:
+            raise AcamkdError(
+                f"the {name} images cannot be used, {len(split.problems)} problems, such as {split.problems[0]}; "
+                "acamkd doctor RECIPE --data lists them"
+            )
+
+
+def _examine(recipe: config.Recipe, anyway: bool) -> None:
+    """Say what the doctor finds; raise AcamkdError if the distillation would be worthless."""
+    failed = []
+    for finding in examine(recipe):
+        log.log(logging.INFO if finding.status == "pass" else logging.WARNING, "doctor: %s: %s", finding.check,
+                finding.text + (f" -> {finding.advice}" if finding.advice else ""))  # fmt: skip
+        if finding.status == "fail":
+            failed.append(f"{finding.check}: {finding.text}")
+    if failed and not anyway:
+        raise AcamkdError(
+            f"the doctor found that distilling would be worthless: {failed[0]}; mend it and run the same command, "
+            "or add --anyway"
+        )
+
+
+class _Notes:
+    """What has ended: a run is skipped where it ended with the recipe that is run now."""
+
+    def __init__(self, recipe: config.Recipe) -> None:
+        self.recipe = recipe
+        self.folder = default_folder(recipe, NOTES).parent
+        self._file = self.folder / NOTES
+        content = json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else {}
+        self._ended: dict[str, Any] = content.get("ended", {})
+        self._test: dict[str, Any] = content.get("test", {})
+        without: dict[str, Any] = {"compare": True, "data": {"workers", "check", "test"}}
+        self._recipe = recipe.model_dump(mode="json", exclude=without)
+
+    def has_ended(self, name: str) -> bool:
+        """Whether this run ended with this recipe, and its files are there."""
+        folder = self.folder / FOLDERS[name]
+        return self._ended.get(name) == self._recipe and _has_ended(folder, self.recipe, name)
+
+    def carry_out(self, name: str, job: Callable[[bool], Run]) -> Run:
+        """Do a training, or go on with it; skip it where it has ended."""
+        folder = self.folder / FOLDERS[name]
+        if self.has_ended(name):
+            log.info("%s: it has ended, and is not repeated", folder)
+            return open_run(folder)
+        begun = Run(folder, self.recipe, "student").has_begun
+        log.info("%s: %s", folder, "going on" if begun else "training the " + name)
+        try:
+            done = job(begun)
+        except OtherRunError as error:
+            raise AcamkdError(f"{error}; --set name=OTHER runs everything in a folder of its own") from error
+        self._ended[name] = self._recipe
+        self._test.pop(name, None)
+        self._write()
+        return done
+
+    def test_scores(self, runs: dict[str, Run], metric: str) -> dict[str, float]:
+        """Scores on the test split, each measured once."""
+        assert self.recipe.data.test is not None
+        split = json.loads(self.recipe.data.test.model_dump_json())
+        for name, each in runs.items():
+            noted = self._test.get(name)
+            if noted is None or noted["split"] != split:
+                log.info("%s: scoring on the test images", each.folder)
+                tested = each.recipe.data.model_copy(update={"test": self.recipe.data.test})
+                seen = Run(each.folder, each.recipe.model_copy(update={"data": tested}), each.role)
+                self._test[name] = {"split": split, "score": evaluate(seen, split="test")[metric]}
+                self._write()
+        return {name: self._test[name]["score"] for name in runs}
+
+    def _write(self) -> None:
+        write_json(self._file, {"ended": self._ended, "test": self._test})
+
+
+def _has_ended(folder: Path, recipe: config.Recipe, name: str) -> bool:
+    found = Run(folder, recipe, "teacher" if name == "teacher" else "student")
+    return found.has_ended and found.weights.is_file()

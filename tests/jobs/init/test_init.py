@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import acamkd as package
+import tiny
+from acamkd import config, models
+from acamkd.data.scenes import CLASSES
+from acamkd.errors import AcamkdError
+from acamkd.jobs.init import init as module
+from acamkd.jobs.init.choices import CPU
+from acamkd.jobs.init.init import init
+from acamkd.jobs.inspect_layers import RATIOS
+from acamkd.jobs.setup import Batches
+from acamkd.models.base import Task
+from command import Command
+
+NAMES = ["background", *CLASSES]
+FCOS: dict[str, Any] = {"arch": "fcos", "backbone": "mobilenetv3_small_050", "fpn_channels": 64}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The smallest networks, and recipes in the test's own folder."""
+    fpn: dict[str, Any] = {"arch": "fpn", "backbone": "tu-mobilenetv3_small_050"}
+    networks: dict[Task, tuple[dict[str, Any], dict[str, Any]]] = {
+        "detection": (FCOS, FCOS),
+        "segmentation": (fpn, fpn),
+    }
+    machine = dataclasses.replace(CPU, networks=networks, longest={"detection": 64, "segmentation": 64})
+    monkeypatch.setattr(module, "this_machine", lambda: machine)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_detectors_recipe_is_short_explained_and_loads(tmp_path: Path) -> None:
+    root = tiny.write_data(tmp_path / "cells", "detection")
+    proposal = init(root)
+    assert proposal.file == Path("cells.yaml")
+    text = proposal.file.read_text()
+    lines = text.splitlines()
+    assert len(lines) <= 40
+    bare = [line for line in lines if "#" not in line and not line.endswith(":")]
+    assert [line.split(":")[0].strip() for line in bare] == ["task", "root"]  # all else has its reason
+    recipe = config.load(proposal.file)
+    assert (recipe.task, recipe.data.format, recipe.data.root) == ("detection", "coco", root)
+    assert recipe.student.inherit == ("head", "backbone.fpn.layer_blocks")
+    (loss,) = recipe.losses
+    assert (loss.name, loss.pairs, loss.weight) == ("acam", ("backbone:*",), "auto")
+    assert loss.gradient_ratio == RATIOS["detection"] == 4
+    assert recipe.train.batch_size == 2
+    assert f"about {recipe.train.epochs * 4:,} steps" in text
+    assert proposal.estimate is not None
+    assert proposal.estimate.seconds > 0
+    assert len(Batches(recipe).splits["train"]) == 8
+    assert any("no unlabeled images" in warning for warning in proposal.warnings)
+    shown = str(proposal)
+    assert all(command in shown for command in (*proposal.commands, "acamkd run cells.yaml"))
+    with pytest.raises(AcamkdError, match=r"cells\.yaml is there already"):
+        init(root)
+    init(root, overwrite=True)
+
+
+def test_a_segmenters_recipe_with_a_drawn_validation_split(tmp_path: Path) -> None:
+    root = tiny.write_data(tmp_path / "data")
+    shutil.rmtree(root / "images/val")
+    shutil.rmtree(root / "masks/val")
+    (root / "unlabeled").mkdir()
+    shutil.copy(next((root / "images/train").iterdir()), root / "unlabeled")
+    before = sorted(root.rglob("*"))
+    proposal = init(root, classes=NAMES, out="drawn.yaml")
+    assert sorted(root.rglob("*")) == before
+    recipe = config.load(proposal.file)
+    assert recipe.data.val.share == 0.2
+    assert recipe.data.unlabelled == Path("unlabeled")
+    assert not any("no unlabeled" in warning for warning in proposal.warnings)
+    (loss,) = recipe.losses
+    assert (loss.gradient_ratio, loss.options["num_masks"]) == (8, 6)
+    splits = Batches(recipe).splits
+    assert (len(splits["train"]), len(splits["val"])) == (6, 2)
+    assert not set(splits["train"].files) & set(splits["val"].files)
+
+
+def test_one_name_less_than_values_makes_the_last_one_void(tmp_path: Path) -> None:
+    root = tiny.write_data(tmp_path / "data")
+    recipe = config.load(init(root, classes=NAMES[:-1]).file)
+    assert recipe.data.ignore_index == len(NAMES) - 1
+    with pytest.raises(AcamkdError, match=r"values up to 5, but there are only 2 names"):
+        init(root, classes=NAMES[:2], overwrite=True)
+
+
+def test_what_is_missing_is_asked_or_an_error(tmp_path: Path, acamkd: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tiny.write_data(tmp_path / "data")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: False)
+    failed = acamkd("init", root)
+    assert failed.code == 1
+    assert "--classes sky,road" in " ".join(failed.err.split())
+    asked: list[str] = []
+
+    def answer(question: str) -> str:
+        asked.append(question)
+        return " , ".join(NAMES)
+
+    init(root, ask=answer)
+    assert ["0 to 5" in question for question in asked] == [True]
+    assert config.load(Path("data.yaml")).data.classes == tuple(NAMES)
+
+
+def test_a_folder_of_boxes_and_masks_needs_a_task(tmp_path: Path) -> None:
+    root = tiny.write_data(tmp_path / "both", "detection")
+    shutil.copytree(tiny.write_data(tmp_path / "other") / "masks", root / "masks")
+    with pytest.raises(AcamkdError, match="good for detection and segmentation: say which with --task"):
+        init(root)
+    assert config.load(init(root, ask=lambda _question: "det").file).task == "detection"
+    tiny.write_data(tmp_path / "boxes", "detection")
+    with pytest.raises(AcamkdError, match="nothing for segmentation, only for detection"):
+        init(tmp_path / "boxes", task="segmentation")
+
+
+def test_a_teachers_checkpoint_is_taken_over(tmp_path: Path) -> None:
+    root = tiny.write_data(tmp_path / "data", "detection")
+    section = config.Model.model_validate({**FCOS, "arch": "retinanet", "fpn_channels": 32, "backbone_weights": None})
+    for classes in (len(CLASSES), 80):
+        models.save_weights(models.build(section, "detection", classes).net, tmp_path / "t.safetensors")
+        recipe = config.load(init(root, teacher=tmp_path / "t.safetensors", overwrite=True).file)
+        assert recipe.teacher is not None
+        assert (recipe.teacher.arch, recipe.teacher.weights) == ("retinanet", str(tmp_path / "t.safetensors"))
+        assert (recipe.student.arch, recipe.student.fpn_channels) == ("retinanet", 32)
+        assert bool(recipe.student.inherit) == (classes == len(CLASSES))
+        assert recipe.teacher.num_classes == (None if classes == len(CLASSES) else 80)
+
+
+def test_the_guides_recommend_what_is_proposed() -> None:
+    guides = Path(__file__).parents[3] / "docs/guides"
+    for guide, task in (("detector", "detection"), ("segmenter", "segmentation")):
+        block = (guides / f"{guide}.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
+        (loss,) = yaml.safe_load(block)["losses"]
+        assert (loss["gradient_ratio"], loss["diversity_weight"]) == (RATIOS[task], 0.5)  # type: ignore[index]
+
+
+def test_it_is_the_commands_function() -> None:
+    assert package.init is init

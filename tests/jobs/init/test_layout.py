@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tiny
+from acamkd.data.scenes import CLASSES
+from acamkd.errors import AcamkdError
+from acamkd.jobs.init.layout import find_layouts, find_unlabeled, split_of
+
+
+def _images(folder: Path, count: int = 3) -> None:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.new("RGB", (40, 20)).save(folder / f"{number}.jpg")
+
+
+def _coco(file: Path, count: int = 3) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "images": [{"id": n, "file_name": f"{n}.jpg", "width": 40, "height": 20} for n in range(count)],
+        "annotations": [{"id": 1, "image_id": 0, "category_id": 1, "bbox": [1, 2, 3, 4]}],
+        "categories": [{"id": 1, "name": "cell"}],
+    }
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("annotations/instances_val2017", "val"), ("valid", "val"), ("train/_annotations.coco", "train"),
+     ("test", "test"), ("result", None), ("restraining", None)],
+)  # fmt: skip
+def test_names_say_their_split(name: str, split: str | None) -> None:
+    assert split_of(name) == split
+
+
+def test_the_layouts_of_scenes_are_found(tmp_path: Path) -> None:
+    tiny.write_data(tmp_path / "boxes", "detection")
+    (boxes,) = find_layouts(tmp_path / "boxes")
+    assert (boxes.task, boxes.format, boxes.classes) == ("detection", "coco", None)
+    assert boxes.splits["val"] == {"images": "images/val", "annotations": "annotations/instances_val.json"}
+    tiny.write_data(tmp_path / "masks")
+    (masks,) = find_layouts(tmp_path / "masks")
+    assert (masks.task, masks.format, masks.classes) == ("segmentation", "masks", None)
+    assert masks.splits["train"] == {"images": "images/train", "masks": "masks/train"}
+    assert set(masks.values) <= set(range(1 + len(CLASSES)))
+
+
+def test_a_coco_export_with_images_beside_the_json(tmp_path: Path) -> None:
+    for split in ("train", "valid", "test"):
+        _images(tmp_path / split)
+        _coco(tmp_path / split / "_annotations.coco.json")
+    (found,) = find_layouts(tmp_path)
+    assert found.splits == {
+        name: {"images": folder, "annotations": f"{folder}/_annotations.coco.json"}
+        for name, folder in (("train", "train"), ("val", "valid"), ("test", "test"))
+    }
+
+
+def test_a_coco_export_of_one_file_is_for_training(tmp_path: Path) -> None:
+    _images(tmp_path / "images")
+    _coco(tmp_path / "result.json")
+    (found,) = find_layouts(tmp_path)
+    assert found.splits == {"train": {"images": "images", "annotations": "result.json"}}
+
+
+def test_yolo_exports_with_and_without_data_yaml(tmp_path: Path) -> None:
+    for split in ("train", "valid"):
+        _images(tmp_path / "a" / split / "images")
+        (tmp_path / "a" / split / "labels").mkdir()
+        (tmp_path / "a" / split / "labels/0.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "a/data.yaml").write_text("train: ../train/images\nval: ../valid/images\nnames: [cell]\n")
+    (found,) = find_layouts(tmp_path / "a")
+    assert found.splits == {"train": {"name": "train"}, "val": {"name": "val"}}
+    _images(tmp_path / "b/images")
+    (tmp_path / "b/labels").mkdir()
+    (tmp_path / "b/labels/0.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    (tmp_path / "b/classes.txt").write_text("cell\n")
+    (found,) = find_layouts(tmp_path / "b")
+    assert found.splits == {"train": {"images": "images", "annotations": "labels"}}
+    assert (found.classes, found.names_from) == (("cell",), "classes.txt")
+
+
+def test_pascal_xml_with_lists_and_without(tmp_path: Path) -> None:
+    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
+    xml = (
+        "<annotation><size><width>40</width><height>20</height></size><object><name>cell</name>"
+        f"{box}</object></annotation>"
+    )
+    _images(tmp_path / "a/JPEGImages", 1)
+    (tmp_path / "a/Annotations").mkdir()
+    (tmp_path / "a/Annotations/0.xml").write_text(xml)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "a/ImageSets/Main").mkdir(parents=True)
+    for split in ("trainval", "test"):
+        (tmp_path / f"a/ImageSets/Main/{split}.txt").write_text("0\n")
+    (found,) = find_layouts(tmp_path / "a")
+    assert found.splits == {"train": {"name": "trainval"}, "test": {"name": "test"}}
+    (found,) = find_layouts(tmp_path / "b")
+    assert found.splits == {"train": {"images": "JPEGImages", "annotations": "Annotations"}}
+
+
+def test_class_names_of_masks_come_from_files_beside_them(tmp_path: Path) -> None:
+    _images(tmp_path / "images/train")
+    (tmp_path / "masks/train").mkdir(parents=True)
+    for number in range(3):
+        Image.fromarray(np.full((20, 40), number % 2, np.uint8)).save(tmp_path / f"masks/train/{number}.png")
+    (found,) = find_layouts(tmp_path)
+    assert (found.classes, found.values) == (None, (0, 1))
+    _coco(tmp_path / "annotations/instances_train.json")
+    boxes, masks = find_layouts(tmp_path)
+    assert (boxes.task, masks.classes) == ("detection", ("background", "cell"))
+    (tmp_path / "classes.json").write_text('{"classes": ["sky", "road"]}')
+    assert find_layouts(tmp_path)[1].classes == ("sky", "road")
+
+
+def test_a_folder_without_labels_is_known_by_its_name(tmp_path: Path) -> None:
+    _images(tmp_path / "images/train")
+    assert find_unlabeled(tmp_path) is None
+    (tmp_path / "images/unlabeled").mkdir()
+    assert find_unlabeled(tmp_path) is None  # no image in it
+    _images(tmp_path / "Extra", 1)
+    assert find_unlabeled(tmp_path) == "Extra"
+
+
+def test_what_is_not_known_is_said(tmp_path: Path) -> None:
+    with pytest.raises(AcamkdError, match="there is no such folder"):
+        find_layouts(tmp_path / "nowhere")
+    with pytest.raises(AcamkdError, match="no images with annotations that are known"):
+        find_layouts(tmp_path)

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from acamkd import config
+from acamkd.engine.runs import Run
+from acamkd.errors import AcamkdError
+from acamkd.jobs import run_all
+from acamkd.jobs.doctor import Finding
+from acamkd.jobs.run_all import RunAll, run
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Recipe:
+    """A teacher without weights, one epoch, and a test split; runs go to the test's own folder."""
+    monkeypatch.chdir(tmp_path)
+    raw = tiny.raw_recipe(tiny.write_data(tmp_path / "data"), epochs=1)
+    raw["teacher"]["weights"] = None
+    raw["losses"] = [{"name": "pkd", "pairs": ["segmentation_head.0"], "weight": 1}]
+    raw["data"]["test"] = raw["data"]["val"]
+    return config.parse(raw)
+
+
+def test_everything_is_trained_once_and_resumed_where_it_stopped(
+    recipe: config.Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(AcamkdError, match="the doctor found that distilling would be worthless"):
+        run(recipe)  # a teacher of one epoch
+    runs = Path("runs/tiny")
+    assert sorted(folder.name for folder in runs.iterdir() if folder.is_dir()) == ["teacher"]
+    trained = (runs / "teacher/teacher.safetensors").stat().st_mtime_ns
+    tiny.interrupt_at(monkeypatch, 0, 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, anyway=True)
+    monkeypatch.undo()
+    monkeypatch.chdir(recipe.data.root.parent)
+    result = run(recipe, anyway=True)
+    assert (runs / "teacher/teacher.safetensors").stat().st_mtime_ns == trained
+    assert result.scores["baseline"] == Run(runs / "baseline", recipe, "student").metrics["student"]["mIoU"]
+    assert result.scores["distilled"] == Run(runs / "distilled", recipe, "student").metrics["student"]["mIoU"]
+    assert result.test == pytest.approx(result.scores)  # the same images
+    assert result.gain == pytest.approx(result.scores["distilled"] - result.scores["baseline"])
+    assert result.report.is_file()
+    assert str(result).splitlines()[-1].split(",")[0] == f"gain {result.gain:+.2f} mIoU on the test images"
+
+    def never(*_given: Any, **_more: Any) -> Any:
+        raise AssertionError("it has ended")
+
+    for name in ("train", "distill", "examine", "examine_data", "evaluate", "write_report"):
+        monkeypatch.setattr(run_all, name, never)
+    caplog.set_level(logging.INFO)
+    assert run(recipe, anyway=True) == result
+    assert caplog.text.count("it has ended, and is not repeated") == 3
+    assert set(json.loads((runs / "run.json").read_text())["ended"]) == {"teacher", "baseline", "distilled"}
+    monkeypatch.undo()
+    monkeypatch.chdir(recipe.data.root.parent)
+    with pytest.raises(AcamkdError, match=r"train.seed was 0, is 1.*--set name=OTHER"):
+        run(recipe, overrides=["train.seed=1"], anyway=True)
+
+
+def test_what_cannot_be_distilled_is_said_before_anything_is_trained(
+    recipe: config.Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(AcamkdError, match="needs a `teacher` section and `losses`"):
+        run(recipe, overrides=["losses=[]"])
+    (recipe.data.root / "masks/val/0000.png").unlink(missing_ok=True)
+    for mask in (recipe.data.root / "masks/val").iterdir():
+        mask.write_bytes(b"no mask")
+    with pytest.raises(AcamkdError, match="the val images cannot be used"):
+        run(recipe)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("distilled", "words"),
+    [(51.9, "it may be luck, more seeds are needed"), (52.0, "a gain that is larger"), (47.0, "a loss that is larger")],
+)
+def test_the_last_line_says_whether_to_believe_it(recipe: config.Recipe, distilled: float, words: str) -> None:
+    result = RunAll(recipe, "tiny.yaml", "mIoU", {"baseline": 50.0, "distilled": distilled}, {}, Path("report.html"))
+    assert result.verdict.startswith(f"gain {distilled - 50:+.2f} mIoU on the validation images, one seed: {words}")
+    assert "acamkd compare tiny.yaml --methods pkd --seeds 3" in result.verdict
+
+
+def test_the_doctors_warnings_do_not_stop_it(recipe: config.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    findings = [Finding("colors", "warn", "two", "look"), Finding("tap", "pass", "good")]
+    monkeypatch.setattr(run_all, "examine", lambda _recipe: findings)
+    run_all._examine(recipe, anyway=False)
+    findings.append(Finding("tap", "fail", "constant"))
+    run_all._examine(recipe, anyway=True)
+    with pytest.raises(AcamkdError, match="tap: constant"):
+        run_all._examine(recipe, anyway=False)

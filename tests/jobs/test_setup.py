@@ -1,0 +1,76 @@
+"""What is said of data and teachers; the jobs' own tests cover the rest."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+
+import pytest
+
+import tiny
+from acamkd import config
+from acamkd.engine.runs import write_json
+from acamkd.jobs.doctor import examine
+from acamkd.jobs.examine_data import examine_data
+from acamkd.jobs.setup import ALL_LABELED, Batches, describe_data, describe_lead, score_of_run
+
+
+def _ended(folder: Path, role: str, score: float) -> None:
+    folder.mkdir(parents=True)
+    write_json(folder / "metrics.json", {role: {"mIoU": score}})
+
+
+def test_a_teacher_that_is_not_ahead_of_the_baseline_is_told(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    assert describe_lead(recipe, 50.0, tmp_path / "baseline") is None  # no run there
+    _ended(tmp_path / "baseline", "student", 50.35)
+    told = describe_lead(recipe, 50.23, tmp_path / "baseline")
+    assert told is not None
+    assert "the teacher, mIoU 50.23, is not ahead of the baseline, 50.35" in told
+    for score in (50.36, None, math.nan):
+        assert describe_lead(recipe, score, tmp_path / "baseline") is None
+
+
+def test_a_teachers_score_is_read_from_its_run(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    section = config.Model(**tiny.FPN, weights=str(tmp_path / "run/teacher.safetensors"))
+    assert score_of_run(recipe, section) is None
+    _ended(tmp_path / "run", "teacher", 61.5)
+    assert score_of_run(recipe, section) == 61.5
+    assert score_of_run(recipe, section.model_copy(update={"weights": None})) is None
+
+
+def test_the_doctor_says_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = tiny.write_data(tmp_path / "runs/tiny/teacher")  # with teacher.safetensors
+    write_json(root / "metrics.json", {"teacher": {"mIoU": 40.0}})
+    _ended(tmp_path / "runs/tiny/baseline", "student", 45.0)
+    findings = list(examine(tiny.recipe(root)))
+    assert [finding.status for finding in findings if finding.text == ALL_LABELED] == ["pass"]
+    assert any("is not ahead of the baseline, 45.00" in finding.text for finding in findings)
+
+
+def test_labeled_images_alone_are_told_once_where_one_distills(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    recipe = tiny.recipe(tiny.write_data(tmp_path))
+    Batches(recipe).check()
+    assert ALL_LABELED not in caplog.text
+    batches = Batches(recipe, with_unlabeled=True)
+    batches.check()
+    assert caplog.text.count(ALL_LABELED) == 1
+    train, val = (batches.splits[split] for split in ("train", "val"))
+    assert describe_data(train, val) == "8 training and 4 validation images, 6 classes"
+    train.classes = ("cell",)
+    assert describe_data(train, val).endswith("images, 1 class")
+
+
+def test_a_detectors_table_has_no_row_of_masks(tmp_path: Path) -> None:
+    root = tiny.write_data(tmp_path / "data", "detection")
+    for file in (root / "annotations").iterdir():
+        file.write_text('{"images": [], "annotations": [], "categories": []}')
+    shown = str(examine_data(tiny.recipe(root, "detection")))
+    assert "without boxes" in shown
+    assert "all void" not in shown
