@@ -132,7 +132,7 @@ def test_masks_within_the_images_folder_are_no_images(tmp_path: Path) -> None:
 def test_a_mask_of_a_lossy_type_is_named(tmp_path: Path) -> None:
     _image(tmp_path / "images/a.png", 5)
     _image(tmp_path / "masks/a.jpg", 1, "L")
-    with pytest.raises(AcamkdError, match=r"has no mask .*masks/a\.png; its type changes values, save it as PNG"):
+    with pytest.raises(AcamkdError, match=r"has no mask .*masks/a\.png, but one of the type \.jpg"):
         data.check(data.MaskFolder(tmp_path / "images", tmp_path / "masks", ("sky", "road")), "full")
 
 
@@ -154,15 +154,20 @@ def test_paths_of_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("root", "file", "message"),
     [
-        ("sets", "sets/voc/Annotations/a.xml", r"Is data\.root .*/sets/voc\? Annotations/\*\.xml and JPEGImages"),
+        ("sets", "sets/voc/Annotations/a.xml", r"Is data\.root .*/sets/voc\? Annotations/\*\*/\*\.xml and JPEGImages"),
         ("sets/voc/JPEGImages", "sets/voc/Annotations/a.xml", r"Is data\.root .*/sets/voc\?"),
         ("sets", "sets/train/_annotations.coco.json", r"Is .*/train/_annotations\.coco\.json a COCO file\?"),
+        (
+            "sets",
+            "sets/export/pets.yml",
+            r"Is .*/export/pets\.yml for format yolo\? It is read under the name data\.yaml",
+        ),
         ("sets", "sets/export/a.xml", r"There are XML files in .*/export: data\.format voc reads them"),
         ("sets", "sets/export/a.txt", r"There are text files in .*/export: data\.format yolo reads them"),
     ],
 )
 def test_an_unknown_layout_and_its_answer_beside_it(tmp_path: Path, root: str, file: str, message: str) -> None:
-    _text(tmp_path / file, VOC)
+    _text(tmp_path / file, "names: [cat]" if file.endswith(".yml") else VOC)
     (tmp_path / "sets/voc/JPEGImages").mkdir(parents=True, exist_ok=True)
     with pytest.raises(AcamkdError, match=message):
         data.build(config.Data(root=tmp_path / root), "detection", "train", seed=0, augment=False)

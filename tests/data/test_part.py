@@ -151,6 +151,8 @@ def test_the_drawing_depends_on_names_and_seed_alone(tmp_path: Path) -> None:
     [
         ({"train": {"share": 0.2}}, "train.share: only `val` can be a share"),
         ({"val": {"share": 1.0}}, "less than 1"),
+        ({"val": 0}, r"data\.val\.share: .*greater than 0"),
+        ({"val": "photos"}, "data.val: must be a mapping with keys of name, images, .*, not 'photos'"),
         ({"val": {"share": 0.2, "name": "val"}}, "give either the split's `name`"),
         ({"val": {"share": 0.2, "masks": "m"}}, "leave both out"),
     ],
@@ -159,6 +161,12 @@ def test_what_is_no_share(section: dict[str, Any], message: str) -> None:
     raw = {"name": "x", "task": "detection", "student": {"arch": "none"}, "train": {"epochs": 1}, "data": section}
     with pytest.raises(AcamkdError, match=message):
         config.parse(raw)
+
+
+def test_a_number_is_a_share() -> None:
+    raw = {"name": "x", "task": "detection", "student": {"arch": "none"}, "train": {"epochs": 1}}
+    data_of = config.parse({**raw, "data": {"val": 0.2}}).data
+    assert data_of.val == config.Split(share=0.2)
 
 
 def test_no_lists_and_no_share(tmp_path: Path) -> None:

@@ -312,6 +312,13 @@ def test_every_problem_of_the_data_is_listed(tmp_path: Path) -> None:
     assert "fail  train: ... and 3 more" in result.stdout
 
 
+def test_classes_are_not_missed_where_something_cannot_be_read(tmp_path: Path) -> None:
+    root = _yolo(tmp_path / "data")
+    (root / "labels/train/a.txt").write_text("7 0.5 0.5 0.1 0.1")
+    found = examine_data(config.load(_image_recipe(root, "detection"))).splits
+    assert not any("no training image has a box" in warning for warning in found["val"].warnings)
+
+
 def test_a_split_that_cannot_be_read_and_other_classes(tmp_path: Path) -> None:
     root = _yolo(tmp_path / "data")
     (root / "labels/val").rename(root / "gone")

@@ -106,7 +106,7 @@ class BoxDataset(ImageDataset):
         return [f"{file} has {describe_shown(file, size)}, but {source} says {describe(said)}"]
 
     def why_absent(self, counts: Tensor) -> str:
-        """What a reader of the format can do about them."""
+        """Return the format's ABSENT_ADVICE, if some class has boxes."""
         return self.ABSENT_ADVICE if counts[:-1].any() else ""
 
     def gather(self, entries: Iterable[tuple[str, Any]]) -> None:

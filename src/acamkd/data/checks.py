@@ -61,7 +61,7 @@ class Look(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """All images: a look at each, what is wrong or worth knowing of them together, and the sum of their tallies."""
+    """Checks of all images, with the problems and warnings of the data set and the sum of the tallies."""
 
     looks: list[Look]
     problems: list[str]

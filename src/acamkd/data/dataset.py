@@ -52,11 +52,10 @@ class ImageDataset(Dataset[Sample], ABC):
         seed: Seed of the augmentation.
 
     Attributes:
-        problems: What makes the annotations unusable, one sentence per entry.
-        warnings: What is legitimate but worth knowing.
-        counts: Sum of `tally` over the images; None until `check` has looked at every pixel, or where it has found
-            problems.
-        hashes: `difference_hash` of each image, (N, 32) uint8; None until `check` has looked at every pixel.
+        problems: Errors that make the annotations unusable, one sentence each.
+        warnings: Remarks about what is legal but suspicious.
+        counts: Sum of `tally` over the images; None until the targets have been read, or if `check` found problems.
+        hashes: `difference_hash` of each image, (N, 32) uint8; None until `check` has decoded every image.
 
     A class that a recipe names in `data.format` also sets the following class attributes.
     """

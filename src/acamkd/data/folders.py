@@ -15,9 +15,9 @@ from acamkd.files import IMAGE_SUFFIXES, files_below
 class Folder:
     """Visible files of given types in a folder and in all folders below it, found by name.
 
-    A file's name is its path below the folder without suffix. `find` also takes the path with its suffix and, where one
-    file alone fits, another spelling: other case, another Unicode form, back-slashes, or `%20` for a blank. Suffixes
-    count in any case.
+    A file's name is its path below the folder without suffix. `find` also takes the path with its suffix. If only one
+    file fits, it takes another spelling too: other case, another Unicode form, back-slashes, or `%20` for a blank.
+    Suffixes match in any case.
 
     Args:
         path: The folder.
@@ -96,7 +96,7 @@ def existing(path: Path) -> Path:
 
 
 def twins(pairs: Iterable[tuple[Path, Path | None]], what: str) -> list[str]:
-    """Problems of images that share a file of `what`, since their names differ in suffix, case or folder alone."""
+    """Problems of images that share a file of `what`: their names differ only in suffix, case or folder."""
     first: dict[Path, Path] = {}
     return [
         f"{file}: the image has the same name as {one.name}, and so the same {what}, {shared}: rename one of them"

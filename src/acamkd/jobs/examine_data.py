@@ -74,7 +74,7 @@ def examine_data(recipe: config.Recipe) -> DataReport:
         if contradictions := datasets["val"].contradictions(datasets["train"]):
             val.problems += contradictions
         else:
-            with suppress(ImageError):  # which is said already
+            with suppress(ImageError):  # an unreadable image is reported already
                 val.warnings += data.compare_splits(
                     datasets["train"], datasets["val"], source, datasets.get("unlabelled")
                 )

@@ -67,6 +67,42 @@ def test_crowds_are_for_evaluation_only(tmp_path: Path) -> None:
     assert val[0][1]["iscrowd"].tolist() == [0, 1, 0]
 
 
+def test_training_on_crowds_alone_is_refused_for_that_reason(tmp_path: Path) -> None:
+    content = _content()
+    content["annotations"] = content["annotations"][1:2]
+    with pytest.raises(AcamkdError, match="there is no box for any image but 1 of crowds or difficult objects"):
+        data.check(_dataset(tmp_path, content, keep_crowd=False), "full")
+
+
+@pytest.mark.parametrize("start", ["/content/drive/", "C:\\sets\\", "http://example.org/x/", "train/"])
+def test_names_that_all_begin_elsewhere(tmp_path: Path, start: str) -> None:
+    content = _content()
+    for image in content["images"]:
+        image["file_name"] = start + image["file_name"]
+    dataset = _dataset(tmp_path, content)
+    assert dataset.files == [tmp_path / "a.png", tmp_path / "sub/b.png"]
+    (warning,) = [each for each in data.check(dataset, "full") if "end alike" in each]
+    assert "boxes.json: none of its names is there, but 2 files end alike" in warning
+    content["images"][1]["file_name"] = "sub/b.png"  # one is found as written: the other is missing
+    with pytest.raises(AcamkdError, match=r"a\.png: there is no such image"):
+        data.check(_dataset(tmp_path, content), "full")
+
+
+def test_a_blank_may_be_escaped(tmp_path: Path) -> None:
+    content = _content()
+    content["images"][0]["file_name"] = "a%20%C3%A4.png"
+    Image.new("RGB", (20, 10)).save(tmp_path / "a ä.png")
+    assert _dataset(tmp_path, content).files[0] == tmp_path / "a ä.png"
+
+
+def test_names_that_differ_in_case_alone(tmp_path: Path) -> None:
+    content = _content()
+    content["categories"][0]["name"] = "Cat"
+    assert (
+        "the classes cat and Cat differ in case or blanks alone: are they one?" in _dataset(tmp_path, content).warnings
+    )
+
+
 def test_images_without_boxes_are_a_warning(tmp_path: Path) -> None:
     (warning,) = data.check(_dataset(tmp_path, _content()), "full")
     assert warning.endswith("boxes.json: 1 of 2 images have no boxes")

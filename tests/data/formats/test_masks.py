@@ -121,6 +121,22 @@ def test_image_without_mask_and_mask_without_image(tmp_path: Path) -> None:
         data.check(_dataset(tmp_path), "full")
 
 
+def test_masks_of_other_names_are_one_problem(tmp_path: Path) -> None:
+    _, masks = _folders(tmp_path)
+    for mask in list(masks.iterdir()):
+        mask.rename(mask.with_stem(f"{mask.stem}_mask"))
+    with pytest.raises(
+        AcamkdError, match=r"1 problem:\n.*no mask has the name of an image \(a and a_mask, for example"
+    ):
+        data.check(_dataset(tmp_path), "full")
+
+
+def test_one_folder_for_both(tmp_path: Path) -> None:
+    images, _ = _folders(tmp_path)
+    with pytest.raises(AcamkdError, match=r"images: images and masks are in one folder"):
+        MaskFolder(images, images, ("sky", "road", "car"))
+
+
 def test_two_images_of_one_name(tmp_path: Path) -> None:
     _folders(tmp_path, ("a.png", "a.jpg"))
     with pytest.raises(AcamkdError, match=r"a\.png: the image has the same name as a\.jpg"):
@@ -231,7 +247,8 @@ def test_what_mask_values_cannot_say(tmp_path: Path, values: dict[Any, Any], mes
 @pytest.mark.parametrize(
     ("values", "message"),
     [({"red": "sky"}, "red is no value of a mask"), ({"0": "sky", "#ff0000": "road"}, "values or colors, not both"),
-     ({"256": "sky"}, "256 is no value"), ({"0": False}, "mask_values")],
+     ({"256": "sky"}, r"data\.mask_values: 256 is no value"), ({"0": "sky", "00": "road"}, "0, 00 has one value twice"),
+     ({"0": False}, "mask_values")],
 )  # fmt: skip
 def test_what_is_no_value(values: dict[str, Any], message: str) -> None:
     raw = {"name": "x", "task": "segmentation", "student": {"arch": "none"}, "train": {"epochs": 1}}
@@ -293,6 +310,29 @@ def test_palettes_of_training_and_validation_are_compared(tmp_path: Path) -> Non
         data.check(split, "full")
     with pytest.raises(AcamkdError, match=r"b/masks/0\.png: the palette's color 1 is #00008e, but #804080 in .*a/"):
         data.compare_splits(train, val, config.Data())
+
+
+@pytest.mark.parametrize(("width", "cause"), [(4, ""), (20, "JPEG and resizing leave so many colors behind.*")])
+def test_colors_that_jpeg_has_blurred(tmp_path: Path, width: int, cause: str) -> None:
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+        colors = np.arange(width * 6, dtype=np.uint8).reshape(2, width, 3)
+        Image.fromarray(colors).save(tmp_path / folder / "a.png")
+    ids = {(0, 0, 0): 0, (255, 0, 0): 1}
+    dataset = MaskFolder(tmp_path / "images", tmp_path / "masks", ("sky", "road"), ids=ids)
+    message = rf"void are #000000, #ff0000 \({cause}data\.mask_values says what further colors mean\)"
+    with pytest.raises(AcamkdError, match=message):
+        data.check(dataset, "full")
+
+
+def test_a_void_of_0_is_no_foreground(tmp_path: Path) -> None:
+    dataset = _two(tmp_path, [[[0, 1, 1]] * 2], ("none", "road"), ignore_index=0)
+    assert _absent(dataset) == [
+        "no training image has a pixel of the class none: the networks cannot learn it; the value 0 is void, as "
+        "data.ignore_index says, and so no pixel is none"
+    ]
+    dataset = _two(tmp_path, [[[1, 1, 7]] * 2], ("sky", "road"), ignore_index=7)
+    assert "if the masks' values begin with 1" in _absent(dataset)[0]
 
 
 def test_masks_that_are_all_void(tmp_path: Path) -> None:

@@ -289,6 +289,20 @@ def test_classes_of_sub_folders_and_lists_with_suffixes(tmp_path: Path) -> None:
     assert [target["labels"].item() for _, target in dataset] == [2, 1]
 
 
+def test_lists_may_leave_out_the_sub_folder(tmp_path: Path) -> None:
+    _write(tmp_path)
+    for folder in ("JPEGImages", "Annotations"):
+        (tmp_path / folder / "2007").mkdir()
+        for file in (tmp_path / folder).glob("*.*"):
+            file.rename(tmp_path / folder / "2007" / file.name)
+    dataset = VocDetection(tmp_path, "train")
+    assert [target["labels"].tolist() for _, target in dataset] == [[15, 12], [8], []]
+    assert "none of its names is there, but 3 files end alike" in dataset.warnings[0]
+    for file in (tmp_path / "Annotations/2007").iterdir():
+        file.rename(tmp_path / "Annotations" / file.name)
+    assert VocDetection(tmp_path, "train").problems == []
+
+
 def test_masks_of_colors(tmp_path: Path) -> None:
     _write(tmp_path, {"a": []})
     Image.new("RGB", (20, 10), (0, 128, 0)).save(tmp_path / "SegmentationClass/a.png")

@@ -76,14 +76,15 @@ def test_boxes_beyond_the_image_are_clipped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"2 0.5 0.5 0.1 0.1", r"class 2 is none of the 2, 0 to 1"),
+        (b"2 0.5 0.5 0.1 0.1", r"class 2 is none of the 2, 0 to 1; .* do theirs begin with 1\?"),
         (b"-1 0.5 0.5 0.1 0.1", r"class -1 is none of the 2"),
         (b"0 120 64 30 20", r"the center \(120, 64\) must be shares of width and height from 0 to 1, not pixels"),
         (b"0 nan 0.5 0.1 0.1", "the center"),
         (b"0 0.5 0.5 0 0.1", r"the box from \(0\.5, 0\.45\) to \(0\.5, 0\.55\) on a\.jpg has no area"),
-        (b"0 0.5 0.5 nan 0.1", ".* has no area"),
+        (b"0 0.5 0.5 nan 0.1", ".* has no defined area"),
         (b"0 0.5 0.5 0.1", r"a box is `class cx cy w h`, not `0 0\.5 0\.5 0\.1`"),
-        (b"0 0.1 0.1 0.4 0.1 0.4 0.4", "a box is `class cx cy w h`, not"),
+        (b"0 0.1 0.1 0.4 0.1 0.4", r"a box is `class cx cy w h`, not .*; a polygon, .* has 3 corners or more"),
+        (b"0 0.1 0.1 0.4 0.1 40 0.4", "a polygon's corners must be shares"),
         (b"cat 0.5 0.5 0.1 0.1", "a box is `class cx cy w h`, not"),
     ],
 )
@@ -91,6 +92,54 @@ def test_bad_lines(tmp_path: Path, line: bytes, message: str) -> None:
     _write(tmp_path, {"a": b"1 0.5 0.5 0.5 0.4\n" + line})
     with pytest.raises(AcamkdError, match=rf"1 problem:\n  .*labels/train/a\.txt:2: {message}"):
         data.check(_dataset(tmp_path), "full")
+
+
+def test_a_polygon_becomes_the_box_around_it(tmp_path: Path) -> None:
+    lines = b"1 0.1 0.4 0.5 0.2 0.3 0.6\n0 0 0 1.0000001 0 1 1 0 1\n"
+    dataset = _dataset(_write(tmp_path, {"a": lines}))
+    assert torch.allclose(dataset[0][1]["boxes"], torch.tensor([[2, 2, 10, 6], [0, 0, 20, 10.0]]))
+    assert dataset[0][1]["labels"].tolist() == [2, 1]
+
+
+def _cameras(root: Path, listed: str) -> None:
+    """Images of one name in the folders x and y, class 0 in x and class 1 in y, and a list of both."""
+    for label, camera in enumerate("xy"):
+        for folder in (f"photos/{camera}", f"texts/{camera}"):
+            (root / folder).mkdir(parents=True)
+        Image.new("RGB", (20, 10)).save(root / f"photos/{camera}/1.jpg")
+        (root / f"texts/{camera}/1.txt").write_text(f"{label} 0.5 0.5 0.2 0.2")
+    (root / "train.txt").write_text("".join(listed.format(camera) + "\n" for camera in "xy"))
+
+
+@pytest.mark.parametrize("listed", ["photos/{}/1.jpg", "photos\\{}\\1.JPG", "/home/me/photos/{}/1.jpg"])
+def test_listed_images_of_one_name_have_boxes_of_their_own(tmp_path: Path, listed: str) -> None:
+    _cameras(tmp_path, listed)
+    dataset = YoloDetection(tmp_path / "train.txt", tmp_path / "texts", NAMES)
+    assert dataset.problems == []
+    assert [target["labels"].tolist() for _, target in dataset] == [[1], [2]]
+    ends = [warning for warning in dataset.warnings if "end alike" in warning]
+    assert len(ends) == listed.startswith("/")
+
+
+def test_listed_images_that_would_share_boxes_are_refused(tmp_path: Path) -> None:
+    _cameras(tmp_path, "photos/{}/1.jpg")
+    (tmp_path / "texts/x/1.txt").rename(tmp_path / "texts/1.txt")
+    (tmp_path / "texts/y/1.txt").unlink()
+    with pytest.raises(AcamkdError, match=r"y/1\.jpg: the image has the same name as 1\.jpg, and so the same boxes"):
+        data.check(YoloDetection(tmp_path / "train.txt", tmp_path / "texts", NAMES), "full")
+
+
+def test_another_camera_s_boxes_are_not_taken(tmp_path: Path) -> None:
+    _cameras(tmp_path, "photos/{}/1.jpg")
+    (tmp_path / "texts/y/1.txt").unlink()
+    dataset = YoloDetection(tmp_path / "train.txt", tmp_path / "texts", NAMES)
+    assert [target["labels"].tolist() for _, target in dataset] == [[1], []]
+
+
+def test_paths_of_windows(tmp_path: Path) -> None:
+    _write(tmp_path / "pets")
+    (tmp_path / "pets/data.yaml").write_text("path: C:\\data\\pets\ntrain: images\\train\nnames: [cat, dog]")
+    assert sources(tmp_path / "pets", "train") == [tmp_path / "pets/images/train"]
 
 
 def test_images_and_files_that_do_not_go_together(tmp_path: Path) -> None:
@@ -117,7 +166,10 @@ def test_no_boxes_no_images_no_text(tmp_path: Path) -> None:
         data.check(YoloDetection(tmp_path / "images/none", tmp_path / "labels/val", NAMES), "full")
 
 
-@pytest.mark.parametrize("names", ["names: [cat, dog]", "names: {0: cat, 1: dog}", "names:\n- cat\n- dog"])
+@pytest.mark.parametrize(
+    "names",
+    ["names: [cat, dog]", "names: {0: cat, 1: dog}", "names: {'1': dog, '0': cat}\nnc: 2", "names:\n- cat\n- dog"],
+)
 def test_names(tmp_path: Path, names: str) -> None:
     (tmp_path / "data.yaml").write_text(names)
     assert class_names(tmp_path, None) == class_names(tmp_path, NAMES) == NAMES
@@ -129,6 +181,7 @@ def test_names(tmp_path: Path, names: str) -> None:
     ("content", "message"),
     [
         ("names: {0: cat, 2: dog}", r"names must be numbered 0 to 1, not 0, 2"),
+        ("nc: 3\nnames: [cat, dog]", r"data\.yaml: nc is 3, but there are 2 names"),
         ("names: cat", "names must be a list, or a mapping"),
         ("names: []", "names must be a list, or a mapping"),
         ("- cat", "must hold a mapping with train, val and names"),

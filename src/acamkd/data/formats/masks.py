@@ -119,7 +119,7 @@ class MaskDataset(ImageDataset):
         ]
 
     def why_absent(self, counts: Tensor) -> str:
-        """Whether another reading of the values would give the classes their pixels."""
+        """Advice on `data.mask_values` for classes without pixels."""
         if not self.READS_MASK_VALUES:
             return ""
         present, void = counts[:-1] > 0, bool(counts[-1])
@@ -256,8 +256,8 @@ class MaskFolder(MaskDataset):
         images = data.root / (paths.images or f"images/{paths.name}")
         if not images.is_dir():
             raise AcamkdError(
-                f"cannot read the folder {images}: data.train and data.val name a split's folders with `images` and "
-                "`masks`, and data.val: {share: 0.2} draws validation images"
+                f"cannot read the folder {images}: data.train and data.val name a split's folders with {{images: ..., "
+                "masks: ...}, and data.val: {share: 0.2} draws validation images"
             )
         return cls(
             images,

@@ -219,7 +219,7 @@ def _folders(root: Path, split: Split) -> tuple[Path, Path]:
 
 
 def _names(root: Path, task: str, split: str, folder: Folder) -> tuple[list[str], Path, dict[str, Path]]:
-    """Names of a split's images, the list that they stand in, and what `find_ends` has found of them."""
+    """Names of a split's images, the file that lists them, and what `Folder.find_ends` found for them."""
     lists = Folder(existing(root / "ImageSets" / task), (".txt",)) if (root / "ImageSets" / task).is_dir() else None
     listing = (lists and lists.find(split)) or root / "ImageSets" / task / f"{split}.txt"
     if not listing.is_file():

@@ -117,7 +117,7 @@ class YoloDetection(BoxDataset):
         )
 
     def why_absent(self, counts: Tensor) -> str:
-        """Whether the numbers may begin with 1."""
+        """Ask whether the numbers begin with 1, if class 0 is absent."""
         return BEGIN if counts[:-1].any() and not counts[0] else ""
 
     def parse(self, entry: tuple[int, str]) -> Box:
