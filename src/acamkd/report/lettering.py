@@ -39,7 +39,7 @@ def drawable(text: str, *, own_font: bool = False) -> str:
 
 
 def _written_out(letter: str) -> str:
-    """A letter between blanks by its sound or name: `ko` for a Japanese one, `dog face` for an emoji; or by its code."""
+    """A letter between blanks by its sound or name: `ko` for a Japanese one, `dog face` for an emoji; or its code."""
     if unicodedata.category(letter) in ("Mn", "Me", "Cf"):  # marks and joiners between the parts of an emoji
         return ""
     name = unicodedata.name(letter, "")
