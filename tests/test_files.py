@@ -51,6 +51,8 @@ def test_a_folder_that_cannot_be_written_is_found_before_it_is_needed(
     with pytest.raises(AcamkdError, match=rf"cannot write {tmp_path}/file/a: Not a directory; --out"):
         check_writable(tmp_path / "file" / "a")
 
+    with pytest.raises(AcamkdError, match="x: File name too long; --out"):
+        check_writable(tmp_path / ("x" * 300))
     with pytest.raises(AcamkdError, match=rf"cannot write {tmp_path}/file: File exists; --out"):
         check_writable(tmp_path / "file")
 

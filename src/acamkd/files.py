@@ -60,6 +60,8 @@ def check_writable(folder: Path, what: str = "", advice: str = "--out writes els
     """
     above = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
     try:
+        with suppress(FileNotFoundError):
+            folder.stat()  # which says it of a name that is too long
         if above == folder.absolute():
             above.mkdir(exist_ok=True)  # which says it of a file in its place
         with TemporaryFile(dir=above):

@@ -35,6 +35,7 @@ def _own_font_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         ("ネコ", "ne ko"),
         ("고양이", "go yang i"),
         ("\U0001f984 unicorn", "unicorn face unicorn"),
+        ("my\U0001f984", "my unicorn face"),
     ],
 )
 def test_names_in_every_script_can_be_drawn(name: str, drawn: str) -> None:

@@ -39,13 +39,13 @@ def drawable(text: str, *, own_font: bool = False) -> str:
 
 
 def _written_out(letter: str) -> str:
-    """A letter by its sound or name: `ko ` for a Japanese one, `dog face ` for an emoji; ideographs by their code."""
+    """A letter between blanks by its sound or name: `ko` for a Japanese one, `dog face` for an emoji; or its code."""
     if unicodedata.category(letter) in ("Mn", "Me", "Cf"):  # marks and joiners between the parts of an emoji
         return ""
     name = unicodedata.name(letter, "")
     if not name or name.startswith("CJK "):
-        return f"U+{ord(letter):04X} "
-    return (name.rpartition(" ")[2] if " LETTER " in name or " SYLLABLE " in name else name).lower() + " "
+        return f" U+{ord(letter):04X} "
+    return f" {name.rpartition(' ')[2] if ' LETTER ' in name or ' SYLLABLE ' in name else name} ".lower()
 
 
 @cache
