@@ -393,11 +393,11 @@ RECIPES: dict[str, Case] = {
     "override without a value": Case(SEG, put("name", "tiny"), "train --set train.epochs",
         ("--set train.epochs: write key=value, such as train.epochs=20",)),
     "losses that are no list": Case(SEG, write("other.yaml", "name: acam"), "distill --losses data/other.yaml",
-        ("losses: Input should be a valid",)),
+        ("losses: must be a list (given: {'name': 'acam'})",)),
     "losses that are no YAML": Case(SEG, write("other.yaml", "- {name: acam"), "distill --losses data/other.yaml",
         ("data/other.yaml is not valid YAML",)),
     "binary losses": Case(SEG, write("other.yaml", b"\xff\xfe\x00"), "distill --losses data/other.yaml",
-        ("cannot read the losses data/other.yaml: 'utf-8' codec can't decode",)),
+        ("cannot read the losses data/other.yaml: it is no UTF-8", "save it as UTF-8")),
 }  # fmt: skip
 
 DATA: dict[str, Case] = {

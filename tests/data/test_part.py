@@ -152,7 +152,7 @@ def test_the_drawing_depends_on_names_and_seed_alone(tmp_path: Path) -> None:
         ({"train": {"share": 0.2}}, "train.share: only `val` can be a share"),
         ({"val": {"share": 1.0}}, "less than 1"),
         ({"val": 0}, r"data\.val\.share: .*greater than 0"),
-        ({"val": "photos"}, "data.val: must be a mapping with keys of name, images, .*, not 'photos'"),
+        ({"val": "photos"}, r"data.val: must hold keys \(given: 'photos'\); known: name, images, masks"),
         ({"val": {"share": 0.2, "name": "val"}}, "give either the split's `name`"),
         ({"val": {"share": 0.2, "masks": "m"}}, "leave both out"),
     ],
