@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import yaml
-
 from acamkd.config import Recipe
+from acamkd.config.yaml_text import read_yaml
 
 PAGE = Path(__file__).parent / "reference/recipe.md"
 
@@ -106,7 +105,7 @@ def _takes(value: Schema) -> str:
 
 def _code(value: Any) -> str:
     """As YAML takes it: text only needs quotes where it would be something else without."""
-    is_text = isinstance(value, str) and isinstance(yaml.safe_load(value), str)
+    is_text = isinstance(value, str) and isinstance(read_yaml(value, "default"), str)
     return f"`{value}`" if is_text else f"`{json.dumps(value)}`"
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import acamkd
 import acamkd.losses
 from acamkd import cli, config, models
-from acamkd.config.loading import Loader
+from acamkd.config.yaml_text import Loader
 from acamkd.data.scenes import write_scenes
 from acamkd.models.base import Task
 from tiny_recipes import MODELS, write_recipe

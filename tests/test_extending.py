@@ -13,7 +13,7 @@ from PIL import Image
 
 import acamkd
 import tiny
-from acamkd import config
+from acamkd import config, data
 from acamkd.errors import AcamkdError
 
 GUIDES = Path(__file__).parents[1] / "docs/guides"
@@ -25,9 +25,9 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def install(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put the page's module, which its first line names, where Python finds it."""
-    (code,) = blocks(page, "python")
-    (folder / code.split(":")[0].strip('"')).write_text(code, encoding="utf-8")
+    """Put the page's modules, which their first lines name, where Python finds them."""
+    for code in blocks(page, "python"):
+        (folder / code.split(":")[0].strip('"')).write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(folder)
 
 
@@ -51,6 +51,24 @@ def test_the_reader_of_the_page_opens_and_trains(tmp_path: Path, monkeypatch: py
         Image.fromarray(np.asarray(Image.open(file)) % 3).save(file)
     run = acamkd.train(config.parse(raw), out=tmp_path / "run")
     assert run.recipe.data.classes == ("background", "rail", "train")
+
+
+def test_the_boxes_of_the_page_are_read_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("add-a-data-format", tmp_path, monkeypatch)
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (40, 30)).save(tmp_path / "images" / name)
+    lines = ["b.png,1,2,11,12,signal", "a.png,0,0,20,10,boom", "a.png,5,5,50,10,signal", "a.png,5,5,9,9,tree"]
+    (tmp_path / "gates_train.csv").write_text("\n".join(lines[:3]))
+    (tmp_path / "gates_val.csv").write_text("\n".join(lines))
+    source = config.Data(root=tmp_path, format="gates:Gates")
+    train = data.build(source, "detection", "train", seed=0, augment=False)
+    image, target = train[0]
+    assert image.shape == (3, 30, 40)
+    assert target["boxes"].tolist() == [[0, 0, 20, 10], [5, 5, 40, 10]]  # clipped to the image
+    assert target["labels"].tolist() == [1, 2]
+    val = data.build(source, "detection", "val", seed=0, augment=False)
+    assert val.problems == [f"{tmp_path / 'gates_val.csv'}:4: there is no class 'tree'"]
 
 
 def test_the_network_of_the_page_distills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from acamkd.files import written_whole
+from acamkd.errors import AcamkdError
+from acamkd.files import check_writable, written_whole
 
 
 def test_a_file_takes_its_place_only_when_it_is_whole(tmp_path: Path) -> None:
@@ -39,3 +40,23 @@ def test_what_cannot_reach_the_disk_takes_nobodys_place(tmp_path: Path, monkeypa
         unfinished.write_text("here")
     assert file.read_text() == "here"
     assert sorted(tmp_path.iterdir()) == [file, previous]
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_writable(tmp_path / "new" / "deep")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(AcamkdError, match=rf"cannot write {tmp_path}/file/a: Not a directory; --out"):
+        check_writable(tmp_path / "file" / "a")
+
+    with pytest.raises(AcamkdError, match=rf"cannot write {tmp_path}/file: File exists; --out"):
+        check_writable(tmp_path / "file")
+
+    def refuse(dir: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("acamkd.files.TemporaryFile", refuse)  # the administrator may write everywhere else
+    with pytest.raises(AcamkdError, match=rf"cannot write the run {tmp_path}: Read-only file system; copy it"):
+        check_writable(tmp_path, "the run", "copy it")

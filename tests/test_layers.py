@@ -27,6 +27,7 @@ LAYERS = {
 
 SAME_LAYER = {
     ("config", "errors"),
+    ("files", "errors"),
     ("data", "models"),  # an image's target is a part of TaskModel's contract
     ("__main__", "cli"),
     ("jobs", "report"),  # a job ends with its page

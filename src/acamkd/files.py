@@ -1,14 +1,72 @@
-"""Files: which ones are images, and how one is there whole or not at all."""
+"""Files: which ones are images, where they lie, and how one is there whole or not at all."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-"""Endings of what is read as an image."""
+from acamkd.errors import AcamkdError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+"""Endings of what is read as an image, in any case."""
+
+ARCHIVE_LEFTOVERS = "__MACOSX"
+"""A folder that macOS adds to its archives; what it holds is called like the images and is none."""
+
+
+def files_below(folder: Path, *, without: Sequence[Path] = ()) -> list[Path]:
+    """Visible files of a folder and of all folders in it, in the order of their paths without suffix.
+
+    Args:
+        folder: Where to look. Links to folders are followed, none twice.
+        without: Folders in it that are left out.
+
+    Raises:
+        OSError: A folder cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    seen: set[str] = set()
+    left_out = {os.path.realpath(each) for each in without}
+    for path, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        seen.add(os.path.realpath(path))
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if name[0] != "."
+            and name != ARCHIVE_LEFTOVERS
+            and os.path.realpath(os.path.join(path, name)) not in seen | left_out
+        ]
+        found += [Path(path, name) for name in names if name[0] != "."]
+    return sorted(found, key=lambda file: (str(file.parent), file.stem, file.suffix))
+
+
+def check_writable(folder: Path, what: str = "", advice: str = "--out writes elsewhere") -> None:
+    """Find out whether files can be written to a folder, which need not exist yet; nothing is left behind.
+
+    Args:
+        folder: Where to.
+        what: What the folder is, for the message.
+        advice: What to do where it cannot be written.
+
+    Raises:
+        AcamkdError: It cannot be made or written.
+    """
+    above = next(each for each in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(each))
+    try:
+        if above == folder.absolute():
+            above.mkdir(exist_ok=True)  # which says it of a file in its place
+        with TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        named = f"{what} {folder}" if what else folder
+        raise AcamkdError(f"cannot write {named}: {error.strerror or error}; {advice}") from error
 
 
 def unfinished_name(name: str) -> str:

@@ -230,7 +230,7 @@ def test_what_is_written_is_read_back(path: Path, tmp_path: Path, overrides: lis
         (b"task: !!python/name:os.system", "boxes.yaml is not valid YAML"),
         (b"losses: [a]\nname: b\nlosses: []", r"is not valid YAML: losses is given a second time\n.*line 3"),
         (b"name: {{ name }}", "is not valid YAML: while constructing a mapping"),
-        (b"name: 2024-01-01", "date is not JSON serializable; write it in quotes"),
+        (b"name: 2024-01-01", "name is read as a date; write it in quotes if it is meant as text: '2024-01-01'"),
     ],
 )
 def test_files_that_are_no_recipes(path: Path, content: bytes, message: str) -> None:

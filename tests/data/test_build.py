@@ -92,10 +92,14 @@ def test_masks_found_need_class_names(tmp_path: Path) -> None:
         ("detection", {"format": "coco", "val": {"name": "x", "masks": "y"}}, "data.val.masks: data.format coco does"),
         (
             "detection",
-            {"format": "voc", "val": {"name": "x", "annotations": "y"}},
-            "data.val.annotations: data.format voc",
+            {"format": "voc", "val": {"name": "x", "masks": "y"}},
+            "data.val.masks: data.format voc",
         ),
-        ("detection", {"format": "voc", "val": {"images": "x"}}, "data.val.images: .* give the split's `name` instead"),
+        (
+            "segmentation",
+            {"format": "voc", "val": {"images": "x"}},
+            "data.val.images: .* give the split's `name` instead",
+        ),
         ("detection", {"format": "acamkd.data:augmentation"}, "must be a subclass of acamkd.data.ImageDataset"),
         ("detection", {"format": "acamkd.data:MaskFolder"}, "is for segmentation, but the recipe's task is detection"),
         ("detection", {"format": "nowhere:Reader"}, "data.format nowhere:Reader: No module named 'nowhere'"),

@@ -180,6 +180,24 @@ def mask(name: str, value: int, size: tuple[int, int] = (64, 64), mode: str = "L
     return damage
 
 
+def void(split: str) -> Damage:
+    """Every mask of a split is void."""
+
+    def damage(raw: Raw, root: Path) -> None:
+        for file in (root / "masks" / split).iterdir():
+            Image.new("L", (64, 64), 255).save(file)
+
+    return damage
+
+
+def palettes(raw: Raw, root: Path) -> None:
+    """Each training mask has a palette of its own."""
+    for number, file in enumerate(sorted((root / "masks/train").iterdir())):
+        image = Image.new("P", (64, 64), 1)
+        image.putpalette([0, 0, 0, 30 * number, 20, 200])
+        image.save(file)
+
+
 def coco(change: Callable[[Any], None], split: str = "train") -> Damage:
     """Change the content of a COCO JSON."""
 
@@ -296,7 +314,8 @@ RECIPES: dict[str, Case] = {
         ("task: Input should be 'detection' or 'segmentation' (given: 'depth')",)),
     "format of another task": Case(SEG, put("task", "detection"), "train",
         ("task detection needs data.format: coco, yolo, voc, not masks",)),
-    "unknown format": Case(SEG, put("data.format", "cocoo"), "train", ("data.format: Input should be 'auto', 'coco'",)),
+    "unknown format": Case(SEG, put("data.format", "cocoo"), "train",
+        ("data.format: there is no format 'cocoo'; did you mean coco",)),
     "masks without class names": Case(SEG, put("data.classes", None), "train",
         ("data.classes is missing: masks hold ids only, so the recipe lists the class names",)),
     "the same class twice": Case(SEG, put("data.classes", ["a", "b", "c", "d", "e", "a"]), "train",
@@ -328,7 +347,7 @@ RECIPES: dict[str, Case] = {
     "option that is no choice": Case(SEG, put(f"{LOSS}.mask_grad", "sideways"), "distill",
         ("losses.0 (acam): acam.mask_grad: Input should be ", "(given: 'sideways')")),
     "weight of another word": Case(SEG, put(f"{LOSS}.weight", "automatic"), "distill",
-        ("losses.0 (acam): acam.weight: Input should be a valid number (given: 'automatic')",)),
+        ("losses.0.weight: must be a number from 0, or auto, not 'automatic'",)),
     "unknown preset": Case(SEG, put(f"{LOSS}.preset", "papr"), "distill",
         ("losses.0 (acam): acam has no preset 'papr'; did you mean paper",)),
     "preset of a method without": Case(SEG, put("losses", [{"name": "dist", "pairs": ["decoder"], "preset": "x"}]),
@@ -410,7 +429,7 @@ DATA: dict[str, Case] = {
     "image of 16 bits": Case("yolo", mask("images/train/1.png", 0, mode="I;16"), "train",
         ("images/train/1.png: the image cannot be read: its pixels are of mode I;16; save it with 8 bits per",)),
     "no images at all": Case(SEG, empty("images/train", "masks/train"), "train",
-        ("images/train: the folder holds no images (.jpg, .jpeg, .png",)),
+        ("images/train: the folder holds no images (.jpg, .jpeg, .jfif, .png",)),
     "missing annotations": Case(DET, put("data.val.annotations", "annotations/val.json"), "train",
         ("cannot read the annotations", "annotations/val.json: No such file or directory")),
     "broken JSON": Case(DET, cut("annotations/instances_val.json", 300), "train",
@@ -432,7 +451,7 @@ DATA: dict[str, Case] = {
     "an image that is not there": Case(DET, coco(lambda c: c["images"][1].update(file_name="no.jpg")), "train",
         ("images/train/no.jpg: there is no such image",)),
     "an image of another size": Case(DET, coco(lambda c: c["images"][1].update(height=100)), "train",
-        ("00002.jpg has 128 x 128 pixels (rotated as its EXIF entry says), but", "says 128 x 100 pixels")),
+        ("00002.jpg has 128 x 128 pixels, but", "says 128 x 100 pixels")),
     "box the wrong way round": Case(DET, box(bbox=[10, 10, -5, 5]), "train",
         ("instances_train.json: annotation 5 of image ", "the box from (10, 10) to (5, 15) on ", " has no area")),
     "box of NaN": Case(DET, box(bbox=[10, 10, float("nan"), 5]), "train", ("annotation 5 of image", "has no area")),
@@ -476,9 +495,9 @@ DATA: dict[str, Case] = {
         ("train_1.xml: object 1 (dog): it needs a bndbox with the numbers xmin, ymin, xmax and ymax",)),
     "voc: box the wrong way round": Case("voc", replace("Annotations/train_1.xml", "<xmax>30", "<xmax>3"), "train",
         ("train_1.xml: object 1 (dog): the box from (4, 5) to (3, 40) on train_1.jpg has no area",)),
-    "voc: paths beside the layout": Case("voc",
-        put("data", {"format": "voc", "train": {"images": "JPEGImages"}}), "train",
-        ("data.train.images: data.format voc has folders of its own: give the split's `name` instead",)),
+    "cityscapes: paths beside the layout": Case("cityscapes",
+        put("data", {"format": "cityscapes", "train": {"images": "leftImg8bit"}}), "train",
+        ("data.train.images: data.format cityscapes has folders of its own: give the split's `name` instead",)),
     "voc masks: unknown id": Case("voc masks", mask("SegmentationClass/val_1.png", 33), "train",
         ("SegmentationClass/val_1.png: the mask holds 33, but the values for the 21 classes and for void are 0 to",)),
     "voc masks: missing mask": Case("voc masks", remove("SegmentationClass/val_1.png"), "train",
@@ -514,6 +533,20 @@ DATA: dict[str, Case] = {
         ("gtFine/val: there is no such folder; ", "gtCoarse/val is there, but coarse masks are not read")),
     "cityscapes: other classes": Case("cityscapes", put("data.classes", ["road"]), "train",
         ("data.classes is road, but the classes of Cityscapes are road, sidewalk",)),
+    "masks of void alone": Case(SEG, void("train"), "train",
+        ("none of the 8 images has a pixel that is not void: nothing can be learned or scored; ",)),
+    "masks of void alone, to distill": Case(SEG, void("train"), "distill",
+        ("none of the 8 images has a pixel that is not void",)),
+    "validation masks of void alone": Case(SEG, void("val"), "train",
+        ("none of the 4 images has a pixel that is not void",)),
+    "a palette per mask": Case(SEG, palettes, "train",
+        ("the palette's color 1 is #", "data.mask_values")),
+    "yolo: names that are no text": Case("yolo", write("data.yaml", "names: [yes, no]"), "train",
+        ('names: class 0 is written yes, which YAML reads as True, not as text: put it in quotes, "yes"',)),
+    "yolo: path that is not there": Case("yolo", replace("data.yaml", "names", "path: gone\nnames"), "train",
+        ("data.yaml: there is no folder for path gone; looked for",)),
+    "coco: an infinite area": Case(DET, box(area=float("inf")), "train",
+        ("has the area inf, which must be a finite number from 0 on",)),
     "no unlabeled images": Case(SEG, put("data.unlabelled", "more"), "distill",
         ("cannot read the folder", "more: No such")),
     "broken unlabeled image": Case(SEG, both(put("data.unlabelled", "more"), write("more/1.jpg", "x")), "distill",

@@ -21,6 +21,7 @@ from acamkd.distillation.auto_weight import (
     probe_distiller,
     reuse_weights,
     total_norms,
+    with_objects,
 )
 from acamkd.distillation.build import build_distiller
 from acamkd.distillation.distiller import Distiller
@@ -29,7 +30,7 @@ from acamkd.errors import AcamkdError
 from acamkd.jobs.setup import Batches, build_network, teacher_section
 from acamkd.jobs.train import distill
 from acamkd.losses.base import DistillationContext, FeatureLoss
-from acamkd.models.base import Target, TaskModel
+from acamkd.models.base import VOID, Target, TaskModel
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,60 @@ def test_only_the_first_batches_are_read(segmentation: Path) -> None:
     assert read == BATCHES
 
 
+def _emptied(batches: Batches, share: float, size: int) -> list[tuple[list[Tensor], list[Target]]]:
+    """Batches of images that have objects, among which `share` have none: blank images, evenly among the others."""
+    dataset = batches.splits["train"]
+    pairs: list[tuple[Tensor, Target]] = []
+    for index in range(24):
+        pairs.append(dataset[index % len(dataset)])
+        while sum(not len(target["boxes"]) for _, target in pairs) < share * (len(pairs) + 1) - 1e-9:
+            image, target = dataset[index % len(dataset)]
+            empty = {name: value[:0] for name, value in target.items()}
+            pairs.append((torch.full_like(image, 114), empty))
+    return [
+        ([image for image, _ in pairs[i : i + size]], [target for _, target in pairs[i : i + size]])
+        for i in range(0, len(pairs) - size + 1, size)
+    ]
+
+
+@pytest.mark.parametrize("method", ["acam", "pkd"])
+def test_images_without_objects_do_not_move_the_weight(
+    detection: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("acamkd.distillation.auto_weight.BATCHES", 6)
+    recipe = config.load(detection, [f"losses.0.name={method}", "losses.0.weight=auto"])
+    student, teacher, batches = networks(recipe)
+    weights = [
+        calibrated(student, teacher, recipe.losses, _emptied(batches, share, size=4))[0].weight
+        for share in (0, 0.5, 0.7, 0.9)
+    ]
+    assert weights == [weights[0]] * 4
+
+
+def test_where_every_image_has_objects_batches_pass_as_they_are(detection: Path) -> None:
+    batches = Batches(config.load(detection))
+    given = [([torch.rand(3, 8, 8)] * size, [{"boxes": torch.ones(1, 4)}] * size) for size in (3, 2, 3)]
+    for (images, targets), (own_images, own_targets) in zip(with_objects(given), given, strict=True):
+        assert images is own_images
+        assert targets is own_targets
+    assert len(list(with_objects(batches.train))) == 2
+
+
+def test_a_few_images_with_objects_fill_one_batch_and_none_is_an_error() -> None:
+    def batch(*counts: int, crowd: bool = False) -> tuple[list[Tensor], list[Target]]:
+        targets = [{"boxes": torch.ones(n, 4), "iscrowd": torch.full((n,), int(crowd))} for n in counts]
+        return [torch.full((3, 8, 8), float(n)) for n in counts], targets
+
+    [(images, targets)] = with_objects([batch(0, 0, 0), batch(2, 0, 0), batch(3, 3, 3, crowd=True)])
+    assert [len(target["boxes"]) for target in targets] == [2, 2, 2]
+    assert [image.mean().item() for image in images] == [2, 2, 2]
+    with pytest.raises(AcamkdError, match=r"none of the 6 training images that were read has an object .* as a number"):
+        list(with_objects([batch(0, 0, 0), batch(3, 3, 3, crowd=True)]))
+    void, known = torch.full((4, 4), VOID), torch.zeros(4, 4, dtype=torch.int64)
+    masks = [([torch.rand(3, 4, 4)] * 2, [{"mask": void}, {"mask": known}])] * 2
+    assert [target["mask"] is known for _, targets in with_objects(masks) for target in targets] == [True, True]
+
+
 def test_a_run_holds_the_number_and_is_reproduced_by_it(
     segmentation: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -177,7 +232,7 @@ def test_a_run_holds_the_number_and_is_reproduced_by_it(
     resolved = config.load(tmp_path / "auto/recipe.yaml")
     weight = resolved.losses[0].options["weight"]
     assert isinstance(weight, float)
-    assert f"fitnet: weight {weight:g}; 2 batches" in caplog.text
+    assert f"fitnet: weight {weight:g}; 2 batches of images with objects" in caplog.text
     distill(resolved, out=tmp_path / "number")
     for file in ("recipe.yaml", "student.safetensors"):
         assert (tmp_path / "auto" / file).read_bytes() == (tmp_path / "number" / file).read_bytes()

@@ -292,6 +292,31 @@ def test_audit_a_distillation_of_zero_is_an_error(student: Tiny, teacher: Tiny, 
         distiller(batch)
 
 
+def test_audit_takes_the_batches_that_a_step_accumulates_for_one(student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    """A layer that starts at zero lets nothing through before the first step: residual networks begin so."""
+    with torch.no_grad():
+        last: Any = student.net.body[-1]
+        last.weight.zero_()
+        last.bias.zero_()
+    distiller = Distiller(student, teacher, [BODY], [FitNet(4, 6)]).train()
+    optimizer = torch.optim.SGD(distiller.parameters(), lr=0.01)
+    for numbered in (True, False):  # a loop of one's own need not number its steps
+        for step in range(3):
+            for _ in range(AUDITED_STEPS + 5):
+                torch.stack(list(distiller(batch, step if numbered else 0).values())).sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_audit_counts_steps_that_are_not_numbered(student: Tiny, teacher: Tiny, batch: Batch) -> None:
+    distiller = Distiller(student, teacher, [BODY], [Constant(0.0)]).train()
+    with pytest.raises(AcamkdError, match="exactly 0 in each of the first 20 steps"):  # noqa: PT012
+        for _ in range(AUDITED_STEPS):
+            distiller(batch)
+            with torch.no_grad():
+                student.net.head.weight.add_(0.0)
+
+
 def test_audit_names_the_parameters_that_are_never_reached(student: Tiny, teacher: Tiny, batch: Batch) -> None:
     class Last(FeatureLoss):
         """Looks at one channel of the stem only."""
@@ -483,7 +508,7 @@ def backward_twice(terms: dict[str, Tensor], maps: list[Tensor], _: Any) -> tupl
 def test_looking_ahead_repeats_no_work_of_a_detectors_heads_and_changes_no_gradient(
     arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    section = Model(arch=arch, backbone="mobilenetv3_small_050", backbone_weights=None, fpn_channels=32)
+    section = Model(arch=arch, backbone="mobilenetv3_small_050", backbone_weights=None, fpn_channels=64)
     student, teacher = build(section, "detection", 3, (64, 64)), build(section, "detection", 3, (64, 64))
     target = {
         "boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]),

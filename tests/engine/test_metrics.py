@@ -12,7 +12,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from acamkd.engine.metrics import Scorer, score
+from acamkd import config
+from acamkd.engine.metrics import Scorer, score, scorer_of
 from acamkd.errors import AcamkdError
 from acamkd.models.base import VOID, Prediction, Target
 from acamkd.models.segmentation import Segmenter
@@ -126,6 +127,35 @@ def test_what_is_not_in_the_set_is_nan_and_what_is_not_found_is_0() -> None:
     scores = scorer.compute()
     assert (scores["mAP"], scores["AP_l"], scores["AP/bee"]) == (0, 0, 0)
     assert all(math.isnan(scores[name]) for name in ("AP_s", "AP_m", "AP/ant", "AP/cat"))
+
+
+def _grid(count: int) -> tuple[Prediction, Target]:
+    """So many objects of one class, all of them found."""
+    corners = torch.stack([torch.arange(count) % 20, torch.arange(count) // 20], dim=1) * 12.0
+    boxes = torch.cat([corners, corners + 10], dim=1)
+    found = {"boxes": boxes, "labels": torch.ones(count).long(), "scores": torch.linspace(0.9, 0.5, count)}
+    return found, {"boxes": boxes, "labels": torch.ones(count).long(), "iscrowd": torch.zeros(count).long()}
+
+
+def test_more_objects_than_count_are_said_and_can_be_made_to_count(caplog: pytest.LogCaptureFixture) -> None:
+    found, target = _grid(150)
+    scorer = Scorer("detection", CLASSES)
+    for _ in range(2):
+        scorer.update([found], [target])
+        assert scorer.compute()["mAP"] == pytest.approx(100 * 67 / 101)  # the recalls up to 100 / 150
+    [said] = [message for message in caplog.messages if "objects" in message]
+    assert said.startswith("1 images have more than 100 objects (up to 150)")
+    assert "options: {detections_per_img: N}" in said
+
+    student = {"arch": "fcos", "options": {"detections_per_img": 200}}
+    content = {"name": "x", "task": "detection", "data": {}, "student": student, "train": {"epochs": 1}}
+    raised = scorer_of(config.parse(content), CLASSES)
+    raised.update([found], [target])
+    scores = raised.compute()
+    assert scores["mAP"] == scores["AP_s"] == 100
+    assert len(caplog.messages) == 1
+    student["options"] = {"detections_per_img": 20}
+    assert scorer_of(config.parse(content), CLASSES).max_detections == 100
 
 
 def test_sizes_are_those_of_the_outlines_where_they_are_known() -> None:

@@ -6,20 +6,23 @@ import json
 import os
 import signal
 import socket
-import traceback
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
+import leaving
 import tiny
 from acamkd import config, models
 from acamkd.data.loading import Images
 from acamkd.data.scenes import CLASSES, write_scenes
+from acamkd.distillation import auto_weight
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.runs import TERMINATED, open_run
 from acamkd.errors import AcamkdError
@@ -28,6 +31,8 @@ from acamkd.jobs.compare.trials import plan
 from acamkd.jobs.evaluate import evaluate
 from acamkd.jobs.setup import build_network
 from acamkd.jobs.train import distill
+from acamkd.losses.acam.masks import Masks
+from acamkd.losses.acam.statistics import WATCH_EVERY, CollapseWatch
 from acamkd.models.base import Task
 
 PAIRS = {"detection": "backbone:*", "segmentation": "segmentation_head.0"}
@@ -88,26 +93,12 @@ def _together(run: Callable[[int], object], launcher: Launcher = _torchrun) -> l
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = []
-    for rank in (0, 1):
-        child = os.fork()  # new interpreters would spend their time on imports
-        if child:
-            children.append(child)
-            continue
+
+    def job(rank: int) -> None:
         os.environ.update({name: str(value) for name, value in launcher(rank, port).items()})
-        code: Any = 1
-        try:
-            # torch renews its pool of threads at the first use after a fork, which two threads at once must not do.
-            torch.set_num_threads(torch.get_num_threads())
-            run(rank)
-            code = 0
-        except SystemExit as end:
-            code = end.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        run(rank)
+
+    return [leaving.exit_code(child) for child in [leaving.begin(partial(job, rank)) for rank in (0, 1)]]
 
 
 def _shared(raw: dict[str, Any], **train: Any) -> config.Recipe:
@@ -182,6 +173,96 @@ def test_processes_agree(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytes
     assert [row["step"] for row in history] == ["2", "4", "6"]
     spatial = next(name for name in history[0] if name.endswith("/acam/spatial"))
     assert [bool(row[spatial]) for row in history] == [True, False, False]  # an epoch is 2 steps of each process
+
+
+def test_a_run_goes_on_with_as_many_processes_only(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Where the recipe says `devices: auto`, which another machine understands in another way."""
+    automatic = {"train": {**raw["train"], "batch_size": 2, "devices": "auto", "accelerator": "cpu"}}
+    with pytest.MonkeyPatch.context() as patch:  # Lightning's CPUs are one device unless a number is given
+        patch.setattr("lightning.pytorch.accelerators.cpu.CPUAccelerator.auto_device_count", lambda *_: 2)
+        recipe = config.parse({**raw, **automatic})
+        original = TrainingModule.training_step
+
+        def ended(self: TrainingModule, batch: Images, batch_idx: int) -> Tensor:
+            if self.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, batch, batch_idx)
+
+        patch.setattr(TrainingModule, "training_step", ended)
+        assert _together(lambda rank: distill(recipe, out=tmp_path / "run")) == [TERMINATED, TERMINATED]
+    with pytest.raises(AcamkdError, match=r"run was trained by 2 processes, and now there is 1, .* resume with 2 "):
+        distill(recipe, out=tmp_path / "run", resume=True)
+    assert torch.load(tmp_path / "run/last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def test_processes_take_the_weight_that_the_first_one_measured(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another device may round in another way."""
+    raw = {**raw, "losses": [{**raw["losses"][0], "weight": "auto"}]}
+    measure: Callable[..., tuple[config.Loss, ...]] = auto_weight.calibrate
+
+    def calibrate(*given: Any) -> tuple[config.Loss, ...]:
+        (entry,) = measure(*given)
+        weight = entry.options["weight"] + 0.25 * int(os.environ["RANK"])
+        return (config.Loss(**{**entry.model_dump(), "weight": weight}),)
+
+    original = TrainingModule.training_step
+
+    def noting(self: TrainingModule, batch: Images, batch_idx: int) -> Tensor:
+        (tmp_path / f"weight-{self.global_rank}").write_text(str(self.distiller.losses[0].weight))
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr("acamkd.jobs.train.calibrate", calibrate)
+    monkeypatch.setattr(TrainingModule, "training_step", noting)
+    assert _together(lambda rank: distill(_shared(raw, epochs=1), out=tmp_path / "run")) == [0, 0]
+    (loss,) = config.load(tmp_path / "run/recipe.yaml").losses
+    assert {(tmp_path / f"weight-{rank}").read_text() for rank in (0, 1)} == {str(loss.model_dump()["weight"])}
+
+
+@pytest.mark.parametrize(("means", "collapsed"), [((0.5, 0.0), False), ((0.12, 0.0), True)])
+def test_processes_judge_together_whether_masks_have_collapsed(means: tuple[float, float], collapsed: bool) -> None:
+    def look(rank: int) -> None:
+        distributed.init_process_group("gloo", rank=rank, world_size=2)
+        masks = Masks(channel=None, spatial=torch.rand(1, 2, 4, 4))
+        figures = {"spatial_mask": torch.tensor(means[rank]), "spatial_mask_std": torch.tensor(0.3)}
+        expected = pytest.raises(AcamkdError, match=r"their mean is 0\.06") if collapsed else nullcontext()
+        with expected:
+            CollapseWatch(stop=True).look(masks, figures, WATCH_EVERY - 1)
+
+    assert _together(look) == [0, 0]
+
+
+def test_fewer_validation_images_than_processes_are_one_message(raw: dict[str, Any], tmp_path: Path) -> None:
+    write_scenes(tmp_path / "data", train=8, val=1, size=(64, 64), seed=0, task=raw["task"])
+    recipe = _shared({**raw, "data": {**raw["data"], "root": str(tmp_path / "data")}}, epochs=1)
+
+    def refused(rank: int) -> None:
+        with pytest.raises(AcamkdError, match=r"validation images for 2 processes that are to share them: 1; lower"):
+            distill(recipe, out=tmp_path / "run")
+
+    assert _together(refused) == [0, 0]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook", "ddp_spawn"])
+def test_processes_that_would_be_forks_are_refused_before_the_training(
+    strategy: str, raw: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = _shared(raw, strategy=strategy)
+    with pytest.raises(AcamkdError, match=f"train.strategy {strategy} with 2 devices would train in forks"):
+        distill(recipe, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_notebook_with_several_devices_is_refused_before_the_training(
+    raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning.pytorch.trainer.connectors.accelerator_connector._IS_INTERACTIVE", True)
+    with pytest.raises(
+        AcamkdError, match=r"train.strategy auto with 2 devices .* set train.devices to 1, as notebooks"
+    ):
+        distill(_shared(raw), out=tmp_path / "run")
 
 
 def test_too_few_images_for_so_many_processes_are_one_message(raw: dict[str, Any], tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+import leaving
 import tiny
 from acamkd import config
 from acamkd.data import dataset
@@ -58,10 +58,6 @@ def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _signalled(raw: dict[str, Any], folder: Path, hook: str, at: tuple[int, int], number: int) -> int:
     """Exit code of a distillation, in a process of its own, that gets a signal within a given (epoch, batch)."""
-    child = os.fork()  # a new interpreter would spend its time on imports
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    os.setpgid(0, 0)
     original = getattr(TrainingModule, hook)
 
     def signalled(self: TrainingModule, batch: Images, batch_idx: int) -> Any:
@@ -69,19 +65,12 @@ def _signalled(raw: dict[str, Any], folder: Path, hook: str, at: tuple[int, int]
             os.killpg(0, number)  # as schedulers do: the loading processes get it, too
         return original(self, batch, batch_idx)
 
-    setattr(TrainingModule, hook, signalled)
-    code: Any = 0
-    try:
-        # torch renews its pool of threads at the first use after a fork, which two threads at once must not do.
-        torch.set_num_threads(torch.get_num_threads())
+    def job() -> None:
+        os.setpgid(0, 0)
+        setattr(TrainingModule, hook, signalled)
         distill(config.parse(raw), out=folder)
-    except SystemExit as end:
-        code = end.code
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    finally:
-        os._exit(code)
+
+    return leaving.run(job)
 
 
 def _same(one: Path, other: Path) -> None:

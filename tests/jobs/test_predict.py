@@ -6,6 +6,7 @@ import json
 import logging
 import struct
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,25 @@ def test_boxes_and_names_grow_with_the_image() -> None:
     assert shares[0] == pytest.approx(shares[1], rel=0.2)
 
 
+def test_frames_keep_their_times(red: Path, tmp_path: Path) -> None:
+    """Telephones record at a rate that varies: overlays would run ahead of the video, or behind it."""
+    times = [0, 100, 150, 400, 1000]  # milliseconds
+    with av.open(tmp_path / "film.mp4", "w") as writer:
+        stream = writer.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for time in times:
+            frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            writer.mux(stream.encode(frame))
+        writer.mux(stream.encode())
+    folder = predict(red, tmp_path / "film.mp4").folder
+    for file in (tmp_path / "film.mp4", folder / "overlays/film.mp4"):
+        with av.open(file) as reader:
+            found = [frame.time for frame in reader.decode(video=0)]
+        assert found == pytest.approx([time / 1000 for time in times], abs=1e-3), file
+
+
 def test_a_video_is_turned_upright(red: Path, tmp_path: Path) -> None:
     folder = predict(red, _film(tmp_path / "film.mp4", turned=True)).folder
     seen = np.array(Image.open(folder / "masks/film/000000.png"))
@@ -180,6 +200,25 @@ def test_an_image_that_cannot_be_read_does_not_lose_the_others(box: Path, tmp_pa
     assert sorted(file.name for file in (out / "overlays").iterdir()) == ["a.png", "c.png"]
 
 
+def test_a_full_list_of_detections_is_said(
+    box: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    opened = predicting._open(box)
+    for limit, score, said in ((2, 0.1, True), (2, 0.3, False), (3, 0.1, False), (None, 0.1, False)):
+        caplog.clear()
+        monkeypatch.setattr(predicting, "_open", lambda _, limit=limit: (*opened[:3], limit))
+        predict(box, tmp_path / "a.png", out=tmp_path / "out", score=score)
+        assert ("2 detections, all that the network gives, were found in 1 image" in caplog.text) == said
+
+
+def test_an_output_folder_that_cannot_be_written_is_said_before_the_first_image(red: Path, tmp_path: Path) -> None:
+    source = tmp_path / "image.png"
+    source.write_bytes(b"not read")
+    with pytest.raises(AcamkdError, match=rf"cannot write {source}/out: Not a directory; --out"):
+        predict(red, source, out=source / "out")
+
+
 def test_a_source_without_images_is_refused(tmp_path: Path) -> None:
     model = tmp_path / "none.onnx"
     for source, message in {
@@ -194,6 +233,22 @@ def test_a_source_without_images_is_refused(tmp_path: Path) -> None:
             path.touch()
         with pytest.raises(AcamkdError, match=rf"{source}: {message}"):
             predict(model, path)
+
+
+def test_folders_in_the_folder_and_every_suffix(red: Path, box: Path, tmp_path: Path) -> None:
+    places = ["a.jpg", "camera2/a.jpg", "camera2/deep/b.TIF", "c.gif", "d.jfif", "e.tiff"]
+    for number, place in enumerate(places):
+        (tmp_path / "images" / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 8), (40 * number, 0, 0)).save(tmp_path / "images" / place)
+    for _ in range(2):  # what the first run wrote is no image of the second
+        made = predict(red, tmp_path / "images", out=tmp_path / "images/found")
+        assert made.count == len(places)
+        for place in places:
+            assert (made.folder / "overlays" / place).is_file()
+            assert (made.folder / "masks" / place).with_suffix(".png").is_file()
+    made = predict(box, tmp_path / "images", out=tmp_path / "images/found")
+    found = json.loads((made.folder / "predictions.json").read_text())
+    assert sorted(entry["file_name"] for entry in found) == sorted(places)
 
 
 def test_two_images_of_one_name_are_for_a_detector_alone(red: Path, box: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def detector(arch: str, seed: int, num_classes: int = 3) -> TaskModel:
     """A tiny detector whose heads say something: torchvision starts them with nearly constant outputs."""
     torch.manual_seed(seed)
     model = build(
-        Model(arch=arch, backbone="mobilenetv3_small_050", backbone_weights=None, fpn_channels=32),
+        Model(arch=arch, backbone="mobilenetv3_small_050", backbone_weights=None, fpn_channels=64),
         "detection",
         num_classes,
         (64, 64),

@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import to_dtype
 from acamkd.config import Model, ShortLong
 from acamkd.errors import AcamkdError
 from acamkd.models import Target, build
-from acamkd.models.detection import Detector
+from acamkd.models.detection import Detector, wrap_detector
 
 ARCHITECTURES = ("retinanet", "fcos", "faster_rcnn")
 TORCHVISION = {
@@ -23,7 +23,8 @@ TORCHVISION = {
 
 def detector(arch: str, resize: tuple[int, int] | ShortLong | None = None, **settings: Any) -> Detector:
     torch.manual_seed(0)
-    section = {"backbone": "mobilenetv3_small_050", "fpn_channels": 32, **settings}
+    width = 64 if arch == "fcos" else 32
+    section = {"backbone": "mobilenetv3_small_050", "fpn_channels": width, **settings}
     model = build(Model(arch=arch, backbone_weights=None, **section), "detection", 3, resize)
     assert isinstance(model, Detector)
     return model
@@ -96,9 +97,9 @@ def test_detections_are_torchvisions(arch: str, resize: tuple[int, int] | ShortL
     for name, parameter in model.net.named_parameters():
         if name.endswith(("cls_logits.weight", "cls_score.weight")):
             parameter.data *= 50  # scores far enough apart not to change places by rounding
-    ours = model.predict(images())
+    ours = [model.predict([image])[0] for image in images()]  # in a batch rounding would swap some
     with torch.no_grad():
-        theirs = model.net(floats(images()))
+        theirs = [model.net([image])[0] for image in floats(images())]
     for mine, reference in zip(ours, theirs, strict=True):
         kept = reference["labels"] > 0
         assert kept.sum() > 10
@@ -139,6 +140,20 @@ def test_without_resize_images_keep_their_size(training: bool) -> None:
     torch.testing.assert_close(batch.pixels[0, :, :50, :70], expected)
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_strip_keeps_a_pixel_of_its_short_side(arch: str) -> None:
+    strip = torch.randint(0, 256, (3, 2000, 8), dtype=torch.uint8)
+    target = {"boxes": torch.tensor([[1.0, 500.0, 7.0, 1500.0]]), "labels": torch.tensor([2])}
+    model = detector(arch, ShortLong(short=100, long=160), fpn_channels=64)
+    batch = model.prepare([strip], [target])
+    assert batch.sizes == [(160, 1)]
+    assert batch.targets is not None
+    torch.testing.assert_close(batch.targets[0]["boxes"], torch.tensor([[0.125, 40.0, 0.875, 120.0]]))
+    assert torch.stack(list(model.loss(model(batch), batch).values())).sum().isfinite()
+    [found] = model.eval().predict([strip.transpose(1, 2)])
+    assert found["boxes"].shape[1] == 4
+
+
 def test_an_exact_size_is_height_and_width() -> None:
     assert detector("retinanet", (32, 64)).prepare(images()).sizes == [(32, 64), (32, 64)]
 
@@ -152,6 +167,33 @@ def test_a_teacher_of_other_colors_normalizes_for_itself() -> None:
     teacher(batch)
     alone, _ = teacher.net.transform(floats(images()))
     torch.testing.assert_close(seen[0], alone.tensors, rtol=1e-5, atol=1e-5)
+
+
+def test_whole_numbers_as_colors_make_floats() -> None:
+    model = detector("retinanet", mean=(0, 0, 0), std=(1, 1, 1))
+    model = wrap_detector(model.net, 3, None, (0, 0, 0), (1, 1, 1))
+    assert model.mean.dtype == model.std.dtype == torch.float32
+    batch = model.prepare(images())
+    torch.testing.assert_close(batch.pixels[0, :, :50, :70], images()[0] / 255)
+
+
+def test_group_norm_of_single_channels_is_refused_where_a_map_has_one_value() -> None:
+    model = detector("fcos", (128, 128), fpn_channels=32)
+    said = (
+        r"FCOS: the heads' group norm has as many groups as channels \(32\), and the coarsest map of an input of "
+        r"128 x 128 has one value, .* give fpn_channels 64 or more, or larger images \(data.resize above 128\)"
+    )
+    for training, count in ((True, 2), (False, 2), (False, 1)):  # two images would pass torch's own check
+        with pytest.raises(AcamkdError, match=said):
+            model.train(training).predict(images()[:1] * count)
+    for resize, width in (((160, 96), 32), ((128, 128), 64)):
+        assert len(detector("fcos", resize, fpn_channels=width).eval().predict(images())) == 2
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_largest_number_of_detections(arch: str) -> None:
+    option = "box_detections_per_img" if arch == "faster_rcnn" else "detections_per_img"
+    assert detector(arch, options={option: 17}).max_detections == 17
 
 
 def test_crowds_do_not_train() -> None:

@@ -19,9 +19,9 @@ from acamkd.errors import AcamkdError
 from acamkd.models import Target, TaskModel, build, save_weights
 from acamkd.models.build import family_of
 from acamkd.models.hf_kinds import KINDS
+from tiny_hf import OPTIONS
 
 pytest.importorskip("transformers")
-from tiny_hf import OPTIONS  # noqa: E402
 
 CLASSES = ("cat", "dog", "cow", "owl", "ant")
 SIDE = 128
@@ -62,9 +62,11 @@ def test_it_learns_distills_predicts_and_comes_back(name: str, tmp_path: Path) -
 
     # The loss is finite and falls on two images, of which one is empty; it is finite on empty ones alone.
     batch = model.prepare(images(), targets(name))
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    # Where queries are chosen anew in each step, the loss jumps at first.
+    steps, rate = (12, 5e-3) if "group_detr" in OPTIONS[name] else (5, 2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), rate)
     losses = []
-    for _ in range(5):
+    for _ in range(steps):
         torch.manual_seed(0)  # of dropout and denoising
         (loss,) = model.train().loss(model(batch), batch).values()
         losses.append(loss.item())
@@ -148,14 +150,14 @@ def from_pretrained(model: TaskModel, folder: Path) -> None:
     assert distances.min(dim=1)[0].max() < 0.01  # as sets: the order of equal scores may flip
 
 
-@pytest.mark.parametrize("name", [name for name in DETECTORS if KINDS[name].is_masked])
-def test_padding_is_masked(name: str) -> None:
-    """Boxes are fractions of the image where the network sees its end, so that padding moves none."""
-    model = make(name, size=None if name == "detr" else (96, 64)).eval()
-    batch = model.prepare([torch.zeros(3, 96, 64, dtype=torch.uint8), torch.zeros(3, 96, 64, dtype=torch.uint8)])
-    mask = model.inputs(batch)["pixel_mask"]  # type: ignore[operator]
-    sizes = batch.sizes
-    assert mask.sum(dim=(1, 2)).tolist() == [h * w for h, w in sizes]
+@pytest.mark.parametrize("name", ["detr", "deformable_detr", "rf_detr"])
+def test_a_mask_says_where_the_image_ends(name: str) -> None:
+    model: Any = make(name, size=config.ShortLong(short=90, long=100)).eval()
+    batch = model.prepare([torch.zeros(3, 180, 200, dtype=torch.uint8)])
+    mask = model.inputs(batch)["pixel_mask"]
+    assert mask.shape == (1, 96, 128)
+    assert mask[0, :90, :100].all()
+    assert mask.sum() == 90 * 100
 
 
 def test_boxes_of_a_padded_image_come_back() -> None:
@@ -216,7 +218,7 @@ def test_a_folder_says_how_images_are_prepared(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(AcamkdError, match="hf/rt_detr has no option num_querys; did you mean num_queries"):
         make("rt_detr", options={"num_querys": 3})
-    with pytest.raises(AcamkdError, match="hf/rt_detr3 is no folder .* no model type; did you mean rt_detr"):
+    with pytest.raises(AcamkdError, match=r"hf/rt_detr3 is no folder .* no model type; did you mean rt_detr"):
         make("rt_detr", arch="hf/rt_detr3")
     with pytest.raises(AcamkdError, match="unknown segmenter hf/detr"):
         family_of("hf/detr", "segmentation")

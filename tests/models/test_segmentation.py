@@ -12,7 +12,8 @@ from acamkd.config import Model, ShortLong
 from acamkd.errors import AcamkdError
 from acamkd.models import build
 from acamkd.models.base import VOID
-from acamkd.models.segmentation import Segmenter, frame_size
+from acamkd.models.resize import frame_size
+from acamkd.models.segmentation import Segmenter
 
 
 class Rows(nn.Module):
@@ -83,6 +84,37 @@ def test_frame_size() -> None:
     assert frame_size((480, 360), (100, 200)) == (100, 200)
     assert frame_size((480, 360), ShortLong(short=180, long=1000)) == (240, 180)
     assert frame_size((480, 360), ShortLong(short=180, long=120)) == (120, 90)
+
+
+def test_a_strip_keeps_a_pixel_of_its_short_side() -> None:
+    strip, model = torch.randint(0, 256, (3, 2000, 8), dtype=torch.uint8), segmenter(ShortLong(short=100, long=160))
+    batch = model.eval().prepare([strip], [{"mask": torch.ones(2000, 8, dtype=torch.int64)}])
+    assert batch.sizes == [(160, 1)]
+    assert batch.targets is not None
+    assert (batch.targets[0]["mask"] != VOID).sum() == 160
+    assert model.loss(model(batch), batch)["cross_entropy"].isfinite()
+    assert model.predict([strip])[0]["mask"].shape == (2000, 8)
+
+
+def test_whole_numbers_as_colors_make_floats() -> None:
+    model = Segmenter(Rows(), 3, (0, 0, 0), (1, 1, 1))
+    assert model.mean.dtype == model.std.dtype == torch.float32
+    image = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8)
+    torch.testing.assert_close(model.prepare([image]).pixels[0], image / 255)
+
+
+@pytest.mark.parametrize(
+    ("norm", "said"),
+    [
+        (nn.GroupNorm(3, 3), "a group norm needs more than one value to normalize: give larger images"),
+        (nn.InstanceNorm2d(3), "an instance norm needs more than one value to normalize: give larger images"),
+        (nn.BatchNorm2d(3), "a batch norm needs more than one value of each channel: raise train.batch_size"),
+    ],
+)
+def test_a_norm_without_two_values_is_called_by_its_name(norm: nn.Module, said: str) -> None:
+    net = nn.Sequential(nn.AvgPool2d(32), norm, nn.Upsample(scale_factor=32))
+    with pytest.raises(AcamkdError, match=said):
+        Segmenter(net, 3).train().predict([torch.rand(3, 32, 32)])
 
 
 def test_loss_is_the_mean_over_pixels_that_are_not_void() -> None:

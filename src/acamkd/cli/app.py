@@ -48,9 +48,13 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 
 def overrides_of(losses: Path | None, assignments: list[str] | None) -> list[str]:
     """Both as assignments, the list of losses first, so that `--set losses.0.weight=2` can change it."""
-    from acamkd.config import read_text
+    from acamkd.config import read_text, read_yaml
 
-    return [*([f"losses={read_text(losses, 'losses')}"] if losses else []), *(assignments or [])]
+    if losses is None:
+        return assignments or []
+    text = read_text(losses, "losses")
+    read_yaml(text, str(losses))  # an error is to name the file
+    return [f"losses={text}", *(assignments or [])]
 
 
 def examples(*lines: str) -> str:

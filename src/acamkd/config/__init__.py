@@ -15,7 +15,9 @@ from acamkd.config.schema import (
     Size,
     Split,
     Train,
+    parse_mask_value,
 )
+from acamkd.config.yaml_text import read_yaml, write_yaml
 
 __all__ = [
     "Augmentation",
@@ -37,5 +39,8 @@ __all__ = [
     "load",
     "override",
     "parse",
+    "parse_mask_value",
     "read_text",
+    "read_yaml",
+    "write_yaml",
 ]

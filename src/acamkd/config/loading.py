@@ -5,15 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from acamkd.config.schema import Loss, Recipe
+from acamkd.config.yaml_text import Location, quoted, read_yaml, spelling, write_yaml
 from acamkd.errors import AcamkdError, nearest
 
 log = logging.getLogger(__name__)
@@ -38,48 +37,47 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         AcamkdError: The file cannot be read, or does not fit; the message names every bad key.
     """
-    try:
-        raw = yaml.load(read_text(path, "recipe"), Loader=Loader)
-    except yaml.YAMLError as error:
-        raise AcamkdError(f"{path} is not valid YAML: {error}") from error
+    text = read_text(path, "recipe")
+    raw = read_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise AcamkdError(f"{path} must hold a mapping with the keys {', '.join(Recipe.model_fields)}")
     raw.setdefault("name", path.stem)
-    for assignment in overrides:
-        _assign(raw, assignment)
-    return parse(raw, source=str(path))
+    return parse(raw, str(path), [((), text), *(_assign(raw, assignment) for assignment in overrides)])
 
 
 def as_recipe(recipe: Recipe | Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe, given as such or by its file, with some keys overridden; raises AcamkdError as `load` does."""
     if isinstance(recipe, Recipe):
         return override(recipe, overrides) if overrides else recipe
-    return load(Path(recipe), overrides)
+    return load(Path(recipe).expanduser(), overrides)
 
 
-def parse(raw: Mapping[str, Any], source: str = "recipe") -> Recipe:
-    """Validate a mapping as a recipe; raises AcamkdError that names every bad key."""
+def parse(raw: Mapping[str, Any], source: str = "recipe", texts: Sequence[tuple[Location, str]] = ()) -> Recipe:
+    """Validate a mapping as a recipe; raises AcamkdError that names every bad key.
+
+    Args:
+        raw: The mapping.
+        source: Where it is from.
+        texts: The YAML that it was read from, each with its place in the recipe, so that an error can quote it.
+    """
     try:
         # JSON mode is strict about types and still takes lists for tuples and strings for paths.
         return Recipe.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
-        lines = [_explain(entry) for entry in error.errors()]
+        lines = dict.fromkeys(_explain(entry, texts) for entry in error.errors())  # parts of a union say the same
         raise AcamkdError("\n  ".join([f"{source} does not fit:", *lines])) from error
-    except TypeError as error:  # a YAML date, say
-        raise AcamkdError(f"{source}: {error}; write it in quotes if it is meant as text") from error
 
 
 def override(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
     """A recipe with some keys changed, as `load` takes them; raises AcamkdError that names every bad key."""
     raw = recipe.model_dump(mode="json")
-    for assignment in assignments:
-        _assign(raw, assignment)
-    return parse(raw, source=f"the recipe {recipe.name} with {', '.join(assignments)}")
+    texts = [_assign(raw, assignment) for assignment in assignments]
+    return parse(raw, f"the recipe {recipe.name} with {', '.join(map(_short, assignments))}", texts)
 
 
 def dump(recipe: Recipe) -> str:
     """Write a recipe as YAML, every default spelled out; `load` reads it back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return write_yaml(recipe.model_dump(mode="json"))
 
 
 def imported(reference: str, key: str) -> Any:
@@ -98,34 +96,13 @@ def imported(reference: str, key: str) -> Any:
         ) from error
 
 
-class Loader(yaml.SafeLoader):
-    """SafeLoader that also reads 1e-3 as a number, as YAML 1.2 and every user do, and refuses a key given twice."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Read a mapping; raises ComposerError where a key stands twice."""
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if (key.tag, key.value) in seen:
-                raise yaml.composer.ComposerError(None, None, f"{key.value} is given a second time", key.start_mark)
-            seen.add((key.tag, key.value))
-        return node
-
-
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def _assign(raw: dict[str, Any], assignment: str) -> None:
-    """Carry out one `key=value` in the raw mapping."""
+def _assign(raw: dict[str, Any], assignment: str) -> tuple[Location, str]:
+    """Carry out one `key=value` in the raw mapping; returns the place and the text of the value."""
     key, separator, text = assignment.partition("=")
     if not separator or not key:
         raise AcamkdError(f"--set {assignment}: write key=value, such as train.epochs=20")
-    try:
-        value = yaml.load(text, Loader=Loader)
-    except yaml.YAMLError as error:
-        raise AcamkdError(f"--set {assignment}: the value is not valid YAML: {error}") from error
+    value = read_yaml(text, f"--set {_short(assignment)}: the value")
+    place = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
     node: Any = raw
     *parents, last = key.split(".")
     for name in parents:
@@ -133,13 +110,14 @@ def _assign(raw: dict[str, Any], assignment: str) -> None:
     if isinstance(node, list):
         _child(node, last, key)
         node[int(last)] = value
-        return
+        return place, text
     if not isinstance(node, dict):
         raise AcamkdError(f"--set {key}: {'.'.join(parents)} is a single value and has no key {last}")
     if parents[:1] == ["losses"] and last == "name" and node.get("name") != value:
         for option in set(node) - (set(Loss.model_fields) - {"preset", "weight"}):
             del node[option]
     node[last] = value
+    return place, text
 
 
 def _child(node: Any, name: str, key: str) -> Any:
@@ -155,17 +133,36 @@ def _child(node: Any, name: str, key: str) -> Any:
     return node[name]
 
 
-def _explain(entry: Mapping[str, Any]) -> str:
+def _explain(entry: Mapping[str, Any], texts: Sequence[tuple[Location, str]]) -> str:
     """One line for one validation error."""
-    location = [str(part) for part in entry["loc"]]
-    key = ".".join(part for part in location if part not in ("ShortLong", "Model"))
+    # Without what pydantic calls the parts of a union.
+    place = tuple(part for part in entry["loc"] if part not in ("ShortLong", "Model", "str") and "[" not in str(part))
+    location = [str(part) for part in place]
+    key = ".".join(location)
     if entry["type"] == "extra_forbidden":
         return f"{key}: unknown key; {nearest(location[-1], _fields_at(location[:-1]))}"
     if entry["type"] == "missing":
         return f"{key}: missing"
+    if entry["type"] in ("string_type", "path_type") and isinstance(entry["input"], (bool, int, float)):
+        found = _spelling(place, texts) or json.dumps(entry["input"])
+        read = json.dumps(entry["input"])
+        as_what = "" if read == found else f" as {read}"
+        return f"{key}: {found} is read{as_what}, and text is needed: write it in quotes, {quoted(found)}"
     message = entry["msg"].removeprefix("Value error, ")
-    given = "" if entry["type"] == "value_error" else f" (given: {entry['input']!r})"
+    given = "" if entry["type"] == "value_error" else f" (given: {_short(repr(entry['input']))})"
     return f"{key}: {message}{given}" if key else message
+
+
+def _spelling(location: Location, texts: Sequence[tuple[Location, str]]) -> str | None:
+    """How an entry of the recipe was written by the last text that gave it."""
+    for place, text in reversed(texts):
+        if location[: len(place)] == place:
+            return spelling(text, location[len(place) :])
+    return None
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 100 else f"{text[:60]} ... {text[-30:]}"
 
 
 def _fields_at(location: Sequence[str]) -> list[str]:

@@ -3,44 +3,96 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Size: TypeAlias = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
 """(height, width) in pixels."""
 
-Positive: TypeAlias = Annotated[int, Field(gt=0)]
+Positive: TypeAlias = Annotated[int, Field(gt=0, lt=2**31)]
 Fraction: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 Deviation: TypeAlias = Annotated[float, Field(gt=0)]
-FileName: TypeAlias = Annotated[str, Field(pattern=r"^[\w.-]+$")]
+
+
+def _check_file_name(name: str) -> str:
+    if re.fullmatch(r"[\w.-]*[\w-][\w.-]*", name):
+        return name
+    fitting = re.sub(r"[^\w.-]+", "-", name).strip("-.")
+    raise ValueError(
+        f"{name!r} cannot name files: use letters, digits and `_.-`, without blanks and not dots alone"
+        + (f", such as {fitting}" if fitting else "")
+    )
+
+
+FileName: TypeAlias = Annotated[str, AfterValidator(_check_file_name)]
 """What files and folders can be called."""
 
 
-class Section(BaseModel):
-    """A mapping in a recipe; unknown keys are errors."""
+def _written_path(path: Path) -> Path:
+    """With the home folder for `~`, and the slashes of this system."""
+    text = str(path)
+    try:
+        return Path(text if os.name == "nt" else text.replace("\\", "/")).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{error}: write the path without ~") from error
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+DataPath: TypeAlias = Annotated[Path, AfterValidator(_written_path)]
+"""Of images and annotations: `~` is the home folder, and back-slashes are slashes."""
+
+
+def parse_mask_value(text: str) -> int | tuple[int, int, int]:
+    """A gray level or index, `7`, or a color, `#ff8000` or `255, 128, 0`; ValueError if it is neither."""
+    plain = text.strip(" []()")
+    if found := re.fullmatch(r"#([0-9a-fA-F]{2})([0-9a-fA-F]{2})([0-9a-fA-F]{2})", plain):
+        red, green, blue = (int(part, 16) for part in found.groups())
+        return red, green, blue
+    parts = [int(part) for part in plain.split(",")] if re.fullmatch(r"\d{1,3}(\s*,\s*\d{1,3})*", plain) else []
+    if len(parts) not in (1, 3) or max(parts) > 255:
+        raise ValueError(
+            f'{text} is no value of a mask: give a number from 0 to 255, or a color as "#ff8000" or "255, 128, 0", in '
+            "quotes"
+        )
+    return parts[0] if len(parts) == 1 else (parts[0], parts[1], parts[2])
+
+
+class Section(BaseModel):
+    """A mapping in a recipe; unknown keys and infinite numbers are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Split(Section):
-    """Where one split lies: by `name`, in the format's own layout, or by `images`, with paths below `data.root`."""
+    """Where one split lies: by `name`, in the format's own layout, or by `images`, with paths below `data.root`.
+
+    Validation can also be a `share` of the training images.
+    """
 
     name: str | None = None
     """Such as `val`, `trainval` (VOC) or `train2017` (COCO)."""
-    images: Path | None = None
-    """Folder of images."""
-    masks: Path | None = None
-    """Format masks: folder of PNG masks, one per image, of the same name."""
-    annotations: Path | None = None
-    """Format coco: the JSON, if it is not the one of this `name`. Format yolo: folder of labels, if it is not beside
-    `images`."""
+    images: DataPath | None = None
+    """Folder of images; those of the folders in it count, too. Format yolo: or a text file that lists images."""
+    masks: DataPath | None = None
+    """Format masks: folder of masks, one per image, of the same name."""
+    annotations: DataPath | None = None
+    """Format coco: the JSON, if it is not the one of this `name`. Formats yolo and voc: folder of text or XML files, if
+    it is not beside `images`."""
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """`data.val` only: this share of the training images validates and does not train. Drawn by the images' names and
+    `seed`, so that every run draws the same ones; no file is moved."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the drawing."""
 
     @model_validator(mode="after")
     def _check(self) -> Split:
-        if (self.name is None) == (self.images is None):
+        if sum(each is not None for each in (self.name, self.images, self.share)) != 1:
             raise ValueError("give either the split's `name` in the format's own layout, or its `images`")
+        if self.share is not None and (self.masks or self.annotations):
+            raise ValueError("a `share` of the training images takes their masks and annotations: leave both out")
         return self
 
 
@@ -77,7 +129,7 @@ class Data(Section):
     """`coco`: images and a COCO JSON. `yolo`: images and text files. `voc`: Pascal VOC, boxes or masks. `masks`:
     images and 8-bit masks. `cityscapes`. `package.module:Class`: a reader of your own. `auto`: by what lies in
     `root`."""
-    root: Path = Path()
+    root: DataPath = Path()
     """Folder of the data; the splits' paths are relative to it."""
     train: Split = Split(name="train")
     val: Split = Split(name="val")
@@ -85,7 +137,11 @@ class Data(Section):
     """Class names in the order of their ids. Needed for masks; the other formats bring their own."""
     ignore_index: Annotated[int, Field(ge=0, le=255)] = 255
     """Format masks: mask value that neither trains nor counts."""
-    unlabelled: Path | None = None
+    mask_values: dict[str, str | int | None] | None = None
+    """Formats masks and voc: class, by name or number, of each value of the masks, where value k is not class k:
+    `{0: background, 255: crack}`. Or of each color: `{"#ff0000": road, "0, 0, 255": car}`. `void` is what neither
+    trains nor counts."""
+    unlabelled: DataPath | None = None
     """Folder of further images, relative to `root`, that only the distillation sees: each batch brings as many of
     them as it has labeled ones. Used by `distill` alone."""
     resize: Size | ShortLong | None = None
@@ -95,6 +151,20 @@ class Data(Section):
     """Processes that load images."""
     check: Literal["full", "headers"] = "full"
     """Before training, decode every image (full) or only read its header (headers)."""
+
+    @field_validator("mask_values", mode="before")
+    @classmethod
+    def _text_keys(cls, given: Any) -> Any:
+        return {str(key): value for key, value in given.items()} if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _check(self) -> Data:
+        if self.train.share is not None:
+            raise ValueError("train.share: only `val` can be a share, of the training images")
+        kinds = {type(parse_mask_value(value)) for value in self.mask_values or ()}
+        if len(kinds) > 1:
+            raise ValueError("mask_values: give values or colors, not both")
+        return self
 
 
 class Model(Section):
@@ -130,7 +200,7 @@ class Model(Section):
     def _check_none(cls, given: str | None) -> str | None:
         if given is not None and given.lower() == "none":
             raise ValueError("YAML writes nothing as null")
-        return given
+        return str(_written_path(Path(given))) if given is not None and given.startswith("~") else given
 
     @property
     def title(self) -> str:
@@ -241,7 +311,7 @@ class Train(Section):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     precision: Literal["32", "bf16-mixed", "16-mixed"] = "32"
-    """What the networks compute in; losses and weights are of 32 bits with each."""
+    """What the networks compute in while they train; losses, weights and every evaluation are of 32 bits with each."""
     channels_last: bool = False
     """Student, teacher and losses keep weights and maps channels last: other rounding, and less time where convolutions
     are made for it, most of all with bf16-mixed (docs/reference/performance.md)."""
@@ -251,7 +321,7 @@ class Train(Section):
     """Largest norm of the whole gradient."""
     sync_batchnorm: bool = False
     """Batch norm takes its statistics over the images of all devices, rather than over those of its own."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Of first weights, order of the images, augmentation and everything else that is drawn."""
     eval_every: Positive = 1
     """Epochs between two evaluations; must divide `epochs`, so that the last one is evaluated."""

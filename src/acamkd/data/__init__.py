@@ -9,7 +9,7 @@ from acamkd.data.formats.coco import CocoDetection
 from acamkd.data.formats.masks import MaskFolder
 from acamkd.data.formats.voc import VocDetection, VocSegmentation
 from acamkd.data.formats.yolo import YoloDetection
-from acamkd.data.loading import ImageLoader, naming_images
+from acamkd.data.loading import ImageLoader, reading
 from acamkd.data.samplers import DistributedSequentialSampler, SeededSampler
 from acamkd.data.transforms import augmentation
 from acamkd.data.unlabeled import WithUnlabeled
@@ -34,7 +34,7 @@ __all__ = [
     "check_same_classes",
     "compare_splits",
     "loader",
-    "naming_images",
+    "reading",
     "refuse",
     "resolve",
 ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 from torchvision import tv_tensors
 
-from acamkd.data.checks import describe
+from acamkd.data.checks import describe, describe_shown
 from acamkd.data.dataset import ImageDataset, Transform
 from acamkd.errors import AcamkdError
 from acamkd.models.base import PixelSize, Target
@@ -34,7 +36,7 @@ class Box(NamedTuple):
 
 
 class BoxDataset(ImageDataset):
-    """Object detection: a subclass reads one format and hands every entry to `_gather`.
+    """Object detection: a subclass reads one format and hands every entry to `gather`.
 
     Boxes that reach beyond the image are clipped to it, with a warning.
 
@@ -53,6 +55,9 @@ class BoxDataset(ImageDataset):
     """
 
     TASK = "detection"
+
+    ABSENT_ADVICE: ClassVar[str] = ""
+    """What to do about classes that no box has."""
 
     LEAVES_OUT_EMPTY: ClassVar[bool] = False
     """Whether boxes without area are left out, with a warning, or refused."""
@@ -75,7 +80,7 @@ class BoxDataset(ImageDataset):
         self.keep_crowd = keep_crowd
 
     @abstractmethod
-    def _parse(self, entry: Any) -> Box:
+    def parse(self, entry: Any) -> Box:
         """One entry of the format; raises AcamkdError with what is wrong."""
 
     def target(self, index: int, size: PixelSize) -> Target:
@@ -91,24 +96,26 @@ class BoxDataset(ImageDataset):
             "area": self._area[rows].clone(),
         }
 
-    def inspect(self, index: int, size: PixelSize, *, decode: bool) -> list[str]:
+    def inspect(self, index: int, size: PixelSize) -> list[str]:
         """The image must have the size that its annotations say."""
         said = self.sizes[index] if self.sizes is not None else None
         if said is None or said == size:
             return []
         source = self.annotation_files[index % len(self.annotation_files)]
-        return [
-            f"{self.files[index]} has {describe(size)} (rotated as its EXIF entry says), but {source} says "
-            f"{describe(said)}"
-        ]
+        file = self.files[index]
+        return [f"{file} has {describe_shown(file, size)}, but {source} says {describe(said)}"]
 
-    def _gather(self, entries: Iterable[tuple[str, Any]]) -> None:
+    def why_absent(self, counts: Tensor) -> str:
+        """What a reader of the format can do about them."""
+        return self.ABSENT_ADVICE
+
+    def gather(self, entries: Iterable[tuple[str, Any]]) -> None:
         """Turn entries, each with its place, into one table sorted by image: few large tensors are shared well."""
         rows: list[Box] = []
         clipped = empty = 0
         for where, entry in entries:
             try:
-                given = self._parse(entry)
+                given = self.parse(entry)
                 box = self._clip(given)
             except AcamkdError as error:
                 self.problems.append(f"{where}: {error}")
@@ -126,6 +133,8 @@ class BoxDataset(ImageDataset):
         self._iscrowd = torch.tensor([box.crowd for box in rows], dtype=torch.int64)
         self._area = torch.tensor([box.area for box in rows], dtype=torch.float32)
         self._boxes = torch.tensor([box.corners for box in rows], dtype=torch.float32).reshape(-1, 4)
+        last = len(self.classes)
+        self.counts = torch.where(self._iscrowd == 1, last, self._labels - 1).bincount(minlength=last + 1)
         if empty:
             self.warnings.append(f"{self.source}: {empty} boxes have no area and are left out")
         if clipped:
@@ -139,6 +148,12 @@ class BoxDataset(ImageDataset):
             self.problems.append(f"{self.source}: there is no box for any image")
         elif without := int((counts == 0).sum()):
             self.warnings.append(f"{self.source}: {without} of {len(self)} images have no boxes")
+        again = len(rows) - len({(box.image, box.label, box.corners) for box in rows})
+        if again:
+            self.warnings.append(
+                f"{self.source}: {again} boxes are there twice, of the same class and place: a network that finds each "
+                "object once misses the other"
+            )
 
     def _clip(self, box: Box) -> Box | None:
         """What of a box lies within its image; None if it is to be left out. Raises AcamkdError if nothing does."""
@@ -148,6 +163,10 @@ class BoxDataset(ImageDataset):
         left, top, right, bottom = box.corners
         name = f"the box from ({left:g}, {top:g}) to ({right:g}, {bottom:g})"
         image = self.files[box.image].name
+        if not all(map(math.isfinite, box.corners)):
+            raise AcamkdError(f"{name} on {image} has no area that can be told: its numbers must be finite")
+        if not 0 <= box.area < math.inf:
+            raise AcamkdError(f"{name} on {image} has the area {box.area:g}, which must be a finite number from 0 on")
         if not _has_area(box.corners, size):
             if self.LEAVES_OUT_EMPTY and left <= right and top <= bottom:
                 return None

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 
 from acamkd import config
 from acamkd.data.checks import refuse
 from acamkd.data.dataset import ImageDataset, SplitName
+from acamkd.data.folders import existing
 from acamkd.data.formats import FORMATS
+from acamkd.data.layouts import hint, layouts
 from acamkd.data.loading import ImageLoader
+from acamkd.data.part import Part, draw_share
 from acamkd.data.samplers import DistributedSequentialSampler, SeededSampler
 from acamkd.data.transforms import augmentation
 from acamkd.data.unlabeled import UnlabeledImages, WithUnlabeled
@@ -37,7 +41,18 @@ def build(data: config.Data, task: Task, split: SplitName, *, seed: int, augment
     """
     data = resolve(data, task)
     transform = augmentation(data.augment, task) if augment else None
-    return reader_of(data.format, task).open_split(data, split, transform=transform, seed=seed)
+    reader, drawn = reader_of(data.format, task), data.val
+    if drawn.share is None:
+        return reader.open_split(data, split, transform=transform, seed=seed)
+    # Opened as `split`, since a format may leave more to validation, such as crowds.
+    whole = reader.open_split(data.model_copy(update={"val": data.train}), split, transform=None, seed=seed)
+    stay, held_out = draw_share(whole.files, drawn.share, drawn.seed)
+    part = Part(whole, stay if split == "train" else held_out, transform=transform, seed=seed)
+    if split == "train":
+        part.warnings = list(whole.warnings)
+        log.info("data.val: %d of %d training images, a share of %g drawn with seed %d", len(held_out),
+                 len(whole), drawn.share, drawn.seed)  # fmt: skip
+    return part
 
 
 def build_unlabeled(data: config.Data, task: Task, *, seed: int) -> UnlabeledImages:
@@ -52,10 +67,28 @@ def resolve(data: config.Data, task: Task) -> config.Data:
     Raises:
         AcamkdError: No layout is found, or several are; the format is none for this task, or lacks a key.
     """
+    data = _spelled(data)
+    if not data.root.is_dir() and ":" not in data.format:
+        where = "" if data.root.is_absolute() else f" in {Path.cwd()}, where relative paths start"
+        raise AcamkdError(f"data.root {data.root}: there is no such folder{where}")
     if data.format == AUTO:
         data = data.model_copy(update={"format": _find_format(data, task)})
     _check_keys(data, reader_of(data.format, task))
     return data
+
+
+def _spelled(data: config.Data) -> config.Data:
+    """The same data with its paths as they are spelled on the disk; see `existing`."""
+    root = existing(data.root)
+
+    def found(path: Path | None) -> Path | None:
+        return path if path is None or (root / path).exists() else existing(root / path).absolute()
+
+    splits = {
+        name: split.model_copy(update={key: found(getattr(split, key)) for key in ("images", "masks", "annotations")})
+        for name, split in (("train", data.train), ("val", data.val))
+    }
+    return data.model_copy(update={"root": root, "unlabelled": found(data.unlabelled), **splits})
 
 
 def reader_of(name: str, task: Task) -> type[ImageDataset]:
@@ -82,9 +115,7 @@ def reader_of(name: str, task: Task) -> type[ImageDataset]:
 
 def _find_format(data: config.Data, task: Task) -> str:
     """The format that a recipe's paths or the layout of the root tell."""
-    if not data.root.is_dir():
-        raise AcamkdError(f"data.root {data.root}: there is no such folder")
-    found = _found(data, task)
+    found = _found(data, data.root, task)
     if len(found) != 1:
         looked = "; ".join(
             f"{' and '.join(reader.LAYOUT)} ({name})"
@@ -93,25 +124,20 @@ def _find_format(data: config.Data, task: Task) -> str:
         what = f"both {' and '.join(found)}" if found else "no layout that is known"
         raise AcamkdError(
             f"data.format: auto finds {what} in {data.root} for {task}; looked for {looked}: set data.root to the "
-            "folder that holds these, or name data.format"
+            f"folder that holds these, or name data.format{'' if found else hint(data, task)}"
         )
     ((name, reason),) = found.items()
     log.info("data.format: %s, because %s", name, reason)
     return name
 
 
-def _found(data: config.Data, task: Task) -> dict[str, str]:
+def _found(data: config.Data, root: Path, task: Task) -> dict[str, str]:
     """Formats that it may be, each with the reason."""
     if data.train.masks is not None:
         return {"masks": f"data.train.masks is {data.train.masks}"}
     if data.train.annotations is not None and data.train.annotations.suffix == ".json":
         return {"coco": f"data.train.annotations is {data.train.annotations}"}
-    return {
-        name: f"{' and '.join(reader.LAYOUT)} {'are' if len(reader.LAYOUT) > 1 else 'is'} in {data.root}"
-        for name, readers in FORMATS.items()
-        for reader in readers
-        if task == reader.TASK and all(any(data.root.glob(entry)) for entry in reader.LAYOUT)
-    }
+    return layouts(root, task)
 
 
 def _check_keys(data: config.Data, reader: type[ImageDataset]) -> None:
@@ -131,6 +157,8 @@ def _check_keys(data: config.Data, reader: type[ImageDataset]) -> None:
             raise AcamkdError(
                 f"data.{name}.{reader.BESIDE_IMAGES} is missing: data.format {data.format} needs it beside `images`"
             )
+    if data.mask_values is not None and not reader.READS_MASK_VALUES:
+        raise AcamkdError(f"data.mask_values: data.format {data.format} says itself what its values mean")
     if reader.NEEDS_CLASSES and not data.classes:
         raise AcamkdError("data.classes is missing: masks hold ids only, so the recipe lists the class names")
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from acamkd.config import Data
 from acamkd.data.dataset import ImageDataset
-from acamkd.data.image_io import read_image, read_size
+from acamkd.data.duplicates import Hash, difference_hash, identical, near_copies
+from acamkd.data.image_io import read_header, read_image, read_size
 from acamkd.errors import AcamkdError, ImageError
-from acamkd.models.base import PixelSize
+from acamkd.models.base import PixelSize, Task
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +45,108 @@ def check(dataset: ImageDataset, mode: Literal["full", "headers"]) -> list[str]:
         AcamkdError: Something cannot be used; lists the first problems with file and entry, and counts them all.
     """
     log.info("checking %d images (%s)", len(dataset), mode)
+    found = examine(dataset, decode=mode == "full")
+    refuse(found.problems)
+    return found.warnings
+
+
+class Look(NamedTuple):
+    """One image: its (height, width), None if it cannot be read; what is wrong; EXIF orientation; tally; hash."""
+
+    size: PixelSize | None
+    problems: list[str]
+    orientation: int = 1
+    tally: Tensor | None = None
+    hash: Hash | None = None
+
+
+class Findings(NamedTuple):
+    """All images: a look at each, and what is wrong or worth knowing of them together."""
+
+    looks: list[Look]
+    problems: list[str]
+    warnings: list[str]
+
+
+def examine(dataset: ImageDataset, *, decode: bool, count: bool = False) -> Findings:
+    """Look at every image and target; the data set keeps its counts and hashes.
+
+    Args:
+        dataset: What `build` returned.
+        decode: Look at every pixel, rather than at headers.
+        count: Look at every target's pixels, even if not at those of the images.
+    """
     with ThreadPoolExecutor() as pool:  # decoders release the interpreter's lock
-        looks = pool.map(partial(look_at, dataset, decode=mode == "full"), range(len(dataset)))
-        refuse([*dataset.problems, *(problem for _, problems in looks for problem in problems)])
-    return list(dataset.warnings)
+        looks = list(pool.map(partial(look_at, dataset, decode=decode, count=count), range(len(dataset))))
+    problems = [*dataset.problems, *(problem for look in looks for problem in look.problems)]
+    warnings = [*dataset.warnings, *_repeated(dataset, looks)]
+    if dataset.classes:
+        warnings += _turned(dataset, looks)
+    tallies = [look.tally for look in looks if look.tally is not None]
+    if tallies and dataset.classes:
+        dataset.counts = sum(tallies[1:], start=tallies[0])
+        empty = sum(not tally[:-1].any() for tally in tallies)
+        if empty == len(looks) and not problems:
+            reason = dataset.why_absent(dataset.counts)
+            problems.append(
+                f"none of the {empty} images has a {COUNTED[dataset.TASK]}: nothing can be learned or scored"
+                f"{reason and f'; {reason}'}"
+            )
+        elif empty and dataset.TASK == "segmentation":
+            warnings.append(f"{empty} of {len(looks)} masks hold nothing but void: nothing is learned from them")
+    if looks and all(look.hash is not None for look in looks):
+        dataset.hashes = np.stack([look.hash for look in looks if look.hash is not None])
+    return Findings(looks, problems, warnings)
+
+
+COUNTED: Mapping[Task, str] = {
+    "detection": "box that counts (crowds and difficult ones do not)",
+    "segmentation": "pixel that is not void",
+}
+
+UNIT: Mapping[Task, str] = {"detection": "box", "segmentation": "pixel"}
+
+
+def _repeated(dataset: ImageDataset, looks: Sequence[Look]) -> list[str]:
+    """Images that a data set has more than once, with other annotations each time."""
+    warnings = []
+    if again := [file for file, times in Counter(dataset.files).items() if times > 1]:
+        warnings.append(
+            f"{len(again)} images are listed more than once ({again[0]}): what one entry shows, the other calls "
+            "background; give each image one entry with all that is known of it"
+        )
+    numbers = {file: number for number, file in enumerate(dataset.files)}
+    pairs = identical(dataset.files) if dataset.classes else []
+    copies = [(file, one) for file, one in pairs if not _same_target(dataset, looks, numbers[file], numbers[one])]
+    if copies:
+        warnings.append(
+            f"{len(copies)} of {len(dataset)} images are copies of others, byte for byte, with other annotations "
+            f"({copies[0][0]} of {copies[0][1]}): what one shows, the other calls background; keep one of each"
+        )
+    return warnings
+
+
+def _same_target(dataset: ImageDataset, looks: Sequence[Look], one: int, other: int) -> bool:
+    sizes = [looks[index].size for index in (one, other) if not looks[index].problems]
+    if len(sizes) < 2 or None in sizes:
+        return True  # a problem of its own
+    try:
+        first, second = (dataset.target(index, size) for index, size in zip((one, other), sizes, strict=True) if size)
+    except ImageError:
+        return True
+    return all(torch.equal(first[key], second[key]) for key in first)
+
+
+def _turned(dataset: ImageDataset, looks: Sequence[Look]) -> list[str]:
+    """Images whose EXIF entry turns them so that sizes cannot tell whether the annotations follow."""
+    untold = range(2, 5 if dataset.KNOWS_SIZES else 9)
+    turned = [file for file, look in zip(dataset.files, looks, strict=True) if look.orientation in untold]
+    if not turned:
+        return []
+    return [
+        f"{len(turned)} images are mirrored or turned as their EXIF entry says ({turned[0]}): their annotations must "
+        "be of the image as it is shown, and sizes do not tell whether they are"
+    ]
 
 
 def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:
@@ -58,15 +161,19 @@ def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:
 def compare_splits(
     train: ImageDataset, val: ImageDataset, options: Data, unlabeled: ImageDataset | None = None
 ) -> list[str]:
-    """What is legitimate, but seldom meant, of training and validation together."""
-    warnings = []
-    scored = {file.resolve() for file in val.files}
-    for kind, others in (("training", train), ("unlabelled", unlabeled)):
-        if others is not None and (shared := scored & {file.resolve() for file in others.files}):
-            warnings.append(
-                f"{len(shared)} of {len(val)} validation images are {kind} images too: scores on them say nothing "
-                "of others"
-            )
+    """What is legitimate, but seldom meant, of training and validation together.
+
+    Copies that are no longer byte for byte the same are found once `check` has decoded the images, classes without a
+    pixel once it has looked at the masks.
+
+    Raises:
+        AcamkdError: One value of the masks has different colors in both.
+    """
+    refuse(val.contradictions(train))
+    warnings = _absent_classes(train, val)
+    for kind, others in (("training", train), ("unlabeled", unlabeled)):
+        if others is not None:
+            warnings += _shared_images(val, others, kind)
     crop = options.augment.crop
     if crop is not None and isinstance(options.resize, tuple) and val.files:
         size = read_size(val.files[0])
@@ -78,6 +185,59 @@ def compare_splits(
                 f"data.augment: training sees things {low:.2g} to {high:.2g} times as large as validation, where "
                 f"{val.files[0].name}, {describe(size)}, is resized as a whole: make crop about as large as the "
                 "images, or choose another scale"
+            )
+    return warnings
+
+
+def _absent_classes(train: ImageDataset, val: ImageDataset) -> list[str]:
+    """Classes that no image of a split shows."""
+    warnings = []
+    absent = {
+        split: [name for name, count in zip(dataset.classes, dataset.counts.tolist(), strict=False) if not count]
+        for split, dataset in (("training", train), ("validation", val))
+        if dataset.counts is not None
+    }
+    unit = UNIT[train.TASK]
+    if missing := absent.get("training"):
+        reason = train.why_absent(train.counts) if train.counts is not None else ""
+        warnings.append(
+            f"no training image has a {unit} of {_some(missing, len(train.classes))}: the networks cannot learn "
+            f"{'it' if len(missing) == 1 else 'them'}{reason and f'; {reason}'}"
+        )
+    if missing := [name for name in absent.get("validation", []) if name not in absent.get("training", [])]:
+        warnings.append(
+            f"no validation image has a {unit} of {_some(missing, len(val.classes))}: the score says nothing of "
+            f"{'it' if len(missing) == 1 else 'them'}"
+        )
+    return warnings
+
+
+def _some(names: Sequence[str], of: int) -> str:
+    if len(names) == 1:
+        return f"the class {names[0]}"
+    return f"{len(names)} of the {of} classes ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+
+
+def _shared_images(val: ImageDataset, others: ImageDataset, kind: str) -> list[str]:
+    """Validation images that are among the others, too: the same files, the same bytes, or what looks the same."""
+    warnings = []
+    own, other = ([file.resolve() for file in dataset.files] for dataset in (val, others))
+    same = set(own) & set(other)
+    copies = identical([file for file in own if file not in same], [file for file in other if file not in same])
+    if same or copies:
+        example = f" ({copies[0][0]} is {copies[0][1]})" if copies else ""
+        warnings.append(
+            f"{len(same) + len(copies)} of {len(val)} validation images are {kind} images too{example}: scores on them "
+            "say nothing of others"
+        )
+    if val.hashes is not None and others.hashes is not None:
+        known = same | {file for file, _ in copies}
+        alike = [pair for pair in near_copies(val.hashes, others.hashes) if own[pair[0]] not in known]
+        if alike:
+            first, second = val.files[alike[0][0]], others.files[alike[0][1]]
+            warnings.append(
+                f"{len(alike)} of {len(val)} validation images look like {kind} images ({first} like {second}): are "
+                "they copies in another size or quality, or frames of one video?"
             )
     return warnings
 
@@ -105,26 +265,32 @@ def listed(problems: Sequence[str]) -> list[str]:
     return [*problems[:LISTED_PROBLEMS], *([f"... and {more} more"] if more > 0 else [])]
 
 
-def twins(images: Sequence[Path], what: str) -> list[str]:
-    """Problems of images, as `files_of` lists them, that differ in their suffix alone and so share `what`."""
-    return [
-        f"{other}: the image has the same name as {one.name}, and so the same {what}"
-        for one, other in pairwise(images)
-        if one.stem == other.stem
-    ]
-
-
 def describe(size: Sequence[int]) -> str:
     """(height, width) in the order and words that users know."""
     return f"{size[1]} x {size[0]} pixels"
 
 
-def look_at(dataset: ImageDataset, index: int, *, decode: bool) -> tuple[PixelSize | None, list[str]]:
-    """One image's size, and what is wrong with it or, now that its size is known, with its target."""
+def describe_shown(file: Path, size: PixelSize) -> str:
+    """An image's size, and whether it is that of a rotated image."""
+    rotated = read_header(file)[1] >= 5
+    return describe(size) + (" (rotated as its EXIF entry says)" if rotated else "")
+
+
+def look_at(dataset: ImageDataset, index: int, *, decode: bool, count: bool = False) -> Look:
+    """One image, and what is wrong with it or, now that its size is known, with its target; see `examine`."""
     file = dataset.files[index]
-    size: Any
+    hashed = tally = None
     try:
-        size = read_image(file).shape[-2:] if decode else read_size(file)
+        size, orientation = read_header(file)
+        if decode:
+            pixels = read_image(file)
+            size, hashed = (pixels.shape[-2], pixels.shape[-1]), difference_hash(pixels)
+        problems = dataset.inspect(index, size)
     except ImageError as error:
-        return None, [str(error)]
-    return tuple(size), dataset.inspect(index, tuple(size), decode=decode)
+        return Look(None, [str(error)])
+    if dataset.classes and not problems and (decode or count or dataset.TASK == "detection"):
+        try:
+            tally = dataset.tally(index, size)
+        except ImageError as error:
+            problems = [str(error)]
+    return Look(size, problems, orientation, tally, hashed)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
@@ -18,7 +20,7 @@ from torchvision import tv_tensors
 from acamkd.config import Data
 from acamkd.data.image_io import read_image
 from acamkd.errors import ImageError
-from acamkd.models.base import PixelSize, Target, Task
+from acamkd.models.base import VOID, PixelSize, Target, Task
 
 Sample: TypeAlias = tuple[Tensor, Target]
 """An image, (3, H, W) uint8 RGB, and what is known of it."""
@@ -52,15 +54,20 @@ class ImageDataset(Dataset[Sample], ABC):
     Attributes:
         problems: What makes the annotations unusable, one sentence per entry.
         warnings: What is legitimate but worth knowing.
+        counts: Sum of `tally` over the images, and
+        hashes: `difference_hash` of each image, (N, 32) uint8; both None until `check` has looked at every pixel.
 
     A class that a recipe names, in `data.format`, also says what follows here.
     """
 
-    TASK: ClassVar[Task]
+    TASK: Task
     """What its targets are for."""
 
     LAYOUT: ClassVar[tuple[str, ...]] = ()
     """Patterns below `data.root`; `data.format: auto` takes the class whose patterns all match something."""
+
+    SPARE_LAYOUT: ClassVar[tuple[str, ...]] = ()
+    """Patterns that do for `auto` where no class's LAYOUT matches."""
 
     SPLIT_KEYS: ClassVar[frozenset[str]] = frozenset()
     """Paths of a recipe's split that it reads: of `images`, `masks` and `annotations`."""
@@ -73,6 +80,12 @@ class ImageDataset(Dataset[Sample], ABC):
 
     FIXED_CLASSES: ClassVar[tuple[str, ...] | None] = None
     """Class names, where the format itself says them."""
+
+    READS_MASK_VALUES: ClassVar[bool] = False
+    """Whether `data.mask_values` may say what its masks' values or colors mean."""
+
+    KNOWS_SIZES: bool = True
+    """Whether the annotations say their image's size, so that a quarter turn would be noticed."""
 
     @classmethod
     def open_split(cls, data: Data, split: SplitName, *, transform: Transform | None, seed: int) -> ImageDataset:
@@ -99,6 +112,8 @@ class ImageDataset(Dataset[Sample], ABC):
             if times > 1
         ]
         self.warnings: list[str] = []
+        self.counts: Tensor | None = None
+        self.hashes: npt.NDArray[np.uint8] | None = None
         self.reading: Tensor | None = None  # (W, 2): id and key of each loading process, shared with them
 
     @abstractmethod
@@ -106,8 +121,29 @@ class ImageDataset(Dataset[Sample], ABC):
         """What is known of one image of this (height, width), as tv_tensors where torchvision has a type for it."""
 
     @abstractmethod
-    def inspect(self, index: int, size: PixelSize, *, decode: bool) -> list[str]:
-        """Problems of one entry whose image has this (height, width); `decode` also looks at every pixel."""
+    def inspect(self, index: int, size: PixelSize) -> list[str]:
+        """Problems of one entry whose image has this (height, width), as far as files' headers tell."""
+
+    def tally(self, index: int, size: PixelSize) -> Tensor:
+        """(K + 1,) int64: boxes or pixels of each class in one image, then the boxes that are ignored or void pixels.
+
+        Raises ImageError as `target` does.
+        """
+        target = self.target(index, size)
+        if "mask" in target:
+            labels, void = target["mask"].flatten().as_subclass(Tensor), target["mask"].flatten() == VOID
+        else:
+            labels, void = target["labels"].as_subclass(Tensor) - 1, target["iscrowd"] != 0
+        last = len(self.classes)
+        return torch.where(void.as_subclass(Tensor), last, labels).bincount(minlength=last + 1)
+
+    def contradictions(self, other: ImageDataset) -> list[str]:
+        """Problems of this split and another one together, once `check` has looked at both."""
+        return []
+
+    def why_absent(self, counts: Tensor) -> str:
+        """The likely reason why `counts`, (K + 1,) as in `tally`, has none of some classes, and what to do."""
+        return ""
 
     def __len__(self) -> int:
         return len(self.files)

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from acamkd.errors import AcamkdError, ImageError
 from acamkd.models.base import PixelSize
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what brings the pixels upright."""
 
 
 def read_image(file: Path) -> Tensor:
@@ -24,18 +35,34 @@ def read_image(file: Path) -> Tensor:
     with opened(file) as image:
         if image.mode[0] in "IF":  # Pillow would clip them to white without a word
             raise ImageError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
-        pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        image.load()
+        turn = TURNS.get(orientation_of(image))
+        pixels = np.array((image if turn is None else image.transpose(turn)).convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def read_size(file: Path) -> PixelSize:
     """(height, width) after EXIF rotation, from the file's header; raises as `read_image`."""
+    return read_header(file)[0]
+
+
+def read_header(file: Path) -> tuple[PixelSize, int]:
+    """(height, width) after EXIF rotation, and the EXIF orientation, 1 to 8; raises as `read_image`."""
     with opened(file) as image:
         width, height = image.size
         # Without this question Pillow would decode a whole PNG in search of an entry after its pixels.
         says = any(entry in image.info for entry in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"))
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if says else 1
-    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)  # there are no others that turn
+        orientation = orientation_of(image) if says else 1
+    return ((width, height) if orientation >= 5 else (height, width)), orientation
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where the block is damaged, as everything that shows the image does."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return orientation if orientation in TURNS else 1
+    except Exception:  # a parser of broken blocks raises whatever it meets first
+        return 1
 
 
 @contextmanager
@@ -48,16 +75,6 @@ def opened(file: Path, what: str = "image") -> Iterator[Image.Image]:
         raise ImageError(f"{file}: there is no such {what}") from error
     except Exception as error:  # decoders of broken files raise whatever they meet first
         raise ImageError(f"{file}: the {what} cannot be read: {error}") from error
-
-
-def files_of(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """Visible files of these types in one folder, in the order of their stems; AcamkdError if it cannot be read."""
-    try:
-        entries = list(folder.iterdir())
-    except OSError as error:
-        raise AcamkdError(f"cannot read the folder {folder}: {error.strerror}") from error
-    chosen = [file for file in entries if file.suffix.lower() in suffixes and not file.name.startswith(".")]
-    return sorted(chosen, key=lambda file: (file.stem, file.suffix))
 
 
 def lines_of(file: Path) -> list[str]:

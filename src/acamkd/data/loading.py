@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import re
 import signal
@@ -9,8 +10,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -24,9 +27,16 @@ from acamkd.models.base import Target
 
 Images: TypeAlias = tuple[list[Tensor], list[Target]]
 
+KILLED = 5.0
+"""Seconds to wait for the end of a killed process, which a broken file system can hold up."""
+ALIGNMENT = 16
+"""Tensors that share a block of memory begin at multiples of so many bytes."""
+
 
 class ImageLoader(DataLoader[Any]):
     """Batches as (list of images, list of targets), and a list of unlabeled images where there are some.
+
+    Its processes ignore SIGTERM, so that nobody but `close`, or the end of Python, ends them.
 
     Args:
         dataset: The images.
@@ -41,20 +51,34 @@ class ImageLoader(DataLoader[Any]):
         self, dataset: ImageDataset | WithUnlabeled, sampler: Sampler[int], workers: int, **options: Any
     ) -> None:
         super().__init__(
-            dataset, sampler=sampler, num_workers=workers, persistent_workers=workers > 0, collate_fn=_as_lists,
-            worker_init_fn=_be_ended, **options,
+            dataset, sampler=sampler, num_workers=workers, persistent_workers=workers > 0,
+            collate_fn=_packed if workers else _as_lists, worker_init_fn=_be_ended, **options,
         )  # fmt: skip
+        _LOADERS.add(self)
         dataset.reading = torch.full((workers, 2), -1).share_memory_() if workers else None  # type: ignore[no-untyped-call]
 
     def __iter__(self) -> Any:
         # A generator, which reads nothing before the first batch is asked for: Lightning makes iterators early, and
         # tells the sampler its epoch, and `begin` where to begin, later.
         try:
-            yield from super().__iter__()
+            for batch in super().__iter__():
+                yield batch.unpacked() if isinstance(batch, _Block) else batch
         except (ConnectionError, EOFError) as error:  # the loading process ended while it handed over a batch
             time.sleep(0.5)  # its sockets close a moment before it counts as dead
             alive = {process.pid for process in multiprocessing.active_children()}
             raise _death("has ended", [self], lambda pid: pid not in alive) from error
+
+    def close(self) -> None:
+        """End the processes that load; the next iteration starts new ones."""
+        iterator: Any = self._iterator
+        self._iterator = None
+        if iterator is None or not self.num_workers:
+            return
+        iterator._shutdown_workers()
+        for worker in iterator._workers:
+            if worker.is_alive():  # amid an image that takes its time
+                worker.kill()
+                worker.join(KILLED)
 
     def begin(self, epoch: int, batches: int) -> None:
         """Leave out this epoch's first batches; every other epoch begins at its beginning."""
@@ -73,9 +97,22 @@ class ImageLoader(DataLoader[Any]):
         return self.batch_size
 
 
+_LOADERS: WeakSet[ImageLoader] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Before multiprocessing's own exit, which waits without a limit for processes that ignore its SIGTERM."""
+    for loader in tuple(_LOADERS):
+        loader.close()
+
+
 @contextmanager
-def naming_images(*loaders: ImageLoader) -> Iterator[None]:
-    """Turn the death of a loading process, which torch may tell at any moment, into an error that names its image."""
+def reading(*loaders: ImageLoader) -> Iterator[None]:
+    """Close some loaders at the end of what reads them, however it ends.
+
+    The death of a loading process, which torch may tell at any moment, becomes an error that names its image.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -85,6 +122,9 @@ def naming_images(*loaders: ImageLoader) -> Iterator[None]:
         dead = {int(pid) for pid in found[1].split(",")}
         reason = str(error).partition(str(found[0]))[2].partition(".")[0].strip()
         raise _death(reason, loaders, dead.__contains__) from error
+    finally:
+        for loader in loaders:
+            loader.close()
 
 
 def _death(what: str, loaders: Sequence[ImageLoader], is_dead: Callable[[int], bool]) -> AcamkdError:
@@ -96,6 +136,11 @@ def _death(what: str, loaders: Sequence[ImageLoader], is_dead: Callable[[int], b
         if pid > 0 and is_dead(pid)
         for file in loader.dataset.sources(key)
     ]
+    if not held and multiprocessing.get_start_method() != "fork":
+        return AcamkdError(
+            f"a process that loads images {what} before it read any. Such a process first imports the script that "
+            'started it: put all that the script does below a line `if __name__ == "__main__":`, or set data.workers=0'
+        )
     return AcamkdError(
         f"a process that loads images {what}; the last that it read was {', '.join(held) or 'none'}. If memory ran "
         "out, lower data.workers or train.batch_size; otherwise look at that image"
@@ -112,3 +157,61 @@ def _be_ended(_: int) -> None:
 
 def _as_lists(samples: Sequence[tuple[Any, ...]]) -> tuple[list[Any], ...]:
     return tuple(map(list, zip(*samples, strict=True)))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in a block: its first byte, shape and type."""
+
+    start: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A batch on its way between processes, all of its tensors in one: each that is shared keeps a file open.
+
+    Attributes:
+        memory: (bytes,) uint8.
+        batch: The batch, with a `_Place` for every tensor.
+    """
+
+    memory: Tensor
+    batch: Any
+
+    def unpacked(self) -> Any:
+        """The batch, as views of the block."""
+        return _changed(self.batch, lambda part: self._view(part) if isinstance(part, _Place) else part)
+
+    def _view(self, place: _Place) -> Tensor:
+        size = place.shape.numel() * place.dtype.itemsize
+        return self.memory[place.start : place.start + size].view(place.dtype).view(place.shape)
+
+
+def _packed(samples: Sequence[tuple[Any, ...]]) -> _Block:
+    found: list[tuple[_Place, Tensor]] = []
+    size = 0
+
+    def place(part: Any) -> Any:
+        nonlocal size
+        if not isinstance(part, Tensor):
+            return part
+        found.append((_Place(size, part.shape, part.dtype), part))
+        size += -(-part.nbytes // ALIGNMENT) * ALIGNMENT
+        return found[-1][0]
+
+    batch = _changed(_as_lists(samples), place)
+    block = _Block(torch.empty(size, dtype=torch.uint8).share_memory_(), batch)  # type: ignore[no-untyped-call]
+    for where, tensor in found:
+        block._view(where).copy_(tensor)
+    return block
+
+
+def _changed(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """Nested lists, tuples and mappings with everything else in them changed."""
+    if isinstance(batch, dict):
+        return {name: _changed(part, change) for name, part in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_changed(part, change) for part in batch)
+    return change(batch)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
-from acamkd.data.boxes import BoxDataset
-from acamkd.data.checks import describe, look_at
+from acamkd.data.checks import describe, examine
 from acamkd.data.dataset import ImageDataset
-from acamkd.errors import ImageError
-from acamkd.models.base import VOID, PixelSize, Target
+from acamkd.models.base import Target
 
 SMALL, LARGE = 32**2, 96**2
 """Areas in pixels of the image that part COCO's small, medium and large boxes."""
@@ -53,44 +49,29 @@ def count(dataset: ImageDataset, *, decode: bool) -> Statistics:
         dataset: What `build` returned, unchanged by augmentation.
         decode: Decode every image rather than read its header.
     """
-    with ThreadPoolExecutor() as pool:  # decoders release the interpreter's lock
-        looks = list(pool.map(partial(look_at, dataset, decode=decode), range(len(dataset))))
-    result = Statistics(
-        images=len(dataset),
-        problems=[*dataset.problems, *(problem for _, problems in looks for problem in problems)],
-        warnings=list(dataset.warnings),
-    )
-    result.sizes = dict(Counter(describe(size) for size, _ in looks if size is not None).most_common())
-    sound = [(index, size) for index, (size, problems) in enumerate(looks) if size is not None and not problems]
-    targets = _readable(dataset, sound, result.problems)
+    looks, problems, warnings = examine(dataset, decode=decode, count=True)
+    result = Statistics(images=len(dataset), problems=problems, warnings=warnings)
+    result.sizes = dict(Counter(describe(look.size) for look in looks if look.size is not None).most_common())
     if not dataset.classes:  # nothing is known of unlabeled images
         return result
-    if isinstance(dataset, BoxDataset):
-        _count_boxes(result, list(targets), dataset.classes)
+    result.without = sum(look.tally is not None and not look.tally[:-1].any() for look in looks)
+    counts = torch.zeros(len(dataset.classes)) if dataset.counts is None else dataset.counts[:-1]
+    if dataset.TASK == "detection":
+        result.classes = dict(zip(dataset.classes, counts.long().tolist(), strict=True))
+        sound = ((index, look.size) for index, look in enumerate(looks) if look.tally is not None)
+        _describe_boxes(result, [dataset.target(index, size) for index, size in sound if size is not None])
     else:
-        _count_pixels(result, targets, dataset.classes)
+        shares = 100 * counts / counts.sum().clamp_min(1)
+        result.classes = dict(zip(dataset.classes, shares.tolist(), strict=True))
     return result
 
 
-def _readable(dataset: ImageDataset, sound: Sequence[tuple[int, PixelSize]], problems: list[str]) -> Iterator[Target]:
-    """The targets of images whose headers are sound, as far as they can be read."""
-    for index, size in sound:
-        try:
-            yield dataset.target(index, size)
-        except ImageError as error:
-            problems.append(str(error))
-
-
-def _count_boxes(result: Statistics, targets: Sequence[Target], classes: Sequence[str]) -> None:
+def _describe_boxes(result: Statistics, targets: Sequence[Target]) -> None:
     counted = [target["iscrowd"] == 0 for target in targets]
     boxes = torch.cat([torch.empty(0, 4), *(t["boxes"][kept] for t, kept in zip(targets, counted, strict=True))])
-    labels = [t["labels"][kept] for t, kept in zip(targets, counted, strict=True)]
     sides = boxes[:, 2:] - boxes[:, :2]
     outlines = torch.cat([torch.empty(0), *(t["area"][kept] for t, kept in zip(targets, counted, strict=True))])
     areas = torch.where(outlines > 0, outlines, sides.prod(dim=1))  # as the score by size goes
-    numbers = torch.cat([torch.empty(0, dtype=torch.int64), *labels]).bincount(minlength=len(classes) + 1)
-    result.classes = dict(zip(classes, numbers[1:].tolist(), strict=True))
-    result.without = sum(len(each) == 0 for each in labels)
     result.boxes = {
         "small": int((areas < SMALL).sum()),
         "medium": int(((areas >= SMALL) & (areas < LARGE)).sum()),
@@ -100,13 +81,3 @@ def _count_boxes(result: Statistics, targets: Sequence[Target], classes: Sequenc
     if len(boxes):
         figures = {"shortest": sides.min(), "median": sides.median(), "longest": sides.max()}
         result.sides = {name: round(value.item(), 1) for name, value in figures.items()}
-
-
-def _count_pixels(result: Statistics, targets: Iterable[Target], classes: Sequence[str]) -> None:
-    counts = torch.zeros(len(classes), dtype=torch.int64)
-    for target in targets:
-        known = target["mask"][target["mask"] != VOID]
-        counts += known.bincount(minlength=len(classes))
-        result.without += known.numel() == 0
-    shares = 100 * counts / counts.sum().clamp_min(1)
-    result.classes = dict(zip(classes, shares.tolist(), strict=True))

@@ -11,13 +11,12 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from acamkd.data.dataset import ImageDataset, Transform, note_reading, seed_of
-from acamkd.data.image_io import files_of
-from acamkd.files import IMAGE_SUFFIXES
+from acamkd.data.folders import Folder, no_images
 from acamkd.models.base import VOID, PixelSize, Target, Task
 
 
 class UnlabeledImages(ImageDataset):
-    """A folder of images of which nothing is known: no boxes, nothing but void.
+    """A folder of images, with all folders in it, of which nothing is known: no boxes, nothing but void.
 
     Args:
         images: Folder of images.
@@ -30,10 +29,11 @@ class UnlabeledImages(ImageDataset):
     """
 
     def __init__(self, images: Path, task: Task, *, transform: Transform | None = None, seed: int = 0) -> None:
-        super().__init__(files_of(images, IMAGE_SUFFIXES), [], (), transform=transform, seed=seed)
+        folder = Folder(images)
+        super().__init__(folder.files, [], (), transform=transform, seed=seed)
         self.task = task
-        if not self.files:
-            self.problems.append(f"{images}: the folder holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        self.problems += no_images(folder)
+        self.warnings += folder.described_left_out()
 
     def target(self, index: int, size: PixelSize) -> Target:
         """An empty target."""
@@ -43,7 +43,7 @@ class UnlabeledImages(ImageDataset):
         boxes = tv_tensors.BoundingBoxes(torch.empty(0, 4), format="XYXY", canvas_size=size)
         return {"boxes": boxes, "labels": none, "iscrowd": none.clone()}
 
-    def inspect(self, index: int, size: PixelSize, *, decode: bool) -> list[str]:
+    def inspect(self, index: int, size: PixelSize) -> list[str]:
         """There is nothing to be wrong."""
         return []
 

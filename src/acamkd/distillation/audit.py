@@ -21,6 +21,8 @@ class Audit:
 
     def __init__(self) -> None:
         self._steps = 0
+        self._seen: tuple[int, int] | None = None
+        """Number of the last step, and how often its weights had been changed."""
         self._is_zero: dict[str, bool] = {}
         self._unreached: dict[str, nn.Parameter] | None = None
 
@@ -29,14 +31,21 @@ class Audit:
         """Whether it has seen a step."""
         return self._steps > 0
 
-    def __call__(self, net: nn.Module, maps: Mapping[str, Tensor], terms: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Judge one step; raises AcamkdError after the last one where nothing, or not everything, was reached."""
+    def __call__(
+        self, net: nn.Module, maps: Mapping[str, Tensor], terms: Mapping[str, Mapping[str, Tensor]], step: int
+    ) -> None:
+        """Judge one batch; raises AcamkdError at the last step where nothing, or not everything, was reached.
+
+        The batches that a step accumulates count as one: until it is done, layers that start at zero pass nothing on.
+        """
         if self._unreached is None:
             self._unreached = _parameters_below(net, maps)
         self._is_zero = dict.fromkeys(terms, True) | self._is_zero
         if self._steps == AUDITED_STEPS or not (self._unreached or any(self._is_zero.values())):
             return
-        self._steps += 1
+        seen = (step, sum(parameter._version for parameter in net.parameters()))  # own loops may not number their steps
+        self._steps += seen != self._seen
+        self._seen = seen
         nothing = torch.zeros((), device=next(iter(maps.values())).device)
         losses = {key: sum(of_loss.values(), nothing) for key, of_loss in terms.items()}
         names, total = list(self._unreached), torch.stack(list(losses.values())).sum()
@@ -83,7 +92,7 @@ def _parameters_below(net: nn.Module, maps: Mapping[str, Tensor]) -> dict[str, n
     found = {name: parameter for name, parameter in net.named_parameters() if id(parameter) in below}
     nothing = "no trainable student parameter lies below %s: nothing can be distilled there"
     if not found:
-        raise AcamkdError(nothing % ", ".join(maps))
+        raise AcamkdError(nothing % ", ".join(maps) + " (an activation checkpoint around it needs use_reentrant=False)")
     if frozen := [name for name, x in maps.items() if x.grad_fn is None]:
         log.warning(nothing, ", ".join(frozen))
     return found

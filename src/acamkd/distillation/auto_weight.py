@@ -20,7 +20,7 @@ from acamkd.distillation.build import build_levels, suppress_logs
 from acamkd.distillation.distiller import Distiller, WeightSchedule
 from acamkd.distillation.methods import find, options, options_of
 from acamkd.errors import AcamkdError
-from acamkd.models.base import Batch, Target, TaskModel, to_device
+from acamkd.models.base import VOID, Batch, Target, TaskModel, to_device
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,9 @@ Images: TypeAlias = Iterable[tuple[Sequence[Tensor], Sequence[Target]]]
 """Batches as a loader gives them."""
 
 BATCHES = 20
-"""A weight is set by the median over this many batches."""
+"""A weight is set by the median over this many batches ..."""
+TRIED = 1000
+"""... for which at most this many are read, where images have nothing to learn from."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +71,16 @@ def calibrate(built: DryBuild, entries: Sequence[Loss], images: Images) -> tuple
     times the norm of the task's, over the student's parameters below the tapped layers. There the optimizer adds the
     two, and levels of different size, and methods that compare heads, can be counted together.
 
-    Each loss is measured alone, at full strength (without its ramp) and at the student's start. Neither network
-    changes, and the run's random numbers are not used up.
+    Each loss is measured alone, at full strength (without its ramp) and at the student's start, on the images that the
+    task learns from (`with_objects`). Neither network changes, and the run's random numbers are not used up.
 
     Args:
         built: `dry_build` of the same entries.
         entries: The recipe's `losses`.
-        images: Batches, read from the beginning for each loss; the first 20 are used.
+        images: Batches, read from the beginning for each loss until 20 are full of images with objects.
 
     Raises:
-        AcamkdError: A gradient is zero or not finite.
+        AcamkdError: A gradient is zero or not finite, or no image has an object.
     """
     for entry in entries:
         if entry.weight is None and entry.gradient_ratio != Loss.model_fields["gradient_ratio"].default:
@@ -93,7 +95,7 @@ def _calibrate(built: DryBuild, index: int, entry: Loss, images: Images) -> Loss
     log.info("%s, weight: auto: measuring its gradient beside the task's", entry.name)
     built.distiller.schedules = [WeightSchedule(stop_epoch=None if owner == index else 0) for owner in built.owners]
     with probing(built.distiller) as distiller:
-        batches = prepared(distiller.student, islice(images, BATCHES))
+        batches = prepared(distiller.student, islice(with_objects(images), BATCHES))
         norms = [total_norms(gradient_norms(distiller, batch)) for batch in batches]
     where = f"at the student's parameters below {', '.join(map(str, entry.pairs)) or 'the heads'}"
     for which, values in zip(("distillation", "task"), zip(*norms, strict=True), strict=True):
@@ -111,7 +113,8 @@ def _calibrate(built: DryBuild, index: int, entry: Loss, images: Images) -> Loss
         )
     scaled = {name: float(f"{value * entry.gradient_ratio / ratio:.3g}") for name, value in weights.items()}
     log.info(
-        "%s: %s; %d batches: gradient-norm ratio to the task %.3g (%.3g to %.3g) with %s, now %g",
+        "%s: %s; %d batches of images with objects: gradient-norm ratio to the task %.3g (%.3g to %.3g) with %s, "
+        "now %g",
         entry.name, _listed(scaled), len(ratios), ratio, min(ratios), max(ratios), _listed(weights),
         entry.gradient_ratio,
     )  # fmt: skip
@@ -155,19 +158,18 @@ def probing(distiller: Distiller) -> Iterator[Distiller]:
     """Within, forwards leave no trace: not in the student, not in torch's random state.
 
     Every layer stays in the mode that it is in, as in a training: single ones may be frozen. Networks and losses are on
-    the GPU, if there is one.
+    the student's device.
     """
     student = distiller.student
     buffers = {name: buffer.clone() for name, buffer in student.named_buffers()}
     device = student.mean.device
     with torch.random.fork_rng(devices=[]):
-        distiller.to("cuda" if torch.cuda.is_available() else "cpu")
+        distiller.to(device)
         distiller.training = False  # of itself alone: its own audit is for the training
         try:
             yield distiller
         finally:
-            distiller.to(device)
-            for name, buffer in student.named_buffers():  # other tensors than before, where the device has changed
+            for name, buffer in student.named_buffers():
                 buffer.data.copy_(buffers[name])
 
 
@@ -198,6 +200,50 @@ def gradient_norms(distiller: Distiller, batch: Batch) -> dict[str, tuple[float,
 def total_norms(norms: dict[str, tuple[float, float]]) -> tuple[float, float]:
     """Norms of the distillation's and of the task's gradient over several parameters together."""
     return math.hypot(*(distilled for distilled, _ in norms.values())), math.hypot(*(own for _, own in norms.values()))
+
+
+def with_objects(batches: Images) -> Iterator[tuple[Sequence[Tensor], Sequence[Target]]]:
+    """Batches of the images that a task learns from: with a box that is no crowd, or with a pixel that is not void.
+
+    On others the task's gradient nearly vanishes while the distillation's does not, so that a ratio of the two would
+    say how many of them there are. Batches that need no image left out pass as they are.
+
+    Raises:
+        AcamkdError: There is no such image in the first 1,000 batches.
+    """
+    kept: list[tuple[Tensor, Target]] = []
+    size = read = given = 0
+    for images, targets in islice(batches, TRIED):
+        pairs = [pair for pair in zip(images, targets, strict=True) if _has_object(pair[1])]
+        size, read = max(size, len(images)), read + len(images)
+        if len(pairs) == len(images) and not kept:
+            given += 1
+            yield images, targets
+            continue
+        kept += pairs
+        if len(kept) >= size:
+            given += 1
+            yield _apart(kept[:size])
+            kept = kept[size:]
+    if given:
+        return
+    if not kept:
+        raise AcamkdError(
+            f"none of the {read} training images that were read has an object (or a pixel that is not void), so that "
+            "the task has no gradient to compare with: check the annotations, or give the weight as a number"
+        )
+    yield _apart((kept * size)[:size])  # several times, since a batch norm may need a whole batch
+
+
+def _has_object(target: Target) -> bool:
+    if "boxes" in target:
+        crowds = int(target["iscrowd"].count_nonzero()) if "iscrowd" in target else 0
+        return len(target["boxes"]) > crowds
+    return "mask" not in target or bool((target["mask"] != VOID).any())
+
+
+def _apart(pairs: Sequence[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+    return [image for image, _ in pairs], [target for _, target in pairs]
 
 
 def prepared(student: TaskModel, batches: Images) -> Iterator[Batch]:

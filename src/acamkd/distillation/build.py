@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,7 @@ def build_distiller(student: TaskModel, teacher: TaskModel, entries: Sequence[co
 
 def build_levels(student: TaskModel, teacher: TaskModel, entries: Sequence[config.Loss]) -> list[Level]:
     """Build the losses of every entry, one for each pair of layers; args and raises as `build_distiller`."""
-    batch = student.prepare([torch.rand(3, *PROBE_SIZE)])
+    batch = student.prepare([torch.rand(3, *PROBE_SIZE).to(student.mean.device)])
     levels: list[Level] = []
     for index, entry in enumerate(entries):
         try:
@@ -88,7 +89,7 @@ def _build(
     if entry.is_auto:
         raise AcamkdError("`weight: auto` needs images: `acamkd.distillation.auto_weight.calibrate` makes it a number")
     checked = options(entry.name, entry.preset, entry.options)
-    tokens = read_tensors(checked["tokens"]) if checked.get("tokens") else None
+    tokens = read_tensors(str(Path(checked["tokens"]).expanduser())) if checked.get("tokens") else None
     if issubclass(method, HeadLoss):
         if entry.pairs:
             log.warning("%s works on the heads and names its layers itself: `pairs` is not used", entry.name)

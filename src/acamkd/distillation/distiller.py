@@ -18,7 +18,7 @@ from acamkd.distillation.split_backward import split_backward
 from acamkd.distillation.taps import FeatureTap
 from acamkd.errors import AcamkdError
 from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
-from acamkd.models.base import Batch, TaskModel
+from acamkd.models.base import Batch, TaskModel, explaining_norms
 
 log = logging.getLogger(__name__)
 
@@ -152,6 +152,7 @@ class Distiller(nn.Module):
             return {}
         names = _flat(self._layers(index)[0] for index in active)
         with ExitStack() as stack:
+            stack.enter_context(_explaining_checkpoints())
             onward: dict[int, GradientEdge] = {}  # by the identity of the tapped output, which may have two names
 
             def hand_on(_: str, student_map: Tensor) -> Tensor:
@@ -166,11 +167,11 @@ class Distiller(nn.Module):
             teacher_maps = self.teacher_maps(batch, active, whole=whole) if active else {}
             terms: dict[str, Tensor] = {}
             if labeled:
-                with _explaining_batch_norm():
+                with explaining_norms():
                     outputs = self.student(batch)
                 terms = {f"task/{name}": term for name, term in self.student.loss(outputs, batch).items()}
             else:
-                with student_tap.early_stop(), _explaining_batch_norm():
+                with student_tap.early_stop(), explaining_norms():
                     self.student(batch)
             gradients, terms = self._task_gradients(active, student_tap, onward, terms)
             compared: dict[str, dict[str, Tensor]] = {}  # by loss, whatever the schedules
@@ -182,7 +183,7 @@ class Distiller(nn.Module):
                 terms |= {f"{key}/{name}": factors[index] * term for name, term in compared[key].items()}
             terms |= self._teacher_task(active, student_tap, batch)
             if compared and labeled and self.training and torch.is_grad_enabled():
-                self._audit(self.student.net, student_tap.features(), compared)
+                self._audit(self.student.net, student_tap.features(), compared, step)
         _check_finite(terms, step)
         return terms
 
@@ -291,16 +292,16 @@ class Distiller(nn.Module):
 
 
 @contextmanager
-def _explaining_batch_norm() -> Iterator[None]:
-    """Say what is to be done where torch's batch norm has no two values to take statistics of."""
+def _explaining_checkpoints() -> Iterator[None]:
+    """Say what is to be done where an activation checkpoint has no graph to differentiate."""
     try:
         yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
             raise
         raise AcamkdError(
-            "a batch norm needs more than one value of each channel: raise train.batch_size, or give larger images "
-            f"({error})"
+            "the student has an activation checkpoint with use_reentrant=True, which gives no gradient at tapped maps: "
+            "set use_reentrant=False, torch's advice for every checkpoint"
         ) from error
 
 

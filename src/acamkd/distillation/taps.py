@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +78,10 @@ class FeatureTap:
     pixels, as a feature map (N, C, H / 16, W / 16): tokens before the patches are left out, by `layer#16+1` one before
     them and all behind them. `layer:key#16@2` is all of it. On leaving, the hooks are removed and the tensors dropped.
 
+    A layer that a backward runs again (activation checkpointing) is recorded once. In a network that is compiled, by
+    `net.compile()` or `torch.compile`, the hooks stay and do nothing outside of a tap: another set of hooks would be
+    compiled anew.
+
     Args:
         net: Any module.
         names: What to record.
@@ -102,16 +109,21 @@ class FeatureTap:
         self._net = net
         self._input: tuple[int, ...] | None = None  # shape of the pixels, where tokens are tapped
         self._modules = {request.layer: modules[request.layer] for request in self._requests.values()}
+        self._is_compiled = _is_compiled(modules.values())
         self._handles: list[RemovableHandle] = []
         self._outputs: dict[str, list[dict[str, Tensor]]] = {}  # layer -> per call: key ("" for a tensor) -> output
         self._stop_when_complete = False
 
     def __enter__(self) -> FeatureTap:
         self._outputs = {layer: [] for layer in self._modules}
-        self._handles = [
-            module.register_forward_hook(lambda _module, _inputs, output, layer=layer: self._record(layer, output))
-            for layer, module in self._modules.items()
-        ]
+        for layer, module in self._modules.items():
+            record = partial(self._record, layer)
+            if self._is_compiled:
+                _hooked_for_good(module).append(record)
+            else:
+                self._handles.append(
+                    module.register_forward_hook(lambda _module, _inputs, output, to=record: to(output))
+                )
         if any(request.grid for request in self._requests.values()):
             self._handles.append(self._net.register_forward_pre_hook(self._note_input, with_kwargs=True))
         return self
@@ -121,6 +133,10 @@ class FeatureTap:
     ) -> None:
         for handle in self._handles:
             handle.remove()
+        self._handles = []
+        if self._is_compiled:
+            for module in self._modules.values():
+                _hooked_for_good(module).pop()
         try:
             if error is None:
                 self.features()
@@ -151,6 +167,8 @@ class FeatureTap:
 
     def _record(self, layer: str, output: Any) -> Any:
         """Keep a layer's output and hand a copy on, so that an in-place operation behind the tap cannot reach it."""
+        if torch._C._current_graph_task_id() != -1:
+            return None  # a backward runs a checkpointed layer again, and nobody works on what that puts out
         call = len(self._outputs[layer])
         (form,) = {request.grid for request in self._requests.values() if request.layer == layer}
         kept: dict[str, Tensor] = {}
@@ -224,6 +242,38 @@ class FeatureTap:
                 f"{request.layer!r} alone, the entries of a dict, list or tuple by {request.layer + ':*'!r}"
             )
         return found
+
+
+_Record = Callable[[Any], Any]
+
+_RECORDS: WeakKeyDictionary[nn.Module, list[_Record]] = WeakKeyDictionary()
+"""Of each layer of a compiled network that was ever tapped, what its hook is to call: one entry per open tap."""
+
+
+def _is_compiled(modules: Iterable[nn.Module]) -> bool:
+    dynamo = sys.modules.get("torch._dynamo")  # nothing is compiled without it, and its import takes seconds
+    return dynamo is not None and any(
+        module._compiled_call_impl is not None or isinstance(module, dynamo.OptimizedModule) for module in modules
+    )
+
+
+def _hooked_for_good(module: nn.Module) -> list[_Record]:
+    """What the hook of a compiled network's layer is to call; its first tap gives it the hook."""
+    if module not in _RECORDS:
+        _RECORDS[module] = []
+        module.register_forward_hook(torch.compiler.disable(_call_records))  # type: ignore[no-untyped-call]
+        # What was compiled so far knows of no hook; and look-ahead and the audit differentiate a graph that they keep,
+        # which compiled backwards refuse where they may overwrite what the forward saved.
+        torch._dynamo.reset()
+        torch._functorch.config.donated_buffer = False
+    return _RECORDS[module]
+
+
+def _call_records(module: nn.Module, _: Any, output: Any) -> Any:
+    for record in _RECORDS.get(module, ()):
+        changed = record(output)
+        output = output if changed is None else changed
+    return output
 
 
 def _parse(name: str) -> _Request:

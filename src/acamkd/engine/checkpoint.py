@@ -16,10 +16,10 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from acamkd.data.loading import ImageLoader
-from acamkd.engine.runs import CHECKPOINT, PREVIOUS, TERMINATED
+from acamkd.engine.runs import CHECKPOINT, PREVIOUS, TERMINATED, OtherRunError
 from acamkd.errors import AcamkdError
 from acamkd.files import written_whole
-from acamkd.models.weights import DamagedFileError, read_file
+from acamkd.models.weight_files import DamagedFileError, read_file
 
 log = logging.getLogger(__name__)
 
@@ -86,13 +86,26 @@ class Checkpoints(Checkpoint):
         self.terminated = False
         self.position = (0, 0)
         """Epoch, and how many of its batches are done; it is all that the order of the images needs to go on."""
+        self.processes = 1
+        """How many train together: positions, steps and schedules are counted for each of them."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Count the processes, before the checkpoint is read."""
+        self.processes = trainer.world_size
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on."""
-        return {"position": self.position}
+        return {"position": self.position, "processes": self.processes}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint; raises OtherRunError if another number of processes wrote it."""
+        before = state_dict.get("processes", self.processes)
+        if before != self.processes:
+            raise OtherRunError(
+                f"{self.folder} was trained by {before} process{'es' if before > 1 else ''}, and now there "
+                f"{'are' if self.processes > 1 else 'is'} {self.processes}, so that batches and steps are others: "
+                f"resume with {before} (train.devices times train.num_nodes), or start again with --overwrite"
+            )
         self.position = state_dict["position"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

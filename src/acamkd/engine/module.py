@@ -45,7 +45,16 @@ class TrainingModule(L.LightningModule):
         """What was not finite in the batches of the current step."""
 
     def on_fit_start(self) -> None:
-        """Mend what torch gets wrong in the training's precision on its device."""
+        """Mend what torch gets wrong in the training's precision on its device, and agree on the losses' weights.
+
+        Each process has measured `weight: auto` for itself, and other devices may round in another way.
+        """
+        weights = [
+            {name: value for name, value in vars(loss).items() if name.endswith("weight") and isinstance(value, float)}
+            for loss in self.distiller.losses
+        ]
+        for loss, of_first in zip(self.distiller.losses, self.trainer.strategy.broadcast(weights), strict=True):
+            vars(loss).update(of_first)
         if self.trainer.precision == "bf16-mixed" and self.trainer.strategy.root_device.type == "cpu":
             mend_convolutions(self.distiller.student.net)
 
@@ -103,9 +112,10 @@ class TrainingModule(L.LightningModule):
         return terms, statistics, faults
 
     def validation_step(self, batch: Images, batch_idx: int) -> None:
-        """Collect the predictions of one batch."""
+        """Collect the predictions of one batch, in 32 bits whatever the training's precision, as every score is."""
         images, targets = batch
-        self.scorer.update(self.distiller.student.predict(images), targets)
+        with torch.autocast(self.device.type, enabled=False):
+            self.scorer.update(self.distiller.student.predict(images), targets)
 
     def on_validation_epoch_end(self) -> None:
         """Keep the metrics."""

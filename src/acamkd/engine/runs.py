@@ -22,7 +22,7 @@ from rich.text import Text
 from acamkd import config
 from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
-from acamkd.files import unfinished_name, written_whole
+from acamkd.files import check_writable, unfinished_name, written_whole
 
 if TYPE_CHECKING:
     from acamkd.models.base import TaskModel
@@ -173,7 +173,7 @@ class Run(Printable):
             lock.release()
 
     def check_free(self, *, resume: bool, overwrite: bool) -> None:
-        """Raise AcamkdError if the folder holds something that may not be touched."""
+        """Raise AcamkdError if the folder cannot be written, or holds something that may not be touched."""
         if resume and overwrite:
             raise AcamkdError("--resume continues a run and --overwrite replaces it: give one of them")
         if self.has_begun:
@@ -186,6 +186,7 @@ class Run(Printable):
             names = {file.name for file in self.folder.iterdir()}
             if names and not (LOCK in names and names <= _BEGINNING):
                 raise AcamkdError(f"{self.folder} exists and is not a run: choose another folder with --out")
+        check_writable(self.folder, "the run folder")
 
     def _check_same(self) -> None:
         """Raise OtherRunError where the folder's recipe would have come to another outcome."""
@@ -247,7 +248,7 @@ def default_folder(recipe: config.Recipe, job: str) -> Path:
 
 def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
     """Open a run, with some keys of its recipe overridden; raises AcamkdError if the folder holds none."""
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not (folder / RECIPE).is_file():
         raise AcamkdError(f"{folder} is not a run folder: it has no {RECIPE}")
     recipe = config.load(folder / RECIPE, overrides)

@@ -18,6 +18,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from acamkd.config import Train
 from acamkd.data.loading import Images
@@ -191,7 +192,8 @@ def build_trainer(
         callbacks: More of them, called after the recorder and before the checkpoint is written.
 
     Raises:
-        AcamkdError: There are no such devices, or a launcher has started another number of processes.
+        AcamkdError: There are no such devices, a launcher has started another number of processes, or they would be
+            forks of this one.
     """
     folder = recorder.folder
     all_callbacks: list[Callback] = [
@@ -203,7 +205,7 @@ def build_trainer(
     if progress:
         all_callbacks.append(_Bar())
     try:
-        return L.Trainer(
+        trainer = L.Trainer(
             default_root_dir=folder,
             accelerator=config.accelerator,
             devices=config.devices,
@@ -229,3 +231,11 @@ def build_trainer(
         keys = ("accelerator", "devices", "num_nodes", "strategy", "precision")
         given = ", ".join(f"{key} {getattr(config, key)}" for key in keys)
         raise AcamkdError(f"train: this machine, or what launched it, cannot run {given}: {error}") from error
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        # Lightning's choice too where a notebook has several devices.
+        raise AcamkdError(
+            f"train.strategy {config.strategy} with {trainer.world_size} devices would train in forks of this process, "
+            "which keep their results: set train.devices to 1, as notebooks need it, or run acamkd from a shell with "
+            "train.strategy ddp or auto"
+        )
+    return trainer

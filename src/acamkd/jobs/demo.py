@@ -24,6 +24,7 @@ from acamkd.engine.cost import median_milliseconds
 from acamkd.engine.metrics import METRICS
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import Run, open_run, write_json
+from acamkd.files import check_writable
 from acamkd.jobs.train import count_parameters, distill, train
 from acamkd.models.base import Prediction, Task, TaskModel
 from acamkd.report.visualize import (
@@ -93,6 +94,7 @@ def demo(out: Path | str = "runs/demo", *, task: Task | Literal["both"] = "both"
         AcamkdError: The folder cannot be used.
     """
     started, out = time.monotonic(), Path(out)
+    check_writable(out)
     tasks: Sequence[Task] = ("detection", "segmentation") if task == "both" else (task,)
     results: dict[Task, dict[str, Any]] = {}
     costs: dict[Task, dict[str, Cost]] = {}

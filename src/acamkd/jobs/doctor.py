@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from acamkd import config, data, models
 from acamkd.data import ImageDataset
-from acamkd.distillation.auto_weight import gradient_norms, prepared, probe_distiller, total_norms
+from acamkd.distillation.auto_weight import gradient_norms, prepared, probe_distiller, total_norms, with_objects
 from acamkd.distillation.build import probe
-from acamkd.engine.metrics import METRICS, Scorer, score
+from acamkd.engine.devices import device_of, moved_to
+from acamkd.engine.metrics import METRICS, score, scorer_of
 from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
 from acamkd.jobs.examine_data import DataReport, examine_data
@@ -158,9 +159,9 @@ def _weights(check: str, model: TaskModel, section: config.Model) -> Finding:
         )
     elif section.backbone_weights not in (None, "imagenet"):
         report = models.load_weights(model.backbone, section.backbone_weights, strict=False, what=section.backbone)
-    elif ":" in section.arch:
+    elif section.brings_weights:
         return Finding(check, "pass", f"whatever {section.arch} brings")
-    elif section.backbone_weights == "imagenet":
+    elif section.backbone_weights == "imagenet" and not section.arch.startswith("hf/"):
         return Finding(check, "pass", f"{section.backbone} pretrained on ImageNet, everything else starts anew")
     else:
         return Finding(check, "warn", "nothing is pretrained", "give weights or backbone_weights, if there are any")
@@ -230,8 +231,8 @@ def _score(teacher: TaskModel, val: ImageDataset, recipe: config.Recipe) -> Find
             yield [image], [target]
 
     device = teacher.mean.device
-    teacher.to("cuda" if torch.cuda.is_available() else "cpu")
-    reached = score(teacher, images(), Scorer(recipe.task, val.classes))[metric]
+    teacher.to(device_of(recipe.train))
+    reached = score(teacher, images(), scorer_of(recipe, val.classes))[metric]
     teacher.to(device)  # where the student is: both are looked into with its batches
     chance = ignorance(seen, len(val.classes)) if recipe.task == "segmentation" else 0.0
     text = f"{metric} {reached:.2f} on {len(seen)} validation images; {chance:.2f} without looking"
@@ -257,10 +258,11 @@ def _distillation(
 ) -> Iterator[Finding]:
     size = min(IMAGES, recipe.train.batch_size, len(train))
     images = data.loader(train, size, 0, shuffle=True, seed=recipe.train.seed)
-    with probe_distiller(student, teacher, recipe.losses) as distiller:
+    networks = (student, teacher)
+    with moved_to(device_of(recipe.train), *networks), probe_distiller(*networks, recipe.losses) as distiller:
         if recipe.data.unlabelled is not None:
             distiller.check_unlabeled()
-        batch = next(prepared(student, images))
+        batch = next(prepared(student, with_objects(images)))
         for pair, loss in distiller.levels:
             name = type(loss).__name__
             if pair is not None:

@@ -6,12 +6,12 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.markup import escape
 from rich.table import Table
 
 from acamkd import data
-from acamkd.engine.metrics import Scorer, score
+from acamkd.engine.devices import device_of
+from acamkd.engine.metrics import score, scorer_of
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import Run, as_run
 
@@ -43,6 +43,7 @@ def evaluate(run: Run | Path | str, *, overrides: Sequence[str] = ()) -> Scores:
     images = data.build(recipe.data, recipe.task, "val", seed=recipe.train.seed, augment=False)
     for warning in data.check(images, recipe.data.check):
         log.warning("%s", warning)
-    model = run.load().to("cuda" if torch.cuda.is_available() else "cpu")
+    model = run.load().to(device_of(recipe.train))
     batches = data.loader(images, recipe.train.batch_size, recipe.data.workers, shuffle=False, seed=0)
-    return Scores(score(model, batches, Scorer(recipe.task, images.classes)))
+    with data.reading(batches):
+        return Scores(score(model, batches, scorer_of(recipe, images.classes)))

@@ -59,12 +59,19 @@ def examine_data(recipe: config.Recipe) -> DataReport:
     if source.unlabelled is not None:
         opening["unlabelled"] = partial(data.build_unlabeled, source, recipe.task, seed=0)
     found: dict[str, Statistics] = {}
-    for name, opened in opening.items():
+    datasets: dict[str, ImageDataset] = {}
+    for name, open_it in opening.items():
         try:
-            found[name] = count(opened(), decode=recipe.data.check == "full")
+            datasets[name] = open_it()
+            found[name] = count(datasets[name], decode=recipe.data.check == "full")
         except AcamkdError as error:
             found[name] = Statistics(problems=[str(error)])
     train, val = found["train"], found["val"]
+    if "train" in datasets and "val" in datasets:
+        try:
+            val.warnings += data.compare_splits(datasets["train"], datasets["val"], source, datasets.get("unlabelled"))
+        except AcamkdError as error:  # two palettes that contradict each other; the rest is said already
+            val.problems += [] if str(error) in val.problems else [str(error)]
     if train.classes and val.classes and list(train.classes) != list(val.classes):
         val.problems.append(f"the classes are {', '.join(val.classes)}, but those of train {', '.join(train.classes)}")
     return DataReport(found)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import yaml
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
@@ -72,7 +71,7 @@ class Inspection(Printable):
     @property
     def yaml(self) -> str:
         """The losses, to paste into a recipe."""
-        return yaml.safe_dump({"losses": self.losses}, sort_keys=False, default_flow_style=None)
+        return config.write_yaml({"losses": self.losses}, flow=None)
 
     def __rich__(self) -> Group:
         return Group(

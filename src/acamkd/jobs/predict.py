@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import Run, as_run
 from acamkd.errors import AcamkdError
-from acamkd.files import IMAGE_SUFFIXES, written_whole
+from acamkd.files import IMAGE_SUFFIXES, check_writable, files_below, written_whole
 from acamkd.jobs.export.onnx_model import OnnxModel, Pixels, Prediction, read_image
 from acamkd.report.visualize import draw_predictions
 
@@ -62,7 +63,8 @@ def predict(
 
     Args:
         model: A run, its folder, or a file that `acamkd export` wrote.
-        source: An image, a folder of images, or a video, which needs `pip install '.[video]'`.
+        source: An image, a folder of images, or a video, which needs `pip install '.[video]'`. Folders in the folder
+            count, too, and are made in the output.
         out: Output folder; `predictions` beside the model where not given.
         score: Detections below it are left out.
 
@@ -71,18 +73,22 @@ def predict(
     """
     source = Path(source)
     is_video = source.is_file() and source.suffix.lower() in VIDEOS
-    files = [] if is_video else images_of(source)
-    task, classes, network = _open(model)
+    folder = Path(out) if out else _beside(model) / "predictions"
+    files = [] if is_video else images_of(source, without=[folder])
+    check_writable(folder)
+    task, classes, network, limit = _open(model)
     if task == "segmentation" and files:
         _check_names(files, source)
-    folder = Path(out) if out else _beside(model) / "predictions"
     results: list[dict[str, Any]] = []
+    full = 0
 
     def look(image: Pixels, mask: str, **where: Any) -> Image.Image:
+        nonlocal full
         found = network(image)
         if task == "detection":
             good = found["scores"] >= score
             found = {name: values[good] for name, values in found.items()}
+            full += len(found["scores"]) == limit
             results.extend(_as_coco(found, classes, where))
         else:
             _save(Image.fromarray(found["mask"].astype(np.uint8)), folder / "masks" / mask)
@@ -101,13 +107,21 @@ def predict(
         except AcamkdError as error:
             unreadable.append(str(error))
             continue
-        _save(look(image, f"{file.stem}.png", file_name=file.name), folder / "overlays" / file.name)
+        name = file.relative_to(source) if source.is_dir() else Path(file.name)
+        mask = name.with_suffix(".png").as_posix()
+        _save(look(image, mask, file_name=name.as_posix()), folder / "overlays" / name)
     if task == "detection":
         with _whole(folder / "predictions.json") as unfinished:
             unfinished.write_text(json.dumps(results, indent=1), encoding="utf-8")
     count -= len(unreadable)
     made = Predictions(folder, count, "frame" if is_video else "image", count / (time.monotonic() - start))
     log.info("%s", made)
+    if full:
+        log.warning(
+            "%d detections, all that the network gives, were found in %d %s: it may have left out some (options: "
+            "{detections_per_img: N} in the recipe, box_detections_per_img of faster_rcnn, raises it)",
+            limit, full, made.unit,
+        )  # fmt: skip
     if unreadable:
         first = "; ".join(unreadable[:3]) + ("; ..." if len(unreadable) > 3 else "")
         raise AcamkdError(f"{len(unreadable)} of {len(files)} images are left out: {first}")
@@ -115,7 +129,9 @@ def predict(
 
 
 class Video:
-    """A video that is read, and another of its rate that is written; the size is made even, as the encoder wants it.
+    """A video that is read, and another that is written with the times of its frames.
+
+    The size is made even, as the encoder wants it.
 
     Args:
         source: To read from.
@@ -138,9 +154,15 @@ class Video:
                 raise AcamkdError(f"{source}: the file holds no video")
             stream = self.reader.streams.video[0]
             self.writer = av.open(out, "w")
-            self.stream = self.writer.add_stream("libx264", rate=stream.average_rate or 25)
+            rate = stream.average_rate or 25
+            self.stream = self.writer.add_stream("libx264", rate=rate)
         except av.FFmpegError as error:
             raise AcamkdError(f"{source}: the video cannot be read: {error}") from error
+        self.time_base = stream.time_base or 1 / Fraction(rate)
+        self.stream.codec_context.time_base = self.time_base
+        self._usual = max(1, round(1 / (rate * self.time_base)))
+        self._time: int | None = None  # of the frame that was read last
+        self._written: int | None = None  # and of the one that was written last, in units of the time base
         self.length = stream.frames or None
         """Number of frames, where the file says it."""
 
@@ -158,6 +180,7 @@ class Video:
         frame = None
         try:
             for frame in self.reader.decode(video=0):
+                self._time = frame.pts
                 yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90))
         except self.failure as error:
             raise AcamkdError(f"{self.source}: the video cannot be read to its end: {error}") from error
@@ -165,17 +188,26 @@ class Video:
             raise AcamkdError(f"{self.source}: the video holds no frames")
 
     def write(self, image: Image.Image) -> None:
-        """Add a frame."""
+        """Add a frame at the time of the one that was read last; frames need not be equally far apart."""
         import av
 
         even = image.crop((0, 0, max(2, image.width // 2 * 2), max(2, image.height // 2 * 2)))
         if not self.stream.codec_context.is_open:
             self.stream.width, self.stream.height = even.size
-        self.writer.mux(self.stream.encode(av.VideoFrame.from_ndarray(np.asarray(even), format="rgb24")))
+        frame = av.VideoFrame.from_ndarray(np.asarray(even), format="rgb24")
+        expected = 0 if self._written is None else self._written + self._usual
+        after = self._written is None or (self._time is not None and self._time > self._written)
+        frame.pts = self._written = self._time if after and self._time is not None else expected
+        frame.time_base = self.time_base
+        self.writer.mux(self.stream.encode(frame))
 
 
-def images_of(source: Path) -> list[Path]:
-    """The images that a file or folder stands for; raises AcamkdError if there are none."""
+def images_of(source: Path, *, without: Sequence[Path] = ()) -> list[Path]:
+    """The images that a file or folder stands for, with those of all folders in it but some.
+
+    Raises:
+        AcamkdError: There are none, or a folder cannot be read.
+    """
     if not source.is_dir():
         if not source.exists():
             raise AcamkdError(f"{source}: there is no such image, folder or video")
@@ -185,7 +217,10 @@ def images_of(source: Path) -> list[Path]:
                 f"({', '.join(VIDEOS)})"
             )
         return [source]
-    files = sorted(file for file in source.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".")
+    try:
+        files = [file for file in files_below(source, without=without) if file.suffix.lower() in IMAGE_SUFFIXES]
+    except OSError as error:
+        raise AcamkdError(f"cannot read the folder {error.filename or source}: {error.strerror}") from error
     if not files:
         raise AcamkdError(f"{source}: the folder holds no images ({', '.join(IMAGE_SUFFIXES)})")
     return files
@@ -193,9 +228,11 @@ def images_of(source: Path) -> list[Path]:
 
 def _check_names(files: Sequence[Path], source: Path) -> None:
     """Raise AcamkdError if the masks of two images would be one file."""
-    stem, count = Counter(file.stem for file in files).most_common(1)[0]
+    name, count = Counter(file.with_suffix("") for file in files).most_common(1)[0]
     if count > 1:
-        raise AcamkdError(f"{source}: {count} images are called {stem}, and their masks would be one file: rename them")
+        raise AcamkdError(
+            f"{source}: {count} images are called {name.name}, and their masks would be one file: rename them"
+        )
 
 
 def _beside(model: Run | Path | str) -> Path:
@@ -205,22 +242,25 @@ def _beside(model: Run | Path | str) -> Path:
     return Path(model).parent if Path(model).suffix == ".onnx" else Path(model)
 
 
-def _open(model: Run | Path | str) -> tuple[str, Sequence[str], Callable[[Pixels], Prediction]]:
-    """Task, class names, and what turns an image into predictions."""
+def _open(model: Run | Path | str) -> tuple[str, Sequence[str], Callable[[Pixels], Prediction], int | None]:
+    """Task, class names, what turns an image into predictions, and the most boxes that it gives, if that is known."""
     if not isinstance(model, Run) and Path(model).suffix == ".onnx":
         exported = OnnxModel(Path(model))
-        return exported.task, exported.classes, exported.predict
+        suppression = exported.metadata["nms"] or {}
+        return exported.task, exported.classes, exported.predict, suppression.get("detections")
     import torch  # an exported file needs none
 
+    from acamkd.engine.devices import device_of
+
     run = as_run(model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(run.recipe.train)
     network = run.load().to(device)
 
     def predict_one(image: Pixels) -> Prediction:
         pixels = torch.from_numpy(image).permute(2, 0, 1).to(device)
         return {name: values.cpu().numpy() for name, values in network.predict([pixels])[0].items()}
 
-    return run.recipe.task, run.recipe.data.classes or (), predict_one
+    return run.recipe.task, run.recipe.data.classes or (), predict_one, network.max_detections
 
 
 def _as_coco(found: Prediction, classes: Sequence[str], where: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from acamkd import config, data, models
-from acamkd.engine.metrics import Scorer
+from acamkd.engine.metrics import scorer_of
 from acamkd.engine.runs import RECIPE, Run, default_folder
 from acamkd.errors import AcamkdError
 from acamkd.models.base import TaskModel
@@ -96,7 +96,7 @@ class Batches:
             self.unlabeled = data.build_unlabeled(source, recipe.task, seed=seed)
             self.mixed = shuffled(data.WithUnlabeled(splits["train"], self.unlabeled))
         self.val = data.loader(splits["val"], size, workers, shuffle=False, seed=seed)
-        self.scorer = Scorer(recipe.task, self.classes)
+        self.scorer = scorer_of(recipe, self.classes)
         self.resolved = recipe.model_copy(update={"data": source.model_copy(update={"classes": self.classes})})
 
     def check(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,14 +15,17 @@ import torch
 from torch import Tensor
 
 from acamkd import config
+from acamkd.data import reading
 from acamkd.data.dataset import seed_of
 from acamkd.distillation.auto_weight import uncalibrated
 from acamkd.distillation.build import build_distiller, suppress_logs
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.taps import FeatureTap
+from acamkd.engine.devices import device_of
 from acamkd.engine.metrics import METRICS, score
 from acamkd.engine.runs import default_folder
 from acamkd.errors import AcamkdError
+from acamkd.files import check_writable
 from acamkd.jobs.setup import Batches, build_network, teacher_section
 from acamkd.losses.base import TokenModule
 from acamkd.models.base import TaskModel, to_device
@@ -85,12 +87,14 @@ def learn_tokens(
         distiller = build_distiller(student, teacher, entries)
     modules = _token_modules(distiller, recipe.name)
     batches.check()
-    distiller.to("cuda" if torch.cuda.is_available() else "cpu")
-    courses = _learn(distiller, modules, batches, iterations, lr)
-    scores = {
-        "teacher": score(teacher, batches.val, batches.scorer),
-        "masked_teacher": _score_masked(teacher, modules, batches),
-    }
+    distiller.to(device_of(recipe.train))
+    with reading(batches.train):
+        courses = _learn(distiller, modules, batches, iterations, lr)
+    with reading(batches.val):
+        scores = {
+            "teacher": score(teacher, batches.val, batches.scorer),
+            "masked_teacher": _score_masked(teacher, modules, batches),
+        }
     metric = METRICS[recipe.task]
     log.info("%s of the teacher: %.2f, with masked features: %.2f",
              metric, scores["teacher"][metric], scores["masked_teacher"][metric])  # fmt: skip
@@ -105,9 +109,7 @@ def _check_file(path: Path, overwrite: bool) -> None:
         raise AcamkdError(f"tokens are written as safetensors: name a file .safetensors, not {path}")
     if path.exists() and not overwrite:
         raise AcamkdError(f"{path} exists: --overwrite replaces it, --out FILE writes elsewhere")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise AcamkdError(f"{path} cannot be written, since {above} cannot: --out FILE writes elsewhere")
+    check_writable(path.parent)
 
 
 def _token_modules(distiller: Distiller, name: str) -> dict[str, TokenModule]:
@@ -188,9 +190,10 @@ def _score_masked(teacher: TaskModel, modules: Mapping[str, TokenModule], batche
     device = teacher.mean.device
     for images, targets in batches.val:
         inputs, truths = to_device(images, targets, device)
-        with _masked(teacher, modules):
-            predictions = teacher.predict(inputs)
-        batches.scorer.update(predictions, truths)
+        for indices, batch in teacher.prepare_alike(inputs):
+            with _masked(teacher, modules):
+                predictions = teacher.decode(teacher(batch), batch)
+            batches.scorer.update(predictions, [truths[index] for index in indices])
     return batches.scorer.compute()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 import platform
 import signal
 import sys
@@ -23,6 +22,7 @@ from acamkd.distillation.auto_weight import calibrate, dry_build, reuse_weights
 from acamkd.distillation.build import build_distiller
 from acamkd.distillation.distiller import Distiller
 from acamkd.engine.checkpoint import find_checkpoint
+from acamkd.engine.devices import device_of, moved_to
 from acamkd.engine.mask_history import MaskHistory
 from acamkd.engine.metrics import METRICS, score
 from acamkd.engine.module import TrainingModule
@@ -32,7 +32,7 @@ from acamkd.errors import AcamkdError
 from acamkd.jobs.profile import Estimate, estimate
 from acamkd.jobs.setup import Batches, build_network, teacher_section, with_normalization
 from acamkd.models.base import TaskModel
-from acamkd.report.run import write_report
+from acamkd.report.run import REPORT, write_report
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def train(
         raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
     if section.num_classes is not None:
         raise AcamkdError("teacher.num_classes: a teacher with classes of its own cannot be trained on these images")
-    folder = Path(out) if out else default_folder(recipe, "teacher" if role == "teacher" else "baseline")
+    folder = Path(out).expanduser() if out else default_folder(recipe, "teacher" if role == "teacher" else "baseline")
     if is_first_process():  # before minutes of looking at images
         Run(folder, recipe, role).check_free(resume=resume, overwrite=overwrite)
     batches = Batches(recipe)
@@ -155,10 +155,7 @@ def distill(
     batches.check()
     if resume and (folder / RECIPE).is_file():
         losses = reuse_weights(losses, config.load(folder / RECIPE).losses)
-    if torch.cuda.is_available():  # each process of a launcher measures on a device of its own
-        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
-        torch.cuda.set_device(local % torch.cuda.device_count())
-    with data.naming_images(batches.train):
+    with data.reading(batches.train), moved_to(device_of(recipe.train), student, teacher):
         losses = calibrate(built, losses, batches.train)
     distiller = build_distiller(student, teacher, losses)
     used = {"teacher": section, "student": with_normalization(recipe.student, student), "losses": losses}
@@ -189,25 +186,31 @@ def _fit(
     recorder = Recorder(run.folder, run.weights.name, metric)
     watching = [MaskHistory(run.folder, batches.splits["val"])] if distiller.losses else []
     trainer = build_trainer(recipe.train, recorder, progress=sys.stdout.isatty(), callbacks=watching)
+    if len(batches.splits["val"]) < trainer.world_size:
+        raise AcamkdError(
+            f"data.val has too few validation images for {trainer.world_size} processes that are to share them: "
+            f"{len(batches.splits['val'])}; lower train.devices, or give more of them"
+        )
     is_first = trainer.is_global_zero  # of several processes, it alone writes and speaks
     others = nullcontext(resume and run.has_checkpoint)
     entered = run.entered(resume=resume, overwrite=overwrite) if is_first else others
     with entered as goes_on, _log_file(run.folder / LOG, is_first), _explaining(run.folder):
         if resume and run.has_ended and (goes_on or run.weights.is_file()):
             log.info("%s: all epochs are done already", run.folder)
-            if not goes_on:  # its checkpoints were deleted
-                return run
+            if is_first and not (run.folder / REPORT).is_file():
+                write_report(run)
+            return run
         if resume and not goes_on:
             log.warning("%s has no finished epoch to resume from: it starts anew", run.folder)
         checkpoint = find_checkpoint(run.folder) if goes_on else None
         taught_by: dict[str, Any] = {"inherited_sha256": inherited} if inherited else {}
         if distiller.losses:
-            with data.naming_images(batches.val):
+            with data.reading(batches.val):
                 scores = _score_teacher(distiller.teacher.to(trainer.strategy.root_device), batches)
             taught_by = {"teacher": scores, "teacher_sha256": _hash(distiller.teacher.net)}
         torch.manual_seed(recipe.train.seed)
         module = TrainingModule(distiller, recipe.train, batches.scorer)
-        with data.naming_images(batches.mixed, batches.val), _stopping(run.folder, recorder, recipe.train.epochs):
+        with data.reading(batches.mixed, batches.val), _stopping(run.folder, recorder, recipe.train.epochs):
             trainer.fit(module, batches.mixed, batches.val, ckpt_path=checkpoint)
         if distiller.losses and _hash(distiller.teacher.net) != taught_by["teacher_sha256"]:
             raise RuntimeError("the teacher changed during training")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from acamkd.config import Model, ShortLong
+from acamkd.errors import AcamkdError
 
 Task: TypeAlias = Literal["detection", "segmentation"]
 
@@ -89,6 +92,27 @@ def keeping_modes(net: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def explaining_norms() -> Iterator[None]:
+    """Say what is to be done where a normalization layer has no two values to take statistics of."""
+    try:
+        yield
+    except ValueError as error:
+        if not re.search(r"more than 1 (value per channel|spatial element)", str(error)):
+            raise
+        called = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+        if called & {"group_norm", "instance_norm"}:
+            kind = "a group norm" if "group_norm" in called else "an instance norm"
+            raise AcamkdError(
+                f"{kind} needs more than one value to normalize: give larger images (data.resize), or the layer more "
+                f"channels per group ({error})"
+            ) from error
+        raise AcamkdError(
+            "a batch norm needs more than one value of each channel: raise train.batch_size, or give larger images "
+            f"({error})"
+        ) from error
+
+
 class TaskModel(nn.Module, ABC):
     """A network together with its task: what turns images into pixels, outputs, a loss and predictions.
 
@@ -107,13 +131,19 @@ class TaskModel(nn.Module, ABC):
         self.num_classes = num_classes
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        # Of floats also where a factory gives whole numbers: pixels would be cut off to 0 and 1 otherwise.
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
 
     @property
     def backbone(self) -> nn.Module:
         """The part that image-classification weights belong to."""
         raise NotImplementedError(f"{type(self).__name__} does not say which part of its network is the backbone")
+
+    @property
+    def max_detections(self) -> int | None:
+        """Detection: an image gets so many boxes at most; None where there is no limit, or no boxes."""
+        return None
 
     def comparable_layers(self) -> tuple[str, ...]:
         """Layers that feature losses are meant for, in FeatureTap's grammar; none where nothing is known of them."""
@@ -153,11 +183,47 @@ class TaskModel(nn.Module, ABC):
     def decode(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
         """Turn raw outputs into predictions in each image's own pixels."""
 
+    def prepare_alike(self, images: Sequence[Tensor]) -> list[tuple[list[int], Batch]]:
+        """Prepare each image as if it were alone, and stack those whose padded inputs have one size.
+
+        In one batch with larger images an image gets more padding, which changes what a network finds: by what its
+        convolutions see at the border, and by normalization over the whole map.
+
+        Args:
+            images: (3, H, W) each, uint8, or float in [0, 1]; sizes may differ.
+
+        Returns:
+            Places in `images`, and their batch without targets; one such pair per size.
+        """
+        groups: dict[PixelSize, list[tuple[int, Batch]]] = {}
+        for index, image in enumerate(images):
+            batch = self.prepare([image])
+            groups.setdefault(batch.input_size, []).append((index, batch))
+        return [([index for index, _ in group], _joined([batch for _, batch in group])) for group in groups.values()]
+
     @torch.no_grad()
     def predict(self, images: Sequence[Tensor]) -> list[Prediction]:
-        """Images in, predictions out; the network should be in eval mode."""
-        batch = self.prepare(images)
-        return self.decode(self(batch), batch)
+        """Images in, predictions out; the network should be in eval mode.
+
+        An image's prediction does not depend on the images beside it, nor on a training's precision: the network
+        runs in that of its weights.
+        """
+        found: dict[int, Prediction] = {}
+        with explaining_norms(), torch.autocast(self.mean.device.type, enabled=False):
+            for indices, batch in self.prepare_alike(images):
+                found.update(zip(indices, self.decode(self(batch), batch), strict=True))
+        return [found[index] for index in range(len(images))]
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    """Batches of one input size as one, without targets."""
+    if len(batches) == 1:
+        return batches[0]
+    return Batch(
+        pixels=torch.cat([batch.pixels for batch in batches]),
+        sizes=[size for batch in batches for size in batch.sizes],
+        original_sizes=[size for batch in batches for size in batch.original_sizes],
+    )
 
 
 @dataclass(frozen=True)

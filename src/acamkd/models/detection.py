@@ -14,7 +14,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import concat_box_prediction_layers
-from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
+from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.transforms.v2.functional import to_dtype
 
@@ -31,6 +31,7 @@ from acamkd.models.conventions import (
     P6P7FromC5,
     stride_in_1x1,
 )
+from acamkd.models.resize import DetectionTransform
 
 
 class Detector(TaskModel):
@@ -109,6 +110,12 @@ class Detector(TaskModel):
 class DenseDetector(Detector):
     """A detector whose shared head runs once over each level of the pyramid."""
 
+    def __init__(self, net: nn.Module, num_classes: int) -> None:
+        super().__init__(net, num_classes)
+        norms = [layer for layer in self.net.head.modules() if isinstance(layer, nn.GroupNorm)]
+        self.single_channels = any(norm.num_groups == norm.num_channels for norm in norms)
+        """Whether the heads normalize each channel of a map alone, which a map of one value does not allow."""
+
     @property
     def net_classes(self) -> int:
         """Number of the net's classes, with background."""
@@ -117,8 +124,21 @@ class DenseDetector(Detector):
     def forward(self, batch: Batch) -> Outputs:
         """Give `cls_logits` (N, A, K + 1), `bbox_regression` (N, A, 4) and, for FCOS, `bbox_ctrness` (N, A, 1)."""
         features = self._features(batch)
+        if self.single_channels and not torch.compiler.is_compiling():
+            self._check_maps(features, batch)
         head = {name: output.float() for name, output in self.net.head(list(features.values())).items()}
         return {"features": features, "anchors": self._anchors(self.net.anchor_generator, features, batch), **head}
+
+    def _check_maps(self, features: Mapping[str, Tensor], batch: Batch) -> None:
+        """Refuse at every batch size what a single image could not be predicted with."""
+        if any(level.shape[-2:].numel() == 1 for level in features.values()):
+            height, width = batch.input_size
+            channels = next(iter(features.values())).shape[1]
+            raise AcamkdError(
+                f"{type(self.net).__name__}: the heads' group norm has as many groups as channels ({channels}), and "
+                f"the coarsest map of an input of {height} x {width} has one value, which cannot be normalized: give "
+                f"fpn_channels {2 * channels} or more, or larger images (data.resize above 128)"
+            )
 
     def _detect(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
         counts = self.anchors_per_level(outputs)
@@ -127,6 +147,11 @@ class DenseDetector(Detector):
         detections = self.net.postprocess_detections(head, anchors, batch.sizes)
         # The heads have an output for background, which is never a box's label but can pass an untrained threshold.
         return [{name: x[found["labels"] > 0] for name, x in found.items()} for found in detections]
+
+    @property
+    def max_detections(self) -> int:
+        """An image gets so many boxes at most."""
+        return int(self.net.detections_per_img)
 
     def anchors_per_level(self, outputs: Outputs) -> list[int]:
         """Number of anchors of each level, from fine to coarse."""
@@ -183,6 +208,11 @@ class FasterRCNNDetector(Detector):
             "rpn_deltas": deltas,
             "proposals": proposals,
         }
+
+    @property
+    def max_detections(self) -> int:
+        """An image gets so many boxes at most."""
+        return int(self.net.roi_heads.detections_per_img)
 
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return `loss_classifier`, `loss_box_reg`, `loss_objectness` and `loss_rpn_box_reg`."""
@@ -277,23 +307,9 @@ def wrap_detector(
         mean: Mean color; None = the net's own.
         std: Standard deviation of the colors, likewise.
     """
-    colors = list(mean or net.transform.image_mean), list(std or net.transform.image_std)
-    if resize is None:
-        net.transform = _OwnSize(1, 1, *colors)
-    elif isinstance(resize, ShortLong):
-        net.transform = GeneralizedRCNNTransform(resize.short, resize.long, *colors)
-    else:
-        height, width = resize
-        net.transform = GeneralizedRCNNTransform(height, width, *colors, fixed_size=(width, height))
+    net.transform = DetectionTransform(resize, mean or net.transform.image_mean, std or net.transform.image_std)
     wrapper = next(wrapper for framework, wrapper in WRAPPERS.items() if isinstance(net, framework))
     return wrapper(net, num_classes)
-
-
-class _OwnSize(GeneralizedRCNNTransform):  # type: ignore[misc]
-    """No resizing; torchvision's own switch for this only holds in training mode."""
-
-    def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
-        return image, target
 
 
 def _constructor_options(model: Model, kind: type[nn.Module]) -> tuple[dict[str, Any], Convention]:

@@ -18,7 +18,7 @@ from acamkd.errors import AcamkdError
 from acamkd.files import written_whole
 from acamkd.models.base import Batch, PixelSize, Target, TaskModel
 from acamkd.models.hf_kinds import Kind
-from acamkd.models.segmentation import frame_size
+from acamkd.models.resize import frame_size
 
 UNLIMITED = 2**31 - 1
 """Long side of a rule that names the short side alone."""

@@ -23,6 +23,14 @@ class HFDetector(HFModel):
 
     task = "detection"
 
+    @property
+    def max_detections(self) -> int:
+        """The number of queries."""
+        settings = self.net.config.to_dict()
+        if settings.get("two_stage") and "two_stage_num_proposals" in settings:
+            return int(settings["two_stage_num_proposals"])
+        return int(settings[("num_queries" if "num_queries" in settings else "num_detection_tokens")])
+
     def with_targets(self, batch: Batch, targets: Sequence[Target]) -> Batch:
         """Scale the boxes with the images."""
         moved = []

@@ -20,6 +20,7 @@ from acamkd.config import Model, ShortLong
 from acamkd.errors import AcamkdError, nearest
 from acamkd.models.backbones import TORCHVISION
 from acamkd.models.base import VOID, Batch, Family, Outputs, PixelSize, Prediction, Target, TaskModel
+from acamkd.models.resize import frame_size
 from acamkd.models.weights import hub_errors
 
 STRIDE = 32
@@ -102,16 +103,6 @@ class Segmenter(TaskModel):
     def decode(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
         """Best class of every pixel; logits are brought to the image's size first."""
         return best_classes(outputs["out"], batch)
-
-
-def frame_size(size: PixelSize, resize: PixelSize | ShortLong | None) -> PixelSize:
-    """(height, width) of an image after resizing."""
-    if resize is None:
-        return size
-    if not isinstance(resize, ShortLong):
-        return resize
-    scale = min(resize.short / min(size), resize.long / max(size))
-    return (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
 
 
 def build_segmenter(model: Model, num_classes: int, resize: PixelSize | ShortLong | None) -> Segmenter:

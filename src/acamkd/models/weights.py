@@ -8,18 +8,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from acamkd.errors import AcamkdError, nearest
 from acamkd.files import written_whole
 from acamkd.models.base import TaskModel
 from acamkd.models.convert import convention_of, to_torchvision
+from acamkd.models.weight_files import read_tensors_file
 
 log = logging.getLogger(__name__)
 
@@ -28,10 +26,6 @@ WITHOUT_EPSILON = ("RetinaNet_ResNet50_FPN_Weights", "FasterRCNN_ResNet50_FPN_We
 
 EPSILON = 1e-5
 """Of torch's and torchvision's batch norm."""
-
-
-class DamagedFileError(AcamkdError):
-    """A file that is cut short, or not what its name says."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,7 +72,8 @@ def load_weights(
     Args:
         module: Filled in place.
         source: A .safetensors, .pth or .pt file, or a torchvision name such as `ResNet50_Weights.IMAGENET1K_V2`.
-            Containers (`state_dict`, `model`) and a prefix that all names share (`module.`, `net.`) are unwrapped.
+            The state dict that fits best is taken out of its containers (`state_dict`, `model`, `ema`, ...) and from
+            below its prefixes (`module.`, `net.`).
         strict: Every tensor of the module must be found in its shape; otherwise half of them must.
         what: Name of the module in messages.
         convention: Whose detector the module does exactly as.
@@ -253,47 +248,7 @@ def read_tensors(source: str, own: Mapping[str, tuple[int, ...]] | None = None) 
         )
     if not path.is_file():
         raise AcamkdError(f"weights {source}: there is no such file")
-    if path.suffix == ".safetensors":
-        try:
-            return _unwrap(load_file(path), source)
-        except SafetensorError as error:
-            raise AcamkdError(f"weights {source}: the file is damaged ({error}); copy it again") from error
-    return _unwrap(read_file(path), source)
-
-
-def read_file(path: Path) -> Any:
-    """What a file of torch.save holds, on the CPU, without running any code that it may name.
-
-    Raises:
-        DamagedFileError: It cannot be read.
-        AcamkdError: It holds more than tensors and plain values.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can raise nearly anything
-        if blocked := re.search(r"unsupported GLOBAL ([\w.]+) whose module \w+ is blocked", str(error)):
-            raise AcamkdError(
-                f"{path}: the file would call {blocked[1]}; no file of weights does: delete it"
-            ) from error
-        found = re.search(r"Unsupported (?:global|class)\W+(?:GLOBAL )?([\w.]*)", str(error))
-        if not found:
-            raise DamagedFileError(f"{path}: the file is damaged, or no PyTorch file; copy it again") from error
-        raise AcamkdError(
-            f"{path}: the file holds Python objects beside tensors ({found[1]}), and reading those can run any code. "
-            f"Where you know the class to be harmless, convert it once: with torch.serialization.safe_globals("
-            f"[{found[1]}]): torch.save(torch.load(OLD, weights_only=True)['state_dict'], NEW)"
-        ) from error
-
-
-def _unwrap(content: Any, source: str) -> dict[str, Tensor]:
-    """Find the tensors by name in what a file holds."""
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
-    if not tensors:
-        raise AcamkdError(f"weights {source}: no state dict in it; save one by torch.save(net.state_dict(), FILE)")
-    return tensors
+    return read_tensors_file(path, own)
 
 
 def _read_torchvision(source: str, own: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

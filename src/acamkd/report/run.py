@@ -12,10 +12,12 @@ import torch
 from acamkd import config, data
 from acamkd.data import ImageDataset
 from acamkd.engine.cost import Cost, cost, threads
+from acamkd.engine.devices import device_of
 from acamkd.engine.mask_history import REPLAY, spread
 from acamkd.engine.metrics import METRICS
 from acamkd.engine.runs import RECIPE, Run, open_run, write_text
 from acamkd.errors import AcamkdError
+from acamkd.files import check_writable
 from acamkd.models.base import TaskModel
 from acamkd.report.charts import Chart, curve, draw, loss_charts, read_history
 from acamkd.report.gain import IMAGES, Gain, compare, rows
@@ -64,7 +66,13 @@ def write_report(run: Run, baseline: Run | None = None) -> Path:
     Raises:
         AcamkdError: A run is not finished, its weights or images are gone, or the two saw other validation images.
     """
+    check_writable(run.folder, "the report to", "copy the run to a folder that can be written")
     recipe, metrics = run.recipe, run.metrics
+    trained = config.load(run.folder / RECIPE).data.resize
+    if recipe.data.resize != trained:
+        raise AcamkdError(
+            f"data.resize is {recipe.data.resize}, but the scores in {run.folder} are of {trained}: leave it as it is"
+        )
     metric = METRICS[recipe.task]
     images = data.build(recipe.data, recipe.task, "val", seed=recipe.train.seed, augment=False)
     if images.fingerprint() != metrics["data"]["val"]:
@@ -96,7 +104,7 @@ def write_report(run: Run, baseline: Run | None = None) -> Path:
         metric_chart=_metric_chart(metric, own, history, baseline, networks),
         loss_charts=loss_charts(history),
         rows=rows(before.scores if before else {}, after.scores),
-        gain=_compare(images, before, after) if before else None,
+        gain=_compare(images, before, after, device_of(recipe.train)) if before else None,
         compared_all=len(images) <= IMAGES,
         count=len(images),
         replay=replay,
@@ -178,11 +186,10 @@ def _metric_chart(
     return draw(f"{metric} on the validation images, percent", curves, level=level)
 
 
-def _compare(images: ImageDataset, before: Network, after: Network) -> Gain | None:
+def _compare(images: ImageDataset, before: Network, after: Network, device: torch.device) -> Gain | None:
     """Both networks image by image, where both are at hand and know the same classes."""
     if before.model is None or after.model is None or before.model.num_classes != after.model.num_classes:
         return None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     log.info("comparing %d images one by one", min(IMAGES, len(images)))
     sides = (before.name, before.model.to(device)), (after.name, after.model.to(device))
     return compare(images, spread(len(images), IMAGES), *sides)

@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.patches import Patch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from acamkd.report.lettering import drawable, font_for
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 """(H, W, 3), RGB."""
@@ -67,16 +69,17 @@ def draw_predictions(
     drawing = Image.fromarray(image)
     canvas = ImageDraw.Draw(drawing)
     side = min(drawing.size)
-    canvas.font, width = ImageFont.load_default(max(9, side / 40)), max(2, round(side / 240))
+    height, width = max(9, side / 40), max(2, round(side / 240))
     scores = found.get("scores")
     for index in reversed(range(len(found["boxes"]))):  # best last, so that it lies on top
         x1, y1, x2, y2 = found["boxes"][index].tolist()
         label = int(found["labels"][index])
         canvas.rectangle((x1, y1, x2, y2), outline=color(label), width=width)
         if with_names:
-            text = classes[label - 1] + ("" if scores is None else f" {scores[index]:.2f}")
-            canvas.rectangle(canvas.textbbox((x1, y1), text), fill=color(label))
-            canvas.text((x1, y1), text, fill="black")
+            name = drawable(classes[label - 1])
+            font, text = font_for(name, height), name + ("" if scores is None else f" {scores[index]:.2f}")
+            canvas.rectangle(canvas.textbbox((x1, y1), text, font=font), fill=color(label))
+            canvas.text((x1, y1), text, fill="black", font=font)
     return np.asarray(drawing)
 
 
@@ -155,7 +158,7 @@ def draw_sheet(blocks: Sequence[Block], legend: Mapping[str, int]) -> Figure:
     parts = figure.subfigures(len(blocks) + 1, 1, height_ratios=[*heights, 0.5], squeeze=False)[:, 0]
     for part, block in zip(parts[:-1], blocks, strict=True):
         _draw_block(part, block)
-    handles = [Patch(color=hex_color(label), label=name) for name, label in legend.items()]
+    handles = [Patch(color=hex_color(label), label=drawable(name, own_font=True)) for name, label in legend.items()]
     parts[-1].legend(handles=handles, loc="center", ncols=len(handles), frameon=False, fontsize=13, handlelength=1)
     return figure
 

@@ -33,8 +33,8 @@ def _content() -> dict[str, Any]:
 
 def _dataset(root: Path, content: object, **options: Any) -> CocoDetection:
     (root / "sub").mkdir(exist_ok=True)
-    for name in ("a.png", "sub/b.png"):
-        Image.new("RGB", (20, 10)).save(root / name)
+    for name, color in (("a.png", "red"), ("sub/b.png", "blue")):
+        Image.new("RGB", (20, 10), color).save(root / name)
     (root / "boxes.json").write_text(content if isinstance(content, str) else json.dumps(content))
     return CocoDetection(root, root / "boxes.json", **options)
 
@@ -152,7 +152,7 @@ def test_bad_lists(tmp_path: Path, change: dict[str, Any], message: str) -> None
         ({"images": []}, "is not a COCO file"),
         (_content() | {"images": [{"id": 1, "file_name": "a.png"}]}, r"images\[0\] has no width, height, or one of a"),
         (
-            _content() | {"categories": [{"id": 1, "name": "a"}, {"id": "2", "name": "b"}]},
+            _content() | {"categories": [{"id": 1, "name": "a"}, {"id": True, "name": "b"}]},
             r"categories\[1\] has no id, or",
         ),
         (_content() | {"annotations": [7]}, r"annotations\[0\] is 7, but must be a mapping"),
@@ -172,7 +172,7 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_image_of_another_size(tmp_path: Path, mode: Any) -> None:
     dataset = _dataset(tmp_path, _content())
     Image.new("RGB", (10, 20)).save(tmp_path / "a.png")
-    with pytest.raises(AcamkdError, match=r"a\.png has 10 x 20 pixels .* says 20 x 10 pixels"):
+    with pytest.raises(AcamkdError, match=r"a\.png has 10 x 20 pixels, but .* says 20 x 10 pixels"):
         data.check(dataset, mode)
 
 
@@ -209,3 +209,73 @@ def test_real_blood_cells() -> None:
     assert image.shape == (3, 480, 640)
     assert target["boxes"][0].tolist() == [260, 177, 491, 376]
     assert target["labels"][0] == 2
+
+
+def test_ids_and_sizes_as_other_tools_write_them(tmp_path: Path) -> None:
+    plain = _dataset(tmp_path, _content())
+    content = _content()
+    for image in content["images"]:
+        image.update(id=str(image["id"]), width=float(image["width"]))
+    content["categories"][0]["id"] = "9"
+    content["annotations"][0]["image_id"] = 7.0
+    dataset = _dataset(tmp_path, content)
+    assert dataset.problems == []
+    assert dataset.classes == plain.classes
+    assert dataset[0][1]["boxes"].tolist() == plain[0][1]["boxes"].tolist()
+    assert dataset[0][1]["labels"].tolist() == plain[0][1]["labels"].tolist()
+    content["images"][1]["id"] = 7
+    assert "1 images share an id with another" in _dataset(tmp_path, content).problems[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"width": "20"},
+            r'images\[0\] has no width, or one of a wrong type \(width is "20"\): give width a whole number',
+        ),
+        ({"height": 9.5}, r"height is 9\.5\): give height a whole number above 0"),
+        ({"height": 0}, r"height is 0\)"),
+        ({"file_name": 7}, r"file_name is 7\): give file_name text"),
+    ],
+)
+def test_what_is_wrong_with_an_image_is_said(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    content = _content()
+    content["images"][0].update(change)
+    with pytest.raises(AcamkdError, match=message):
+        _dataset(tmp_path, content)
+
+
+@pytest.mark.parametrize("name", [True, 750, None])
+def test_names_must_be_text(tmp_path: Path, name: Any) -> None:
+    content = _content()
+    content["categories"][1]["name"] = name
+    with pytest.raises(
+        AcamkdError, match=r"categories\[1\] has no name, or one of a wrong type.*: give name text, in quo"
+    ):
+        _dataset(tmp_path, content)
+
+
+def test_a_category_without_boxes_is_told_and_may_be_left_out(tmp_path: Path) -> None:
+    content = _content()
+    content["categories"].append({"id": 0, "name": "animals"})
+    dataset = _dataset(tmp_path, content)
+    assert dataset.classes == ("animals", "cat", "dog")
+    (warning, *_) = data.compare_splits(dataset, dataset, config.Data())
+    assert warning.startswith("no training image has a box of the class animals: the networks cannot learn it; is it a")
+    dataset = _dataset(tmp_path, content, classes=("cat", "dog"))
+    assert dataset[0][1]["labels"].tolist() == [2, 1, 1]
+    (same,) = data.compare_splits(dataset, dataset, config.Data())
+    assert "validation images are training images too" in same
+    with pytest.raises(AcamkdError, match=r"data\.classes is cat, but the categories of .* are cat, dog"):
+        _dataset(tmp_path, content, classes=("cat",))
+
+
+def test_crowds_alone_cannot_be_scored(tmp_path: Path) -> None:
+    content = _content()
+    for entry in content["annotations"]:
+        entry["iscrowd"] = 1
+    with pytest.raises(
+        AcamkdError, match=r"none of the 2 images has a box that counts \(crowds and difficult ones do not"
+    ):
+        data.check(_dataset(tmp_path, content), "headers")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from acamkd import data
+from acamkd import config, data
 from acamkd.data import MaskFolder
 from acamkd.errors import AcamkdError, ImageError
 
@@ -148,3 +148,156 @@ def test_real_road_scenes() -> None:
     image, target = dataset[0]
     assert image.shape == (3, 360, 480)
     assert set(target["mask"].flatten().tolist()) <= {*range(11), 255}
+
+
+def _two(root: Path, values: list[Any], classes: tuple[str, ...], **options: Any) -> MaskFolder:
+    """One image per mask, of 3 x 2 pixels; a mask is an array of values, or an image."""
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(exist_ok=True)
+    for number, mask in enumerate(values):
+        Image.new("RGB", (3, 2), (number, 0, 0)).save(root / f"images/{number}.png")
+        mask = mask if isinstance(mask, Image.Image) else Image.fromarray(np.array(mask, np.uint8))
+        mask.save(root / f"masks/{number}.png")
+    options = {"classes": classes, **options}
+    split = config.Split(images=Path("images"), masks=Path("masks"))
+    recipe = config.Data(format="masks", root=root, train=split, val=split, **options)
+    dataset = data.build(recipe, "segmentation", "train", seed=0, augment=False)
+    assert isinstance(dataset, MaskFolder)
+    return dataset
+
+
+def _absent(dataset: MaskFolder) -> list[str]:
+    data.check(dataset, "full")
+    return [text for text in data.compare_splits(dataset, dataset, config.Data()) if "images too" not in text]
+
+
+BLACK_AND_WHITE = [[0, 255, 0], [255, 255, 0]]
+
+
+def test_foreground_of_255_is_no_class_unless_the_recipe_says_so(tmp_path: Path) -> None:
+    (warning,) = _absent(_two(tmp_path, [BLACK_AND_WHITE] * 2, ("background", "crack")))
+    assert warning.startswith(
+        "no training image has a pixel of the class crack: the networks cannot learn it; the other"
+    )
+    assert warning.endswith("say so with data.mask_values: {0: background, 255: crack}")
+    for values in ({0: "background", 255: "crack"}, {"0": 0, "255": 1}, {"#000000": "background", "255,255,255": 1}):
+        dataset = _two(tmp_path, [BLACK_AND_WHITE] * 2, ("background", "crack"), mask_values=values)
+        assert dataset[0][1]["mask"].tolist() == [[0, 1, 0], [1, 1, 0]]
+        assert _absent(dataset) == []
+        assert dataset.counts is not None
+        assert dataset.counts.tolist() == [6, 6, 0]
+
+
+def test_values_from_1(tmp_path: Path) -> None:
+    ones = [[1, 2, 1], [2, 2, 1]]
+    (warning,) = _absent(_two(tmp_path, [ones], ("sky", "road", "car")))
+    assert warning.startswith("no training image has a pixel of the class sky")
+    assert "if the masks' values begin with 1, say what they mean with data.mask_values" in warning
+    with pytest.raises(AcamkdError, match=r"the mask holds 2, but the values .* are 0 to 1 and 255 .*begin with 1\?\)"):
+        data.check(_two(tmp_path, [ones], ("sky", "road")), "full")
+    dataset = _two(tmp_path, [ones], ("sky", "road"), mask_values={1: "sky", 2: "road"})
+    assert dataset[0][1]["mask"].tolist() == [[0, 1, 0], [1, 1, 0]]
+
+
+def test_colors(tmp_path: Path) -> None:
+    colors = np.zeros((2, 3, 3), np.uint8)
+    colors[0], colors[1, :2] = (128, 64, 128), (70, 130, 180)
+    values = {"#804080": "road", "[70, 130, 180]": "sky", "0, 0, 0": "void"}
+    images = [Image.fromarray(colors), Image.fromarray(colors).convert("RGBA"), Image.fromarray(colors).quantize(8)]
+    dataset = _two(tmp_path, images, ("sky", "road"), mask_values=values)
+    assert _absent(dataset) == []
+    for _, target in dataset:
+        assert target["mask"].tolist() == [[1, 1, 1], [0, 0, 255]]
+    colors[0, 0] = (128, 64, 127)
+    dataset = _two(tmp_path, [Image.fromarray(colors)], ("sky", "road"), mask_values=values)
+    message = "0.png: the mask holds #80407f, but the values for the 2 classes and for void are #000000, #4682b4, #"
+    with pytest.raises(AcamkdError, match=message):
+        data.check(dataset, "full")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({0: "sky", 1: "raod"}, r"data\.mask_values: 1 is 'raod', which is no class; did you mean road"),
+        ({0: "sky"}, r"data\.mask_values names no value for road"),
+        ({0: "sky", 1: 2}, r"1 is 2, which is no class"),
+    ],
+)
+def test_what_mask_values_cannot_say(tmp_path: Path, values: dict[Any, Any], message: str) -> None:
+    with pytest.raises(AcamkdError, match=message):
+        _two(tmp_path, [[[0, 0, 1]] * 2], ("sky", "road"), mask_values=values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"red": "sky"}, "red is no value of a mask"), ({"0": "sky", "#ff0000": "road"}, "values or colors, not both"),
+     ({"256": "sky"}, "256 is no value"), ({"0": False}, "mask_values")],
+)  # fmt: skip
+def test_what_is_no_value(values: dict[str, Any], message: str) -> None:
+    raw = {"name": "x", "task": "segmentation", "student": {"arch": "none"}, "train": {"epochs": 1}}
+    with pytest.raises(AcamkdError, match=message):
+        config.parse({**raw, "data": {"mask_values": values}})
+
+
+def test_formats_that_say_themselves_what_values_mean(tmp_path: Path) -> None:
+    for name in ("leftImg8bit", "gtFine"):
+        (tmp_path / name).mkdir()
+    options = config.Data(root=tmp_path, mask_values={"0": "road"})
+    with pytest.raises(AcamkdError, match=r"data\.mask_values: data\.format cityscapes says itself"):
+        data.build(options, "segmentation", "train", seed=0, augment=False)
+
+
+def _palette(ids: list[list[int]], colors: list[tuple[int, int, int]]) -> Image.Image:
+    mask = Image.fromarray(np.array(ids, np.uint8), "P")
+    mask.putpalette([channel for color in colors for channel in color])
+    return mask
+
+
+SKY, ROAD, CAR = (70, 130, 180), (128, 64, 128), (0, 0, 142)
+
+
+def test_a_palette_per_mask_is_refused_with_two_names(tmp_path: Path) -> None:
+    first, second = [[0, 0, 1]] * 2, [[0, 1, 1]] * 2
+    masks = [_palette(first, [SKY, ROAD, CAR]), _palette(second, [SKY, CAR])]
+    with pytest.raises(
+        AcamkdError, match=r"[01]\.png: the palette's color 1 is #.* in .*/[01]\.png: the values"
+    ) as error:
+        data.check(_two(tmp_path, masks, ("sky", "road", "car")), "full")
+    assert "#804080" in str(error.value)
+    assert "#00008e" in str(error.value)
+    colors = {"70, 130, 180": "sky", "#804080": "road", "#00008E": "car"}
+    dataset = _two(tmp_path, masks, ("sky", "road", "car"), mask_values=colors)
+    assert data.check(dataset, "full") == []
+    assert [target["mask"][0].tolist() for _, target in dataset] == [[0, 0, 1], [0, 2, 2]]
+    values = {0: "sky", 1: "road", 2: "car"}  # the values are meant
+    dataset = _two(tmp_path, masks, ("sky", "road", "car"), mask_values=values)
+    assert data.check(dataset, "full") == []
+    assert dataset[1][1]["mask"][0].tolist() == [0, 1, 1]
+
+
+def test_colors_that_no_pixel_has_do_not_matter(tmp_path: Path) -> None:
+    masks = [_palette([[0, 0, 1]] * 2, [SKY, ROAD]), _palette([[0, 1, 1]] * 2, [SKY, ROAD, CAR, CAR])]
+    masks.append(Image.fromarray(np.ones((2, 3), np.uint8)))
+    dataset = _two(tmp_path, masks, ("sky", "road", "car"))
+    assert data.check(dataset, "full") == []
+
+
+def test_palettes_of_training_and_validation_are_compared(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    train, val = (
+        _two(tmp_path / name, [_palette([[0, 0, 1]] * 2, [SKY, color])], ("sky", "road"))
+        for name, color in (("a", ROAD), ("b", CAR))
+    )
+    for split in (train, val):
+        data.check(split, "full")
+    with pytest.raises(AcamkdError, match=r"b/masks/0\.png: the palette's color 1 is #00008e, but #804080 in .*a/"):
+        data.compare_splits(train, val, config.Data())
+
+
+def test_masks_that_are_all_void(tmp_path: Path) -> None:
+    void, known = [[255] * 3] * 2, [[0, 1, 1]] * 2
+    (warning,) = data.check(_two(tmp_path, [void, known, void], ("sky", "road")), "full")
+    assert warning == "2 of 3 masks hold nothing but void: nothing is learned from them"
+    with pytest.raises(AcamkdError, match=r"none of the 3 images has a pixel that is not void: nothing can be learned"):
+        data.check(_two(tmp_path, [void] * 3, ("sky", "road")), "full")

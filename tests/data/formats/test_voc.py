@@ -45,8 +45,8 @@ def _write(root: Path, objects: dict[str, list[str]] | None = None) -> Path:
     for folder in ("JPEGImages", "Annotations", "ImageSets/Main", "ImageSets/Segmentation", "SegmentationClass"):
         (root / folder).mkdir(parents=True)
     objects = objects or OBJECTS
-    for name, found in objects.items():
-        Image.new("RGB", (20, 10)).save(root / f"JPEGImages/{name}.jpg")
+    for number, (name, found) in enumerate(objects.items()):
+        Image.new("RGB", (20, 10), (40 * number, 0, 0)).save(root / f"JPEGImages/{name}.jpg")
         (root / f"Annotations/{name}.xml").write_text(ANNOTATION.format("".join(found)))
     listing = "".join(f"{name}\n" for name in objects)
     (root / "ImageSets/Main/train.txt").write_text(listing)
@@ -248,3 +248,52 @@ def test_real_blood_cells(tmp_path: Path, split: str) -> None:
         assert names == [coco.classes[label - 1] for label in expected["labels"]]
         differing += len(moved) - len(expected["boxes"])
     assert points == differing == 1
+
+
+def test_18_classes_that_nobody_shows(tmp_path: Path) -> None:
+    dataset = VocDetection(_write(tmp_path), "train")
+    (warning, *_) = data.compare_splits(dataset, dataset, config.Data())
+    assert warning.startswith(
+        "no training image has a box of 18 of the 20 classes (aeroplane, bicycle, bird, boat, bottle"
+    )
+    assert warning.endswith("data.classes may list the others alone")
+
+
+def test_folders_of_ones_own(tmp_path: Path) -> None:
+    """Images and XML files side by side, of other names than VOC's, in folders for training and validation."""
+    for split, name in (("train", "wbc"), ("valid", "rbc")):
+        (tmp_path / split / "deep").mkdir(parents=True)
+        Image.new("RGB", (20, 10)).save(tmp_path / split / "deep/a.JPG")
+        (tmp_path / split / "deep/a.XML").write_text(ANNOTATION.format(_object(name, 1, 1, 5, 5)))
+    splits = {"train": config.Split(images=Path("train")), "val": config.Split(images=Path("valid"))}
+    options = config.Data(format="voc", root=tmp_path, **splits)
+    train, val = (data.build(options, "detection", split, seed=0, augment=False) for split in ("train", "val"))
+    assert train.classes == val.classes == ("rbc", "wbc")  # of both, so that they agree
+    assert (train[0][1]["labels"].item(), val[0][1]["labels"].item()) == (2, 1)
+    Image.new("RGB", (20, 10)).save(tmp_path / "train/b.jpg")
+    (tmp_path / "train/c.xml").write_text(ANNOTATION.format(""))
+    train = data.build(options, "detection", "train", seed=0, augment=False)
+    assert "1 images have no XML in" in train.warnings[0]
+    assert train.problems == [f"{tmp_path}/train/c.xml: the annotation has no image in {tmp_path}/train"]
+
+
+def test_classes_of_sub_folders_and_lists_with_suffixes(tmp_path: Path) -> None:
+    _write(tmp_path, {"a": [_object("wbc", 1, 1, 5, 5)], "b": [_object("rbc", 1, 1, 5, 5)]})
+    for folder, file in (("JPEGImages", "b.jpg"), ("Annotations", "b.xml")):
+        (tmp_path / folder / "2024").mkdir()
+        (tmp_path / folder / file).rename(tmp_path / folder / "2024" / file)
+    (tmp_path / "ImageSets/Main/train.txt").write_text("a.jpg\n2024/b.jpg\n")
+    dataset = VocDetection(tmp_path, "train")
+    assert data.check(dataset, "full") == []
+    assert dataset.classes == ("rbc", "wbc")
+    assert [target["labels"].item() for _, target in dataset] == [2, 1]
+
+
+def test_masks_of_colors(tmp_path: Path) -> None:
+    _write(tmp_path, {"a": []})
+    Image.new("RGB", (20, 10), (0, 128, 0)).save(tmp_path / "SegmentationClass/a.png")
+    (tmp_path / "ImageSets/Segmentation/train.txt").write_text("a\n")
+    values = {"0, 0, 0": "background", "#008000": "crack"}
+    options = config.Data(format="voc", root=tmp_path, classes=("background", "crack"), mask_values=values)
+    dataset = data.build(options, "segmentation", "train", seed=0, augment=False)
+    assert set(dataset[0][1]["mask"].flatten().tolist()) == {1}

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from PIL import Image
 
 from acamkd import config, data
 from acamkd.data import YoloDetection
-from acamkd.data.formats.yolo import class_names, folders
+from acamkd.data.formats.yolo import class_names, labels_of, sources
 from acamkd.errors import AcamkdError
 
 NAMES = ("cat", "dog")
@@ -146,22 +148,27 @@ def test_names_of_the_recipe_do_without_a_file(tmp_path: Path) -> None:
 
 def test_where_images_and_labels_lie(tmp_path: Path) -> None:
     _write(tmp_path)
-    assert folders(tmp_path, "val") == (tmp_path / "images/val", tmp_path / "labels/val")
-    (tmp_path / "data.yaml").write_text("train: ../train/images\nval: ../valid/images\n")
-    (tmp_path / "valid/images").mkdir(parents=True)
-    assert folders(tmp_path, "val") == (tmp_path / "valid/images", tmp_path / "valid/labels")
-    (tmp_path / "several/images/a").mkdir(parents=True)
-    (tmp_path / "several/data.yaml").write_text("train: [images/a]\n")
-    assert folders(tmp_path / "several", "train")[0] == tmp_path / "several/images/a"
-    (tmp_path / "several/data.yaml").write_text("train: [images/a, images/b]\n")
-    with pytest.raises(AcamkdError, match=r"data\.yaml: train must be one folder of images, not \['images/a', 'imag"):
-        folders(tmp_path / "several", "train")
+    assert sources(tmp_path, "val") == [tmp_path / "images/val"]
+    assert labels_of(tmp_path / "images/val") == tmp_path / "labels/val"
+    assert labels_of(Path("a/images/images/val")) == Path("a/images/labels/val")
+    assert labels_of(Path("photos")) == Path("photos")  # with the images
+    exported = tmp_path / "exported"
+    (exported / "valid/images").mkdir(parents=True)
+    (exported / "data.yaml").write_text("train: ../train/images\nvalidation: ../valid/images\n")
+    assert sources(exported, "val") == [exported / "valid/images"]
     with pytest.raises(AcamkdError, match=r"no folder of images for the split train; looked for .*\.\./train/images"):
-        folders(tmp_path, "train")
-    given = folders(tmp_path, "train", images=tmp_path / "a/images/b", labels=None)
-    assert given == (tmp_path / "a/images/b", tmp_path / "a/labels/b")
-    with pytest.raises(AcamkdError, match="has no `images` in its path: name the folder of labels in annotations"):
-        folders(tmp_path, "train", images=Path("/images"))
+        sources(exported, "train")
+    (exported / "data.yaml").write_text("train: [valid/images, 7]\n")
+    with pytest.raises(AcamkdError, match=r"train must be folders of images or files that list them, not \['valid/im"):
+        sources(exported, "train")
+
+
+def test_several_folders_are_read(tmp_path: Path) -> None:
+    _write(tmp_path)
+    (tmp_path / "data.yaml").write_text("train: [images/train, images/val]\nnames: [cat, dog]\n")
+    dataset = data.build(config.Data(root=tmp_path), "detection", "train", seed=0, augment=False)
+    assert [file.parent.name for file in dataset.files] == ["train"] * 3 + ["val"] * 3
+    assert dataset[3][1]["labels"].tolist() == [2, 1]
 
 
 def test_a_recipe_may_name_the_folders(tmp_path: Path) -> None:
@@ -170,3 +177,120 @@ def test_a_recipe_may_name_the_folders(tmp_path: Path) -> None:
     train = config.Split(images=Path("images/train"), annotations=Path("boxes/train"))
     options = config.Data(format="yolo", root=tmp_path, train=train, val=train)
     assert data.build(options, "detection", "val", seed=0, augment=False)[0][1]["labels"].tolist() == [2, 1]
+
+
+def _named(root: Path, content: str, split: str = "train", **options: Any) -> data.ImageDataset:
+    (root / "data.yaml").write_text(f"names: [cat, dog]\n{content}", encoding="utf-8")
+    recipe = config.Data(format="yolo", root=root, **options)
+    return data.build(recipe, "detection", split, seed=0, augment=False)  # type: ignore[arg-type]
+
+
+def test_path_is_the_folder_that_the_splits_lie_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    root = _write(tmp_path / "old")
+    (root / "images/train/c.bmp").unlink()  # so that the older images are told from the newer ones
+    new = _write(tmp_path / "old/new")
+    elsewhere = _write(tmp_path / "work/datasets/far")
+    monkeypatch.chdir(tmp_path / "work")
+    for path, place in (
+        ("new", new), (".", root), (str(new), new), ("../old/new", new), ("far", elsewhere),
+        ("datasets/far", elsewhere), ("old", root), ("", root), ("~/old/new", new),
+    ):  # fmt: skip
+        monkeypatch.setenv("HOME", str(tmp_path))
+        dataset = _named(root, f"path: {path}\ntrain: images/train\n")
+        assert {file.parent.resolve() for file in dataset.files} == {(place / "images/train").resolve()}, path
+        assert dataset[0][1]["labels"].tolist() == [2, 1]
+        assert f"train images: {dataset.files[0].parent}" in caplog.text
+    with pytest.raises(
+        AcamkdError, match=r"data\.yaml: there is no folder for path gone; looked for .*/old/gone, .*gone"
+    ):
+        _named(root, "path: gone\ntrain: images/train\n")
+
+
+def test_lists_of_images_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = _write(tmp_path)
+    lines = ["./images/train/a.jpg", "images/val/b.png", str(root / "images/train/c.bmp"), "", "images\\val\\a.JPG"]
+    (root / "train.txt").write_text("\n".join(lines))
+    expected = ["train/a.jpg", "val/b.PNG", "train/c.bmp", "val/a.jpg"]
+    for dataset in (
+        _named(root, "train: train.txt\n"),
+        _named(root, "train: [train.txt]\n"),
+        _named(root, "", train=config.Split(images=Path("train.txt"))),
+    ):
+        assert [file.relative_to(root / "images").as_posix() for file in dataset.files] == expected
+        assert [len(target["labels"]) for _, target in dataset] == [2, 0, 0, 2]
+    (root / "train.txt").write_text("images/train/gone.jpg\nimages/train/a.jpg")
+    with pytest.raises(AcamkdError, match=r"images/train/gone\.jpg: there is no such image"):
+        data.check(_named(root, "train: train.txt\n"), "headers")
+    (root / "train.txt").write_text("")
+    with pytest.raises(AcamkdError, match=r"train\.txt: the list is empty"):
+        data.check(_named(root, "train: train.txt\n"), "headers")
+
+
+def test_labels_beside_the_images(tmp_path: Path) -> None:
+    _write(tmp_path)
+    (tmp_path / "images/train").rename(tmp_path / "photos")
+    with pytest.raises(
+        AcamkdError, match=r"photos has no `images` in its path and holds no text files: name the folder"
+    ):
+        data.check(_named(tmp_path, "train: photos\n"), "headers")
+    (tmp_path / "labels/train/a.txt").rename(tmp_path / "photos/a.txt")
+    assert _named(tmp_path, "train: photos\n")[0][1]["labels"].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("line", [b"1.0 0.5 0.5 0.5 0.4", b"1 0.5000 5e-1 0.5 0.4", b"1 0.5 0.5 0.50 0.4\t"])
+def test_numbers_as_other_tools_write_them(tmp_path: Path, line: bytes) -> None:
+    dataset = _dataset(_write(tmp_path, {"a": line}))
+    assert dataset[0][1]["labels"].tolist() == [2]
+    assert dataset[0][1]["boxes"][0].tolist() == pytest.approx([5, 3, 15, 7])
+
+
+def test_a_rounded_center_lies_at_the_edge(tmp_path: Path) -> None:
+    dataset = _dataset(_write(tmp_path, {"a": b"0 1.0000001 -0.0000001 0.5 0.4"}))
+    assert dataset.problems == []
+    assert dataset[0][1]["boxes"][0].tolist() == pytest.approx([15, 0, 20, 2])
+    assert (
+        "the center (1.002, 0.5) must be" in _dataset(_write(tmp_path / "b", {"a": b"0 1.002 0.5 0.5 0.4"})).problems[0]
+    )
+    assert "class 0.5 is none of the 2" in _dataset(_write(tmp_path / "c", {"a": b"0.5 0.5 0.5 0.5 0.4"})).problems[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            "[yes, cat]",
+            r'names: class 0 is written yes, which YAML reads as True, not as text: put it in quotes, "yes"',
+        ),
+        ("{0: cat, 1: no}", r'class 1 is written no, which YAML reads as False, .*, "no"'),
+        ("[12:30, cat]", r'class 0 is written 12:30, which YAML reads as 750, .*, "12:30"'),
+        ("[2024-01-01, cat]", r'class 0 is written 2024-01-01, .*, "2024-01-01"'),
+        ("[cat, 010, 1.50]", r'class 1 is written 010, which YAML reads as 8, .*, "010" \(and 1 more\)'),
+        ("[cat, ~]", "class 1 is written ~, which YAML reads as None"),
+    ],
+)
+def test_names_that_yaml_takes_for_something_else(tmp_path: Path, names: str, message: str) -> None:
+    (tmp_path / "data.yaml").write_text(f"names: {names}")
+    with pytest.raises(AcamkdError, match=message):
+        class_names(tmp_path, None)
+    (tmp_path / "data.yaml").write_text('names: ["yes", "12:30", "1e3"]')
+    assert class_names(tmp_path, None) == ("yes", "12:30", "1e3")
+
+
+def test_numbers_from_1_are_told(tmp_path: Path) -> None:
+    dataset = _dataset(_write(tmp_path, {"a": b"1 0.5 0.5 0.5 0.4"}))
+    data.check(dataset, "headers")
+    warning, *_ = data.compare_splits(dataset, dataset, config.Data())
+    assert warning == (
+        "no training image has a box of the class cat: the networks cannot learn it; the files count classes from 0: "
+        "do theirs begin with 1?"
+    )
+
+
+def test_turned_images_are_told_since_shares_fit_every_size(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (20, 10)).save(_write(tmp_path) / "images/train/a.jpg", exif=exif)
+    assert "1 images are mirrored or turned as their EXIF entry says" in data.check(_dataset(tmp_path), "headers")[-1]

@@ -20,12 +20,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 import tiny
-from acamkd import cli, config, load_student, models
-from acamkd.engine.runs import Run, open_run
+from acamkd import cli, config, data, load_student, models
+from acamkd.engine.metrics import Scorer, score
+from acamkd.engine.runs import Run, as_run, open_run
 from acamkd.errors import AcamkdError
 from acamkd.jobs.export import graph
 from acamkd.jobs.export.card import write_card
-from acamkd.jobs.export.export import Export, check_repository, export, push_to_hub, require
+from acamkd.jobs.export.export import Export, _measure_teacher, check_repository, export, push_to_hub, require
 from acamkd.jobs.export.onnx_model import OnnxModel
 from acamkd.jobs.predict import predict
 from acamkd.jobs.train import distill
@@ -186,6 +187,29 @@ def test_an_export_is_not_replaced_unasked(run: Run, exported: Export, tmp_path:
         export(run, out=tmp_path, overwrite=True)
 
 
+def test_a_folder_that_cannot_be_written_is_said_first(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken").touch()
+    monkeypatch.setattr(data, "build", None)
+    with pytest.raises(AcamkdError, match=rf"cannot write {tmp_path}/taken: File exists; --out"):
+        export(run, out=tmp_path / "taken" / "export")
+
+
+def test_at_another_size_the_teacher_is_scored_again(run: Run) -> None:
+    """Otherwise the table would set scores of two sizes side by side."""
+    other = as_run(run, ["data.resize=[96, 96]"])
+    images = data.build(other.recipe.data, other.recipe.task, "val", seed=0, augment=False)
+    [same], [again] = _measure_teacher(run, images), _measure_teacher(other, images)
+    assert same.scores == run.metrics["teacher"]
+    batches = [([image], [target]) for image, target in (images[index] for index in range(len(images)))]
+    scores = score(other.load_teacher(), batches, Scorer(other.recipe.task, images.classes))
+    assert again.scores == pytest.approx(scores, nan_ok=True)
+    assert again.cost is not None
+    assert same.cost is not None
+    assert again.cost.gflops > 2 * same.cost.gflops
+
+
 def test_a_file_that_computes_something_else_is_not_left_behind(
     run: Run, exported: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,7 +306,7 @@ def test_a_run_and_its_export_predict_alike(run: Run, exported: Export, image: P
     ours = predict(run.folder, image.parent, out=tmp_path / "run", score=0.0).folder
     # onnxruntime alone: torch is not importable there.
     script = (
-        "import sys; sys.modules['torch'] = None; from pathlib import Path; from acamkd.predict import predict; "
+        "import sys; sys.modules['torch'] = None; from pathlib import Path; from acamkd.jobs.predict import predict; "
         f"predict(Path({str(exported.folder / 'student.onnx')!r}), Path({str(image.parent)!r}), "
         f"out=Path({str(tmp_path / 'onnx')!r}), score=0.0)"
     )

@@ -17,7 +17,7 @@ from acamkd.data.image_io import read_image as read_as_tensor
 from acamkd.errors import AcamkdError
 from acamkd.jobs.export.graph import DenseGraph
 from acamkd.jobs.export.onnx_model import OnnxModel, detections, frame_size, read_image, resize, resize_smoothly
-from acamkd.models.segmentation import frame_size as segmentation_size
+from acamkd.models.resize import frame_size as segmentation_size
 
 SIZES = [(7, 9), (20, 30), (13, 17), (26, 34), (40, 5)]
 
@@ -106,5 +106,5 @@ def test_what_is_no_export_is_refused(tmp_path: Path) -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    script = "import sys; sys.modules['torch'] = None; import acamkd.onnx_model, acamkd.predict"
+    script = "import sys; sys.modules['torch'] = None; import acamkd.jobs.export.onnx_model, acamkd.jobs.predict"
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -8,6 +8,7 @@ from pathlib import Path
 from acamkd.config import Data
 from acamkd.data.checks import check_classes
 from acamkd.data.dataset import SplitName, Transform
+from acamkd.data.folders import Folder
 from acamkd.data.formats.masks import MaskDataset
 from acamkd.errors import AcamkdError
 from acamkd.models.base import VOID
@@ -72,10 +73,12 @@ class Cityscapes(MaskDataset):
                 coarse = root / "gtCoarse" / split
                 advice = f"; {coarse} is there, but coarse masks are not read" if coarse.is_dir() else ""
                 raise AcamkdError(f"cannot read the folder {folder}: there is no such folder{advice}")
-        files = sorted(images.glob(f"*/*{IMAGE}"))
+        frames, labels = Folder(images), Folder(fine, (".png",))
+        files = [file for file in frames.files if file.name.casefold().endswith(IMAGE.casefold())]
 
         def masks(suffix: str) -> list[Path]:
-            return [fine / file.parent.name / file.name.replace(IMAGE, suffix) for file in files]
+            names = [frames.name(file)[: -len(Path(IMAGE).stem)] for file in files]
+            return [labels.find(name + suffix) or fine / (name + suffix) for name in names]
 
         ready = bool(files) and all(mask.is_file() for mask in masks(TRAIN_IDS))
         super().__init__(
@@ -88,3 +91,5 @@ class Cityscapes(MaskDataset):
         )
         if not files:
             self.problems.append(f"{images}: the folder holds no images CITY/*{IMAGE}")
+        elif left_out := len(frames.files) + len(frames.left_out) - len(files):
+            self.warnings.append(f"{images}: {left_out} images are left out, since their names do not end in {IMAGE}")

@@ -1,20 +1,20 @@
-"""Pascal VOC: images with an XML of boxes, or a palette mask, each; splits are lists of names."""
+"""Pascal VOC: images with an XML of boxes, or a palette mask, each; splits are lists of names, or folders."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 from xml.etree import ElementTree
 
-from acamkd.config import Data
+from acamkd.config import Data, Split
 from acamkd.data.boxes import Box, BoxDataset
 from acamkd.data.dataset import SplitName, Transform
-from acamkd.data.formats.masks import MaskDataset
+from acamkd.data.folders import Folder, existing
+from acamkd.data.formats.masks import MASK_SUFFIXES, Color, MaskDataset, mask_ids
 from acamkd.data.image_io import lines_of
 from acamkd.errors import AcamkdError, nearest
-from acamkd.files import IMAGE_SUFFIXES
 from acamkd.models.base import PixelSize
 
 CLASSES = (
@@ -28,13 +28,16 @@ Element: TypeAlias = "ElementTree.Element[str]"
 class VocDetection(BoxDataset):
     """Object detection: `JPEGImages/NAME.jpg` by `Annotations/NAME.xml`, names in `ImageSets/Main/SPLIT.txt`.
 
+    Or any folder of images, with the XML files beside them or in a folder of their own, as annotation tools write them.
     VOC counts pixels from 1 and includes the last one: (xmin, ymin, xmax, ymax) becomes the corners (xmin - 1,
     ymin - 1, xmax, ymax). An object that is `difficult` is ignored in evaluation, as COCO's crowds are, and does not
-    train.
+    train. Names are found as Folder does, in `JPEGImages`, `Annotations` and all folders in them.
 
     Args:
         root: Folder with `JPEGImages`, `Annotations` and `ImageSets`.
-        split: Such as `train`, `val` or `trainval`.
+        split: Such as `train`, `val` or `trainval`; None = every image that has an XML.
+        images: Another folder of images, of which every one that has an XML is used.
+        annotations: The folder of their XML files; None = `images`.
         classes: Names in the order of their labels. None takes VOC's 20 where `Annotations` has no others, and
             otherwise every name there, in alphabetical order.
         keep_crowd: Keep difficult objects; see BoxDataset.
@@ -42,57 +45,89 @@ class VocDetection(BoxDataset):
         seed: Of the random changes.
 
     Raises:
-        AcamkdError: There is no such split.
+        AcamkdError: There is no such split or folder.
     """
 
     LAYOUT = ("Annotations", "ImageSets/Main")
+    SPLIT_KEYS = frozenset({"images", "annotations"})
+    SPARE_LAYOUT = ("Annotations/*.xml", "JPEGImages")
     FIXED_CLASSES = CLASSES
+    ABSENT_ADVICE = "data.classes may list the others alone"
 
     @classmethod
     def open_split(cls, data: Data, split: SplitName, *, transform: Transform | None, seed: int) -> VocDetection:
         """Open one split of a recipe's `data`."""
-        name = getattr(data, split).name
-        return cls(data.root, name, classes=data.classes, keep_crowd=split == "val", transform=transform, seed=seed)
+        given: Split = getattr(data, split)
+        folders = {each: _folders(data.root, getattr(data, each)) for each in ("train", "val")}
+        classes = data.classes or _classes([annotations for _, annotations in folders.values()])
+        images, annotations = folders[split]
+        name = None if given.images is not None or _wants_all(data, "Main") else given.name
+        return cls(
+            data.root, name, images=images, annotations=annotations, classes=classes, keep_crowd=split == "val",
+            transform=transform, seed=seed,
+        )  # fmt: skip
 
     def __init__(
         self,
         root: Path,
-        split: str,
+        split: str | None,
         *,
+        images: Path | None = None,
+        annotations: Path | None = None,
         classes: Sequence[str] | None = None,
         keep_crowd: bool = True,
         transform: Transform | None = None,
         seed: int = 0,
     ) -> None:
-        names, listing = _names(root, "Main", split)
-        files = [root / "Annotations" / f"{name}.xml" for name in names]
+        folder = Folder(images or root / "JPEGImages")
+        texts = Folder(annotations or images or root / "Annotations", (".xml",))
+        problems, warnings = [], folder.described_left_out()
+        if split is None:
+            source = texts.path
+            pairs = [(folder.find(texts.name(file)), file) for file in texts.files]
+            problems = [
+                f"{file}: the annotation has no image in {folder.path}" for image, file in pairs if image is None
+            ]
+            found = [(image, file) for image, file in pairs if image is not None]
+            if left_out := len(folder.files) - len({image for image, _ in found}):
+                warnings.append(f"{folder.path}: {left_out} images have no XML in {texts.path} and are left out")
+        else:
+            names, source = _names(root, "Main", split, folder)
+            found = [
+                (_image(folder, name), texts.find(_plain(folder, name)) or texts.path / f"{name}.xml") for name in names
+            ]
+        files = [file for _, file in found]
         read: list[Element | str] = [_read(file) for file in files]  # or what is wrong with it
         sizes = [None if isinstance(each, str) else _size(each) for each in read]
         super().__init__(
-            [_image(root, name) for name in names],
+            [image for image, _ in found],
             files,
-            classes or _classes(root),
-            source=listing,
+            classes or _classes([texts.path]),
+            source=source,
             sizes=sizes,
             keep_crowd=keep_crowd,
             transform=transform,
             seed=seed,
         )
+        self.problems += problems
+        self.warnings += warnings
         for file, each, size in zip(files, read, sizes, strict=True):
             if isinstance(each, str):
                 self.problems.append(f"{file}: {each}")
             elif size is None:
                 self.problems.append(f"{file}: it has no size with width and height above 0")
-        if not names:
-            self.problems.append(f"{listing}: the list is empty")
-        self._gather(
+        if not found and not problems:
+            what = "the list is empty" if split is not None else "the folder holds no XML files"
+            self.problems.append(f"{source}: {what}")
+        self.gather(
             (f"{file}: object {number} ({entry.findtext('name')})", (index, entry))
             for index, (file, each) in enumerate(zip(files, read, strict=True))
             if not isinstance(each, str)
             for number, entry in enumerate(each.iterfind("object"), start=1)
         )
 
-    def _parse(self, entry: tuple[int, Element]) -> Box:
+    def parse(self, entry: tuple[int, Element]) -> Box:
+        """The index of an image, and one of its `object` elements."""
         index, element = entry
         name = (element.findtext("name") or "").strip()
         if name not in self.classes:
@@ -115,6 +150,8 @@ class VocSegmentation(MaskDataset):
         root: Folder with `JPEGImages`, `SegmentationClass` and `ImageSets`.
         split: A list in `ImageSets/Segmentation`, such as `train` or `val`.
         classes: Names of the ids; None takes background and VOC's 20.
+        ids: What the masks' values or colors mean, if not that; see MaskDataset.
+        all_masks: Take every mask, whatever the split.
         transform: Random changes.
         seed: Of the random changes.
 
@@ -123,12 +160,18 @@ class VocSegmentation(MaskDataset):
     """
 
     LAYOUT = ("SegmentationClass", "ImageSets/Segmentation")
+    SPARE_LAYOUT = ("SegmentationClass", "JPEGImages")
     FIXED_CLASSES = ("background", *CLASSES)
+    READS_MASK_VALUES = True
 
     @classmethod
     def open_split(cls, data: Data, split: SplitName, *, transform: Transform | None, seed: int) -> VocSegmentation:
         """Open one split of a recipe's `data`."""
-        return cls(data.root, getattr(data, split).name, classes=data.classes, transform=transform, seed=seed)
+        return cls(
+            data.root, getattr(data, split).name, classes=data.classes,
+            ids=mask_ids(data, data.classes or cls.FIXED_CLASSES),
+            all_masks=_wants_all(data, "Segmentation"), transform=transform, seed=seed,
+        )  # fmt: skip
 
     def __init__(
         self,
@@ -136,43 +179,69 @@ class VocSegmentation(MaskDataset):
         split: str,
         *,
         classes: Sequence[str] | None = None,
+        ids: Mapping[int, int] | Mapping[Color, int] | None = None,
+        all_masks: bool = False,
         transform: Transform | None = None,
         seed: int = 0,
     ) -> None:
-        names, listing = _names(root, "Segmentation", split)
+        folder, masks = Folder(root / "JPEGImages"), Folder(root / "SegmentationClass", MASK_SUFFIXES)
+        if all_masks:
+            names, source = [masks.name(file) for file in masks.files], masks.path
+        else:
+            names, source = _names(root, "Segmentation", split, folder)
         super().__init__(
-            [_image(root, name) for name in names],
-            [root / "SegmentationClass" / f"{name}.png" for name in names],
+            [_image(folder, name) for name in names],
+            [masks.find(_plain(folder, name)) or masks.path / f"{name}.png" for name in names],
             classes or ("background", *CLASSES),
+            ids=ids,
+            same_palette=ids is None,
             transform=transform,
             seed=seed,
         )
+        self.warnings += folder.described_left_out()
         if not names:
-            self.problems.append(f"{listing}: the list is empty")
+            self.problems.append(f"{source}: {'the folder holds no masks' if all_masks else 'the list is empty'}")
 
 
-def _names(root: Path, task: str, split: str) -> tuple[list[str], Path]:
+def _wants_all(data: Data, task: str) -> bool:
+    """Whether one split is divided into two, and no list says which images it has."""
+    return data.train == data.val and not any((data.root / "ImageSets" / task).glob("*.txt"))
+
+
+def _folders(root: Path, split: Split) -> tuple[Path, Path]:
+    """Where a split's images and XML files lie."""
+    images = root / (split.images or "JPEGImages")
+    return images, root / (split.annotations or split.images or "Annotations")
+
+
+def _names(root: Path, task: str, split: str, folder: Folder) -> tuple[list[str], Path]:
     """Names of a split's images, and the list that they stand in."""
-    listing = root / "ImageSets" / task / f"{split}.txt"
+    lists = Folder(existing(root / "ImageSets" / task), (".txt",)) if (root / "ImageSets" / task).is_dir() else None
+    listing = (lists and lists.find(split)) or root / "ImageSets" / task / f"{split}.txt"
     if not listing.is_file():
-        known = sorted(file.stem for file in listing.parent.glob("*.txt") if "_" not in file.stem)
+        known = sorted(file.stem for file in (lists.files if lists else ()) if "_" not in file.stem)
         raise AcamkdError(
             f"there is no list {listing}; name one with data.train.name and data.val.name (there are: "
-            f"{', '.join(known) or 'none'})"
+            f"{', '.join(known) or 'none; data.val: {share: 0.2} draws validation images from all of them'})"
         )
-    return [_name(root, line.strip()) for line in lines_of(listing) if line.strip()], listing
+    return [_name(folder, line.strip()) for line in lines_of(listing) if line.strip()], listing
 
 
-def _name(root: Path, line: str) -> str:
+def _name(folder: Folder, line: str) -> str:
     """The name in a line; the lists of single classes have 1, 0 or -1 behind it, but a name may end like that, too."""
     name = re.sub(r"\s+(1|0|-1)$", "", line)
-    return line if name != line and _image(root, line).is_file() else name
+    return line if name != line and folder.find(line) else name
 
 
-def _image(root: Path, name: str) -> Path:
+def _image(folder: Folder, name: str) -> Path:
     """The image of a name; VOC's own are .jpg."""
-    found = (root / "JPEGImages" / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES)
-    return next((file for file in found if file.is_file()), root / "JPEGImages" / f"{name}.jpg")
+    return folder.find(name) or folder.path / f"{name}.jpg"
+
+
+def _plain(folder: Folder, name: str) -> str:
+    """The name without the suffix that some lists give it."""
+    image = folder.find(name)
+    return name if image is None else folder.name(image)
 
 
 def _read(file: Path) -> Element | str:
@@ -198,9 +267,10 @@ def _number(element: Element, path: str) -> float:
     return float(element.findtext(path, ""))
 
 
-def _classes(root: Path) -> tuple[str, ...]:
-    """What `Annotations` names, of all splits, so that they agree."""
-    trees: list[Any] = [_read(file) for file in sorted((root / "Annotations").glob("*.xml"))]
+def _classes(folders: Iterable[Path]) -> tuple[str, ...]:
+    """What the XML files of all splits name, so that they agree."""
+    files = [file for folder in dict.fromkeys(folders) for file in Folder(folder, (".xml",)).files]
+    trees: list[Any] = [_read(file) for file in dict.fromkeys(files)]
     found = {
         (entry.findtext("name") or "").strip()
         for tree in trees

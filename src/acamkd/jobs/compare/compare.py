@@ -28,6 +28,7 @@ from acamkd import config
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import TERMINATED, default_folder, write_text
 from acamkd.errors import AcamkdError
+from acamkd.files import check_writable
 from acamkd.jobs.compare import tables, trials_csv
 from acamkd.jobs.compare.statistics import Row, summarize
 from acamkd.jobs.compare.trials import NONE, Trial, methods_of, plan
@@ -102,9 +103,12 @@ def compare(
     results.mkdir(parents=True, exist_ok=True)
     write_text(results / RESOLVED, config.dump(recipe))
     command = partial(_command, methods, seeds, results)
+    if any(trial.read(results) is None for trial in plan(recipe, methods, seeds, results)):
+        _check_data(recipe)
     end = None if seconds is None else time.monotonic() + seconds
     failed: list[Trial] = []
     for tuning in (True, False):  # what a method is tuned to is known only once its tuning trials have ended
+        check_writable(results, advice="--results DIR writes elsewhere")
         trials = plan(recipe, methods, seeds, results)
         untuned = set() if tuning else {trial.method for trial in failed}
         due = [
@@ -284,6 +288,13 @@ def _elsewhere(results: Path) -> str:
     if not table.is_file():
         return ""
     return f"; {table} holds: {', '.join(str(results / name) for name in trials_csv.comparisons(table))}"
+
+
+def _check_data(recipe: config.Recipe) -> None:
+    """Raise AcamkdError for data that no trial could use, before the first of many trainings says it."""
+    from acamkd.jobs.setup import Batches  # with torch: see Trial.run
+
+    Batches(recipe, with_unlabeled=recipe.data.unlabelled is not None).check()
 
 
 def _train_teacher(recipe: config.Recipe) -> None:

@@ -19,13 +19,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from acamkd import __version__, data
+from acamkd import __version__, config, data
 from acamkd.data import ImageDataset
 from acamkd.engine.cost import Cost, cost, median_milliseconds, threads
-from acamkd.engine.metrics import METRICS, Scorer
+from acamkd.engine.metrics import METRICS, score, scorer_of
 from acamkd.engine.printing import Printable
-from acamkd.engine.runs import Run, as_run
+from acamkd.engine.runs import RECIPE, Run, as_run
 from acamkd.errors import AcamkdError
+from acamkd.files import check_writable
 from acamkd.jobs.export import onnx_model
 from acamkd.jobs.export.card import write_card
 from acamkd.jobs.export.graph import DetectionsGraph, Graph, build_graph, write_graph
@@ -88,9 +89,9 @@ class Export(Printable):
     def __rich__(self) -> RenderableType:
         table = Table("network", "runtime", self.metric, "ms", "parameters", "GFLOPs")
         for row in self.measured:
-            score, cost = row.scores.get(self.metric), row.cost
-            spent = [f"{cost.milliseconds:.1f}", f"{cost.parameters:,}", f"{cost.gflops:.2f}"] if cost else []
-            table.add_row(row.network, row.runtime, "" if score is None else f"{score:.2f}", *spent)
+            reached, each = row.scores.get(self.metric), row.cost
+            spent = [f"{each.milliseconds:.1f}", f"{each.parameters:,}", f"{each.gflops:.2f}"] if each else []
+            table.add_row(row.network, row.runtime, "" if reached is None else f"{reached:.2f}", *spent)
         words = (
             f"largest difference of the outputs {self.difference:.1e}, {self.relative_difference:.1e} of their largest "
             f"value; times on {self.threads} CPU thread{'s' if self.threads > 1 else ''}"
@@ -130,10 +131,11 @@ def export(
     out = Path(out) if out else run.folder / "export"
     model, recipe = run.load(), run.recipe
     graph = build_graph(model, recipe.data.resize, with_nms=with_nms)
+    _check_free(out, overwrite)
     images = data.build(recipe.data, recipe.task, "val", seed=recipe.train.seed, augment=False)
     for warning in data.check(images, "headers"):
         log.warning("%s", warning)
-    with _appearing(out, overwrite=overwrite) as folder:
+    with _appearing(out) as folder:
         file = folder / f"{run.role}.onnx"
         log.info("writing the graph of %s", run.weights)
         write_graph(graph, file, recipe)
@@ -224,7 +226,7 @@ def _compare_outputs(graph: Graph, exported: OnnxModel, images: ImageDataset) ->
 def _measure(run: Run, model: TaskModel, exported: OnnxModel, images: ImageDataset) -> tuple[Measured, ...]:
     """Score and time every network; raises AcamkdError where the two runtimes' scores differ."""
     log.info("scoring %d images by PyTorch and by onnxruntime", len(images))
-    ours, theirs = _score(model, exported, images)
+    ours, theirs = _score(run, model, exported, images)
     metric = METRICS[model.task]
     same = abs(ours[metric] - theirs[metric]) <= LARGEST_METRIC_DIFFERENCE
     if not (same or (math.isnan(ours[metric]) and math.isnan(theirs[metric]))):
@@ -237,28 +239,40 @@ def _measure(run: Run, model: TaskModel, exported: OnnxModel, images: ImageDatas
     spent = cost(model, image)
     by_onnxruntime = replace(spent, milliseconds=median_milliseconds(lambda: exported.predict(array)))
     return (
-        *_measure_teacher(run, image),
+        *_measure_teacher(run, images),
         Measured(run.role, "PyTorch", ours, spent),
         Measured(run.role, "onnxruntime", theirs, by_onnxruntime),
     )
 
 
-def _measure_teacher(run: Run, image: torch.Tensor) -> list[Measured]:
-    """The teacher of a distillation, with the scores that the run gave it."""
+def _measure_teacher(run: Run, images: ImageDataset) -> list[Measured]:
+    """The teacher of a distillation, with the scores that the run gave it: on the same images, at the same size."""
     if run.role == "teacher" or run.recipe.teacher is None:
         return []
+    scores = run.metrics.get("teacher", {}) if run.has_ended else {}
     try:
-        spent = cost(run.load_teacher(), image)
+        teacher = run.load_teacher()
     except AcamkdError as error:
         log.warning("the teacher's cost is left out: %s", error)
-        spent = None
-    scores = run.metrics.get("teacher", {}) if run.has_ended else {}
-    return [Measured("teacher", "PyTorch", scores, spent)] if scores or spent else []
+        return [Measured("teacher", "PyTorch", scores, None)] if scores and _is_as_trained(run, images) else []
+    if scores and not _is_as_trained(run, images):
+        log.info("other validation images or another data.resize than in the run: scoring the teacher again, too")
+        batches = (([image], [target]) for image, target in (images[index] for index in range(len(images))))
+        scores = score(teacher, batches, scorer_of(run.recipe, images.classes))
+    return [Measured("teacher", "PyTorch", scores, cost(teacher, images[0][0]))]
 
 
-def _score(model: TaskModel, exported: OnnxModel, images: ImageDataset) -> tuple[dict[str, float], dict[str, float]]:
+def _is_as_trained(run: Run, images: ImageDataset) -> bool:
+    """Whether the run was scored on these images, and at the size that its recipe says now."""
+    trained = config.load(run.folder / RECIPE).data.resize
+    return bool(trained == run.recipe.data.resize and images.fingerprint() == run.metrics["data"]["val"])
+
+
+def _score(
+    run: Run, model: TaskModel, exported: OnnxModel, images: ImageDataset
+) -> tuple[dict[str, float], dict[str, float]]:
     """Every metric by PyTorch and by onnxruntime, image by image: padding to a batch's size would change one."""
-    ours, theirs = Scorer(model.task, images.classes), Scorer(model.task, images.classes)
+    ours, theirs = scorer_of(run.recipe, images.classes), scorer_of(run.recipe, images.classes)
     for index in range(len(images)):
         image, target = images[index]
         ours.update(model.predict([image]), [target])
@@ -267,14 +281,19 @@ def _score(model: TaskModel, exported: OnnxModel, images: ImageDataset) -> tuple
     return ours.compute(), theirs.compute()
 
 
-@contextmanager
-def _appearing(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A folder to write to, which becomes `out` when everything has gone well."""
+def _check_free(out: Path, overwrite: bool) -> None:
+    """Raise AcamkdError, before anything is exported, if the folder cannot be written or holds something else."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not (out / "onnx_model.py").is_file():  # what somebody else wrote must never be replaced
             raise AcamkdError(f"{out} exists and is not an export: choose another folder with --out")
         if not overwrite:
             raise AcamkdError(f"{out} already holds an export: --overwrite replaces it, --out FOLDER writes elsewhere")
+    check_writable(out.parent)
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `out` when everything has gone well."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as unfinished:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,16 @@ from torch import Tensor, nn
 
 from acamkd import __version__, config
 from acamkd.errors import AcamkdError
+from acamkd.jobs.export.tracing import constant_same_padding, time_limit
 from acamkd.models.base import Batch, TaskModel
 from acamkd.models.detection import DenseDetector, Detector, FCOSDetector
 from acamkd.models.segmentation import STRIDE, Segmenter
+
+ADVICE = {
+    False: "for one size of frame it may be able to: --set data.resize='[HEIGHT, WIDTH]'",
+    True: "take another backbone or architecture",
+}
+"""What to do where there is no graph, by whether it was for a fixed size."""
 
 
 class Graph(nn.Module):
@@ -119,27 +127,32 @@ def write_graph(graph: Graph, file: Path, recipe: config.Recipe) -> None:
     The batch size stays free, and the frame's size too where the recipe's `resize` does not fix it; with suppression,
     which only the legacy exporter can write, both are fixed.
     """
+    what = type(graph.model.net).__name__
     resize = recipe.data.resize
     names: dict[str, Any] = {"input_names": ["pixels"], "output_names": list(graph.output_names)}
     fixed = isinstance(resize, tuple)
     # All maps of a pyramid must be larger than 1 here, or a graph for any size would only fit such maps.
     frame = [-(-side // STRIDE) * STRIDE for side in resize] if isinstance(resize, tuple) else [8 * STRIDE, 12 * STRIDE]
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), time_limit(f"PyTorch's export of {what}", ADVICE[fixed]):
             warnings.simplefilter("ignore")  # of their age, and of every shape that they take as a constant
             if isinstance(graph, DetectionsGraph):
                 torch.onnx.export(graph, (torch.rand(1, 3, *frame),), file, dynamo=False, **names)
             else:
                 shapes = {0: "batch"} if fixed else {0: "batch", 2: "height", 3: "width"}
                 example = (torch.rand(2, 3, *frame),)
-                program = torch.onnx.export(
-                    graph, example, dynamo=True, verbose=False, dynamic_shapes=(shapes,), **names
-                )
+                with nullcontext() if fixed else constant_same_padding(graph):
+                    program = torch.onnx.export(
+                        graph, example, dynamo=True, verbose=False, dynamic_shapes=(shapes,), **names
+                    )
                 assert program is not None
                 program.save(file, external_data=False)
+    except AcamkdError:
+        raise
     except Exception as error:  # the exporters fail with whatever they meet
-        what = type(graph.model.net).__name__
-        raise AcamkdError(f"PyTorch {torch.__version__} cannot export {what}: {str(error).strip()[:500]}") from error
+        raise AcamkdError(
+            f"PyTorch {torch.__version__} cannot export {what}: {ADVICE[fixed]} ({str(error).strip()[:500]})"
+        ) from error
     _write_metadata(file, _metadata(graph, recipe))
 
 

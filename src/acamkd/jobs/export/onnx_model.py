@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 try:
     from acamkd.errors import AcamkdError
@@ -223,12 +223,34 @@ def resize_smoothly(maps: Floats, size: tuple[int, int]) -> Floats:
     return np.stack([np.asarray(each) for each in channels])
 
 
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what brings the pixels upright; acamkd.data.image_io has the same, which training reads by."""
+
+
+def _orientation(image: Image.Image) -> Any:
+    """The EXIF orientation; 1 where the block is damaged, as everything that shows the image does."""
+    try:
+        return image.getexif().get(274, 1)
+    except Exception:  # a parser of broken blocks raises whatever it meets first
+        return 1
+
+
 def read_image(file: Path | str) -> Pixels:
     """Decode an image of any 8-bit mode, rotated as its EXIF orientation says; raises AcamkdError if it cannot be."""
     try:
         with Image.open(file) as image:
             if image.mode[0] in "IF":  # Pillow would clip them to white without a word
                 raise ValueError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+            image.load()
+            turn = TURNS.get(_orientation(image))
+            return np.array((image if turn is None else image.transpose(turn)).convert("RGB"))
     except Exception as error:  # decoders of broken files raise whatever they meet first
         raise AcamkdError(f"{file}: the image cannot be read: {error}") from error

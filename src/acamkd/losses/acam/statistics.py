@@ -11,6 +11,7 @@ from torch import Tensor
 from acamkd.errors import AcamkdError
 from acamkd.losses.acam.masks import Masks
 from acamkd.losses.functional import dice_overlap, safe_divide
+from acamkd.losses.processes import mean_over_processes
 from acamkd.mask_health import collapse
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class CollapseWatch:
         steps = step + 1 if step else self._looks  # a loop of one's own need not number its steps
         if steps % WATCH_EVERY:
             return
+        statistics = mean_over_processes(statistics)  # or one process would stop alone, and leave the others waiting
         for kind, mask in masks.in_use().items():
             if kind in self._said or mask.flatten(2).shape[2] == 1:  # a single location cannot vary
                 continue
