@@ -51,7 +51,7 @@ class TokenGrid(NamedTuple):
     def map_of(self, tokens: Tensor) -> Tensor:
         """The patches as a feature map (N, C, height, width)."""
         patches = tokens[:, self.prefix : self.prefix + self.height * self.width]
-        return patches.transpose(1, 2).unflatten(2, (self.height, self.width))
+        return patches.transpose(1, 2).reshape(len(tokens), -1, self.height, self.width)
 
     def tokens_of(self, feature_map: Tensor, tokens: Tensor) -> Tensor:
         """The tokens with a feature map in the place of the patches."""

@@ -138,8 +138,8 @@ class HFModel(TaskModel):
         height, width = (-(-max(side) // self.multiple) * self.multiple for side in zip(*sizes, strict=True))
         pixels = self.mean.expand(len(images), 3, height, width).clone()
         for canvas, image, (h, w) in zip(pixels, images, sizes, strict=True):
-            # Before the change to floats: the processors round resized pixels, too.
-            resized = tv.resize(image, [h, w], self.preprocessing.interpolation, antialias=True)
+            given = image if self.kind.rounds else tv.to_dtype(image, torch.float32, scale=True)
+            resized = tv.resize(given, [h, w], self.preprocessing.interpolation, antialias=self.kind.rounds)
             canvas[:, :h, :w] = tv.to_dtype(resized, torch.float32, scale=True).clamp(0, 1)
         batch = Batch(pixels, sizes, originals)
         return batch if targets is None else self.with_targets(batch, targets)

@@ -35,6 +35,7 @@ class Kind:
         has_none_class: Whether the last class logit of a query stands for no object: softmax rather than sigmoid.
         is_masked: Whether it takes a `pixel_mask`. Its boxes are then fractions of the image without padding.
         is_fixed: Whether it takes images of one size alone, its configuration's `image_size`.
+        rounds: Whether its image processor resizes whole numbers with antialiasing, and rounds; else floats without.
         multiple: The number that the sides of the padded input must be a multiple of.
     """
 
@@ -45,6 +46,7 @@ class Kind:
     has_none_class: bool = False
     is_masked: bool = False
     is_fixed: bool = False
+    rounds: bool = True
     multiple: Callable[[Options], int] = lambda _: STRIDE
 
     @property
@@ -93,7 +95,7 @@ KINDS: Mapping[str, Kind] = {
     "deimv2": Kind("boxes", _PYRAMID, "model.conv_encoder", "RTDetrImageProcessor"),
     "rf_detr": Kind(
         "boxes", ("model.backbone.projector",), "model.backbone.backbone", "RfDetrImageProcessor",
-        is_masked=True, multiple=_windows(lambda number: number),
+        is_masked=True, rounds=False, multiple=_windows(lambda number: number),
     ),
     "lw_detr": Kind(
         "boxes", ("model.backbone.projector:*",), "model.backbone.backbone", "DeformableDetrImageProcessor",
