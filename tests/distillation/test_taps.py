@@ -212,7 +212,9 @@ def test_entries_and_calls_together() -> None:
     [
         ("haed", "there is no layer 'haed' to tap .*did you mean head"),
         ("quite.other", "there is no layer 'quite.other' to tap .*known: head, unused"),
-        ("head:", "'head:' is not a tap: write layer, layer:key, layer:\\*, layer@call or layer:key@call"),
+        ("head:", "'head:' is not a tap: write layer, layer:key, layer:\\* or, for tokens, layer#PATCH or "),
+        ("head#0", "'head#0' is not a tap"),
+        ("head#+1", "'head#\\+1' is not a tap"),
         ("head@x", "'head@x' is not a tap"),
         ("head@1:0", "'head@1:0' is not a tap"),
     ],
@@ -310,3 +312,72 @@ def test_early_stop_lets_errors_through() -> None:
     with pytest.raises(RuntimeError), FeatureTap(net, ["last"]) as tap, tap.early_stop():
         net(torch.ones(1, 5, 2, 2))
     assert hooks(net) == 0
+
+
+class Patches(nn.Module):
+    """A transformer's skeleton: a class token, patches of 4 x 4 pixels and two tokens behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv2d(3, 5, 4, stride=4)
+        self.tokens = nn.Identity()
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.embed(pixels).flatten(2).transpose(1, 2)
+        rest = torch.arange(3.0)[None, :, None].expand(len(patches), 3, 5)
+        tokens = self.tokens(torch.cat([rest[:, :1], patches, rest[:, 1:]], dim=1))
+        return self.head(tokens)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("size", [(8, 12), (20, 8)])
+def test_tokens_are_a_map_of_the_images_form(size: tuple[int, int]) -> None:
+    net, pixels = Patches(), torch.rand(2, 3, *size)
+    plain = net(pixels)
+    with FeatureTap(net, ["tokens#4+1"]) as tap:
+        assert torch.equal(net(pixels), plain)
+        assert torch.equal(tap["tokens#4+1"], net.embed(pixels))
+    with FeatureTap(net, ["tokens#4+1"]) as tap, tap.early_stop():
+        net(pixels)
+    assert not net._forward_pre_hooks
+
+
+def test_what_an_edit_makes_of_the_map_goes_on_as_tokens() -> None:
+    net, pixels = Patches(), torch.rand(1, 3, 8, 12)
+    plain = net(pixels)
+    with FeatureTap(net, ["tokens#4+1@0"], edit=lambda _, x: 2 * x) as tap:
+        edited = net(pixels)
+        assert tap["tokens#4+1@0"].shape == (1, 5, 2, 3)
+    assert torch.equal(edited[:, [0, 7, 8]], plain[:, [0, 7, 8]])  # not the tokens around the patches
+    assert torch.allclose(edited[:, 1:7], net.head(2 * net.embed(pixels).flatten(2).transpose(1, 2)))
+
+
+def test_tokens_before_the_patches_need_no_number() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 5, 4, stride=4), nn.Flatten(2))
+    message = r"gives \(1, 5, 6\), which are not the tokens \(N, L, C\) of 1 images"
+    with pytest.raises(AcamkdError, match=message), FeatureTap(net, ["1#4"]):
+        net(torch.rand(1, 3, 8, 12))  # (N, C, L)
+    tokens = nn.Identity()
+    whole = nn.ModuleDict({"tokens": tokens})
+    whole.forward = lambda pixels: tokens(torch.arange(8.0)[None, :, None])
+    with FeatureTap(whole, ["tokens#4"]) as tap:
+        whole(torch.rand(1, 3, 8, 12))
+        assert tap["tokens#4"].flatten().tolist() == [2, 3, 4, 5, 6, 7]
+
+
+def test_tokens_that_are_no_such_patches_are_refused() -> None:
+    net = Patches()
+    cases = [
+        ("tokens#3", (8, 12), "images of 8 x 12 are not made of patches of 3 pixels"),
+        ("tokens#2", (8, 12), r"gives \(1, 9, 5\), which are not .* 4 x 6 patches of 2 pixels"),
+        ("tokens#4+4", (8, 12), "2 x 3 patches of 4 pixels and 4 before them"),
+        ("tokens#16", (32, 32), "63 of 67 tokens are no patches of 16 pixels: .* as in tokens#16\\+1"),
+    ]
+    for name, size, message in cases:
+        with pytest.raises(AcamkdError, match=message), FeatureTap(net, [name]):
+            net(torch.rand(1, 3, *size))
+    with pytest.raises(AcamkdError, match="tapped in two forms at once"):
+        FeatureTap(net, ["tokens", "tokens#4"])
+    message = "needs the size of the images, and the network itself was given none"
+    with pytest.raises(AcamkdError, match=message), FeatureTap(net, ["head#4"]):
+        net.head(torch.rand(1, 6, 5))

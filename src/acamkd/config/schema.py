@@ -31,7 +31,8 @@ class Model(Section):
 
     arch: str
     """Detection: retinanet, fcos, faster_rcnn. Segmentation: an architecture of segmentation_models_pytorch
-    (deeplabv3plus, fpn, unet, ...) or `torchvision/NAME`. Anything: `package.module:factory`."""
+    (deeplabv3plus, fpn, unet, ...) or `torchvision/NAME`. Both: a network of transformers, `hf/FOLDER` or `hf/HUB-ID`
+    with its weights, or `hf/MODEL_TYPE` from a random start. Anything: `package.module:factory`."""
     backbone: str = "resnet50"
     """A timm name, or `torchvision/NAME`; for segmentation architectures any smp encoder name (`tu-NAME`: timm)."""
     weights: str | None = None
@@ -63,8 +64,15 @@ class Model(Section):
     @property
     def title(self) -> str:
         """The architecture, with its backbone where the recipe chooses one."""
-        is_whole = ":" in self.arch or self.arch.startswith("torchvision/")
+        is_whole = ":" in self.arch or self.arch.startswith(("torchvision/", "hf/"))
         return self.arch if is_whole else f"{self.arch} on {self.backbone}"
+
+    @property
+    def brings_weights(self) -> bool:
+        """Whether the architecture itself may come trained: from a factory, a folder or the Hub."""
+        name = self.arch.removeprefix("hf/")
+        is_place = "/" in name or (Path(name) / "config.json").is_file()
+        return ":" in self.arch or (name != self.arch and is_place)
 
     @property
     def convention(self) -> Any:

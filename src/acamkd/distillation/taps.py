@@ -18,15 +18,47 @@ from torch.utils.hooks import RemovableHandle
 
 from acamkd.errors import AcamkdError, nearest
 
-_GRAMMAR = re.compile(r"(?P<layer>[^:@]*)(:(?P<key>[^@]+))?(@(?P<call>\d+|\*))?")
+_GRAMMAR = re.compile(
+    r"(?P<layer>[^:@#]*)(:(?P<key>[^@#]+))?(#(?P<patch>[1-9]\d*)(\+(?P<prefix>\d+))?)?(@(?P<call>\d+|\*))?"
+)
+
+MAX_PREFIX = 16
+"""Tokens before the patches that need not be counted in a name: a class token and a few registers."""
 
 
 class _Request(NamedTuple):
-    """One parsed name; `*` stands for all keys or all calls."""
+    """One parsed name; `*` stands for all keys or all calls, `grid` for the form of tokens as it was written."""
 
     layer: str
     key: str | None
     call: str | None
+    grid: str = ""
+
+
+class TokenGrid(NamedTuple):
+    """Where the patches of an image lie among the tokens (N, L, C) of a layer.
+
+    Attributes:
+        height: Patches from top to bottom.
+        width: Patches from left to right.
+        prefix: Tokens before the first patch; those behind the last are further ones, too.
+    """
+
+    height: int
+    width: int
+    prefix: int
+
+    def map_of(self, tokens: Tensor) -> Tensor:
+        """The patches as a feature map (N, C, height, width)."""
+        patches = tokens[:, self.prefix : self.prefix + self.height * self.width]
+        return patches.transpose(1, 2).reshape(len(tokens), -1, self.height, self.width)
+
+    def tokens_of(self, feature_map: Tensor, tokens: Tensor) -> Tensor:
+        """The tokens with a feature map in the place of the patches."""
+        patches = feature_map.flatten(2).transpose(1, 2)
+        return torch.cat(
+            [tokens[:, : self.prefix], patches, tokens[:, self.prefix + self.height * self.width :]], dim=1
+        )
 
 
 class _Complete(Exception):  # noqa: N818 (no error, it only ends a forward)
@@ -42,7 +74,9 @@ class FeatureTap:
 
     Names: `layer` is a module's dotted path. `layer:key` is one entry of its dict, list or tuple output (an FPN's
     levels), `layer:*` all of them. `layer@2` is the third call of a layer that runs several times in one forward (a
-    detection head, once per level), `layer@*` all calls. On leaving, the hooks are removed and the tensors dropped.
+    detection head, once per level), `layer@*` all calls. `layer#16` are the tokens (N, L, C) of patches of 16 x 16
+    pixels, as a feature map (N, C, H / 16, W / 16): tokens before the patches are left out, by `layer#16+1` one before
+    them and all behind them. `layer:key#16@2` is all of it. On leaving, the hooks are removed and the tensors dropped.
 
     A layer that a backward runs again (activation checkpointing) is recorded once. In a network that is compiled, by
     `net.compile()` or `torch.compile`, the hooks stay and do nothing outside of a tap: another set of hooks would be
@@ -56,7 +90,7 @@ class FeatureTap:
 
     Raises:
         AcamkdError: There is no such layer (the nearest names are listed). Or, on leaving or on access, the forward did
-            not produce an output that was asked for.
+            not produce an output that was asked for. Or, in the forward, tokens are not those of such patches.
     """
 
     def __init__(
@@ -69,6 +103,11 @@ class FeatureTap:
             if request.layer not in modules:
                 raise AcamkdError(f"there is no layer {request.layer!r} to tap ({name}); "
                                   f"{nearest(request.layer, filter(None, modules))}")  # fmt: skip
+        forms = {(request.layer, request.grid) for request in self._requests.values()}
+        if twice := [layer for layer, _ in forms if sum(layer == other for other, _ in forms) > 1]:
+            raise AcamkdError(f"the layer {twice[0]} is tapped in two forms at once: tap it with # or without")
+        self._net = net
+        self._input: tuple[int, ...] | None = None  # shape of the pixels, where tokens are tapped
         self._modules = {request.layer: modules[request.layer] for request in self._requests.values()}
         self._is_compiled = _is_compiled(modules.values())
         self._handles: list[RemovableHandle] = []
@@ -85,6 +124,8 @@ class FeatureTap:
                 self._handles.append(
                     module.register_forward_hook(lambda _module, _inputs, output, to=record: to(output))
                 )
+        if any(request.grid for request in self._requests.values()):
+            self._handles.append(self._net.register_forward_pre_hook(self._note_input, with_kwargs=True))
         return self
 
     def __exit__(
@@ -129,26 +170,56 @@ class FeatureTap:
         if torch._C._current_graph_task_id() != -1:
             return None  # a backward runs a checkpointed layer again, and nobody works on what that puts out
         call = len(self._outputs[layer])
+        (form,) = {request.grid for request in self._requests.values() if request.layer == layer}
         kept: dict[str, Tensor] = {}
         replacements: dict[str, Tensor] = {}
         for key, tensor in entries_of(output).items():
             for request in self._requests.values():
                 if request.layer == layer and _covers(request, key, call):
-                    kept[key] = tensor
-                    name = _name(layer, key, None if request.call is None else call)
-                    replacements[key] = self._edit(name, tensor) if self._edit else tensor.clone()
+                    name = _name(layer, key, None if request.call is None else call, form)
+                    grid = self._grid(name, form, tensor) if form else None
+                    kept[key] = tensor if grid is None else grid.map_of(tensor)
+                    edited = self._edit(name, kept[key]) if self._edit else kept[key].clone()
+                    replacements[key] = edited if grid is None else grid.tokens_of(edited, tensor)
                     break
         self._outputs[layer].append(kept)
         if self._stop_when_complete and all(self._is_complete(request) for request in self._requests.values()):
             raise _Complete
         return _replaced(output, replacements)
 
+    def _note_input(self, _: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        images = [x for x in (*inputs, *named.values()) if isinstance(x, Tensor) and x.ndim == 4]
+        self._input = tuple(images[0].shape) if images else None
+
+    def _grid(self, name: str, form: str, tokens: Tensor) -> TokenGrid:
+        """Where the patches of the form `PATCH` or `PATCH+PREFIX` lie; raises AcamkdError where it cannot be."""
+        shape, (patch, _, prefix) = tuple(tokens.shape), form.partition("+")
+        if self._input is None:
+            raise AcamkdError(f"the tap {name} needs the size of the images, and the network itself was given none")
+        images, _, height, width = self._input
+        side = int(patch)
+        if height % side or width % side:
+            raise AcamkdError(f"the tap {name}: images of {height} x {width} are not made of patches of {patch} pixels")
+        h, w = height // side, width // side
+        if len(shape) != 3 or shape[0] != images or shape[1] < h * w + int(prefix or 0):
+            raise AcamkdError(
+                f"the tap {name}: the layer gives {shape}, which are not the tokens (N, L, C) of {images} images with "
+                f"{h} x {w} patches of {patch} pixels{f' and {prefix} before them' if prefix else ''}"
+            )
+        before = int(prefix) if prefix else shape[1] - h * w
+        if not prefix and before > MAX_PREFIX:
+            raise AcamkdError(
+                f"the tap {name}: {before} of {shape[1]} tokens are no patches of {patch} pixels: give the side of a "
+                f"patch, and how many tokens come before the first one, as in {name.partition('#')[0]}#{patch}+1"
+            )
+        return TokenGrid(h, w, before)
+
     def _is_complete(self, request: _Request) -> bool:
         return request.call != "*" and len(self._outputs[request.layer]) > int(request.call or 0)
 
     def _resolve(self, request: _Request) -> dict[str, Tensor]:
         calls = self._outputs.get(request.layer, [])
-        shown = _name(request.layer, request.key or "", request.call)
+        shown = _name(request.layer, request.key or "", request.call, request.grid)
         if not calls:
             raise AcamkdError(f"the tap {shown} did not fire: the forward did not run this layer")
         if request.call is None and len(calls) > 1:
@@ -160,7 +231,7 @@ class FeatureTap:
         if max(wanted) >= len(calls):
             raise AcamkdError(f"the tap {shown} did not fire: the layer ran {len(calls)} times (calls count from 0)")
         found = {
-            _name(request.layer, key, None if request.call is None else index): output
+            _name(request.layer, key, None if request.call is None else index, request.grid): output
             for index in wanted
             for key, output in calls[index].items()
             if _covers(request, key, index)
@@ -208,12 +279,16 @@ def _call_records(module: nn.Module, _: Any, output: Any) -> Any:
 def _parse(name: str) -> _Request:
     match = _GRAMMAR.fullmatch(name)
     if match is None:
-        raise AcamkdError(f"{name!r} is not a tap: write layer, layer:key, layer:*, layer@call or layer:key@call")
-    return _Request(match["layer"], match["key"], match["call"])
+        raise AcamkdError(
+            f"{name!r} is not a tap: write layer, layer:key, layer:* or, for tokens, layer#PATCH or "
+            "layer#PATCH+PREFIX; each also with @call"
+        )
+    grid = "" if match["patch"] is None else name.partition("#")[2].partition("@")[0]
+    return _Request(match["layer"], match["key"], match["call"], grid)
 
 
-def _name(layer: str, key: str, call: int | str | None) -> str:
-    return layer + (f":{key}" if key else "") + (f"@{call}" if call is not None else "")
+def _name(layer: str, key: str, call: int | str | None, grid: str = "") -> str:
+    return layer + (f":{key}" if key else "") + (f"#{grid}" if grid else "") + (f"@{call}" if call is not None else "")
 
 
 def _covers(request: _Request, key: str, call: int) -> bool:

@@ -116,7 +116,9 @@ class Recorder(Callback):
         if scores and not scores[self.metric] <= self.best.get(self.metric, -math.inf):
             self.best, self.best_epoch = scores, epoch
             if trainer.is_global_zero:
-                save_weights(pl_module.distiller.student.net, self.folder / self.weights)
+                student, file = pl_module.distiller.student, self.folder / self.weights
+                save_weights(student.net, file)
+                student.write_config(file, pl_module.scorer.classes)
         row = {"epoch": epoch, "step": trainer.global_step, "seconds": round(self.seconds, 1)}
         self.history.append({**row, **scores, **losses})
         if trainer.is_global_zero:

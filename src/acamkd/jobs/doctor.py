@@ -170,9 +170,9 @@ def _weights(check: str, model: TaskModel, section: config.Model) -> Finding:
         )
     elif section.backbone_weights not in (None, "imagenet"):
         report = models.load_weights(model.backbone, section.backbone_weights, strict=False, what=section.backbone)
-    elif ":" in section.arch:
+    elif section.brings_weights:
         return Finding(check, "pass", f"as {section.arch} provides them")
-    elif section.backbone_weights == "imagenet":
+    elif section.backbone_weights == "imagenet" and not section.arch.startswith("hf/"):
         return Finding(check, "pass", f"{section.backbone} pretrained on ImageNet, the rest starts from random weights")
     else:
         return Finding(check, "warn", "nothing is pretrained", "give weights or backbone_weights, if there are any")

@@ -13,14 +13,15 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
 from acamkd import config, data, models
 from acamkd.data.build import AUTO, reader_of
+from acamkd.distillation.build import probe
 from acamkd.distillation.taps import entries_of
 from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
-from acamkd.models.base import Task, TaskModel
+from acamkd.models.base import Batch, Task, TaskModel
 from acamkd.models.build import family_of
 
 Pair: TypeAlias = "str | list[str]"
@@ -32,6 +33,8 @@ DEPTH = 2
 """Depth of the listed layers, which are stages rather than single convolutions."""
 RATIOS: Mapping[Task, int] = {"detection": 4, "segmentation": 8}
 """`gradient_ratio` of the gains that docs/research/results.md reports. Guides and `init` recommend the same."""
+AUXILIARY = ("aux_classifier", "auxiliary_head")
+"""How the names of heads begin that predict nothing."""
 CLASSES = 19
 """Number of classes if it is unknown, that of Cityscapes."""
 
@@ -93,7 +96,8 @@ def inspect(
     """List the layers of a teacher and a student that can be tapped, and propose a recipe's `losses`.
 
     Args:
-        recipe: A recipe or its file; or, with `student`, the teacher's name: ARCH/BACKBONE, or torchvision/NAME.
+        recipe: A recipe or its file; or, with `student`, the teacher's name: ARCH/BACKBONE, torchvision/NAME or
+            hf/NAME.
         student: The student's name.
         overrides: `key=value` assignments that change the recipe.
 
@@ -130,7 +134,7 @@ def of_names(teacher: str, student: str) -> tuple[TaskModel, TaskModel]:
 
 def _parse(name: str) -> config.Model:
     arch, _, backbone = name.partition("/")
-    if arch == "torchvision":
+    if arch in ("torchvision", "hf"):
         return config.Model(arch=name)
     return config.Model(arch=arch, **({"backbone": backbone} if backbone else {}))
 
@@ -142,16 +146,19 @@ def _build(section: config.Model, task: Task, classes: int) -> TaskModel:
 
 @torch.no_grad()
 def layers(model: TaskModel) -> list[Layer]:
-    """Layers that can be tapped, in the order in which they run; of consecutive equal feature maps only the last."""
+    """What of a network can be tapped, in the order in which it runs; of equal maps in a row the last.
+
+    Then the layers that the network itself calls comparable, where they lie deeper.
+    """
     found: list[Layer] = []
     calls: dict[str, int] = {}
+    batch = model.prepare([torch.zeros(3, SIDE, SIDE)])
 
     def record(name: str, module: nn.Module, output: Any) -> None:
         call = calls[name] = calls.get(name, -1) + 1
         for key, x in entries_of(output).items():
-            if x.ndim == 4 and x.shape[-1] > 1:
-                tapped = name + (f":{key}" if key else "") + (f"@{call}" if call else "")
-                layer = Layer(tapped, x.shape[1], SIDE // x.shape[-1])
+            if x.ndim == 4 and x.shape[-2] == x.shape[-1] > 1:  # as the image; queries are none
+                layer = _layer(name + (f":{key}" if key else "") + (f"@{call}" if call else ""), x, batch)
                 if found and (found[-1].channels, found[-1].stride) == (layer.channels, layer.stride):
                     found.pop()
                 found.append(layer)
@@ -161,39 +168,50 @@ def layers(model: TaskModel) -> list[Layer]:
         for name, module in model.net.named_modules()
         if name and name.count(".") < DEPTH
     ]
-    model(model.prepare([torch.zeros(3, SIDE, SIDE)]))
+    model(batch)
     for handle in handles:
         handle.remove()
-    return found
+    return [*found, *(layer for layer in _comparable(model) if layer not in found)]
+
+
+def _comparable(model: TaskModel) -> list[Layer]:
+    """The layers that a network itself calls comparable."""
+    batch = model.prepare([torch.zeros(3, SIDE, SIDE)])
+    return [_layer(name, x, batch) for name, x in probe(model, model.comparable_layers(), batch).items()]
+
+
+def _layer(name: str, x: Tensor, batch: Batch) -> Layer:
+    return Layer(name, x.shape[1], batch.input_size[1] // x.shape[-1])
 
 
 def propose(teacher: TaskModel, student: TaskModel) -> list[Pair]:
     """The layers that the methods were published for: every level of a detector's pyramid, a segmenter's logits.
 
+    Segmenters without logits (a class and a mask per query) are paired by levels, as detectors are. Where a network
+    names no layers for this, the last of each stride stands in.
+
     Raises:
         AcamkdError: The networks have no such layers in common.
     """
-    theirs, ours = layers(teacher), layers(student)
     if student.task == "segmentation":
-        return [_pair(_logits(ours, student), _logits(theirs, teacher))]
-    pyramids = [[each for each in found if each.name.partition(":")[0] == "backbone"] for found in (ours, theirs)]
-    strides = [[level.stride for level in pyramid] for pyramid in pyramids]
-    if strides[0] == strides[1] and len(strides[0]) > 1:
-        return ["backbone:*"]
-    pairs = [_pair(level, other) for level in pyramids[0] for other in pyramids[1] if level.stride == other.stride]
-    if not pairs:
-        raise AcamkdError(f"the pyramids have no stride in common: {strides[0]} in the student, {strides[1]}")
-    return pairs
+        ours, theirs = (_logits(layers(model), model) for model in (student, teacher))
+        if ours and theirs:
+            return [_pair(ours, theirs)]
+    levels = [{layer.stride: layer for layer in _comparable(model) or layers(model)} for model in (student, teacher)]
+    shared = [stride for stride in levels[0] if stride in levels[1]]
+    if not shared:
+        strides = [sorted(each) for each in levels]
+        raise AcamkdError(f"the feature maps have no stride in common: {strides[0]} in the student, {strides[1]}")
+    names = student.comparable_layers()
+    if names == teacher.comparable_layers() and len(shared) == len(levels[0]) == len(levels[1]) > 1:
+        return list(names)
+    return [_pair(levels[0][stride], levels[1][stride]) for stride in shared]
 
 
-def _logits(found: Sequence[Layer], model: TaskModel) -> Layer:
-    """The last feature map with one channel per class, before any resizing to the image's size."""
-    logits = [
-        each for each in found if each.channels == model.num_classes and not each.name.startswith("aux_classifier")
-    ]
-    if not logits:
-        raise AcamkdError(f"{type(model.net).__name__} has no map of {model.num_classes} channels, one for each class")
-    return next((layer for layer in reversed(logits) if layer.stride > 1), logits[-1])
+def _logits(found: Sequence[Layer], model: TaskModel) -> Layer | None:
+    """The last map with one channel per class before it is brought to the image's size, where it is."""
+    logits = [each for each in found if each.channels == model.num_classes and not each.name.startswith(AUXILIARY)]
+    return next((layer for layer in reversed(logits) if layer.stride > 1), logits[-1] if logits else None)
 
 
 def _pair(ours: Layer, theirs: Layer) -> Pair:

@@ -37,7 +37,7 @@ def teacher_section(recipe: config.Recipe) -> config.Model:
                 f"goes on with it; to use it as it is, set teacher.weights={trained.weights}"
             )
         return with_normalization_of_run(recipe, recipe.teacher.model_copy(update={"weights": str(trained.weights)}))
-    if ":" in recipe.teacher.arch:  # a factory may load weights itself
+    if recipe.teacher.brings_weights:
         return recipe.teacher
     raise AcamkdError(
         f"the teacher has no weights: set teacher.weights, or train it first (acamkd train RECIPE --role teacher "

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -144,6 +145,18 @@ class TaskModel(nn.Module, ABC):
     def max_detections(self) -> int | None:
         """Detection: limit of boxes per image; None without a limit, and for segmentation."""
         return None
+
+    def comparable_layers(self) -> tuple[str, ...]:
+        """Layers that feature losses are meant for, in FeatureTap's grammar; none where nothing is known of them."""
+        return ()
+
+    def write_config(self, weights: Path, classes: Sequence[str]) -> None:
+        """Write, beside a file of this network's weights, what its framework needs to load it; here nothing.
+
+        Args:
+            weights: The file that has just been written.
+            classes: Class names in the order of their ids.
+        """
 
     def normalize(self, batch: Batch) -> Tensor:
         """Pixels as this network expects them, (N, 3, H, W); teacher and student may expect different ones."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from acamkd.config import Model, ShortLong, imported
 from acamkd.errors import AcamkdError, nearest
-from acamkd.models import detection, segmentation
+from acamkd.models import detection, hf, segmentation
 from acamkd.models.base import Family, PixelSize, Task, TaskModel
 from acamkd.models.detection import WRAPPERS, wrap_detector
 from acamkd.models.segmentation import Segmenter
@@ -19,8 +19,8 @@ from acamkd.models.weights import LoadReport, load_weights
 log = logging.getLogger(__name__)
 
 
-FAMILIES = (detection.FAMILY, segmentation.FAMILY)
-"""The only table of named networks."""
+FAMILIES = (detection.FAMILY, segmentation.FAMILY, *hf.FAMILIES)
+"""The only table of networks that have a name."""
 
 
 def family_of(arch: str, task: Task | None = None) -> Family:
@@ -68,8 +68,8 @@ def build(
         _say(load_weights(built.net, model.weights, strict=teacher, what=who, convention=model.convention))
     elif model.backbone_weights not in (None, "imagenet"):
         _say(load_weights(built.backbone, model.backbone_weights, strict=False, what=f"{who}, backbone"))
-    elif teacher and ":" not in model.arch:
-        log.warning("the teacher, %s, has no `weights`: at most its backbone is pretrained", who)
+    elif teacher and not model.brings_weights:
+        log.warning("the teacher, %s, has no `weights`: nothing was trained but, at most, its backbone", who)
     return built
 
 

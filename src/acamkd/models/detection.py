@@ -69,6 +69,10 @@ class Detector(TaskModel):
         body: nn.Module = getattr(self.net.backbone, "body", self.net.backbone)
         return body
 
+    def comparable_layers(self) -> tuple[str, ...]:
+        """Every level of the pyramid."""
+        return ("backbone:*",)
+
     def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
         """Resize, pad and stack by the net's own transform, and revert its normalization of the pixels."""
         floats = [to_dtype(image, torch.float32, scale=True) for image in images]
@@ -160,7 +164,7 @@ class RetinaNetDetector(DenseDetector):
 
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return `classification` (focal) and `bbox_regression` (L1)."""
-        terms: dict[str, Tensor] = self.net.compute_loss(_trained(batch), _head(outputs), outputs["anchors"])
+        terms: dict[str, Tensor] = self.net.compute_loss(single_objects(batch), _head(outputs), outputs["anchors"])
         return terms
 
 
@@ -170,7 +174,7 @@ class FCOSDetector(DenseDetector):
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return `classification` (focal), `bbox_regression` (GIoU) and `bbox_ctrness`."""
         terms: dict[str, Tensor] = self.net.compute_loss(
-            _trained(batch), _head(outputs), outputs["anchors"], self.anchors_per_level(outputs)
+            single_objects(batch), _head(outputs), outputs["anchors"], self.anchors_per_level(outputs)
         )
         return terms
 
@@ -212,7 +216,7 @@ class FasterRCNNDetector(Detector):
 
     def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
         """Return `loss_classifier`, `loss_box_reg`, `loss_objectness` and `loss_rpn_box_reg`."""
-        rpn, targets = self.net.rpn, _trained(batch)
+        rpn, targets = self.net.rpn, single_objects(batch)
         labels, matched = rpn.assign_targets_to_anchors(outputs["anchors"], targets)
         wanted = rpn.box_coder.encode(matched, outputs["anchors"])
         objectness, rpn_box = rpn.compute_loss(outputs["objectness"], outputs["rpn_deltas"], labels, wanted)
@@ -347,8 +351,8 @@ def _head(outputs: Outputs) -> dict[str, Tensor]:
     return {name: outputs[name] for name in ("cls_logits", "bbox_regression", "bbox_ctrness") if name in outputs}
 
 
-def _trained(batch: Batch) -> list[Target]:
-    """The targets without crowds."""
+def single_objects(batch: Batch) -> list[Target]:
+    """The targets without crowds, which do not train."""
     if batch.targets is None:
         raise ValueError("the batch has no targets: give them to prepare")
     kept = []

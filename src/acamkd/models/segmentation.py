@@ -75,7 +75,7 @@ class Segmenter(TaskModel):
             canvas[:, :h, :w] = resized[0]
         masks = None
         if targets is not None:
-            masks = [_fit_mask(t["mask"], size, (height, width)) for t, size in zip(targets, sizes, strict=True)]
+            masks = [fit_mask(t["mask"], size, (height, width)) for t, size in zip(targets, sizes, strict=True)]
         return Batch(pixels, sizes, originals, [{"mask": mask} for mask in masks] if masks is not None else None)
 
     def forward(self, batch: Batch) -> Outputs:
@@ -101,14 +101,8 @@ class Segmenter(TaskModel):
         return terms
 
     def decode(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
-        """Best class of every pixel, after resizing the logits to the image's size."""
-        predictions = []
-        for logits, (h, w), original in zip(outputs["out"], batch.sizes, batch.original_sizes, strict=True):
-            logits = logits[None, :, :h, :w]
-            if (h, w) != original:
-                logits = F.interpolate(logits, size=original, mode="bilinear", align_corners=False)
-            predictions.append({"mask": logits[0].argmax(dim=0)})
-        return predictions
+        """Best class of every pixel; logits are brought to the image's size first."""
+        return best_classes(outputs["out"], batch)
 
 
 def build_segmenter(model: Model, num_classes: int, resize: PixelSize | ShortLong | None) -> Segmenter:
@@ -187,11 +181,22 @@ def _check_options(model: Model, allowed: set[str]) -> None:
             raise AcamkdError(f"{model.arch} has no option {name}; {nearest(name, allowed)}")
 
 
-def _fit_mask(mask: Tensor, size: PixelSize, frame: PixelSize) -> Tensor:
-    """(H, W) -> padded input: nearest neighbor to `size`, VOID beyond."""
+def fit_mask(mask: Tensor, size: PixelSize, frame: PixelSize) -> Tensor:
+    """(H, W) -> frame: nearest neighbor to `size`, VOID beyond."""
     if mask.shape != size:
         mask = F.interpolate(mask[None, None].float(), size=size, mode="nearest-exact")[0, 0].long()
     return F.pad(mask, (0, frame[1] - size[1], 0, frame[0] - size[0]), value=VOID)
+
+
+def best_classes(scores: Tensor, batch: Batch) -> list[Prediction]:
+    """The best class of every pixel of each image, from scores of the classes (N, K, H, W) in the batch's frame."""
+    predictions = []
+    for logits, (h, w), original in zip(scores, batch.sizes, batch.original_sizes, strict=True):
+        logits = logits[None, :, :h, :w]
+        if (h, w) != original:
+            logits = F.interpolate(logits, size=original, mode="bilinear", align_corners=False)
+        predictions.append({"mask": logits[0].argmax(dim=0)})
+    return predictions
 
 
 def _cross_entropy(logits: Tensor, mask: Tensor) -> Tensor:
