@@ -99,16 +99,16 @@ def compare(
     """
     recipe = config.as_recipe(recipe, overrides)
     methods, results = methods_of(recipe, methods), Path(results or default_folder(recipe, "compare"))
-    plan(recipe, methods, seeds, results)  # raises errors before anything is written
+    trials = plan(recipe, methods, seeds, results)  # raises errors before anything is written
+    check_writable(results, advice="--results DIR writes elsewhere")
     results.mkdir(parents=True, exist_ok=True)
     write_text(results / RESOLVED, config.dump(recipe))
     command = partial(_command, methods, seeds, results)
-    if any(trial.read(results) is None for trial in plan(recipe, methods, seeds, results)):
+    if any(trial.read(results) is None for trial in trials):
         _check_data(recipe)
     end = None if seconds is None else time.monotonic() + seconds
     failed: list[Trial] = []
     for tuning in (True, False):  # a method's setting is known only after its tuning trials
-        check_writable(results, advice="--results DIR writes elsewhere")
         trials = plan(recipe, methods, seeds, results)
         untuned = set() if tuning else {trial.method for trial in failed}
         due = [

@@ -225,10 +225,8 @@ def _count(source: dict[str, Any], task: Task) -> tuple[dict[str, Statistics], t
     """What the splits hold, and the classes."""
     parsed = config.Data.model_validate({**source, "test": None})
     datasets = {split: data.build(parsed, task, split, seed=0, augment=False) for split in ("train", "val")}
-    counted = {
-        "training": count(datasets["train"], decode=False), "validation": count(datasets["val"], decode=False)
-    }  # fmt: skip
-    return {"train": counted["training"], "val": counted["validation"]}, datasets["train"].classes
+    counted = {split: count(dataset, decode=False) for split, dataset in datasets.items()}
+    return counted, datasets["train"].classes
 
 
 def _networks(task: Task, machine: Machine, known: Teacher | None, classes: int) -> dict[str, dict[str, Any]]:
