@@ -19,6 +19,7 @@ from acamkd.engine.runs import RECIPE, Run, open_run, write_text
 from acamkd.errors import AcamkdError
 from acamkd.files import check_writable
 from acamkd.models.base import TaskModel
+from acamkd.report.benchmark import read_benchmark
 from acamkd.report.charts import Chart, curve, draw, loss_charts, read_history
 from acamkd.report.gain import IMAGES, Gain, compare, rows
 from acamkd.report.masks import load_replay
@@ -104,6 +105,7 @@ def write_report(run: Run, baseline: Run | None = None) -> Path:
         threads=threads(),
         metric_chart=_metric_chart(metric, own, history, baseline, networks),
         loss_charts=loss_charts(history),
+        benchmark=read_benchmark(run.folder),
         rows=rows(before.scores if before else {}, after.scores),
         gain=_compare(images, before, after, device_of(recipe.train)) if before else None,
         compared_all=len(images) <= IMAGES,
