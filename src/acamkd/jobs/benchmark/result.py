@@ -83,25 +83,21 @@ class Benchmark(Printable):
 
     def __rich__(self) -> Group:
         batches = list(dict.fromkeys(batch for row in self.rows for batch in row.timing.rates))
-        speed = Table("network", "form", self.metric, "ms", "p90", "p99", "prepare", "run", "decode", "rank", "against")
-        size = Table(
-            "network", "form", "start s", "first call s", *(f"images/s at {batch}" for batch in batches), "peak MiB",
-            "file MiB",
-        )  # fmt: skip
+        speed = Table("network", "form", self.metric, "ms", "p90", "p99", "rank", "against the first form")
+        stages = Table("network", "form", "prepare ms", "run ms", "decode ms", "start s", "first call s")
+        size = Table("network", "form", *(f"images/s at {batch}" for batch in batches), "peak MiB", "file MiB")
         several = len({row.threads for row in self.rows}) > 1
         for row in self.rows:
             timing = row.timing
-            name = f"{row.form}, {_threads(row.threads)}" if several else row.form
+            names = row.network, f"{row.form}, {_threads(row.threads)}" if several else row.form
             speed.add_row(
-                row.network, name, f"{row.score:.2f}{' *' if row.on_front else ''}",
-                *map(_number, (timing.median, timing.percentile(90), timing.percentile(99), timing.prepare,
-                               timing.run, timing.decode)),
+                *names, f"{row.score:.2f}{' *' if row.on_front else ''}",
+                *map(_number, (timing.median, timing.percentile(90), timing.percentile(99))),
                 str(row.rank), "" if row.against is None else str(row.against),
             )  # fmt: skip
-            size.add_row(
-                row.network, name, _number(timing.start), _number(timing.first),
-                *(_number(timing.rates[batch]) for batch in batches), _number(timing.memory), _number(row.size),
-            )  # fmt: skip
+            figures = timing.prepare, timing.run, timing.decode, timing.start, timing.first
+            stages.add_row(*names, *map(_number, figures))
+            size.add_row(*names, *map(_number, [*(timing.rates[each] for each in batches), timing.memory, row.size]))
         machine = self.machine
         counts = sorted({row.threads for row in self.rows})
         words = (
@@ -114,7 +110,7 @@ class Benchmark(Printable):
             *(f"left out: {line}" for line in self.left_out),
             f"the figures: {self.file}",
         )
-        return Group(speed, size, *map(Text, words))
+        return Group(speed, stages, size, *map(Text, words))
 
 
 def front(scores: Sequence[float], timings: Sequence[Timing]) -> list[bool]:
