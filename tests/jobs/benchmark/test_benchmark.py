@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import time
 from pathlib import Path
@@ -19,6 +20,8 @@ from acamkd.jobs.export.onnx_model import OnnxModel
 from command import Command
 from tiny_onnx import write_segmenter
 from tiny_recipes import write_recipe
+
+GUIDE = Path(__file__).parents[3] / "docs/guides/benchmark.md"
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +78,13 @@ def test_every_network_has_every_form_of_this_machine(tmp_path: Path) -> None:
     assert len(forms) == 2 * len(names)
     assert ("OpenVINO int8" in names) != ("openvino: it is not installed" in left_out)
     assert [form.name for form in forms_of([network], ["bf16"], (1,), left_out)] == ["PyTorch bf16"]
+
+
+@pytest.mark.slow
+def test_the_guides_code_runs(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [block] = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    exec(block.replace("runs/street/distilled", str(exported)), {})
+    assert re.search(r"^onnxruntime [\d.]+ [\d.]+$", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.slow

@@ -35,7 +35,9 @@ from tiny_recipes import write_recipe
 
 TASKS = ("detection", "segmentation")
 GUIDE = Path(__file__).parents[3] / "docs/guides/export.md"
-FILES = ["README.md", "onnx_model.py", "student.onnx", "student.safetensors"]
+FILES = [
+    "README.md", "onnx_benchmark.py", "onnx_forms.py", "onnx_model.py", "student.onnx", "student.safetensors",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=TASKS)

@@ -27,7 +27,7 @@ from acamkd.engine.printing import Printable
 from acamkd.engine.runs import RECIPE, Run, as_run
 from acamkd.errors import AcamkdError
 from acamkd.files import check_writable
-from acamkd.jobs.export import onnx_model
+from acamkd.jobs.export import onnx_benchmark, onnx_forms, onnx_model
 from acamkd.jobs.export.card import write_card
 from acamkd.jobs.export.graph import DetectionsGraph, Graph, build_graph, write_graph
 from acamkd.jobs.export.onnx_model import OnnxModel
@@ -111,7 +111,7 @@ def export(
     """Export a run's network; the folder appears once every check has passed.
 
     The folder holds the weights (`student.safetensors`), `student.onnx`, and a model card, `README.md`. Its
-    `onnx_model.py` runs the ONNX file without acamkd.
+    `onnx_model.py` runs the ONNX file without acamkd, and its `onnx_benchmark.py` measures it.
 
     Args:
         run: A run with weights, or its folder.
@@ -144,7 +144,8 @@ def export(
         measured = _measure(run, model, exported, images)
         figures = Export(out, METRICS[recipe.task], difference, relative, measured, threads(), len(images))
         shutil.copyfile(run.weights, folder / run.weights.name)
-        shutil.copyfile(onnx_model.__file__, folder / "onnx_model.py")
+        for module in (onnx_model, onnx_forms, onnx_benchmark):
+            shutil.copy(str(module.__file__), folder)
         write_card(folder / CARD, run, model, exported, figures, license)
     log.info("%s holds %s", out, ", ".join(sorted(each.name for each in out.iterdir())))
     return figures
