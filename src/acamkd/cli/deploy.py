@@ -95,6 +95,7 @@ def _counts(text: str, option: str) -> list[int]:
     epilog=examples(
         "acamkd export runs/camvid/distilled",
         "acamkd export runs/bccd/distilled --with-nms --out build/bccd",
+        "acamkd export runs/camvid/distilled --int8 --max-drop 0.5",
         "acamkd export runs/camvid/distilled --license apache-2.0 --push-to-hub me/camvid-student",
     )
 )
@@ -106,6 +107,10 @@ def export(
         bool,
         typer.Option("--with-nms", help="Detection: the full graph with its suppression, for single images."),
     ] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Also an INT8 file, calibrated on training images; its loss is a condition.")
+    ] = False,
+    max_drop: Annotated[float, typer.Option(min=0, help="Points of the metric that INT8 may lose.")] = 1.0,
     license_: Annotated[
         str | None, typer.Option("--license", "--licence", help="Of the weights, for the model card.")
     ] = None,
@@ -120,7 +125,10 @@ def export(
 
     if push_to_hub:
         job.check_repository(push_to_hub)
-    exported = job.export(run, overrides=set_ or (), out=out, overwrite=overwrite, with_nms=with_nms, license=license_)
+    exported = job.export(
+        run, overrides=set_ or (), out=out, overwrite=overwrite, with_nms=with_nms, int8=int8, max_drop=max_drop,
+        license=license_,
+    )  # fmt: skip
     show(exported)
     if push_to_hub:
         typer.echo(job.push_to_hub(exported.folder, push_to_hub))
