@@ -4,6 +4,7 @@ import json
 import re
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,10 @@ def test_figures_are_those_of_a_loop_written_by_hand(tmp_path: Path) -> None:
     image = images[0][0]
     model, session = run.load(), OnnxModel(run.folder / "export/student.onnx", threads=1)
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-    calls = {"PyTorch": lambda: model.predict([image]), "onnxruntime": lambda: session.predict(pixels)}
+    calls: dict[str, Callable[[], object]] = {
+        "PyTorch": lambda: model.predict([image]),
+        "onnxruntime": lambda: session.predict(pixels),
+    }
     ratios: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(3):
         found = benchmark(run, runtimes=["pytorch", "onnxruntime"], threads=[1], batches=[1], seconds=2.0)

@@ -81,11 +81,19 @@ def benchmark(
     for name in runtimes:
         if name not in RUNTIMES:
             raise AcamkdError(f"there is no runtime {name!r}; {nearest(name, RUNTIMES)}")
-    is_file = not isinstance(model, Run) and Path(model).suffix == ".onnx"
-    run = None if is_file else as_run(model, overrides)  # type: ignore[arg-type]
-    file = Path(model) if is_file else None  # type: ignore[arg-type]
-    read = run.recipe if run else _recipe_of(file, recipe, overrides)  # type: ignore[arg-type]
-    default = run.folder / BENCHMARK if run else file.with_suffix(".benchmark.json")  # type: ignore[union-attr]
+    run = None
+    if isinstance(model, Run) or Path(model).suffix != ".onnx":
+        if recipe is not None:
+            raise AcamkdError("--recipe is for a file; a run has a recipe of its own, which --set changes")
+        run = as_run(model, overrides)
+        read, default = run.recipe, run.folder / BENCHMARK
+        networks = networks_of(run, baseline)
+    else:
+        if baseline is not None:
+            raise AcamkdError("--baseline is for a run: give its folder instead of a file")
+        file = Path(model)
+        read, default = _recipe_of(file, recipe, overrides), file.with_suffix(".benchmark.json")
+        networks = [Network(file.name.partition(".")[0], file, None, (file,))]
     out = Path(out) if out else default
     check_writable(out.parent)
     shown = data.build(read.data, read.task, "val", seed=read.train.seed, augment=False)
@@ -94,10 +102,10 @@ def benchmark(
     counts = tuple(threads) or (machine.cores(),)
     with TemporaryDirectory() as folder, ExitStack() as stack:
         left_out: list[str] = []
-        if run:
-            networks = [_with_files(each, run, runtimes, Path(folder), left_out) for each in networks_of(run, baseline)]
+        if run is None:
+            _check_classes(networks[0].weights, shown)
         else:
-            networks = [_network_of(file, shown)]  # type: ignore[arg-type]
+            networks = [_with_files(each, run, runtimes, Path(folder), left_out) for each in networks]
         timed = [_pixels(shown, index) for index in spread(len(shown), TIMED_IMAGES)]
         workers = [stack.enter_context(Worker(form, timed)) for form in forms_of(networks, runtimes, counts, left_out)]
         load = machine.load()
@@ -147,14 +155,13 @@ def _with_files(network: Network, run: Run, runtimes: Sequence[str], folder: Pat
     return Network(network.name, network.weights, network.build, files)
 
 
-def _network_of(file: Path, images: ImageDataset) -> Network:
-    """The network of a single file; raises AcamkdError if it is of other classes than the images."""
+def _check_classes(file: Path, images: ImageDataset) -> None:
+    """Raise AcamkdError if an exported file has other classes than the images."""
     classes = OnnxModel(file).classes
     if classes != images.classes:
         raise AcamkdError(
             f"{file} was made for the classes {', '.join(classes)}, and the images have {', '.join(images.classes)}"
         )
-    return Network(file.name.partition(".")[0], file, None, (file,))
 
 
 def _recipe_of(file: Path, recipe: config.Recipe | Path | str | None, overrides: Sequence[str]) -> config.Recipe:

@@ -197,14 +197,17 @@ def _timing(
     rates: Mapping[int, Sequence[float | None]],
     memory: float | None,
 ) -> Timing:
-    stages = [1e3 * statistics.median(stage) for stage in zip(*(call for each in times for call in each), strict=True)]
+    stages = zip(*(call for each in times for call in each), strict=True)
+    prepare, run, decode = (1e3 * statistics.median(stage) for stage in stages)
     known = {batch: [rate for rate in found if rate is not None] for batch, found in rates.items()}
     return Timing(
         *begun,
-        tuple(tuple(1e3 * sum(call) for call in each) for each in times),
-        *stages,
-        {batch: statistics.median(found) if found else None for batch, found in known.items()},
-        memory,
+        rounds=tuple(tuple(1e3 * sum(call) for call in each) for each in times),
+        prepare=prepare,
+        run=run,
+        decode=decode,
+        rates={batch: statistics.median(found) if found else None for batch, found in known.items()},
+        memory=memory,
     )
 
 

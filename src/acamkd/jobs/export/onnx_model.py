@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 try:
-    from acamkd.errors import AcamkdError
+    from acamkd.errors import AcamkdError as AcamkdError
 except ImportError:  # beside an exported network, without acamkd
     AcamkdError = ValueError  # type: ignore[assignment,misc]
 
