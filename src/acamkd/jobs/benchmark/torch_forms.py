@@ -88,6 +88,11 @@ class CompiledForm(TorchForm):
 
     runtime = "PyTorch compiled"
 
+    @property
+    def takes_batches(self) -> bool:
+        """Not here, since each size would be compiled anew, in minutes."""
+        return False
+
     def load(self) -> None:
         """See the base class."""
         super().load()
