@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeAlias
 
 from acamkd.engine.machine import int8_instructions
 from acamkd.errors import AcamkdError
@@ -25,6 +25,17 @@ CHUNK = 4
 CALIBRATIONS = ("MinMax", "Entropy", "Percentile")
 """Names in onnxruntime's CalibrationMethod."""
 
+Choice: TypeAlias = tuple[str, str]
+"""Calibration, and `all` or `computing` operators."""
+
+COMPUTING = (
+    "Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Clip", "Relu", "Concat", "Resize", "MaxPool", "AveragePool",
+    "GlobalAveragePool", "Reshape", "Transpose",
+)  # fmt: skip
+"""Operators with weights, and those that join, cut or move what they compute."""
+
+CHOICES: tuple[Choice, ...] = tuple((method, kind) for method in CALIBRATIONS for kind in ("computing", "all"))
+
 GROUPS = 16
 """Parts of the graph, in the order of computation, of which each may be left in float."""
 
@@ -37,8 +48,8 @@ class Quantized:
     """How a network was quantized.
 
     Attributes:
-        method: Name of the calibration that was kept.
-        tried: The metric of every calibration with all nodes quantized, in percent.
+        method: The calibration that was kept, and which operators it quantizes.
+        tried: The metric of each such choice, with no node left in float, in percent.
         before: The metric of the float file.
         after: The metric of the quantized file.
         float_nodes: Names of the nodes that were left in float since they cost the metric most.
@@ -58,7 +69,7 @@ class Quantized:
         tried = ", ".join(f"{name} {score:.2f}" for name, score in self.tried.items())
         left = f"{len(self.float_nodes) or 'none'} of {self.nodes} nodes left in float"
         return (
-            f"INT8: {self.before:.2f} before, {self.after:.2f} after; calibrated by {self.method} ({tried}), {left}, "
+            f"INT8: {self.before:.2f} before, {self.after:.2f} after; {self.method} ({tried}), {left}, "
             f"weights of {self.bits} bits"
         )
 
@@ -74,8 +85,9 @@ def quantize(
 ) -> Quantized:
     """Write a quantized copy of an exported file: static, QDQ, with one scale per output channel of a weight.
 
-    Each calibration of CALIBRATIONS is tried, and the one with the best metric kept. If it loses too much, parts of the
-    graph stay in float, those first whose float most improves the metric, and as few as possible.
+    Each of CALIBRATIONS is tried, on all operators that onnxruntime can quantize and on COMPUTING alone, and the choice
+    with the best metric kept. If it loses too much, parts of the graph stay in float: first those that gain the metric
+    most by it, and as few as possible.
 
     Args:
         file: The float file.
@@ -92,18 +104,19 @@ def quantize(
         quantizer = _Quantizer(file, Path(folder), images)
         trial = Path(folder, "trial.onnx")
 
-        def result(method: str, left: Sequence[str]) -> float:
-            quantizer.write(trial, method, left)
+        def result(choice: Choice, left: Sequence[str]) -> float:
+            quantizer.write(trial, choice, left)
             return score(trial)
 
         tried = {}
-        for method in CALIBRATIONS:
-            tried[method] = result(method, ())
-            log.info("INT8, calibrated by %s: %.2f, before %.2f", method, tried[method], before)
-        best = max(tried, key=lambda method: tried[method])
+        for choice in CHOICES:
+            tried[choice] = result(choice, ())
+            log.info("INT8, %s of %s operators: %.2f, before %.2f", *choice, tried[choice], before)
+        best = max(tried, key=lambda choice: tried[choice])
+        nodes = quantizer.nodes(best)
         after, left = tried[best], []
         if not before - after <= max_drop:
-            groups = list(_groups(quantizer.nodes))
+            groups = list(_groups(nodes))
             gains = []
             for number, group in enumerate(groups, start=1):
                 gains.append(result(best, group) - tried[best])
@@ -112,17 +125,20 @@ def quantize(
             for index in order[: int(LARGEST_FLOAT_PART * len(groups))]:
                 left += groups[index]
                 after = result(best, left)
-                log.info("INT8 with %d of %d nodes in float: %.2f", len(left), len(quantizer.nodes), after)
+                log.info("INT8 with %d of %d nodes in float: %.2f", len(left), len(nodes), after)
                 if before - after <= max_drop:
                     break
         if not before - after <= max_drop:
             raise AcamkdError(
                 f"INT8 loses {before - after:.2f} points, {before:.2f} before and {after:.2f} after, with "
-                f"{len(left)} of {len(quantizer.nodes)} nodes in float (allowed: {max_drop:g}): nothing was written; "
+                f"{len(left)} of {len(nodes)} nodes in float (allowed: {max_drop:g}): nothing was written; "
                 "--max-drop allows more, and an export without --int8 stays float"
             )
         quantizer.write(out, best, left)
-        return Quantized(best, tried, before, after, tuple(left), len(quantizer.nodes), quantizer.bits)
+        scores = {f"{method} of {operators} operators": value for (method, operators), value in tried.items()}
+        return Quantized(
+            " of ".join(best) + " operators", scores, before, after, tuple(left), len(nodes), quantizer.bits
+        )
 
 
 class _Quantizer:
@@ -149,8 +165,8 @@ class _Quantizer:
         for number, node in enumerate(model.graph.node):
             node.name = node.name or f"{node.op_type}_{number}"
         onnx.save(model, self.prepared)
-        self.types = sorted({*QDQRegistry, *QLinearOpsRegistry})
-        self.nodes = [node.name for node in model.graph.node if node.op_type in self.types]
+        self.types = {"all": sorted({*QDQRegistry, *QLinearOpsRegistry}), "computing": sorted(COMPUTING)}
+        self._kinds = {node.name: node.op_type for node in model.graph.node}
         self.bits = 8 if int8_instructions() else 7
         self._metadata = onnx.load(file, load_external_data=False).metadata_props
         self._folder = folder
@@ -158,11 +174,18 @@ class _Quantizer:
         self._inputs = [{"pixels": exported.prepare(image)[0]} for image in images]
         self._ranges: dict[str, Any] = {}
 
-    def write(self, out: Path, method: str, left: Sequence[str]) -> None:
-        """Write the file as one method calibrates it, with some nodes in float."""
+    def nodes(self, choice: Choice) -> list[str]:
+        """Names of the nodes that a choice quantizes, in the order of computation."""
+        return [name for name, kind in self._kinds.items() if kind in self.types[choice[1]]]
+
+    def write(self, out: Path, choice: Choice, left: Sequence[str]) -> None:
+        """Write the file as one choice quantizes it, with some nodes in float."""
         import onnx
         from onnxruntime.quantization import QDQQuantizer, QuantType
 
+        method, operators = choice
+        disabled = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # onnxruntime warns of each vector that has no channels
         try:
             if method not in self._ranges:
                 self._ranges[method] = self._calibrate(method)
@@ -170,12 +193,14 @@ class _Quantizer:
                 onnx.shape_inference.infer_shapes(onnx.load(self.prepared)), per_channel=True,
                 reduce_range=self.bits == 7, weight_qType=QuantType.QInt8, activation_qType=QuantType.QUInt8,
                 tensors_range=self._ranges[method], nodes_to_quantize=[], nodes_to_exclude=list(left),
-                op_types_to_quantize=self.types, extra_options={},
+                op_types_to_quantize=self.types[operators], extra_options={},
             )  # fmt: skip
             quantizer.quantize_model()
             model = quantizer.model.model
         except Exception as error:  # onnxruntime may raise any error
             raise AcamkdError(f"onnxruntime cannot quantize the network: {error}") from error
+        finally:
+            logging.disable(disabled)
         del model.metadata_props[:]
         model.metadata_props.extend(self._metadata)
         onnx.save(model, out)
@@ -185,7 +210,7 @@ class _Quantizer:
         from onnxruntime.quantization import CalibrationMethod, create_calibrator
 
         calibrator = create_calibrator(
-            self.prepared, self.types, str(self._folder / "augmented.onnx"),
+            self.prepared, self.types["all"], str(self._folder / "augmented.onnx"),
             calibrate_method=CalibrationMethod[method], extra_options={"symmetric": False},
         )  # fmt: skip
         with redirect_stdout(StringIO()):  # onnxruntime prints what it does
