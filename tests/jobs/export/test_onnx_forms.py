@@ -50,6 +50,7 @@ def test_a_batch_is_predicted_as_its_images_are(tmp_path: Path) -> None:
         np.testing.assert_array_equal(predict_one(form, [], image)["mask"], found["mask"])
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider")  # onnxruntime's own words
 def test_a_form_is_named_after_its_file_and_provider(tmp_path: Path) -> None:
     assert OnnxForm("student", tmp_path / "student.int8.onnx", 1).name == "onnxruntime int8"
     assert OnnxForm("student", tmp_path / "student.onnx", 1, "CUDAExecutionProvider").name == "onnxruntime, CUDA"
