@@ -48,6 +48,7 @@ def test_it_prints_speed_size_and_what_was_left_out(benchmark: Benchmark) -> Non
     for words in ("51.50 *", "0.50 x", "no difference", "images/s at 4", "321", "10.2", "8-bit products: none",
                   "2 threads", "101 validation images", "left out: OpenVINO: not there"):  # fmt: skip
         assert words in text, words
+    assert text.count("onnxruntime") == 3  # a row in each table
     assert "51.50 *" in tiny.in_notebook(benchmark)["text/html"]  # 80 characters wide
 
 

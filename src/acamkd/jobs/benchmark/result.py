@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from acamkd.engine.printing import Printable
@@ -83,9 +83,9 @@ class Benchmark(Printable):
 
     def __rich__(self) -> Group:
         batches = list(dict.fromkeys(batch for row in self.rows for batch in row.timing.rates))
-        speed = Table("network", "form", self.metric, "ms", "p90", "p99", "rank", "against the first form")
-        stages = Table("network", "form", "prepare ms", "run ms", "decode ms", "start s", "first call s")
-        size = Table("network", "form", *(f"images/s at {batch}" for batch in batches), "peak MiB", "file MiB")
+        speed = Table("network", _form(), self.metric, "ms", "p90", "p99", "rank", "against the first form")
+        stages = Table("network", _form(), "prepare ms", "run ms", "decode ms", "start s", "first call s")
+        size = Table("network", _form(), *(f"images/s at {batch}" for batch in batches), "peak MiB", "file MiB")
         several = len({row.threads for row in self.rows}) > 1
         for row in self.rows:
             timing = row.timing
@@ -144,6 +144,11 @@ def _as_dict(row: Row) -> dict[str, Any]:
             "is_measurable": row.against.is_measurable,
         },
     }  # fmt: skip
+
+
+def _form() -> Column:
+    """The column of the forms, which is not cut where a page is narrow."""
+    return Column("form", min_width=len("onnxruntime"))
 
 
 def _spread(timing: Timing) -> float:
