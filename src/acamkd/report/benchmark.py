@@ -96,12 +96,13 @@ def _scatter(content: dict[str, Any]) -> Scatter | None:
     best = sorted((point for point in points if point.on_front), key=lambda point: point.milliseconds)
     steps = [f"{point.x},{point.y}" for point in best[:1]] + [f"H{point.x} V{point.y}" for point in best[1:]]
     ticks = LogLocator(subs=(1, 2, 5)).tick_values(10**fast, 10**slow)
-    machine = content["machine"]
+    counts = sorted({row["threads"] for row in rows})
+    threads = f"{' or '.join(map(str, counts))} thread{'s' if counts != [1] else ''}"
     return Scatter(
         content["metric"],
         points,
         "M" + " ".join(steps) if steps else "",
         tuple(Tick(x(math.log10(tick)), f"{tick:g}") for tick in ticks if 10**fast <= tick <= 10**slow),
         tuple(Tick(y(mark), f"{mark:.4g}") for mark in marks),
-        f"{machine['processor']}, {' or '.join(map(str, sorted({row['threads'] for row in rows})))} threads",
+        f"{content['machine']['processor']}, {threads}",
     )

@@ -67,6 +67,15 @@ def test_forms_that_do_not_differ_share_a_rank() -> None:
     assert ranks([]) == []
 
 
+def test_a_rank_counts_what_is_measurably_faster() -> None:
+    """The second differs from neither of its neighbors, which differ from each other."""
+    timings = [timing(10), timing(10.25), timing(10.5)]
+    assert not timings[1].against(timings[0]).is_measurable
+    assert not timings[2].against(timings[1]).is_measurable
+    assert timings[2].against(timings[0]).is_measurable
+    assert ranks(timings) == [1, 1, 2]
+
+
 def test_the_slowest_of_a_hundred_needs_a_hundred_calls() -> None:
     few, many = timing(10, calls=4), timing(10, noise=0.1, calls=5)
     assert (few.calls, many.calls) == (80, 100)

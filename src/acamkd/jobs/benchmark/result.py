@@ -30,7 +30,7 @@ class Row:
         score: The deciding metric on the validation images, in percent; NaN if it is undefined.
         timing: Its times and memory.
         size: MiB of the file of its weights.
-        rank: Place by latency among all rows; rows without a measurable difference share it.
+        rank: One more than the number of rows that are measurably faster.
         on_front: Whether no other row is better in score or latency and as good in the other.
         against: Latency as a multiple of the reference's, the first row of the network with these threads; None for
             the reference itself.
@@ -106,7 +106,7 @@ class Benchmark(Printable):
             f"ms: median of one prediction of {self.timed} images in turn, preparing and decoding counted; "
             f"medians of the rounds vary by up to {100 * self.noise:.0f} %",
             f"{self.metric}: {self.images} validation images; *: nothing measured is faster and as good, or better and "
-            "as fast; rows that share a rank differ by less than the noise",
+            "as fast; rank: one more than the number of rows that are measurably faster",
             *(f"left out: {line}" for line in self.left_out),
             f"the figures: {self.file}",
         )

@@ -131,14 +131,13 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def ranks(timings: Sequence[Timing]) -> list[int]:
-    """Place of each form by latency, from 1; without a measurable difference to the first of a place, it is shared."""
-    order = sorted(range(len(timings)), key=lambda index: timings[index].median)
-    found, first = {}, None
-    for place, index in enumerate(order, start=1):
-        if first is None or timings[index].against(timings[first[1]]).is_measurable:
-            first = place, index
-        found[index] = first[0]
-    return [found[index] for index in range(len(timings))]
+    """Rank of each form by latency: one more than the number of forms that are measurably faster."""
+
+    def is_faster(other: Timing, own: Timing) -> bool:
+        found = other.against(own)
+        return found.is_measurable and found.ratio < 1
+
+    return [1 + sum(is_faster(other, own) for other in timings) for own in timings]
 
 
 def measure(
@@ -242,7 +241,7 @@ def main() -> None:
                       *("-" if figure is None else f"{figure:.2f}" for figure in figures), rates))  # fmt: skip
     for line in left_out:
         print(f"left out: {line}")
-    print("Files that share a rank: no difference measurable.")
+    print("rank: one more than the number of rows that are measurably faster")
     if read.json:
         rows = [
             {"file": str(worker.form.file), "form": worker.form.name, "threads": worker.form.threads, **asdict(timing)}
