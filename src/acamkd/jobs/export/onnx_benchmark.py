@@ -41,7 +41,10 @@ CALLS_OF_P99 = 100
 """Number of calls below which the 99th percentile would be the slowest call alone, and is not given."""
 
 FLOOR = 0.03
-"""Smallest difference that counts: two processes of one file differ by up to this share (docs/guides/benchmark.md)."""
+"""Smallest difference that counts, as a share: where its memory lies alone makes a process faster or slower."""
+
+OUTSIDE = 0.0005
+"""Probability on each side of an interval: fifteen forms are compared in a hundred pairs."""
 
 BATCHES = (1, 2, 4, 8)
 
@@ -54,7 +57,7 @@ class Difference:
 
     Attributes:
         ratio: Median of the ratios within a round.
-        low: Lower end of its 95 % interval.
+        low: Lower end of its 99.9 % interval.
         high: Upper end.
     """
 
@@ -121,10 +124,10 @@ class Timing:
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of a median, from the order of the values alone; infinite for fewer than six."""
+    """99.9 % interval of a median, from the order of the values alone; infinite for fewer than eleven."""
     ordered, count = sorted(values), len(values)
     outside, beyond = 0.0, 0
-    while outside + math.comb(count, beyond) / 2**count <= 0.025:
+    while outside + math.comb(count, beyond) / 2**count <= OUTSIDE:
         outside += math.comb(count, beyond) / 2**count
         beyond += 1
     return (ordered[beyond - 1], ordered[count - beyond]) if beyond else (-math.inf, math.inf)
