@@ -80,6 +80,7 @@ class MaskStatistics(ImageStatistics):
         return len(self._pixels)
 
     def update(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> None:
+        """Count the pixels of some images."""
         for prediction, target in zip(predictions, targets, strict=True):
             found, true = prediction["mask"].cpu(), target["mask"].cpu()
             found, true = found[true != VOID], true[true != VOID]
@@ -88,10 +89,12 @@ class MaskStatistics(ImageStatistics):
             self._pixels.append(np.stack(counts))
 
     def metric(self, times: Floats) -> Floats:
+        """mIoU, percent."""
         pixels = np.stack(self._pixels).astype(float)
         return _miou((times @ pixels.reshape(len(self), -1)).reshape(-1, *pixels.shape[1:]))
 
     def of_each(self) -> Floats:
+        """MIoU of each image."""
         return _miou(np.stack(self._pixels).astype(float))
 
 
@@ -122,6 +125,7 @@ class BoxStatistics(ImageStatistics):
         return len(self._objects)
 
     def update(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> None:
+        """Count the detections of some images."""
         for prediction, target in zip(predictions, targets, strict=True):
             found = {name: values.cpu().numpy() for name, values in prediction.items()}
             true = {name: values.cpu().numpy() for name, values in target.items()}
@@ -138,6 +142,7 @@ class BoxStatistics(ImageStatistics):
             self._areas.append(np.where(known > 0, known, areas)[~crowd])
 
     def metric(self, times: Floats) -> Floats:
+        """mAP, percent."""
         objects = times @ np.stack(self._objects)
         found = np.full(objects.shape, np.nan)
         for label in range(1, len(self.classes) + 1):
@@ -153,6 +158,7 @@ class BoxStatistics(ImageStatistics):
         return 100 * _mean_of_defined(found)
 
     def of_each(self) -> Floats:
+        """MAP of each image."""
         objects = np.stack(self._objects)
         found = np.where(objects > 0, 0.0, np.nan)
         for image, label, scores, right, ignored in self._found:
@@ -161,6 +167,7 @@ class BoxStatistics(ImageStatistics):
         return 100 * _mean_of_defined(found)
 
     def objects(self) -> Mapping[str, int]:
+        """Number of objects by size and by class, without crowds."""
         areas, labels = np.concatenate(self._areas), np.stack(self._objects).sum(axis=0)
         sizes = {name: int(((areas >= low) & (areas <= high)).sum()) for name, (low, high) in SIZES.items()}
         return sizes | {f"AP/{name}": int(count) for name, count in zip(self.classes, labels, strict=True)}
