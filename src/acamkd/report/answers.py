@@ -125,7 +125,7 @@ def _luck(interval: ImageInterval | None) -> str:
 def _cost(own: str, networks: Mapping[str, Network]) -> str:
     network, said = networks[own], []
     if network.seconds is not None:
-        taken = f"Training took {duration(network.seconds)}"
+        taken = f"Training took {duration(network.seconds)} on the clock"
         alone = networks[BASELINE].seconds if own == DISTILLED and BASELINE in networks else None
         said.append(f"{taken}, the baseline's {duration(alone)}." if alone is not None else f"{taken}.")
     if network.cost is None:
