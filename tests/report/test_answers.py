@@ -43,8 +43,8 @@ def test_the_first_screen_answers_four_questions(tmp_path: Path) -> None:
     assert found["Is it luck?"].verdict == "too few seeds"
     assert found["Is it luck?"].text.startswith("Not of these images (95 % interval from the 80 images alone: +2.00 to")
     assert found["What did it cost?"].text == (
-        "Training took 90 minutes on the clock, the baseline's 5.0 minutes. Inference costs what the baseline's does: 4 ms, "
-        "250 images per second on 1 CPU thread, 2 MB. The teacher takes 12.5 times as long and has 12 times the "
+        "Training took 90 minutes on the clock, the baseline's 5.0 minutes. Inference costs what the baseline's does: "
+        "4 ms, 250 images per second on 1 CPU thread, 2 MB. The teacher takes 12.5 times as long and has 12 times the "
         "parameters."
     )
     assert found["What next?"].commands == (
