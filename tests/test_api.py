@@ -17,7 +17,8 @@ from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
 from acamkd.losses.base import FeatureLoss, HeadLoss
 
-FUNCTIONS = {"train", "distill", "evaluate", "predict", "export", "compare", "doctor", "inspect", "demo", "init", "run"}
+FUNCTIONS = {"train", "distill", "evaluate", "predict", "export", "compare", "doctor", "inspect", "demo", "init", "run",
+             "benchmark"}  # fmt: skip
 OTHERS = {
     "TaskModel", "Detector", "Segmenter", "FeatureTap", "Distiller", "build_distiller", "load_student", "open_run",
     "METHODS",

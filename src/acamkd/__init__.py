@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from acamkd.distillation.taps import FeatureTap as FeatureTap
     from acamkd.engine.runs import load_student as load_student
     from acamkd.engine.runs import open_run as open_run
+    from acamkd.jobs.benchmark.benchmark import benchmark as benchmark
     from acamkd.jobs.compare.compare import compare as compare
     from acamkd.jobs.demo.demo import demo as demo
     from acamkd.jobs.doctor import doctor as doctor
@@ -41,6 +42,7 @@ _HOMES = {
     "FeatureTap": "acamkd.distillation.taps",
     "Segmenter": "acamkd.models.segmentation",
     "TaskModel": "acamkd.models.base",
+    "benchmark": "acamkd.jobs.benchmark.benchmark",
     "build_distiller": "acamkd.distillation.build",
     "compare": "acamkd.jobs.compare.compare",
     "demo": "acamkd.jobs.demo.demo",

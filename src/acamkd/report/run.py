@@ -18,6 +18,7 @@ from acamkd.errors import AcamkdError
 from acamkd.files import check_writable
 from acamkd.models.base import TaskModel
 from acamkd.report.answers import BASELINE, DISTILLED, TEACHER, Network, answers_of
+from acamkd.report.benchmark import read_benchmark
 from acamkd.report.charts import Chart, curve, draw, loss_charts, read_history
 from acamkd.report.gain import Example, Gain, compare, rows, sample
 from acamkd.report.masks import load_replay
@@ -86,6 +87,7 @@ def write_report(run: Run, baseline: Run | None = None) -> Path:
         threads=threads(),
         metric_chart=_metric_chart(metric, own, history, baseline, networks),
         loss_charts=loss_charts(history),
+        benchmark=read_benchmark(run.folder),
         rows=rows(before.scores if before else {}, after.scores, objects),
         gain=gain,
         examples=examples,
