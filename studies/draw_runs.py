@@ -90,7 +90,7 @@ def main() -> None:
     print(f"{(gains > 0).sum()} images better, {(gains < 0).sum()} worse, median {np.median(gains):+.1f} mAP")
 
     width, height = TILE
-    columns = ("ground truth", *(f"{name}: mAP {runs[name].metrics['final']['mAP']:.1f}" for name in RUNS))
+    columns = ("ground truth", *(f"{name}: mAP {runs[name].metrics[runs[name].role]['mAP']:.1f}" for name in RUNS))
     sheet = Image.new("RGB", (len(columns) * (width + GAP) - GAP, HEAD + len(ROWS) * (height + GAP) - GAP), "white")
     canvas, font = ImageDraw.Draw(sheet), ImageFont.load_default(LETTERS)
     for column, words in enumerate(columns):

@@ -29,4 +29,3 @@ def test_a_notebook_runs_from_images_to_onnx(task: str, tmp_path: Path, monkeypa
     assert (tmp_path / "runs/scenes/distilled/export/student.onnx").is_file()
     assert scope["figures"].relative_difference < 1e-4
     assert scope["found"].keys() == ({"mask"} if task == "segmentation" else {"boxes", "scores", "labels"})
-    assert all(cell["execution_count"] for cell in cells if cell["cell_type"] == "code")  # it was run as it stands
