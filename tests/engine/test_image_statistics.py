@@ -54,7 +54,8 @@ def test_the_metric_of_a_choice_of_images_is_that_of_the_scorer(statistics: Imag
     statistics.update(predictions[:2], targets[:2])
     statistics.update(predictions[2:], targets[2:])
     choices = np.array([[1, 1, 1, 1, 1], [0, 2, 0, 0, 3], [3, 1, 1, 0, 0], [0, 0, 2, 1, 2]])
-    expected, alone = [], []
+    expected: list[float] = []
+    alone: list[float] = []
     scorer = Scorer(task, CLASSES)  # type: ignore[arg-type]
     for times in (*choices, *np.eye(5, dtype=int)):
         chosen = [index for index, count in enumerate(times) for _ in range(count)]
@@ -107,7 +108,7 @@ def test_the_interval_is_that_of_every_sample_of_two_images() -> None:
     assert sorted(differences.tolist()) == pytest.approx([-20, -10, -10, 0])
     interval = image_interval(before, after)
     assert interval is not None
-    assert (interval.low, interval.high, interval.images) == (pytest.approx(-20), pytest.approx(0), 2)
+    assert [interval.low, interval.high, interval.images] == pytest.approx([-20, 0, 2])
     assert interval.verdict == "no evidence"
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import tiny
-from acamkd.engine import threads
 from acamkd.engine.threads import ROUNDS, STEPS, ThreadChoice
 from acamkd.jobs.train import train
 
@@ -22,7 +21,7 @@ class Machine:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
         monkeypatch.setattr(torch, "get_num_threads", lambda: self.count)
         monkeypatch.setattr(torch, "set_num_threads", self.set)
-        monkeypatch.setattr(threads.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr("acamkd.engine.threads.time.perf_counter", lambda: self.now)
 
     def set(self, count: int) -> None:
         self.count = count

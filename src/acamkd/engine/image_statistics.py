@@ -163,7 +163,8 @@ class BoxStatistics(ImageStatistics):
         found = np.where(objects > 0, 0.0, np.nan)
         for image, label, scores, right, ignored in self._found:
             alone = np.ones((1, len(scores)))
-            found[image, label - 1] = _average_precision(alone, right, ignored, objects[image, label - 1 : label])[0]
+            of_class = objects[image, label - 1 : label].astype(float)
+            found[image, label - 1] = _average_precision(alone, right, ignored, of_class)[0]
         return 100 * _mean_of_defined(found)
 
     def objects(self) -> Mapping[str, int]:

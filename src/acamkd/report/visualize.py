@@ -91,7 +91,7 @@ def draw_predictions(
 
 def _letter_height(image: Pixels) -> float:
     """Height of letters that can be read where the whole image is seen, in pixels."""
-    return max(9, min(image.shape[:2]) / 40)
+    return max(9.0, float(min(image.shape[:2])) / 40)
 
 
 def with_legend(image: Pixels, legend: Mapping[str, int]) -> Pixels:

@@ -89,7 +89,7 @@ def test_both_tasks_run_beside_each_other(
         assert options["env"]["OMP_NUM_THREADS"]
         return popen([sys.executable, str(tmp_path / "program.py"), *command[1:]], **options)
 
-    monkeypatch.setattr(demo.subprocess, "Popen", start)
+    monkeypatch.setattr(subprocess, "Popen", start)
     results = demo.demo(tmp_path / "out", seed=4).results
     assert {task: result["distilled"] for task, result in results.items()} == {"detection": 40, "segmentation": 40}
     assert {"detection: epoch 1/2, mAP 3.0", "segmentation: epoch 1/2, mAP 3.0"} <= set(caplog.messages)
