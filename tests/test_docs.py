@@ -48,7 +48,7 @@ TINY_OF: dict[Task, list[str]] = {
     "detection": [
         "data.resize=[64, 64]", "teacher.backbone=mobilenetv3_small_050", "student.backbone=mobilenetv3_small_050",
         *(f"{role}.{key}={value}" for role in ("teacher", "student") for key, value in {
-            "fpn_channels": 32,
+            "fpn_channels": 64,
         }.items()),
     ],
     "segmentation": ["data.resize=[64, 64]", "data.augment={}"],
