@@ -48,7 +48,7 @@ TINY_OF: dict[Task, list[str]] = {
     "detection": [
         "data.resize=[64, 64]", "teacher.backbone=mobilenetv3_small_050", "student.backbone=mobilenetv3_small_050",
         *(f"{role}.{key}={value}" for role in ("teacher", "student") for key, value in {
-            "fpn_channels": 16,
+            "fpn_channels": 64,
         }.items()),
     ],
     "segmentation": ["data.resize=[64, 64]", "data.augment={}"],
@@ -265,8 +265,6 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     listed = {path.relative_to(DOCS).with_suffix("") for path in DOCS.rglob("*.md")}
     pages = {path.parent.relative_to(tmp_path / "site") for path in (tmp_path / "site").rglob("index.html")}
     assert {Path(*path.parts[:-1]) if path.name == "index" else path for path in listed} == pages
-    navigation = home[
-        home.index('class="md-nav md-nav--primary') : home.index('class="md-sidebar md-sidebar--secondary')
-    ]
+    navigation = home[home.index('class="md-nav md-nav--primary') : home.index('class="md-content"')]
     linked_pages = {Path(link) for link in re.findall(r'href="([\w/.-]+)/?"', navigation)}
     assert pages <= linked_pages
