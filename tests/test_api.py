@@ -132,6 +132,6 @@ def test_compare_needs_no_callback(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_demo_is_the_commands_function() -> None:
-    from acamkd.jobs import demo
+    from acamkd.jobs.demo import demo
 
     assert acamkd.demo is demo.demo  # its own tests run it

@@ -86,7 +86,11 @@ def test_a_video_of_masks(red: Path, tmp_path: Path, caplog: pytest.LogCaptureFi
         assert (seen[:, :30] == 1).all()
         assert (seen[:, 34:] == 0).all()
     overlays = _frames(folder / "overlays/film.mp4")
-    assert [frame.shape for frame in overlays] == [(48, 64, 3)] * 5
+    assert len({frame.shape for frame in overlays}) == 1  # the legend of each names all classes
+    assert len(overlays) == 5
+    assert overlays[0].shape[1] == 64
+    assert overlays[0].shape[0] > 48
+    assert overlays[0][48:].max() > 240
     assert [file.name for file in (folder / "overlays").iterdir()] == ["film.mp4"]
     assert caplog.messages[-1].startswith("5 frames, ")
 

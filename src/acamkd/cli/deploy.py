@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from acamkd.cli.app import AsJson, Overrides, RunFolder, app, examples, show, show_json
+from acamkd.cli.app import AsJson, Overrides, RunFolder, app, examples, run_of, show, show_json
 from acamkd.errors import AcamkdError
 
 
@@ -28,9 +28,10 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a run's best network on its validation or test images."""
+    opened = run_of(run, set_)
     from acamkd.jobs.evaluate import evaluate as job
 
-    scores = job(run, overrides=set_ or (), split=split)
+    scores = job(opened, split=split)
     if as_json:
         show_json(scores)
     else:
@@ -121,12 +122,13 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the export that the folder holds.")] = False,
 ) -> None:
     """Export a run's network to ONNX, checked against PyTorch, with weights and a model card."""
+    opened = run_of(run, set_)
     from acamkd.jobs.export import export as job
 
     if push_to_hub:
         job.check_repository(push_to_hub)
     exported = job.export(
-        run, overrides=set_ or (), out=out, overwrite=overwrite, with_nms=with_nms, int8=int8, max_drop=max_drop,
+        opened, out=out, overwrite=overwrite, with_nms=with_nms, int8=int8, max_drop=max_drop,
         license=license_,
     )  # fmt: skip
     show(exported)
@@ -168,7 +170,7 @@ def report(
     set_: Overrides = None,
 ) -> None:
     """Write a run's report.html again: scores, masks over the epochs, and the sources of the gain."""
-    from acamkd.engine.runs import open_run
+    opened, alone = run_of(run, set_), run_of(baseline) if baseline else None
     from acamkd.report.run import write_report
 
-    write_report(open_run(run, set_ or ()), open_run(baseline) if baseline else None)
+    write_report(opened, alone)

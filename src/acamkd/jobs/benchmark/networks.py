@@ -14,7 +14,8 @@ from acamkd.jobs.export.export import require
 from acamkd.jobs.export.graph import build_graph, write_graph
 from acamkd.jobs.export.onnx_model import OnnxModel
 from acamkd.models.base import TaskModel
-from acamkd.report.run import BASELINE, BESIDE, DISTILLED, TEACHER
+from acamkd.report.answers import BASELINE, DISTILLED, TEACHER
+from acamkd.report.run import BESIDE
 
 log = logging.getLogger(__name__)
 
