@@ -114,7 +114,7 @@ def test_second_demo_replaces_the_runs_or_keeps_them(tmp_path: Path, caplog: pyt
         assert [kept[name] for name in NETWORKS] == [first[name] for name in NETWORKS]
         assert (baseline / "student.safetensors").stat().st_mtime_ns == trained
         assert "epoch 1/1" not in caplog.text
-    with pytest.raises(AcamkdError, match="baseline was trained with another seed: leave out --keep, or name another"):
+    with pytest.raises(AcamkdError, match=r"made by another recipe or command .*train\.seed.*without --keep the demo"):
         demo.demo(tmp_path, task="segmentation", seed=3, keep=True)
     assert (tmp_path / "segmentation/data-seed3").is_dir()
 

@@ -37,7 +37,6 @@ from acamkd.models.base import Prediction, Task, TaskModel
 from acamkd.report.run import REPORT
 from acamkd.report.visualize import (
     ENLARGEMENT,
-    MIN_SCORE,
     Block,
     Pixels,
     draw_predictions,
@@ -60,8 +59,8 @@ SIZE = (96, 96)
 FIRST_SEED = 2
 """Seed of the scenes of demo 0, and so on; the teachers learned from those of seed 1."""
 
-SHOWN = 3
-"""Validation images on the sheet, the first ones."""
+SHOWN, MIN_SCORE = 3, 0.5
+"""Validation images on the sheet, the first ones, and the score from which boxes are drawn there."""
 
 TASKS: tuple[Task, ...] = ("detection", "segmentation")
 
@@ -188,7 +187,7 @@ def _carry_out(job: Callable[..., Run], recipe: config.Recipe, folder: Path, kee
     try:
         return job(recipe, out=folder, resume=begun and keep, overwrite=not keep)
     except OtherRunError as error:
-        raise AcamkdError(f"{folder} was trained with another seed: leave out --keep, or name another --out") from error
+        raise AcamkdError(f"{error}; without --keep the demo replaces it") from error
 
 
 def _teacher(recipe: config.Recipe) -> TaskModel:
