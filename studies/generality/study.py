@@ -189,22 +189,22 @@ def chosen(task: str, methods: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def run(runs: Path, jobs: int, seconds: float | None) -> None:
-    """Train the missing teachers and run the missing trials, batch by batch."""
+def run(runs: Path, jobs: int, tasks: Sequence[str], seconds: float | None) -> None:
+    """Train the missing teachers and run the missing trials of some tasks, batch by batch."""
     os.chdir(runs)
     root = HERE.parents[1]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     end = None if seconds is None else time.monotonic() + seconds
     for name, items in batches():
-        for item in items:
+        for item in (item for item in items if item.task in tasks):
             if end is not None and time.monotonic() > end:
                 return
             due = [trial for trial in item.trials() if trial.read(item.results) is None]
             if not due:
                 continue
             log.info("batch %s: %s, %d trials to do", name, item.comparison, len(due))
-            train_teacher(item)
-            _run(item, jobs, end)
+            if train_teacher(item):
+                _run(item, jobs, end)
 
 
 def _run(item: Item, jobs: int, end: float | None) -> None:
@@ -250,13 +250,13 @@ def _note_failure(item: Item, trial: Trial) -> None:
         writer.writerow([item.comparison, trial.name, trial.key, now, lines[-1] if lines else ""])
 
 
-def train_teacher(item: Item) -> None:
-    """Train an item's teacher, unless it is there."""
+def train_teacher(item: Item) -> bool:
+    """Train an item's teacher, unless it is there; returns whether it is now."""
     own = item.regime == "own"
     recipe = item.recipe if own else _recipe(item.task)
     teacher = Run(default_folder(recipe, "teacher"), recipe, "teacher")
     if teacher.has_ended:
-        return
+        return True
     changes = [f"name={recipe.name}"]
     if not own:
         changes += [all_labels(item.task), "train.batch_size=8", "train.optimizer.lr=1e-3",
@@ -265,7 +265,10 @@ def train_teacher(item: Item) -> None:
     arguments = [argument for change in changes for argument in ("--set", change)]
     more = ["--resume"] if teacher.has_begun else []
     command = [sys.executable, "-m", "acamkd", "train", str(HERE / f"{item.task}.yaml"), "--role", "teacher"]
-    subprocess.run([*command, *arguments, *more], check=True)
+    code = subprocess.run([*command, *arguments, *more], check=False).returncode
+    if code:
+        log.error("the teacher of %s failed (exit code %d); its trials are left out", item.comparison, code)
+    return not code
 
 
 def show_plan() -> None:
@@ -286,12 +289,14 @@ def main() -> None:
     runs = jobs.add_parser("run")
     runs.add_argument("runs", type=Path)
     runs.add_argument("--jobs", type=int, default=2)
+    runs.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     runs.add_argument("--minutes", type=float, help="begin no trial that would end later")
     jobs.add_parser("plan")
     arguments = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     if arguments.job == "run":
-        run(arguments.runs.resolve(), arguments.jobs, None if arguments.minutes is None else 60 * arguments.minutes)
+        seconds = None if arguments.minutes is None else 60 * arguments.minutes
+        run(arguments.runs.resolve(), arguments.jobs, arguments.tasks, seconds)
     else:
         show_plan()
 
