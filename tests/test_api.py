@@ -17,7 +17,8 @@ from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
 from acamkd.losses.base import FeatureLoss, HeadLoss
 
-FUNCTIONS = {"train", "distill", "evaluate", "predict", "export", "compare", "doctor", "inspect", "demo", "init", "run"}
+FUNCTIONS = {"train", "distill", "evaluate", "predict", "export", "compare", "doctor", "inspect", "demo", "init", "run",
+             "benchmark"}  # fmt: skip
 OTHERS = {
     "TaskModel", "Detector", "Segmenter", "FeatureTap", "Distiller", "build_distiller", "load_student", "open_run",
     "METHODS",
@@ -131,6 +132,6 @@ def test_compare_needs_no_callback(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_demo_is_the_commands_function() -> None:
-    from acamkd.jobs import demo
+    from acamkd.jobs.demo import demo
 
     assert acamkd.demo is demo.demo  # its own tests run it

@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,11 +21,11 @@ from torch import Tensor, nn
 
 import acamkd
 import acamkd.losses
-from acamkd import cli, config, models
+from acamkd import cli, config, data, models
 from acamkd.config.yaml_text import Loader
 from acamkd.data.scenes import write_scenes
 from acamkd.models.base import Task
-from tiny_recipes import MODELS, write_recipe
+from tiny_recipes import write_recipe
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -47,7 +48,7 @@ TINY_OF: dict[Task, list[str]] = {
     "detection": [
         "data.resize=[64, 64]", "teacher.backbone=mobilenetv3_small_050", "student.backbone=mobilenetv3_small_050",
         *(f"{role}.{key}={value}" for role in ("teacher", "student") for key, value in {
-            "fpn_channels": 16, "options": MODELS["detection"]["options"],
+            "fpn_channels": 64,
         }.items()),
     ],
     "segmentation": ["data.resize=[64, 64]", "data.augment={}"],
@@ -144,6 +145,7 @@ def test_a_guide_runs_from_images_to_predictions(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     write_scenes(tmp_path / "photos", train=4, val=2, size=(64, 64), seed=0, task=task)
+    shutil.copytree("photos/images/val", "photos/images/unlabeled")
     guide = DOCS / f"guides/{page}.md"
     (recipe,) = blocks(guide, "yaml")
     file = tmp_path / recipe.splitlines()[0].removeprefix("# ")
@@ -237,24 +239,32 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert "WARNING" not in built.stderr
     home = (tmp_path / "site/index.html").read_text(encoding="utf-8")
     assert 'href="scenes-report.html#viewer"' in home
-    assert 'id="viewer"' in (tmp_path / "site/scenes-report.html").read_text(encoding="utf-8")
-    anchors = set(re.findall(r'id="([\w.]+)"', (tmp_path / "site/reference/api/index.html").read_text()))
-    losses = set(dir(acamkd)) & set(vars(acamkd.losses))
-    assert {f"acamkd.{name}" for name in set(dir(acamkd)) - losses} <= anchors
-    classes = [getattr(acamkd, name) for name in losses]
-    assert {f"{loss.__module__}.{loss.__name__}" for loss in classes} <= anchors
+    assert 'src="replay.html"' in home
+    for page in ("scenes-report", "replay"):
+        assert 'id="viewer"' in (tmp_path / f"site/{page}.html").read_text(encoding="utf-8")
+    assert "display: none" in (tmp_path / "site/replay.html").read_text(encoding="utf-8").partition("</head>")[0]
+    gallery = (tmp_path / "site/start/gallery/index.html").read_text(encoding="utf-8")
+    for report in re.findall(r'href="\.\./\.\./(reports/\w+\.html)"', gallery):
+        assert "mean over the seeds" in (tmp_path / "site" / report).read_text(encoding="utf-8")
+    functions, losses, packages = (
+        set(re.findall(r'id="([\w.]+)"', (tmp_path / f"site/reference/{page}/index.html").read_text(encoding="utf-8")))
+        for page in ("api", "api-losses", "api-packages")
+    )
+    assert {f"acamkd.{name}" for name in set(dir(acamkd)) - set(vars(acamkd.losses))} <= functions
     bases = {"acamkd.losses.base.FeatureLoss", "acamkd.models.base.TaskModel", "acamkd.data.dataset.ImageDataset"}
-    assert bases <= anchors
+    assert bases <= functions
+    classes = [each for each in vars(acamkd.losses).values() if isinstance(each, type)]
+    assert {f"{each.__module__}.{each.__name__}" for each in classes} <= functions | losses
+    for package in (config, data, models):
+        assert {f"{package.__name__}.{name}" for name in package.__all__} <= packages, package.__name__
     for name in acamkd.METHODS:
         page = (tmp_path / "site/methods" / name / "index.html").read_text(encoding="utf-8")
-        linked = set(re.findall(r'href="\.\./\.\./reference/api/#([\w.]+)"', page))
+        linked = set(re.findall(r'href="\.\./\.\./reference/api-losses/#([\w.]+)"', page))
         assert linked, name
-        assert linked <= anchors
+        assert linked <= losses
     listed = {path.relative_to(DOCS).with_suffix("") for path in DOCS.rglob("*.md")}
     pages = {path.parent.relative_to(tmp_path / "site") for path in (tmp_path / "site").rglob("index.html")}
     assert {Path(*path.parts[:-1]) if path.name == "index" else path for path in listed} == pages
-    navigation = home[
-        home.index('class="md-nav md-nav--primary') : home.index('class="md-sidebar md-sidebar--secondary')
-    ]
+    navigation = home[home.index('class="md-nav md-nav--primary') : home.index('class="md-content"')]
     linked_pages = {Path(link) for link in re.findall(r'href="([\w/.-]+)/?"', navigation)}
     assert pages <= linked_pages

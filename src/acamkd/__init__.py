@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from acamkd.distillation.taps import FeatureTap as FeatureTap
     from acamkd.engine.runs import load_student as load_student
     from acamkd.engine.runs import open_run as open_run
+    from acamkd.jobs.benchmark.benchmark import benchmark as benchmark
     from acamkd.jobs.compare.compare import compare as compare
-    from acamkd.jobs.demo import demo as demo
+    from acamkd.jobs.demo.demo import demo as demo
     from acamkd.jobs.doctor import doctor as doctor
     from acamkd.jobs.evaluate import evaluate as evaluate
     from acamkd.jobs.export.export import export as export
@@ -41,9 +42,10 @@ _HOMES = {
     "FeatureTap": "acamkd.distillation.taps",
     "Segmenter": "acamkd.models.segmentation",
     "TaskModel": "acamkd.models.base",
+    "benchmark": "acamkd.jobs.benchmark.benchmark",
     "build_distiller": "acamkd.distillation.build",
     "compare": "acamkd.jobs.compare.compare",
-    "demo": "acamkd.jobs.demo",
+    "demo": "acamkd.jobs.demo.demo",
     "distill": "acamkd.jobs.train",
     "doctor": "acamkd.jobs.doctor",
     "evaluate": "acamkd.jobs.evaluate",

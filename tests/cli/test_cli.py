@@ -46,11 +46,13 @@ def test_help_ends_with_examples(command: str) -> None:
     assert lines[0].strip().startswith(f"acamkd {command}")
 
 
-def test_help_does_not_wait_for_torch() -> None:
+def test_help_and_typos_do_not_wait_for_torch() -> None:
     script = """
 import sys
 from acamkd.cli import main
-for words in (["--help"], ["train", "--help"], ["--version"]):
+typos = [[command, "missing.yaml"] for command in ("run", "train", "distill", "tokens", "compare", "doctor", "inspect")]
+typos += [[command, "missing"] for command in ("evaluate", "export", "report")]
+for words in (["--help"], ["train", "--help"], ["--version"], *typos):
     sys.argv = ["acamkd", *words]
     try:
         main()
@@ -60,6 +62,7 @@ print(sorted({"torch", "numpy", "lightning", "torchvision", "timm"} & set(sys.mo
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "[]"
+    assert done.stderr.count("error: ") == 10
 
 
 def test_methods_lists_every_method(acamkd: Command) -> None:
@@ -96,6 +99,7 @@ def test_brackets_in_the_names_of_classes_are_shown(
     acamkd: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scores = Scores({"AP/sign [red]": 12.5, "AP/car [/old]": 3.0})
+    monkeypatch.setattr("acamkd.cli.deploy.run_of", lambda _folder, _overrides: None)
     monkeypatch.setattr("acamkd.jobs.evaluate.evaluate", lambda _run, **_options: scores)
     shown = acamkd("evaluate", tmp_path)
     assert (shown.code, shown.err) == (0, "")

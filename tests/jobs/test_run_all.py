@@ -9,6 +9,7 @@ import pytest
 
 import tiny
 from acamkd import config
+from acamkd.engine.evidence import ImageInterval
 from acamkd.engine.runs import Run
 from acamkd.errors import AcamkdError
 from acamkd.jobs import run_all
@@ -53,7 +54,10 @@ def test_everything_is_trained_once_and_resumed_where_it_stopped(
     def never(*_given: Any, **_more: Any) -> Any:
         raise AssertionError("it has ended")
 
-    for name in ("train", "distill", "examine", "examine_data", "evaluate", "write_report"):
+    assert result.interval is not None
+    assert result.interval.images == 4
+    assert result.interval.low <= result.gain <= result.interval.high
+    for name in ("train", "distill", "examine", "examine_data", "evaluate", "write_report", "collect"):
         monkeypatch.setattr(run_all, name, never)
     caplog.set_level(logging.INFO)
     assert run(recipe, anyway=True) == result
@@ -79,13 +83,20 @@ def test_what_cannot_be_distilled_is_said_before_anything_is_trained(
 
 
 @pytest.mark.parametrize(
-    ("distilled", "words"),
-    [(51.9, "it may be luck, more seeds are needed"), (52.0, "a gain that is larger"), (47.0, "a loss that is larger")],
+    ("interval", "words"),
+    [
+        (ImageInterval(-0.5, 3.0, 80), "no evidence; it may be the choice of images (95 % interval from the 80"),
+        (ImageInterval(0.5, 3.0, 80), "too few seeds; it is not the choice of images (95 % interval from the 80"),
+        (None, "too few seeds; more seeds are needed"),
+    ],
 )
-def test_the_last_line_says_whether_to_believe_it(recipe: config.Recipe, distilled: float, words: str) -> None:
-    result = RunAll(recipe, "tiny.yaml", "mIoU", {"baseline": 50.0, "distilled": distilled}, {}, Path("report.html"))
-    assert result.verdict.startswith(f"gain {distilled - 50:+.2f} mIoU on the validation images, one seed: {words}")
-    assert "acamkd compare tiny.yaml --methods pkd --seeds 3" in result.verdict
+def test_the_last_line_says_whether_to_believe_it(
+    recipe: config.Recipe, interval: ImageInterval | None, words: str
+) -> None:
+    scores = {"baseline": 50.0, "distilled": 51.5}
+    result = RunAll(recipe, "tiny.yaml", "mIoU", scores, {}, Path("report.html"), interval)
+    assert result.verdict.startswith(f"gain +1.50 mIoU on the validation images, one seed: {words}")
+    assert result.verdict.endswith("more seeds are needed: acamkd compare tiny.yaml --methods pkd --seeds 3")
 
 
 def test_the_doctors_warnings_do_not_stop_it(recipe: config.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

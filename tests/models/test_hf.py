@@ -26,6 +26,9 @@ transformers: Any = pytest.importorskip("transformers")
 CLASSES = ("cat", "dog", "cow", "owl", "ant")
 SIDE = 128
 MODEL_TYPES = list(KINDS)
+QUICK = {"rt_detr_v2", "d_fine", "conditional_detr", "yolos", "segformer", "mask2former"}
+"""One of each kind of code; the others are slow tests: pytest -m slow tests/models/test_hf.py."""
+
 DETECTORS = [name for name, kind in KINDS.items() if kind.task == "detection"]
 
 
@@ -56,7 +59,9 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("name", MODEL_TYPES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODEL_TYPES]
+)
 def test_it_learns_distills_predicts_and_comes_back(name: str, tmp_path: Path) -> None:
     kind, model = KINDS[name], make(name)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from acamkd.models.base import VOID
 from acamkd.report.visualize import (
@@ -11,6 +12,8 @@ from acamkd.report.visualize import (
     draw_sheet,
     draw_spatial_masks,
     hex_color,
+    is_background,
+    with_legend,
 )  # fmt: skip
 
 IMAGE = np.full((32, 32, 3), 100, dtype=np.uint8)
@@ -40,6 +43,36 @@ def test_masks_color_classes_and_leave_background_and_void() -> None:
     drawn = draw_predictions(IMAGE, {"mask": mask}, NAMES)
     assert tuple(drawn[0, 0]) == tuple(round((100 + channel) / 2) for channel in color(3))
     assert (drawn[8:] == 100).all()
+
+
+@pytest.mark.parametrize("name", ["background", "Background", "_background_", "BG"])
+def test_a_background_is_told_by_its_name(name: str) -> None:
+    mask = np.zeros((32, 32), dtype=np.int64)
+    assert (draw_predictions(IMAGE, {"mask": mask}, (name, "disc")) == 100).all()
+    assert not is_background(f"{name} noise")
+
+
+def test_labels_stay_within_the_image() -> None:
+    edge = {"boxes": np.array([[380.0, 390.0, 399.0, 399.0]]), "labels": np.array([1])}
+    drawn = draw_predictions(np.full((400, 400, 3), 100, np.uint8), edge, ("a-long-name",))
+    rows, columns = np.nonzero((drawn < 40).all(axis=-1))  # its letters
+    assert columns.max() - columns.min() > 50
+    assert columns.max() < 399
+    assert rows.max() < 399
+
+
+def test_a_legend_names_classes_below_the_image() -> None:
+    wide = np.full((100, 300, 3), 100, dtype=np.uint8)
+    drawn = with_legend(wide, {"disc": 1, "square": 2})
+    assert (drawn[:100] == wide).all()
+    assert drawn.shape[1] == 300
+    strip = drawn[100:].reshape(-1, 3)
+    for label in (1, 2):
+        assert (strip == color(label)).all(axis=-1).sum() >= 81  # a square of 9 pixels
+    assert not (strip == color(3)).all(axis=-1).any()
+    narrow = with_legend(np.full((300, 60, 3), 100, np.uint8), {"disc": 1, "square": 2})
+    assert narrow.shape[0] - 300 > len(drawn) - 100  # a line for each
+    assert with_legend(wide, {}) is wide
 
 
 def test_without_objects_an_image_stays_as_it_is() -> None:

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +14,10 @@ from rich.text import Text
 
 from acamkd import __version__
 from acamkd.errors import AcamkdError
+
+if TYPE_CHECKING:
+    from acamkd.config import Recipe
+    from acamkd.engine.runs import Run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,6 +48,21 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+
+
+# A command reads its recipe or run before it imports its job: an error is then shown before torch is loaded.
+def recipe_of(file: Path, assignments: list[str] | None) -> Recipe:
+    """Read a recipe with the assignments of --set."""
+    from acamkd.config import load
+
+    return load(file, assignments or ())
+
+
+def run_of(folder: Path, assignments: list[str] | None = None) -> Run:
+    """Open a run folder, its recipe changed by the assignments of --set."""
+    from acamkd.engine.runs import open_run
+
+    return open_run(folder, assignments or ())
 
 
 def overrides_of(losses: Path | None, assignments: list[str] | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Commands on a finished run: evaluate, export, predict, report."""
+"""Commands on a finished run: evaluate, benchmark, export, predict, report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from acamkd.cli.app import AsJson, Overrides, RunFolder, app, examples, show, show_json
+from acamkd.cli.app import AsJson, Overrides, RunFolder, app, examples, run_of, show, show_json
+from acamkd.errors import AcamkdError
 
 
 @app.command(
@@ -27,9 +28,10 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a run's best network on its validation or test images."""
+    opened = run_of(run, set_)
     from acamkd.jobs.evaluate import evaluate as job
 
-    scores = job(run, overrides=set_ or (), split=split)
+    scores = job(opened, split=split)
     if as_json:
         show_json(scores)
     else:
@@ -38,8 +40,63 @@ def evaluate(
 
 @app.command(
     epilog=examples(
+        "acamkd benchmark runs/camvid/distilled",
+        "acamkd benchmark runs/camvid/distilled --threads 1,2 --batches 1,8 --runtimes pytorch,onnxruntime",
+        "acamkd benchmark runs/camvid/distilled/export/student.onnx --images 50",
+    )
+)
+def benchmark(
+    model: Annotated[Path, typer.Argument(metavar="RUN|MODEL.onnx", help="Run folder, or an exported file.")],
+    set_: Overrides = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Its validation images, for a file outside the run that it was made of.")
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="Run of the baseline, instead of the folder `baseline` beside RUN.")
+    ] = None,
+    runtimes: Annotated[
+        str | None,
+        typer.Option(help="pytorch, bf16, compiled, onnxruntime, openvino, or some of them, separated by commas."),
+    ] = None,
+    threads: Annotated[
+        str | None, typer.Option(help="Numbers of threads, separated by commas. [default: one per core]")
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Batch sizes of the throughput, separated by commas.")] = "1,2,4,8",
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Validation images of the metric, evenly spaced. [default: all]")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Timed seconds of each form.")] = 5.0,
+    out: Annotated[Path | None, typer.Option(help="JSON file, instead of RUN/benchmark.json.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure latency, memory and metric of a run's networks in each runtime of this machine."""
+    from acamkd.jobs.benchmark import benchmark as job
+
+    found = job.benchmark(
+        model, overrides=set_ or (), recipe=recipe, baseline=baseline,
+        runtimes=[name.strip() for name in runtimes.split(",")] if runtimes else job.RUNTIMES,
+        threads=_counts(threads, "--threads") if threads else (), batches=_counts(batches, "--batches"),
+        images=images, seconds=seconds, out=out,
+    )  # fmt: skip
+    if as_json:
+        show_json(found.as_dict())
+    else:
+        show(found)
+
+
+def _counts(text: str, option: str) -> list[int]:
+    """`1,8` as numbers."""
+    counts = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if 0 in counts:
+        raise AcamkdError(f"{option} {text}: write whole numbers from 1 on, separated by commas, such as 1,8")
+    return counts
+
+
+@app.command(
+    epilog=examples(
         "acamkd export runs/camvid/distilled",
         "acamkd export runs/bccd/distilled --with-nms --out build/bccd",
+        "acamkd export runs/camvid/distilled --int8 --max-drop 0.5",
         "acamkd export runs/camvid/distilled --license apache-2.0 --push-to-hub me/camvid-student",
     )
 )
@@ -51,6 +108,10 @@ def export(
         bool,
         typer.Option("--with-nms", help="Detection: the full graph with its suppression, for single images."),
     ] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Also an INT8 file, calibrated on training images; its loss is a condition.")
+    ] = False,
+    max_drop: Annotated[float, typer.Option(min=0, help="Points of the metric that INT8 may lose.")] = 1.0,
     license_: Annotated[
         str | None, typer.Option("--license", "--licence", help="Of the weights, for the model card.")
     ] = None,
@@ -61,11 +122,15 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the export that the folder holds.")] = False,
 ) -> None:
     """Export a run's network to ONNX, checked against PyTorch, with weights and a model card."""
+    opened = run_of(run, set_)
     from acamkd.jobs.export import export as job
 
     if push_to_hub:
         job.check_repository(push_to_hub)
-    exported = job.export(run, overrides=set_ or (), out=out, overwrite=overwrite, with_nms=with_nms, license=license_)
+    exported = job.export(
+        opened, out=out, overwrite=overwrite, with_nms=with_nms, int8=int8, max_drop=max_drop,
+        license=license_,
+    )  # fmt: skip
     show(exported)
     if push_to_hub:
         typer.echo(job.push_to_hub(exported.folder, push_to_hub))
@@ -105,7 +170,7 @@ def report(
     set_: Overrides = None,
 ) -> None:
     """Write a run's report.html again: scores, masks over the epochs, and the sources of the gain."""
-    from acamkd.engine.runs import open_run
+    opened, alone = run_of(run, set_), run_of(baseline) if baseline else None
     from acamkd.report.run import write_report
 
-    write_report(open_run(run, set_ or ()), open_run(baseline) if baseline else None)
+    write_report(opened, alone)

@@ -13,7 +13,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from acamkd.cli.app import AsJson, Losses, Overrides, RecipeFile, app, examples, overrides_of, show, show_json
+from acamkd.cli.app import (
+    AsJson,
+    Losses,
+    Overrides,
+    RecipeFile,
+    app,
+    examples,
+    overrides_of,
+    recipe_of,
+    show,
+    show_json,
+)
 from acamkd.errors import AcamkdError
 
 if TYPE_CHECKING:
@@ -96,12 +107,11 @@ def compare(
     ] = False,
 ) -> None:
     """Compare methods on one recipe over several seeds: gains over the baseline, with their significance."""
-    from acamkd import config
+    loaded = recipe_of(recipe, set_)
     from acamkd.engine.runs import default_folder
     from acamkd.jobs.compare import compare as comparison
     from acamkd.jobs.compare import trials_csv
 
-    loaded = config.load(recipe, set_ or ())
     names = comparison.methods_of(loaded, methods.split(",") if methods else None)
     folder = results or default_folder(loaded, "compare")
     trials = comparison.plan(loaded, names, seeds, folder)
@@ -169,20 +179,21 @@ def doctor(
     """Examine a recipe in less than a minute: is the teacher good, does its gradient reach the student?"""
     from dataclasses import asdict
 
-    from acamkd import config
-    from acamkd.jobs.doctor import Diagnosis, examine
-    from acamkd.jobs.doctor import doctor as job
-
+    loaded = recipe_of(recipe, overrides_of(losses, set_))
     if only_data:
-        report = job(recipe, overrides=set_ or (), only_data=True)
+        from acamkd.jobs.examine_data import examine_data
+
+        report = examine_data(loaded)
         if as_json:
             show_json({name: asdict(split) for name, split in report.splits.items()})
         else:
             show(report)
         raise typer.Exit(int(report.failed))
+    from acamkd.jobs.doctor import Diagnosis, examine
+
     logging.getLogger("acamkd").setLevel(logging.ERROR)  # the output consists of findings only
     findings = []
-    for finding in examine(config.load(recipe, overrides_of(losses, set_))):
+    for finding in examine(loaded):
         findings.append(finding)
         if not as_json:
             show(finding)  # printed at once, since the next one may take a while
@@ -209,11 +220,12 @@ def inspect(
     set_: Overrides = None,
 ) -> None:
     """List the layers of a teacher and a student that can be tapped, and propose a recipe's `losses`."""
-    from acamkd.jobs.inspect_layers import inspect as job
-
     if len(what) > 2:
         raise AcamkdError(f"give one recipe, or a teacher and a student, not {len(what)} names")
-    show(job(what[0], *what[1:], overrides=set_ or ()))
+    first = recipe_of(Path(what[0]), set_) if len(what) == 1 else what[0]
+    from acamkd.jobs.inspect_layers import inspect as job
+
+    show(job(first, *what[1:]))
 
 
 @app.command(epilog=examples("acamkd methods", "acamkd methods acam", "acamkd methods --json"))
@@ -250,14 +262,18 @@ def methods(
         console.print(f"preset [bold]{preset}[/bold]: {escape(str(values))}")
 
 
-@app.command(epilog=examples("acamkd demo", "acamkd demo --task segmentation --out /tmp/demo"))
+@app.command(epilog=examples("acamkd demo", "acamkd demo --task segmentation --seed 1 --out /tmp/demo"))
 def demo(
     task: Annotated[
         Literal["both", "detection", "segmentation"], typer.Option(help="Which of the two networks.")
     ] = "both",
     out: Annotated[Path, typer.Option(help="Output folder.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes and of the trainings.")] = 0,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep what an earlier demo finished, and resume what it began.")
+    ] = False,
 ) -> None:
-    """Train, distill and compare a small detector and a small segmenter on built-in images, in minutes."""
-    from acamkd.jobs.demo import demo as job
+    """Distill a small detector and a small segmenter from built-in teachers on built-in images, in minutes."""
+    from acamkd.jobs.demo.demo import demo as job
 
-    show(job(out, task=task))
+    show(job(out, task=task, seed=seed, keep=keep))

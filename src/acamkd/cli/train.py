@@ -7,7 +7,19 @@ from typing import Annotated, Literal
 
 import typer
 
-from acamkd.cli.app import Losses, Out, Overrides, Overwrite, RecipeFile, Resume, app, examples, overrides_of, show
+from acamkd.cli.app import (
+    Losses,
+    Out,
+    Overrides,
+    Overwrite,
+    RecipeFile,
+    Resume,
+    app,
+    examples,
+    overrides_of,
+    recipe_of,
+    show,
+)
 
 
 @app.command(
@@ -27,9 +39,10 @@ def train(
     overwrite: Overwrite = False,
 ) -> None:
     """Train one network of a recipe without distillation: the teacher, or the baseline."""
+    loaded = recipe_of(recipe, set_)
     from acamkd.jobs.train import train as job
 
-    job(recipe, role, overrides=set_ or (), out=out, resume=resume, overwrite=overwrite)
+    job(loaded, role, out=out, resume=resume, overwrite=overwrite)
 
 
 @app.command(
@@ -53,13 +66,13 @@ def distill(
     ] = False,
 ) -> None:
     """Train a recipe's student with its losses against its teacher."""
+    loaded = recipe_of(recipe, overrides_of(losses, set_))
     from acamkd.jobs.train import distill as job
 
-    overrides = overrides_of(losses, set_)
     if dry_run:
-        show(job(recipe, overrides=overrides, dry_run=True))
+        show(job(loaded, dry_run=True))
     else:
-        job(recipe, overrides=overrides, out=out, resume=resume, overwrite=overwrite)
+        job(loaded, out=out, resume=resume, overwrite=overwrite)
 
 
 @app.command(
@@ -76,6 +89,7 @@ def run(
     ] = False,
 ) -> None:
     """Train teacher, baseline and distilled student, and compare: one command, which goes on where it was stopped."""
+    recipe_of(recipe, set_)
     from acamkd.jobs.run_all import run as job
 
     show(job(recipe, overrides=set_ or (), anyway=anyway))
@@ -98,9 +112,7 @@ def tokens(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
     """Learn the tokens of maskd, freekd or acam (mask_source: fixed) on a recipe's teacher, before distilling."""
-    from acamkd import config
+    loaded = recipe_of(recipe, overrides_of(losses, set_))
     from acamkd.jobs.tokens import learn_tokens
 
-    learn_tokens(
-        config.load(recipe, overrides_of(losses, set_)), out=out, iterations=iterations, lr=lr, overwrite=overwrite
-    )
+    learn_tokens(loaded, out=out, iterations=iterations, lr=lr, overwrite=overwrite)

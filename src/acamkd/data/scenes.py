@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -39,24 +39,57 @@ def _cells(*coordinates: Floats) -> Bools:
     return np.asarray(sum(np.floor(coordinate) for coordinate in coordinates) % 2 == 0)
 
 
-SHAPES: Mapping[str, Pattern] = {
-    "disc": lambda u, v: np.hypot(u, v) < 1,
-    "square": lambda u, v: np.maximum(abs(u), abs(v)) < 0.8,
-    "triangle": lambda u, v: (v < 0.6) & (np.sqrt(3) * abs(u) - v < 1),
-    "ring": lambda u, v: abs(np.hypot(u, v) - 0.75) < 0.25,
-    "cross": lambda u, v: (np.minimum(abs(u), abs(v)) < 0.3) & (np.maximum(abs(u), abs(v)) < 0.95),
-}
+class Kind(NamedTuple):
+    """What the objects of a class look like."""
 
-TEXTURES: Mapping[str, Pattern] = {
-    "disc": lambda u, v: _cells(2.5 * v),  # striped
-    "square": lambda u, v: _cells(2 * u, 2 * v),  # checkered
-    "triangle": lambda u, v: np.hypot((2.5 * u) % 1 - 0.5, (2.5 * v) % 1 - 0.5) < 0.32,  # dotted
-    "ring": lambda u, v: _cells(np.arctan2(v, u) * 4 / np.pi),  # spokes
-    "cross": lambda u, v: _cells(3.5 * np.hypot(u, v)),  # concentric
-}
+    shape: Pattern
+    texture: Pattern
 
-CLASSES = tuple(SHAPES)
+
+KINDS: Mapping[str, Kind] = {
+    "disc": Kind(lambda u, v: np.hypot(u, v) < 1, lambda u, v: _cells(2.5 * v)),  # striped
+    "square": Kind(lambda u, v: np.maximum(abs(u), abs(v)) < 0.8, lambda u, v: _cells(2 * u, 2 * v)),  # checkered
+    "triangle": Kind(
+        lambda u, v: (v < 0.6) & (np.sqrt(3) * abs(u) - v < 1),
+        lambda u, v: np.hypot((2.5 * u) % 1 - 0.5, (2.5 * v) % 1 - 0.5) < 0.32,  # dotted
+    ),
+    "ring": Kind(
+        lambda u, v: abs(np.hypot(u, v) - 0.75) < 0.25,
+        lambda u, v: _cells(np.arctan2(v, u) * 4 / np.pi),  # spokes
+    ),
+    "cross": Kind(
+        lambda u, v: (np.minimum(abs(u), abs(v)) < 0.3) & (np.maximum(abs(u), abs(v)) < 0.95),
+        lambda u, v: _cells(3.5 * np.hypot(u, v)),  # concentric
+    ),
+}
+"""Class -> its look."""
+
+CLASSES = tuple(KINDS)
 """Label k (from 1) is CLASSES[k - 1]; in masks 0 is background."""
+
+OTHER_KINDS: Mapping[str, Kind] = {
+    "bar": Kind(
+        lambda u, v: (abs(u) < 0.95) & (abs(v) < 0.35),
+        lambda u, v: _cells(3 * v + abs((3 * u) % 2 - 1)),  # zigzag
+    ),
+    "moon": Kind(
+        lambda u, v: (np.hypot(u, v) < 1) & (np.hypot(u - 0.6, v) > 0.75),
+        lambda u, v: np.minimum((3 * u) % 1, (3 * v) % 1) < 0.3,  # grid
+    ),
+    "star": Kind(
+        lambda u, v: np.hypot(u, v) < 0.65 + 0.35 * np.cos(5 * np.arctan2(v, u)),
+        lambda u, v: _cells(3 * np.hypot(u, v) + np.arctan2(v, u) / np.pi),  # spiral
+    ),
+    "hexagon": Kind(
+        lambda u, v: np.maximum(abs(u), abs(u) / 2 + 0.87 * abs(v)) < 0.9,
+        lambda u, v: _cells(2 * u + 1.2 * v, 2 * u - 1.2 * v, 2.4 * v),  # triangles
+    ),
+    "frame": Kind(
+        lambda u, v: abs(np.maximum(abs(u), abs(v)) - 0.6) < 0.2,
+        lambda u, v: _cells(5 * u, 0.5 * v),  # bricks
+    ),
+}
+"""Classes for a pretraining: no object of KINDS looks like them."""
 
 
 @dataclass(frozen=True)
@@ -76,20 +109,21 @@ class Scene:
     objects: dict[int, int]
 
 
-def draw_scene(size: PixelSize, *, seed: int, split: str, index: int) -> Scene:
+def draw_scene(size: PixelSize, *, seed: int, split: str, index: int, kinds: Mapping[str, Kind] = KINDS) -> Scene:
     """Draw one scene, which depends only on the arguments."""
+    classes = list(kinds)
     rng = np.random.default_rng(seed_of("scene", seed, split, index))
     unit = min(size) / 128
-    canvas = _background(rng, size)
+    canvas = _background(rng, size, kinds)
     for _ in range(rng.integers(1, 4)):  # the same shapes without texture belong to the background
-        alpha, _, window = _stamp(rng, size, str(rng.choice(CLASSES)), rng.uniform(4, 20) * unit)
+        alpha, _, window = _stamp(rng, size, kinds[str(rng.choice(classes))], rng.uniform(4, 20) * unit)
         canvas[window] += alpha[..., None] * (_color(rng) - canvas[window]) * 0.4
     owners = np.full(size, -1)
-    names = [str(rng.choice(CLASSES)) for _ in range(rng.integers(3, 7))]
+    names = [str(rng.choice(classes)) for _ in range(rng.integers(3, 7))]
     areas = []
     for number, name in enumerate(names):
         radius = np.exp(rng.uniform(np.log(8), np.log(36))) * unit  # small ones are common
-        alpha, texture, window = _stamp(rng, size, name, radius)
+        alpha, texture, window = _stamp(rng, size, kinds[name], radius)
         first = _color(rng)
         second = np.clip(first + rng.choice([-1, 1]) * rng.uniform(70, 140), 0, 255)
         color = first + texture[..., None] * (second - first)
@@ -97,17 +131,27 @@ def draw_scene(size: PixelSize, *, seed: int, split: str, index: int) -> Scene:
         owners[window][alpha >= 0.5] = number
         areas.append(np.count_nonzero(alpha >= 0.5))
     seen = np.bincount(owners[owners >= 0], minlength=len(names))
-    labels = np.array([0, *(CLASSES.index(name) + 1 for name in names)], dtype=np.uint8)
+    labels = np.array([0, *(classes.index(name) + 1 for name in names)], dtype=np.uint8)
     objects = {n: int(labels[n + 1]) for n, area in enumerate(areas) if seen[n] > max(VISIBLE * area, 8)}
     return Scene(_light(rng, canvas), labels[owners + 1], owners, objects)
 
 
-def write_scenes(root: Path, *, train: int, val: int, size: PixelSize, seed: int, task: Task) -> None:
+def write_scenes(
+    root: Path,
+    *,
+    train: int,
+    val: int,
+    size: PixelSize,
+    seed: int,
+    task: Task,
+    unlabeled: int = 0,
+    kinds: Mapping[str, Kind] = KINDS,
+) -> None:
     """Write scenes as an ordinary data set on disk.
 
     Detection: `images/{train,val}/*.jpg` and COCO's `annotations/instances_{train,val}.json`. Segmentation:
-    `images/{train,val}/*.jpg` and `masks/{train,val}/*.png`, 0 = background. The folder appears when it is complete; an
-    existing one with the same arguments stays unchanged.
+    `images/{train,val}/*.jpg` and `masks/{train,val}/*.png`, 0 = background. `images/unlabeled/*.jpg` have neither. The
+    folder appears when it is complete; an existing one with the same arguments stays unchanged.
 
     Args:
         root: Folder to make.
@@ -116,11 +160,15 @@ def write_scenes(root: Path, *, train: int, val: int, size: PixelSize, seed: int
         size: (height, width) in pixels.
         seed: Seed of the scenes; with more images, the first ones stay the same.
         task: Which layout.
+        unlabeled: Number of images without labels.
+        kinds: The classes.
 
     Raises:
         AcamkdError: The folder holds other files, or cannot be written.
     """
-    asked = {"train": train, "val": val, "size": list(size), "seed": seed, "task": task}
+    asked: dict[str, Any] = {"train": train, "val": val, "size": list(size), "seed": seed, "task": task}
+    asked |= {"unlabeled": unlabeled} if unlabeled else {}
+    asked |= {"classes": list(kinds)} if kinds is not KINDS else {}
     if _is_written(root, asked):
         return
     try:
@@ -130,9 +178,13 @@ def write_scenes(root: Path, *, train: int, val: int, size: PixelSize, seed: int
         raise AcamkdError(f"cannot write the scenes {root}: {error.strerror or error}") from error
     try:
         for split, count in (("train", train), ("val", val)):
-            scenes = (draw_scene(size, seed=seed, split=split, index=index) for index in range(count))
-            write = _write_coco if task == "detection" else _write_masks
-            write(draft, split, scenes)
+            scenes = _draw(size, seed, split, count, kinds)
+            if task == "detection":
+                _write_coco(draft, split, scenes, list(kinds))
+            else:
+                _write_masks(draft, split, scenes)
+        for number, scene in enumerate(_draw(size, seed, "unlabeled", unlabeled, kinds), start=1):
+            _write_image(draft / "images/unlabeled", number, scene)
         (draft / "scenes.json").write_text(json.dumps(asked), encoding="utf-8")
         draft.chmod(0o755)  # mkdtemp's folders are private
         draft.rename(root)
@@ -141,6 +193,10 @@ def write_scenes(root: Path, *, train: int, val: int, size: PixelSize, seed: int
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _draw(size: PixelSize, seed: int, split: str, count: int, kinds: Mapping[str, Kind]) -> Iterator[Scene]:
+    return (draw_scene(size, seed=seed, split=split, index=index, kinds=kinds) for index in range(count))
 
 
 def _is_written(root: Path, asked: Mapping[str, Any]) -> bool:
@@ -153,7 +209,7 @@ def _is_written(root: Path, asked: Mapping[str, Any]) -> bool:
     raise AcamkdError(f"{root} exists and holds something else than these scenes: name another folder, or delete it")
 
 
-def _write_coco(root: Path, split: str, scenes: Iterable[Scene]) -> None:
+def _write_coco(root: Path, split: str, scenes: Iterable[Scene], classes: Sequence[str]) -> None:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, scene in enumerate(scenes, start=1):
@@ -173,7 +229,7 @@ def _write_coco(root: Path, split: str, scenes: Iterable[Scene]) -> None:
                     "iscrowd": 0,
                 }
             )
-    categories = [{"id": label, "name": name} for label, name in enumerate(CLASSES, start=1)]
+    categories = [{"id": label, "name": name} for label, name in enumerate(classes, start=1)]
     file = root / "annotations" / f"instances_{split}.json"
     file.parent.mkdir(exist_ok=True)
     content = {"images": images, "annotations": annotations, "categories": categories}
@@ -196,7 +252,7 @@ def _write_image(folder: Path, number: int, scene: Scene) -> str:
 
 
 def _stamp(
-    rng: np.random.Generator, size: PixelSize, name: str, radius: float
+    rng: np.random.Generator, size: PixelSize, kind: Kind, radius: float
 ) -> tuple[Floats, Floats, tuple[slice, slice]]:
     """One object at a random location, rotated and squeezed: coverage, texture (both in [0, 1]) and window."""
     center = rng.uniform(0, 1, 2) * size
@@ -211,9 +267,9 @@ def _stamp(
     angle, squeeze = rng.uniform(0, 2 * np.pi), rng.uniform(0.7, 1)
     u = np.cos(angle) * columns + np.sin(angle) * rows[:, None]
     v = (np.cos(angle) * rows[:, None] - np.sin(angle) * columns) / squeeze
-    inside = SHAPES[name](u, v)
+    inside = kind.shape(u, v)
     alpha = _pixel_mean(inside)
-    return alpha, _pixel_mean(inside & TEXTURES[name](u, v)) / np.maximum(alpha, 1e-9), window
+    return alpha, _pixel_mean(inside & kind.texture(u, v)) / np.maximum(alpha, 1e-9), window
 
 
 def _pixel_mean(samples: Bools) -> Floats:
@@ -227,13 +283,13 @@ def _color(rng: np.random.Generator) -> Floats:
     return rng.uniform(20, 235, 3)
 
 
-def _background(rng: np.random.Generator, size: PixelSize) -> Floats:
+def _background(rng: np.random.Generator, size: PixelSize, kinds: Mapping[str, Kind]) -> Floats:
     """(H, W, 3): soft color clouds of several scales, with one of the objects' own textures faintly over a part."""
     canvas = np.full((*size, 3), rng.uniform(70, 190, 3))
     for cells, strength in ((3, 50), (8, 20), (24, 15)):
         canvas += strength * _clouds(rng, size, cells)
     rows, columns = np.indices(size) / (min(size) * rng.uniform(0.12, 0.3))
-    texture = TEXTURES[str(rng.choice(CLASSES))](columns + 0.3 * rows, rows - 0.3 * columns)
+    texture = kinds[str(rng.choice(list(kinds)))].texture(columns + 0.3 * rows, rows - 0.3 * columns)
     where = np.clip(2 * _clouds(rng, size, 3)[..., :1], 0, 1)
     return canvas + where * (texture[..., None] - 0.5) * rng.uniform(15, 45)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,22 +29,38 @@ class Cost:
         gflops: 1e9 floating-point operations of one prediction, 2 per multiply-add. As in torch's counter, only
             convolutions, matrix products and attention count.
         milliseconds: Median time of one prediction on the CPU, resizing and decoding included.
+        megabytes: 1e6 bytes of parameters and buffers, as a file of its weights holds them.
     """
 
     parameters: int
     gflops: float
     milliseconds: float
+    megabytes: float
 
 
 def cost(model: TaskModel, image: Tensor) -> Cost:
     """Measure a network in eval mode on the CPU, on one image (3, H, W)."""
-    with flop_counter() as counter:  # also warms up
-        model.predict([image])
-    return Cost(
-        parameters=sum(parameter.numel() for parameter in model.net.parameters()),
-        gflops=counter.get_total_flops() / 1e9,
-        milliseconds=median_milliseconds(lambda: model.predict([image])),
-    )
+    [found] = costs([model], image)
+    return found
+
+
+def costs(models: Sequence[TaskModel], image: Tensor) -> list[Cost]:
+    """Measure networks as `cost` does, but in turns, so that another program slows all of them alike.
+
+    Networks with the same numbers of parameters and operations are one architecture. It is measured once.
+    """
+    sizes = []
+    for model in models:
+        with flop_counter() as counter:  # also warms up
+            model.predict([image])
+        sizes.append((sum(parameter.numel() for parameter in model.net.parameters()), counter.get_total_flops()))
+    kinds = dict(zip(sizes, models, strict=True))
+    times = dict(zip(kinds, interleaved_milliseconds([partial(kind.predict, [image]) for kind in kinds.values()]),
+                     strict=True))  # fmt: skip
+    return [
+        Cost(size[0], size[1] / 1e9, times[size], sum(x.nbytes for x in model.net.state_dict().values()) / 1e6)
+        for model, size in zip(models, sizes, strict=True)
+    ]
 
 
 def flop_counter() -> FlopCounterMode:
@@ -60,12 +77,21 @@ def _convolution_backward(gradient: list[int], x: list[int], weight: list[int], 
 
 def median_milliseconds(call: Callable[[], object]) -> float:
     """Median time of a call that is already warmed up."""
-    times: list[float] = []
-    while not times or (len(times) < RUNS and sum(times) < PATIENCE):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
+    [found] = interleaved_milliseconds([call])
+    return found
+
+
+def interleaved_milliseconds(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Median time of each call, all of them in turns; they are already warmed up."""
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(RUNS):
+        for call, own in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            own.append(time.perf_counter() - start)
+        if sum(map(sum, times)) >= PATIENCE * len(calls):
+            break
+    return [1e3 * statistics.median(own) for own in times]
 
 
 def threads() -> int:

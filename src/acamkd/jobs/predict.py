@@ -23,7 +23,7 @@ from acamkd.engine.runs import Run, as_run
 from acamkd.errors import AcamkdError
 from acamkd.files import IMAGE_SUFFIXES, check_writable, files_below, written_whole
 from acamkd.jobs.export.onnx_model import OnnxModel, Pixels, Prediction, read_image
-from acamkd.report.visualize import draw_predictions
+from acamkd.report.visualize import draw_predictions, is_background, with_legend
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ def predict(
 ) -> Predictions:
     """Predict on images or on a video, and write the predictions.
 
-    The output folder holds `overlays/`, the images or the video with the predictions drawn on them. Detection also
+    The output folder holds `overlays/`, the images or the video with the predictions drawn on them, in the colors of
+    the report. A segmenter's have a legend below: the classes in the image, or all classes in a video. Detection also
     writes `predictions.json`. Its entries have `file_name`, `category_id` (the recipe's classes, counted from 1),
     `category_name`, `bbox` [x, y, width, height] in pixels and `score`, and for a video `frame`, counted from 0.
     Segmentation also writes `masks/`, PNG files of class ids; a video gets a folder with one file per frame.
@@ -90,9 +91,12 @@ def predict(
             found = {name: values[good] for name, values in found.items()}
             full += len(found["scores"]) == limit
             results.extend(_as_coco(found, classes, where))
-        else:
-            _save(Image.fromarray(found["mask"].astype(np.uint8)), folder / "masks" / mask)
-        return Image.fromarray(draw_predictions(image, found, classes))
+            return Image.fromarray(draw_predictions(image, found, classes))  # each box is labeled
+        _save(Image.fromarray(found["mask"].astype(np.uint8)), folder / "masks" / mask)
+        # Every frame of a video has one size, and so one legend.
+        labels = range(len(classes)) if is_video else np.unique(found["mask"]).tolist()
+        legend = {classes[label]: label for label in labels if not is_background(classes[label])}
+        return Image.fromarray(with_legend(draw_predictions(image, found, classes), legend))
 
     start, count = time.monotonic(), len(files)
     if is_video:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from acamkd import config
+from acamkd import config, data
+from acamkd.engine.evidence import ImageInterval, compare_command
+from acamkd.engine.image_statistics import collect, image_interval
 from acamkd.engine.metrics import METRICS
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import OtherRunError, Run, default_folder, open_run, write_json
@@ -27,11 +29,7 @@ from acamkd.report.run import REPORT, write_report
 log = logging.getLogger(__name__)
 
 NOTES = "run.json"
-"""In runs/NAME: what has ended with which recipe, and the scores on the test split."""
-
-LUCK = 2.0
-"""Points within which the difference of one pair of trainings says little: twice what it varied by between seeds in
-docs/research/results.md, up to 0.9."""
+"""In runs/NAME: what has ended with which recipe, the scores on the test split, and the gain's interval."""
 
 FOLDERS = {"teacher": "teacher", "baseline": "baseline", "distilled": "distilled"}
 
@@ -48,6 +46,7 @@ class RunAll(Printable):
             cannot be scored is missing.
         test: Likewise on the test split; empty where the recipe has none.
         report: The page.
+        interval: Of the gain, from the images that it is measured on; None with a single image.
     """
 
     recipe: config.Recipe
@@ -56,6 +55,7 @@ class RunAll(Printable):
     scores: dict[str, float]
     test: dict[str, float]
     report: Path
+    interval: ImageInterval | None
 
     @property
     def gain(self) -> float:
@@ -65,15 +65,14 @@ class RunAll(Printable):
 
     @property
     def verdict(self) -> str:
-        """The last line: the gain, and whether more seeds are needed to believe it."""
+        """The last line: the gain, what can be said of it after one seed, and the command that says more."""
         where = "test" if self.test else "validation"
-        methods = "" if self.recipe.compare.methods else f" --methods {self.recipe.losses[0].name}"
-        compare = f"acamkd compare {self.file}{methods} --seeds 3"
         head = f"gain {self.gain:+.2f} {self.metric} on the {where} images, one seed"
-        if abs(self.gain) < LUCK:
-            return f"{head}: it may be luck, more seeds are needed ({compare})"
-        what = "a gain" if self.gain > 0 else "a loss"
-        return f"{head}: {what} that is larger than seeds differed by in our studies; three seeds show it ({compare})"
+        more = f"more seeds are needed: {compare_command(self.recipe, self.file)}"
+        if self.interval is None:
+            return f"{head}: too few seeds; {more}"
+        what = "may be" if self.interval.verdict == "no evidence" else "is not"
+        return f"{head}: {self.interval.verdict}; it {what} the choice of images ({self.interval}); {more}"
 
     def __rich__(self) -> Group:
         table = Table("network", f"{self.metric}, validation", *([f"{self.metric}, test"] if self.test else []))
@@ -126,7 +125,7 @@ def run(recipe: config.Recipe | Path | str, *, overrides: Sequence[str] = (), an
     known = {name: float(score) for name, score in scores.items() if score is not None}
     if missing := {"baseline", "distilled"} - known.keys():
         raise AcamkdError(f"{metric} of {' and '.join(sorted(missing))} has no basis: check data.val")
-    return RunAll(recipe, file, metric, known, test, report)
+    return RunAll(recipe, file, metric, known, test, report, notes.interval(baseline, distilled))
 
 
 def _check_data(recipe: config.Recipe) -> None:
@@ -165,6 +164,7 @@ class _Notes:
         content = json.loads(self._file.read_text(encoding="utf-8")) if self._file.is_file() else {}
         self._ended: dict[str, Any] = content.get("ended", {})
         self._test: dict[str, Any] = content.get("test", {})
+        self._interval: dict[str, Any] = content.get("interval", {})
         without: dict[str, Any] = {"compare": True, "data": {"workers", "check", "test"}}
         self._recipe = recipe.model_dump(mode="json", exclude=without)
 
@@ -187,6 +187,7 @@ class _Notes:
             raise AcamkdError(f"{error}; --set name=OTHER runs everything in a folder of its own") from error
         self._ended[name] = self._recipe
         self._test.pop(name, None)
+        self._interval = {}
         self._write()
         return done
 
@@ -204,8 +205,22 @@ class _Notes:
                 self._write()
         return {name: self._test[name]["score"] for name in runs}
 
+    def interval(self, baseline: Run, distilled: Run) -> ImageInterval | None:
+        """Interval of the gain from the test images, or from the validation images without them; measured once."""
+        source = self.recipe.data.test or self.recipe.data.val
+        split = json.loads(source.model_dump_json())
+        if self._interval.get("split") != split:
+            seen = distilled.recipe.data.model_copy(update={"val": source})
+            images = data.build(seen, self.recipe.task, "val", seed=0, augment=False)
+            log.info("%s: comparing with the baseline, image by image", distilled.folder)
+            found = image_interval(*collect([baseline.load(), distilled.load()], images, self.recipe))
+            self._interval = {"split": split, "found": found and asdict(found)}
+            self._write()
+        noted = self._interval["found"]
+        return ImageInterval(**noted) if noted else None
+
     def _write(self) -> None:
-        write_json(self._file, {"ended": self._ended, "test": self._test})
+        write_json(self._file, {"ended": self._ended, "test": self._test, "interval": self._interval})
 
 
 def _has_ended(folder: Path, recipe: config.Recipe, name: str) -> bool:

@@ -27,6 +27,7 @@ from acamkd.engine.mask_history import MaskHistory
 from acamkd.engine.metrics import METRICS, score
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.runs import LOG, RECIPE, TERMINATED, Role, Run, default_folder, is_first_process
+from acamkd.engine.threads import ThreadChoice
 from acamkd.engine.trainer import Recorder, build_trainer
 from acamkd.errors import AcamkdError
 from acamkd.jobs.profile import Estimate, estimate
@@ -185,7 +186,8 @@ def _fit(
     recipe, metric = run.recipe, METRICS[run.recipe.task]
     recorder = Recorder(run.folder, run.weights.name, metric)
     watching = [MaskHistory(run.folder, batches.splits["val"])] if distiller.losses else []
-    trainer = build_trainer(recipe.train, recorder, progress=sys.stdout.isatty(), callbacks=watching)
+    chosen = ThreadChoice()
+    trainer = build_trainer(recipe.train, recorder, progress=sys.stdout.isatty(), callbacks=[*watching, chosen])
     if len(batches.splits["val"]) < trainer.world_size:
         raise AcamkdError(
             f"data.val has too few validation images for {trainer.world_size} processes: "
@@ -233,7 +235,7 @@ def _fit(
             "data": batches.fingerprint,
             "device": str(trainer.strategy.root_device),  # the network is back on the CPU
             "processes": trainer.world_size,
-            "machine": _machine(),
+            "machine": _machine(chosen.threads or torch.get_num_threads()),
             "versions": {"acamkd": __version__, **{name: version(name) for name in LIBRARIES}},
         }
         run.write_metrics(metrics)
@@ -297,9 +299,8 @@ def count_parameters(net: nn.Module) -> int:
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-def _machine() -> str:
+def _machine(threads: int) -> str:
     """Properties that affect a CPU's rounding: its type, the instruction set that torch uses, the number of threads."""
-    threads = torch.get_num_threads()
     kind, instructions = platform.processor() or platform.machine(), torch.backends.cpu.get_cpu_capability()
     return f"{kind}, {instructions}, {threads} thread{'s' if threads > 1 else ''}"
 

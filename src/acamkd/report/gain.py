@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+import numpy as np
 
+from acamkd.config import Recipe
 from acamkd.data import ImageDataset
-from acamkd.engine.metrics import METRICS, Scorer
-from acamkd.models.base import Prediction, TaskModel
+from acamkd.engine.evidence import ImageInterval
+from acamkd.engine.image_statistics import collect, image_interval
+from acamkd.engine.mask_history import spread
+from acamkd.models.base import TaskModel
 from acamkd.report.panels import Panel, prediction_panel, truth_panel
 from acamkd.report.visualize import embed
 
-IMAGES = 200
-"""At most this many images are compared one by one."""
+BARS = 200
+"""At most this many images have a bar of their own."""
 EXAMPLES = 4
-"""Number of the most improved, and of the most harmed, images that are drawn."""
+"""Number of images that are drawn of each kind."""
 SIZES = {"AP_s": "small objects", "AP_m": "medium objects", "AP_l": "large objects"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """Metric of one class or object size, before and after; None if the data set has no such object."""
+    """Metric of one class or object size, before and after; None if the data set has no such object.
+
+    Attributes:
+        name: Name of the class or size.
+        before: Percent.
+        after: Percent.
+        count: Number of its objects in the validation set; None where they are not counted.
+    """
 
     name: str
     before: float | None
     after: float | None
+    count: int | None = None
 
     @property
     def gain(self) -> float:
@@ -54,9 +64,10 @@ class Change:
 
 @dataclass(frozen=True)
 class Example:
-    """One drawn image."""
+    """One drawn image: ground truth, and each network's prediction with its score on this image alone."""
 
-    change: Change
+    index: int
+    name: str
     source: str
     width: int
     height: int
@@ -68,14 +79,16 @@ class Gain:
     """Changes of the metric on single images.
 
     Attributes:
-        changes: One per compared image with a defined metric on both sides, best first.
+        changes: One per image with a defined metric on both sides, best first.
         improved: The most improved images, drawn.
         harmed: The most harmed images, drawn.
+        interval: What the choice of the images leaves open; None with a single image.
     """
 
     changes: list[Change]
     improved: list[Example]
     harmed: list[Example]
+    interval: ImageInterval | None
 
     @property
     def better(self) -> int:
@@ -92,52 +105,81 @@ class Gain:
         """Median change, in points."""
         return statistics.median(change.gain for change in self.changes)
 
+    @property
+    def bars(self) -> list[Change]:
+        """Up to BARS evenly chosen changes, best first."""
+        return [self.changes[index] for index in spread(len(self.changes), BARS)]
 
-def rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[list[Row], list[Row]]:
-    """Compare two sets of scores by class, most improved first, and by object size."""
-    classes = [Row(name.partition("/")[2], before.get(name), value) for name, value in after.items() if "/" in name]
-    sizes = [Row(words, before.get(name), after[name]) for name, words in SIZES.items() if name in after]
+
+Named = tuple[str, TaskModel]
+"""A network in eval mode, and its name on the page."""
+
+
+def rows(
+    before: Mapping[str, Any], after: Mapping[str, Any], objects: Mapping[str, int]
+) -> tuple[list[Row], list[Row]]:
+    """Compare two sets of scores by class, most improved first, and by object size; `objects` counts by metric."""
+    classes = [
+        Row(name.partition("/")[2], before.get(name), value, objects.get(name))
+        for name, value in after.items() if "/" in name
+    ]  # fmt: skip
+    sizes = [Row(words, before.get(name), after[name], objects.get(name)) for name, words in SIZES.items()
+             if name in after]  # fmt: skip
     return sorted(classes, key=lambda row: -row.gain), sizes
 
 
-def compare(
-    images: ImageDataset, indices: list[int], before: tuple[str, TaskModel], after: tuple[str, TaskModel]
-) -> Gain:
-    """Score two networks on single images, and draw those with the largest differences.
+def compare(images: ImageDataset, recipe: Recipe, before: Named, after: Named) -> tuple[Gain, Mapping[str, int]]:
+    """Score two networks on every image, and draw the images with the largest differences in each direction.
 
     Args:
         images: The validation set.
-        indices: Indices of the images to compare.
-        before: Name of a network, and the network in eval mode.
-        after: Likewise.
+        recipe: Its batch size, workers and device are used.
+        before: The one to compare with.
+        after: The one that may have gained.
+
+    Returns:
+        The changes, and the number of objects by metric.
     """
-    scorer = Scorer(after[1].task, images.classes)
-    changes = []
-    for index in indices:
-        image, target = images[index]
-        figures = []
-        for _, model in (before, after):
-            scorer.update([_predict(model, image)], [target])
-            figures.append(scorer.compute()[METRICS[model.task]])
-        if not any(map(math.isnan, figures)):  # an image without objects
-            changes.append(Change(index, images.files[index].name, *figures))
+    found = collect([before[1], after[1]], images, recipe)
+    scores = np.stack([each.of_each() for each in found], axis=1)  # (N, 2)
+    changes = [
+        Change(index, images.files[index].name, *scores[index].tolist())
+        for index in np.flatnonzero(~np.isnan(scores).any(axis=1)).tolist()  # without objects nothing is defined
+    ]
     changes.sort(key=lambda change: -change.gain)
 
-    def example(change: Change) -> Example:
-        image, target = images[change.index]
-        panels = [truth_panel(target, images.classes)]
-        panels += [
-            prediction_panel(name, _predict(model, image), target, images.classes) for name, model in (before, after)
-        ]
-        return Example(change, embed(image.permute(1, 2, 0).numpy()), image.shape[-1], image.shape[-2], tuple(panels))
+    def drawn(chosen: Sequence[Change]) -> list[Example]:
+        return [_draw(images, change.index, [(*before, change.before), (*after, change.after)]) for change in chosen]
 
-    return Gain(
+    gain = Gain(
         changes,
-        [example(change) for change in changes[:EXAMPLES] if change.gain > 0],
-        [example(change) for change in changes[: -EXAMPLES - 1 : -1] if change.gain < 0],
+        drawn([change for change in changes[:EXAMPLES] if change.gain > 0]),
+        drawn([change for change in changes[: -EXAMPLES - 1 : -1] if change.gain < 0]),
+        image_interval(*found),
     )
+    return gain, found[0].objects()
 
 
-def _predict(model: TaskModel, image: torch.Tensor) -> Prediction:
-    [prediction] = model.predict([image.to(model.mean.device)])
-    return {name: value.cpu() for name, value in prediction.items()}
+def sample(images: ImageDataset, recipe: Recipe, own: Named) -> tuple[list[Example], Mapping[str, int]]:
+    """Score one network on every image, and draw the best, the worst and evenly ranked ones between them.
+
+    Returns:
+        The images, best first, and the number of objects by metric.
+    """
+    [found] = collect([own[1]], images, recipe)
+    scores = found.of_each()
+    ranked = [index for index in np.argsort(-scores, kind="stable").tolist() if scores[index] == scores[index]]
+    places = np.linspace(0, len(ranked) - 1, min(EXAMPLES, len(ranked))).round().astype(int).tolist()
+    examples = [_draw(images, ranked[place], [(*own, float(scores[ranked[place]]))]) for place in places]
+    return examples, found.objects()
+
+
+def _draw(images: ImageDataset, index: int, networks: Sequence[tuple[str, TaskModel, float]]) -> Example:
+    image, target = images[index]
+    panels = [truth_panel(target, images.classes)]
+    for name, model, score in networks:
+        [prediction] = model.predict([image.to(model.mean.device)])
+        there = {key: values.cpu() for key, values in prediction.items()}
+        panels.append(prediction_panel(name, there, target, images.classes, score))
+    source = embed(image.permute(1, 2, 0).numpy())
+    return Example(index, images.files[index].name, source, image.shape[-1], image.shape[-2], tuple(panels))

@@ -30,12 +30,21 @@ class Box:
 
 @dataclass(frozen=True)
 class Panel:
-    """Overlay of an image: boxes, or a label map as a data URI."""
+    """Overlay of an image: boxes, or a label map as a data URI.
+
+    Attributes:
+        title: `truth`, or the name of the network.
+        words: What is to be seen.
+        boxes: Detection: the boxes.
+        label_map: Segmentation: the classes' colors.
+        score: Prediction: the metric on this image alone, percent.
+    """
 
     title: str
     words: str
     boxes: tuple[Box, ...] = ()
     label_map: str = ""
+    score: float | None = None
 
 
 def truth_panel(target: Target, classes: Sequence[str]) -> Panel:
@@ -47,12 +56,11 @@ def truth_panel(target: Target, classes: Sequence[str]) -> Panel:
     return Panel("truth", f"{len(boxes)} objects", boxes)
 
 
-def prediction_panel(title: str, prediction: Prediction, target: Target, classes: Sequence[str]) -> Panel:
+def prediction_panel(title: str, prediction: Prediction, target: Target, classes: Sequence[str], score: float) -> Panel:
     """Panel of a network's prediction: its label map, or as many of its best boxes as there are objects."""
     if "mask" in prediction:
-        return Panel(
-            title, f"the label map of the {title}", label_map=embed_mask(prediction["mask"].cpu().numpy(), classes)
-        )
+        label_map = embed_mask(prediction["mask"].cpu().numpy(), classes)
+        return Panel(title, f"the label map of the {title}", label_map=label_map, score=score)
     single = target["iscrowd"] == 0
     objects, labels = target["boxes"][single], target["labels"][single]
     best = prediction["scores"].argsort(descending=True)[: max(1, len(objects))]
@@ -65,7 +73,7 @@ def prediction_panel(title: str, prediction: Prediction, target: Target, classes
             overlaps[:, row.argmax()] = 0
         right.append(hit)
     words = f"{sum(right)} of {len(objects)} objects found by its {len(boxes)} best boxes"
-    return Panel(title, words, _boxes(boxes, found, right, classes))
+    return Panel(title, words, _boxes(boxes, found, right, classes), score=score)
 
 
 def _boxes(boxes: Tensor, labels: Tensor, right: Sequence[bool], classes: Sequence[str]) -> tuple[Box, ...]:

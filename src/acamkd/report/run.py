@@ -3,54 +3,33 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from acamkd import config, data
 from acamkd.data import ImageDataset
-from acamkd.engine.cost import Cost, cost, threads
-from acamkd.engine.devices import device_of
-from acamkd.engine.mask_history import REPLAY, spread
+from acamkd.engine.cost import costs, threads
+from acamkd.engine.mask_history import REPLAY
 from acamkd.engine.metrics import METRICS
 from acamkd.engine.runs import RECIPE, Run, open_run, write_text
 from acamkd.errors import AcamkdError
 from acamkd.files import check_writable
 from acamkd.models.base import TaskModel
+from acamkd.report.answers import BASELINE, DISTILLED, TEACHER, Network, answers_of
+from acamkd.report.benchmark import read_benchmark
 from acamkd.report.charts import Chart, curve, draw, loss_charts, read_history
-from acamkd.report.gain import IMAGES, Gain, compare, rows
+from acamkd.report.gain import Example, Gain, compare, rows, sample
 from acamkd.report.masks import load_replay
 from acamkd.report.templates import environment
-from acamkd.report.visualize import embed, hex_color
+from acamkd.report.visualize import embed, hex_color, is_background
 
 log = logging.getLogger(__name__)
 
 REPORT = "report.html"
-TEACHER, BASELINE, DISTILLED = "teacher", "baseline", "distilled"
-
 BESIDE = ("baseline", "alone")
 """Folders beside a distilled run that may hold the baseline; the second name is of earlier versions."""
-
-
-@dataclass(frozen=True)
-class Network:
-    """One network of the report.
-
-    Attributes:
-        name: TEACHER, BASELINE or DISTILLED.
-        architecture: Description of the network, from its section of the recipe.
-        scores: Every metric by name, in percent.
-        model: The network in eval mode on the CPU; None if its weights are missing.
-        cost: Cost of one prediction; None if the weights are missing.
-    """
-
-    name: str
-    architecture: str
-    scores: dict[str, Any]
-    model: TaskModel | None
-    cost: Cost | None
 
 
 def write_report(run: Run, baseline: Run | None = None) -> Path:
@@ -89,6 +68,8 @@ def write_report(run: Run, baseline: Run | None = None) -> Path:
     if before and before.name == BASELINE and (after.scores[metric] or 0) < (before.scores[metric] or 0):
         log.warning("the distilled student is below the baseline: %s %.2f against %.2f; acamkd doctor RECIPE looks "
                     "for reasons", metric, after.scores[metric] or 0, before.scores[metric])  # fmt: skip
+    gain, examples, objects = _image_by_image(run, images, before, after)
+    interval = gain.interval if gain and before and before.name == BASELINE else None
     history = read_history(run.folder / "history.csv")
     replay = load_replay(run.folder / REPLAY) if (run.folder / REPLAY).is_file() else None
     page = environment().get_template("report.html.jinja").render(
@@ -101,17 +82,20 @@ def write_report(run: Run, baseline: Run | None = None) -> Path:
         own=own,
         before=before,
         after=after,
+        answers=answers_of(run, own, networks, interval, len(images)),
+        interval=interval,
         threads=threads(),
         metric_chart=_metric_chart(metric, own, history, baseline, networks),
         loss_charts=loss_charts(history),
-        rows=rows(before.scores if before else {}, after.scores),
-        gain=_compare(images, before, after, device_of(recipe.train)) if before else None,
-        compared_all=len(images) <= IMAGES,
+        benchmark=read_benchmark(run.folder),
+        rows=rows(before.scores if before else {}, after.scores, objects),
+        gain=gain,
+        examples=examples,
         count=len(images),
         replay=replay,
         viewer=_viewer(replay.data, replay.images, images) if replay else None,
         legend=[(name, hex_color(k + (recipe.task == "detection"))) for k, name in enumerate(images.classes)
-                if name != "background"],
+                if not is_background(name)],
     )  # fmt: skip
     file = run.folder / REPORT
     write_text(file, page)
@@ -151,22 +135,20 @@ def _baseline(run: Run, metrics: dict[str, Any], given: Run | None) -> Run | Non
 
 def _networks(run: Run, baseline: Run | None, images: ImageDataset, own: str) -> dict[str, Network]:
     """Teacher, baseline and distilled student, as far as known, in this order."""
-    image, metrics, recipe = images[0][0], run.metrics, run.recipe
-
-    def network(name: str, section: config.Model, scores: dict[str, Any], model: TaskModel | None) -> Network:
-        spent = cost(model, image) if model else None
-        return Network(name, section.title, scores, model, spent)
-
+    metrics, recipe = run.metrics, run.recipe
     networks = {}
     if own == DISTILLED:
         assert recipe.teacher is not None
-        networks[TEACHER] = network(TEACHER, recipe.teacher, metrics["teacher"], _teacher(run))
+        networks[TEACHER] = Network(TEACHER, recipe.teacher.title, metrics["teacher"], _teacher(run), None, None)
     if baseline is not None:
-        networks[BASELINE] = network(BASELINE, baseline.recipe.student, baseline.metrics["student"], baseline.load())
+        scores, seconds = baseline.metrics["student"], baseline.metrics["seconds"]
+        networks[BASELINE] = Network(BASELINE, baseline.recipe.student.title, scores, baseline.load(), None, seconds)
     section = recipe.teacher if run.role == "teacher" else recipe.student
     assert section is not None
-    networks[own] = network(own, section, metrics[run.role], run.load())
-    return networks
+    networks[own] = Network(own, section.title, metrics[run.role], run.load(), None, metrics["seconds"])
+    models = {name: network.model for name, network in networks.items() if network.model is not None}
+    spent = dict(zip(models, costs(list(models.values()), images[0][0]), strict=True))
+    return {name: replace(network, cost=spent.get(name)) for name, network in networks.items()}
 
 
 def _teacher(run: Run) -> TaskModel | None:
@@ -188,13 +170,18 @@ def _metric_chart(
     return draw(f"{metric} on the validation images, percent", curves, level=level)
 
 
-def _compare(images: ImageDataset, before: Network, after: Network, device: torch.device) -> Gain | None:
-    """Comparison of both networks image by image, if both are available and have the same classes."""
-    if before.model is None or after.model is None or before.model.num_classes != after.model.num_classes:
-        return None
-    log.info("comparing %d images one by one", min(IMAGES, len(images)))
-    sides = (before.name, before.model.to(device)), (after.name, after.model.to(device))
-    return compare(images, spread(len(images), IMAGES), *sides)
+def _image_by_image(
+    run: Run, images: ImageDataset, before: Network | None, after: Network
+) -> tuple[Gain | None, list[Example], Mapping[str, int]]:
+    """Comparison of two networks of the same classes; otherwise examples of the run's own; and counts of objects."""
+    log.info("looking at %d validation images one by one", len(images))
+    assert after.model is not None
+    own = (after.name, after.model)
+    if before and before.model and before.model.num_classes == after.model.num_classes:
+        gain, objects = compare(images, run.recipe, (before.name, before.model), own)
+        return gain, [], objects
+    examples, objects = sample(images, run.recipe, own)
+    return None, examples, objects
 
 
 def _viewer(replay: dict[str, Any], indices: list[int], images: ImageDataset) -> dict[str, Any]:

@@ -24,8 +24,8 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]
 Arrays: TypeAlias = Mapping[str, npt.NDArray[Any]]
 """`boxes` (K, 4), `labels` (K,) and optionally `scores` (K,); or `mask` (H, W). In pixels of the image."""
 
-BACKGROUND = "background"
-"""Name of the class that stays transparent."""
+BACKGROUND = ("background", "bg")
+"""Names of a class that stays transparent, in any case, and with or without underscores around them."""
 
 ENLARGEMENT = 4
 """Enlargement of small images on a sheet, so that lines are thin relative to small objects."""
@@ -52,6 +52,11 @@ def hex_color(label: int) -> str:
     return "#{:02x}{:02x}{:02x}".format(*color(label))
 
 
+def is_background(name: str) -> bool:
+    """Whether a class is what lies behind all objects, by its name."""
+    return name.strip("_ ").casefold() in BACKGROUND
+
+
 def draw_predictions(
     image: Pixels, found: Arrays, classes: Sequence[str], *, with_names: bool = True, opacity: float = 0.5
 ) -> Pixels:
@@ -68,8 +73,7 @@ def draw_predictions(
         return _draw_mask(image, found["mask"], classes, opacity)
     drawing = Image.fromarray(image)
     canvas = ImageDraw.Draw(drawing)
-    side = min(drawing.size)
-    height, width = max(9, side / 40), max(2, round(side / 240))
+    height, width = _letter_height(image), max(2, round(min(drawing.size) / 240))
     scores = found.get("scores")
     for index in reversed(range(len(found["boxes"]))):  # best last, so that it is on top
         x1, y1, x2, y2 = found["boxes"][index].tolist()
@@ -78,14 +82,47 @@ def draw_predictions(
         if with_names:
             name = drawable(classes[label - 1])
             font, text = font_for(name, height), name + ("" if scores is None else f" {scores[index]:.2f}")
-            canvas.rectangle(canvas.textbbox((x1, y1), text, font=font), fill=color(label))
-            canvas.text((x1, y1), text, fill="black", font=font)
+            _, _, right, low = canvas.textbbox((0, 0), text, font=font)
+            corner = max(0, min(x1, drawing.width - right)), max(0, min(y1, drawing.height - low))  # all of it is seen
+            canvas.rectangle(canvas.textbbox(corner, text, font=font), fill=color(label))
+            canvas.text(corner, text, fill="black", font=font)
     return np.asarray(drawing)
+
+
+def _letter_height(image: Pixels) -> float:
+    """Height of letters that can be read where the whole image is seen, in pixels."""
+    return max(9.0, float(min(image.shape[:2])) / 40)
+
+
+def with_legend(image: Pixels, legend: Mapping[str, int]) -> Pixels:
+    """The image above a white strip of the same width with the classes' colors and names.
+
+    Args:
+        image: (H, W, 3) uint8.
+        legend: Class name -> label, which determines the color; without any the image is returned as it is.
+    """
+    if not legend:
+        return image
+    size, width = _letter_height(image), image.shape[1]
+    names = [(drawable(name), label) for name, label in legend.items()]
+    placed, x, y = [], 0.6 * size, 0.5 * size
+    for name, label in names:
+        needed = 1.4 * size + font_for(name, size).getlength(name)
+        if x > size and x + needed > width:
+            x, y = 0.6 * size, y + 1.5 * size
+        placed.append((name, label, x, y))
+        x += needed + size
+    strip = Image.new("RGB", (width, round(y + 1.8 * size)), "white")
+    canvas = ImageDraw.Draw(strip)
+    for name, label, x, y in placed:
+        canvas.rectangle((x, y, x + size, y + size), fill=color(label))
+        canvas.text((x + 1.4 * size, y + size / 2), name, fill="black", font=font_for(name, size), anchor="lm")
+    return np.concatenate([image, np.asarray(strip)])
 
 
 def _draw_mask(image: Pixels, mask: npt.NDArray[Any], classes: Sequence[str], opacity: float) -> Pixels:
     palette = np.array([color(label) for label in range(256)], dtype=np.float32)
-    shown = np.array([name != BACKGROUND for name in classes] + [False] * (256 - len(classes)))
+    shown = np.array([not is_background(name) for name in classes] + [False] * (256 - len(classes)))
     labels = mask.astype(np.uint8)
     alpha = opacity * shown[labels][..., None]
     blended = (1 - alpha) * image + alpha * palette[labels]
@@ -203,7 +240,7 @@ def embed_mask(mask: npt.NDArray[Any], classes: Sequence[str]) -> str:
     drawing = Image.fromarray(mask.astype(np.uint8), mode="P")
     drawing = drawing.resize((max(1, round(width * scale)), max(1, round(height * scale))), Image.Resampling.NEAREST)
     drawing.putpalette([channel for label in range(256) for channel in color(label)])
-    alphas = bytes(0 if name == BACKGROUND else 165 for name in classes)
+    alphas = bytes(0 if is_background(name) else 165 for name in classes)
     return _data_uri(drawing, "png", transparency=alphas + bytes(256 - len(classes)))
 
 

@@ -35,7 +35,9 @@ from tiny_recipes import write_recipe
 
 TASKS = ("detection", "segmentation")
 GUIDE = Path(__file__).parents[3] / "docs/guides/export.md"
-FILES = ["README.md", "onnx_model.py", "student.onnx", "student.safetensors"]
+FILES = [
+    "README.md", "onnx_benchmark.py", "onnx_forms.py", "onnx_model.py", "student.onnx", "student.safetensors",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=TASKS)
@@ -243,6 +245,25 @@ def test_the_full_graph_suppresses_boxes_itself(
     np.testing.assert_allclose(found["scores"], expected["scores"].numpy(), atol=1e-5)
     ours, theirs = (sorted(boxes.round(1).tolist()) for boxes in (expected["boxes"].numpy(), found["boxes"]))
     np.testing.assert_allclose(theirs, ours, atol=0.11)  # sorted, since some scores are equal
+
+
+@pytest.mark.slow
+def test_an_int8_file_comes_with_its_metric_or_not_at_all(run: Run, tmp_path: Path) -> None:
+    figures = export(run, out=tmp_path / "small", int8=True, max_drop=100.0)
+    assert sorted(file.name for file in figures.folder.iterdir()) == sorted([*FILES, "student.int8.onnx"])
+    before, after = figures.measured[-2:]
+    assert (before.runtime, after.runtime) == ("onnxruntime", "onnxruntime int8")
+    assert figures.quantized is not None
+    assert figures.quantized.before == before.scores[figures.metric]
+    assert figures.quantized.after == after.scores[figures.metric]
+    assert "INT8: " in str(figures)
+    assert "| student | onnxruntime int8 | " in (figures.folder / "README.md").read_text()
+    sizes = [(figures.folder / name).stat().st_size for name in ("student.onnx", "student.int8.onnx")]
+    assert sizes[1] < 0.7 * sizes[0]
+    # No file can be better than the float one by 101 points.
+    with pytest.raises(AcamkdError, match=r"INT8 loses .* nodes in float \(allowed: -101\): nothing was written"):
+        export(run, out=tmp_path / "none", int8=True, max_drop=-101.0)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["small"]
 
 
 @pytest.mark.parametrize("run", ["segmentation"], indirect=True)

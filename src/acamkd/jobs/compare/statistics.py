@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from scipy import stats
 
+from acamkd.engine.evidence import SEEDS_NEEDED, Verdict, verdict_over_seeds
 from acamkd.jobs.compare.trials import NONE, setting_means
 from acamkd.mask_health import mask_statistic
 
 Trials: TypeAlias = Sequence[Mapping[str, Any]]
 """Contents of finished trials."""
 
-Verdict: TypeAlias = Literal["gain", "no evidence", "harm", "too few seeds"]
-
-LEVEL = 0.05
-SEEDS_NEEDED = 3
 RESAMPLES = 9999
 
 
@@ -168,7 +165,7 @@ def summarize(trials: Trials) -> list[Row]:
                 gain=gain,
                 p_corrected=corrected.get(method),
                 over_best_other=paired(values, scores[best_other], best_other) if best_other else None,
-                verdict=_verdict(gain, corrected.get(method)) if gain else None,
+                verdict=verdict_over_seeds(gain.n, corrected.get(method), gain.low, gain.high) if gain else None,
                 minutes=float(np.median([trial["wall_time"] for trial in trials if trial["method"] == method])) / 60,
             )
         )
@@ -192,16 +189,6 @@ def on_test(trials: Trials, *, best_epoch: bool = False) -> list[dict[str, Any]]
 def _family(method: str, losses: Sequence[Mapping[str, Any]]) -> set[str]:
     """Key that is equal for variants of one method, by class or by a name such as `acam-shuffled`."""
     return {method.partition("-")[0], *(loss["name"] for loss in losses)} if losses else set()
-
-
-def _verdict(gain: Paired, p: float | None) -> Verdict:
-    if gain.n < SEEDS_NEEDED or p is None or gain.low is None or gain.high is None:
-        return "too few seeds"
-    if p < LEVEL and gain.low > 0:
-        return "gain"
-    if p < LEVEL and gain.high < 0:
-        return "harm"
-    return "no evidence"
 
 
 def tuned(trials: Trials) -> Tuning | None:

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -18,19 +18,22 @@ import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from acamkd import __version__, config, data
 from acamkd.data import ImageDataset
 from acamkd.engine.cost import Cost, cost, median_milliseconds, threads
+from acamkd.engine.mask_history import spread
 from acamkd.engine.metrics import METRICS, score, scorer_of
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import RECIPE, Run, as_run
 from acamkd.errors import AcamkdError
 from acamkd.files import check_writable
-from acamkd.jobs.export import onnx_model
+from acamkd.jobs.export import onnx_benchmark, onnx_forms, onnx_model
 from acamkd.jobs.export.card import write_card
 from acamkd.jobs.export.graph import DetectionsGraph, Graph, build_graph, write_graph
-from acamkd.jobs.export.onnx_model import OnnxModel
+from acamkd.jobs.export.onnx_model import OnnxModel, Pixels
+from acamkd.jobs.export.quantize import CALIBRATION_IMAGES, Quantized, quantize
 from acamkd.models.base import TaskModel
 
 log = logging.getLogger(__name__)
@@ -53,7 +56,7 @@ class Measured:
 
     Attributes:
         network: `teacher` or `student`.
-        runtime: `PyTorch` or `onnxruntime`.
+        runtime: `PyTorch`, `onnxruntime` or `onnxruntime int8`.
         scores: Every metric on the validation images, in percent.
         cost: Cost of one prediction; None if a teacher's weights are missing.
     """
@@ -73,9 +76,10 @@ class Export(Printable):
         metric: Name of the deciding metric.
         difference: Largest difference between an output of onnxruntime and of PyTorch.
         relative_difference: This difference as a share of the output's largest value.
-        measured: The teacher, if there is one, and the exported network in both runtimes.
+        measured: The teacher, if there is one, the exported network in both runtimes, and its INT8 file if asked for.
         threads: Number of CPU threads in the time measurements.
         images: Number of validation images.
+        quantized: How the INT8 file was made; None without one.
     """
 
     folder: Path
@@ -85,6 +89,7 @@ class Export(Printable):
     measured: tuple[Measured, ...]
     threads: int
     images: int
+    quantized: Quantized | None = None
 
     def __rich__(self) -> RenderableType:
         table = Table("network", "runtime", self.metric, "ms", "parameters", "GFLOPs")
@@ -96,7 +101,7 @@ class Export(Printable):
             f"largest difference of the outputs {self.difference:.1e}, {self.relative_difference:.1e} of their largest "
             f"value; times on {self.threads} CPU thread{'s' if self.threads > 1 else ''}"
         )
-        return Group(table, Text(words))
+        return Group(table, Text(words), *([Text(str(self.quantized))] if self.quantized else []))
 
 
 def export(
@@ -106,12 +111,14 @@ def export(
     out: Path | str | None = None,
     overwrite: bool = False,
     with_nms: bool = False,
+    int8: bool = False,
+    max_drop: float = 1.0,
     license: str | None = None,
 ) -> Export:
     """Export a run's network; the folder appears once every check has passed.
 
     The folder holds the weights (`student.safetensors`), `student.onnx`, and a model card, `README.md`. Its
-    `onnx_model.py` runs the ONNX file without acamkd.
+    `onnx_model.py` runs the ONNX file without acamkd, and its `onnx_benchmark.py` measures it.
 
     Args:
         run: A run with weights, or its folder.
@@ -120,11 +127,13 @@ def export(
         overwrite: Replace the export that the folder holds.
         with_nms: Detection: put everything up to the non-maximum suppression into the graph, for single images of
             the recipe's size. Faster R-CNN has no other export.
+        int8: Also write `student.int8.onnx`, quantized with images of the training split.
+        max_drop: Points of the metric that the INT8 file may lose.
         license: License of the weights for the model card, by the Hub's name (`apache-2.0`).
 
     Raises:
         AcamkdError: A package or the data is missing, the network cannot be exported, or the file gives other outputs
-            or another score than PyTorch.
+            or another score than PyTorch, or the INT8 file loses more than `max_drop`.
     """
     require("onnx", "onnxruntime", *([] if with_nms else ["onnxscript"]))
     run = as_run(run, overrides)
@@ -142,9 +151,15 @@ def export(
         exported = OnnxModel(file, threads=threads())
         difference, relative = _compare_outputs(graph, exported, images)
         measured = _measure(run, model, exported, images)
-        figures = Export(out, METRICS[recipe.task], difference, relative, measured, threads(), len(images))
+        quantized = None
+        if int8:
+            small = folder / f"{run.role}.int8.onnx"
+            quantized = _quantize(run, file, small, images, measured[-1].scores, max_drop)
+            measured += (_measure_int8(run, small, images, measured[-1]),)
+        figures = Export(out, METRICS[recipe.task], difference, relative, measured, threads(), len(images), quantized)
         shutil.copyfile(run.weights, folder / run.weights.name)
-        shutil.copyfile(onnx_model.__file__, folder / "onnx_model.py")
+        for module in (onnx_model, onnx_forms, onnx_benchmark):
+            shutil.copy(str(module.__file__), folder)
         write_card(folder / CARD, run, model, exported, figures, license)
     log.info("%s holds %s", out, ", ".join(sorted(each.name for each in out.iterdir())))
     return figures
@@ -235,7 +250,7 @@ def _measure(run: Run, model: TaskModel, exported: OnnxModel, images: ImageDatas
             "nothing was written"
         )
     image = images[0][0]
-    array = image.permute(1, 2, 0).numpy()
+    array = _pixels(image)
     spent = cost(model, image)
     by_onnxruntime = replace(spent, milliseconds=median_milliseconds(lambda: exported.predict(array)))
     return (
@@ -268,17 +283,51 @@ def _is_as_trained(run: Run, images: ImageDataset) -> bool:
     return bool(trained == run.recipe.data.resize and images.fingerprint() == run.metrics["data"]["val"])
 
 
+def _quantize(
+    run: Run, file: Path, out: Path, images: ImageDataset, before: Mapping[str, float], max_drop: float
+) -> Quantized:
+    """Write the INT8 file, calibrated on images of the training split."""
+    recipe, metric = run.recipe, METRICS[run.recipe.task]
+    training = data.build(recipe.data, recipe.task, "train", seed=recipe.train.seed, augment=False)
+    shown = [_pixels(training[index][0]) for index in spread(len(training), CALIBRATION_IMAGES)]
+
+    def score_of(trial: Path) -> float:
+        return _score_file(run, OnnxModel(trial, threads=threads()), images)[metric]
+
+    return quantize(file, out, shown, score_of, before=before[metric], max_drop=max_drop)
+
+
+def _measure_int8(run: Run, file: Path, images: ImageDataset, float_file: Measured) -> Measured:
+    exported, array = OnnxModel(file, threads=threads()), _pixels(images[0][0])
+    assert float_file.cost is not None
+    exported.predict(array)
+    spent = replace(float_file.cost, milliseconds=median_milliseconds(lambda: exported.predict(array)))
+    return Measured(run.role, "onnxruntime int8", _score_file(run, exported, images), spent)
+
+
 def _score(
     run: Run, model: TaskModel, exported: OnnxModel, images: ImageDataset
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Every metric in PyTorch and in onnxruntime, image by image, since padding in a batch would change results."""
-    ours, theirs = scorer_of(run.recipe, images.classes), scorer_of(run.recipe, images.classes)
-    for index in range(len(images)):
-        image, target = images[index]
+    ours = scorer_of(run.recipe, images.classes)
+    for image, target in (images[index] for index in range(len(images))):
         ours.update(model.predict([image]), [target])
-        found = exported.predict(image.permute(1, 2, 0).numpy())
-        theirs.update([{name: torch.from_numpy(values) for name, values in found.items()}], [target])
-    return ours.compute(), theirs.compute()
+    return ours.compute(), _score_file(run, exported, images)
+
+
+def _score_file(run: Run, exported: OnnxModel, images: ImageDataset) -> dict[str, float]:
+    """Every metric of an exported file."""
+    scorer = scorer_of(run.recipe, images.classes)
+    for image, target in (images[index] for index in range(len(images))):
+        found = exported.predict(_pixels(image))
+        scorer.update([{name: torch.from_numpy(values) for name, values in found.items()}], [target])
+    return scorer.compute()
+
+
+def _pixels(image: Tensor) -> Pixels:
+    """(3, H, W) uint8 as (H, W, 3)."""
+    pixels: Pixels = image.permute(1, 2, 0).numpy()
+    return pixels
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

@@ -1,4 +1,4 @@
-"""Run a network that `acamkd export` wrote, with onnxruntime, NumPy and Pillow alone.
+"""Run a network that `acamkd export` wrote, with onnxruntime and NumPy alone; files of images need Pillow.
 
 This file does not need acamkd. Every export contains a copy of it:
 
@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 try:
-    from acamkd.errors import AcamkdError
+    from acamkd.errors import AcamkdError as AcamkdError
 except ImportError:  # beside an exported network, without acamkd
     AcamkdError = ValueError  # type: ignore[assignment,misc]
 
@@ -39,53 +42,31 @@ METADATA = ("acamkd_version", "task", "classes", "resize", "mean", "nms")
 """Metadata entries that the export writes, each as JSON."""
 
 
-class OnnxModel:
-    """An exported network that predicts on images.
+class ExportedModel(ABC):
+    """An exported network that predicts on images, in any runtime.
 
     The graph takes `pixels` (N, 3, H, W), RGB in [0, 1], and normalizes them itself. A segmenter gives `logits`
     (N, K, H, W). A dense detector gives `scores` (N, A, K + 1), with the background in column 0, `boxes` (N, A, 4) as
-    x1 y1 x2 y2 in
-    pixels of the padded input, and `levels` (A,), each anchor's pyramid level. A detector exported
-    with its non-maximum suppression takes one image and gives its `boxes` (K, 4), `scores` (K,) and `labels` (K,).
+    x1 y1 x2 y2 in pixels of the padded input, and `levels` (A,), each anchor's pyramid level. A detector exported with
+    its non-maximum suppression takes one image and gives its `boxes` (K, 4), `scores` (K,) and `labels` (K,).
 
     Args:
-        file: The ONNX file.
-        threads: Threads of onnxruntime; 0 = one per core.
-
-    Attributes:
-        session: The session of onnxruntime.
-        task: `detection` or `segmentation`.
-        classes: Class names. A mask holds their indices; a box with label k has the class `classes[k - 1]`.
         metadata: Entries that the export wrote into the file; acamkd's guide to exports lists them.
 
-    Raises:
-        AcamkdError: The file cannot be read or was not written by `acamkd export`, or onnxruntime is missing. Without
-            acamkd it is a ValueError.
+    Attributes:
+        metadata: These entries.
+        task: `detection` or `segmentation`.
+        classes: Class names. A mask holds their indices; a box with label k has the class `classes[k - 1]`.
     """
 
-    def __init__(self, file: Path | str, *, threads: int = 0) -> None:
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise AcamkdError("ONNX files need onnxruntime: pip install onnxruntime") from error
-        if not Path(file).is_file():
-            raise AcamkdError(f"{file}: there is no such file")
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        try:
-            self.session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime has a separate exception class for each kind of damage
-            raise AcamkdError(f"{file}: onnxruntime cannot read it: {error}") from error
-        found = self.session.get_modelmeta().custom_metadata_map
-        try:
-            # Other tools, such as onnxruntime's quantization, add their own entries.
-            self.metadata: dict[str, Any] = {name: json.loads(found[name]) for name in METADATA}
-        except (KeyError, ValueError) as error:
-            raise AcamkdError(
-                f"{file} was not written by acamkd export: it lacks the metadata on its input and output"
-            ) from error
-        self.task: str = self.metadata["task"]
-        self.classes: tuple[str, ...] = tuple(self.metadata["classes"])
+    def __init__(self, metadata: Mapping[str, Any]) -> None:
+        self.metadata = metadata
+        self.task: str = metadata["task"]
+        self.classes: tuple[str, ...] = tuple(metadata["classes"])
+
+    @abstractmethod
+    def run(self, pixels: Floats) -> dict[str, npt.NDArray[Any]]:
+        """The graph's outputs by name."""
 
     def predict(self, image: Pixels) -> Prediction:
         """Predictions of one image, (H, W, 3) uint8 RGB."""
@@ -107,13 +88,12 @@ class OnnxModel:
         frame[0, :, :height, :width] = pixels
         return frame, size
 
-    def run(self, pixels: Floats) -> dict[str, npt.NDArray[Any]]:
-        """The graph's outputs by name."""
-        names = [output.name for output in self.session.get_outputs()]
-        return dict(zip(names, self.session.run(names, {"pixels": pixels}), strict=True))
-
     def decode(
-        self, outputs: Mapping[str, npt.NDArray[Any]], size: tuple[int, int], original: tuple[int, int]
+        self,
+        outputs: Mapping[str, npt.NDArray[Any]],
+        size: tuple[int, int],
+        original: tuple[int, int],
+        index: int = 0,
     ) -> Prediction:
         """Turn the outputs for one image into predictions.
 
@@ -121,15 +101,66 @@ class OnnxModel:
             outputs: What `run` returned.
             size: (height, width) of the image within the padded input.
             original: (height, width) of the original image.
+            index: Which image of the batch.
         """
         if self.task == "segmentation":
-            logits = outputs["logits"][0, :, : size[0], : size[1]]
+            logits = outputs["logits"][index, :, : size[0], : size[1]]
             return {"mask": resize(logits, original).argmax(axis=0)}
         found = dict(outputs)
         if (settings := self.metadata["nms"]) is not None:
-            found = detections(outputs["scores"][0], outputs["boxes"][0], outputs["levels"], size, settings)
+            found = detections(outputs["scores"][index], outputs["boxes"][index], outputs["levels"], size, settings)
         scale = np.array([original[1] / size[1], original[0] / size[0]], np.float32)
         return {**found, "boxes": found["boxes"] * np.tile(scale, 2)}
+
+
+class OnnxModel(ExportedModel):
+    """An exported network in onnxruntime.
+
+    Args:
+        file: The ONNX file.
+        threads: Threads of onnxruntime; 0 = one per core.
+        provider: onnxruntime's execution provider.
+
+    Attributes:
+        session: The session of onnxruntime.
+
+    Raises:
+        AcamkdError: The file cannot be read or was not written by `acamkd export`, or onnxruntime or its provider is
+            missing. Without acamkd it is a ValueError.
+    """
+
+    def __init__(self, file: Path | str, *, threads: int = 0, provider: str = "CPUExecutionProvider") -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise AcamkdError("ONNX files need onnxruntime: pip install onnxruntime") from error
+        if not Path(file).is_file():
+            raise AcamkdError(f"{file}: there is no such file")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        try:
+            self.session = onnxruntime.InferenceSession(file, options, providers=[provider])
+        except Exception as error:  # onnxruntime has a separate exception class for each kind of damage
+            raise AcamkdError(f"{file}: onnxruntime cannot read it: {error}") from error
+        if provider not in self.session.get_providers():  # onnxruntime would silently use the processor
+            raise AcamkdError(f"onnxruntime has no {provider} on this machine")
+        super().__init__(read_metadata(self.session.get_modelmeta().custom_metadata_map, file))
+
+    def run(self, pixels: Floats) -> dict[str, npt.NDArray[Any]]:
+        """The graph's outputs by name."""
+        names = [output.name for output in self.session.get_outputs()]
+        return dict(zip(names, self.session.run(names, {"pixels": pixels}), strict=True))
+
+
+def read_metadata(found: Mapping[str, str], file: Path | str) -> dict[str, Any]:
+    """What the export wrote into a file; raises AcamkdError if there is nothing."""
+    try:
+        # Other tools, such as onnxruntime's quantization, add their own entries.
+        return {name: json.loads(found[name]) for name in METADATA}
+    except (KeyError, ValueError) as error:
+        raise AcamkdError(
+            f"{file} was not written by acamkd export: it lacks the metadata on its input and output"
+        ) from error
 
 
 def detections(
@@ -220,20 +251,17 @@ def resize_smoothly(maps: Floats, size: tuple[int, int]) -> Floats:
     """Bilinear resizing with antialiasing, (C, H, W) -> (C, *size): torch's with `antialias=True`."""
     if maps.shape[1:] == size:
         return maps
+    from PIL import Image
+
     channels = (Image.fromarray(each).resize(size[::-1], Image.Resampling.BILINEAR) for each in maps)
     return np.stack([np.asarray(each) for each in channels])
 
 
 TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""EXIF orientation -> transposition that makes the image upright; the same as in acamkd.data.image_io for training."""
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+    8: "ROTATE_90",
+}  # fmt: skip
+"""EXIF orientation -> Pillow's transposition that makes the image upright; as acamkd.data.image_io does in training."""
 
 
 def _orientation(image: Image.Image) -> Any:
@@ -247,11 +275,15 @@ def _orientation(image: Image.Image) -> Any:
 def read_image(file: Path | str) -> Pixels:
     """Decode an image of any 8-bit mode, rotated as its EXIF orientation says; raises AcamkdError if it cannot be."""
     try:
+        from PIL import Image
+    except ImportError as error:
+        raise AcamkdError("files of images need Pillow: pip install pillow") from error
+    try:
         with Image.open(file) as image:
             if image.mode[0] in "IF":  # Pillow would silently clip them to white
                 raise ValueError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
             image.load()
             turn = TURNS.get(_orientation(image))
-            return np.array((image if turn is None else image.transpose(turn)).convert("RGB"))
+            return np.array((image if turn is None else image.transpose(Image.Transpose[turn])).convert("RGB"))
     except Exception as error:  # decoding a damaged file may raise any error
         raise AcamkdError(f"{file}: the image cannot be read: {error}") from error

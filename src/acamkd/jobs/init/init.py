@@ -149,8 +149,9 @@ def init(
         )
     if not more:
         warnings.append(NOTHING_UNLABELED)
+    plural = "es" if len(own_classes) != 1 else ""
     said = (
-        f"{root}: {layout.format}, since {layout.reason}; {task}; {len(own_classes)} classes; "
+        f"{root}: {layout.format}, since {layout.reason}; {task}; {len(own_classes)} class{plural}; "
         f"{', '.join(f'{each.images} {name}' for name, each in counted.items())} images"
     )
     return Proposal(file, said, tuple(warnings), measured)
