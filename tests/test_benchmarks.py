@@ -86,6 +86,37 @@ def test_ratios_are_of_medians_within_a_round_and_of_the_fastest() -> None:
     assert harness["ratios"](these, those) == {"ratio": 1.5, "cpu_ratio": 1.5, "fastest_ratio": 1.0}
 
 
+def test_a_report_split_shares_no_photo_and_no_neighbor_with_training() -> None:
+    module = runpy.run_path(str(ROOT / "studies/generality/prepare.py"))
+    names = [f"photo{photo}_scaled_{crop}" for photo in range(100) for crop in range(2)]
+    found = module["split"](names, module["SOURCES"]["facade11"])
+    assert sorted(found["report"] + found["train"]) == sorted(names)
+    assert 40 <= len(found["report"]) < 40 + 16
+    blocks = {split: {int(name[5:].split("_")[0]) // 8 for name in found[split]} for split in ("report", "train")}
+    assert not blocks["report"] & blocks["train"]
+    assert (len(found["few"]), sorted(found["few"] + found["rest"])) == (
+        -(-len(found["train"]) // 8),
+        sorted(found["train"]),
+    )
+    drives = module["split"](["0006R0_1", "0016E5_2", "0016E5_10"], module["SOURCES"]["camvid"])
+    assert (drives["report"], drives["train"]) == (["0006R0_1"], ["0016E5_2", "0016E5_10"])
+
+
+def test_the_generality_study_searches_every_method_alike() -> None:
+    module = runpy.run_path(str(ROOT / "studies/generality/study.py"))
+    item = module["Item"]
+    search = item("voc07mini", "search", ("pkd", "acam-paper")).trials()
+    assert [(trial.name, trial.recipe.losses[0].gradient_ratio) for trial in search] == [
+        (f"{method}-{ratio:g}-seed1000", ratio) for method in ("pkd", "acam-paper") for ratio in (0.5, 2, 8)
+    ]
+    none, at_eight = item("voc07mini", "few", ("pkd-8",)).trials()
+    assert (none.recipe.losses, at_eight.recipe.losses[0].name, at_eight.key) == ((), "pkd", search[2].key)
+    assert none.recipe.data.test is not None
+    own, everything = (item("camvid", regime, ("acam",)).trials()[1].recipe for regime in ("own", "all"))
+    assert (own.name, own.data.unlabelled is None) == ("generality-camvid-own", False)
+    assert (str(everything.data.train.images), everything.data.unlabelled) == ("images/train", None)
+
+
 def test_halving_keeps_few_labels(tmp_path: Path) -> None:
     source, half = tmp_path / "source", tmp_path / "half"
     for folder in ("images/train", "masks/train", "annotations"):

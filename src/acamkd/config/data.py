@@ -121,7 +121,7 @@ class Data(Section):
     train: Split = Split(name="train")
     val: Split = Split(name="val")
     test: Split | None = None
-    """Images that no training and no choice sees: `evaluate --split test` scores on them, and so does `run`."""
+    """Images that no training and no choice sees: `run`, `compare` and `evaluate --split test` score on them."""
     classes: tuple[str, ...] | None = None
     """Class names in the order of their ids. Needed for masks; the other formats bring their own."""
     ignore_index: Annotated[int, Field(ge=0, le=255)] = 255

@@ -223,6 +223,21 @@ class Run(Printable):
         assert section is not None
         return self._build(section.model_copy(update={"weights": str(self.weights)}))
 
+    def load_last(self) -> TaskModel:
+        """Build the trained network with the weights of the last checkpoint, in eval mode.
+
+        Raises:
+            AcamkdError: There is no checkpoint, or it cannot be read.
+        """
+        from acamkd.models.weight_files import read_file
+
+        if not self.checkpoint.is_file():
+            raise AcamkdError(f"{self.folder} has no {CHECKPOINT}, which holds the weights of the last epoch")
+        model, prefix = self.load(), "distiller.student.net."  # as in engine.module's TrainingModule
+        state = read_file(self.checkpoint)["state_dict"]
+        model.net.load_state_dict({key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)})
+        return model
+
     def load_teacher(self) -> TaskModel:
         """Build the teacher of a distilled student, in eval mode; raises AcamkdError if its weights do not load."""
         assert self.recipe.teacher is not None

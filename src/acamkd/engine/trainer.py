@@ -60,6 +60,8 @@ class Recorder(Callback):
         self.best_epoch = 0
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
+        self.cpu_seconds = 0.0
+        """Of this process alone, without those that load images."""
         self.step = 0
         self.sums: dict[str, list[float]] = {}
         """By name, the sum over the epoch's images so far, and their number."""
@@ -67,7 +69,7 @@ class Recorder(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs, with the sums of every process; all processes must call this."""
-        names = ("best", "best_epoch", "history", "seconds", "step")
+        names = ("best", "best_epoch", "history", "seconds", "cpu_seconds", "step")
         return {name: getattr(self, name) for name in names} | {"sums": gathered(self.sums)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -76,8 +78,9 @@ class Recorder(Callback):
             setattr(self, name, (own_part(value) or {}) if name == "sums" else value)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock and the step log; a resumed run continues both from its checkpoint."""
+        """Start the clocks and the step log; a resumed run continues them from its checkpoint."""
         self._started = time.monotonic() - self.seconds
+        self._cpu_started = time.process_time() - self.cpu_seconds
         for row in self._steps:
             if int(row["step"]) < self.step:
                 trainer.loggers[0].log_metrics({k: v for k, v in row.items() if v}, int(row["step"]))  # type: ignore[misc]
@@ -100,12 +103,12 @@ class Recorder(Callback):
             row = {f"{name}_step": value for name, value in values.items()}
             trainer.loggers[0].log_metrics({"epoch": trainer.current_epoch, **row}, self.step)
         self.step = trainer.global_step
-        self.seconds = time.monotonic() - self._started
+        self._read_clocks()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the best network and write one row; a validation that is due has run by now."""
         assert isinstance(pl_module, TrainingModule)
-        self.seconds = time.monotonic() - self._started
+        self._read_clocks()
         epoch, scores, pl_module.scores = trainer.current_epoch + 1, pl_module.scores, {}
         losses = _means(gathered(self.sums))
         if scores and math.isnan(scores[self.metric]):
@@ -124,6 +127,10 @@ class Recorder(Callback):
         if trainer.is_global_zero:
             self._write_history()
             self._say(epoch, trainer.max_epochs or epoch, losses, scores)
+
+    def _read_clocks(self) -> None:
+        self.seconds = time.monotonic() - self._started
+        self.cpu_seconds = time.process_time() - self._cpu_started
 
     def _write_history(self) -> None:
         columns = list(dict.fromkeys(name for row in self.history for name in row))

@@ -30,13 +30,20 @@ class Scores(dict[str, float], Printable):
         return table
 
 
-def evaluate(run: Run | Path | str, *, overrides: Sequence[str] = (), split: Literal["val", "test"] = "val") -> Scores:
-    """Score a run's best network on its recipe's validation or test images.
+def evaluate(
+    run: Run | Path | str,
+    *,
+    overrides: Sequence[str] = (),
+    split: Literal["val", "test"] = "val",
+    epoch: Literal["best", "last"] = "best",
+) -> Scores:
+    """Score a run's network on its recipe's validation or test images.
 
     Args:
         run: The run, or its folder.
         overrides: `key=value` assignments that change its recipe, such as `data.root=FOLDER`.
         split: `val`, or the recipe's `data.test`.
+        epoch: The epoch with the best score on the validation images, or the last one, from the run's checkpoint.
 
     Raises:
         AcamkdError: The run's weights or images are missing or do not fit, or the recipe has no `data.test`.
@@ -51,7 +58,7 @@ def evaluate(run: Run | Path | str, *, overrides: Sequence[str] = (), split: Lit
     images = data.build(source, recipe.task, "val", seed=recipe.train.seed, augment=False)
     for warning in data.check(images, recipe.data.check):
         log.warning("%s", warning)
-    model = run.load().to(device_of(recipe.train))
+    model = (run.load() if epoch == "best" else run.load_last()).to(device_of(recipe.train))
     batches = data.loader(images, recipe.train.batch_size, recipe.data.workers, shuffle=False, seed=0)
     with data.reading(batches):
         return Scores(score(model, batches, scorer_of(recipe, images.classes)))

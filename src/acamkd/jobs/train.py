@@ -230,6 +230,7 @@ def _fit(
             **taught_by,
             "parameters": count_parameters(distiller.student.net),
             "seconds": round(recorder.seconds, 1),
+            "cpu_seconds": round(recorder.cpu_seconds, 1),
             "seed": recipe.train.seed,
             "data": batches.fingerprint,
             "device": str(trainer.strategy.root_device),  # the network is back on the CPU

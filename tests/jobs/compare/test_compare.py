@@ -231,6 +231,26 @@ def test_a_comparison_of_several_devices_does_not_train_its_teacher(
     assert refused == ("with several devices a comparison cannot train it" in str(caught.value))
 
 
+def test_a_trial_is_scored_on_test_images_too_but_not_in_a_search(recipe: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    loaded = config.load(recipe, ["train.epochs=2"])
+    tested = loaded.model_copy(update={"data": loaded.data.model_copy(update={"test": loaded.data.val})})
+    trials = plan(tested, ["acam"], 1, results)
+    assert [trial.key for trial in trials] == [trial.key for trial in plan(loaded, ["acam"], 1, results)]
+    run_trial(trials, 0, results)
+    content = json.loads((results / "none-seed0.json").read_text())
+    assert content["test"] == pytest.approx(content["final"], abs=1e-3)
+    assert content["test_of_best_epoch"] == pytest.approx(max(content["history"]), abs=1e-3)
+    assert content["cpu_time"] > 0
+    tabulate(tested, ["acam"], 1, results)
+    assert "## Test images" in (results / "comparison.md").read_text()
+
+    search = {"compare": config.Comparison(tune=config.Search(option="weight", values=(1.0, 2.0)))}
+    tuning = plan(tested.model_copy(update=search), ["acam"], 1, results)
+    run_trial(tuning, 0, results)
+    assert json.loads((results / f"{tuning[0].name}.json").read_text())["test"] is None
+
+
 def test_a_trial_is_one_small_file_and_is_not_run_again(
     recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from acamkd.jobs.compare.statistics import Row, holm, paired, summarize
+from acamkd.jobs.compare.statistics import Row, holm, on_test, paired, summarize
 from acamkd.jobs.compare.tables import markdown
 
 
@@ -53,6 +53,22 @@ def test_holm() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.9, 0.8]) == pytest.approx([1.0, 1.0])
     assert holm([]) == []
+
+
+def test_test_images_have_a_table_of_their_own() -> None:
+    trials = [
+        trial(method, seed, 50.0, losses, test={"mIoU": 30.0 + gain + seed}, test_of_best_epoch=31.0 + seed)
+        for method, losses, gain in (("none", (), 0.0), ("acam", ("acam",), 2.0))
+        for seed in range(2)
+    ]
+    last, best = ({row.method: row for row in summarize(on_test(trials, best_epoch=x))} for x in (False, True))
+    assert (last["none"].mean, last["acam"].mean, best["acam"].mean) == (30.5, 32.5, 31.5)
+    assert last["acam"].gain is not None
+    assert (last["acam"].gain.mean, last["acam"].gain.n) == (2.0, 2)
+    assert "| `acam` | 2 | 32.50 ± 0.71 | +2.00 [+2.00, +2.00] |" in markdown(summarize(trials), trials)
+    untested = [trial("none", 0, 50.0), trial("acam", 0, 51.0, ("acam",), test={}, test_of_best_epoch=None)]
+    assert on_test(untested) == []
+    assert "## Test images" not in markdown(summarize(untested), untested)
 
 
 def test_verdicts() -> None:

@@ -38,7 +38,8 @@ def trial(**changes: Any) -> dict[str, Any]:
         "teacher": {"sha256": "1" * 64, "mIoU": None}, "metric": "mIoU",
         "history": [None, 41.5, None, math.nan, 1 / 3],
         "final": {"mIoU": 1 / 3, 'IoU/sky, "clear"': 0.0, "IoU/pole\nor post": None, "IoU/a/b=c; d": math.nan},
-        "masks": {}, "wall_time": 314.3, "versions": {"torch": "2.10"}, "processes": 1,
+        "masks": {}, "wall_time": 314.3, "versions": {"torch": "2.10"}, "processes": 1, "cpu_time": 99.5,
+        "test": {"mIoU": 1 / 7, "IoU/a, b": None}, "test_of_best_epoch": 0.25,
         "machine": "x86_64, AVX2, 1 thread", **changes,
     }  # fmt: skip
 
@@ -53,7 +54,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         "acam-seed3": trial(masks=MASKS),
         "none-seed0": trial(
             method="none", setting=None, option=None, inherited=None, teacher=None, losses=[], processes=None,
-            data={"train": "a", "val": "b"}, history=[7, 8], final={"mIoU": 8}, machine="",
+            data={"train": "a", "val": "b"}, history=[7, 8], final={"mIoU": 8}, machine="", test=None,
+            test_of_best_epoch=None,
         ),
     }  # fmt: skip
     file = tmp_path / "trials.csv"
@@ -62,9 +64,11 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert list(found) == ["acam-seed3", "none-seed0"]
     acam, none = found.values()
     for key in ("setting", "option", "seed", "losses", "data", "teacher", "metric", "history", "final", "wall_time",
-                "versions", "processes", "machine", "inherited", "recipe"):  # fmt: skip
+                "versions", "processes", "machine", "inherited", "recipe", "test",
+                "test_of_best_epoch", "cpu_time"):  # fmt: skip
         assert same(acam[key], awkward["acam-seed3"][key]), key
     assert (none["setting"], none["option"], none["teacher"], none["inherited"]) == (None, None, None, None)
+    assert (none["test"], none["test_of_best_epoch"]) == ({}, None)
     assert (none["losses"], none["masks"], none["history"], none["final"]) == ([], {}, [7, 8], {"mIoU": 8})
     with file.open(newline="") as lines:
         assert [row["trial"] for row in csv.DictReader(lines)] == ["acam-seed3", "none-seed0"]

@@ -172,6 +172,20 @@ def summarize(trials: Trials) -> list[Row]:
     return sorted(rows, key=lambda row: -row.mean)
 
 
+def on_test(trials: Trials, *, best_epoch: bool = False) -> list[dict[str, Any]]:
+    """The trials that were scored on test images, with this score in the place of their curve.
+
+    Args:
+        trials: Finished trials.
+        best_epoch: Take the epoch with the best score on the validation images, not the last one.
+    """
+    return [
+        {**trial, "history": [trial["test_of_best_epoch"] if best_epoch else trial["test"][trial["metric"]]]}
+        for trial in trials
+        if trial.get("test")
+    ]
+
+
 def _family(method: str, losses: Sequence[Mapping[str, Any]]) -> set[str]:
     """Key that is equal for variants of one method, by class or by a name such as `acam-shuffled`."""
     return {method.partition("-")[0], *(loss["name"] for loss in losses)} if losses else set()

@@ -12,7 +12,7 @@ import numpy as np
 from acamkd import config
 from acamkd.engine.runs import write_json, write_text
 from acamkd.jobs.compare.page import write_page
-from acamkd.jobs.compare.statistics import Paired, Row, Trials, final_means, mask_curves, tuned
+from acamkd.jobs.compare.statistics import Paired, Row, Trials, final_means, mask_curves, on_test, summarize, tuned
 from acamkd.jobs.compare.trials import NONE
 from acamkd.mask_health import MASK_STATISTICS
 
@@ -24,7 +24,12 @@ def write(results: Path, recipe: config.Recipe, rows: Sequence[Row], trials: Tri
     metric = trials[0]["metric"]
     write_text(results / "comparison.md", f"# Comparison on {recipe.name}\n\n{markdown(rows, trials, tuning)}")
     search = tuned(tuning)
-    content = {"metric": metric, "rows": [asdict(row) for row in rows], "tuning": search and asdict(search)}
+    content = {
+        "metric": metric,
+        "rows": [asdict(row) for row in rows],
+        "test": [asdict(row) for row in summarize(on_test(trials))],
+        "tuning": search and asdict(search),
+    }
     write_json(results / "comparison.json", content)
     figure(results / "comparison.png", rows, trials, metric)
     write_page(results / "comparison.html", recipe, rows, trials, tuning)
@@ -47,6 +52,7 @@ def markdown(rows: Sequence[Row], trials: Trials, tuning: Trials = ()) -> str:
         "|---|---|---|---|---|---|---|---|---|",
         *(_line(row) for row in rows),
         "",
+        *_test(trials),
         *_tuning(tuning),
         *_classes(rows, trials),
         *_masks(rows, trials),
@@ -55,11 +61,10 @@ def markdown(rows: Sequence[Row], trials: Trials, tuning: Trials = ()) -> str:
 
 
 def _line(row: Row) -> str:
-    spread = f" ± {row.std:.2f}" if row.std is not None else ""
     setting = f"{row.setting:g}" if row.setting is not None else DASH
     best_other = f"{_difference(row.over_best_other)} ({row.over_best_other.other})" if row.over_best_other else DASH
     cells = (
-        f"`{row.method}`", setting, str(row.n), f"{row.mean:.2f}{spread}",
+        f"`{row.method}`", setting, str(row.n), _score(row),
         _difference(row.gain) if row.gain else DASH, row.p_text or DASH, row.verdict or DASH, best_other,
         f"{row.minutes:.1f}",
     )  # fmt: skip
@@ -69,6 +74,33 @@ def _line(row: Row) -> str:
 def _difference(paired: Paired) -> str:
     interval = f" [{paired.low:+.2f}, {paired.high:+.2f}]" if paired.low is not None else ""
     return f"{paired.mean:+.2f}{interval}"
+
+
+def _test(trials: Trials) -> list[str]:
+    """Table of the scores on the test images, of the last epoch and of the one that validated best."""
+    rows = summarize(on_test(trials))
+    if not rows:
+        return []
+    best = {row.method: row for row in summarize(on_test(trials, best_epoch=True))}
+    metric = trials[0]["metric"]
+    lines = [
+        "## Test images", "",
+        "No setting and no epoch was chosen on them, except that the best epoch is that of the validation images.", "",
+        f"| method | n | {metric} | against `{NONE}` | p | verdict | of the best epoch | against `{NONE}` |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row in rows:
+        other = best[row.method]
+        cells = (
+            f"`{row.method}`", str(row.n), _score(row), _difference(row.gain) if row.gain else DASH,
+            row.p_text or DASH, row.verdict or DASH, _score(other), _difference(other.gain) if other.gain else DASH,
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _score(row: Row) -> str:
+    return f"{row.mean:.2f}" + (f" ± {row.std:.2f}" if row.std is not None else "")
 
 
 def _tuning(trials: Trials) -> list[str]:

@@ -76,7 +76,7 @@ class Trial:
         # Without defaults, so that a key added by a later version does not invalidate every trial.
         content = self.recipe.model_dump(mode="json", exclude_defaults=True)
         for section, names in {
-            "data": ("root", "workers", "check", "classes"),
+            "data": ("root", "workers", "check", "classes", "test"),
             "train": ("seed", "accelerator", "devices", "checkpoint_every"),
             "teacher": ("weights",),
         }.items():
@@ -102,6 +102,7 @@ class Trial:
     def run(self, results: Path) -> None:
         """Train or resume, and write the trial's JSON; the run folder stays beside the recipe's other runs."""
         from acamkd.engine.metrics import METRICS
+        from acamkd.jobs.evaluate import evaluate
         from acamkd.jobs.train import distill, train
 
         folder = default_folder(self.recipe, "compare") / f"{self.name}-{self.key}"
@@ -119,6 +120,7 @@ class Trial:
         name = METRICS[self.recipe.task]
         columns = _columns(folder / "history.csv")
         masks = _of_masks(columns)
+        tested = self.recipe.data.test is not None and not self.tuning  # a search never sees these images
         content = {
             "method": self.method,
             "setting": self.setting,
@@ -135,8 +137,11 @@ class Trial:
                 key: values[-1] for key, values in columns.items()
                 if key not in ("epoch", "step", "seconds", *masks) and not key.startswith("loss")
             },
+            "test": evaluate(run, split="test", epoch="last") if tested else None,
+            "test_of_best_epoch": evaluate(run, split="test")[name] if tested else None,
             "masks": {key: columns[key] for key in masks},
             "wall_time": metrics["seconds"],
+            "cpu_time": metrics["cpu_seconds"],
             "versions": metrics["versions"],
             "processes": metrics["processes"],
             "machine": metrics["machine"],

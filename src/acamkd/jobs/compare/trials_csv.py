@@ -32,12 +32,13 @@ TRIAL = "trial"
 """Column with the names of the trials' JSON files, without the suffix."""
 
 TEXTS = ("method", "option", "recipe", "metric", "machine", "inherited")
-NUMBERS = ("setting", "seed", "wall_time", "processes")
-SECTIONS = ("data", "teacher", "final", "versions", "masks")
+NUMBERS = ("setting", "seed", "test_of_best_epoch", "wall_time", "cpu_time", "processes")
+SECTIONS = ("data", "teacher", "final", "test", "versions", "masks")
 """Mappings; each entry has its own column, SECTION/KEY."""
 ORDER = (
-    "method", "setting", "option", "seed", "metric", "epochs", "history", "wall_time", "recipe", "inherited", "data",
-    "teacher", "final", "losses", "masks", "machine", "processes", "versions",
+    "method", "setting", "option", "seed", "metric", "epochs", "history", "wall_time", "cpu_time", "recipe",
+    "inherited", "data", "teacher", "final", "test", "test_of_best_epoch", "losses", "masks", "machine", "processes",
+    "versions",
 )  # fmt: skip
 
 

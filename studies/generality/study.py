@@ -1,0 +1,305 @@
+"""Run the study's trials batch by batch, and go on where it stopped.
+
+    python studies/generality/study.py run RUNS     # RUNS holds data/, weights/ and the run folders
+    python studies/generality/study.py plan         # the batches, and what is done
+
+tables.py writes the tables.
+
+`run` may be stopped at any time. Every finished trial is at once a row of trials.csv, so that it survives the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from acamkd import config
+from acamkd.engine.runs import Run, default_folder, write_text
+from acamkd.jobs.compare import trials_csv
+from acamkd.jobs.compare.compare import run_trials
+from acamkd.jobs.compare.trials import Trial, plan
+
+HERE = Path(__file__).resolve().parent
+TABLE = HERE / trials_csv.FILE
+FAILURES = HERE / "failed.csv"
+
+KINDS = {
+    "segmentation": ("camvid", "facade11", "animals7_masks"),
+    "detection": ("bccd", "animals7_boxes", "voc07mini"),
+}
+TASKS = ("camvid", "bccd", "facade11", "animals7_boxes", "animals7_masks", "voc07mini")
+"""Both kinds in turn, so that a batch that stops early has something of both."""
+FOUR = ("camvid", "voc07mini", "facade11", "animals7_boxes")
+"""Those of the regimes `own` and `all`."""
+
+PRIMARY = ("fitnet", "pkd", "cwd", "acam", "acam-paper")
+CONTROLS = ("acam-uniform", "acam-strength-normalized", "acam-no-diversity", "acam-squared")
+OTHERS = {"segmentation": ("mgd", "dist"), "detection": ("mgd", "crosskd")}
+COMMON_RATIO = 2.0
+RATIOS = (0.5, 2.0, 8.0)
+"""Gradient-norm ratios of the search, the same for every method."""
+
+TEACHER_EPOCHS = {"voc07mini": 16}
+ALL_EPOCHS = {"camvid": 24, "facade11": 20, "animals7_boxes": 16, "voc07mini": 8}
+"""About three times the steps of `few`."""
+
+log = logging.getLogger("acamkd.study")
+
+
+@dataclass(frozen=True)
+class Item:
+    """Trials of one comparison.
+
+    Attributes:
+        task: Name of the recipe.
+        regime: `few`, `own`, `all`, `gap`, or `search`, which is `few` with the seeds and ratios of the search.
+        methods: Names in the recipe's `compare.methods`; the baseline comes with them, except in a search.
+        seeds: Number of seeds.
+    """
+
+    task: str
+    regime: str
+    methods: tuple[str, ...]
+    seeds: int = 1
+
+    @property
+    def comparison(self) -> str:
+        """Name in trials.csv."""
+        return f"{self.task}_{self.regime}"
+
+    @property
+    def results(self) -> Path:
+        """Folder of the trials' JSON files."""
+        return HERE / self.comparison
+
+    @property
+    def recipe(self) -> config.Recipe:
+        """The recipe under the regime; the method `pkd-8` is `pkd` at the ratio 8."""
+        recipe = config.load(HERE / f"{self.task}.yaml", overrides(self.task, self.regime))
+        known = recipe.compare.methods
+        at_ratio = {method: method.rpartition("-") for method in self.methods if method not in known}
+        more = {
+            method: known[name] | {"losses.0.gradient_ratio": float(ratio)}
+            for method, (name, _, ratio) in at_ratio.items()
+        }
+        return recipe.model_copy(update={"compare": recipe.compare.model_copy(update={"methods": known | more})})
+
+    def trials(self) -> list[Trial]:
+        """The trials, those of the search or those of the tables."""
+        searches = self.regime == "search"
+        found = plan(self.recipe, self.methods, self.seeds, self.results)
+        return [trial for trial in found if trial.tuning is searches]
+
+
+def batches() -> Iterator[tuple[str, list[Item]]]:
+    """The batches in their order, as README.md lists them; what a search decides is read from trials.csv."""
+    yield "1 few, one strength", [Item(task, "few", PRIMARY, seeds) for seeds in (1, 2, 3) for task in TASKS]
+    yield "2 search", [Item(task, "search", PRIMARY) for task in TASKS]
+    if not is_searched(PRIMARY):
+        return
+    yield "3 few, searched", [Item(task, "few", chosen(task, PRIMARY), seeds) for seeds in (3, 5) for task in TASKS]
+    yield "4 controls", [Item(task, "few", chosen(task, CONTROLS), 3) for task in TASKS]
+    yield "5 own", [Item(task, "own", chosen(task, PRIMARY), 3) for task in FOUR]
+    yield "6 all", [Item(task, "all", chosen(task, PRIMARY), 3) for task in FOUR]
+    yield "7 other methods", [Item(task, "search", OTHERS[kind]) for kind, tasks in KINDS.items() for task in tasks]
+    yield "8 wide gap", [Item("facade11", "gap", chosen("facade11", PRIMARY), 3)]
+    yield "9 the student's part", [Item(task, "few", chosen(task, ["acam-teacher"]), 5) for task in FOUR[:2]]
+
+
+def overrides(task: str, regime: str) -> list[str]:
+    """What a regime changes in a task's recipe."""
+    if regime == "few":
+        return []
+    if regime == "search":
+        return [f"compare.tune={{option: gradient_ratio, values: {list(RATIOS)}}}"]
+    named = f"name=generality-{task}-{regime}"
+    with_teacher = f"teacher.weights={default_folder(_recipe(task), 'teacher') / 'teacher.safetensors'}"
+    if regime == "own":  # a teacher of its own, from the same few labels
+        return [named]
+    if regime == "all":
+        return [named, with_teacher, "data.unlabelled=null", all_labels(task), *_epochs(ALL_EPOCHS[task])]
+    assert regime == "gap"
+    return [
+        named, with_teacher, "student.backbone=tu-mobilenetv3_small_050", "student.backbone_weights=null",
+        "student.options={decoder_pyramid_channels: 32, decoder_segmentation_channels: 16}",
+    ]  # fmt: skip
+
+
+def all_labels(task: str) -> str:
+    """Override with which every training image has its labels."""
+    kind = "masks: masks/train" if task in KINDS["segmentation"] else "annotations: annotations/instances_train.json"
+    return f"data.train={{images: images/train, {kind}}}"
+
+
+def _epochs(number: int) -> list[str]:
+    return [f"train.epochs={number}", f"train.eval_every={number // 4}"]
+
+
+def _recipe(task: str) -> config.Recipe:
+    return config.load(HERE / f"{task}.yaml")
+
+
+def stored() -> dict[str, dict[str, Any]]:
+    """Comparison -> trial -> content, of trials.csv."""
+    return dict(trials_csv.comparisons(TABLE)) if TABLE.is_file() else {}
+
+
+def searched(kind: str, method: str) -> dict[float, list[float]]:
+    """Ratio -> scores of the search over the tasks of a kind."""
+    scores: dict[float, list[float]] = {}
+    for task in KINDS[kind]:
+        for trial in stored().get(f"{task}_search", {}).values():
+            if trial["method"] == method:
+                scores.setdefault(trial["setting"], []).append(trial["history"][-1])
+    return scores
+
+
+def is_searched(methods: Sequence[str]) -> bool:
+    """Whether the search of these methods has ended on every task."""
+    return all(
+        {ratio: len(scores) for ratio, scores in searched(kind, method).items()} == dict.fromkeys(RATIOS, len(tasks))
+        for kind, tasks in KINDS.items()
+        for method in methods
+    )
+
+
+def chosen(task: str, methods: Sequence[str]) -> tuple[str, ...]:
+    """The methods at the ratio of the search that was best on the mean of their kind of task: `pkd`, or `pkd-8`.
+
+    Controls of ACAM have the ratio of ACAM.
+    """
+    (kind,) = (kind for kind, tasks in KINDS.items() if task in tasks)
+    names = []
+    for method in methods:
+        scores = searched(kind, method if method in PRIMARY else "acam")
+        best = max(scores, key=lambda ratio: mean(scores[ratio]))
+        names.append(method if best == COMMON_RATIO else f"{method}-{best:g}")
+    return tuple(names)
+
+
+def run(runs: Path, jobs: int, tasks: Sequence[str], seconds: float | None) -> None:
+    """Train the missing teachers and run the missing trials of some tasks, batch by batch."""
+    os.chdir(runs)
+    root = HERE.parents[1]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    end = None if seconds is None else time.monotonic() + seconds
+    for name, items in batches():
+        for item in (item for item in items if item.task in tasks):
+            if end is not None and time.monotonic() > end:
+                return
+            due = [trial for trial in item.trials() if trial.read(item.results) is None]
+            if not due:
+                continue
+            log.info("batch %s: %s, %d trials to do", name, item.comparison, len(due))
+            if train_teacher(item):
+                _run(item, jobs, end)
+
+
+def _run(item: Item, jobs: int, end: float | None) -> None:
+    item.results.mkdir(exist_ok=True)
+    file, recipe, trials = item.results / "comparison.yaml", item.recipe, item.trials()
+    write_text(file, config.dump(recipe))
+    # The numbers are those of the whole plan, in which a search comes first.
+    numbers = {trial.name: number for number, trial in enumerate(plan(recipe, item.methods, item.seeds, item.results))}
+
+    def command(number: int) -> list[str]:
+        return [
+            sys.executable, "-m", "acamkd", "compare", str(file), "--methods", ",".join(item.methods), "--seeds",
+            str(item.seeds), "--results", str(item.results), "--trial", str(numbers[trials[number].name]),
+        ]  # fmt: skip
+
+    due = [number for number, trial in enumerate(trials) if trial.read(item.results) is None]
+    try:
+        failed = run_trials(trials, due, item.results, command, end=end, jobs=jobs)
+    finally:
+        gather(item)
+    for trial in failed:
+        _note_failure(item, trial)
+
+
+def gather(item: Item) -> None:
+    """Add an item's finished trials to trials.csv."""
+    files = item.results.glob("*-seed*.json")
+    fresh = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    if fresh:
+        known = stored()
+        trials_csv.write(TABLE, {**known, item.comparison: {**known.get(item.comparison, {}), **fresh}})
+
+
+def _note_failure(item: Item, trial: Trial) -> None:
+    """A row of failed.csv; the trial is tried again by the next run."""
+    lines = (item.results / "logs" / f"{trial.name}.txt").read_text(encoding="utf-8").strip().splitlines()
+    is_new = not FAILURES.is_file()
+    with FAILURES.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if is_new:
+            writer.writerow(["comparison", "trial", "recipe", "time", "last line"])
+        now = datetime.now(timezone.utc).isoformat(timespec="minutes")
+        writer.writerow([item.comparison, trial.name, trial.key, now, lines[-1] if lines else ""])
+
+
+def train_teacher(item: Item) -> bool:
+    """Train an item's teacher, unless it is there; returns whether it is now."""
+    own = item.regime == "own"
+    recipe = item.recipe if own else _recipe(item.task)
+    teacher = Run(default_folder(recipe, "teacher"), recipe, "teacher")
+    if teacher.has_ended:
+        return True
+    changes = [f"name={recipe.name}"]
+    if not own:
+        changes += [all_labels(item.task), "train.batch_size=8", "train.optimizer.lr=1e-3",
+                    *_epochs(TEACHER_EPOCHS.get(item.task, 24)), "train.eval_every=4"]  # fmt: skip
+    log.info("the teacher of %s is trained", item.comparison)
+    arguments = [argument for change in changes for argument in ("--set", change)]
+    more = ["--resume"] if teacher.has_begun else []
+    command = [sys.executable, "-m", "acamkd", "train", str(HERE / f"{item.task}.yaml"), "--role", "teacher"]
+    code = subprocess.run([*command, *arguments, *more], check=False).returncode
+    if code:
+        log.error("the teacher of %s failed (exit code %d); its trials are left out", item.comparison, code)
+    return not code
+
+
+def show_plan() -> None:
+    """Print the batches with the numbers of their trials, and how many are done."""
+    total = done = 0
+    for name, items in batches():
+        trials = {(item.comparison, trial.name): (item, trial) for item in items for trial in item.trials()}
+        finished = sum(trial.read(item.results) is not None for item, trial in trials.values())
+        total, done = total + len(trials), done + finished
+        print(f"{name}: {finished} of {len(trials)} trials")
+    print(f"{done} of {total}" + ("" if is_searched(PRIMARY) else "; later batches begin once batch 2 has ended"))
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    jobs = parser.add_subparsers(dest="job", required=True)
+    runs = jobs.add_parser("run")
+    runs.add_argument("runs", type=Path)
+    runs.add_argument("--jobs", type=int, default=2)
+    runs.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
+    runs.add_argument("--minutes", type=float, help="begin no trial that would end later")
+    jobs.add_parser("plan")
+    arguments = parser.parse_args()
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    if arguments.job == "run":
+        seconds = None if arguments.minutes is None else 60 * arguments.minutes
+        run(arguments.runs.resolve(), arguments.jobs, arguments.tasks, seconds)
+    else:
+        show_plan()
+
+
+if __name__ == "__main__":
+    main()
