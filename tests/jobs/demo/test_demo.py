@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from acamkd import config
 from acamkd.engine.runs import open_run
 from acamkd.errors import AcamkdError
-from acamkd.jobs.demo import demo, make_weights
+from acamkd.jobs.demo import demo, make_weights, one_task
 from acamkd.models.base import Task
 
 NETWORKS = {"teacher", "student", "distilled"}
@@ -28,7 +28,7 @@ METRICS = {"detection": "mAP", "segmentation": "mIoU"}
 @pytest.fixture
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """One epoch on a handful of images."""
-    packaged = demo.read_recipe
+    packaged = one_task.read_recipe
 
     def one_epoch(task: Task, out: Path, seed: int) -> config.Recipe:
         recipe = packaged(task, out, seed)
@@ -36,8 +36,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
         return recipe.model_copy(update={"train": train})
 
     for name, value in {"LABELED": 8, "UNLABELED": 8, "VAL": 4, "SHOWN": 1}.items():
-        monkeypatch.setattr(demo, name, value)
-    monkeypatch.setattr(demo, "read_recipe", one_epoch)
+        monkeypatch.setattr(one_task, name, value)
+    monkeypatch.setattr(one_task, "read_recipe", one_epoch)
 
 
 @pytest.mark.usefixtures("_small")
@@ -72,7 +72,7 @@ if words["--seed"] == "9":
 folder = pathlib.Path(words["--out"], words["--task"])
 folder.mkdir(parents=True)
 costs = {name: {"parameters": 10, "milliseconds": 2.5} for name in ("teacher", "student", "distilled")}
-scores = {"metric": "mAP", "teacher": 60.0, "student": 20.0, "distilled": 40.0, "costs": costs}
+scores = {"metric": "mAP", "teacher": 60.0, "student": 20.0, "distilled": 40.0, "costs": costs, "report": "page.html"}
 (folder / "metrics.json").write_text(json.dumps(scores))
 """
 
@@ -124,26 +124,26 @@ def test_masks_come_from_the_trained_loss(tmp_path: Path) -> None:
     demo.demo(tmp_path, task="segmentation")
     run = open_run(tmp_path / "segmentation" / "distilled")
     images = [torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8) for _ in range(2)]
-    masks = demo.spatial_masks(run, images)
+    masks = one_task.spatial_masks(run, images)
     assert masks.shape == (2, 6, 16, 16)
     assert masks.min() > 0
     assert masks.max() < 1
     content = torch.load(run.checkpoint, weights_only=True)
     content["state_dict"]["distiller.losses.0.selection.spatial"].zero_()
     torch.save(content, run.checkpoint)
-    assert torch.equal(demo.spatial_masks(run, images), torch.full_like(masks, 0.5))
+    assert torch.equal(one_task.spatial_masks(run, images), torch.full_like(masks, 0.5))
 
 
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_packaged_recipes_download_nothing(task: Task, tmp_path: Path) -> None:
-    recipe = demo.read_recipe(task, tmp_path, seed=2)
+    recipe = one_task.read_recipe(task, tmp_path, seed=2)
     assert recipe.task == task
     assert recipe.data.root == tmp_path / task / "data-seed2"
     assert recipe.train.seed == 2
     assert [loss.name for loss in recipe.losses] == ["acam"]
     assert recipe.teacher is not None
     assert recipe.teacher.backbone_weights is None
-    assert recipe.student.backbone_weights == str(demo.HERE / "backbone.safetensors")
+    assert recipe.student.backbone_weights == str(one_task.HERE / "backbone.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_packaged_recipes_download_nothing(task: Task, tmp_path: Path) -> None:
     [("detection_teacher", "AP50", 60), ("segmentation_teacher", "mIoU", 70), ("backbone", "mIoU", 60)],
 )
 def test_packaged_weights_are_small_and_say_where_they_come_from(name: str, metric: str, least: float) -> None:
-    file = demo.HERE / f"{name}.safetensors"
+    file = one_task.HERE / f"{name}.safetensors"
     assert file.stat().st_size < 3e6
     made = json.loads(file.with_suffix(".json").read_text())
     assert made["scores"][metric] > least
@@ -168,7 +168,7 @@ def test_the_program_that_makes_the_weights(tmp_path: Path, monkeypatch: pytest.
     make_weights.make_backbone(tmp_path)
     make_weights.make_teacher("segmentation", tmp_path)
     for name in ("backbone", "segmentation_teacher"):
-        ours, made = (load_file(folder / f"{name}.safetensors") for folder in (demo.HERE, tmp_path))
+        ours, made = (load_file(folder / f"{name}.safetensors") for folder in (one_task.HERE, tmp_path))
         assert {key: (x.shape, x.dtype) for key, x in made.items()} == {
             key: (x.shape, x.dtype) for key, x in ours.items()
         }

@@ -1,4 +1,7 @@
-"""The demo: a strong teacher, few labeled images and many without labels; what distillation brings to a student."""
+"""The demo: a strong teacher, few labeled images and many without labels; what distillation brings to a student.
+
+Without torch, so that the process that waits for both tasks takes little memory.
+"""
 
 from __future__ import annotations
 
@@ -9,65 +12,28 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import torch
 from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
-from torch import Tensor
 
-from acamkd import config, data, models
-from acamkd.data.scenes import CLASSES, write_scenes
-from acamkd.distillation.build import build_distiller, probe
-from acamkd.engine.cost import median_milliseconds
-from acamkd.engine.metrics import METRICS
 from acamkd.engine.printing import Printable
-from acamkd.engine.runs import OtherRunError, Run, write_json
 from acamkd.errors import AcamkdError
 from acamkd.files import check_writable
-from acamkd.jobs.train import count_parameters, distill, train
-from acamkd.models.base import Prediction, Task, TaskModel
-from acamkd.report.run import REPORT
-from acamkd.report.visualize import (
-    ENLARGEMENT,
-    Block,
-    Pixels,
-    draw_predictions,
-    draw_sheet,
-    draw_spatial_masks,
-    enlarge,
-)
+from acamkd.jobs.demo.layout import NOTES, SHEET, SIZE, TITLES
+
+if TYPE_CHECKING:
+    from acamkd.models.base import Task
 
 log = logging.getLogger(__name__)
 
-HERE = Path(__file__).parent
-"""Holds the recipes and the teachers' weights; README.md there says how the teachers were made."""
-
-LABELED, UNLABELED, VAL = 32, 480, 160
-"""Numbers of drawn images."""
-
-SIZE = (96, 96)
-"""(height, width) of a scene, in pixels."""
-
-FIRST_SEED = 2
-"""Seed of the scenes of demo 0, and so on; the teachers learned from those of seed 1."""
-
-SHOWN, MIN_SCORE = 3, 0.5
-"""Validation images on the sheet, the first ones, and the score from which boxes are drawn there."""
-
 TASKS: tuple[Task, ...] = ("detection", "segmentation")
-
-NOTES, SHEET = "metrics.json", "pictures.png"
-
-TITLES = {"teacher": "teacher", "student": "baseline", "distilled": "distilled student"}
-"""Network in metrics.json -> its name in table and sheet."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +43,8 @@ class Demo(Printable):
     Attributes:
         folder: Output folder. Its folder TASK has `metrics.json`, `pictures.png` and the run folders.
         results: By task the content of metrics.json: the name of the metric, its percentage for `teacher`, `student`
-            (the baseline) and `distilled`, and the networks' `costs`, the milliseconds of one forward over one image.
+            (the baseline) and `distilled`; the networks' `costs`, the milliseconds of one forward over one image; and
+            the `report` of the distilled student, below `folder/TASK`.
     """
 
     folder: Path
@@ -88,7 +55,7 @@ class Demo(Printable):
         return Group(
             _table(self.results),
             *(Text(f"predictions and masks: {folder / SHEET}") for folder in folders),
-            *(Text(f"the report: {folder / 'distilled' / REPORT}") for folder in folders),
+            *(Text(f"the report: {self.folder / task / result['report']}") for task, result in self.results.items()),
             Text("with your own images: acamkd init FOLDER"),
         )
 
@@ -120,7 +87,9 @@ def demo(
         with ThreadPoolExecutor(min(len(TASKS), os.cpu_count() or 1)) as pool:
             list(pool.map(lambda each: _in_own_process(each, out, seed, keep), TASKS))
     else:
-        _run(task, out, seed, keep)
+        from acamkd.jobs.demo.one_task import run_task
+
+        run_task(task, out, seed, keep)
     done: Sequence[Task] = TASKS if task == "both" else (task,)
     results: dict[Task, dict[str, Any]] = {
         each: json.loads((out / each / NOTES).read_text(encoding="utf-8")) for each in done
@@ -143,116 +112,6 @@ def _in_own_process(task: Task, out: Path, seed: int, keep: bool) -> None:
                 log.info("%s: %s", task, said[1])
     if process.returncode:
         raise AcamkdError(f"the demo of {task} failed: {line.strip().removeprefix('error: ')}")
-
-
-def _run(task: Task, out: Path, seed: int, keep: bool) -> None:
-    """The demo of one task."""
-    recipe, metric = read_recipe(task, out, seed), METRICS[task]
-    write_scenes(
-        recipe.data.root, train=LABELED, val=VAL, unlabeled=UNLABELED, size=SIZE, seed=FIRST_SEED + seed, task=task
-    )
-    log.info("training 1 of 2: the baseline, on %d labeled images", LABELED)
-    baseline = _carry_out(train, recipe, out / task / "baseline", keep)
-    log.info("training 2 of 2: the same student, distilled on these and %d unlabeled images", UNLABELED)
-    distilled = _carry_out(distill, recipe, out / task / "distilled", keep)
-    networks = {"teacher": _teacher(distilled.recipe), "student": baseline.load(), "distilled": distilled.load()}
-    result = {
-        "metric": metric,
-        "teacher": distilled.metrics["teacher"][metric],
-        "student": baseline.metrics["student"][metric],
-        "distilled": distilled.metrics["student"][metric],
-        "costs": {name: _cost(network) for name, network in networks.items()},
-    }
-    legend = {name: label for label, name in enumerate(CLASSES, start=1)}
-    draw_sheet([_block(networks, distilled, result)], legend).savefig(out / task / SHEET)
-    write_json(out / task / NOTES, result)
-
-
-def read_recipe(task: Task, out: Path, seed: int) -> config.Recipe:
-    """The packaged recipe of a task, with its data below `out`, the packaged weights and the seed."""
-    values = {
-        "data.root": str(out / task / f"data-seed{seed}"),
-        "teacher.weights": str(HERE / f"{task}_teacher.safetensors"),
-        "student.backbone_weights": str(HERE / "backbone.safetensors"),
-    }
-    assigned = [f"{key}={json.dumps(value)}" for key, value in values.items()]
-    return config.load(HERE / f"{task}.yaml", [*assigned, f"train.seed={seed}"])
-
-
-def _carry_out(job: Callable[..., Run], recipe: config.Recipe, folder: Path, keep: bool) -> Run:
-    """Train into the folder, anew or going on."""
-    begun = Run(folder, recipe, "student").has_begun
-    if begun and not keep:
-        log.info("%s holds an earlier demo's run: it is replaced", folder)
-    try:
-        return job(recipe, out=folder, resume=begun and keep, overwrite=not keep)
-    except OtherRunError as error:
-        raise AcamkdError(f"{error}; without --keep the demo replaces it") from error
-
-
-def _teacher(recipe: config.Recipe) -> TaskModel:
-    """The recipe's teacher, of a run whose class names are known."""
-    assert recipe.teacher is not None
-    assert recipe.data.classes is not None
-    return models.build(recipe.teacher, recipe.task, len(recipe.data.classes), recipe.data.resize, teacher=True)
-
-
-def _cost(model: TaskModel) -> dict[str, float]:
-    batch = model.prepare([torch.rand(3, *SIZE)])
-    with torch.no_grad():
-        model(batch)
-        milliseconds = median_milliseconds(lambda: model(batch))
-    return {"parameters": count_parameters(model.net), "milliseconds": milliseconds}
-
-
-def _block(networks: Mapping[str, TaskModel], distilled: Run, result: Mapping[str, Any]) -> Block:
-    """Draw the networks' predictions on the first validation images, and ACAM's masks."""
-    recipe = distilled.recipe
-    samples = data.build(recipe.data, recipe.task, "val", seed=0, augment=False)
-    images = [samples[index][0] for index in range(SHOWN)]
-    truths = [samples[index][1] for index in range(SHOWN)]
-    findings = [truths, *(network.predict(images) for network in networks.values())]
-    masks = spatial_masks(distilled, images)
-    rows = [
-        [
-            *(_drawn(image, column[index], recipe) for column in findings),
-            draw_spatial_masks(_array(image), masks[index].numpy()),
-        ]
-        for index, image in enumerate(images)
-    ]
-    columns = ["ground truth", *(f"{title}: {result[name]:.1f}" for name, title in TITLES.items())]
-    title = f"{recipe.task.capitalize()} ({result['metric']} on {len(samples)} validation images)"
-    return Block(title, [*columns, "spatial masks of ACAM"], rows)
-
-
-def _array(image: Tensor) -> Pixels:
-    return image.permute(1, 2, 0).numpy()
-
-
-def _drawn(image: Tensor, found: Prediction, recipe: config.Recipe) -> Pixels:
-    """Draw a target or prediction on an enlarged image."""
-    arrays = {name: x.numpy() for name, x in found.items()}
-    if "mask" in arrays:
-        arrays = {"mask": enlarge(arrays["mask"])}
-    else:
-        kept = arrays.get("scores", np.ones(len(arrays["boxes"]))) >= MIN_SCORE
-        arrays = {"boxes": ENLARGEMENT * arrays["boxes"][kept], "labels": arrays["labels"][kept]}
-    return draw_predictions(enlarge(_array(image)), arrays, recipe.data.classes or (), with_names=False, opacity=0.75)
-
-
-def spatial_masks(run: Run, images: Sequence[Tensor]) -> Tensor:
-    """Final spatial masks of a distilled run's first loss: (N, M, H, W) for N images."""
-    student, teacher = run.load(), _teacher(run.recipe)
-    distiller = build_distiller(student, teacher, run.recipe.losses)
-    # The masks belong to the loss. Only the checkpoint holds the loss, together with the last student.
-    state = torch.load(run.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    distiller.load_state_dict({name.removeprefix("distiller."): value for name, value in state.items()})
-    batch, (pair, loss) = student.prepare(images), distiller.levels[0]
-    assert pair is not None
-    student_map, teacher_map = (
-        probe(model, [name], batch)[name] for model, name in zip((student, teacher), pair, strict=True)
-    )
-    return loss.masks(student_map, teacher_map)["spatial"]
 
 
 def _table(results: Mapping[Task, Mapping[str, Any]]) -> Table:

@@ -18,7 +18,8 @@ from acamkd import config, data, models
 from acamkd.data.scenes import KINDS, OTHER_KINDS, write_scenes
 from acamkd.engine.metrics import METRICS, score, scorer_of
 from acamkd.engine.runs import Role, Run, write_json
-from acamkd.jobs.demo.demo import SIZE, read_recipe
+from acamkd.jobs.demo.layout import SIZE
+from acamkd.jobs.demo.one_task import read_recipe
 from acamkd.jobs.train import train
 from acamkd.models.base import Task
 from acamkd.models.weights import save_tensors
