@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ SMALLER = {
 def test_a_notebook_runs_from_images_to_onnx(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # what the notebook adds to sys.path goes afterwards
+    monkeypatch.delitem(sys.modules, "onnx_model", raising=False)  # onnxruntime has a module of this name
     cells = json.loads((DOCS / f"notebook-{task}.ipynb").read_text(encoding="utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     for long in SMALLER:
