@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torchvision.transforms import InterpolationMode
 from acamkd.config import ShortLong
 from acamkd.errors import AcamkdError
 from acamkd.files import written_whole
-from acamkd.models.base import Batch, PixelSize, Target, TaskModel
+from acamkd.models.base import Batch, Outputs, PixelSize, Target, TaskModel
 from acamkd.models.hf_kinds import Kind
 from acamkd.models.resize import frame_size
 
@@ -158,6 +159,23 @@ class HFModel(TaskModel):
             for canvas, (h, w) in zip(mask, batch.sizes, strict=True):
                 canvas[:h, :w] = 1
         return inputs
+
+    @property
+    @abstractmethod
+    def unknown_class(self) -> str:
+        """What is wrong with targets of classes that the network does not know."""
+
+    def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """Return the network's own weighted sum of its terms, named after the task.
+
+        Raises:
+            AcamkdError: The targets have classes that the network does not know.
+        """
+        if batch.targets is None:
+            raise ValueError("the batch has no targets: give them to prepare")
+        if "loss" not in outputs:
+            raise AcamkdError(self.unknown_class)
+        return {self.task: outputs["loss"]}
 
     def write_config(self, weights: Path, classes: Sequence[str]) -> None:
         """Write config.json and preprocessor_config.json beside the weights, so that transformers loads the folder."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from acamkd.errors import AcamkdError
 from acamkd.models.base import Batch, Outputs, Prediction, Target
 from acamkd.models.detection import single_objects
 from acamkd.models.hf_base import HFModel
@@ -63,17 +62,10 @@ class HFDetector(HFModel):
         sizes = batch.sizes if self.kind.is_masked else [batch.input_size] * len(batch.sizes)
         return batch.pixels.new_tensor([[w, h, w, h] for h, w in sizes])
 
-    def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return `detection`, the network's own weighted sum of its terms.
-
-        Raises:
-            AcamkdError: The targets have classes that the network does not know.
-        """
-        if batch.targets is None:
-            raise ValueError("the batch has no targets: give them to prepare")
-        if "loss" not in outputs:
-            raise AcamkdError(f"a target has a label above {self.num_classes}, the network's number of classes")
-        return {"detection": outputs["loss"]}
+    @property
+    def unknown_class(self) -> str:
+        """Names the label that is too large."""
+        return f"a target has a label above {self.num_classes}, the network's number of classes"
 
     def decode(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
         """Every query's box, best first; without a class for nothing, a query may stand for several classes."""

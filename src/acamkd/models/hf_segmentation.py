@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acamkd.errors import AcamkdError
 from acamkd.models.base import VOID, Batch, Outputs, Prediction, Target
 from acamkd.models.hf_base import HFModel
 from acamkd.models.segmentation import best_classes, fit_mask
@@ -41,17 +40,10 @@ class HFSegmenter(HFModel):
         mask = torch.stack([target["mask"] for target in batch.targets])
         return None if bool(((mask >= self.num_classes) & (mask != VOID)).any()) else mask
 
-    def loss(self, outputs: Outputs, batch: Batch) -> dict[str, Tensor]:
-        """Return `segmentation`, the network's own weighted sum of its terms.
-
-        Raises:
-            AcamkdError: The targets have classes that the network does not know.
-        """
-        if batch.targets is None:
-            raise ValueError("the batch has no targets: give them to prepare")
-        if "loss" not in outputs:
-            raise AcamkdError(f"a mask has a class above {self.num_classes - 1}, the last that the network knows")
-        return {"segmentation": outputs["loss"]}
+    @property
+    def unknown_class(self) -> str:
+        """Names the label that is too large."""
+        return f"a mask has a class above {self.num_classes - 1}, the last that the network knows"
 
     def decode(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
         """Best class of every pixel; logits are brought to the image's size first."""
