@@ -23,6 +23,7 @@ from rich.console import Group
 from rich.table import Column, Table
 from rich.text import Text
 
+from acamkd.engine.machine import cores
 from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
 from acamkd.files import check_writable
@@ -84,7 +85,7 @@ def demo(
     started, out = time.monotonic(), Path(out)
     check_writable(out)
     if task == "both":
-        with ThreadPoolExecutor(min(len(TASKS), os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(len(TASKS), cores())) as pool:
             list(pool.map(lambda each: _in_own_process(each, out, seed, keep), TASKS))
     else:
         from acamkd.jobs.demo.one_task import run_task

@@ -7,14 +7,16 @@ with its scores, settings, machine and versions beside it.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from acamkd import config, data, models
+from acamkd import config, data
 from acamkd.data.scenes import KINDS, OTHER_KINDS, write_scenes
 from acamkd.engine.metrics import METRICS, score, scorer_of
 from acamkd.engine.runs import Role, Run, write_json
@@ -43,13 +45,10 @@ def make_teacher(task: Task, folder: Path) -> None:
     file = folder / f"{task}_teacher.safetensors"
     _save(run.load().net.state_dict(), file)
     # Scored as it was written, rounding included.
-    assert run.recipe.teacher is not None
-    assert run.recipe.data.classes is not None
-    section = run.recipe.teacher.model_copy(update={"weights": str(file)})
-    model = models.build(section, task, len(run.recipe.data.classes), run.recipe.data.resize, teacher=True)
+    rounded = replace(run, recipe=config.override(run.recipe, [f"teacher.weights={json.dumps(str(file))}"]))
     images = data.build(run.recipe.data, task, "val", seed=0, augment=False)
     batches = data.loader(images, 16, 0, shuffle=False, seed=0)
-    _note(run, file, score(model, batches, scorer_of(run.recipe, images.classes)), SETTINGS)
+    _note(run, file, score(rounded.load_teacher(), batches, scorer_of(run.recipe, images.classes)), SETTINGS)
 
 
 def make_backbone(folder: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from acamkd import config, data, models
+from acamkd import config, data
 from acamkd.data.scenes import CLASSES, write_scenes
 from acamkd.distillation.build import build_distiller, probe
 from acamkd.engine.cost import median_milliseconds
@@ -58,7 +58,7 @@ def run_task(task: Task, out: Path, seed: int, keep: bool) -> None:
     baseline = _carry_out(train, recipe, out / task / "baseline", keep)
     log.info("training 2 of 2: the same student, distilled on these and %d unlabeled images", UNLABELED)
     distilled = _carry_out(distill, recipe, out / task / "distilled", keep)
-    networks = {"teacher": _teacher(distilled.recipe), "student": baseline.load(), "distilled": distilled.load()}
+    networks = {"teacher": distilled.load_teacher(), "student": baseline.load(), "distilled": distilled.load()}
     result = {
         "metric": metric,
         "teacher": distilled.metrics["teacher"][metric],
@@ -92,13 +92,6 @@ def _carry_out(job: Callable[..., Run], recipe: config.Recipe, folder: Path, kee
         return job(recipe, out=folder, resume=begun and keep, overwrite=not keep)
     except OtherRunError as error:
         raise AcamkdError(f"{error}; without --keep the demo replaces it") from error
-
-
-def _teacher(recipe: config.Recipe) -> TaskModel:
-    """The recipe's teacher, of a run whose class names are known."""
-    assert recipe.teacher is not None
-    assert recipe.data.classes is not None
-    return models.build(recipe.teacher, recipe.task, len(recipe.data.classes), recipe.data.resize, teacher=True)
 
 
 def _cost(model: TaskModel) -> dict[str, float]:
@@ -146,7 +139,7 @@ def _drawn(image: Tensor, found: Prediction, recipe: config.Recipe) -> Pixels:
 
 def spatial_masks(run: Run, images: Sequence[Tensor]) -> Tensor:
     """Final spatial masks of a distilled run's first loss: (N, M, H, W) for N images."""
-    student, teacher = run.load(), _teacher(run.recipe)
+    student, teacher = run.load(), run.load_teacher()
     distiller = build_distiller(student, teacher, run.recipe.losses)
     # The masks belong to the loss. Only the checkpoint holds the loss, together with the last student.
     state = torch.load(run.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
