@@ -117,14 +117,14 @@ def quantize(
         after, left = tried[best], []
         if not before - after <= max_drop:
             groups = list(_groups(nodes))
-            gains = []
+            alone = []
             for number, group in enumerate(groups, start=1):
-                gains.append(result(best, group) - tried[best])
-                log.info("part %d of %d in float: %+.2f", number, len(groups), gains[-1])
-            order = sorted(range(len(groups)), key=lambda index: -gains[index])
-            for index in order[: int(LARGEST_FLOAT_PART * len(groups))]:
+                alone.append(result(best, group))
+                log.info("part %d of %d in float: %+.2f", number, len(groups), alone[-1] - tried[best])
+            order = sorted(range(len(groups)), key=lambda index: -alone[index])
+            for count, index in enumerate(order[: int(LARGEST_FLOAT_PART * len(groups))]):
                 left += groups[index]
-                after = result(best, left)
+                after = result(best, left) if count else alone[index]
                 log.info("INT8 with %d of %d nodes in float: %.2f", len(left), len(nodes), after)
                 if before - after <= max_drop:
                     break
