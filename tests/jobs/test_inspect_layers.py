@@ -56,9 +56,10 @@ def test_layers_are_named_with_channels_and_stride() -> None:
 def test_pairs_are_of_one_stride_or_the_logits(teacher: str, student: str, pairs: list[Any]) -> None:
     networks = of_names(teacher, student)
     assert propose(*networks) == pairs
-    (loss,) = as_losses(pairs, networks[1])
+    (loss,) = as_losses(pairs, networks[1], all_labeled=False)
     assert loss.get("num_masks") == (None if networks[1].task == "detection" else 19)
     assert loss["gradient_ratio"] == {"detection": 4, "segmentation": 8}[networks[1].task]
+    assert as_losses(pairs, networks[1], all_labeled=True) == [{**loss, "gradient_ratio": 0.5}]
 
 
 def test_the_classes_are_those_of_the_format_that_is_found(tmp_path: Path) -> None:
@@ -83,3 +84,5 @@ def test_what_cannot_be_paired_is_said() -> None:
     result = CliRunner().invoke(cli.app, ["inspect", "a", "b", "c"])
     assert isinstance(result.exception, AcamkdError)
     assert "give one recipe, or a teacher and a student, not 3 names" in str(result.exception)
+    result = CliRunner().invoke(cli.app, ["inspect", "retinanet", "fcos", "--set", "data.resize=64"])
+    assert "--set data.resize=64 changes a recipe, and two networks have none" in str(result.exception)

@@ -33,6 +33,8 @@ DEPTH = 2
 """Depth of the listed layers, which are stages rather than single convolutions."""
 RATIOS: Mapping[Task, int] = {"detection": 4, "segmentation": 8}
 """`gradient_ratio` of the gains that docs/research/results.md reports. Guides and `init` recommend the same."""
+RATIO_ALL_LABELED = 0.5
+"""Likewise where no image is unlabeled: stronger distillation harmed a short training (docs/research/log.md)."""
 AUXILIARY = ("aux_classifier", "auxiliary_head")
 """How the names of heads begin that predict nothing."""
 CLASSES = 19
@@ -104,10 +106,15 @@ def inspect(
     Raises:
         AcamkdError: A network cannot be built, or the two have no layers in common.
     """
-    networks = of_recipe(config.as_recipe(recipe, overrides)) if student is None else of_names(str(recipe), student)
+    all_labeled = False
+    if student is None:
+        recipe = config.as_recipe(recipe, overrides)
+        networks, all_labeled = of_recipe(recipe), recipe.data.unlabelled is None
+    else:
+        networks = of_names(str(recipe), student)
     teacher_layers, student_layers = (tuple(layers(network)) for network in networks)
     names = (type(networks[0].net).__name__, type(networks[1].net).__name__)
-    return Inspection(teacher_layers, student_layers, names, as_losses(propose(*networks), networks[1]))
+    return Inspection(teacher_layers, student_layers, names, as_losses(propose(*networks), networks[1], all_labeled))
 
 
 def of_recipe(recipe: config.Recipe) -> tuple[TaskModel, TaskModel]:
@@ -218,10 +225,10 @@ def _pair(ours: Layer, theirs: Layer) -> Pair:
     return ours.name if ours.name == theirs.name else [ours.name, theirs.name]
 
 
-def as_losses(pairs: Sequence[Pair], model: TaskModel) -> list[dict[str, Any]]:
+def as_losses(pairs: Sequence[Pair], model: TaskModel, all_labeled: bool) -> list[dict[str, Any]]:
     """A recipe's `losses`: ACAM-KD at these pairs, with the settings that gained; the one recommendation there is."""
     masks = {"num_masks": model.num_classes} if model.task == "segmentation" else {}
-    ratio = RATIOS[model.task]
+    ratio = RATIO_ALL_LABELED if all_labeled else RATIOS[model.task]
     return [
         {"name": "acam", "pairs": list(pairs), **masks, "weight": "auto", "gradient_ratio": ratio,
          "diversity_weight": 0.5}

@@ -53,7 +53,7 @@ def test_a_detectors_recipe_is_short_explained_and_loads(tmp_path: Path) -> None
     assert recipe.student.inherit == ("head", "backbone.fpn.layer_blocks")
     (loss,) = recipe.losses
     assert (loss.name, loss.pairs, loss.weight) == ("acam", ("backbone:*",), "auto")
-    assert loss.gradient_ratio == RATIOS["detection"] == 4
+    assert (loss.gradient_ratio, recipe.train.optimizer.lr) == (0.5, 1e-3)  # no image is unlabeled
     assert recipe.train.batch_size == 2
     assert f"about {recipe.train.epochs * 4:,} steps" in text
     assert proposal.estimate is not None
@@ -81,7 +81,7 @@ def test_a_segmenters_recipe_with_a_drawn_validation_split(tmp_path: Path) -> No
     assert recipe.data.unlabelled == Path("unlabeled")
     assert not any("no unlabeled" in warning for warning in proposal.warnings)
     (loss,) = recipe.losses
-    assert (loss.gradient_ratio, loss.options["num_masks"]) == (8, 6)
+    assert (loss.gradient_ratio, loss.options["num_masks"], recipe.train.optimizer.lr) == (8, 6, 3e-3)
     splits = Batches(recipe).splits
     assert (len(splits["train"]), len(splits["val"])) == (6, 2)
     assert not set(splits["train"].files) & set(splits["val"].files)

@@ -25,6 +25,9 @@ STEP = 32
 UNIFORM = 0.95
 """From this share of images of one size on, all of them get one frame."""
 
+LEARNING_RATES: Mapping[Task, float] = {"detection": 1e-3, "segmentation": 3e-3}
+"""Of AdamW, those of docs/research/results.md."""
+
 
 @dataclass(frozen=True)
 class Machine:

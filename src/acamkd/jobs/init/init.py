@@ -20,6 +20,7 @@ from acamkd.engine.runs import write_text
 from acamkd.errors import AcamkdError
 from acamkd.jobs.init.choices import (
     DENSE,
+    LEARNING_RATES,
     Machine,
     choose_batch,
     choose_epochs,
@@ -29,7 +30,7 @@ from acamkd.jobs.init.choices import (
 )
 from acamkd.jobs.init.layout import Layout, find_layouts, find_unlabeled, quiet
 from acamkd.jobs.init.teacher import Teacher, identify
-from acamkd.jobs.inspect_layers import as_losses, of_recipe, propose
+from acamkd.jobs.inspect_layers import RATIOS, as_losses, of_recipe, propose
 from acamkd.jobs.profile import Estimate, estimate
 from acamkd.models.base import VOID, Task
 
@@ -132,7 +133,7 @@ def init(
         if section is not None
     }
     built = of_recipe(blank.model_copy(update={"data": blank.data.model_copy(update={"classes": own_classes})}))
-    losses = as_losses(propose(*built), built[1])
+    losses = as_losses(propose(*built), built[1], all_labeled=not more)
     measured = _measured(_parsed(file, task, source, unfilled, losses, blank.train.batch_size, 16))
     batch = choose_batch(images, machine, measured.largest_batch if measured else None)
     epochs, every = choose_epochs(images, batch, machine)
@@ -319,7 +320,12 @@ def _written(
         "pairs": "every level of the feature pyramid" if task == "detection" else "the logits before they are enlarged",
         "num_masks": "one for each class, as in the paper",
         "weight": "measured on the first batches",
-        "gradient_ratio": "distillation's gradient over the task's: docs/research/results.md gained with it",
+        "gradient_ratio": "distillation's gradient over the task's: "
+        + (
+            "docs/research/results.md gained with it"
+            if "unlabelled" in source
+            else f"{RATIOS[task]} with unlabeled images, less without, where that harmed"
+        ),
         "diversity_weight": "as there",
     }
     lines.append("losses:")
@@ -338,7 +344,12 @@ def _written(
     lines.append("train:")
     lines += [_line(2, key, value, of_train.get(key, "")) for key, value in train.items()]
     lines += [
-        _line(2, "optimizer", {"name": "adamw", "lr": 1e-3}, "as in docs/research/results.md"),
+        _line(
+            2,
+            "optimizer",
+            {"name": "adamw", "lr": LEARNING_RATES[task], "weight_decay": 1e-4},
+            "as in docs/research/results.md",
+        ),
         _line(2, "schedule", {"name": "one_cycle"}, "warms up, and ends near 0"),
     ]
     if task == "detection":
