@@ -31,7 +31,7 @@ def images(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def annotations(images: Path, tmp_path: Path) -> Path:
+def ground_truth(images: Path, tmp_path: Path) -> Path:
     """One box of class b in each image: exactly, nearly and not at all where the detector finds it."""
     names = [file.name for file in sorted(images.iterdir())]
     content = {
@@ -50,13 +50,13 @@ def annotations(images: Path, tmp_path: Path) -> Path:
     return tmp_path / "val.json"
 
 
-def test_cocos_tools_score_the_results_as_we_do(box: Path, images: Path, annotations: Path, tmp_path: Path) -> None:
+def test_cocos_tools_score_the_results_as_we_do(box: Path, images: Path, ground_truth: Path, tmp_path: Path) -> None:
     made = predict(box, images, out=tmp_path / "out", score=0)
-    results = made.to_coco(tmp_path / "results.json", annotations)
+    results = made.to_coco(tmp_path / "results.json", ground_truth)
     assert json.loads(results.read_text())[0] == {
         "image_id": 40, "category_id": 3, "bbox": [1, 2, 10, 20], "score": pytest.approx(0.9),
     }  # fmt: skip
-    truth = COCO(str(annotations))
+    truth = COCO(str(ground_truth))
     evaluation = COCOeval(truth, truth.loadRes(str(results)), "bbox")
     for step in (evaluation.evaluate, evaluation.accumulate, evaluation.summarize):
         step()
@@ -79,13 +79,13 @@ def test_ids_without_annotations(box: Path, images: Path, tmp_path: Path) -> Non
     assert [(each["image_id"], each["category_id"]) for each in entries] == [(7, 2), (8, 2), ("x9.png", 2)]
 
 
-def test_what_the_annotations_lack_is_said(box: Path, red: Path, images: Path, annotations: Path) -> None:
-    content = json.loads(annotations.read_text())
+def test_what_the_annotations_lack_is_said(box: Path, red: Path, images: Path, ground_truth: Path) -> None:
+    content = json.loads(ground_truth.read_text())
     made = predict(box, images)
     for key, message in (("categories", "has no category b, only"), ("images", "lists no image 7.png")):
-        annotations.write_text(json.dumps({**content, key: content[key][1:]}))
+        ground_truth.write_text(json.dumps({**content, key: content[key][1:]}))
         with pytest.raises(AcamkdError, match=message):
-            made.to_coco(made.folder / "results.json", annotations)
+            made.to_coco(made.folder / "results.json", ground_truth)
     assert not (made.folder / "results.json").exists()
     with pytest.raises(AcamkdError, match="COCO's results are of boxes"):
         predict(red, images).to_coco(made.folder / "results.json")
