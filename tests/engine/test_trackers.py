@@ -70,7 +70,7 @@ def _steps(run: Run, name: str) -> dict[int, float]:
     return {int(row["step"]): float(row[name]) for row in _rows(run) if row[name]}
 
 
-TRACKED = ("loss_step", "loss/task/segmentation_step", f"loss/{KEY}/feature_step", f"{KEY}/spatial_mask_step", "mIoU")
+TRACKED = ("loss_step", "loss/task/cross_entropy_step", f"loss/{KEY}/spatial_step", f"{KEY}/spatial_mask_step", "mIoU")
 
 
 def test_tensorboard_reads_every_value_once(run: Run) -> None:
@@ -142,6 +142,7 @@ def _history(file: Path) -> Iterator[dict[str, Any]]:
                 }
 
 
+@pytest.mark.slow
 def test_the_step_log_is_what_it_is_alone(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "write_report", lambda run: None)
     alone = distill(run.recipe, overrides=["train.loggers=[csv]"], out=tmp_path / "alone")

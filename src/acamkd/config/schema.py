@@ -245,7 +245,7 @@ class Train(Section):
     def _by_name(cls, loggers: Any) -> Any:
         if not isinstance(loggers, (list, tuple)):
             return loggers
-        return [{"name": entry} if isinstance(entry, str) else entry for entry in loggers]
+        return tuple({"name": entry} if isinstance(entry, str) else entry for entry in loggers)
 
     @field_validator("loggers")
     @classmethod

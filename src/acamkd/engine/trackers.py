@@ -178,9 +178,9 @@ class TensorBoard(Tracker[TensorBoardLogger]):
     """Event files in `logs/tensorboard` of the run folder."""
 
     def _open(self, step: int) -> tuple[TensorBoardLogger, bool]:
-        # Events of steps that a resumed training repeats are marked as replaced.
+        # Earlier events from this step on are marked as replaced.
         live = TensorBoardLogger(
-            self.folder / "logs", name="", version=self.name, default_hp_metric=False, purge_step=step or None
+            self.folder / "logs", name="", version=self.name, default_hp_metric=False, purge_step=step, flush_secs=20
         )
         _ = live.experiment
         return live, not step
@@ -299,13 +299,14 @@ class MLflow(Tracker[MLFlowLogger]):
 
 
 def _flat(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Single values of nested mappings and lists, by `section/key/0`."""
-    if not isinstance(content, dict | list) or not content:
+    """Values of nested sections and lists of sections, by `section/key` and `list/0/key`."""
+    if isinstance(content, list) and any(isinstance(entry, dict) for entry in content):
+        content = {str(number): entry for number, entry in enumerate(content)}
+    if not isinstance(content, dict) or not content:
         yield tracked_name(key), content
         return
-    entries = content.items() if isinstance(content, dict) else enumerate(content)
-    for name, value in entries:
-        yield from _flat(value, f"{key}/{name}" if key else str(name))
+    for name, value in content.items():
+        yield from _flat(value, f"{key}/{name}" if key else name)
 
 
 TRACKERS: Mapping[str, type[Tracker[Any]]] = {
