@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from browser import Browser, screenshots
 from command import Command, Result
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start; they do not measure how many are fastest
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import pytest
 DOCS = Path(__file__).parents[1] / "docs"
 SMALLER = {
     "train=800, val=60": "train=8, val=4", "train=32, val=60": "train=4, val=4", "train.epochs=10": "train.epochs=1",
-    "epochs: 100": "epochs: 1", "eval_every: 50": "eval_every: 1",
+    "train.eval_every=10": "train.eval_every=1", "epochs: 100": "epochs: 2", "eval_every: 50": "eval_every: 2",
 }  # fmt: skip
 
 
