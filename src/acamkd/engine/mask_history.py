@@ -19,7 +19,7 @@ from acamkd.data import ImageDataset
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.taps import FeatureTap
 from acamkd.engine.module import TrainingModule
-from acamkd.engine.trackers import Tracker, of_type
+from acamkd.engine.trackers import trackers_of
 from acamkd.files import written_whole
 from acamkd.losses.base import DistillationContext, DistillationLoss, HeadLoss
 from acamkd.losses.functional import dice_overlap
@@ -97,7 +97,7 @@ class MaskHistory(Callback):
             found = look(pl_module.distiller, batch, self.teacher_maps)
         self.snapshots.append({"epoch": np.array(epoch), **found})
         self._write()
-        for tracker in of_type(Tracker, trainer.loggers):
+        for tracker in trackers_of(trainer.loggers):
             step = max(0, trainer.global_step - 1)  # the last one that is done
             tracker.log_metrics(mask_values(found), step)
             for name, sheet in mask_sheets(found, images).items():

@@ -7,7 +7,7 @@ import os
 import re
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -24,7 +24,6 @@ from acamkd.errors import AcamkdError
 log = logging.getLogger(__name__)
 
 L = TypeVar("L", bound=Logger)
-T = TypeVar("T", bound=Logger)
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 """(H, W, 3), RGB."""
@@ -48,11 +47,6 @@ def check_installed(recipe: config.Recipe) -> None:
             raise AcamkdError(
                 f"train.loggers: {logger.name} is not installed: pip install 'acamkd[{logger.name}]', or leave it out"
             )
-
-
-def of_type(kind: type[T], loggers: Sequence[Logger]) -> list[T]:
-    """Those of some loggers that are of one kind."""
-    return [logger for logger in loggers if isinstance(logger, kind)]
 
 
 def tracked_name(name: str) -> str:
@@ -312,6 +306,11 @@ def _flat(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 TRACKERS: Mapping[str, type[Tracker[Any]]] = {
     "tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow,
 }  # fmt: skip
+
+
+def trackers_of(loggers: Iterable[Logger]) -> list[Tracker[Any]]:
+    """The trackers among a trainer's loggers."""
+    return [logger for logger in loggers if isinstance(logger, Tracker)]
 
 
 def build_trackers(recipe: config.Recipe, folder: Path) -> list[Tracker[Any]]:

@@ -28,7 +28,7 @@ from acamkd.engine.heartbeat import Heartbeat
 from acamkd.engine.metrics import gathered, own_part
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.nonfinite import NonFinite
-from acamkd.engine.trackers import Tracker, of_type
+from acamkd.engine.trackers import Tracker, trackers_of
 from acamkd.errors import AcamkdError
 from acamkd.files import written_whole
 from acamkd.models.weights import save_weights
@@ -84,11 +84,12 @@ class Recorder(Callback):
         """Start the clocks, the step log and the trackers; a resumed run continues them from its checkpoint."""
         self._started = time.monotonic() - self.seconds
         self._cpu_started = time.process_time() - self.cpu_seconds
+        tables = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
         for row in self._steps:
             if int(row["step"]) < self.step:
-                for table in of_type(CSVLogger, trainer.loggers):
+                for table in tables:
                     table.log_metrics({k: v for k, v in row.items() if v}, int(row["step"]))  # type: ignore[misc]
-        for tracker in of_type(Tracker, trainer.loggers):
+        for tracker in trackers_of(trainer.loggers):
             tracker.begin(self.step)
         for logger in trainer.loggers:
             logger.save()
