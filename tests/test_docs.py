@@ -24,7 +24,9 @@ import acamkd.losses
 from acamkd import cli, config, data, models
 from acamkd.config.yaml_text import Loader
 from acamkd.data.scenes import write_scenes
+from acamkd.jobs.export.onnx_model import OnnxModel
 from acamkd.models.base import Task
+from tiny_onnx import write_segmenter
 from tiny_recipes import write_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -219,6 +221,16 @@ def test_the_saved_student_needs_nothing_of_acamkd(tmp_path: Path, monkeypatch: 
     exec(block, scope)
     loaded = scope["student"].state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in trained.net.state_dict().items())
+
+
+def test_a_graph_of_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = (each for each in blocks(DOCS / "guides/export.md", "python") if "dimension_override" in each)
+    write_segmenter(tmp_path / "student.onnx")
+    monkeypatch.chdir(tmp_path)
+    exec(block.replace('"batch"', '"n"').replace('"height"', '"h"').replace('"width"', '"w"'), {})
+    fixed = OnnxModel("fixed.onnx")
+    assert fixed.session.get_inputs()[0].shape == [1, 3, 96, 128]
+    assert fixed.task == "segmentation"
 
 
 def test_a_sections_pages_stand_in_the_home_pages_order(tmp_path: Path) -> None:

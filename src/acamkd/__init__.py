@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from acamkd.jobs.export.export import export as export
     from acamkd.jobs.init.init import init as init
     from acamkd.jobs.inspect_layers import inspect as inspect
-    from acamkd.jobs.predict import predict as predict
+    from acamkd.jobs.predict.predict import predict as predict
     from acamkd.jobs.run_all import run as run
     from acamkd.jobs.train import distill as distill
     from acamkd.jobs.train import train as train
@@ -54,7 +54,7 @@ _HOMES = {
     "inspect": "acamkd.jobs.inspect_layers",
     "load_student": "acamkd.engine.runs",
     "open_run": "acamkd.engine.runs",
-    "predict": "acamkd.jobs.predict",
+    "predict": "acamkd.jobs.predict.predict",
     "run": "acamkd.jobs.run_all",
     "train": "acamkd.jobs.train",
 }

@@ -13,7 +13,7 @@ from acamkd import config
 from acamkd.engine.devices import device_of
 from acamkd.jobs.doctor import doctor
 from acamkd.jobs.evaluate import evaluate
-from acamkd.jobs.predict import predict
+from acamkd.jobs.predict.predict import predict
 from acamkd.jobs.tokens import learn_tokens
 from acamkd.jobs.train import distill
 

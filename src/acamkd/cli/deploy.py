@@ -97,6 +97,7 @@ def _counts(text: str, option: str) -> list[int]:
         "acamkd export runs/camvid/distilled",
         "acamkd export runs/bccd/distilled --with-nms --out build/bccd",
         "acamkd export runs/camvid/distilled --int8 --max-drop 0.5",
+        "acamkd export runs/camvid/distilled --openvino",
         "acamkd export runs/camvid/distilled --license apache-2.0 --push-to-hub me/camvid-student",
     )
 )
@@ -111,6 +112,7 @@ def export(
     int8: Annotated[
         bool, typer.Option("--int8", help="Also an INT8 file, calibrated on training images; its loss is a condition.")
     ] = False,
+    openvino: Annotated[bool, typer.Option("--openvino", help="Also each file in OpenVINO's own form.")] = False,
     max_drop: Annotated[float, typer.Option(min=0, help="Points of the metric that INT8 may lose.")] = 1.0,
     license_: Annotated[
         str | None, typer.Option("--license", "--licence", help="Of the weights, for the model card.")
@@ -128,7 +130,7 @@ def export(
     if push_to_hub:
         job.check_repository(push_to_hub)
     exported = job.export(
-        opened, out=out, overwrite=overwrite, with_nms=with_nms, int8=int8, max_drop=max_drop,
+        opened, out=out, overwrite=overwrite, with_nms=with_nms, int8=int8, openvino=openvino, max_drop=max_drop,
         license=license_,
     )  # fmt: skip
     show(exported)
@@ -141,18 +143,34 @@ def export(
         "acamkd predict runs/camvid/distilled street.jpg",
         "acamkd predict runs/bccd/distilled/export/student.onnx images/ --out found --score 0.5",
         "acamkd predict runs/camvid/distilled/export/student.onnx drive.mp4",
+        "acamkd predict runs/camvid/distilled/export/student.onnx rtsp://192.168.1.20/stream --write json",
+        "acamkd predict runs/bccd/distilled/export/student.onnx inbox/ --watch",
     )
 )
 def predict(
-    model: Annotated[Path, typer.Argument(metavar="RUN|MODEL.onnx", help="Run folder, or an exported file.")],
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="An image, a folder of images, or a video.")],
+    model: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="Run folder, or an exported file.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="An image, a folder of them, a video, the number of a camera, or rtsp://HOST/PATH."
+        ),
+    ],
     out: Annotated[Path | None, typer.Option(help="Output folder, instead of `predictions` beside the model.")] = None,
     score: Annotated[float, typer.Option(min=0, max=1, help="Detections below this score are left out.")] = 0.3,
+    write: Annotated[
+        str, typer.Option(help="What to write, separated by commas: overlays, masks, json.")
+    ] = "overlays,masks,json",
+    live: Annotated[
+        bool, typer.Option("--live", help="Play a video file at its own pace, as if it came from a camera.")
+    ] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Wait for more images in the folder.")] = False,
+    seconds: Annotated[float | None, typer.Option(min=0, help="End of a live source; Ctrl-C ends it too.")] = None,
 ) -> None:
-    """Predict on images or a video: overlays, and boxes as JSON or masks as PNG."""
-    from acamkd.jobs.predict import predict as job
+    """Predict on images, a video or a camera: overlays, boxes as JSON or masks as PNG."""
+    from acamkd.jobs.predict.predict import predict as job
 
-    job(model, source, out=out, score=score)
+    names = [name.strip() for name in write.split(",")]
+    job(model, source, out=out, score=score, write=names, live=live, watch=watch, seconds=seconds)
 
 
 @app.command(

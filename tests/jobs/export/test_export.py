@@ -28,7 +28,7 @@ from acamkd.jobs.export import graph
 from acamkd.jobs.export.card import write_card
 from acamkd.jobs.export.export import Export, _measure_teacher, check_repository, export, push_to_hub, require
 from acamkd.jobs.export.onnx_model import OnnxModel
-from acamkd.jobs.predict import predict
+from acamkd.jobs.predict.predict import predict
 from acamkd.jobs.train import distill
 from acamkd.models.segmentation import Segmenter
 from tiny_recipes import write_recipe
@@ -70,6 +70,8 @@ def test_the_file_finds_what_pytorch_finds(run: Run, exported: Export) -> None:
     assert ours.cost is not None
     assert theirs.cost is not None
     assert ours.cost.parameters == theirs.cost.parameters == run.metrics["parameters"]
+    kinds = {node.op_type for node in onnx.load(exported.folder / "student.onnx").graph.node}
+    assert "ReduceSum" not in kinds  # the FPN's feature maps are added without a fifth dimension
     kept, trained = ((folder / "student.safetensors").read_bytes() for folder in (exported.folder, run.folder))
     assert kept == trained
 
@@ -248,18 +250,30 @@ def test_the_full_graph_suppresses_boxes_itself(
 
 
 @pytest.mark.slow
-def test_an_int8_file_comes_with_its_metric_or_not_at_all(run: Run, tmp_path: Path) -> None:
-    figures = export(run, out=tmp_path / "small", int8=True, max_drop=100.0)
-    assert sorted(file.name for file in figures.folder.iterdir()) == sorted([*FILES, "student.int8.onnx"])
-    before, after = figures.measured[-2:]
-    assert (before.runtime, after.runtime) == ("onnxruntime", "onnxruntime int8")
+def test_every_file_comes_with_its_metric_or_not_at_all(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    figures = export(run, out=tmp_path / "small", int8=True, openvino=True, max_drop=100.0)
+    added = [
+        "student.int8.onnx",
+        "openvino_model.py",
+        *(f"student{i}.{s}" for i in ("", ".int8") for s in ("bin", "xml")),
+    ]
+    assert sorted(file.name for file in figures.folder.iterdir()) == sorted([*FILES, *added])
+    pytorch, before, after, openvino, _ = figures.measured[-5:]
+    assert [row.runtime for row in figures.measured[-5:]] == [
+        "PyTorch", "onnxruntime", "onnxruntime int8", "OpenVINO", "OpenVINO int8",
+    ]  # fmt: skip
+    assert openvino.scores == pytest.approx(pytorch.scores, abs=0.1, nan_ok=True)
     assert figures.quantized is not None
     assert figures.quantized.before == before.scores[figures.metric]
     assert figures.quantized.after == after.scores[figures.metric]
     assert "INT8: " in str(figures)
-    assert "| student | onnxruntime int8 | " in (figures.folder / "README.md").read_text()
-    sizes = [(figures.folder / name).stat().st_size for name in ("student.onnx", "student.int8.onnx")]
-    assert sizes[1] < 0.7 * sizes[0]
+    card = (figures.folder / "README.md").read_text()
+    assert "| student | onnxruntime int8 | " in card
+    assert "| student | OpenVINO | " in card
+    for ending in ("onnx", "bin"):
+        sizes = [(figures.folder / f"student{kind}.{ending}").stat().st_size for kind in ("", ".int8")]
+        assert sizes[1] < 0.7 * sizes[0]
     # No file can be better than the float one by 101 points.
     with pytest.raises(AcamkdError, match=r"INT8 loses .* nodes in float \(allowed: -101\): nothing was written"):
         export(run, out=tmp_path / "none", int8=True, max_drop=-101.0)
@@ -327,7 +341,8 @@ def test_a_run_and_its_export_predict_alike(run: Run, exported: Export, image: P
     ours = predict(run.folder, image.parent, out=tmp_path / "run", score=0.0).folder
     # onnxruntime alone: torch is not importable there.
     script = (
-        "import sys; sys.modules['torch'] = None; from pathlib import Path; from acamkd.jobs.predict import predict; "
+        "import sys; sys.modules['torch'] = None; from pathlib import Path; "
+        "from acamkd.jobs.predict.predict import predict; "
         f"predict(Path({str(exported.folder / 'student.onnx')!r}), Path({str(image.parent)!r}), "
         f"out=Path({str(tmp_path / 'onnx')!r}), score=0.0)"
     )

@@ -106,5 +106,7 @@ def test_what_is_no_export_is_refused(tmp_path: Path) -> None:
 
 
 def test_it_needs_no_torch() -> None:
-    script = "import sys; sys.modules['torch'] = None; import acamkd.jobs.export.onnx_model, acamkd.jobs.predict"
+    script = (
+        "import sys; sys.modules['torch'] = None; import acamkd.jobs.export.onnx_model, acamkd.jobs.predict.predict"
+    )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)

@@ -29,10 +29,11 @@ from acamkd.engine.printing import Printable
 from acamkd.engine.runs import RECIPE, Run, as_run
 from acamkd.errors import AcamkdError
 from acamkd.files import check_writable
-from acamkd.jobs.export import onnx_benchmark, onnx_forms, onnx_model
+from acamkd.jobs.export import onnx_benchmark, onnx_forms, onnx_model, openvino_model
 from acamkd.jobs.export.card import write_card
 from acamkd.jobs.export.graph import DetectionsGraph, Graph, build_graph, write_graph
-from acamkd.jobs.export.onnx_model import OnnxModel, Pixels
+from acamkd.jobs.export.onnx_model import ExportedModel, OnnxModel, Pixels
+from acamkd.jobs.export.openvino_model import OpenVinoModel, write_openvino
 from acamkd.jobs.export.quantize import CALIBRATION_IMAGES, Quantized, quantize
 from acamkd.models.base import TaskModel
 from acamkd.progress import progress
@@ -57,7 +58,7 @@ class Measured:
 
     Attributes:
         network: `teacher` or `student`.
-        runtime: `PyTorch`, `onnxruntime` or `onnxruntime int8`.
+        runtime: `PyTorch`, `onnxruntime` or `OpenVINO`, the latter two with ` int8` after them for an INT8 file.
         scores: Every metric on the validation images, in percent.
         cost: Cost of one prediction; None if a teacher's weights are missing.
     """
@@ -77,7 +78,7 @@ class Export(Printable):
         metric: Name of the deciding metric.
         difference: Largest difference between an output of onnxruntime and of PyTorch.
         relative_difference: This difference as a share of the output's largest value.
-        measured: The teacher, if there is one, the exported network in both runtimes, and its INT8 file if asked for.
+        measured: The teacher, if there is one, and the exported network in every runtime that was asked for.
         threads: Number of CPU threads in the time measurements.
         images: Number of validation images.
         quantized: How the INT8 file was made; None without one.
@@ -113,6 +114,7 @@ def export(
     overwrite: bool = False,
     with_nms: bool = False,
     int8: bool = False,
+    openvino: bool = False,
     max_drop: float = 1.0,
     license: str | None = None,
 ) -> Export:
@@ -129,14 +131,18 @@ def export(
         with_nms: Detection: put everything up to the non-maximum suppression into the graph, for single images of
             the recipe's size. Faster R-CNN has no other export.
         int8: Also write `student.int8.onnx`, quantized with images of the training split.
-        max_drop: Points of the metric that the INT8 file may lose.
+        openvino: Also write each file in OpenVINO's own form, `student.xml` and `student.bin`, checked like the ONNX
+            file. `openvino_model.py` beside them runs them without acamkd.
+        max_drop: Points of the metric that an INT8 file may lose.
         license: License of the weights for the model card, by the Hub's name (`apache-2.0`).
 
     Raises:
-        AcamkdError: A package or the data is missing, the network cannot be exported, or the file gives other outputs
-            or another score than PyTorch, or the INT8 file loses more than `max_drop`.
+        AcamkdError: A package or the data is missing, the network cannot be exported, a file gives other outputs or
+            another score than PyTorch, or an INT8 file loses more than `max_drop`.
     """
     require("onnx", "onnxruntime", *([] if with_nms else ["onnxscript"]))
+    if openvino:
+        require("openvino", extra="openvino")
     run = as_run(run, overrides)
     out = Path(out) if out else run.folder / "export"
     model, recipe = run.load(), run.recipe
@@ -152,11 +158,17 @@ def export(
         exported = OnnxModel(file, threads=threads())
         difference, relative = _compare_outputs(graph, exported, images)
         measured = _measure(run, model, exported, images)
-        quantized = None
+        small, quantized = folder / f"{run.role}.int8.onnx", None
         if int8:
-            small = folder / f"{run.role}.int8.onnx"
             quantized = _quantize(run, file, small, images, measured[-1].scores, max_drop)
-            measured += (_measure_int8(run, small, images, measured[-1]),)
+            by_onnxruntime = OnnxModel(small, threads=threads())
+            scores = _score_file(run, by_onnxruntime, images)
+            measured += (_timed(by_onnxruntime, "onnxruntime int8", scores, images, measured[-1]),)
+        if openvino:
+            shutil.copy(str(openvino_model.__file__), folder)
+            pytorch = next(row for row in measured if (row.network, row.runtime) == (run.role, "PyTorch"))
+            for each in (file, small) if quantized else (file,):
+                measured += (_write_openvino(run, graph, each, images, pytorch, max_drop),)
         figures = Export(out, METRICS[recipe.task], difference, relative, measured, threads(), len(images), quantized)
         shutil.copyfile(run.weights, folder / run.weights.name)
         for module in (onnx_model, onnx_forms, onnx_benchmark):
@@ -201,14 +213,16 @@ def check_repository(name: str) -> None:
         raise AcamkdError(f"--push-to-hub {name}: give OWNER/NAME")
 
 
-def require(*packages: str) -> None:
-    """Raise AcamkdError unless these packages of the extra `export` are installed."""
+def require(*packages: str, extra: str = "export") -> None:
+    """Raise AcamkdError unless these packages of an extra are installed."""
     if missing := [name for name in packages if find_spec(name) is None]:
-        raise AcamkdError(f"export needs {', '.join(missing)}: pip install '.[export]' in the checkout")
+        raise AcamkdError(f"export needs {', '.join(missing)}: pip install '.[{extra}]' in the checkout")
 
 
 @torch.no_grad()
-def _compare_outputs(graph: Graph, exported: OnnxModel, images: ImageDataset) -> tuple[float, float]:
+def _compare_outputs(
+    graph: Graph, exported: ExportedModel, images: ImageDataset, runtime: str = "onnxruntime"
+) -> tuple[float, float]:
     """Largest difference of any output on real images, absolute and as a share of the output's largest value."""
     largest = relative = 0.0
     for index in range(min(COMPARED_IMAGES, len(images))):
@@ -230,11 +244,11 @@ def _compare_outputs(graph: Graph, exported: OnnxModel, images: ImageDataset) ->
             difference = float(np.abs(ours - theirs).max(initial=0))
             largest = max(largest, difference)
             relative = max(relative, difference / max(float(np.abs(ours).max(initial=0)), 1e-12))
-    log.info("largest difference between onnxruntime and PyTorch: %.1e, %.1e relative", largest, relative)
+    log.info("largest difference between %s and PyTorch: %.1e, %.1e relative", runtime, largest, relative)
     if not relative <= LARGEST_DIFFERENCE:
         raise AcamkdError(
-            f"the exported file is wrong: its outputs differ from PyTorch's by {relative:.1e} of their largest value "
-            f"(allowed: {LARGEST_DIFFERENCE:g}); nothing was written"
+            f"the exported file is wrong: its outputs by {runtime} differ from PyTorch's by {relative:.1e} of their "
+            f"largest value (allowed: {LARGEST_DIFFERENCE:g}); nothing was written"
         )
     return largest, relative
 
@@ -243,22 +257,9 @@ def _measure(run: Run, model: TaskModel, exported: OnnxModel, images: ImageDatas
     """Score and time every network; raises AcamkdError where the two runtimes' scores differ."""
     log.info("scoring %d images by PyTorch and by onnxruntime", len(images))
     ours, theirs = _score(run, model, exported, images)
-    metric = METRICS[model.task]
-    same = abs(ours[metric] - theirs[metric]) <= LARGEST_METRIC_DIFFERENCE
-    if not (same or (math.isnan(ours[metric]) and math.isnan(theirs[metric]))):
-        raise AcamkdError(
-            f"the exported file is wrong: {metric} {theirs[metric]:.2f} by onnxruntime, {ours[metric]:.2f} by PyTorch; "
-            "nothing was written"
-        )
-    image = images[0][0]
-    array = _pixels(image)
-    spent = cost(model, image)
-    by_onnxruntime = replace(spent, milliseconds=median_milliseconds(lambda: exported.predict(array)))
-    return (
-        *_measure_teacher(run, images),
-        Measured(run.role, "PyTorch", ours, spent),
-        Measured(run.role, "onnxruntime", theirs, by_onnxruntime),
-    )
+    _compare_scores(METRICS[model.task], ours, theirs, "onnxruntime")
+    by_pytorch = Measured(run.role, "PyTorch", ours, cost(model, images[0][0]))
+    return (*_measure_teacher(run, images), by_pytorch, _timed(exported, "onnxruntime", theirs, images, by_pytorch))
 
 
 def _measure_teacher(run: Run, images: ImageDataset) -> list[Measured]:
@@ -298,12 +299,45 @@ def _quantize(
     return quantize(file, out, shown, score_of, before=before[metric], max_drop=max_drop)
 
 
-def _measure_int8(run: Run, file: Path, images: ImageDataset, float_file: Measured) -> Measured:
-    exported, array = OnnxModel(file, threads=threads()), _pixels(images[0][0])
-    assert float_file.cost is not None
+def _write_openvino(
+    run: Run, graph: Graph, file: Path, images: ImageDataset, pytorch: Measured, max_drop: float
+) -> Measured:
+    """Write one ONNX file in OpenVINO's form, and measure that; raises AcamkdError where it is wrong or loses much."""
+    out, metric, is_int8 = file.with_suffix(".xml"), METRICS[run.recipe.task], file.stem.endswith(".int8")
+    log.info("writing %s, and scoring it by OpenVINO", out.name)
+    write_openvino(file, out)
+    exported = OpenVinoModel(out, threads=threads(), precision="f32")
+    scores = _score_file(run, exported, images)
+    if not is_int8:
+        _compare_outputs(graph, exported, images, "OpenVINO")
+        _compare_scores(metric, pytorch.scores, scores, "OpenVINO")
+    elif not pytorch.scores[metric] - scores[metric] <= max_drop:
+        raise AcamkdError(
+            f"INT8 loses more in OpenVINO than in onnxruntime: {metric} {pytorch.scores[metric]:.2f} before, "
+            f"{scores[metric]:.2f} after (allowed: {max_drop:g} points); nothing was written; --max-drop allows more"
+        )
+    return _timed(exported, "OpenVINO int8" if is_int8 else "OpenVINO", scores, images, pytorch)
+
+
+def _timed(
+    exported: ExportedModel, runtime: str, scores: dict[str, float], images: ImageDataset, other: Measured
+) -> Measured:
+    """Time a file of the network that was measured before in another runtime."""
+    array = _pixels(images[0][0])
+    assert other.cost is not None
     exported.predict(array)
-    spent = replace(float_file.cost, milliseconds=median_milliseconds(lambda: exported.predict(array)))
-    return Measured(run.role, "onnxruntime int8", _score_file(run, exported, images), spent)
+    spent = replace(other.cost, milliseconds=median_milliseconds(lambda: exported.predict(array)))
+    return Measured(other.network, runtime, scores, spent)
+
+
+def _compare_scores(metric: str, ours: Mapping[str, float], theirs: Mapping[str, float], runtime: str) -> None:
+    """Raise AcamkdError if the metric by a runtime differs from PyTorch's."""
+    same = abs(ours[metric] - theirs[metric]) <= LARGEST_METRIC_DIFFERENCE
+    if not (same or (math.isnan(ours[metric]) and math.isnan(theirs[metric]))):
+        raise AcamkdError(
+            f"the exported file is wrong: {metric} {theirs[metric]:.2f} by {runtime}, {ours[metric]:.2f} by PyTorch; "
+            "nothing was written"
+        )
 
 
 def _score(
@@ -316,7 +350,7 @@ def _score(
     return ours.compute(), _score_file(run, exported, images)
 
 
-def _score_file(run: Run, exported: OnnxModel, images: ImageDataset) -> dict[str, float]:
+def _score_file(run: Run, exported: ExportedModel, images: ImageDataset) -> dict[str, float]:
     """Every metric of an exported file."""
     scorer = scorer_of(run.recipe, images.classes)
     for image, target in progress(images, "evaluating"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from acamkd import __version__, config
 from acamkd.errors import AcamkdError
-from acamkd.jobs.export.tracing import constant_same_padding, time_limit
+from acamkd.jobs.export.tracing import constant_same_padding, maps_added_in_turn, time_limit
 from acamkd.models.base import Batch, TaskModel
 from acamkd.models.detection import DenseDetector, Detector, FCOSDetector
 from acamkd.models.segmentation import STRIDE, Segmenter
@@ -134,7 +134,7 @@ def write_graph(graph: Graph, file: Path, recipe: config.Recipe) -> None:
     # Every feature map must be larger than 1 x 1 here, or the graph would accept only maps of size 1.
     frame = [-(-side // STRIDE) * STRIDE for side in resize] if isinstance(resize, tuple) else [8 * STRIDE, 12 * STRIDE]
     try:
-        with warnings.catch_warnings(), time_limit(f"PyTorch's export of {what}", ADVICE[fixed]):
+        with warnings.catch_warnings(), maps_added_in_turn(), time_limit(f"PyTorch's export of {what}", ADVICE[fixed]):
             warnings.simplefilter("ignore")  # about deprecation, and about shapes taken as constants
             if isinstance(graph, DetectionsGraph):
                 torch.onnx.export(graph, (torch.rand(1, 3, *frame),), file, dynamo=False, **names)

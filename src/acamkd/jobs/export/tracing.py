@@ -1,4 +1,4 @@
-"""Measures that keep PyTorch's exporter from hanging on a graph for any input size."""
+"""Measures around PyTorch's exporter: no hanging on a graph for any input size, no needless fifth dimension."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
+from segmentation_models_pytorch.decoders.fpn.decoder import MergeBlock
 from timm.layers import padding
-from torch import nn
+from torch import Tensor, nn
 
 from acamkd.errors import AcamkdError
 from acamkd.models.segmentation import STRIDE
@@ -80,3 +81,22 @@ def constant_same_padding(graph: nn.Module) -> Iterator[None]:
         yield
     finally:
         padding.get_same_padding = original
+
+
+@contextmanager
+def maps_added_in_turn() -> Iterator[None]:
+    """Let the FPN of segmentation_models_pytorch add its feature maps one by one within the context.
+
+    It stacks them in a fifth dimension, which runtimes of small devices (NCNN) do not have.
+    """
+    original = MergeBlock.forward
+
+    def forward(self: MergeBlock, maps: list[Tensor]) -> Tensor:
+        merged: Tensor = sum(maps[1:], maps[0]) if self.policy == "add" else original(self, maps)
+        return merged
+
+    try:
+        MergeBlock.forward = forward
+        yield
+    finally:
+        MergeBlock.forward = original

@@ -1,91 +1,45 @@
-"""`acamkd predict` on graphs made by hand; tests/test_export.py has those of real networks."""
+"""`acamkd predict` on graphs made by hand; tests/jobs/export has those of real networks."""
 
 from __future__ import annotations
 
 import json
 import logging
-import struct
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
-import onnx
 import pytest
 from PIL import Image
 
 from acamkd.errors import AcamkdError
-from acamkd.jobs import predict as predicting
-from acamkd.jobs.predict import Video, predict
+from acamkd.jobs.predict import predict as predicting
+from acamkd.jobs.predict.predict import predict
 from acamkd.report.visualize import draw_predictions
-from tiny_onnx import write_onnx
-
-
-@pytest.fixture
-def red(tmp_path: Path) -> Path:
-    """A segmenter: class 1 where there is more red than blue."""
-    weights = onnx.numpy_helper.from_array(np.array([[0, 0, 0], [1, 0, -1]], np.float32)[..., None, None], "w")
-    node = onnx.helper.make_node("Conv", ["pixels", "w"], ["logits"])
-    return write_onnx(tmp_path / "red.onnx", "segmentation", [node], [weights], {"logits": ["n", 2, "h", "w"]})
-
-
-@pytest.fixture
-def box(tmp_path: Path) -> Path:
-    """A detector that finds the same two boxes in every image, one of them with a score of 0.2."""
-    found = {
-        "boxes": np.array([[1, 2, 11, 22], [0, 0, 4, 4]], np.float32), "scores": np.array([0.9, 0.2], np.float32),
-        "labels": np.array([2, 1]),
-    }  # fmt: skip
-    nodes = [
-        onnx.helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(value))
-        for name, value in found.items()
-    ]
-    shapes = {name: list(value.shape) for name, value in found.items()}
-    return write_onnx(tmp_path / "box.onnx", "detection", nodes, [], shapes)
-
-
-def _film(file: Path, turned: bool = False) -> Path:
-    """Five frames of 64 x 48 at 10 per second: red on the left, blue on the right."""
-    frame = np.zeros((48, 64, 3), np.uint8)
-    frame[:, :32, 0] = frame[:, 32:, 2] = 200
-    with av.open(file, "w") as writer:
-        stream = writer.add_stream("libx264", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for _ in range(5):
-            writer.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        writer.mux(stream.encode())
-    if turned:  # a quarter to the right, as a telephone that is held upright says it
-        upright, quarter = (1, 0, 0, 0, 1, 0), (0, 1, 0, -1, 0, 0)
-        old, new = (
-            b"".join(struct.pack(">i", x << (30 if k == 8 else 16)) for k, x in enumerate((*matrix, 0, 0, 1)))
-            for matrix in (upright, quarter)
-        )
-        content = file.read_bytes()
-        track = content.index(b"tkhd")
-        file.write_bytes(content[:track] + content[track:].replace(old, new, 1))
-    return file
-
-
-def _frames(file: Path) -> list[Any]:
-    with av.open(file) as reader:
-        assert reader.streams.video[0].average_rate == 10
-        return [frame.to_ndarray(format="rgb24") for frame in reader.decode(video=0)]
+from tiny_video import frames_of, write_video
 
 
 def test_a_video_of_masks(red: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="acamkd")
-    folder = predict(red, _film(tmp_path / "film.mp4")).folder
+    folder = predict(red, write_video(tmp_path / "film.mp4")).folder
     assert folder == tmp_path / "predictions"
     masks = sorted((folder / "masks/film").iterdir())
     assert [mask.name for mask in masks] == [f"{number:06d}.png" for number in range(5)]
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert lines[2] == {
+        "file_name": "film.mp4", "width": 64, "height": 48, "frame": 2, "seconds": 0.2,
+        "shares": {"a": pytest.approx(0.5, abs=0.05), "b": pytest.approx(0.5, abs=0.05)},
+        "mask": "masks/film/000002.png",
+    }  # fmt: skip
     for mask in masks:
         seen = np.array(Image.open(mask))
         assert seen.shape == (48, 64)
         assert (seen[:, :30] == 1).all()
         assert (seen[:, 34:] == 0).all()
-    overlays = _frames(folder / "overlays/film.mp4")
+    overlays = frames_of(folder / "overlays/film.mp4")
     assert len({frame.shape for frame in overlays}) == 1  # the legend of each names all classes
     assert len(overlays) == 5
     assert overlays[0].shape[1] == 64
@@ -96,14 +50,19 @@ def test_a_video_of_masks(red: Path, tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_a_video_of_boxes(box: Path, tmp_path: Path) -> None:
-    folder = predict(box, _film(tmp_path / "film.mp4"), out=tmp_path / "out").folder
+    folder = predict(box, write_video(tmp_path / "film.mp4"), out=tmp_path / "out").folder
     found = json.loads((folder / "predictions.json").read_text())
     assert [each["frame"] for each in found] == [0, 1, 2, 3, 4]
     assert found[3] == {
         "file_name": "film.mp4", "frame": 3, "category_id": 2, "category_name": "b", "bbox": [1, 2, 10, 20],
         "score": pytest.approx(0.9),
     }  # fmt: skip
-    plain, drawn = _frames(tmp_path / "film.mp4")[0], _frames(folder / "overlays/film.mp4")[0]
+    lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    del found[3]["file_name"], found[3]["frame"]
+    assert lines[3] == {
+        "file_name": "film.mp4", "width": 64, "height": 48, "frame": 3, "seconds": 0.3, "objects": [found[3]],
+    }  # fmt: skip
+    plain, drawn = frames_of(tmp_path / "film.mp4")[0], frames_of(folder / "overlays/film.mp4")[0]
     changed = np.abs(plain.astype(int) - drawn.astype(int)).max(axis=-1) > 60
     assert changed[10, 1]  # the left edge of the box
     assert not changed[30:, 40:].any()
@@ -140,17 +99,11 @@ def test_frames_keep_their_times(red: Path, tmp_path: Path) -> None:
 
 
 def test_a_video_is_turned_upright(red: Path, tmp_path: Path) -> None:
-    folder = predict(red, _film(tmp_path / "film.mp4", turned=True)).folder
+    folder = predict(red, write_video(tmp_path / "film.mp4", turned=True)).folder
     seen = np.array(Image.open(folder / "masks/film/000000.png"))
     assert seen.shape == (64, 48)
     assert (seen[:30] == 1).all()
     assert (seen[34:] == 0).all()
-
-
-def test_frames_of_odd_sizes_are_written(tmp_path: Path) -> None:
-    with Video(_film(tmp_path / "film.mp4"), tmp_path / "out.mp4") as film:
-        film.write(Image.new("RGB", (33, 17)))
-    assert [frame.shape for frame in _frames(tmp_path / "out.mp4")] == [(16, 32, 3)]
 
 
 def test_a_broken_video_leaves_nothing(red: Path, tmp_path: Path) -> None:
@@ -175,7 +128,7 @@ def test_a_bar_shows_how_many_go_through(red: Path, tmp_path: Path, monkeypatch:
         return items
 
     monkeypatch.setattr(predicting, "tqdm", bar)
-    predict(red, _film(tmp_path / "film.mp4"))
+    predict(red, write_video(tmp_path / "film.mp4"))
     assert shown[0] == {"total": 5, "unit": " frames", "disable": None}
 
 
@@ -199,7 +152,7 @@ def test_a_full_list_of_detections_is_said(
     opened = predicting._open(box)
     for limit, score, said in ((2, 0.1, True), (2, 0.3, False), (3, 0.1, False), (None, 0.1, False)):
         caplog.clear()
-        monkeypatch.setattr(predicting, "_open", lambda _, limit=limit: (*opened[:3], limit))
+        monkeypatch.setattr(predicting, "_open", lambda _, limit=limit: replace(opened, limit=limit))
         predict(box, tmp_path / "a.png", out=tmp_path / "out", score=score)
         assert ("limit of 2 detections was reached in 1 image" in caplog.text) == said
 
@@ -216,7 +169,7 @@ def test_a_source_without_images_is_refused(tmp_path: Path) -> None:
     for source, message in {
         "missing": "there is no such image, folder or video",
         "empty": "the folder holds no images",
-        "notes.txt": "give an image .* a folder of them or a video",
+        "notes.txt": "give an image .* a folder of them, a video .* or the number of a camera",
     }.items():
         path = tmp_path / source
         if source == "empty":
@@ -252,3 +205,27 @@ def test_two_images_of_one_name_are_for_a_detector_alone(red: Path, box: Path, t
         predict(red, folder)
     out = predict(box, folder, out=tmp_path / "found").folder
     assert [entry["file_name"] for entry in json.loads((out / "predictions.json").read_text())] == ["a.jpg", "a.png"]
+
+
+def test_what_is_written_can_be_chosen(red: Path, box: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (16, 8)).save(tmp_path / "a.png")
+    for model, names, there in (
+        (red, ["json"], {"predictions.jsonl"}),
+        (red, ["masks"], {"masks"}),
+        (box, ["overlays", "masks"], {"overlays"}),
+    ):
+        folder = predict(model, tmp_path / "a.png", out=tmp_path / "-".join([model.stem, *names]), write=names).folder
+        assert {each.name for each in folder.iterdir()} == there
+    with pytest.raises(AcamkdError, match=r"predict cannot write 'overlay'; .*overlays"):
+        predict(red, tmp_path / "a.png", write=["overlay"])
+
+
+def test_options_of_live_sources_are_for_them_alone(red: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (16, 8)).save(tmp_path / "a.png")
+    for options, message in (
+        ({"seconds": 1.0}, "a number of seconds is for a camera, an address, --live or --watch"),
+        ({"live": True}, r"--live plays a video file .*a\.png is none"),
+        ({"watch": True}, r"--watch waits for images in a folder, and .*a\.png is none"),
+    ):
+        with pytest.raises(AcamkdError, match=message):
+            predict(red, tmp_path / "a.png", out=tmp_path / "out", **options)  # type: ignore[arg-type]
