@@ -5,6 +5,9 @@ from __future__ import annotations
 CLOSED, OPEN, FLAT = 0.1, 0.9, 0.02
 """Masks have collapsed below or above these means, or below this standard deviation over channels or locations."""
 
+LEARNED = ("spatial", "channel")
+"""Kinds of learned masks with values in (0, 1), which may collapse; other masks are fixed, such as FGD's box masks."""
+
 MASK_STATISTICS = {
     "mask": "mean", "mask_std": "std", "mask_entropy": "entropy", "mask_overlap": "overlap",
     "mask_correlation": "correlation", "mask_weight_std": "weight_std",

@@ -57,7 +57,9 @@ def test_paths_in_the_recipe_say_it_too(tmp_path: Path) -> None:
     masks = config.Split(images=Path("p"), masks=Path("m"))
     options = config.Data(root=tmp_path, train=masks, val=masks, classes=("a",))
     assert data.resolve(options, "segmentation").format == "masks"
-    with pytest.raises(AcamkdError, match=r"task detection needs data\.format: coco, yolo, voc, not masks"):
+    with pytest.raises(
+        AcamkdError, match=r"task detection needs data\.format: coco, yolo, voc, parquet, shards, not masks"
+    ):
         data.resolve(options, "detection")
 
 
@@ -65,9 +67,10 @@ def test_no_layout_is_found(tmp_path: Path) -> None:
     with pytest.raises(AcamkdError) as caught:
         data.resolve(config.Data(root=tmp_path), "segmentation")
     assert str(caught.value) == (
-        f"data.format: auto finds no layout that is known in {tmp_path} for segmentation; looked for SegmentationClass "
-        "and ImageSets/Segmentation (voc); images and masks (masks); leftImg8bit and gtFine (cityscapes): set "
-        "data.root to the folder that holds these, or name data.format"
+        f"data.format: auto finds no layout that is known in {tmp_path} for segmentation; looked for "
+        "annotations/instances_*.json (coco); SegmentationClass and ImageSets/Segmentation (voc); images and masks "
+        "(masks); leftImg8bit and gtFine (cityscapes); *.parquet or */*.parquet (parquet); *-00*.tar or */*-00*.tar or "
+        "*/00*.tar (shards): set data.root to the folder that holds these, or name data.format"
     )
 
 
@@ -86,7 +89,11 @@ def test_masks_found_need_class_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
-        ("segmentation", {"format": "coco"}, "task segmentation needs data.format: voc, masks, cityscapes, not coco"),
+        (
+            "segmentation",
+            {"format": "yolo"},
+            "needs data.format: coco, voc, masks, cityscapes, parquet, shards, not yo",
+        ),
         ("detection", {"format": "coc"}, "data.format: there is no format 'coc'; did you mean coco"),
         ("detection", {"format": "coco", "val": {"images": "x"}}, "data.val.annotations is missing"),
         ("detection", {"format": "coco", "val": {"name": "x", "masks": "y"}}, "data.val.masks: data.format coco does"),

@@ -76,10 +76,15 @@ class _Watch(Callback):
 
 
 def _fit(
-    folder: Path, batches: list[Batch], distiller: Distiller | None = None, scorer: Scorer | None = None, **train: Any
+    folder: Path,
+    batches: list[Batch],
+    distiller: Distiller | None = None,
+    scorer: Scorer | None = None,
+    progress: bool = False,
+    **train: Any,
 ) -> tuple[L.Trainer, TrainingModule, _Watch]:
     section = config.Train(**{"accelerator": "cpu", "epochs": 1, "schedule": config.Schedule(name="constant"), **train})
-    trainer = build_trainer(section, Recorder(folder, "student.safetensors", "mIoU"), progress=False)
+    trainer = build_trainer(section, Recorder(folder, "student.safetensors", "mIoU"), progress=progress)
     watch = _Watch()
     trainer.callbacks.insert(0, watch)  # type: ignore[attr-defined]
     module = TrainingModule(distiller or Distiller(_model()), section, scorer or Scorer("segmentation", ("a", "b")))
@@ -91,6 +96,14 @@ def _rates(folder: Path, epochs: int, steps: int, schedule: config.Schedule, **t
     optimizer = config.Optimizer(lr=0.5)
     _, _, watch = _fit(folder, _batches(steps), epochs=epochs, schedule=schedule, optimizer=optimizer, **train)
     return [rates[0] for rates in watch.rates]
+
+
+def test_the_bar_shows_the_last_metric_and_the_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _fit(tmp_path, _batches(2), scorer=_Scripted(12.5, 50), progress=True, epochs=2)
+    shown = capsys.readouterr().out
+    assert "epoch 2/2" in shown
+    assert "mIoU=12.50" in shown
+    assert "left=0:00:0" in shown
 
 
 def test_constant_with_warm_up(tmp_path: Path) -> None:

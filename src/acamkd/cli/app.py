@@ -105,7 +105,7 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    from acamkd.engine.runs import is_first_process
+    from acamkd.progress import is_first_process
 
     logging.getLogger("acamkd").setLevel(logging.INFO if is_first_process() else logging.ERROR)
     logging.getLogger("acamkd").handlers = [_Lines()]

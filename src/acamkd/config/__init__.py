@@ -2,13 +2,14 @@
 
 from acamkd.config.data import Augmentation, Data, ShortLong, Size, Split, parse_mask_value
 from acamkd.config.loading import as_recipe, dump, imported, load, override, parse, read_text
-from acamkd.config.schema import Comparison, Loss, Model, Optimizer, Recipe, Schedule, Search, Train
+from acamkd.config.schema import Comparison, Logger, Loss, Model, Optimizer, Recipe, Schedule, Search, Train
 from acamkd.config.yaml_text import read_yaml, write_yaml
 
 __all__ = [
     "Augmentation",
     "Comparison",
     "Data",
+    "Logger",
     "Loss",
     "Model",
     "Optimizer",

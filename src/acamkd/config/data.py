@@ -58,7 +58,8 @@ class Split(Section):
     """
 
     name: str | None = None
-    """Such as `val`, `trainval` (VOC) or `train2017` (COCO)."""
+    """Such as `val`, `trainval` (VOC) or `train2017` (COCO). Formats parquet and shards: the files NAME-*, or those in
+    the folder NAME."""
     images: DataPath | None = None
     """Folder of images, including the folders below it. Format yolo: also a text file that lists images."""
     masks: DataPath | None = None
@@ -113,8 +114,9 @@ class Data(Section):
     """Images and targets."""
 
     format: str = "auto"
-    """`coco`: images and a COCO JSON. `yolo`: images and text files. `voc`: Pascal VOC, boxes or masks. `masks`:
-    images and 8-bit masks. `cityscapes`. `package.module:Class`: a reader of your own. `auto`: by what lies in
+    """`coco`: images and a COCO JSON, for masks by its outlines. `yolo`: images and text files. `voc`: Pascal VOC,
+    boxes or masks. `masks`: images and 8-bit masks. `cityscapes`. `parquet`: rows of a Hugging Face data set.
+    `shards`: tar files as of WebDataset. `package.module:Class`: a reader of your own. `auto`: by what lies in
     `root`."""
     root: DataPath = Path()
     """Folder of the data; the splits' paths are relative to it."""
@@ -123,16 +125,23 @@ class Data(Section):
     test: Split | None = None
     """Images that no training and no choice sees: `run`, `compare` and `evaluate --split test` score on them."""
     classes: tuple[str, ...] | None = None
-    """Class names in the order of their ids. Needed for masks; the other formats bring their own."""
+    """Class names in the order of their ids. Needed for masks and shards; the other formats bring their own."""
     ignore_index: Annotated[int, Field(ge=0, le=255)] = 255
-    """Format masks: mask value that is ignored in training and evaluation."""
+    """Formats masks, parquet and shards: mask value that is ignored in training and evaluation."""
     mask_values: dict[str, str | int | None] | None = None
-    """Formats masks and voc: class, by name or number, of each value of the masks, where value k is not class k:
-    `{0: background, 255: crack}`. Or of each color: `{"#ff0000": road, "0, 0, 255": car}`. `void` is ignored in
-    training and evaluation."""
+    """Formats masks, voc, parquet and shards: class, by name or number, of each value of the masks, where value k is
+    not class k: `{0: background, 255: crack}`. Or of each color: `{"#ff0000": road, "0, 0, 255": car}`. `void` is
+    ignored in training and evaluation."""
+    uncovered: Literal["background", "void"] = "background"
+    """Format coco for segmentation: what pixels without an outline are: a class of their own, or `void`, which is
+    ignored in training and evaluation."""
+    columns: dict[Literal["image", "objects", "mask"], str] | None = None
+    """Format parquet: which columns hold these, where their names and types do not tell."""
+    box_format: Literal["xywh", "xyxy"] = "xywh"
+    """Formats parquet and shards: a box is left, top, width, height, or left, top, right, bottom, in pixels."""
     unlabelled: DataPath | None = None
-    """Folder of further images, relative to `root`, without targets. Only `distill` uses them: each batch has as many
-    of them as labeled images."""
+    """Folder of further images, or of tar files of images, relative to `root`, without targets. Only `distill` uses
+    them: each batch has as many of them as labeled images."""
     resize: Size | ShortLong | None = None
     """Input size of the networks: (height, width), or {short, long}; nothing = the images' own size."""
     augment: Augmentation = Augmentation()

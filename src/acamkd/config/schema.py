@@ -7,7 +7,15 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from acamkd.config.data import Data, Deviation, Fraction, Positive, Section, written_path
 
@@ -158,6 +166,38 @@ class Schedule(Section):
         return self
 
 
+class Logger(Section):
+    """What a training's values are logged to. The name alone says the same as `{name: NAME}`."""
+
+    name: Literal["csv", "tensorboard", "wandb", "mlflow"]
+    """`csv`: `logs/metrics.csv` in the run folder. `tensorboard`: event files in `logs/tensorboard` there. `wandb`:
+    Weights & Biases. `mlflow`: an MLflow server or database. All but csv need `pip install 'acamkd[NAME]'`."""
+    project: str | None = None
+    """wandb: nothing = WANDB_PROJECT, or the recipe's name."""
+    entity: str | None = None
+    """wandb: user or team; nothing = your own default."""
+    mode: Literal["online", "offline"] | None = None
+    """wandb: nothing = WANDB_MODE, or online. An offline run lies in `logs/wandb`; `wandb sync` uploads it."""
+    tracking_uri: str | None = None
+    """mlflow: nothing = MLFLOW_TRACKING_URI, or MLflow's local database."""
+    experiment: str | None = None
+    """mlflow: nothing = MLFLOW_EXPERIMENT_NAME, or the recipe's name."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Logger:
+        own = {"wandb": {"project", "entity", "mode"}, "mlflow": {"tracking_uri", "experiment"}}.get(self.name, set())
+        given = {key for key, value in self if key != "name" and value is not None}
+        if given - own:
+            known = f"takes {', '.join(sorted(own))}" if own else "takes no other keys"
+            raise ValueError(f"{self.name} has no {', '.join(sorted(given - own))}: it {known}")
+        return self
+
+    @model_serializer
+    def _shortest(self) -> str | dict[str, str]:
+        given = {key: value for key, value in self if value is not None}
+        return given if len(given) > 1 else self.name
+
+
 class Train(Section):
     """One training run."""
 
@@ -196,6 +236,24 @@ class Train(Section):
     num_nodes: Positive = 1
     strategy: str = "auto"
     """How devices work together, by Lightning's name."""
+    loggers: tuple[Logger, ...] = (Logger(name="csv"),)
+    """Where every step's values go: `[csv, tensorboard, wandb, mlflow]`, or entries with settings, such as `{name:
+    wandb, project: cracks, mode: offline}`. They do not affect the training (docs/guides/trackers.md)."""
+
+    @field_validator("loggers", mode="before")
+    @classmethod
+    def _by_name(cls, loggers: Any) -> Any:
+        if not isinstance(loggers, (list, tuple)):
+            return loggers
+        return tuple({"name": entry} if isinstance(entry, str) else entry for entry in loggers)
+
+    @field_validator("loggers")
+    @classmethod
+    def _once(cls, loggers: tuple[Logger, ...]) -> tuple[Logger, ...]:
+        names = [logger.name for logger in loggers]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{', '.join(twice)} stands there twice")
+        return loggers
 
     @field_validator("precision", mode="before")
     @classmethod

@@ -5,8 +5,10 @@ from acamkd.data.checks import check, check_same_classes, compare_splits, refuse
 from acamkd.data.dataset import ImageDataset
 from acamkd.data.formats import FORMATS
 from acamkd.data.formats.cityscapes import Cityscapes
-from acamkd.data.formats.coco import CocoDetection
+from acamkd.data.formats.coco import CocoDetection, CocoSegmentation
 from acamkd.data.formats.masks import MaskFolder
+from acamkd.data.formats.parquet import ParquetDetection, ParquetSegmentation
+from acamkd.data.formats.shards import ShardDetection, ShardSegmentation
 from acamkd.data.formats.voc import VocDetection, VocSegmentation
 from acamkd.data.formats.yolo import YoloDetection
 from acamkd.data.loading import ImageLoader, reading
@@ -18,11 +20,16 @@ __all__ = [
     "FORMATS",
     "Cityscapes",
     "CocoDetection",
+    "CocoSegmentation",
     "DistributedSequentialSampler",
     "ImageDataset",
     "ImageLoader",
     "MaskFolder",
+    "ParquetDetection",
+    "ParquetSegmentation",
     "SeededSampler",
+    "ShardDetection",
+    "ShardSegmentation",
     "VocDetection",
     "VocSegmentation",
     "WithUnlabeled",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import torch
 
 from acamkd import config
 from acamkd.data.checks import refuse
-from acamkd.data.dataset import ImageDataset, SplitName
+from acamkd.data.dataset import OPTIONAL_KEYS, ImageDataset, SplitName
 from acamkd.data.folders import existing
 from acamkd.data.formats import FORMATS
 from acamkd.data.layouts import hint, layouts
@@ -67,6 +68,11 @@ def resolve(data: config.Data, task: Task) -> config.Data:
     Raises:
         AcamkdError: No layout or more than one is found, the format does not fit the task, or a key is missing.
     """
+    if re.match(r"\w\w+:/", str(data.root)):
+        raise AcamkdError(
+            f"data.root {data.root}: only folders that this machine sees are read: mount the storage, or copy the data "
+            "to a disk first"
+        )
     data = _spelled(data)
     if not data.root.is_dir() and ":" not in data.format:
         where = "" if data.root.is_absolute() else f" in {Path.cwd()}, where relative paths start"
@@ -118,7 +124,7 @@ def _find_format(data: config.Data, task: Task) -> str:
     found = _found(data, data.root, task)
     if len(found) != 1:
         looked = "; ".join(
-            f"{' and '.join(reader.LAYOUT)} ({name})"
+            f"{' and '.join(reader.LAYOUT or reader.SPARE_LAYOUT)} ({name})"
             for name, readers in FORMATS.items() for reader in readers if task == reader.TASK
         )  # fmt: skip
         what = f"both {' and '.join(found)}" if found else "no layout that is known"
@@ -157,10 +163,13 @@ def _check_keys(data: config.Data, reader: type[ImageDataset]) -> None:
             raise AcamkdError(
                 f"data.{name}.{reader.BESIDE_IMAGES} is missing: data.format {data.format} needs it beside `images`"
             )
-    if data.mask_values is not None and not reader.READS_MASK_VALUES:
-        raise AcamkdError(f"data.mask_values: data.format {data.format} says itself what its values mean")
+    for key in OPTIONAL_KEYS:
+        if getattr(data, key) != config.Data.model_fields[key].default and key not in reader.DATA_KEYS:
+            raise AcamkdError(f"data.{key}: data.format {data.format} does not read it for {reader.TASK}")
     if reader.NEEDS_CLASSES and not data.classes:
-        raise AcamkdError("data.classes is missing: masks hold ids only, so the recipe lists the class names")
+        raise AcamkdError(
+            f"data.classes is missing: data.format {data.format} does not say the class names, so the recipe lists them"
+        )
 
 
 def loader(
@@ -191,7 +200,7 @@ def loader(
     """
     refuse(dataset.problems)
     sampler = (
-        SeededSampler(len(dataset), seed, batches and batches * batch_size)
+        SeededSampler(len(dataset), seed, batches and batches * batch_size, dataset.groups)
         if shuffle
         else DistributedSequentialSampler(len(dataset))
     )

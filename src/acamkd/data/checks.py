@@ -21,6 +21,7 @@ from acamkd.data.duplicates import Hash, difference_hash, identical, near_copies
 from acamkd.data.image_io import read_header, read_image, read_size
 from acamkd.errors import AcamkdError, ImageError
 from acamkd.models.base import PixelSize, Task
+from acamkd.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,8 @@ def examine(dataset: ImageDataset, *, decode: bool, count: bool = False) -> Find
         count: Read the pixels of every target even without `decode`.
     """
     with ThreadPoolExecutor() as pool:  # decoders release the interpreter's lock
-        looks = list(pool.map(partial(look_at, dataset, decode=decode, count=count), range(len(dataset))))
+        each = pool.map(partial(look_at, dataset, decode=decode, count=count), range(len(dataset)))
+        looks = list(progress(each, "checking the data", total=len(dataset)))
     problems = [*dataset.problems, *(problem for look in looks for problem in look.problems)]
     warnings = [*dataset.warnings, *_repeated(dataset, looks)]
     if dataset.classes:

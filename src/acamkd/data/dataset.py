@@ -19,11 +19,15 @@ from torchvision import tv_tensors
 
 from acamkd.config import Data
 from acamkd.data.image_io import read_image
+from acamkd.data.packed import read_packed, size_of
 from acamkd.errors import ImageError
 from acamkd.models.base import VOID, PixelSize, Target, Task
 
 Sample: TypeAlias = tuple[Tensor, Target]
 """An image, (3, H, W) uint8 RGB, and its target."""
+
+OPTIONAL_KEYS = ("mask_values", "uncovered", "columns", "box_format")
+"""Keys of a recipe's `data` that only formats read which declare them."""
 
 SplitName: TypeAlias = Literal["train", "val"]
 """Split of a recipe: `data.train` or `data.val`."""
@@ -56,6 +60,8 @@ class ImageDataset(Dataset[Sample], ABC):
         warnings: Remarks about what is legal but suspicious.
         counts: Sum of `tally` over the images; None until the targets have been read, or if `check` found problems.
         hashes: `difference_hash` of each image, (N, 32) uint8; None until `check` has decoded every image.
+        groups: Lengths of the runs of images that lie together, in one shard or row group, and so are read together;
+            None where every image is a file of its own.
 
     A class that a recipe names in `data.format` also sets the following class attributes.
     """
@@ -64,7 +70,8 @@ class ImageDataset(Dataset[Sample], ABC):
     """The task of its targets."""
 
     LAYOUT: ClassVar[tuple[str, ...]] = ()
-    """Patterns below `data.root`; `data.format: auto` takes the class whose patterns all match something."""
+    """Patterns below `data.root`, or several with " or " between them; `data.format: auto` takes the class whose
+    patterns all match something."""
 
     SPARE_LAYOUT: ClassVar[tuple[str, ...]] = ()
     """Patterns that `auto` tries if no class's LAYOUT matches."""
@@ -81,8 +88,8 @@ class ImageDataset(Dataset[Sample], ABC):
     FIXED_CLASSES: ClassVar[tuple[str, ...] | None] = None
     """Class names, if the format fixes them."""
 
-    READS_MASK_VALUES: ClassVar[bool] = False
-    """Whether `data.mask_values` may define its masks' values or colors."""
+    DATA_KEYS: ClassVar[frozenset[str]] = frozenset()
+    """Which of the keys of a recipe's `data` that are for some formats alone it reads: see OPTIONAL_KEYS."""
 
     KNOWS_SIZES: bool = True
     """Whether the annotations hold their image's size, so that a quarter turn is detected."""
@@ -118,6 +125,7 @@ class ImageDataset(Dataset[Sample], ABC):
             if (one := first.setdefault("".join(name.split()).casefold(), name)) != name
         ]
         self.counts: Tensor | None = None
+        self.groups: list[int] | None = None
         self.hashes: npt.NDArray[np.uint8] | None = None
         self.reading: Tensor | None = None  # (W, 2), shared: process id and current key of each loading process
 
@@ -182,9 +190,10 @@ class ImageDataset(Dataset[Sample], ABC):
         digest = hashlib.sha256(repr(self.classes).encode())
         try:
             for file in self.files:
-                digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+                digest.update(f"{file.name} {size_of(file)}\n".encode())
             for file in self.annotation_files:
-                digest.update(file.read_bytes())
+                packed = read_packed(file)
+                digest.update(file.read_bytes() if packed is None else packed)
         except OSError as error:
             raise ImageError(f"{error.filename}: {error.strerror}") from error
         return digest.hexdigest()[:16]

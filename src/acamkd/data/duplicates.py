@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from acamkd.data.packed import open_binary, size_of
+
 Hash: TypeAlias = npt.NDArray[np.uint8]
 """(32,): 256 bits."""
 
@@ -110,18 +112,18 @@ def _split(
 
 def _size(file: Path) -> Hashable:
     with suppress(OSError):
-        return file.stat().st_size
+        return size_of(file)
     return None
 
 
 def _start(file: Path) -> Hashable:
-    with suppress(OSError), file.open("rb") as stream:
+    with suppress(OSError), open_binary(file) as stream:
         return stream.read(START)
     return None
 
 
 def _content(file: Path) -> Hashable:
-    with suppress(OSError), file.open("rb") as stream:
+    with suppress(OSError), open_binary(file) as stream:
         digest = hashlib.sha256()
         while block := stream.read(1 << 20):
             digest.update(block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from acamkd.data.packed import read_packed
 from acamkd.errors import AcamkdError, ImageError
 from acamkd.models.base import PixelSize
 
@@ -69,7 +71,8 @@ def orientation_of(image: Image.Image) -> int:
 def opened(file: Path, what: str = "image") -> Iterator[Image.Image]:
     """Open an image; any error within the context becomes an ImageError that names the file."""
     try:
-        with Image.open(file) as image:
+        packed = read_packed(file)
+        with Image.open(file if packed is None else BytesIO(packed)) as image:
             yield image
     except FileNotFoundError as error:
         raise ImageError(f"{file}: there is no such {what}") from error

@@ -21,7 +21,7 @@ def layouts(root: Path, task: Task) -> dict[str, str]:
     """Formats whose patterns all match in a folder, each with the reason as text."""
     readers = [(name, reader) for name, readers in FORMATS.items() for reader in readers if task == reader.TASK]
     return _matching(root, [(name, reader.LAYOUT) for name, reader in readers]) or _matching(
-        root, [(name, reader.SPARE_LAYOUT) for name, reader in readers if reader.SPARE_LAYOUT]
+        root, [(name, reader.SPARE_LAYOUT) for name, reader in readers]
     )
 
 
@@ -29,7 +29,7 @@ def _matching(root: Path, patterns: Iterable[tuple[str, Sequence[str]]]) -> dict
     return {
         name: f"{' and '.join(entries)} {'are' if len(entries) > 1 else 'is'} in {root}"
         for name, entries in patterns
-        if all(any(root.glob(entry)) for entry in entries)
+        if entries and all(any(any(root.glob(each)) for each in entry.split(" or ")) for entry in entries)
     }
 
 

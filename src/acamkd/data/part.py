@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from acamkd.data.dataset import ImageDataset, Transform, seed_of
@@ -19,7 +20,7 @@ class Part(ImageDataset):
 
     Args:
         whole: The data set, without augmentation.
-        rows: Indices of the subset's images.
+        rows: Indices of the subset's images, in ascending order.
         transform: Augmentation.
         seed: Seed of the augmentation.
     """
@@ -34,6 +35,9 @@ class Part(ImageDataset):
         self.whole = whole
         self.rows = list(rows)
         self.problems = list(whole.problems)
+        if whole.groups is not None:
+            group_of = np.repeat(np.arange(len(whole.groups)), whole.groups)
+            self.groups = np.bincount(group_of[self.rows], minlength=len(whole.groups)).tolist()
 
     def target(self, index: int, size: PixelSize) -> Target:
         """Target of the image in the whole data set."""

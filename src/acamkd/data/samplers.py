@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, distributed
 from torch.utils.data import Sampler
 
 from acamkd.data.dataset import seed_of
+
+TOGETHER = 4
+"""Shards or row groups whose images are mixed with each other."""
 
 
 class SeededSampler(Sampler[int]):
@@ -24,12 +27,15 @@ class SeededSampler(Sampler[int]):
         n: Length of the data set.
         seed: Seed of the order.
         length: Keys per process and epoch; None for one pass.
+        groups: Lengths of the runs of images that lie together; see ImageDataset. The groups come in random order, and
+            the images of TOGETHER groups at a time are mixed, so that few places of a disk are read at once.
     """
 
-    def __init__(self, n: int, seed: int, length: int | None = None) -> None:
+    def __init__(self, n: int, seed: int, length: int | None = None, groups: Sequence[int] | None = None) -> None:
         self.n = n
         self.seed = seed
         self.length = length
+        self.groups = groups
         self.epoch = 0
         self.begin = (0, 0)
         """(epoch, keys): the epoch that a resumed run starts in its middle, and the number of its keys already seen."""
@@ -57,7 +63,14 @@ class SeededSampler(Sampler[int]):
 
     def _pass(self, number: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed_of("order", self.seed, number))
-        return number * self.n + torch.randperm(self.n, generator=generator)
+        if self.groups is None:
+            return number * self.n + torch.randperm(self.n, generator=generator)
+        runs = torch.split(number * self.n + torch.arange(self.n), list(self.groups))
+        mixed = []
+        for drawn in torch.split(torch.randperm(len(runs), generator=generator), TOGETHER):
+            keys = torch.cat([runs[group] for group in drawn])
+            mixed.append(keys[torch.randperm(len(keys), generator=generator)])
+        return torch.cat(mixed)
 
 
 class DistributedSequentialSampler(Sampler[int]):

@@ -12,6 +12,7 @@ from torchvision import tv_tensors
 
 from acamkd.data.dataset import ImageDataset, Transform, note_reading, seed_of
 from acamkd.data.folders import Folder, no_images
+from acamkd.data.formats.shards import Shards
 from acamkd.models.base import VOID, PixelSize, Target, Task
 
 
@@ -19,7 +20,7 @@ class UnlabeledImages(ImageDataset):
     """All images in a folder and the folders below it, with empty targets: no boxes, or only void.
 
     Args:
-        images: Folder of images.
+        images: Folder of images, or of tar files that hold images.
         task: Task whose target format the transform expects.
         transform: Augmentation.
         seed: Seed of the augmentation.
@@ -30,9 +31,10 @@ class UnlabeledImages(ImageDataset):
 
     def __init__(self, images: Path, task: Task, *, transform: Transform | None = None, seed: int = 0) -> None:
         folder = Folder(images)
-        super().__init__(folder.files, [], (), transform=transform, seed=seed)
+        shards = Shards([] if folder.files else sorted(images.glob("**/*.tar")))
+        super().__init__(folder.files or shards.images, [], (), transform=transform, seed=seed)
         self.task = task
-        self.problems += no_images(folder)
+        self.problems += shards.problems or ([] if shards.images else no_images(folder))
         self.warnings += folder.described_left_out()
 
     def target(self, index: int, size: PixelSize) -> Target:
@@ -64,6 +66,7 @@ class WithUnlabeled(Dataset[tuple[Tensor, Target, Tensor]]):
         self.labeled = labeled
         self.unlabeled = unlabeled
         self.problems: Sequence[str] = [*labeled.problems, *unlabeled.problems]
+        self.groups = labeled.groups
         self.reading: Tensor | None = None  # shared with loading processes, as in ImageDataset
         generator = torch.Generator().manual_seed(seed_of("unlabelled", unlabeled.seed))
         self._order: list[int] = torch.randperm(len(unlabeled), generator=generator).tolist()

@@ -21,6 +21,7 @@ from acamkd.distillation.distiller import Distiller, WeightSchedule
 from acamkd.distillation.methods import find, options, options_of
 from acamkd.errors import AcamkdError
 from acamkd.models.base import VOID, Batch, Target, TaskModel, to_device
+from acamkd.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,8 @@ def _calibrate(built: DryBuild, index: int, entry: Loss, images: Images) -> Loss
     built.distiller.schedules = [WeightSchedule(stop_epoch=None if owner == index else 0) for owner in built.owners]
     with probing(built.distiller) as distiller:
         batches = prepared(distiller.student, islice(with_objects(images), BATCHES))
-        norms = [total_norms(gradient_norms(distiller, batch)) for batch in batches]
+        measured = progress(batches, f"measuring {entry.name}", total=BATCHES, unit=" batches")
+        norms = [total_norms(gradient_norms(distiller, batch)) for batch in measured]
     where = f"at the student's parameters below {', '.join(map(str, entry.pairs)) or 'the heads'}"
     for which, values in zip(("distillation", "task"), zip(*norms, strict=True), strict=True):
         if bad := [value for value in values if not math.isfinite(value)]:

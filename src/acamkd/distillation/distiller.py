@@ -208,6 +208,14 @@ class Distiller(nn.Module):
             for name, value in self.levels[index][1].statistics.items()
         }
 
+    def weights(self, step: int) -> dict[str, float]:
+        """Factors of the losses' terms at a step, schedules included: `LAYER/METHOD/OPTION`."""
+        return {
+            f"{key}/{name}": schedule(step) * value
+            for key, schedule, (_, loss) in zip(self._keys, self.schedules, self.levels, strict=True)
+            for name, value in loss.weights.items()
+        }
+
     def _layers(self, index: int) -> tuple[list[str], list[str]]:
         """Layers of student and teacher that one loss needs."""
         pair, loss = self.levels[index]

@@ -17,6 +17,7 @@ from acamkd.engine.devices import device_of, moved_to
 from acamkd.engine.evidence import ImageInterval
 from acamkd.engine.metrics import MAX_DETECTIONS, scorer_of
 from acamkd.models.base import VOID, Prediction, Target, Task, TaskModel, to_device
+from acamkd.progress import progress
 
 Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 
@@ -243,7 +244,7 @@ def collect(models: Sequence[TaskModel], images: ImageDataset, recipe: Recipe) -
     batches = data.loader(images, recipe.train.batch_size, recipe.data.workers, shuffle=False, seed=0)
     device = device_of(recipe.train)
     with data.reading(batches), moved_to(device, *models):
-        for pixels, targets in batches:
+        for pixels, targets in progress(batches, "evaluating image by image", unit=" batches"):
             inputs, _ = to_device(pixels, [], device)
             for model, statistics in zip(models, found, strict=True):
                 statistics.update(model.predict(inputs), targets)

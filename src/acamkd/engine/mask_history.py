@@ -19,9 +19,11 @@ from acamkd.data import ImageDataset
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.taps import FeatureTap
 from acamkd.engine.module import TrainingModule
+from acamkd.engine.trackers import trackers_of
 from acamkd.files import written_whole
 from acamkd.losses.base import DistillationContext, DistillationLoss, HeadLoss
 from acamkd.losses.functional import dice_overlap
+from acamkd.mask_health import LEARNED, collapse
 from acamkd.models.base import Batch, keeping_modes, to_device
 
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
@@ -30,6 +32,8 @@ REPLAY = "replay.npz"
 IMAGES = 4
 SNAPSHOTS = 32
 """About this many snapshots are kept of a long run; a shorter run keeps one per epoch."""
+TILE = 96
+"""About as many pixels have the sides of a mask as an image for a tracker."""
 SIDE = 40
 """Longest side of a saved feature map, in locations."""
 UNITS = 12
@@ -39,6 +43,8 @@ CHANNELS = 256
 
 class MaskHistory(Callback):
     """Records masks of the same few validation images before the first step and after the epochs, in replay.npz.
+
+    Trackers get their statistics and drawings.
 
     This does not change the training: both networks run in eval mode, without gradients, and every training step sets
     its own seed. For E snapshots and K images the file holds
@@ -88,8 +94,14 @@ class MaskHistory(Callback):
             batch = student.prepare(*to_device(images, targets, pl_module.device))
             if not self.teacher_maps:  # the teacher never changes, and its forward pass is the expensive one
                 self.teacher_maps = {name: x.cpu() for name, x in pl_module.distiller.teacher_maps(batch).items()}
-            self.snapshots.append({"epoch": np.array(epoch), **look(pl_module.distiller, batch, self.teacher_maps)})
+            found = look(pl_module.distiller, batch, self.teacher_maps)
+        self.snapshots.append({"epoch": np.array(epoch), **found})
         self._write()
+        for tracker in trackers_of(trainer.loggers):
+            step = max(0, trainer.global_step - 1)  # the last one that is done
+            tracker.log_metrics(mask_values(found), step)
+            for name, sheet in mask_sheets(found, images).items():
+                tracker.log_image(f"masks/{name}", sheet, step)
 
     def _write(self) -> None:
         stacked = {name: np.stack([snapshot[name] for snapshot in self.snapshots]) for name in self.snapshots[0]}
@@ -102,6 +114,57 @@ def read_snapshots(file: Path) -> list[Arrays]:
     with np.load(file) as stored:
         stacked = {name: stored[name] for name in stored.files if name != "images"}
     return [{name: array[snapshot] for name, array in stacked.items()} for snapshot in range(len(stacked["epoch"]))]
+
+
+def mask_values(found: Arrays) -> dict[str, float]:
+    """Statistics of the masks that `look` found, over its images.
+
+    Returns:
+        `LAYER/METHOD/MASK/STATISTIC`: `mean`, `std` over locations or channels, Dice `overlap` and, of learned masks,
+        `collapsed`, the share of the first UNITS masks that have collapsed.
+    """
+    values: dict[str, float] = {}
+    for name, figures in found.items():
+        mask, _, ending = name.rpartition("/")
+        if ending != "figures":
+            continue
+        values |= {f"{mask}/{what}": float(x) for what, x in zip(("mean", "std", "overlap"), figures, strict=True)}
+        if mask.rpartition("/")[2] in LEARNED:
+            each = found[mask].reshape(*found[mask].shape[:2], -1) / 255  # (K, M, P)
+            means, deviations = each.mean((0, 2)).tolist(), each.std(2).mean(0).tolist()
+            collapsed = [bool(collapse(*pair)) for pair in zip(means, deviations, strict=True)]
+            values[f"{mask}/collapsed"] = sum(collapsed) / len(collapsed)
+    return values
+
+
+def mask_sheets(found: Arrays, images: Sequence[Tensor]) -> dict[str, npt.NDArray[np.uint8]]:
+    """Draw the masks that `look` found: each image's in one row, black for 0 and white for 1.
+
+    Args:
+        found: What `look` returned.
+        images: (3, H, W) uint8 each; they stand before their spatial masks.
+
+    Returns:
+        `LAYER/METHOD/MASK`: (H, W, 3) uint8. A channel mask is one line.
+    """
+    sheets = {}
+    for name, masks in found.items():
+        if name.count("/") != 2 or name.endswith(("/student", "/teacher")):
+            continue
+        is_spatial = masks.ndim == 4
+        if not is_spatial:  # (K, M, C): all masks of an image are one tile
+            masks = masks[:, None]
+        scale = max(1, TILE // max(masks.shape[-2:]))
+        large = masks.repeat(scale, 2).repeat(scale, 3)
+        rows = []
+        for image, row in zip(images, large, strict=True):
+            tiles = [mask[..., None].repeat(3, 2) for mask in row]
+            if is_spatial:
+                small = F.interpolate(image[None].float(), large.shape[-2:], mode="area")[0]
+                tiles.insert(0, small.byte().permute(1, 2, 0).numpy())
+            rows.append(np.concatenate([np.pad(tile, ((1, 1), (1, 1), (0, 0))) for tile in tiles], axis=1))
+        sheets[name] = np.concatenate(rows)
+    return sheets
 
 
 def is_kept(epoch: int, epochs: int) -> bool:

@@ -17,6 +17,7 @@ from acamkd.config import Recipe
 from acamkd.data.samplers import rank_and_world_size
 from acamkd.errors import AcamkdError
 from acamkd.models.base import VOID, Prediction, Target, Task, TaskModel, keeping_modes, to_device
+from acamkd.progress import progress
 
 T = TypeVar("T")
 
@@ -151,7 +152,7 @@ def score(
     scorer.to(device)
     with keeping_modes(model):
         model.eval()
-        for images, targets in batches:
+        for images, targets in progress(batches, "evaluating", unit=" batches"):
             inputs, truths = to_device(images, targets, device)
             scorer.update(model.predict(inputs), truths)
     return scorer.compute()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -201,7 +200,9 @@ class Run(Printable):
 
     def _content(self, recipe: config.Recipe) -> dict[str, Any]:
         """The keys that affect the outcome."""
-        without: dict[str, Any] = {"data": {"workers", "check", "test"}, "train": {"checkpoint_every"}, "compare": True}
+        without: dict[str, Any] = {
+            "data": {"workers", "check", "test"}, "train": {"checkpoint_every", "loggers"}, "compare": True,
+        }  # fmt: skip
         if self.role == "teacher":
             without["student"] = True
         return recipe.model_dump(mode="json", exclude=without)
@@ -249,12 +250,6 @@ class Run(Printable):
         data = self.recipe.data
         assert data.classes is not None
         return models.build(section, self.recipe.task, len(data.classes), data.resize, teacher=True).eval()
-
-
-def is_first_process() -> bool:
-    """Whether this is the only process, or the first one that a launcher has started."""
-    ranks = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ]
-    return not ranks or ranks[0] == "0"
 
 
 def default_folder(recipe: config.Recipe, job: str) -> Path:

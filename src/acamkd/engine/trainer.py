@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from acamkd.config import Train
@@ -27,6 +28,7 @@ from acamkd.engine.heartbeat import Heartbeat
 from acamkd.engine.metrics import gathered, own_part
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.nonfinite import NonFinite
+from acamkd.engine.trackers import Tracker, trackers_of
 from acamkd.errors import AcamkdError
 from acamkd.files import written_whole
 from acamkd.models.weights import save_weights
@@ -63,6 +65,7 @@ class Recorder(Callback):
         self.cpu_seconds = 0.0
         """Of this process alone, without those that load images."""
         self.step = 0
+        self._rates: dict[str, float] = {}
         self.sums: dict[str, list[float]] = {}
         """By name, the sum over the epoch's images so far, and their number."""
         self._steps = _rows(folder / "logs/metrics.csv")  # read now, because Lightning's logger deletes the file
@@ -78,17 +81,29 @@ class Recorder(Callback):
             setattr(self, name, (own_part(value) or {}) if name == "sums" else value)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clocks and the step log; a resumed run continues them from its checkpoint."""
+        """Start the clocks, the step log and the trackers; a resumed run continues them from its checkpoint."""
         self._started = time.monotonic() - self.seconds
         self._cpu_started = time.process_time() - self.cpu_seconds
+        tables = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
         for row in self._steps:
             if int(row["step"]) < self.step:
-                trainer.loggers[0].log_metrics({k: v for k, v in row.items() if v}, int(row["step"]))  # type: ignore[misc]
-        trainer.loggers[0].save()
+                for table in tables:
+                    table.log_metrics({k: v for k, v in row.items() if v}, int(row["step"]))  # type: ignore[misc]
+        for tracker in trackers_of(trainer.loggers):
+            tracker.begin(self.step)
+        for logger in trainer.loggers:
+            logger.save()
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reset the sums; an epoch that is resumed in its middle keeps its own."""
         self.sums = {}
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Note the step's learning rates: the schedule advances before the step is logged."""
+        rates = [group["lr"] for group in optimizer.param_groups]
+        self._rates = {f"lr/{name}": rate for name, rate in zip(("student", "losses"), rates, strict=False)}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Images, batch_idx: int
@@ -101,7 +116,8 @@ class Recorder(Callback):
             self.sums[name] = [total + value * images, count + images]
         if trainer.global_step > self.step:  # not while gradients accumulate
             row = {f"{name}_step": value for name, value in values.items()}
-            trainer.loggers[0].log_metrics({"epoch": trainer.current_epoch, **row}, self.step)
+            weights = {f"weight/{name}": weight for name, weight in pl_module.distiller.weights(self.step).items()}
+            self._log(trainer, {"epoch": trainer.current_epoch, **row}, self.step, more={**self._rates, **weights})
         self.step = trainer.global_step
         self._read_clocks()
 
@@ -115,7 +131,8 @@ class Recorder(Callback):
             log.warning("%s is undefined: in the validation images every pixel is void, or every box a crowd: check "
                         "data.val and data.ignore_index", self.metric)  # fmt: skip
         if scores:
-            trainer.loggers[0].log_metrics({"epoch": trainer.current_epoch, **scores}, self.step - 1)
+            self._log(trainer, {"epoch": trainer.current_epoch, **scores}, self.step - 1)
+        self._log(trainer, {}, self.step - 1, more={f"{name}_epoch": value for name, value in losses.items()})
         if scores and not scores[self.metric] <= self.best.get(self.metric, -math.inf):
             self.best, self.best_epoch = scores, epoch
             if trainer.is_global_zero:
@@ -127,6 +144,15 @@ class Recorder(Callback):
         if trainer.is_global_zero:
             self._write_history()
             self._say(epoch, trainer.max_epochs or epoch, losses, scores)
+
+    def _log(
+        self, trainer: L.Trainer, values: Mapping[str, float], step: int, more: Mapping[str, float] | None = None
+    ) -> None:
+        """Log values of a step everywhere, and `more` into the trackers alone."""
+        for logger in trainer.loggers:
+            row = {**values, **(more or {})} if isinstance(logger, Tracker) else dict(values)
+            if row:
+                logger.log_metrics(row, step)
 
     def _read_clocks(self) -> None:
         self.seconds = time.monotonic() - self._started
@@ -162,7 +188,11 @@ class Recorder(Callback):
 
 
 class _Bar(TQDMProgressBar):
-    """Lightning's progress bar, with epochs counted from 1, and only the loss beside it."""
+    """Lightning's progress bar of one epoch, counted from 1, with the loss, the last metric and the time left."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
 
     def on_train_epoch_start(self, trainer: L.Trainer, *args: Any) -> None:
         super().on_train_epoch_start(trainer, *args)
@@ -170,7 +200,15 @@ class _Bar(TQDMProgressBar):
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         assert isinstance(pl_module, TrainingModule)
-        return {"loss": pl_module.values["loss"]} if pl_module.values else {}
+        shown: dict[str, Any] = {"loss": pl_module.values["loss"]} if pl_module.values else {}
+        recorder, metric = self._recorder, self._recorder.metric
+        scores = [row[metric] for row in recorder.history if metric in row]
+        if scores:
+            shown[metric] = f"{scores[-1]:.2f}"
+        if recorder.step:
+            left = recorder.seconds / recorder.step * (trainer.estimated_stepping_batches - recorder.step)
+            shown["left"] = timedelta(seconds=round(left))
+        return shown
 
 
 def _means(sums: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
@@ -189,7 +227,12 @@ def _rows(file: Path) -> list[dict[str, str]]:
 
 
 def build_trainer(
-    config: Train, recorder: Recorder, *, progress: bool, callbacks: Sequence[Callback] = ()
+    config: Train,
+    recorder: Recorder,
+    *,
+    progress: bool,
+    callbacks: Sequence[Callback] = (),
+    trackers: Sequence[Tracker[Any]] = (),
 ) -> L.Trainer:
     """Build a Lightning trainer that writes into the recorder's run folder.
 
@@ -198,6 +241,7 @@ def build_trainer(
         recorder: Keeps the best network and the history.
         progress: Whether to draw a progress bar; otherwise a log line now and then gives the rate and the time left.
         callbacks: Further callbacks, called after the recorder and before the checkpoint is written.
+        trackers: Get what the recorder logs, beside `logs/metrics.csv`.
 
     Raises:
         AcamkdError: The devices do not exist, a launcher has started another number of processes, or the processes
@@ -210,7 +254,10 @@ def build_trainer(
         *callbacks,
         Checkpoints(folder, config.checkpoint_every),
     ]
-    all_callbacks.append(_Bar() if progress else Heartbeat())
+    all_callbacks.append(_Bar(recorder) if progress else Heartbeat())
+    loggers: list[Logger] = list(trackers)
+    if any(logger.name == "csv" for logger in config.loggers):
+        loggers.insert(0, CSVLogger(folder, name=None, version="logs", flush_logs_every_n_steps=20))
     try:
         trainer = L.Trainer(
             default_root_dir=folder,
@@ -226,7 +273,7 @@ def build_trainer(
             check_val_every_n_epoch=config.eval_every,
             num_sanity_val_steps=0,
             log_every_n_steps=1,
-            logger=CSVLogger(folder, name=None, version="logs", flush_logs_every_n_steps=20),
+            logger=loggers,
             callbacks=all_callbacks,
             # Lightning's automatic SLURM resume would use a checkpoint folder that all runs share.
             plugins=[CheckpointFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],

@@ -30,6 +30,7 @@ from acamkd.jobs.setup import Batches, build_network, teacher_section
 from acamkd.losses.base import TokenModule
 from acamkd.models.base import TaskModel, to_device
 from acamkd.models.weights import save_tensors
+from acamkd.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,8 @@ def _learn(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=iterations, eta_min=LAST_LR)
     curves: dict[str, list[float]] = {"task": [], "dice": []}
     started = time.monotonic()
-    for done, (images, targets) in enumerate(islice(_endless(batches), iterations), start=1):
+    needed = progress(islice(_endless(batches), iterations), "learning tokens", total=iterations, unit=" batches")
+    for done, (images, targets) in enumerate(needed, start=1):
         torch.manual_seed(seed_of(seed, "tokens", done))  # Faster R-CNN draws samples within its loss
         batch = student.prepare(*to_device(images, targets, student.mean.device))
         with _masked(teacher, modules) as overlaps:
@@ -191,7 +193,7 @@ def _masked(teacher: TaskModel, modules: Mapping[str, TokenModule]) -> Iterator[
 @torch.no_grad()
 def _score_masked(teacher: TaskModel, modules: Mapping[str, TokenModule], batches: Batches) -> dict[str, float]:
     device = teacher.mean.device
-    for images, targets in batches.val:
+    for images, targets in progress(batches.val, "evaluating", unit=" batches"):
         inputs, truths = to_device(images, targets, device)
         for indices, batch in teacher.prepare_alike(inputs):
             with _masked(teacher, modules):

@@ -26,13 +26,15 @@ from acamkd.engine.devices import device_of, moved_to
 from acamkd.engine.mask_history import MaskHistory
 from acamkd.engine.metrics import METRICS, score
 from acamkd.engine.module import TrainingModule
-from acamkd.engine.runs import LOG, RECIPE, TERMINATED, Role, Run, default_folder, is_first_process
+from acamkd.engine.runs import LOG, RECIPE, TERMINATED, Role, Run, default_folder
 from acamkd.engine.threads import ThreadChoice
+from acamkd.engine.trackers import build_trackers, check_installed
 from acamkd.engine.trainer import Recorder, build_trainer
 from acamkd.errors import AcamkdError
 from acamkd.jobs.profile import Estimate, estimate
 from acamkd.jobs.setup import Batches, build_network, describe_lead, teacher_section, with_normalization
 from acamkd.models.base import TaskModel
+from acamkd.progress import is_first_process, shows_progress
 from acamkd.report.run import REPORT, write_report
 
 log = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ def train(
         AcamkdError: Something that was given cannot be used; nothing is written then.
     """
     recipe = config.as_recipe(recipe, overrides)
+    check_installed(recipe)
     section = recipe.teacher if role == "teacher" else recipe.student
     if section is None:
         raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
@@ -137,6 +140,7 @@ def distill(
         AcamkdError: Something that was given cannot be used; nothing is written then.
     """
     recipe = config.as_recipe(recipe, overrides)
+    check_installed(recipe)
     if dry_run:
         return estimate(recipe)
     if recipe.teacher is None or not recipe.losses:
@@ -187,7 +191,10 @@ def _fit(
     recorder = Recorder(run.folder, run.weights.name, metric)
     watching = [MaskHistory(run.folder, batches.splits["val"])] if distiller.losses else []
     chosen = ThreadChoice()
-    trainer = build_trainer(recipe.train, recorder, progress=sys.stdout.isatty(), callbacks=[*watching, chosen])
+    trackers = build_trackers(recipe, run.folder)
+    trainer = build_trainer(
+        recipe.train, recorder, progress=shows_progress(sys.stdout), callbacks=[*watching, chosen], trackers=trackers
+    )
     if len(batches.splits["val"]) < trainer.world_size:
         raise AcamkdError(
             f"data.val has too few validation images for {trainer.world_size} processes: "

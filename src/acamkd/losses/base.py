@@ -92,6 +92,12 @@ class DistillationLoss(nn.Module, ABC):
         """Scalars of the last forward worth logging beside the terms, without gradient (the mean of the masks)."""
 
     @property
+    def weights(self) -> dict[str, float]:
+        """Factors of its terms: its numbers named `weight` or `..._weight`."""
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
+        return {name: value for name, value in numbers.items() if name.endswith("weight")}
+
+    @property
     def teacher_task(self) -> bool:
         """Whether the Distiller is to add the teacher's own loss on `masked` features, which trains the masks."""
         return False

@@ -12,11 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from acamkd.mask_health import CLOSED, FLAT, OPEN, collapse
+from acamkd.mask_health import CLOSED, FLAT, LEARNED, OPEN, collapse
 from acamkd.report.charts import Chart, Points, draw
-
-LEARNED = ("spatial", "channel")
-"""Kinds of learned masks with values in (0, 1), which may collapse; other masks are fixed, such as FGD's box masks."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,8 @@ def test_a_trial_knows_what_its_outcome_depends_on(recipe: Path, tmp_path: Path)
         return plan(config.load(recipe, overrides), ["acam"], 1, tmp_path)[1].key
 
     same = ["data.root=/elsewhere", "data.workers=3", "train.seed=5", "teacher.weights=other.safetensors", "name=x",
-            "compare.methods.other={losses: []}", "student.backbone_weights=null", "train.devices=2"]  # fmt: skip
+            "compare.methods.other={losses: []}", "student.backbone_weights=null", "train.devices=2",
+            "train.loggers=[csv, tensorboard]"]  # fmt: skip
     assert {key(), *map(key, same)} == {key()}
     more = "compare.methods.acam={losses.0.name: acam, losses.0.num_masks: 3}"
     for change in ("train.epochs=3", more, "student.options={}", "data.resize=[32, 32]"):
@@ -443,6 +444,16 @@ def test_a_failed_trial_is_said_and_the_others_go_on(
         compare.compare(loaded, ["acam"], seeds=2, results=results)
     assert (results / "logs/acam-seed1.txt").read_text() == "no memory\n"
     assert (results / "comparison.md").is_file()
+
+
+def test_a_finished_trial_says_how_long_the_others_take(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="acamkd")
+    trials = plan(config.load(recipe), ["acam"], 2, tmp_path)
+    fake(trials[0], tmp_path, 40.0)
+    run_trials(trials, [0], tmp_path, lambda number: ["true"], end=None, jobs=2)
+    assert caplog.messages[-1] == "none-seed0: mIoU 40.00 in 0:02:00, 3 trials left, about 0:03:00"
 
 
 def test_where_all_trials_fail_that_is_what_is_said(

@@ -1,44 +1,41 @@
-"""Images with boxes in one COCO JSON."""
+"""COCO: images with boxes, or with outlines that become one mask each, in one JSON."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from acamkd.config import Data, Split
+import numpy as np
+import torch
+from faster_coco_eval.core import mask as coco_mask
+from torch import Tensor
+from torchvision import tv_tensors
+
+from acamkd.config import Data
 from acamkd.data.boxes import Box, BoxDataset
-from acamkd.data.checks import check_classes
-from acamkd.data.dataset import SplitName, Transform
-from acamkd.data.folders import Folder, described_ends
-from acamkd.errors import AcamkdError
+from acamkd.data.checks import check_classes, describe, describe_shown
+from acamkd.data.dataset import ImageDataset, SplitName, Transform
+from acamkd.data.formats.coco_file import CocoFile, coco_paths
+from acamkd.errors import AcamkdError, ImageError
+from acamkd.models.base import VOID, PixelSize, Target
 
-NEEDED: Mapping[str, Sequence[str]] = {
-    "images": ("id", "file_name", "width", "height"),
-    "annotations": (),
-    "categories": ("id", "name"),
-}
-"""Lists of a COCO file, and the keys that each of their entries needs."""
+BACKGROUND = "background"
 
-MEANT: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "id": (lambda given: isinstance(given, (int, str)) and not isinstance(given, bool), "a number or text"),
-    "file_name": (lambda given: isinstance(given, str), "text"),
-    "name": (lambda given: isinstance(given, str), "text, in quotes"),
-    "width": (lambda given: isinstance(given, int) and given > 0, "a whole number above 0"),
-    "height": (lambda given: isinstance(given, int) and given > 0, "a whole number above 0"),
-}
-"""Test of a key's value after `_plain`, and the allowed values in words."""
+BACKGROUNDS = frozenset({BACKGROUND, "_background_"})
+"""Categories, in lower case, that mean what no other one covers."""
+
+ONLY_GROUPS = "is it a category that only groups others? data.classes may leave out what no {} has"
+
+Uncovered: TypeAlias = Literal["background", "void"]
 
 
 class CocoDetection(BoxDataset):
     """Object detection in COCO's format; categories in the order of their ids become the labels 1..K.
 
-    The ids `1` and `"1"` are equal, and `96.0` counts as the whole number 96.
-
     Args:
-        images: Folder that the JSON's `file_name` entries are relative to; see Folder on how they may be spelled.
+        images: Folder of images; see CocoFile.
         annotations: The JSON: `images` (id, file_name, width, height), `annotations` (image_id, category_id, bbox
             [x, y, width, height], iscrowd, area) and `categories` (id, name).
         classes: Names that the file must list, in its order; categories without boxes may be left out. None takes the
@@ -52,7 +49,7 @@ class CocoDetection(BoxDataset):
     """
 
     LEAVES_OUT_EMPTY = True  # train2017 has two
-    ABSENT_ADVICE = "is it a category that only groups others? data.classes may leave out what no box has"
+    ABSENT_ADVICE = ONLY_GROUPS.format("box")
 
     LAYOUT = ("annotations/instances_*.json",)
     SPLIT_KEYS = frozenset({"images", "annotations"})
@@ -61,7 +58,7 @@ class CocoDetection(BoxDataset):
     @classmethod
     def open_split(cls, data: Data, split: SplitName, *, transform: Transform | None, seed: int) -> CocoDetection:
         """Open one split of a recipe's `data`."""
-        images, annotations = _paths(data.root, getattr(data, split))
+        images, annotations = coco_paths(data.root, getattr(data, split))
         return cls(images, annotations, classes=data.classes, keep_crowd=split == "val", transform=transform, seed=seed)
 
     def __init__(
@@ -74,122 +71,186 @@ class CocoDetection(BoxDataset):
         transform: Transform | None = None,
         seed: int = 0,
     ) -> None:
-        content = _read(annotations)
-        used = {_id(entry.get("category_id")) for entry in content["annotations"]}
-        categories = sorted(content["categories"], key=lambda category: _order(category["id"]))
-        if classes is not None:
-            categories = [each for each in categories if each["name"] in classes or _id(each["id"]) in used]
-        own = tuple(category["name"] for category in categories)
-        check_classes(classes, own, f"the categories of {annotations}")
-        folder = Folder(images)
-        names = [image["file_name"] for image in content["images"]]
-        files = {name: folder.find(name) or images / name for name in names}
-        ends = {} if any(file.is_file() for file in files.values()) else folder.find_ends(files)
+        self._file = file = CocoFile(images, annotations, classes)
+        check_classes(classes, file.names, f"the categories of {annotations}")
         super().__init__(
-            [ends.get(name, files[name]) for name in names],
+            file.files,
             [annotations],
-            own,
+            file.names,
             source=annotations,
-            sizes=[(image["height"], image["width"]) for image in content["images"]],
+            sizes=file.sizes,
             keep_crowd=keep_crowd,
             transform=transform,
             seed=seed,
         )
-        self.warnings += described_ends(ends, annotations)
-        self._index_of = {_id(image["id"]): index for index, image in enumerate(content["images"])}
-        self._label_of = {_id(category["id"]): label for label, category in enumerate(categories, start=1)}
-        for what, ids, entries in (
-            ("images", self._index_of, content["images"]),
-            ("categories", self._label_of, categories),
-        ):
-            if not ids:
-                self.problems.append(f"{annotations}: the list of {what} is empty")
-            elif len(ids) < len(entries):
-                self.problems.append(f"{annotations}: {len(entries) - len(ids)} {what} share an id with another")
-        self.gather(
-            (f"{annotations}: annotation {entry.get('id')} of image {entry.get('image_id')}", entry)
-            for entry in content["annotations"]
-        )
+        self.warnings += file.warnings
+        self.problems += file.problems
+        self.gather((file.where(entry), entry) for entry in file.entries)
+        del self._file  # loading processes need the table alone
 
     def parse(self, entry: Mapping[str, Any]) -> Box:
         """An element of `annotations`."""
+        asked = "it needs image_id, category_id and bbox [x, y, width, height]; an area must be a number"
         try:
-            image, category, crowd = entry["image_id"], entry["category_id"], entry.get("iscrowd", 0)
             x, y, width, height = (float(value) for value in entry["bbox"])
             area = float(entry.get("area") or 0)
-            index, label = self._index_of.get(_id(image)), self._label_of.get(_id(category))
-            if _id(image) is None or _id(category) is None:
-                raise TypeError("they must be numbers or text")
         except (KeyError, TypeError, ValueError) as error:
-            raise AcamkdError(
-                "it needs image_id, category_id and bbox [x, y, width, height]; an area must be a number"
-            ) from error
-        if crowd not in (0, 1):
-            raise AcamkdError(f"iscrowd must be 0 or 1, not {crowd}")
-        if index is None:
-            raise AcamkdError(f"the file lists no image {image}")
-        if label is None:
-            raise AcamkdError(f"the file lists no category {category}, only {', '.join(map(str, self._label_of))}")
-        return Box(index, label, (x, y, x + width, y + height), bool(crowd), area)
+            raise AcamkdError(asked) from error
+        index, number, crowd = self._file.locate(entry, asked)
+        return Box(index, number + 1, (x, y, x + width, y + height), crowd, area)
 
 
-def _paths(root: Path, split: Split) -> tuple[Path, Path]:
-    if split.images is not None and split.annotations is not None:
-        return root / split.images, root / split.annotations
-    # The names of COCO's own splits; its archives place the image folders beside `annotations`.
-    names = [str(split.name), f"{split.name}2017"]
-    name = next((each for each in names if _instances(root, each).is_file()), names[0])
-    annotations = root / split.annotations if split.annotations else _instances(root, name)
-    folders = [folder for each in dict.fromkeys([name, *names]) for folder in (root / "images" / each, root / each)]
-    return next((folder for folder in folders if folder.is_dir()), folders[0]), annotations
+class CocoSegmentation(ImageDataset):
+    """Semantic segmentation by the outlines of a COCO JSON: polygons and run-length encoded masks (RLE).
+
+    Every annotation gives its category to the pixels that its `segmentation` covers. Where several overlap, the one of
+    the fewest pixels is on top. Crowds (`iscrowd`) are painted first, so that every single object is above them.
+
+    Args:
+        images: Folder of images; see CocoFile.
+        annotations: The JSON: `annotations` with image_id, category_id and segmentation: a list of polygons
+            [x, y, x, y, ...], or RLE {size, counts}, compressed or not.
+        classes: Names that the file must list, in its order, with the background's where it has an id; categories
+            without outlines may be left out. None takes the file's own names.
+        uncovered: What pixels without an outline are. `background`: a class; one that the file calls background, and
+            otherwise a further one with the id 0. `void`: nothing, so that they neither train nor count.
+        transform: Augmentation.
+        seed: Seed of the augmentation.
+
+    Raises:
+        AcamkdError: The file cannot be read, is not a COCO JSON, or lists other classes.
+    """
+
+    TASK = "segmentation"
+    SPARE_LAYOUT = CocoDetection.LAYOUT  # masks of the same images, where there are some, go before outlines
+    SPLIT_KEYS = CocoDetection.SPLIT_KEYS
+    BESIDE_IMAGES = CocoDetection.BESIDE_IMAGES
+    DATA_KEYS = frozenset({"uncovered"})
+
+    @classmethod
+    def open_split(cls, data: Data, split: SplitName, *, transform: Transform | None, seed: int) -> CocoSegmentation:
+        """Open one split of a recipe's `data`."""
+        images, annotations = coco_paths(data.root, getattr(data, split))
+        return cls(
+            images, annotations, classes=data.classes, uncovered=data.uncovered, transform=transform, seed=seed,
+        )  # fmt: skip
+
+    def __init__(
+        self,
+        images: Path,
+        annotations: Path,
+        *,
+        classes: Sequence[str] | None = None,
+        uncovered: Uncovered = "background",
+        transform: Transform | None = None,
+        seed: int = 0,
+    ) -> None:
+        file = CocoFile(images, annotations, classes)
+        named = [number for number, name in enumerate(file.names) if name.lower() in BACKGROUNDS]
+        added = uncovered == "background" and not named
+        self._first_id = int(added)
+        own = (BACKGROUND, *file.names) if added else file.names
+        check_classes(classes, own, f"the categories of {annotations}")
+        super().__init__(file.files, [annotations], own, transform=transform, seed=seed)
+        self._fill = VOID if uncovered == "void" else named[0] if named else 0
+        self._sizes = file.sizes
+        self.warnings += file.warnings
+        self.problems += file.problems
+        if len(own) > VOID:
+            self.problems.append(f"{annotations}: {len(own)} classes, but a mask holds at most {VOID} and void")
+        self._gather(file)
+
+    def target(self, index: int, size: PixelSize) -> Target:
+        """`mask` (H, W) int64, VOID where it is unknown; raises ImageError if the image has another size."""
+        if size != self._sizes[index]:
+            raise ImageError("; ".join(self.inspect(index, size)))
+        mask = np.full(size, self._fill)
+        for row in range(self._first[index], self._first[index + 1]):
+            runs = self._runs[self._begin[row] : self._begin[row + 1]].numpy().tobytes()
+            mask[coco_mask.decode({"size": list(size), "counts": runs}) > 0] = self._ids[row]
+        return {"mask": tv_tensors.Mask(torch.from_numpy(mask))}
+
+    def inspect(self, index: int, size: PixelSize) -> list[str]:
+        """Check that the image has the size given in its annotations."""
+        if self._sizes[index] == size:
+            return []
+        file, said = self.files[index], describe(self._sizes[index])
+        return [f"{file} has {describe_shown(file, size)}, but {self.annotation_files[0]} says {said}"]
+
+    def why_absent(self, counts: Tensor) -> str:
+        """Advice on categories that only group others, if there are others."""
+        return ONLY_GROUPS.format("outline") if counts[:-1].any() else ""
+
+    def _gather(self, file: CocoFile) -> None:
+        """Turn all annotations into one table of runs, sorted by image; loading processes share its few tensors."""
+        rows: list[tuple[int, bool, int, int, bytes]] = []
+        empty = 0
+        for entry in file.entries:
+            try:
+                index, number, crowd = file.locate(entry, "it needs image_id, category_id and segmentation")
+                runs, area = _runs(entry.get("segmentation"), file.sizes[index])
+            except AcamkdError as error:
+                self.problems.append(f"{file.where(entry)}: {error}")
+                continue
+            if area:
+                rows.append((index, not crowd, -area, number + self._first_id, runs))
+            else:
+                empty += 1
+        rows.sort(key=lambda row: row[:3])  # stable: of two of one size, the file's later one is on top
+        counts = np.bincount([row[0] for row in rows], minlength=len(self)) if rows else np.zeros(len(self), int)
+        self._first: list[int] = [0, *counts.cumsum().tolist()]
+        self._ids = torch.tensor([row[3] for row in rows], dtype=torch.int64)
+        self._begin = torch.tensor([0, *np.cumsum([len(row[4]) for row in rows], dtype=np.int64).tolist()])
+        self._runs = torch.from_numpy(np.frombuffer(b"".join(row[4] for row in rows) + b"\0", np.uint8).copy())
+        if empty:
+            self.warnings.append(
+                f"{file.path}: {empty} outlines have less than three corners or no pixel, and are left out"
+            )
+        if not rows and not self.problems:
+            self.problems.append(f"{file.path}: there is no outline for any image")
+        elif without := int((counts == 0).sum()):
+            self.warnings.append(f"{file.path}: {without} of {len(self)} images have no outlines")
 
 
-def _instances(root: Path, name: str) -> Path:
-    return root / "annotations" / f"instances_{name}.json"
+def _runs(given: Any, size: PixelSize) -> tuple[bytes, int]:
+    """A `segmentation` as compressed runs, and the number of its pixels.
 
-
-def _read(annotations: Path) -> dict[str, Any]:
-    """Read the JSON and check that every entry of its lists has the required keys."""
+    Raises:
+        AcamkdError: It is neither polygons nor RLE, or not of an image of this (height, width).
+    """
+    if not given:
+        raise AcamkdError("it has no segmentation, and a box alone is no mask: outline the object, or delete the entry")
     try:
-        content = json.loads(annotations.read_bytes())
-    except OSError as error:
+        if isinstance(given, dict):
+            if list(given["size"]) != list(size):
+                height, width = given["size"]
+                raise AcamkdError(f"its RLE is of {describe((height, width))}, but the image has {describe(size)}")
+            counts = given["counts"]
+            runs = {"size": list(size), "counts": counts}
+            if isinstance(counts, list):
+                if min(counts) < 0 or sum(counts) != math.prod(size):
+                    raise ValueError("runs that do not fill the image")
+                runs = coco_mask.frPyObjects(runs, *size)
+            elif isinstance(counts, str):
+                coco_mask.decode(runs)  # which alone finds that runs do not fill the image
+            else:
+                raise TypeError("neither list nor text")
+        else:
+            polygons = [[float(value) for value in polygon] for polygon in given]
+            if any(len(polygon) % 2 or not all(map(math.isfinite, polygon)) for polygon in polygons):
+                raise ValueError("half a corner")
+            # Two corners would be read as a box.
+            polygons = [polygon for polygon in polygons if len(polygon) >= 6]
+            if not polygons:
+                return b"", 0
+            runs = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
+        area = int(coco_mask.area(runs))
+    except AcamkdError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise AcamkdError(
-            f"cannot read the annotations {annotations}: {error.strerror}; data.train and data.val name a split's "
-            "files with {images: ..., annotations: ...}"
+            "its segmentation must be a list of polygons [x, y, x, y, ...], or RLE {size: [height, width], counts: "
+            "...} whose runs fill the image"
         ) from error
-    except (ValueError, RecursionError) as error:
-        raise AcamkdError(f"{annotations} is not valid JSON: {error}") from error
-    for what, keys in NEEDED.items():
-        if not isinstance(content, dict) or not isinstance(content.get(what), list):
-            raise AcamkdError(f"{annotations} is not a COCO file: it needs the lists {', '.join(NEEDED)}")
-        for number, entry in enumerate(content[what]):
-            if not isinstance(entry, dict):
-                raise AcamkdError(f"{annotations}: {what}[{number}] is {entry!r}, but must be a mapping")
-            entry |= {key: _plain(entry.get(key)) for key in keys}
-            if wrong := [key for key in keys if not MEANT[key][0](entry[key])]:
-                given = ", ".join(f"{key} is {json.dumps(entry[key])}" for key in wrong if entry[key] is not None)
-                given = given and f" ({given})"
-                asked = ", ".join(f"{key} {MEANT[key][1]}" for key in wrong)
-                raise AcamkdError(
-                    f"{annotations}: {what}[{number}] has no {', '.join(wrong)}, or one of a wrong type"
-                    f"{given}: give {asked}"
-                )
-    result: dict[str, Any] = content
-    return result
-
-
-def _plain(given: Any) -> Any:
-    """A value, with a float such as 96.0 as an integer."""
-    return int(given) if isinstance(given, float) and given.is_integer() else given
-
-
-def _id(given: Any) -> str | None:
-    """Canonical text of an id; None if the value cannot be an id."""
-    plain = _plain(given)
-    return str(plain) if isinstance(plain, int | str) and not isinstance(plain, bool) else None
-
-
-def _order(given: int | str) -> tuple[int, str]:
-    """Sort key: numeric ids first, by value, then the others as text."""
-    text = str(given)
-    return (int(text), "") if text.isdecimal() else (sys.maxsize, text)
+    counts = runs["counts"]
+    return counts.encode() if isinstance(counts, str) else counts, area

@@ -37,8 +37,9 @@ class MaskDataset(ImageDataset):
         files: Images.
         masks: Their masks, in the same order.
         classes: Names of the ids 0..K-1.
+        ignore_index: Value of pixels that are ignored in training and evaluation.
         ids: Class id, or VOID, of each value that a mask may hold. Values are gray levels or palette indices, or colors
-            (red, green, blue) whatever the masks' mode is. None means 0..K-1 and VOID, unchanged.
+            (red, green, blue) whatever the masks' mode is. None means 0..K-1, unchanged, and `ignore_index`.
         same_palette: Refuse masks whose palettes give one value different colors, since its class would be ambiguous.
         transform: Random changes.
         seed: Of the random changes.
@@ -52,13 +53,14 @@ class MaskDataset(ImageDataset):
         masks: Sequence[Path],
         classes: Sequence[str],
         *,
+        ignore_index: int = VOID,
         ids: Mapping[int, int] | Mapping[Color, int] | None = None,
         same_palette: bool = True,
         transform: Transform | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(files, masks, classes, transform=transform, seed=seed)
-        given = ids if ids is not None else {**{k: k for k in range(len(classes))}, VOID: VOID}
+        given = ids if ids is not None else {**{k: k for k in range(len(classes))}, ignore_index: VOID}
         self.by_color = any(isinstance(value, tuple) for value in given)
         self.ids = {_code(value): label for value, label in given.items()}
         self.same_palette = same_palette
@@ -120,7 +122,7 @@ class MaskDataset(ImageDataset):
 
     def why_absent(self, counts: Tensor) -> str:
         """Advice on `data.mask_values` for classes without pixels."""
-        if not self.READS_MASK_VALUES:
+        if "mask_values" not in self.DATA_KEYS:
             return ""
         present, void = counts[:-1] > 0, bool(counts[-1])
         voids = [code for code, label in self.ids.items() if label == VOID]
@@ -247,7 +249,7 @@ class MaskFolder(MaskDataset):
     SPLIT_KEYS = frozenset({"images", "masks"})
     BESIDE_IMAGES = "masks"
     NEEDS_CLASSES = True
-    READS_MASK_VALUES = True
+    DATA_KEYS = frozenset({"mask_values"})
 
     @classmethod
     def open_split(cls, data: Data, split: SplitName, *, transform: Transform | None, seed: int) -> MaskFolder:
@@ -289,7 +291,8 @@ class MaskFolder(MaskDataset):
             [file for file, mask in pairs if mask is not None],
             [mask for _, mask in pairs if mask is not None],
             classes,
-            ids=ids if ids is not None else {**{k: k for k in range(len(classes))}, ignore_index: VOID},
+            ignore_index=ignore_index,
+            ids=ids,
             same_palette=ids is None,
             transform=transform,
             seed=seed,

@@ -10,17 +10,24 @@ from xml.etree import ElementTree
 
 from acamkd.config import Data, Split
 from acamkd.data.boxes import Box, BoxDataset
+from acamkd.data.checks import check_classes
 from acamkd.data.dataset import SplitName, Transform
 from acamkd.data.folders import Folder, described_ends, existing, twins
 from acamkd.data.formats.masks import MASK_SUFFIXES, Color, MaskDataset, mask_ids
 from acamkd.data.image_io import lines_of
 from acamkd.errors import AcamkdError, nearest
-from acamkd.models.base import PixelSize
+from acamkd.models.base import VOID, PixelSize
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
     "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
+
+LABELMAP = "labelmap.txt"
+"""File of CVAT's exports that says the classes and the colors of their masks."""
+
+VOID_COLOR: Color = (224, 224, 192)
+"""Of VOC's own palette."""
 
 Element: TypeAlias = "ElementTree.Element[str]"
 
@@ -148,6 +155,8 @@ class VocDetection(BoxDataset):
 class VocSegmentation(MaskDataset):
     """Semantic segmentation: `JPEGImages/NAME.jpg` by `SegmentationClass/NAME.png`, 255 = void.
 
+    Where CVAT's labelmap.txt is beside them, it says the classes, and the colors of the masks.
+
     Args:
         root: Folder with `JPEGImages`, `SegmentationClass` and `ImageSets`.
         split: A list in `ImageSets/Segmentation`, such as `train` or `val`.
@@ -164,14 +173,19 @@ class VocSegmentation(MaskDataset):
     LAYOUT = ("SegmentationClass", "ImageSets/Segmentation")
     SPARE_LAYOUT = ("SegmentationClass", "JPEGImages")
     FIXED_CLASSES = ("background", *CLASSES)
-    READS_MASK_VALUES = True
+    DATA_KEYS = frozenset({"mask_values"})
 
     @classmethod
     def open_split(cls, data: Data, split: SplitName, *, transform: Transform | None, seed: int) -> VocSegmentation:
         """Open one split of a recipe's `data`."""
+        colors = _labelmap(data.root) if data.mask_values is None else {}
+        if colors:
+            check_classes(data.classes, tuple(colors), f"the labels of {data.root / LABELMAP}")
+        classes = tuple(colors) or data.classes
+        ids = {VOID_COLOR: VOID, **{color: k for k, color in enumerate(colors.values())}} if colors else None
         return cls(
-            data.root, getattr(data, split).name, classes=data.classes,
-            ids=mask_ids(data, data.classes or cls.FIXED_CLASSES),
+            data.root, getattr(data, split).name, classes=classes,
+            ids=ids or mask_ids(data, classes or cls.FIXED_CLASSES),
             all_masks=_wants_all(data, "Segmentation"), transform=transform, seed=seed,
         )  # fmt: skip
 
@@ -205,6 +219,28 @@ class VocSegmentation(MaskDataset):
         self.problems += twins(zip(self.files, self.annotation_files, strict=True), "mask")
         if not names:
             self.problems.append(f"{source}: {'the folder holds no masks' if all_masks else 'the list is empty'}")
+
+
+def _labelmap(root: Path) -> dict[str, Color]:
+    """Color of each class, in CVAT's file LABELMAP; empty if there is none.
+
+    Raises:
+        AcamkdError: A line is none of CVAT's.
+    """
+    file = root / LABELMAP
+    colors: dict[str, Color] = {}
+    for number, line in enumerate(lines_of(file) if file.is_file() else (), start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, _, rest = line.partition(":")
+        try:
+            red, green, blue = (int(part) for part in rest.partition(":")[0].split(","))
+        except ValueError as error:
+            raise AcamkdError(
+                f"{file}:{number}: a line is `name:red,green,blue:parts:actions`, not `{line}`"
+            ) from error
+        colors[name.strip()] = (red, green, blue)
+    return colors
 
 
 def _wants_all(data: Data, task: str) -> bool:
@@ -278,8 +314,8 @@ def _number(element: Element, path: str) -> float:
     return float(element.findtext(path, ""))
 
 
-def _classes(folders: Iterable[Path]) -> tuple[str, ...]:
-    """Class names in the XML files of all splits, so that the splits agree."""
+def class_names(folders: Iterable[Path]) -> tuple[str, ...]:
+    """Class names in the XML files of these folders, in alphabetical order."""
     files = [file for folder in dict.fromkeys(folders) for file in Folder(folder, (".xml",)).files]
     trees: list[Any] = [_read(file) for file in dict.fromkeys(files)]
     found = {
@@ -288,4 +324,10 @@ def _classes(folders: Iterable[Path]) -> tuple[str, ...]:
         if not isinstance(tree, str)
         for entry in tree.iterfind("object")
     } - {""}
-    return CLASSES if found <= set(CLASSES) else tuple(sorted(found))
+    return tuple(sorted(found))
+
+
+def _classes(folders: Iterable[Path]) -> tuple[str, ...]:
+    """Class names of all splits, so that the splits agree: VOC's where there are no others."""
+    found = class_names(folders)
+    return CLASSES if set(found) <= set(CLASSES) else found

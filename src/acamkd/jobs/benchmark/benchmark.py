@@ -28,6 +28,7 @@ from acamkd.jobs.benchmark.torch_forms import Bfloat16Form, CompiledForm, TorchF
 from acamkd.jobs.export.onnx_benchmark import BATCHES, SECONDS, Timing, measure, ranks
 from acamkd.jobs.export.onnx_forms import Form, OnnxForm, Worker, predict_one, providers
 from acamkd.jobs.export.onnx_model import OnnxModel, Pixels
+from acamkd.progress import progress
 from acamkd.report.benchmark import BENCHMARK
 
 log = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ def _pixels(images: ImageDataset, index: int) -> Pixels:
 def _score(worker: Worker, images: ImageDataset, indices: Sequence[int], scorer: Scorer) -> float:
     """The deciding metric, from predictions of the form's own process."""
     log.info("%s: %s on %d images", worker.title, METRICS[scorer.task], len(indices))
-    for index in indices:
+    for index in progress(indices, "evaluating"):
         found = worker(predict_one, _pixels(images, index))
         scorer.update([{name: torch.from_numpy(values) for name, values in found.items()}], [images[index][1]])
     return scorer.compute()[METRICS[scorer.task]]

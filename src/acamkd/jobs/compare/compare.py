@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from rich.console import Group
 from rich.markup import escape
@@ -32,6 +32,7 @@ from acamkd.files import check_writable
 from acamkd.jobs.compare import tables, trials_csv
 from acamkd.jobs.compare.statistics import Row, summarize
 from acamkd.jobs.compare.trials import NONE, Trial, methods_of, plan
+from acamkd.progress import progress
 
 __all__ = [
     "ComparisonResult", "Row", "Trial", "compare", "expected_seconds", "methods_of", "plan", "run_trial", "tabulate",
@@ -206,16 +207,18 @@ def run_trials(
             failed.append(trial)
             log.error("%s failed (exit code %d): %s", trial.name, code, file)
             return
-        left = sum(other.read(results) is None for other in trials)
+        times = [done["wall_time"] for other in trials if (done := other.read(results))]
+        left = len(trials) - len(times)
+        needed = timedelta(seconds=round(left * mean(times) / jobs))
         log.info(
-            "%s: %s %.2f in %s, %d trials left", trial.name, found["metric"], found["history"][-1],
-            timedelta(seconds=round(found["wall_time"])), left,
+            "%s: %s %.2f in %s, %d trials left%s", trial.name, found["metric"], found["history"][-1],
+            timedelta(seconds=round(found["wall_time"])), left, f", about {needed}" if left else "",
         )  # fmt: skip
 
     running: set[subprocess.Popen[bytes]] = set()
     with ThreadPoolExecutor(jobs) as pool, _ending_on_sigterm():
         try:
-            list(pool.map(run, due))
+            list(progress(pool.map(run, due), "trials", total=len(due), unit=" trials"))
         except BaseException:  # otherwise they would outlive this process
             for process in tuple(running):
                 process.terminate()
@@ -291,9 +294,11 @@ def _elsewhere(results: Path) -> str:
 
 
 def _check_data(recipe: config.Recipe) -> None:
-    """Raise AcamkdError for unusable data before the first training starts."""
-    from acamkd.jobs.setup import Batches  # with torch: see Trial.run
+    """Raise AcamkdError for unusable data or missing trackers before the first training starts."""
+    from acamkd.engine.trackers import check_installed  # with torch: see Trial.run
+    from acamkd.jobs.setup import Batches
 
+    check_installed(recipe)
     Batches(recipe, with_unlabeled=recipe.data.unlabelled is not None).check()
 
 

@@ -13,19 +13,11 @@ from statistics import mean
 from typing import Any
 
 from acamkd import config
-from acamkd.engine.runs import (
-    CHECKPOINT,
-    PREVIOUS,
-    RECIPE,
-    OtherRunError,
-    Run,
-    default_folder,
-    is_first_process,
-    write_json,
-)
+from acamkd.engine.runs import CHECKPOINT, PREVIOUS, RECIPE, OtherRunError, Run, default_folder, write_json
 from acamkd.errors import AcamkdError, nearest
 from acamkd.jobs.compare import trials_csv
 from acamkd.mask_health import mask_statistic
+from acamkd.progress import is_first_process
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +69,7 @@ class Trial:
         content = self.recipe.model_dump(mode="json", exclude_defaults=True)
         for section, names in {
             "data": ("root", "workers", "check", "classes", "test"),
-            "train": ("seed", "accelerator", "devices", "checkpoint_every"),
+            "train": ("seed", "accelerator", "devices", "checkpoint_every", "loggers"),
             "teacher": ("weights",),
         }.items():
             for name in names:

@@ -36,6 +36,7 @@ from acamkd.jobs.export.onnx_model import ExportedModel, OnnxModel, Pixels
 from acamkd.jobs.export.openvino_model import OpenVinoModel, write_openvino
 from acamkd.jobs.export.quantize import CALIBRATION_IMAGES, Quantized, quantize
 from acamkd.models.base import TaskModel
+from acamkd.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -344,7 +345,7 @@ def _score(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Every metric in PyTorch and in onnxruntime, image by image, since padding in a batch would change results."""
     ours = scorer_of(run.recipe, images.classes)
-    for image, target in (images[index] for index in range(len(images))):
+    for image, target in progress(images, "evaluating"):
         ours.update(model.predict([image]), [target])
     return ours.compute(), _score_file(run, exported, images)
 
@@ -352,7 +353,7 @@ def _score(
 def _score_file(run: Run, exported: ExportedModel, images: ImageDataset) -> dict[str, float]:
     """Every metric of an exported file."""
     scorer = scorer_of(run.recipe, images.classes)
-    for image, target in (images[index] for index in range(len(images))):
+    for image, target in progress(images, "evaluating"):
         found = exported.predict(_pixels(image))
         scorer.update([{name: torch.from_numpy(values) for name, values in found.items()}], [target])
     return scorer.compute()

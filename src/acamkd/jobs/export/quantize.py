@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 from acamkd.engine.machine import int8_instructions
 from acamkd.errors import AcamkdError
 from acamkd.jobs.export.onnx_model import OnnxModel, Pixels
+from acamkd.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def quantize(
         if not before - after <= max_drop:
             groups = list(_groups(nodes))
             alone = []
-            for number, group in enumerate(groups, start=1):
+            for number, group in enumerate(progress(groups, "INT8 but for one part", unit=" parts"), start=1):
                 alone.append(result(best, group))
                 log.info("part %d of %d in float: %+.2f", number, len(groups), alone[-1] - tried[best])
             order = sorted(range(len(groups)), key=lambda index: -alone[index])
@@ -214,7 +215,8 @@ class _Quantizer:
             calibrate_method=CalibrationMethod[method], extra_options={"symmetric": False},
         )  # fmt: skip
         with redirect_stdout(StringIO()):  # onnxruntime prints what it does
-            for start in range(0, len(self._inputs), CHUNK):
+            starts = range(0, len(self._inputs), CHUNK)
+            for start in progress(starts, f"calibrating, {method}", unit=" chunks"):
                 calibrator.collect_data(_Reader(self._inputs[start : start + CHUNK]))
             return calibrator.compute_data()
 

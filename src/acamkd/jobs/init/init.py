@@ -184,13 +184,17 @@ def _file_name(name: str) -> str:
 
 def _chosen(layouts: Sequence[Layout], task: Task | None, ask: Ask | None) -> Layout:
     """The layout of the task that is meant; several formats of one task are told in the order of `find_layouts`."""
-    tasks = list(dict.fromkeys(layout.task for layout in layouts))
+    offered = [layout for layout in layouts if not layout.on_request] if task is None else layouts
+    tasks = list(dict.fromkeys(layout.task for layout in offered))
     if task is None and len(tasks) > 1 and ask is not None:
         answer = ask(f"The folder is good for {' and '.join(tasks)}. Which one?").strip().lower()
         task = next((each for each in tasks if answer and each.startswith(answer)), None)
     if task is None and len(tasks) > 1:
         raise AcamkdError(f"the folder is good for {' and '.join(tasks)}: say which with --task")
-    fitting = [layout for layout in layouts if task in (None, layout.task)]
+    fitting = [layout for layout in offered if task in (None, layout.task)]
+    for layout in layouts:
+        if layout not in offered:
+            log.info("it is good for %s, too, since %s: --task %s", layout.task, layout.reason, layout.task)
     if not fitting:
         raise AcamkdError(f"the folder has nothing for {task}, only for {' and '.join(tasks)} ({layouts[0].reason})")
     if len(fitting) > 1:
@@ -200,10 +204,16 @@ def _chosen(layouts: Sequence[Layout], task: Task | None, ask: Ask | None) -> La
 
 def _classes(layout: Layout, given: Sequence[str] | None, ask: Ask | None) -> tuple[tuple[str, ...] | None, int | None]:
     """Names of the classes, where the recipe needs them, and the masks' void value, where it is not 255."""
-    if layout.format != "masks":
-        return (tuple(given) if given else layout.classes), None
-    values = [value for value in layout.values if value != VOID]
     names = tuple(given) if given else layout.classes
+    if not layout.needs_names:
+        return names, None
+    if layout.task == "detection":
+        if not names:
+            raise AcamkdError(
+                "nothing says what the numbers of the classes mean: give the names, --classes cat,dog,..."
+            )
+        return names, None
+    values = [value for value in layout.values if value != VOID]
     if names is None and ask is not None:
         answer = ask(f"The masks hold the values {_range(values)}. Names of the classes from 0 on, with commas?")
         names = tuple(name.strip() for name in answer.split(",") if name.strip())

@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from PIL import Image
 
 from acamkd import config, data
 from acamkd.data.formats import FORMATS
+from acamkd.data.formats.coco import BACKGROUNDS
+from acamkd.data.formats.coco_file import CocoFile
+from acamkd.data.formats.voc import CLASSES as VOC_CLASSES
+from acamkd.data.formats.voc import class_names
+from acamkd.data.image_io import opened
+from acamkd.data.packed import parquet_file
 from acamkd.errors import AcamkdError
 from acamkd.files import IMAGE_SUFFIXES
 from acamkd.models.base import VOID, Task
@@ -33,8 +38,28 @@ WORDS: Mapping[str, frozenset[str]] = {
 UNLABELED = frozenset({"unlabeled", "unlabelled", "rest", "extra", "unannotated"})
 """What folders of images without labels are called."""
 
-NAME_FILES = ("classes.txt", "labels.txt", "obj.names", "labels/classes.txt", "classes.json")
+NAME_FILES = (
+    "class_names.txt",
+    "classes.txt",
+    "labels.txt",
+    "obj.names",
+    "labels/classes.txt",
+    "classes.json",
+    "id2label.json",
+)
 """Where class names may stand, one per line or as JSON."""
+
+IGNORED = "__ignore__"
+"""A line in LabelMe's lists that is no class."""
+
+VISUALIZATION = "Visualization"
+"""End of the names of folders in LabelMe's exports with images that annotations are drawn on."""
+
+JPEG_IMAGES, MASKS_BESIDE = "JPEGImages", ("SegmentationClassPNG", "SegmentationClass")
+"""Folders of images and masks in LabelMe's exports."""
+
+EVERY_VALUE = tuple(str(value) for value in range(VOID))
+"""Names for masks whose classes are not known yet."""
 
 SAMPLED = 400
 """Masks that are read to see which values there are."""
@@ -52,6 +77,8 @@ class Layout:
         classes: Names, where the recipe has to give them and the folder says them.
         names_from: Where they stand.
         values: Formats with masks whose classes the recipe names: the values that the masks hold.
+        needs_names: Whether the recipe has to give the class names.
+        on_request: Whether it is meant only where its task is asked for.
     """
 
     task: Task
@@ -61,6 +88,8 @@ class Layout:
     classes: tuple[str, ...] | None = None
     names_from: str = ""
     values: tuple[int, ...] = ()
+    needs_names: bool = False
+    on_request: bool = False
 
 
 def find_layouts(root: Path) -> list[Layout]:
@@ -73,16 +102,20 @@ def find_layouts(root: Path) -> list[Layout]:
         raise AcamkdError(f"{root}: there is no such folder")
     finders: Sequence[Callable[[Path], Iterator[Layout]]] = (_coco, _yolo, _voc, _masks, _cityscapes)
     with quiet("acamkd.data"):  # of what is only tried
-        found = [layout for finder in finders for layout in finder(root)]
+        found = [layout for finder in finders for layout in finder(root)] or [*_packed(root)]
     if not found:
+        for file in sorted(root.glob("**/*.parquet"))[:1]:
+            parquet_file(file)  # which says that pyarrow is missing
         patterns = "; ".join(
-            f"{name}: {' and '.join(reader.LAYOUT)}" for name, readers in FORMATS.items() for reader in readers
+            f"{name}: {' and '.join(reader.LAYOUT or reader.SPARE_LAYOUT)}"
+            for name, readers in FORMATS.items()
+            for reader in readers
         )
         raise AcamkdError(
             f"{root}: no images with annotations that are known; looked for a COCO JSON, YOLO's text files, and "
             f"{patterns}. Give the folder that holds these (docs/guides/data.md shows every layout)"
         )
-    return found
+    return sorted(found, key=lambda layout: layout.on_request)
 
 
 @contextmanager
@@ -119,7 +152,7 @@ def _images_below(root: Path) -> list[Path]:
     return [
         folder
         for folder in [root, *sorted(root.glob("*/")), *sorted(root.glob("*/*/"))]
-        if folder.name[:1] != "." and _has_images(folder)
+        if folder.name[:1] != "." and not folder.name.endswith(VISUALIZATION) and _has_images(folder)
     ]
 
 
@@ -161,12 +194,25 @@ def _coco(root: Path) -> Iterator[Layout]:
         name = file.stem.removeprefix("instances_")
         relative = str(file.relative_to(root).with_suffix(""))
         places = [root / "images" / name, root / name, file.parent, file.parent / "images", root / "images", root]
-        images = next((place for place in places if (place / first).is_file()), None)
+        # A name may begin on another machine or as an URL: then its longest end counts.
+        parts = first.replace("\\", "/").strip("/").split("/")
+        ends = ["/".join(parts[k:]) for k in range(len(parts))]
+        images = next((place for end in ends for place in places if (place / end).is_file()), None)
         if images is not None:
             keys = {"images": str(images.relative_to(root)), "annotations": str(file.relative_to(root))}
             candidates.append((relative, keys))
     if splits := _opened(root, "detection", "coco", _by_split(candidates)):
-        yield Layout("detection", "coco", splits, f"{splits['train']['annotations']} is a COCO file")
+        images, file = (root / splits["train"][key] for key in ("images", "annotations"))
+        listed = CocoFile(images, file, None)
+        reason = f"{splits['train']['annotations']} is a COCO file"
+        own: dict[str, Any] = {}
+        if any(name.lower() in BACKGROUNDS for name in listed.names):
+            used = CocoFile(images, file, ()).names
+            boxed = [name for name in listed.names if name in used or name.lower() not in BACKGROUNDS]
+            own = {"classes": tuple(boxed), "names_from": "the categories that boxes have"}
+        yield Layout("detection", "coco", splits, reason, **own)
+        if any(entry.get("segmentation") for entry in listed.entries):
+            yield Layout("segmentation", "coco", splits, f"{reason} with outlines", on_request=True)
 
 
 def _first_image(file: Path) -> str | None:
@@ -205,16 +251,22 @@ def _voc(root: Path) -> Iterator[Layout]:
     kinds: Sequence[tuple[Task, str, str]] = (
         ("detection", "Annotations", "Main"), ("segmentation", "SegmentationClass", "Segmentation"),
     )  # fmt: skip
+    found = False
     for task, labels, lists in kinds:
         if not (root / labels).is_dir():
             continue
         names = {file.stem for file in (root / "ImageSets" / lists).glob("*.txt")}
         candidates = {split: {"name": split} for split in WORDS if split in names}
-        if "train" not in candidates and "trainval" in names:
-            candidates["train"] = {"name": "trainval"}
+        others = names & {"trainval"} or {name for name in names if split_of(name) is None}
+        if "train" not in candidates and len(others) == 1:
+            candidates["train"] = {"name": next(iter(others))}
         if splits := _opened(root, task, "voc", candidates):
-            yield Layout(task, "voc", splits, f"{labels} and ImageSets/{lists} are there")
-            return
+            reason = f"{labels} and ImageSets/{lists} are there"
+            own = _xml_classes([root / labels]) if task == "detection" else {}
+            yield Layout(task, "voc", splits, reason, on_request=found, **own)
+            found = True
+    if found:
+        return
     # Without lists: XML files beside the images, or in a folder beside theirs.
     beside = []
     for images in _images_below(root):
@@ -224,7 +276,14 @@ def _voc(root: Path) -> Iterator[Layout]:
                 beside.append((str(images.relative_to(root)), {"images": str(images.relative_to(root)), **keys}))
                 break
     if splits := _opened(root, "detection", "voc", _by_split(beside)):
-        yield Layout("detection", "voc", splits, f"XML files belong to {splits['train']['images']}")
+        own = _xml_classes(root / keys.get("annotations", keys["images"]) for keys in splits.values())
+        yield Layout("detection", "voc", splits, f"XML files belong to {splits['train']['images']}", **own)
+
+
+def _xml_classes(folders: Iterable[Path]) -> dict[str, Any]:
+    """Names for the recipe where only some of VOC's classes are there, which all 20 would be read for."""
+    found = class_names(folders)
+    return {"classes": found, "names_from": "the XML files"} if set(found) < set(VOC_CLASSES) else {}
 
 
 def _masks(root: Path) -> Iterator[Layout]:
@@ -237,15 +296,17 @@ def _masks(root: Path) -> Iterator[Layout]:
             images = root.joinpath(*("images" if part == word else part for part in relative.parts))
             if images.is_dir() and any(masks.glob("*.png")):
                 candidates.append((str(relative), {"images": str(images.relative_to(root)), "masks": str(relative)}))
-    every = tuple(str(value) for value in range(VOID))
-    splits = _opened(root, "segmentation", "masks", _by_split(candidates), classes=every)
+    if not candidates and (root / JPEG_IMAGES).is_dir() and not (root / "ImageSets").is_dir():
+        beside = [name for name in MASKS_BESIDE if any((root / name).glob("*.png"))]
+        candidates = [(name, {"images": JPEG_IMAGES, "masks": name}) for name in beside[:1]]
+    splits = _opened(root, "segmentation", "masks", _by_split(candidates), classes=EVERY_VALUE)
     if not splits:
         return
-    values = _values(root / keys["masks"] for keys in splits.values())
+    values = _values(sorted((root / keys["masks"]).glob("*.png")) for keys in splits.values())
     names = _names(root) or _beside_background(root, values)
     classes, source = names or (None, "")
     reason = f"{splits['train']['masks']} holds masks"
-    yield Layout("segmentation", "masks", splits, reason, classes=classes, names_from=source, values=values)
+    yield Layout("segmentation", "masks", splits, reason, classes, source, values, needs_names=True)
 
 
 def _cityscapes(root: Path) -> Iterator[Layout]:
@@ -255,13 +316,32 @@ def _cityscapes(root: Path) -> Iterator[Layout]:
             yield Layout("segmentation", "cityscapes", splits, "leftImg8bit and gtFine are there")
 
 
-def _values(folders: Iterable[Path]) -> tuple[int, ...]:
+def _packed(root: Path) -> Iterator[Layout]:
+    """Parquet files and shards."""
+    named = {split: {"name": split} for split in WORDS}
+    for form, suffix in (("parquet", ".parquet"), ("shards", ".tar")):
+        if not any(root.glob(f"**/*{suffix}")):
+            continue
+        reason = f"the splits are files *{suffix}"
+        names = _names(root)
+        classes, source = names or (None, "")
+        if form == "parquet" and (splits := _opened(root, "detection", form, named)):
+            yield Layout("detection", form, splits, reason)
+        elif splits := _opened(root, "detection", form, named, classes=EVERY_VALUE):
+            yield Layout("detection", form, splits, reason, classes, source, needs_names=True)
+        if splits := _opened(root, "segmentation", form, named, classes=EVERY_VALUE):
+            raw = {"format": form, "root": root, "train": splits["train"], "classes": EVERY_VALUE}
+            masks = data.build(config.Data.model_validate(raw), "segmentation", "train", seed=0, augment=False)
+            values = _values([masks.annotation_files])
+            yield Layout("segmentation", form, splits, reason, classes, source, values, needs_names=True)
+
+
+def _values(folders: Iterable[Sequence[Path]]) -> tuple[int, ...]:
     """Which values 8-bit masks hold, of an even sample of them; of other masks none."""
     found: set[int] = set()
-    for folder in folders:
-        files = sorted(folder.glob("*.png"))
+    for files in folders:
         for file in files[:: max(1, len(files) // SAMPLED)]:
-            with Image.open(file) as image:
+            with opened(file, "mask") as image:
                 if image.mode not in ("L", "P"):
                     return ()
                 found.update(np.unique(np.asarray(image)).tolist())
@@ -279,9 +359,11 @@ def _names(root: Path) -> tuple[tuple[str, ...], str] | None:
             with suppress(ValueError):
                 content = json.loads(text)
                 listed = content.get("classes", content.get("names")) if isinstance(content, dict) else content
+                if isinstance(content, dict) and set(content) == {str(number) for number in range(len(content))}:
+                    listed = [content[str(number)] for number in range(len(content))]
                 if isinstance(listed, list) and listed and all(isinstance(each, str) for each in listed):
                     return tuple(listed), name
-        elif lines := [line.strip() for line in text.splitlines() if line.strip()]:
+        elif lines := [line.strip() for line in text.splitlines() if line.strip() not in ("", IGNORED)]:
             return tuple(lines), name
     return None
 

@@ -1,0 +1,286 @@
+"""One interrupted and resumed training that logs to every tracker installed, read back by each tracker's own means."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import struct
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from acamkd import config
+from acamkd.engine import trackers
+from acamkd.engine.mask_history import mask_sheets, mask_values
+from acamkd.engine.runs import Run
+from acamkd.engine.trackers import MLflow, TensorBoard, WeightsAndBiases, build_trackers, check_installed, tracked_name
+from acamkd.errors import AcamkdError
+from acamkd.jobs import train as jobs
+from acamkd.jobs.train import distill
+
+KEY = "segmentation_head.0/acam"
+
+
+def _trained(folder: Path, *names: str) -> Run:
+    """A training that was interrupted and resumed, logged to those of some trackers that are installed."""
+    root = tiny.write_data(folder / "scenes")
+    settings: dict[str, Any] = {
+        "wandb": {"name": "wandb", "mode": "offline"},
+        "mlflow": {"name": "mlflow", "tracking_uri": f"sqlite:///{folder / 'mlflow.db'}"},
+    }
+    loggers = ["csv", *(settings.get(name, name) for name in names if find_spec(name))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("WANDB_SILENT", "true")
+        patch.setattr(jobs, "write_report", lambda run: None)
+        recipe = tiny.recipe(root, loggers=loggers)
+        with pytest.MonkeyPatch.context() as interrupted:
+            tiny.interrupt_at(interrupted, epoch=1, batch=1)
+            with pytest.raises(KeyboardInterrupt):
+                distill(recipe, out=folder / "run")
+        return distill(recipe, out=folder / "run", resume=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return _trained(tmp_path_factory.mktemp("tracked"), "tensorboard")
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Slow: imports, and MLflow's new database."""
+    return _trained(tmp_path_factory.mktemp("tracked"), "wandb", "mlflow")
+
+
+def _rows(run: Run) -> list[dict[str, str]]:
+    with (run.folder / "logs/metrics.csv").open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def _steps(run: Run, name: str) -> dict[int, float]:
+    """What the step log has of one value."""
+    return {int(row["step"]): float(row[name]) for row in _rows(run) if row[name]}
+
+
+TRACKED = ("loss_step", "loss/task/cross_entropy_step", f"loss/{KEY}/spatial_step", f"{KEY}/spatial_mask_step", "mIoU")
+
+
+def test_tensorboard_reads_every_value_once(run: Run) -> None:
+    pytest.importorskip("tensorboard", reason="pip install 'acamkd[tensorboard]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.folder / "logs/tensorboard"), {"images": 0, "scalars": 0})
+    events.Reload()
+    for name in TRACKED:
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(step, pytest.approx(value)) for step, value in _steps(run, name).items()]
+    rates = [event.value for event in events.Scalars("lr/student")]
+    assert len(rates) == 4
+    assert max(rates) == pytest.approx(1e-3, rel=0.2)
+    assert {event.value for event in events.Scalars(f"weight/{KEY}/weight")} == {1.0}
+    assert [event.step for event in events.Images(f"masks/{KEY}/spatial")] == [0, 1, 3]
+    [text] = events.Tensors("recipe/text_summary")
+    assert config.dump(run.recipe).encode() in text.tensor_proto.string_val[0]
+
+
+@pytest.mark.slow
+def test_mlflow_has_one_run_with_every_value(elsewhere: Run) -> None:
+    pytest.importorskip("mlflow", reason="pip install 'acamkd[mlflow]'")
+    from mlflow import MlflowClient
+
+    [logger] = [logger for logger in elsewhere.recipe.train.loggers if logger.name == "mlflow"]
+    client = MlflowClient(logger.tracking_uri)
+    experiment = client.get_experiment_by_name("tiny")
+    [found] = client.search_runs([experiment.experiment_id])
+    assert (found.info.run_name, found.info.status) == ("run", "FINISHED")
+    for name in TRACKED:
+        history = {each.step: each.value for each in client.get_metric_history(found.info.run_id, name)}
+        assert history == pytest.approx(_steps(elsewhere, name))
+    assert found.data.params["losses/0/name"] == "acam"
+    assert {file.path for file in client.list_artifacts(found.info.run_id)} == {"images", "recipe.yaml"}
+    assert client.download_artifacts(found.info.run_id, "recipe.yaml")
+    assert len(client.list_artifacts(found.info.run_id, "images")) >= 6  # two kinds of masks at three times
+
+
+@pytest.mark.slow
+def test_wandb_keeps_the_run_on_the_disk(elsewhere: Run) -> None:
+    pytest.importorskip("wandb", reason="pip install 'acamkd[wandb]'")
+    files = sorted((elsewhere.folder / "logs/wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2  # the interrupted training, and its end
+    assert len({file.name for file in files}) == 1  # one run for W&B
+    for name in TRACKED:
+        found = {int(row["trainer/global_step"]): row[name] for file in files for row in _history(file) if name in row}
+        assert found == pytest.approx(_steps(elsewhere, name))
+    assert list((elsewhere.folder / "logs/wandb").glob("*/files/media/images/masks/**/*.png"))
+
+
+def _history(file: Path) -> Iterator[dict[str, Any]]:
+    """Rows of W&B's log, which has LevelDB's form: chunks with a head of 7 bytes in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, part = file.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", content, place + 4)
+        part += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last chunk
+            record, part = Record.FromString(part), b""
+            if record.WhichOneof("record_type") == "history":
+                yield {
+                    item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
+                }
+
+
+@pytest.mark.slow
+def test_the_step_log_is_what_it_is_alone(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "write_report", lambda run: None)
+    alone = distill(run.recipe, overrides=["train.loggers=[csv]"], out=tmp_path / "alone")
+    for table in ("history.csv", "logs/metrics.csv"):
+        assert tiny.rows(run.folder / table) == tiny.rows(alone.folder / table)
+    assert run.weights.read_bytes() == alone.weights.read_bytes()
+    assert [file.name for file in (alone.folder / "logs").iterdir()] == ["metrics.csv"]
+
+
+class _Broken(TensorBoard):
+    """Breaks at its third value."""
+
+    def _log_values(self, live: Any, values: Any, step: int) -> None:
+        if step >= 2:
+            raise ConnectionError("the server is gone\nand more")
+        super()._log_values(live, values, step)
+
+
+def test_a_tracker_that_breaks_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("tensorboard", reason="pip install 'acamkd[tensorboard]'")
+    tracker = _Broken(config.Logger(name="tensorboard"), _recipe(), tmp_path)
+    tracker.log_metrics({"a": 1.0}, 0)  # not begun: another process than the first never is
+    assert not (tmp_path / "logs").exists()
+    tracker.begin(0)
+    for step in range(5):
+        tracker.log_metrics({"a": 1.0}, step)
+    tracker.log_image("b", np.zeros((2, 2, 3), np.uint8), 5)
+    tracker.finalize("success")
+    assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [
+        "tensorboard does not work and gets nothing more, the training goes on: the server is gone"
+    ]
+
+
+@pytest.mark.slow
+def test_an_unreachable_mlflow_is_given_up_within_seconds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("mlflow", reason="pip install 'acamkd[mlflow]'")
+    tracker = MLflow(config.Logger(name="mlflow", tracking_uri="http://127.0.0.1:9"), _recipe(), tmp_path)
+    tracker.begin(0)
+    tracker.log_metrics({"a": 1.0}, 0)
+    assert "mlflow does not work and gets nothing more, the training goes on" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["", "a" * 40])
+def test_wandb_without_key_or_network_logs_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, key: str
+) -> None:
+    pytest.importorskip("wandb", reason="pip install 'acamkd[wandb]'")
+    for name, value in {"HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_SILENT": "true"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setattr(trackers, "PATIENCE", 3)
+    tracker = WeightsAndBiases(config.Logger(name="wandb"), _recipe(), tmp_path / "run")
+    tracker.begin(0)
+    tracker.log_metrics({"a": 1.0}, 0)
+    tracker.finalize("success")
+    assert "wandb logs offline" in caplog.text
+    assert "wandb sync" in caplog.text
+    assert list((tmp_path / "run/logs/wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def _recipe(**train: Any) -> config.Recipe:
+    return tiny.recipe(Path("nowhere"), **train)
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    check_installed(_recipe())
+    with pytest.raises(AcamkdError, match=r"mlflow is not installed: pip install 'acamkd\[mlflow\]', or leave it out"):
+        check_installed(_recipe(loggers=["csv", "mlflow"]))
+    for job in (lambda recipe: distill(recipe, dry_run=True), lambda recipe: distill(recipe, out=tmp_path / "run")):
+        with pytest.raises(AcamkdError, match="wandb is not installed"):
+            job(_recipe(loggers=["wandb"]))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_the_name_is_no_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(AcamkdError, match="wandb is not installed"):
+        check_installed(_recipe(loggers=["wandb"]))
+
+
+def test_names_are_the_same_everywhere() -> None:
+    assert tracked_name("IoU/traffic light") == "IoU/traffic light"
+    assert tracked_name("backbone:1@2/acam/spatial_mask_step") == "backbone_1_2/acam/spatial_mask_step"
+
+
+def test_loggers_of_a_recipe(tmp_path: Path) -> None:
+    assert build_trackers(_recipe(), tmp_path) == []
+    recipe = _recipe(loggers=["csv", {"name": "wandb", "mode": "offline"}])
+    assert config.parse({**recipe.model_dump(mode="json")}) == recipe
+    assert recipe.model_dump(mode="json")["train"]["loggers"] == ["csv", {"name": "wandb", "mode": "offline"}]
+    for loggers, message in (
+        (["csv", "csv"], "train.loggers: csv stands there twice"),
+        (["wandbb"], "train.loggers.0.name: Input should be 'csv', 'tensorboard', 'wandb' or 'mlflow' "),
+        ("csv", "train.loggers: must be a list"),
+        ([{"name": "mlflow", "project": "a"}], "train.loggers.0: mlflow has no project: it takes experiment, tracking"),
+        ([{"name": "csv", "mode": "offline"}], "train.loggers.0: csv has no mode: it takes no other keys"),
+        ([{"name": "wandb", "projct": "a"}], "train.loggers.0.projct: unknown key; did you mean project"),
+    ):
+        with pytest.raises(AcamkdError, match=message):
+            _recipe(loggers=loggers)
+
+
+def test_a_run_may_resume_with_other_loggers(tmp_path: Path) -> None:
+    one, other = _recipe(), _recipe(loggers=["tensorboard"])
+    assert Run(tmp_path, one, "student")._content(one) == Run(tmp_path, one, "student")._content(other)
+
+
+def test_statistics_and_drawing_of_masks() -> None:
+    spatial = np.zeros((2, 3, 4, 5), np.uint8)
+    spatial[:, 0, :2] = 255  # the first mask is half open, the others are closed
+    found = {
+        "x/acam/student": np.zeros((2, 1, 4, 5), np.uint8),
+        "x/acam/spatial": spatial,
+        "x/acam/spatial/figures": np.array([0.2, 0.3, 0.4]),
+        "x/fgd/boxes": np.full((2, 1, 4, 5), 255, np.uint8),
+        "x/fgd/boxes/figures": np.array([1.0, 0.0, 1.0]),
+        "x/acam/channel": np.full((2, 3, 7), 51, np.uint8),
+        "x/acam/channel/figures": np.array([0.2, 0.0, 1.0]),
+    }
+    values = mask_values(found)
+    assert {name: values[f"x/acam/spatial/{name}"] for name in ("mean", "std", "overlap")} == {
+        "mean": 0.2, "std": 0.3, "overlap": 0.4,
+    }  # fmt: skip
+    assert values["x/acam/spatial/collapsed"] == pytest.approx(2 / 3)
+    assert values["x/acam/channel/collapsed"] == 1
+    assert "x/fgd/boxes/collapsed" not in values
+    images = [torch.full((3, 40, 50), 7, dtype=torch.uint8)] * 2
+    sheets = mask_sheets(found, images)
+    assert set(sheets) == {"x/acam/spatial", "x/fgd/boxes", "x/acam/channel"}
+    sheet = sheets["x/acam/spatial"]
+    scale = 96 // 5
+    assert sheet.shape == (2 * (4 * scale + 2), 4 * (5 * scale + 2), 3)
+    assert (sheet[1 : 1 + 4 * scale, 1 : 1 + 5 * scale] == 7).all()  # the image
+    first = sheet[1 : 1 + 4 * scale, 5 * scale + 3 : 10 * scale + 3]
+    assert first[: 2 * scale].min() == 255
+    assert first[2 * scale :].max() == 0
+    assert sheets["x/acam/channel"].shape == (2 * (3 * 13 + 2), 7 * 13 + 2, 3)
