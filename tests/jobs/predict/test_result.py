@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,16 +102,18 @@ def test_supervision_is_asked_for(box: Path, images: Path, monkeypatch: pytest.M
 
 def test_supervision_gets_boxes_and_masks(box: Path, red: Path, images: Path) -> None:
     pytest.importorskip("supervision")
-    first, second, _ = predict(box, images, score=0.1).to_supervision()
+    found: Any = predict(box, images, score=0.1).to_supervision()
+    first, second, _ = found
     np.testing.assert_array_equal(first.xyxy, [[1, 2, 11, 22], [0, 0, 4, 4]])
     assert first.confidence.tolist() == pytest.approx([0.9, 0.2])
     assert (first.class_id.tolist(), first.data["class_name"].tolist()) == ([1, 0], ["b", "a"])
     assert (first.metadata["file_name"], second.metadata["file_name"]) == ("7.png", "8.png")
-    halves, blue, _ = predict(red, images).to_supervision()
+    found = predict(red, images).to_supervision()
+    halves, blue, _ = found
     np.testing.assert_array_equal(halves.xyxy, [[16, 0, 32, 32], [0, 0, 16, 32]])
     assert halves.mask[1, :, :16].all()
     assert halves.mask.sum() == 32 * 32
     assert blue.data["class_name"].tolist() == ["a"]
-    empty = predict(box, images, score=0.95).to_supervision()[0]
-    assert len(empty) == 0
+    found = predict(box, images, score=0.95).to_supervision()
+    assert [len(each) for each in found] == [0, 0, 0]
     assert len(first[first.confidence > 0.5]) == 1
