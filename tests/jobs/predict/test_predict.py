@@ -228,4 +228,4 @@ def test_options_of_live_sources_are_for_them_alone(red: Path, tmp_path: Path) -
         ({"watch": True}, r"--watch waits for images in a folder, and .*a\.png is none"),
     ):
         with pytest.raises(AcamkdError, match=message):
-            predict(red, tmp_path / "a.png", out=tmp_path / "out", **options)  # type: ignore[arg-type]
+            predict(red, tmp_path / "a.png", out=tmp_path / "out", **options)

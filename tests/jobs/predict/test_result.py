@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def images(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def annotations(images: Path, tmp_path: Path) -> Path:
+def ground_truth(images: Path, tmp_path: Path) -> Path:
     """One box of class b in each image: exactly, nearly and not at all where the detector finds it."""
     names = [file.name for file in sorted(images.iterdir())]
     content = {
@@ -50,13 +51,13 @@ def annotations(images: Path, tmp_path: Path) -> Path:
     return tmp_path / "val.json"
 
 
-def test_cocos_tools_score_the_results_as_we_do(box: Path, images: Path, annotations: Path, tmp_path: Path) -> None:
+def test_cocos_tools_score_the_results_as_we_do(box: Path, images: Path, ground_truth: Path, tmp_path: Path) -> None:
     made = predict(box, images, out=tmp_path / "out", score=0)
-    results = made.to_coco(tmp_path / "results.json", annotations)
+    results = made.to_coco(tmp_path / "results.json", ground_truth)
     assert json.loads(results.read_text())[0] == {
         "image_id": 40, "category_id": 3, "bbox": [1, 2, 10, 20], "score": pytest.approx(0.9),
     }  # fmt: skip
-    truth = COCO(str(annotations))
+    truth = COCO(str(ground_truth))
     evaluation = COCOeval(truth, truth.loadRes(str(results)), "bbox")
     for step in (evaluation.evaluate, evaluation.accumulate, evaluation.summarize):
         step()
@@ -79,13 +80,13 @@ def test_ids_without_annotations(box: Path, images: Path, tmp_path: Path) -> Non
     assert [(each["image_id"], each["category_id"]) for each in entries] == [(7, 2), (8, 2), ("x9.png", 2)]
 
 
-def test_what_the_annotations_lack_is_said(box: Path, red: Path, images: Path, annotations: Path) -> None:
-    content = json.loads(annotations.read_text())
+def test_what_the_annotations_lack_is_said(box: Path, red: Path, images: Path, ground_truth: Path) -> None:
+    content = json.loads(ground_truth.read_text())
     made = predict(box, images)
     for key, message in (("categories", "has no category b, only"), ("images", "lists no image 7.png")):
-        annotations.write_text(json.dumps({**content, key: content[key][1:]}))
+        ground_truth.write_text(json.dumps({**content, key: content[key][1:]}))
         with pytest.raises(AcamkdError, match=message):
-            made.to_coco(made.folder / "results.json", annotations)
+            made.to_coco(made.folder / "results.json", ground_truth)
     assert not (made.folder / "results.json").exists()
     with pytest.raises(AcamkdError, match="COCO's results are of boxes"):
         predict(red, images).to_coco(made.folder / "results.json")
@@ -101,16 +102,18 @@ def test_supervision_is_asked_for(box: Path, images: Path, monkeypatch: pytest.M
 
 def test_supervision_gets_boxes_and_masks(box: Path, red: Path, images: Path) -> None:
     pytest.importorskip("supervision")
-    first, second, _ = predict(box, images, score=0.1).to_supervision()
+    found: Any = predict(box, images, score=0.1).to_supervision()
+    first, second, _ = found
     np.testing.assert_array_equal(first.xyxy, [[1, 2, 11, 22], [0, 0, 4, 4]])
     assert first.confidence.tolist() == pytest.approx([0.9, 0.2])
     assert (first.class_id.tolist(), first.data["class_name"].tolist()) == ([1, 0], ["b", "a"])
     assert (first.metadata["file_name"], second.metadata["file_name"]) == ("7.png", "8.png")
-    halves, blue, _ = predict(red, images).to_supervision()
+    found = predict(red, images).to_supervision()
+    halves, blue, _ = found
     np.testing.assert_array_equal(halves.xyxy, [[16, 0, 32, 32], [0, 0, 16, 32]])
     assert halves.mask[1, :, :16].all()
     assert halves.mask.sum() == 32 * 32
     assert blue.data["class_name"].tolist() == ["a"]
-    empty = predict(box, images, score=0.95).to_supervision()[0]
-    assert len(empty) == 0
+    found = predict(box, images, score=0.95).to_supervision()
+    assert [len(each) for each in found] == [0, 0, 0]
     assert len(first[first.confidence > 0.5]) == 1

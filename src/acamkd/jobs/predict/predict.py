@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Timer
+from typing import Any
 
 from tqdm import tqdm
 
@@ -218,7 +219,7 @@ def _stopping(stop: Event | None, seconds: float | None) -> Iterator[None]:
     timer.daemon = True
     if seconds is not None:
         timer.start()
-    before = {}
+    before: dict[int, Any] = {}
 
     def ask(*_: object) -> None:
         stop.set()

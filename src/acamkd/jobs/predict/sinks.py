@@ -128,7 +128,7 @@ def line_of(frame: Frame, found: Prediction, classes: Sequence[str], *, with_mas
         line["shares"] = {name: round(share, 4) for name, share in zip(classes, counts.tolist(), strict=False) if share}
         return {**line, "mask": f"{MASKS}/{frame.mask}"} if with_mask else line
     corners = found["boxes"].astype(np.float64)
-    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).round(2).tolist()
+    boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).round(4).tolist()
     line["objects"] = [
         {"category_id": label, "category_name": classes[label - 1], "bbox": box, "score": score}
         for box, score, label in zip(boxes, found["scores"].tolist(), found["labels"].tolist(), strict=True)

@@ -330,7 +330,7 @@ def _open(address: str, what: str, name: str = "", **options: Any) -> InputConta
 
     name = name or address
     try:
-        container = av.open(address, **options)
+        container: InputContainer = av.open(address, **options)
     except (av.FFmpegError, ValueError) as error:  # ValueError: FFmpeg was built without the format
         raise AcamkdError(f"{name}: {what} cannot be read: {_why(error)}") from error
     if not container.streams.video:
