@@ -1,4 +1,4 @@
-"""Write docs/methods/*.md from the methods' docstrings and signatures: python docs/generate_methods.py.
+"""Write docs/methods/*.md and DESCRIPTIONS from the methods' docstrings: python docs/generate_methods.py.
 
 A docstring's section `Code:` says which function computes which equation. What is argued at length about a method is
 written by hand in methods/notes.yaml, markdown by the method's name.
@@ -24,6 +24,8 @@ from acamkd.distillation.methods import METHODS, describe
 HERE = Path(__file__).parent
 GOLDEN = HERE.parent / "tests/golden/golden.json"
 SOURCE = "../../src/acamkd/losses"
+DESCRIPTIONS = HERE.parent / "src/acamkd/cli/methods.json"
+"""What `acamkd methods` prints, so that it need not load torch."""
 
 DEVIATIONS = ("Deviations", "The official")
 """How the paragraphs begin that say where a method differs from its paper or its official code."""
@@ -175,6 +177,14 @@ def _yaml(value: Any) -> str:
     )
 
 
+def descriptions() -> str:
+    """The content of DESCRIPTIONS."""
+    logging.getLogger("acamkd").setLevel(logging.ERROR)
+    lines = [f"{json.dumps(name)}: {json.dumps(describe(name))}" for name in METHODS]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 if __name__ == "__main__":
     for file, content in pages().items():
         (HERE / "methods" / file).write_text(content, encoding="utf-8")
+    DESCRIPTIONS.write_text(descriptions(), encoding="utf-8")

@@ -21,9 +21,12 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def test_pages_are_up_to_date() -> None:
-    pages: dict[str, str] = runpy.run_path(str(DOCS / "generate_methods.py"))["pages"]()
+    generator = runpy.run_path(str(DOCS / "generate_methods.py"))
+    pages: dict[str, str] = generator["pages"]()
     assert set(pages) == {"index.md", *(f"{name}.md" for name in METHODS)}
     stale = [file for file, text in pages.items() if (DOCS / "methods" / file).read_text(encoding="utf-8") != text]
+    if generator["DESCRIPTIONS"].read_text(encoding="utf-8") != generator["descriptions"]():
+        stale.append(generator["DESCRIPTIONS"].name)
     assert not stale, "write them anew: python docs/generate_methods.py"
 
 

@@ -46,13 +46,13 @@ def test_help_ends_with_examples(command: str) -> None:
     assert lines[0].strip().startswith(f"acamkd {command}")
 
 
-def test_help_and_typos_do_not_wait_for_torch() -> None:
+def test_help_methods_and_typos_do_not_wait_for_torch() -> None:
     script = """
 import sys
 from acamkd.cli import main
 typos = [[command, "missing.yaml"] for command in ("run", "train", "distill", "tokens", "compare", "doctor", "inspect")]
-typos += [[command, "missing"] for command in ("evaluate", "export", "report")]
-for words in (["--help"], ["train", "--help"], ["--version"], *typos):
+typos += [[command, "missing"] for command in ("evaluate", "export", "report")] + [["methods", "akam"]]
+for words in (["--help"], ["train", "--help"], ["--version"], ["methods"], ["methods", "acam"], *typos):
     sys.argv = ["acamkd", *words]
     try:
         main()
@@ -62,7 +62,7 @@ print(sorted({"torch", "numpy", "lightning", "torchvision", "timm"} & set(sys.mo
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "[]"
-    assert done.stderr.count("error: ") == 10
+    assert done.stderr.count("error: ") == 11
 
 
 def test_methods_lists_every_method(acamkd: Command) -> None:

@@ -83,3 +83,5 @@ def test_what_cannot_be_paired_is_said() -> None:
     result = CliRunner().invoke(cli.app, ["inspect", "a", "b", "c"])
     assert isinstance(result.exception, AcamkdError)
     assert "give one recipe, or a teacher and a student, not 3 names" in str(result.exception)
+    result = CliRunner().invoke(cli.app, ["inspect", "retinanet", "fcos", "--set", "data.resize=64"])
+    assert "--set data.resize=64 changes a recipe, and two networks have none" in str(result.exception)

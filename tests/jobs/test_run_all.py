@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,15 @@ def test_the_last_line_says_whether_to_believe_it(
     recipe: config.Recipe, interval: ImageInterval | None, words: str
 ) -> None:
     scores = {"baseline": 50.0, "distilled": 51.5}
-    result = RunAll(recipe, "tiny.yaml", "mIoU", scores, {}, Path("report.html"), interval)
+    distilled = Run(Path("runs/tiny/distilled"), recipe, "student")
+    result = RunAll(distilled, "mIoU", scores, {}, Path("report.html"), interval)
     assert result.verdict.startswith(f"gain +1.50 mIoU on the validation images, one seed: {words}")
-    assert result.verdict.endswith("more seeds are needed: acamkd compare tiny.yaml --methods pkd --seeds 3")
+    assert result.verdict.endswith(
+        "more seeds are needed: acamkd compare runs/tiny/distilled/recipe.yaml --methods pkd --seeds 3"
+    )
+    for teacher, is_behind in ((50.0, True), (50.1, False)):
+        behind = replace(result, scores={**scores, "teacher": teacher})
+        assert behind.verdict.endswith("needed first: 50.00 is not ahead of the baseline's 50.00") is is_behind
 
 
 def test_the_doctors_warnings_do_not_stop_it(recipe: config.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

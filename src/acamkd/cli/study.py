@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -25,7 +27,7 @@ from acamkd.cli.app import (
     show,
     show_json,
 )
-from acamkd.errors import AcamkdError
+from acamkd.errors import AcamkdError, nearest
 
 if TYPE_CHECKING:
     from acamkd.jobs.compare.trials import Trial
@@ -222,6 +224,8 @@ def inspect(
     """List the layers of a teacher and a student that can be tapped, and propose a recipe's `losses`."""
     if len(what) > 2:
         raise AcamkdError(f"give one recipe, or a teacher and a student, not {len(what)} names")
+    if len(what) == 2 and set_:
+        raise AcamkdError(f"--set {set_[0]} changes a recipe, and two networks have none: give a recipe")
     first = recipe_of(Path(what[0]), set_) if len(what) == 1 else what[0]
     from acamkd.jobs.inspect_layers import inspect as job
 
@@ -234,17 +238,21 @@ def methods(
     as_json: AsJson = False,
 ) -> None:
     """List the distillation methods, or the options of one."""
-    from acamkd.distillation.methods import METHODS, describe
+    known = json.loads(resources.files("acamkd.cli").joinpath("methods.json").read_text(encoding="utf-8"))
+    if name is not None and name not in known:
+        if ":" not in name:
+            raise AcamkdError(f"there is no method {name!r}; {nearest(name, known)}")
+        from acamkd.distillation.methods import describe
 
-    logging.getLogger("acamkd").setLevel(logging.ERROR)  # the description builds losses without their tokens
+        logging.getLogger("acamkd").setLevel(logging.ERROR)  # the description builds losses without their tokens
+        known[name] = describe(name)
     if as_json:
-        show_json(describe(name) if name else {each: describe(each) for each in METHODS})
+        show_json(known[name] if name else known)
         return
     console = Console()
     if name is None:
         table = Table("name", "paper", "terms", "parameters", "needs")
-        for each in METHODS:
-            row = describe(each)
+        for each, row in known.items():
             table.add_row(
                 each, f"{row['authors']}, {row['venue']}", ", ".join(row["terms"]), f"{row['parameters']:,}",
                 ", ".join(row["needs"]),
@@ -252,7 +260,7 @@ def methods(
         console.print(table)
         console.print("parameters: learnable parameters of one level with 256 channels in student and teacher")
         return
-    description = describe(name)
+    description = known[name]
     console.print(f"[bold]{name}[/bold]: {escape(description['summary'])}\n{escape(description['paper'])}\n")
     table = Table("option", "type", "default", "meaning")
     for option in description["options"]:

@@ -18,7 +18,7 @@ from acamkd.engine.evidence import ImageInterval, compare_command
 from acamkd.engine.image_statistics import collect, image_interval
 from acamkd.engine.metrics import METRICS
 from acamkd.engine.printing import Printable
-from acamkd.engine.runs import OtherRunError, Run, default_folder, open_run, write_json
+from acamkd.engine.runs import RECIPE, OtherRunError, Run, default_folder, open_run, write_json
 from acamkd.errors import AcamkdError
 from acamkd.jobs.doctor import examine
 from acamkd.jobs.evaluate import evaluate
@@ -39,8 +39,7 @@ class RunAll(Printable):
     """What an evening's trainings came to.
 
     Attributes:
-        recipe: What was run.
-        file: The recipe's file, or `RECIPE` where it was an object.
+        distilled: The distilled student's run.
         metric: Name of the deciding metric.
         scores: By network (`teacher`, `baseline`, `distilled`) its best validation score in percent; a teacher that
             cannot be scored is missing.
@@ -49,8 +48,7 @@ class RunAll(Printable):
         interval: Of the gain, from the images that it is measured on; None with a single image.
     """
 
-    recipe: config.Recipe
-    file: str
+    distilled: Run
     metric: str
     scores: dict[str, float]
     test: dict[str, float]
@@ -65,10 +63,15 @@ class RunAll(Printable):
 
     @property
     def verdict(self) -> str:
-        """The last line: the gain, what can be said of it after one seed, and the command that says more."""
+        """The last line: the gain, what can be said of it after one seed, and what comes next."""
         where = "test" if self.test else "validation"
         head = f"gain {self.gain:+.2f} {self.metric} on the {where} images, one seed"
-        more = f"more seeds are needed: {compare_command(self.recipe, self.file)}"
+        teacher, baseline = self.scores.get("teacher"), self.scores["baseline"]
+        more = (
+            f"a better teacher is needed first: {teacher:.2f} is not ahead of the baseline's {baseline:.2f}"
+            if teacher is not None and teacher <= baseline
+            else f"more seeds are needed: {compare_command(self.distilled.recipe, self.distilled.folder / RECIPE)}"
+        )
         if self.interval is None:
             return f"{head}: too few seeds; {more}"
         what = "may be" if self.interval.verdict == "no evidence" else "is not"
@@ -97,7 +100,6 @@ def run(recipe: config.Recipe | Path | str, *, overrides: Sequence[str] = (), an
     Raises:
         AcamkdError: The recipe or its images cannot be used, or the doctor found a reason not to distill.
     """
-    file = "RECIPE" if isinstance(recipe, config.Recipe) else str(recipe)
     recipe = config.as_recipe(recipe, overrides)
     if recipe.teacher is None or not recipe.losses:
         raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section and `losses` to distill")
@@ -125,7 +127,7 @@ def run(recipe: config.Recipe | Path | str, *, overrides: Sequence[str] = (), an
     known = {name: float(score) for name, score in scores.items() if score is not None}
     if missing := {"baseline", "distilled"} - known.keys():
         raise AcamkdError(f"{metric} of {' and '.join(sorted(missing))} has no basis: check data.val")
-    return RunAll(recipe, file, metric, known, test, report, notes.interval(baseline, distilled))
+    return RunAll(distilled, metric, known, test, report, notes.interval(baseline, distilled))
 
 
 def _check_data(recipe: config.Recipe) -> None:

@@ -26,7 +26,7 @@ def page(tmp_path: Path) -> Path:
         means = {"head/acam/spatial_mask": [0.5, 0.02 if trial.seed else 0.4], "head/acam/spatial_mask_std": [0.2, 0.1]}
         fake(
             trial, results, score, history=[score / 2, score], final={"mIoU": score, "IoU/disc": score + 20},
-            masks=means if trial.method == "acam" else {},
+            masks=means if trial.method == "acam" else {}, test={"mIoU": score - 10}, test_of_best_epoch=score - 9,
         )  # fmt: skip
     tabulate(recipe, list(SCORES), 3, results)
     return results / "comparison.html"
@@ -39,6 +39,8 @@ def test_the_page_says_what_the_table_says(page: Path) -> None:
     assert f'<b class="good">+{rows["cwd"]["gain"]["mean"]:.2f}</b>' in text
     for row in rows.values():
         assert f'{row["mean"]:.2f} <span class="soft">± {row["std"]:.2f}</span>' in text
+    section = text.partition("<h2>Test images</h2>")[2].partition("</table>")[0]
+    assert [cells in section for cells in ("<td>33.10 ", "<td>34.10 ", "+2.00 to +2.20")] == [True] * 3
     assert "by seed +2.00, +2.20, +2.10" in text
     assert "acam, spatial masks: 2 of 3 sets collapsed at the end." in text
     assert "recipe: 3 methods compared" in text

@@ -11,7 +11,16 @@ from matplotlib.ticker import MaxNLocator
 
 from acamkd import config
 from acamkd.engine.runs import write_text
-from acamkd.jobs.compare.statistics import Row, Trials, columns_of_masks, final_means, mask_curves, scores_of, tuned
+from acamkd.jobs.compare.statistics import (
+    Row,
+    Trials,
+    columns_of_masks,
+    final_means,
+    mask_curves,
+    scores_of,
+    tested,
+    tuned,
+)
 from acamkd.jobs.compare.trials import NONE
 from acamkd.mask_health import collapse
 from acamkd.report.charts import Chart, Points, draw
@@ -53,6 +62,7 @@ def write_page(file: Path, recipe: config.Recipe, rows: Sequence[Row], trials: T
         recipe_text=config.dump(recipe),
         metric=metric,
         rows=rows,
+        tested=tested(trials),
         search=tuned(tuning),
         best=differences[0] if differences else None,
         differences=differences,

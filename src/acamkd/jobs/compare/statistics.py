@@ -186,6 +186,12 @@ def on_test(trials: Trials, *, best_epoch: bool = False) -> list[dict[str, Any]]
     ]
 
 
+def tested(trials: Trials) -> list[tuple[Row, Row]]:
+    """Rows of the test images, best first: of the last epoch, and of the epoch that validated best."""
+    best = {row.method: row for row in summarize(on_test(trials, best_epoch=True))}
+    return [(row, best[row.method]) for row in summarize(on_test(trials))]
+
+
 def _family(method: str, losses: Sequence[Mapping[str, Any]]) -> set[str]:
     """Key that is equal for variants of one method, by class or by a name such as `acam-shuffled`."""
     return {method.partition("-")[0], *(loss["name"] for loss in losses)} if losses else set()

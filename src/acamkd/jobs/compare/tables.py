@@ -12,7 +12,7 @@ import numpy as np
 from acamkd import config
 from acamkd.engine.runs import write_json, write_text
 from acamkd.jobs.compare.page import write_page
-from acamkd.jobs.compare.statistics import Paired, Row, Trials, final_means, mask_curves, on_test, summarize, tuned
+from acamkd.jobs.compare.statistics import Paired, Row, Trials, final_means, mask_curves, tested, tuned
 from acamkd.jobs.compare.trials import NONE
 from acamkd.mask_health import MASK_STATISTICS
 
@@ -27,7 +27,7 @@ def write(results: Path, recipe: config.Recipe, rows: Sequence[Row], trials: Tri
     content = {
         "metric": metric,
         "rows": [asdict(row) for row in rows],
-        "test": [asdict(row) for row in summarize(on_test(trials))],
+        "test": [asdict(row) for row, _ in tested(trials)],
         "tuning": search and asdict(search),
     }
     write_json(results / "comparison.json", content)
@@ -78,10 +78,9 @@ def _difference(paired: Paired) -> str:
 
 def _test(trials: Trials) -> list[str]:
     """Table of the scores on the test images, of the last epoch and of the one that validated best."""
-    rows = summarize(on_test(trials))
+    rows = tested(trials)
     if not rows:
         return []
-    best = {row.method: row for row in summarize(on_test(trials, best_epoch=True))}
     metric = trials[0]["metric"]
     lines = [
         "## Test images", "",
@@ -89,8 +88,7 @@ def _test(trials: Trials) -> list[str]:
         f"| method | n | {metric} | against `{NONE}` | p | verdict | of the best epoch | against `{NONE}` |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
-    for row in rows:
-        other = best[row.method]
+    for row, other in rows:
         cells = (
             f"`{row.method}`", str(row.n), _score(row), _difference(row.gain) if row.gain else DASH,
             row.p_text or DASH, row.verdict or DASH, _score(other), _difference(other.gain) if other.gain else DASH,
