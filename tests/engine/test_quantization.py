@@ -10,16 +10,23 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import tiny
 from acamkd import config
+from acamkd.distillation.distiller import Distiller
 from acamkd.engine import quantization
+from acamkd.engine.metrics import Scorer
+from acamkd.engine.module import TrainingModule
 from acamkd.engine.quantization import WEIGHT_LIMIT, FakeQuantization
+from acamkd.engine.trainer import Recorder, build_trainer
 from acamkd.errors import AcamkdError
 from acamkd.jobs.export.onnx_model import OnnxModel
 from acamkd.jobs.export.quantize import _Quantizer
 from acamkd.jobs.train import distill, train
+from acamkd.models.base import Task
 from acamkd.models.segmentation import Segmenter
 from tiny_onnx import write_segmenter
 
@@ -138,8 +145,9 @@ def test_it_is_what_onnxruntime_computes(tmp_path: Path, monkeypatch: pytest.Mon
     logits = torch.cat([torch.from_numpy(runtime.run(x[None].numpy())["logits"]) for x in batch.pixels])
     loss = (logits - exact).abs().mean()
     assert loss > 0.01
-    assert (simulated - exact).abs().mean() == pytest.approx(float(loss), rel=0.1)
-    assert (simulated - logits).abs().mean() < 0.2 * loss
+    assert float((simulated - exact).abs().mean()) == pytest.approx(float(loss), rel=0.05)
+    # Not equal: here the hidden map's range is that of rounded weights, and values near a half go the other way.
+    assert (simulated - logits).abs().mean() < 0.6 * loss
 
 
 @pytest.fixture(scope="module")
@@ -147,25 +155,60 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_data(tmp_path_factory.mktemp("data"))
 
 
+def fit(folder: Path, epochs: int, checkpoint: Path | None = None, **train: Any) -> TrainingModule:
+    """Train the small network from its start, or on from a checkpoint; 3 steps an epoch."""
+    section = config.Train(epochs=epochs, accelerator="cpu", schedule=config.Schedule(name="constant"), **train)
+    trainer = build_trainer(section, Recorder(folder, "student.safetensors", "mIoU"), progress=False)
+    torch.manual_seed(0)
+    module = TrainingModule(Distiller(model()), section, Scorer("segmentation", ("a", "b")))
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (
+            list(torch.rand(2, 3, 16, 16, generator=generator)),
+            [{"mask": mask} for mask in torch.randint(0, 2, (2, 16, 16), generator=generator)],
+        )
+        for _ in range(3)
+    ]
+    loader: Any = DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]
+    trainer.fit(module, loader, loader, ckpt_path=checkpoint)
+    return module
+
+
 @needs_torchao
-def test_a_resumed_run_ends_the_same_and_leaves_a_plain_student(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("acamkd.jobs.train.write_report", lambda run: None)
-    recipe = tiny.recipe(root, quantize="int8", checkpoint_every=1)
-    whole = distill(recipe, out=tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        tiny.interrupt_at(patch, epoch=1, batch=1)
-        with pytest.raises(KeyboardInterrupt):
-            distill(recipe, out=tmp_path / "again")
-    again = distill(recipe, out=tmp_path / "again", resume=True)
-    ends = [torch.load(each.checkpoint, weights_only=True) for each in (whole, again)]
-    assert sum(name.startswith("quantization.maps") for name in ends[0]["state_dict"]) > 100
-    torch.testing.assert_close(ends[0]["state_dict"], ends[1]["state_dict"], rtol=0, atol=0)
-    assert tiny.rows(whole.folder / "history.csv") == tiny.rows(again.folder / "history.csv")
-    assert whole.weights.read_bytes() == again.weights.read_bytes()
-    assert not any("weight" in vars(module) for module in whole.load().net.modules())  # which loads every tensor
-    assert not any("quantization" in name for name in whole.load_last().state_dict())
+def test_ranges_go_on_where_they_were(tmp_path: Path) -> None:
+    whole = fit(tmp_path / "whole", 2, quantize="int8")
+    fit(tmp_path / "again", 1, quantize="int8")
+    again = fit(tmp_path / "again", 2, tmp_path / "again/last.ckpt", quantize="int8")
+    ends = [module.state_dict() for module in (whole, again)]
+    assert any(name.startswith("quantization.maps.first:input.1") for name in ends[0])
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
+    weights = [load_file(tmp_path / name / "student.safetensors") for name in ("whole", "again")]
+    assert set(weights[0]) == set(model().net.state_dict())
+    torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=0)
+
+
+def test_off_it_is_not_there(tmp_path: Path) -> None:
+    module = fit(tmp_path / "run", 1)
+    assert module.quantization is None
+    assert not any("quantization" in name for name in module.state_dict())
+    assert not any(x._forward_hooks or x._forward_pre_hooks for x in module.distiller.student.modules())
+
+
+@needs_torchao
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_a_run_is_scored_as_int8_and_leaves_a_plain_student(task: Task, tmp_path: Path) -> None:
+    root = tiny.write_data(tmp_path / "data", task)
+    recipe = tiny.recipe(root, task, quantize="int8")
+    run = train(recipe, out=tmp_path / "run") if task == "detection" else distill(recipe, out=tmp_path / "run")
+    student = run.load()  # which needs every tensor, and no other
+    assert not any(x._forward_hooks or x._forward_pre_hooks for x in student.modules())
+    assert "quantization" not in " ".join(run.load_last().state_dict())
+    assert "with the rounding of INT8 simulated" in (run.folder / "report.html").read_text()
+    if task == "segmentation":
+        estimate = distill(recipe, dry_run=True)
+        plain = distill(tiny.recipe(root, task), dry_run=True)
+        assert estimate.image > plain.image  # the rounded maps are kept for the backward
 
 
 def test_without_torchao_nothing_begins(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
