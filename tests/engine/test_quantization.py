@@ -97,7 +97,8 @@ def test_each_call_has_a_range_which_only_training_moves() -> None:
     assert torch.isfinite(run(student.eval())).all()
     assert not rounded._observed  # maps without a range pass as they are
     run(student.train())
-    tops = [ranges.activation_post_process.max_val.item() for ranges in rounded.maps["first:input"]]  # type: ignore[union-attr]
+    ranges: Any = rounded.maps["first:input"]
+    tops = [float(each.activation_post_process.max_val) for each in ranges]
     assert len(tops) == 2
     assert tops[0] == pytest.approx(2.5, abs=0.1)  # the images, normalized
     before = {name: x.clone() for name, x in rounded.maps.state_dict().items() if "enabled" not in name}
@@ -214,7 +215,8 @@ def test_a_run_is_scored_as_int8_and_leaves_a_plain_student(task: Task, tmp_path
 def test_without_torchao_nothing_begins(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     recipe = tiny.recipe(root, quantize="int8")
-    for job in (train, distill):
+    jobs: tuple[Any, ...] = (train, distill)
+    for job in jobs:
         with pytest.raises(AcamkdError, match=r"train\.quantize needs torchao: pip install '\.\[int8\]'"):
             job(recipe, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

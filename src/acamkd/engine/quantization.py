@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any
 
 import torch
@@ -64,14 +65,17 @@ class FakeQuantization(nn.Module):
         )
 
         logging.disable(disabled)
-
         self.weights, self.maps = nn.ModuleDict(), nn.ModuleDict()
         self._calls: dict[str, int] = {}
         self._observing: bool | None = None
         self._observed: set[nn.Module] = set()
-        """What rounds feature maps and has met one in this process."""
+        """What is known to have a range."""
         modules = dict(model.net.named_modules())
-        layers = {name: x for name, x in modules.items() if isinstance(x, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)}
+        layers = {
+            name: x
+            for name, x in modules.items()
+            if isinstance(x, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) and "weight" in x._parameters
+        }
         smooth = {name: x for name, x in modules.items() if isinstance(x, SMOOTH)}
         counts, merged = _probe(model, layers | smooth)
         for name, layer in layers.items():
@@ -99,9 +103,9 @@ class FakeQuantization(nn.Module):
         self._calls.clear()
         if self._observing != model.training:
             self._observing = model.training
-            for ranges in self.maps.values():
-                for rounding in ranges:
-                    rounding.enable_observer(model.training)
+            ranges: Any = self.maps.values()
+            for rounding in chain.from_iterable(ranges):
+                rounding.enable_observer(model.training)
 
     def _attach(self, name: str, module: nn.Module, *, has_weight: bool) -> None:
         key = _key(name)
@@ -110,7 +114,7 @@ class FakeQuantization(nn.Module):
             if has_weight:
                 # An attribute hides the parameter of that name, which stays what is trained and saved.
                 vars(module)["weight"] = _rounded(self.weights[key], module._parameters["weight"])
-            return (self._round_map(f"{key}:input", inputs[0]), *inputs[1:])
+            return (*(self._round_map(f"{key}:input", x) for x in inputs[:1]), *inputs[1:])
 
         def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
             vars(module).pop("weight", None)
@@ -124,12 +128,14 @@ class FakeQuantization(nn.Module):
         """A feature map in the rounding of this call of its layer."""
         if key not in self.maps or not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
             return x
-        ranges = self.maps[key]
+        ranges: Any = self.maps[key]
         call = self._calls[key] = self._calls.get(key, -1) + 1
         rounding = ranges[min(call, len(ranges) - 1)]
-        if self._observing:
+        if rounding not in self._observed:
+            if not (self._observing or rounding.activation_post_process.min_val.isfinite()):
+                return x  # without a range it would clip everything
             self._observed.add(rounding)
-        return _rounded(rounding, x) if rounding in self._observed else x  # without a range it would clip everything
+        return _rounded(rounding, x)
 
 
 def _rounded(rounding: nn.Module, x: Any) -> Tensor:
