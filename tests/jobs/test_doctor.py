@@ -332,3 +332,22 @@ def test_a_split_that_cannot_be_read_and_other_classes(tmp_path: Path) -> None:
     assert found["val"].problems == [
         "the classes are disk, square, triangle, ring, cross, but those of train disc, square, triangle, ring, cross"
     ]
+
+
+def test_a_student_is_made_used_to_int8_when_it_is_trained(
+    segmentation: Path, trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "INT8" not in found(segmentation, trained)
+    options = (trained, "train.quantize=int8")
+    monkeypatch.setattr("acamkd.engine.quantization.find_spec", lambda name: None)
+    (missing,) = found(segmentation, *options)["INT8"]
+    assert (missing.status, missing.text.partition(":")[0]) == ("fail", "train.quantize needs torchao")
+    monkeypatch.setattr("acamkd.engine.quantization.find_spec", lambda name: name)
+    (untrained,) = found(segmentation, *options)["INT8"]
+    assert untrained.status == "warn"
+    assert "student.weights" in untrained.advice
+    options += (f"student.weights={trained.partition('=')[2]}",)
+    assert found(segmentation, *options)["INT8"][0].status == "pass"
+    (overwritten,) = found(segmentation, *options, "student.inherit=[segmentation_head]")["INT8"]
+    assert overwritten.status == "warn"
+    assert "puts the teacher's segmentation_head over student.weights" in overwritten.text

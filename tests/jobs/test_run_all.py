@@ -106,6 +106,35 @@ def test_the_last_line_says_whether_to_believe_it(
         assert behind.verdict.endswith("needed first: 50.00 is not ahead of the baseline's 50.00") is is_behind
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student": {"arch": "fpnn"}}, "did you mean fpn"),
+        ({"losses": [{"name": "pdk", "pairs": ["segmentation_head.0"]}]}, "did you mean pkd"),
+        ({"losses": [{"name": "pkd", "pairs": ["head"]}]}, "no layer"),
+        ({"student": {**tiny.FPN, "backbone_weights": "gone.safetensors"}}, "there is no file of weights gone.safe"),
+    ],
+)
+def test_typos_are_told_before_the_teacher_is_trained(
+    recipe: config.Recipe, changes: dict[str, Any], message: str
+) -> None:
+    raw = recipe.model_dump(mode="json") | changes
+    with pytest.raises(AcamkdError, match=message):
+        run(config.parse(raw))
+    assert not Path("runs").exists()
+
+
+def test_a_teacher_behind_the_baseline_is_not_distilled_from(
+    recipe: config.Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_all, "score_of_run", lambda *_: 12.57)
+    baseline = Run(Path("runs/tiny/baseline"), recipe, "student")
+    monkeypatch.setattr(run_all, "teacher_section", lambda recipe: recipe.teacher)
+    monkeypatch.setattr(run_all, "describe_lead", lambda _recipe, teacher, folder: f"{teacher} behind {folder}")
+    with pytest.raises(AcamkdError, match=r"12\.57 behind runs/tiny/baseline: train the teacher longer"):
+        run_all._check_lead(recipe, baseline)
+
+
 def test_the_doctors_warnings_do_not_stop_it(recipe: config.Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     findings = [Finding("colors", "warn", "two", "look"), Finding("tap", "pass", "good")]
     monkeypatch.setattr(run_all, "examine", lambda _recipe: findings)

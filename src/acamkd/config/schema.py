@@ -229,6 +229,9 @@ class Train(Section):
     Its images are saved in the run's folder `nonfinite`."""
     checkpoint_every: Positive | None = None
     """Optimization steps between two checkpoints within an epoch; nothing = only at the ends of epochs."""
+    quantize: Literal["int8"] | None = None
+    """`int8`: the student computes with the rounding of its INT8 file, in training and evaluation, so that it loses
+    less by it; for the last epochs of a trained student (docs/guides/export.md). Needs torchao."""
     accelerator: str = "auto"
     """Type of device by Lightning's name, such as `cpu`, `gpu` or `mps`; `auto` takes what is available."""
     devices: int | Literal["auto"] = "auto"

@@ -80,7 +80,8 @@ def read_yaml(text: str, what: str) -> Any:
         _check(content, (), [], text, what)
     except yaml.YAMLError as error:
         advice = "; indent with blanks, not with tabs" if r"'\t'" in str(error) else ""
-        raise AcamkdError(f"{what} is not valid YAML: {error}{advice}") from error
+        reason = str(error).replace('in "<unicode string>", ', "in ")
+        raise AcamkdError(f"{what} is not valid YAML: {reason}{advice}") from error
     except RecursionError as error:
         raise AcamkdError(f"{what} is nested too deeply") from error
     return content

@@ -103,8 +103,8 @@ class Checkpoints(Checkpoint):
         if before != self.processes:
             raise OtherRunError(
                 f"{self.folder} was trained by {before} process{'es' if before > 1 else ''}, and now there "
-                f"{'are' if self.processes > 1 else 'is'} {self.processes}, which changes batches and steps: "
-                f"resume with {before} (train.devices times train.num_nodes), or start again with --overwrite"
+                f"{'are' if self.processes > 1 else 'is'} {self.processes}, which changes batches and steps",
+                f"resume with {before} (train.devices times train.num_nodes), or start again with --overwrite",
             )
         self.position = state_dict["position"]
 

@@ -15,6 +15,7 @@ from acamkd.data.dataset import seed_of
 from acamkd.data.loading import Images
 from acamkd.distillation.distiller import Distiller, NonFiniteError, WeightSchedule
 from acamkd.engine.metrics import Scorer
+from acamkd.engine.quantization import FakeQuantization
 from acamkd.errors import AcamkdError
 from acamkd.models.base import Batch, Target
 
@@ -42,6 +43,7 @@ class TrainingModule(L.LightningModule):
         """Metrics of the last validation."""
         self.values: dict[str, float] = {}
         """Loss, its terms and the losses' statistics in the last step; empty where a term was not finite."""
+        self.quantization = FakeQuantization(distiller.student) if config.quantize else None
         self.faults: list[str] = []
         """What was not finite in the batches of the current step."""
 

@@ -48,7 +48,16 @@ PATIENCE = 10.0
 
 
 class OtherRunError(AcamkdError):
-    """The run to resume had another recipe."""
+    """The run to resume had another recipe.
+
+    Args:
+        what: What differs.
+        advice: What to do, where each run has its own command.
+    """
+
+    def __init__(self, what: str, advice: str) -> None:
+        super().__init__(f"{what}: {advice}")
+        self.what = what
 
 
 @dataclass(frozen=True, repr=False)
@@ -194,8 +203,8 @@ class Run(Printable):
         if changes:
             more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
             raise OtherRunError(
-                f"{self.folder} was made by another recipe or command ({', '.join(changes[:3])}{more}): "
-                "resume with the same recipe and overrides, or write elsewhere with --out"
+                f"{self.folder} was made by another recipe or command ({', '.join(changes[:3])}{more})",
+                "resume with the same recipe and overrides, or write elsewhere with --out",
             )
 
     def _content(self, recipe: config.Recipe) -> dict[str, Any]:
@@ -261,7 +270,11 @@ def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
     """Open a run and override keys of its recipe; raises AcamkdError if the folder holds no run."""
     folder = Path(folder).expanduser()
     if not (folder / RECIPE).is_file():
-        raise AcamkdError(f"{folder} is not a run folder: it has no {RECIPE}")
+        runs = sorted(file.parent.name for file in folder.glob(f"*/{RECIPE}")) if folder.is_dir() else []
+        why = f"it has no {RECIPE}, but holds the runs {', '.join(runs)}" if runs else f"it has no {RECIPE}"
+        raise AcamkdError(
+            f"{folder} is not a run folder: {why}" if folder.is_dir() else f"{folder}: there is no such run folder"
+        )
     recipe = config.load(folder / RECIPE, overrides)
     roles: tuple[Role, ...] = ("student", "teacher")
     for role in roles:

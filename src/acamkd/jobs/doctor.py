@@ -21,6 +21,7 @@ from acamkd.distillation.build import probe
 from acamkd.engine.devices import device_of, moved_to
 from acamkd.engine.metrics import METRICS, score, scorer_of
 from acamkd.engine.printing import Printable
+from acamkd.engine.quantization import require_torchao
 from acamkd.engine.runs import default_folder
 from acamkd.errors import AcamkdError
 from acamkd.jobs.examine_data import DataReport, examine_data
@@ -151,6 +152,10 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
         yield _colors(student, teacher)
         stage = "batch norm"
         yield from _batch_norm(student, teacher, recipe.train.batch_size)
+        if recipe.train.quantize:
+            stage = "INT8"
+            require_torchao()
+            yield _quantization(stage, recipe.student)
         stage = "teacher's score"
         yield _score(teacher, val, recipe)
         behind = describe_lead(recipe, score_of_run(recipe, section), default_folder(recipe, "baseline"))
@@ -213,6 +218,19 @@ def _batch_norm(student: TaskModel, teacher: TaskModel, batch_size: int) -> Iter
         yield Finding("batch norm", "warn", text, "raise train.batch_size, or freeze the student's batch norm")
     else:
         yield Finding("batch norm", "pass", text)
+
+
+def _quantization(check: str, student: config.Model) -> Finding:
+    """Whether the student that is to get used to INT8 has been trained before."""
+    text = "train.quantize: the student is trained and scored with the rounding of INT8"
+    if student.weights is None:
+        advice = "train the student first, and give its file as student.weights for some more epochs"
+        return Finding(check, "warn", f"{text} from its start", advice)
+    if student.inherit:
+        advice = "set student.inherit=[]"
+        parts = ", ".join(student.inherit)
+        return Finding(check, "warn", f"student.inherit puts the teacher's {parts} over student.weights", advice)
+    return Finding(check, "pass", text)
 
 
 def _norms(net: nn.Module) -> dict[str, Any]:

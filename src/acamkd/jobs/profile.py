@@ -23,6 +23,7 @@ from acamkd.distillation.auto_weight import prepared, probe_distiller
 from acamkd.distillation.distiller import Distiller
 from acamkd.engine.cost import flop_counter
 from acamkd.engine.printing import Printable
+from acamkd.engine.quantization import FakeQuantization
 from acamkd.errors import AcamkdError
 from acamkd.jobs.setup import build_network
 from acamkd.models.base import Batch, TaskModel, keeping_modes
@@ -138,6 +139,8 @@ def estimate(recipe: config.Recipe) -> Estimate:
     loader = data.loader(images, min(IMAGES, len(images)), 0, shuffle=True, seed=recipe.train.seed)
     with probe_distiller(student, teacher, recipe.losses) as distiller:
         batch = next(prepared(student, loader))
+        if recipe.train.quantize:
+            FakeQuantization(student)
         free = free_memory(batch.pixels.device)
         looked = measured(lambda: distiller.teacher_maps(batch))
         alone = step_of(Distiller(distiller.student), batch)

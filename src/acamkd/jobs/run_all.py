@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from acamkd import config, data
+from acamkd.distillation.auto_weight import dry_build
 from acamkd.engine.evidence import ImageInterval, compare_command
 from acamkd.engine.image_statistics import collect, image_interval
 from acamkd.engine.metrics import METRICS
@@ -23,6 +24,9 @@ from acamkd.errors import AcamkdError
 from acamkd.jobs.doctor import examine
 from acamkd.jobs.evaluate import evaluate
 from acamkd.jobs.examine_data import examine_data
+from acamkd.jobs.init.layout import quiet
+from acamkd.jobs.inspect_layers import of_recipe
+from acamkd.jobs.setup import describe_lead, score_of_run, teacher_section
 from acamkd.jobs.train import distill, train
 from acamkd.report.run import REPORT, write_report
 
@@ -31,7 +35,8 @@ log = logging.getLogger(__name__)
 NOTES = "run.json"
 """In runs/NAME: what has ended with which recipe, the scores on the test split, and the gain's interval."""
 
-FOLDERS = {"teacher": "teacher", "baseline": "baseline", "distilled": "distilled"}
+NETWORKS = {"teacher": "teacher", "baseline": "baseline", "distilled": "distilled student"}
+"""In words, by the name of their run's folder."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class RunAll(Printable):
 
     def __rich__(self) -> Group:
         table = Table("network", f"{self.metric}, validation", *([f"{self.metric}, test"] if self.test else []))
-        for name in FOLDERS:
+        for name in NETWORKS:
             if name in self.scores:
                 tested = [f"{self.test[name]:.2f}" if name in self.test else ""] if self.test else []
                 table.add_row(name, f"{self.scores[name]:.2f}", *tested)
@@ -95,10 +100,10 @@ def run(recipe: config.Recipe | Path | str, *, overrides: Sequence[str] = (), an
     Args:
         recipe: As `distill` takes it, or its file. Its teacher is trained first where it has no weights.
         overrides: `key=value` assignments, as `--set` takes them.
-        anyway: Distill although the doctor finds that it would be worthless.
+        anyway: Distill although the doctor finds that it would be worthless, or the teacher is behind the baseline.
 
     Raises:
-        AcamkdError: The recipe or its images cannot be used, or the doctor found a reason not to distill.
+        AcamkdError: The recipe or its images cannot be used, or there is a reason not to distill.
     """
     recipe = config.as_recipe(recipe, overrides)
     if recipe.teacher is None or not recipe.losses:
@@ -106,16 +111,19 @@ def run(recipe: config.Recipe | Path | str, *, overrides: Sequence[str] = (), an
     notes = _Notes(recipe)
     if not all(notes.has_ended(name) for name in ("baseline", "distilled")):
         _check_data(recipe)
+        _check_networks(recipe)
     trains_teacher = recipe.teacher.weights is None and ":" not in recipe.teacher.arch
     if trains_teacher:
         notes.carry_out("teacher", lambda resume: train(recipe, "teacher", resume=resume))
     if not notes.has_ended("distilled"):
         _examine(recipe, anyway)
     baseline = notes.carry_out("baseline", lambda resume: train(recipe, resume=resume))
+    if not (notes.has_ended("distilled") or anyway):
+        _check_lead(recipe, baseline)
     distilled = notes.carry_out("distilled", lambda resume: distill(recipe, resume=resume))
     runs = {"baseline": baseline, "distilled": distilled}
     if trains_teacher:
-        runs = {"teacher": open_run(notes.folder / FOLDERS["teacher"]), **runs}
+        runs = {"teacher": open_run(notes.folder / "teacher"), **runs}
     metric = METRICS[recipe.task]
     scores = {"teacher": distilled.metrics["teacher"].get(metric)} | {
         name: each.metrics["student"][metric] for name, each in runs.items() if name != "teacher"
@@ -136,9 +144,27 @@ def _check_data(recipe: config.Recipe) -> None:
     for name, split in found.splits.items():
         if split.problems:
             raise AcamkdError(
-                f"the {name} images cannot be used, {len(split.problems)} problems, such as {split.problems[0]}; "
+                f"the {name} images cannot be used, problems: {len(split.problems)}, such as {split.problems[0]}; "
                 "acamkd doctor RECIPE --data lists them"
             )
+
+
+def _check_networks(recipe: config.Recipe) -> None:
+    """Raise AcamkdError if a network or a loss cannot be built, before the teacher is trained."""
+    for section in (recipe.teacher, recipe.student):
+        for file in (section.weights, section.backbone_weights) if section else ():
+            if file not in (None, "imagenet") and not Path(file).is_file():
+                raise AcamkdError(f"{section.title}: there is no file of weights {file}")
+    with quiet("acamkd.models"):
+        teacher, student = of_recipe(recipe)
+        dry_build(student, teacher, recipe.losses)
+
+
+def _check_lead(recipe: config.Recipe, baseline: Run) -> None:
+    """Raise AcamkdError if the teacher's own run is not ahead of the baseline."""
+    section = teacher_section(recipe)
+    if behind := describe_lead(recipe, score_of_run(recipe, section), baseline.folder):
+        raise AcamkdError(f"{behind}: train the teacher longer or take a better one; --anyway distills from this one")
 
 
 def _examine(recipe: config.Recipe, anyway: bool) -> None:
@@ -152,7 +178,7 @@ def _examine(recipe: config.Recipe, anyway: bool) -> None:
     if failed and not anyway:
         raise AcamkdError(
             f"the doctor found that distilling would be worthless: {failed[0]}; mend it and run the same command, "
-            "or add --anyway"
+            "or add --anyway; with other settings of the trainings also --set name=OTHER"
         )
 
 
@@ -172,21 +198,21 @@ class _Notes:
 
     def has_ended(self, name: str) -> bool:
         """Whether this run ended with this recipe, and its files are there."""
-        folder = self.folder / FOLDERS[name]
+        folder = self.folder / name
         return self._ended.get(name) == self._recipe and _has_ended(folder, self.recipe, name)
 
     def carry_out(self, name: str, job: Callable[[bool], Run]) -> Run:
         """Do a training, or go on with it; skip it where it has ended."""
-        folder = self.folder / FOLDERS[name]
+        folder = self.folder / name
         if self.has_ended(name):
             log.info("%s: it has ended, and is not repeated", folder)
             return open_run(folder)
         begun = Run(folder, self.recipe, "student").has_begun
-        log.info("%s: %s", folder, "going on" if begun else "training the " + name)
+        log.info("%s: %s", folder, "going on" if begun else f"training the {NETWORKS[name]}")
         try:
             done = job(begun)
         except OtherRunError as error:
-            raise AcamkdError(f"{error}; --set name=OTHER runs everything in a folder of its own") from error
+            raise AcamkdError(f"{error.what}: --set name=OTHER runs everything in a folder of its own") from error
         self._ended[name] = self._recipe
         self._test.pop(name, None)
         self._interval = {}

@@ -26,6 +26,7 @@ from acamkd.engine.devices import device_of, moved_to
 from acamkd.engine.mask_history import MaskHistory
 from acamkd.engine.metrics import METRICS, score
 from acamkd.engine.module import TrainingModule
+from acamkd.engine.quantization import require_torchao
 from acamkd.engine.runs import LOG, RECIPE, TERMINATED, Role, Run, default_folder
 from acamkd.engine.threads import ThreadChoice
 from acamkd.engine.trackers import build_trackers, check_installed
@@ -77,6 +78,8 @@ def train(
     folder = Path(out).expanduser() if out else default_folder(recipe, "teacher" if role == "teacher" else "baseline")
     if is_first_process():  # before the images are checked, which can take minutes
         Run(folder, recipe, role).check_free(resume=resume, overwrite=overwrite)
+    if role == "student" and recipe.train.quantize:
+        require_torchao()
     batches = Batches(recipe)
     if recipe.data.unlabelled is not None:
         log.info("data.unlabelled is not used: only a distillation learns from unlabeled images")
@@ -91,6 +94,8 @@ def train(
         inherited = _hash(teacher.net)
     elif role == "student":
         used["teacher"] = None
+    else:  # only a student is meant to run in INT8
+        used["train"] = recipe.train.model_copy(update={"quantize": None})
     used[role] = with_normalization(section, model)
     batches.check()
     run = Run(folder, batches.resolved.model_copy(update=used), role)
@@ -148,6 +153,8 @@ def distill(
     folder, losses = Path(out) if out else default_folder(recipe, "distilled"), recipe.losses
     if is_first_process():
         Run(folder, recipe, "student").check_free(resume=resume, overwrite=overwrite)
+    if recipe.train.quantize:
+        require_torchao()
     batches = Batches(recipe, with_unlabeled=True)
     section = teacher_section(recipe)
     teacher = build_network(recipe, section, batches.classes, teacher=True)

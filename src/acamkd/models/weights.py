@@ -180,6 +180,7 @@ def inherit(student: TaskModel, teacher: TaskModel, parts: Sequence[str]) -> Non
 @contextmanager
 def hub_errors(what: str, key: str = "backbone_weights") -> Iterator[None]:
     """Turn download errors, which differ by framework, into an AcamkdError with advice on the recipe's `key`."""
+    log.info("%s: pretrained weights, which are downloaded unless they are stored here (%s)", what, key)
     try:
         yield
     except AcamkdError:

@@ -91,7 +91,7 @@ def _carry_out(job: Callable[..., Run], recipe: config.Recipe, folder: Path, kee
     try:
         return job(recipe, out=folder, resume=begun and keep, overwrite=not keep)
     except OtherRunError as error:
-        raise AcamkdError(f"{error}; without --keep the demo replaces it") from error
+        raise AcamkdError(f"{error.what}: without --keep the demo replaces it") from error
 
 
 def _cost(model: TaskModel) -> dict[str, float]:

@@ -17,6 +17,7 @@ from acamkd.errors import AcamkdError
 from acamkd.jobs.export.tracing import constant_same_padding, maps_added_in_turn, time_limit
 from acamkd.models.base import Batch, TaskModel
 from acamkd.models.detection import DenseDetector, Detector, FCOSDetector
+from acamkd.models.hf_base import HFModel
 from acamkd.models.segmentation import STRIDE, Segmenter
 
 ADVICE = {
@@ -104,6 +105,11 @@ def build_graph(model: TaskModel, resize: config.Size | config.ShortLong | None,
         if with_nms:
             raise AcamkdError("--with-nms: segmentation has no non-maximum suppression; leave the option out")
         return SegmentationGraph(model)
+    if isinstance(model, HFModel):
+        raise AcamkdError(
+            f"{type(model.net).__name__}: networks of transformers have no export to ONNX yet, neither in float nor in "
+            "INT8; their run folder loads in transformers (docs/guides/huggingface.md)"
+        )
     if not isinstance(model, Detector):
         raise AcamkdError(
             f"{type(model).__name__} cannot be exported: only torchvision's detectors and segmenters that turn pixels "

@@ -68,10 +68,12 @@ class Proposal(Printable):
         text = Text(f"{self.found}\n")
         for warning in self.warnings:
             text.append("warn", "yellow").append(f"  {warning}\n")
-        text.append(f"{self.file} is written; every choice has its reason there. Next:\n")
+        text.append(f"{self.file} is written; every choice has its reason there. Next, all in one:\n")
+        text.append(f"  acamkd run {self.file}", "bold").append(
+            "   # checks before, and compares after\nor one by one:"
+        )
         for command, why in zip(self.commands, ("the teacher", "the baseline", "the distilled student"), strict=True):
-            text.append(f"  {command}", "bold").append(f"   # {why}\n")
-        text.append("or all of it, checked before and compared after:\n").append(f"  acamkd run {self.file}", "bold")
+            text.append(f"\n  {command}", "bold").append(f"   # {why}")
         return text
 
 
