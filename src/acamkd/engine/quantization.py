@@ -77,7 +77,8 @@ class FakeQuantization(nn.Module):
             if isinstance(x, nn.Conv2d | nn.ConvTranspose2d | nn.Linear) and "weight" in x._parameters
         }
         smooth = {name: x for name, x in modules.items() if isinstance(x, SMOOTH)}
-        counts, merged = _probe(model, layers | smooth)
+        rounding_at: dict[str, nn.Module] = {**layers, **smooth}
+        counts, merged = _probe(model, rounding_at)
         for name, layer in layers.items():
             # The range of a weight is that of its present values, whatever the mode. torchao's fused form scales
             # positive and negative extremes differently, onnxruntime does not.
@@ -87,14 +88,14 @@ class FakeQuantization(nn.Module):
                 ch_axis=int(isinstance(layer, nn.ConvTranspose2d)),
             )  # fmt: skip
             rounding(layer.weight.detach().cpu())  # gives its buffers their size
-        for name in layers | smooth:
+        for name in rounding_at:
             for end in ["input", "output"] if name in layers and name not in merged else ["input"]:
                 self.maps[f"{_key(name)}:{end}"] = nn.ModuleList(
                     FusedMovingAvgObsFakeQuantize(MovingAverageMinMaxObserver, 0, 255, dtype=torch.uint8)
                     for _ in range(max(1, counts[name]))
                 )
         model.register_forward_pre_hook(self._begin)
-        for name, module in (layers | smooth).items():
+        for name, module in rounding_at.items():
             self._attach(name, module, has_weight=name in layers)
         self.to(model.mean.device)
 
