@@ -22,13 +22,14 @@ def test_without_a_terminal_nothing_is_drawn_and_nothing_changes(capsys: pytest.
 
 
 def test_a_terminal_shows_rate_and_time_left_of_long_work_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", _Terminal())
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     assert list(progress(range(3), "counting")) == [0, 1, 2]
-    assert "counting" not in sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "counting" not in terminal.getvalue()
     monkeypatch.setattr(module, "DELAY", 0.05)
     for _ in progress(iter(range(4)), "counting", total=4, unit=" parts"):
         time.sleep(0.2)
-    written = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    written = terminal.getvalue()
     assert "counting:  75%" in written
     assert "3/4 [00:00<00:00" in written
     assert " parts/s]" in written

@@ -211,8 +211,8 @@ class Distiller(nn.Module):
     def weights(self, step: int) -> dict[str, float]:
         """Factors of the losses' terms at a step, schedules included: `LAYER/METHOD/OPTION`."""
         return {
-            f"{key}/{name}": schedule(step) * value
-            for key, schedule, (_, loss) in zip(self._keys, self.schedules, self.levels, strict=True)
+            f"{self._keys[index]}/{name}": self.schedules[index](step) * value
+            for index, (_, loss) in enumerate(self.levels)
             for name, value in loss.weights.items()
         }
 

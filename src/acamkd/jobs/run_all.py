@@ -151,8 +151,8 @@ def _check_data(recipe: config.Recipe) -> None:
 
 def _check_networks(recipe: config.Recipe) -> None:
     """Raise AcamkdError if a network or a loss cannot be built, before the teacher is trained."""
-    for section in (recipe.teacher, recipe.student):
-        for file in (section.weights, section.backbone_weights) if section else ():
+    for section in filter(None, (recipe.teacher, recipe.student)):
+        for file in (section.weights, section.backbone_weights):
             if file not in (None, "imagenet") and not Path(file).is_file():
                 raise AcamkdError(f"{section.title}: there is no file of weights {file}")
     with quiet("acamkd.models"):
