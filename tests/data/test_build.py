@@ -69,8 +69,8 @@ def test_no_layout_is_found(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"data.format: auto finds no layout that is known in {tmp_path} for segmentation; looked for "
         "annotations/instances_*.json (coco); SegmentationClass and ImageSets/Segmentation (voc); images and masks "
-        "(masks); leftImg8bit and gtFine (cityscapes); *.parquet or */*.parquet (parquet); *-00*.tar or */*-00*.tar or "
-        "*/00*.tar (shards): set data.root to the folder that holds these, or name data.format"
+        "(masks); leftImg8bit and gtFine (cityscapes); *.parquet or data/*.parquet (parquet); *-00*.tar or "
+        "train/*00*.tar (shards): set data.root to the folder that holds these, or name data.format"
     )
 
 

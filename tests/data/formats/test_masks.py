@@ -260,7 +260,7 @@ def test_formats_that_say_themselves_what_values_mean(tmp_path: Path) -> None:
     for name in ("leftImg8bit", "gtFine"):
         (tmp_path / name).mkdir()
     options = config.Data(root=tmp_path, mask_values={"0": "road"})
-    with pytest.raises(AcamkdError, match=r"data\.mask_values: data\.format cityscapes says itself"):
+    with pytest.raises(AcamkdError, match=r"data\.mask_values: data\.format cityscapes does not read it for segm"):
         data.build(options, "segmentation", "train", seed=0, augment=False)
 
 

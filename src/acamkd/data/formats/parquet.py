@@ -112,7 +112,7 @@ class ParquetDetection(ObjectDataset):
     reading every image's header at the start.
     """
 
-    SPARE_LAYOUT = ("*.parquet or */*.parquet",)
+    SPARE_LAYOUT = ("*.parquet or data/*.parquet",)
     DATA_KEYS = frozenset({"box_format", "columns"})
 
     @classmethod
@@ -142,7 +142,7 @@ class ParquetDetection(ObjectDataset):
 class ParquetSegmentation(MaskDataset):
     """Semantic segmentation: a column of images and one of masks, whose values are class ids."""
 
-    SPARE_LAYOUT = ("*.parquet or */*.parquet",)
+    SPARE_LAYOUT = ("*.parquet or data/*.parquet",)
     DATA_KEYS = frozenset({"mask_values", "columns"})
     NEEDS_CLASSES = True
 

@@ -24,7 +24,7 @@ MASKS = ("mask.png", "seg.png", "png")
 
 BOXES = ("json",)
 
-PATTERN = "*-00*.tar or */*-00*.tar or */00*.tar"
+PATTERN = "*-00*.tar or train/*00*.tar"
 """Not every tar file, since archives are often left beside what they held."""
 
 
