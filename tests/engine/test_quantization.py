@@ -70,7 +70,7 @@ def test_weights_and_maps_have_as_many_values_as_int8_and_names_stay() -> None:
     for name in ("second", "last"):
         layer = net.get_submodule(name)
         layer.register_forward_pre_hook(lambda x, i, n=name: seen.update({n: (x.weight, i[0])}))
-    run(student.train()).sum().backward()
+    run(student.train()).sum().backward()  # type: ignore[no-untyped-call]
     assert list(student.state_dict()) == names
     assert not any("weight" in vars(module) for module in net.modules())
     for name, axis in (("second", 0), ("last", 1)):
@@ -119,7 +119,7 @@ def test_it_rounds_in_32_bits_under_autocast(precision: torch.dtype) -> None:
         lambda x, i: kinds.extend((x.weight.dtype, i[0].dtype))
     )
     with torch.autocast("cpu", precision):
-        run(student.train()).float().sum().backward()
+        run(student.train()).float().sum().backward()  # type: ignore[no-untyped-call]
     assert kinds == [torch.float32, precision]
 
 

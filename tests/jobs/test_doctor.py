@@ -338,7 +338,7 @@ def test_a_student_is_made_used_to_int8_when_it_is_trained(
     segmentation: Path, trained: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "INT8" not in found(segmentation, trained)
-    options = (trained, "train.quantize=int8")
+    options = [trained, "train.quantize=int8"]
     monkeypatch.setattr("acamkd.engine.quantization.find_spec", lambda name: None)
     (missing,) = found(segmentation, *options)["INT8"]
     assert (missing.status, missing.text.partition(":")[0]) == ("fail", "train.quantize needs torchao")
@@ -346,7 +346,7 @@ def test_a_student_is_made_used_to_int8_when_it_is_trained(
     (untrained,) = found(segmentation, *options)["INT8"]
     assert untrained.status == "warn"
     assert "student.weights" in untrained.advice
-    options += (f"student.weights={trained.partition('=')[2]}",)
+    options.append(f"student.weights={trained.partition('=')[2]}")
     assert found(segmentation, *options)["INT8"][0].status == "pass"
     (overwritten,) = found(segmentation, *options, "student.inherit=[segmentation_head]")["INT8"]
     assert overwritten.status == "warn"
