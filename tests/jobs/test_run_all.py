@@ -10,7 +10,7 @@ import pytest
 
 import tiny
 from acamkd import config
-from acamkd.engine.evidence import ImageInterval
+from acamkd.engine.evidence import ImageInterval, signed
 from acamkd.engine.runs import Run
 from acamkd.errors import AcamkdError
 from acamkd.jobs import run_all
@@ -50,7 +50,7 @@ def test_everything_is_trained_once_and_resumed_where_it_stopped(
     assert result.gain == pytest.approx(result.scores["distilled"] - result.scores["baseline"])
     assert result.report.is_file()
     assert " ".join(str(result).split()).endswith(result.verdict)
-    assert result.verdict.startswith(f"gain {result.gain:+.2f} mIoU on the test images, one seed")
+    assert result.verdict.startswith(f"gain {signed(result.gain)} mIoU on the test images, one seed")
 
     def never(*_given: Any, **_more: Any) -> Any:
         raise AssertionError("it has ended")

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from acamkd import config, data
 from acamkd.distillation.auto_weight import dry_build
-from acamkd.engine.evidence import ImageInterval, compare_command
+from acamkd.engine.evidence import ImageInterval, compare_command, signed
 from acamkd.engine.image_statistics import collect, image_interval
 from acamkd.engine.metrics import METRICS
 from acamkd.engine.printing import Printable
@@ -70,7 +70,7 @@ class RunAll(Printable):
     def verdict(self) -> str:
         """The last line: the gain, what can be said of it after one seed, and what comes next."""
         where = "test" if self.test else "validation"
-        head = f"gain {self.gain:+.2f} {self.metric} on the {where} images, one seed"
+        head = f"gain {signed(self.gain)} {self.metric} on the {where} images, one seed"
         teacher, baseline = self.scores.get("teacher"), self.scores["baseline"]
         more = (
             f"a better teacher is needed first: {teacher:.2f} is not ahead of the baseline's {baseline:.2f}"
