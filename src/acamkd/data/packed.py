@@ -6,6 +6,7 @@ at the offset of one file alone, a Parquet file by its row groups.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tarfile
@@ -133,12 +134,17 @@ def _indexed(tar: Path, size: int, changed: int) -> Members:
 def _listed(tar: Path) -> Members:
     try:
         with tarfile.open(tar, "r:") as content:
-            files = [each for each in content if each.isreg()]
+            entries = list(content)
     except tarfile.TarError as error:
         raise AcamkdError(
             f"{tar} is no whole tar file whose images can be read one by one: {error}; copy it again, and pack a "
             "compressed one again without compression"
         ) from error
+    if links := [each.name for each in entries if each.issym() or each.islnk()]:
+        raise AcamkdError(
+            f"{tar} holds {links[0]} as a link: pack it again with the files, tar --dereference --hard-dereference"
+        )
+    files = [each for each in entries if each.isreg()]
     # As paths write it: no ./ or / at the start, no // within.
     return {PurePosixPath(each.name.lstrip("/")).as_posix(): (each.offset_data, each.size) for each in files}
 
@@ -149,11 +155,12 @@ def _from_parquet(parquet: Path, file: Path) -> bytes:
     with _reading:  # threads would decode one group several times
         starts = _group_starts(parquet, changed)
         group = bisect_right(starts, int(row)) - 1
-        found = _column(parquet, changed, column, group)[int(row) - starts[group]].as_py()
+        found = _cell(parquet, changed, column, group, int(row) - starts[group])
     if isinstance(found, dict) and "bytes" in found:  # as the library datasets stores images
         found = found["bytes"]
-    if found is None:
-        raise OSError(f"the row holds no image in {column}, at most its path: write the data set with its images")
+        if found is None:
+            reason = f"the row holds no image in {column}, at most its path: write the data set with its images"
+            raise OSError(errno.ENODATA, reason, str(file))
     return found if isinstance(found, bytes) else json.dumps(found, default=str).encode()
 
 
@@ -167,6 +174,16 @@ def _group_starts(parquet: Path, changed: int) -> Sequence[int]:
 def group_lengths(opened: Any) -> list[int]:
     """Rows of each row group of an open Parquet file."""
     return [opened.metadata.row_group(group).num_rows for group in range(opened.metadata.num_row_groups)]
+
+
+def _cell(parquet: Path, changed: int, column: str, group: int, place: int) -> Any:
+    """One value; raises OSError if its row group is damaged."""
+    import pyarrow
+
+    try:
+        return _column(parquet, changed, column, group)[place].as_py()
+    except pyarrow.ArrowException as error:
+        raise OSError(errno.EIO, str(error), str(parquet)) from error
 
 
 @lru_cache(maxsize=KEPT_GROUPS)

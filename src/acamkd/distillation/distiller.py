@@ -213,7 +213,7 @@ class Distiller(nn.Module):
         return {
             f"{self._keys[index]}/{name}": self.schedules[index](step) * value
             for index, (_, loss) in enumerate(self.levels)
-            for name, value in loss.weights.items()
+            for name, value in loss.factors.items()
         }
 
     def _layers(self, index: int) -> tuple[list[str], list[str]]:

@@ -52,7 +52,7 @@ class TrainingModule(L.LightningModule):
 
         Each process has measured `weight: auto` itself, and devices may round differently.
         """
-        weights = [loss.weights for _, loss in self.distiller.levels]
+        weights = [loss.factors for _, loss in self.distiller.levels]
         for loss, of_first in zip(self.distiller.losses, self.trainer.strategy.broadcast(weights), strict=True):
             vars(loss).update(of_first)
         if self.trainer.precision == "bf16-mixed" and self.trainer.strategy.root_device.type == "cpu":

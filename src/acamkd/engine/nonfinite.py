@@ -111,7 +111,7 @@ class NonFinite(Callback):
         )
         loader = trainer.train_dataloader
         assert isinstance(loader, ImageLoader)
-        names = [file.name for index, _ in self._window for file in loader.files(index)]
+        names = [str(file) for index, _ in self._window for file in loader.files(index)]
         process = f"-process-{trainer.global_rank}" if trainer.world_size > 1 else ""
         file = self.folder / f"step-{trainer.global_step}{process}.pt"
         where = f"images {', '.join(names)}"

@@ -57,14 +57,17 @@ class FakeQuantization(nn.Module):
         require_torchao()
         disabled = logging.root.manager.disable
         logging.disable(logging.WARNING)  # torch warns of how torchao registers its types
-        from torchao.quantization.pt2e import (
-            FakeQuantize,
-            FusedMovingAvgObsFakeQuantize,
-            MovingAverageMinMaxObserver,
-            MovingAveragePerChannelMinMaxObserver,
-        )
-
-        logging.disable(disabled)
+        try:
+            from torchao.quantization.pt2e import (
+                FakeQuantize,
+                FusedMovingAvgObsFakeQuantize,
+                MovingAverageMinMaxObserver,
+                MovingAveragePerChannelMinMaxObserver,
+            )
+        except ImportError as error:
+            raise AcamkdError(f"train.quantize needs torchao 0.18 or newer: {error}") from error
+        finally:
+            logging.disable(disabled)
         self.weights, self.maps = nn.ModuleDict(), nn.ModuleDict()
         self._calls: dict[str, int] = {}
         self._observing: bool | None = None

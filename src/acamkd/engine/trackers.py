@@ -8,6 +8,7 @@ import re
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -40,10 +41,10 @@ LARGEST = 1000
 
 def check_installed(recipe: config.Recipe) -> None:
     """Raise AcamkdError if a tracker of the recipe is not installed; the message names the extra."""
-    for logger in recipe.train.loggers:
-        found = find_spec(logger.name) if logger.name in TRACKERS else None
+    for logger in (logger for logger in recipe.train.loggers if logger.name in TRACKERS):
+        found = find_spec(logger.name)
         # A folder of that name, such as W&B makes, counts as a package without a file.
-        if logger.name in TRACKERS and (found is None or found.origin is None):
+        if found is None or found.origin is None:
             raise AcamkdError(
                 f"train.loggers: {logger.name} is not installed: pip install 'acamkd[{logger.name}]', or leave it out"
             )
@@ -95,10 +96,9 @@ class Tracker(Logger, Generic[L]):
         """
         try:
             (self.folder / "logs").mkdir(parents=True, exist_ok=True)
-            live, is_new = self._open(step)
+            self._live, is_new = self._open(step)
             if is_new:
-                self._log_recipe(live)
-            self._live = live
+                self._log_recipe(self._live)
         except Exception as error:
             self._give_up(error)
 
@@ -138,9 +138,11 @@ class Tracker(Logger, Generic[L]):
             self._give_up(error)
 
     def _give_up(self, error: Exception) -> None:
-        self._live = None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        log.warning("%s does not work and gets nothing more, the training goes on: %s", self.name, reason)
+        live, self._live = self._live, None
+        log.warning("%s does not work and gets nothing more, the training goes on: %s", self.name, _reason(error))
+        if live is not None:
+            with suppress(Exception):  # so that the next training does not go on with this run
+                self._close(live, "failed")
 
     @abstractmethod
     def _open(self, step: int) -> tuple[L, bool]:
@@ -206,10 +208,9 @@ class WeightsAndBiases(Tracker[WandbLogger]):
                 raise AcamkdError("no API key is known (`wandb login` stores one)")
             return self._begun(run_id, mode), is_new
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             log.warning(
                 "wandb logs offline: %s; `wandb sync %s/offline-run-*` uploads the run",
-                reason, self.folder / "logs" / self.name,
+                _reason(error), self.folder / "logs" / self.name,
             )  # fmt: skip
             return self._begun(run_id, "offline"), is_new
 
@@ -290,6 +291,11 @@ class MLflow(Tracker[MLFlowLogger]):
             metrics = [Metric(*each) for each in held[start : start + LARGEST]]
             assert live.run_id is not None
             live.experiment.log_batch(live.run_id, metrics)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _flat(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:

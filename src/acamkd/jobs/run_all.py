@@ -28,6 +28,7 @@ from acamkd.jobs.init.layout import quiet
 from acamkd.jobs.inspect_layers import of_recipe
 from acamkd.jobs.setup import describe_lead, score_of_run, teacher_section
 from acamkd.jobs.train import distill, train
+from acamkd.models.weights import TORCHVISION
 from acamkd.report.run import REPORT, write_report
 
 log = logging.getLogger(__name__)
@@ -153,7 +154,9 @@ def _check_networks(recipe: config.Recipe) -> None:
     """Raise AcamkdError if a network or a loss cannot be built, before the teacher is trained."""
     for section in filter(None, (recipe.teacher, recipe.student)):
         for file in (section.weights, section.backbone_weights):
-            if file not in (None, "imagenet") and not Path(file).is_file():
+            if file in (None, "imagenet") or TORCHVISION.fullmatch(file):
+                continue
+            if not Path(file).is_file():
                 raise AcamkdError(f"{section.title}: there is no file of weights {file}")
     with quiet("acamkd.models"):
         teacher, student = of_recipe(recipe)
@@ -193,8 +196,11 @@ class _Notes:
         self._ended: dict[str, Any] = content.get("ended", {})
         self._test: dict[str, Any] = content.get("test", {})
         self._interval: dict[str, Any] = content.get("interval", {})
-        without: dict[str, Any] = {"compare": True, "data": {"workers", "check", "test"}}
-        self._recipe = recipe.model_dump(mode="json", exclude=without)
+        without: dict[str, Any] = {
+            "data": {"workers", "check", "test"}, "train": {"checkpoint_every", "loggers"}, "compare": True,
+        }  # fmt: skip
+        # Without defaults, so that a key added by a later version repeats nothing.
+        self._recipe = recipe.model_dump(mode="json", exclude=without, exclude_defaults=True)
 
     def has_ended(self, name: str) -> bool:
         """Whether this run ended with this recipe, and its files are there."""

@@ -92,7 +92,7 @@ class DistillationLoss(nn.Module, ABC):
         """Scalars of the last forward worth logging beside the terms, without gradient (the mean of the masks)."""
 
     @property
-    def weights(self) -> dict[str, float]:
+    def factors(self) -> dict[str, float]:
         """Factors of its terms: its numbers named `weight` or `..._weight`."""
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
         return {name: value for name, value in numbers.items() if name.endswith("weight")}

@@ -21,6 +21,9 @@ from acamkd.models.weight_files import read_tensors_file
 
 log = logging.getLogger(__name__)
 
+TORCHVISION = re.compile(r"\w+_Weights\.\w+")
+"""Names of torchvision's weights, such as RetinaNet_ResNet50_FPN_Weights.COCO_V1."""
+
 WITHOUT_EPSILON = ("RetinaNet_ResNet50_FPN_Weights", "FasterRCNN_ResNet50_FPN_Weights")
 """torchvision's weights whose frozen batch norm was trained without an epsilon."""
 
@@ -234,7 +237,7 @@ def _adapt_names(state: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, T
 
 def read_tensors(source: str, own: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Tensor]:
     """Read tensors of a file or of torchvision; for the latter, `own` holds the shapes that the network expects."""
-    if re.fullmatch(r"\w+_Weights\.\w+", source):
+    if TORCHVISION.fullmatch(source):
         return _read_torchvision(source, own or {})
     path = Path(source)
     if path.suffix == ".pkl":

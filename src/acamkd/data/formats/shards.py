@@ -56,6 +56,11 @@ class Shards:
                 # An image is no .png where there is one of another type.
                 kinds = sorted((f for f in files if f".{f}" in IMAGE_SUFFIXES), key=lambda ending: ending == "png")
                 if not kinds:
+                    self.problems += [
+                        f"{tar / name}: the key of an image ends at the first dot of its name: rename it"
+                        for ending, name in files.items()
+                        if ending.endswith(IMAGE_SUFFIXES) and ending not in MASKS
+                    ]
                     continue
                 other = next((ending for ending in endings if ending in files and ending != kinds[0]), None)
                 if endings and other is None:

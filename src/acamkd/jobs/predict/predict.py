@@ -22,11 +22,14 @@ from acamkd.files import IMAGE_SUFFIXES, check_writable
 from acamkd.jobs.export.onnx_model import ExportedModel, OnnxModel, Pixels, Prediction
 from acamkd.jobs.export.openvino_model import OpenVinoModel
 from acamkd.jobs.predict.result import Predictions
-from acamkd.jobs.predict.sinks import WRITTEN, sinks_of, whole
+from acamkd.jobs.predict.sinks import LINES, MASKS, OVERLAYS, WRITTEN, sinks_of, whole
 from acamkd.jobs.predict.sources import GrowingFolder, Images, Source, images_below
-from acamkd.jobs.predict.video import VIDEOS, PacedVideo, Stream, VideoFile, camera
+from acamkd.jobs.predict.video import VIDEOS, PacedVideo, Stream, VideoFile, camera, without_password
 
 log = logging.getLogger(__name__)
+
+LIST = "predictions.json"
+"""A detector's boxes in one list."""
 
 EXPORTED: dict[str, type[OnnxModel] | type[OpenVinoModel]] = {".onnx": OnnxModel, ".xml": OpenVinoModel}
 """Runtime of an exported file, by its suffix."""
@@ -78,13 +81,16 @@ def predict(
             raise AcamkdError(f"predict cannot write {name!r}; {nearest(name, WRITTEN)}")
     folder = Path(out) if out else _beside(model) / "predictions"
     stop = Event()
-    given = open_source(source, without=[folder], live=live, watch=watch, stop=stop)
+    ours = [folder, folder / OVERLAYS, folder / MASKS]
+    given = open_source(source, without=ours, live=live, watch=watch, stop=stop)
     if seconds is not None and not given.is_live:
         raise AcamkdError("a number of seconds is for a camera, an address, --live or --watch")
     check_writable(folder)
     network = _open(model)
-    if network.task == "segmentation":
+    if network.task == "segmentation" and "masks" in write:
         given.check_masks()
+    for name in (LINES, LIST):  # an earlier prediction's would be taken for this one's
+        (folder / name).unlink(missing_ok=True)
     full, busy, count = 0, 0.0, 0
     with given, _stopping(stop if given.is_live else None, seconds):
         start = time.monotonic()
@@ -101,7 +107,7 @@ def predict(
                     sink.write(frame, found)
                 count += 1
             if not count and given.unit == "frame":
-                raise AcamkdError(given.problem() or f"{source}: no frame came")
+                raise AcamkdError(given.problem() or f"{without_password(str(source))}: no frame came")
         rates = count / (time.monotonic() - start), count / max(busy, 1e-9)
     made = Predictions(folder, count, given.unit, *rates, given.dropped, tuple(network.classes))
     if network.task == "detection" and "json" in write and not given.is_live:
@@ -132,12 +138,13 @@ def open_source(source: Path | str | int, *, without: Sequence[Path], live: bool
         AcamkdError: There is none, or it has no images.
     """
     text, path = str(source), Path(str(source))
+    shown = without_password(text)
     if watch:
         if not path.is_dir():
-            raise AcamkdError(f"--watch waits for images in a folder, and {source} is none")
+            raise AcamkdError(f"--watch waits for images in a folder, and {shown} is none")
         return GrowingFolder(path, without=without, stop=stop)
     if live and not (path.is_file() and path.suffix.lower() in VIDEOS):
-        raise AcamkdError(f"--live plays a video file ({', '.join(VIDEOS)}), and {source} is none")
+        raise AcamkdError(f"--live plays a video file ({', '.join(VIDEOS)}), and {shown} is none")
     if "://" in text:
         return Stream(text, stop)
     if text.isdecimal() and not path.exists():
@@ -245,5 +252,5 @@ def _write_list(made: Predictions) -> None:
         for line in made.lines()
         for each in line["objects"]
     ]
-    with whole(made.folder / "predictions.json") as unfinished:
+    with whole(made.folder / LIST) as unfinished:
         unfinished.write_text(json.dumps(entries, indent=1), encoding="utf-8")

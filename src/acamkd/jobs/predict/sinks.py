@@ -20,7 +20,7 @@ from acamkd.jobs.predict.video import VideoWriter
 from acamkd.report.visualize import draw_predictions, is_background, with_legend
 
 LINES = "predictions.jsonl"
-MASKS = "masks"
+MASKS, OVERLAYS = "masks", "overlays"
 
 WRITTEN = ("overlays", "masks", "json")
 """What can be written; masks by a segmenter alone."""
@@ -154,10 +154,10 @@ def sinks_of(
     with ExitStack() as stack:
         sinks: list[Sink] = []
         if "overlays" in write and source.unit == "frame":
-            file = stack.enter_context(whole(folder / "overlays" / f"{source.stem}.mp4"))
+            file = stack.enter_context(whole(folder / OVERLAYS / f"{source.stem}.mp4"))
             sinks.append(VideoOverlay(stack.enter_context(VideoWriter(file, source.rate)), classes))
         elif "overlays" in write:
-            sinks.append(ImageOverlays(folder / "overlays", classes))
+            sinks.append(ImageOverlays(folder / OVERLAYS, classes))
         with_masks = masks and "masks" in write
         if with_masks:
             sinks.append(Masks(folder / MASKS))

@@ -147,18 +147,18 @@ class GrowingFolder(Source):
 
     def frames(self) -> Iterator[Frame]:
         """See the base class."""
-        done: set[Path] = set()
+        done: dict[Path, tuple[int, int]] = {}  # with its state then: a copy may have paused
         before: dict[Path, tuple[int, int]] = {}
         while not self._stop.is_set():
             files = images_below(self._folder, self._without)
             if self._checks_masks:
                 check_names(files, self._folder)
-            states = {file: state for file in files if file not in done and (state := _state(file)) is not None}
-            complete = [file for file, state in states.items() if before.get(file) == state]
+            states = {file: state for file in files if (state := _state(file)) is not None}
+            complete = [file for file, state in states.items() if before.get(file) == state != done.get(file)]
             for file in complete:
                 if self._stop.is_set():
                     return
-                done.add(file)
+                done[file] = states[file]
                 try:
                     yield _image(file, self._folder, utc=now())
                 except AcamkdError as error:

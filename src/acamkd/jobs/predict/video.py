@@ -272,7 +272,7 @@ def camera(number: int, stop: Event) -> Stream:
 
 def without_password(address: str) -> str:
     """An address without user name and password, which must not get into files."""
-    return re.sub(r"(?<=://)[^/@]*@", "", address)
+    return re.sub(r"(?<=://)[^/]*@", "", address)
 
 
 class VideoWriter:
