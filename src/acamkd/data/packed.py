@@ -159,8 +159,7 @@ def _from_parquet(parquet: Path, file: Path) -> bytes:
     if isinstance(found, dict) and "bytes" in found:  # as the library datasets stores images
         found = found["bytes"]
         if found is None:
-            reason = f"the row holds no image in {column}, at most its path: write the data set with its images"
-            raise OSError(errno.ENODATA, reason, str(file))
+            raise OSError(f"the row holds no image in {column}, at most its path: write the data set with its images")
     return found if isinstance(found, bytes) else json.dumps(found, default=str).encode()
 
 

@@ -185,6 +185,22 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     fails(r"is no whole tar file .*; copy it again, and pack a compressed one again without compression")
 
 
+def test_links_and_dots_in_names_lose_no_image_silently(tmp_path: Path) -> None:
+    _pack(tmp_path / "train-000000.tar", {"a.png": _image(1), "a.json": json.dumps({"objects": [BOX]}).encode(),
+                                          "frame.0001.jpg": _image(2, "JPEG")})  # fmt: skip
+    dataset = data.build(
+        _options(tmp_path, format="shards", val={"name": "train"}), "detection", "val", seed=0, augment=False
+    )
+    (problem,) = dataset.problems
+    assert "frame.0001.jpg: the key of an image ends at the first dot" in problem
+    with tarfile.open(tmp_path / "train-000001.tar", "w") as content:
+        entry = tarfile.TarInfo("b.png")
+        entry.type, entry.linkname = tarfile.SYMTYPE, "a.png"
+        content.addfile(entry)
+    with pytest.raises(AcamkdError, match=r"000001\.tar holds b\.png as a link: pack it again"):
+        packed.tar_members(tmp_path / "train-000001.tar")
+
+
 def test_a_url_is_refused_with_advice() -> None:
     with pytest.raises(
         AcamkdError, match=r"data\.root s3:/bucket/shards: only folders that this machine sees are read"

@@ -220,6 +220,17 @@ def test_what_is_written_can_be_chosen(red: Path, box: Path, tmp_path: Path) -> 
         predict(red, tmp_path / "a.png", write=["overlay"])
 
 
+def test_an_earlier_predictions_lists_are_not_taken_for_this_one(box: Path, red: Path, tmp_path: Path) -> None:
+    for name in ("a.png", "a.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    predict(box, tmp_path / "a.png", out=tmp_path / "out")
+    assert (tmp_path / "out/predictions.json").is_file()
+    predict(box, tmp_path / "a.png", out=tmp_path / "out", write=["overlays"])
+    assert not list((tmp_path / "out").glob("predictions.json*"))
+    made = predict(red, tmp_path, out=tmp_path / "lines", write=["json"])  # no mask is written, so names may repeat
+    assert [line["file_name"] for line in made.lines()] == ["a.jpg", "a.png", "out/overlays/a.png"]
+
+
 def test_options_of_live_sources_are_for_them_alone(red: Path, tmp_path: Path) -> None:
     Image.new("RGB", (16, 8)).save(tmp_path / "a.png")
     for options, message in (

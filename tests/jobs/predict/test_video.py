@@ -150,6 +150,7 @@ def test_an_address_that_does_not_answer_is_said_without_its_password(box: Path,
     assert str(told.value) == "rtsp://127.0.0.1:9/stream: the stream cannot be read: Connection refused"
     assert not (tmp_path / "out").exists()
     assert without_password("rtsp://host/a@b") == "rtsp://host/a@b"
+    assert without_password("rtsp://me:p@ss@host/a") == "rtsp://host/a"
 
 
 def test_a_stopped_stream_ends(tmp_path: Path) -> None:
