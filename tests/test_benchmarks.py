@@ -171,7 +171,8 @@ def test_controls_differ_from_acam_in_what_they_are_named_after() -> None:
     assert masks.flatten(2).std(dim=2).mean().item() == pytest.approx(0.46, abs=0.02)
 
 
-@pytest.mark.parametrize("task", ["segmentation", pytest.param("detection", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
 def test_where_masks_point_is_told_for_every_class(task: Task, tmp_path: Path) -> None:
     losses = [{"name": "acam", "pairs": [tiny_recipes.PAIRS[task]]}]
     run = distill(tiny_recipes.write_recipe(tmp_path, task, losses=losses), out=tmp_path / "run")

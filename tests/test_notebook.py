@@ -14,7 +14,8 @@ SMALLER = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("task", [pytest.param("detection", marks=pytest.mark.slow), "segmentation"])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_a_notebook_runs_from_images_to_onnx(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)  # what the notebook adds to sys.path goes afterwards

@@ -89,8 +89,10 @@ def _same(one: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     ("hook", "at", "every", "workers", "step"),
     [
-        ("training_step", (1, 5), None, 0, 8),  # goes on from the end of the first epoch
-        ("training_step", (0, 5), 2, 2, 4),  # from the middle of the first
+        # goes on from the end of the first epoch
+        pytest.param("training_step", (1, 5), None, 0, 8, marks=pytest.mark.slow),
+        # from the middle of the first
+        pytest.param("training_step", (0, 5), 2, 2, 4, marks=pytest.mark.slow),
         ("training_step", (1, 6), 5, 2, 10),  # from the middle of the second
         ("validation_step", (1, 2), 4, 0, 12),  # the last step of an epoch is behind it, its end is not
     ],
@@ -186,7 +188,7 @@ def test_a_checkpoint_runs_no_code(root: Path, tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "mark").exists()
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("number", [errno.ENOSPC, pytest.param(errno.EROFS, marks=pytest.mark.slow)])
 def test_where_nothing_can_be_written_the_last_checkpoint_stays(
     number: int, whole: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

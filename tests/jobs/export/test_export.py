@@ -159,7 +159,7 @@ def test_the_guides_code_runs(
     run: Run, exported: Export, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    _, by_onnxruntime, by_acamkd = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
+    _, by_onnxruntime, _, by_acamkd = re.findall(r"```python\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     shutil.copytree(exported.folder, tmp_path, dirs_exist_ok=True)
     shutil.copy(image, tmp_path / "image.jpg")
     shutil.copy(run.folder.parent / "recipe.yaml", tmp_path / "street.yaml")
