@@ -180,7 +180,7 @@ def test_folders_that_hold_no_run_or_no_weights(tmp_path: Path) -> None:
     with pytest.raises(AcamkdError, match=r"is not a run folder: it has no recipe\.yaml$"):
         open_run(tmp_path)
     _enter(_run(tmp_path / "run"), resume=False, overwrite=False)
-    with pytest.raises(AcamkdError, match="it has no recipe.yaml, but holds the runs run"):
+    with pytest.raises(AcamkdError, match=r"it has no recipe\.yaml, but holds the runs run"):
         open_run(tmp_path)
     with pytest.raises(AcamkdError, match="holds no weights yet: its first epoch has not ended"):
         open_run(tmp_path / "run")
