@@ -47,6 +47,12 @@ PATIENCE = 10.0
 """Seconds to wait for a locked run folder: the image loaders of a killed training hold the lock for a few more."""
 
 
+WITHOUT_EFFECT: dict[str, Any] = {
+    "data": {"workers", "check", "test"}, "train": {"checkpoint_every", "loggers"}, "compare": True,
+}  # fmt: skip
+"""Keys of a recipe that do not affect what a training comes to, as pydantic's `exclude` takes them."""
+
+
 class OtherRunError(AcamkdError):
     """The run to resume had another recipe.
 
@@ -209,11 +215,7 @@ class Run(Printable):
 
     def _content(self, recipe: config.Recipe) -> dict[str, Any]:
         """The keys that affect the outcome."""
-        without: dict[str, Any] = {
-            "data": {"workers", "check", "test"}, "train": {"checkpoint_every", "loggers"}, "compare": True,
-        }  # fmt: skip
-        if self.role == "teacher":
-            without["student"] = True
+        without = {**WITHOUT_EFFECT, "student": True} if self.role == "teacher" else WITHOUT_EFFECT
         return recipe.model_dump(mode="json", exclude=without)
 
     def _unwritable(self, error: OSError) -> AcamkdError:

@@ -19,7 +19,7 @@ from acamkd.engine.evidence import ImageInterval, compare_command, signed
 from acamkd.engine.image_statistics import collect, image_interval
 from acamkd.engine.metrics import METRICS
 from acamkd.engine.printing import Printable
-from acamkd.engine.runs import RECIPE, OtherRunError, Run, default_folder, open_run, write_json
+from acamkd.engine.runs import RECIPE, WITHOUT_EFFECT, OtherRunError, Run, default_folder, open_run, write_json
 from acamkd.errors import AcamkdError
 from acamkd.jobs.doctor import examine
 from acamkd.jobs.evaluate import evaluate
@@ -196,11 +196,8 @@ class _Notes:
         self._ended: dict[str, Any] = content.get("ended", {})
         self._test: dict[str, Any] = content.get("test", {})
         self._interval: dict[str, Any] = content.get("interval", {})
-        without: dict[str, Any] = {
-            "data": {"workers", "check", "test"}, "train": {"checkpoint_every", "loggers"}, "compare": True,
-        }  # fmt: skip
         # Without defaults, so that a key added by a later version repeats nothing.
-        self._recipe = recipe.model_dump(mode="json", exclude=without, exclude_defaults=True)
+        self._recipe = recipe.model_dump(mode="json", exclude=WITHOUT_EFFECT, exclude_defaults=True)
 
     def has_ended(self, name: str) -> bool:
         """Whether this run ended with this recipe, and its files are there."""
