@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from math import log
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import roi_align
+from torchvision.ops import deform_conv2d, roi_align
 
 from acamkd.config import Model
 from acamkd.errors import AcamkdError
@@ -23,6 +24,8 @@ from acamkd.models.detection import Detector
 
 State = dict[str, Tensor]
 CLASSES, WIDTH = 5, 8
+GROUPED = 64
+"""Width of RepPoints, which a group norm of 32 groups must divide."""
 STAGES = {2: (3, 64), 3: (4, 128), 4: (6, 256), 5: (3, 512)}  # of ResNet-50: blocks, width
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, RGB in [0, 255]
 CONVENTIONS = ("mmdetection", "detectron2")
@@ -47,6 +50,10 @@ class Writer:
     def linear(self, name: str, out: int, into: int, *, gain: float = 1) -> None:
         self.state[f"{name}.weight"] = self.normal(out, into) * gain * (2 / into) ** 0.5
         self.state[f"{name}.bias"] = self.normal(out) / 10
+
+    def group_norm(self, name: str) -> None:
+        self.state[f"{name}.weight"] = 1 + self.normal(GROUPED) / 10
+        self.state[f"{name}.bias"] = self.normal(GROUPED) / 10
 
     def norm(self, name: str, width: int, scale: float = 1.0) -> None:
         self.state[f"{name}.weight"] = scale * (1 + self.normal(width) / 10)
@@ -107,9 +114,36 @@ def foreign(arch: str, convention: str) -> State:
     return write.state
 
 
+def foreign_reppoints() -> State:
+    """The state dict of MMDetection's reppoints-moment_r50_fpn-gn_head-gn."""
+    write, width = Writer(), GROUPED
+    resnet(write, "mmdetection")
+    for index, into in enumerate([512, 1024, 2048]):
+        write.conv(f"neck.lateral_convs.{index}.conv", width, into, bias=False)
+        write.group_norm(f"neck.lateral_convs.{index}.gn")
+    for index, into in enumerate([width, width, width, 2048, width]):
+        write.conv(f"neck.fpn_convs.{index}.conv", width, into, 3, bias=False)
+        write.group_norm(f"neck.fpn_convs.{index}.gn")
+    for branch in ("cls", "reg"):
+        for index in range(3):
+            write.conv(f"bbox_head.{branch}_convs.{index}.conv", width, width, 3, bias=False)
+            write.group_norm(f"bbox_head.{branch}_convs.{index}.gn")
+    write.conv("bbox_head.reppoints_cls_conv", width, width, 3, bias=False)
+    write.conv("bbox_head.reppoints_cls_out", CLASSES, width)
+    write.conv("bbox_head.reppoints_pts_init_conv", width, width, 3)
+    write.conv("bbox_head.reppoints_pts_init_out", 18, width)
+    write.conv("bbox_head.reppoints_pts_refine_conv", width, width, 3, bias=False)
+    write.conv("bbox_head.reppoints_pts_refine_out", 18, width)
+    write.state["bbox_head.moment_transfer"] = write.normal(2) / 10
+    return write.state
+
+
 def model(arch: str, convention: str, **settings: Any) -> Detector:
     section = {"backbone": "torchvision/resnet50", "backbone_weights": None, "fpn_channels": WIDTH, **settings}
-    section["options"] = {"convention": convention, **section.get("options", {})}
+    if arch == "reppoints":
+        section["fpn_channels"] = GROUPED
+    else:
+        section["options"] = {"convention": convention, **section.get("options", {})}
     built = build(Model(arch=arch, **section), "detection", CLASSES, None, teacher="weights" in section)
     assert isinstance(built, Detector)
     return built.eval()
@@ -121,7 +155,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
 
     def make(arch: str, convention: str) -> tuple[State, Detector]:
         if (arch, convention) not in known:
-            state = foreign(arch, convention)
+            state = foreign_reppoints() if arch == "reppoints" else foreign(arch, convention)
             file = tmp_path_factory.mktemp("weights") / "model.pth"
             torch.save({"state_dict" if convention == "mmdetection" else "model": state}, file)
             known[arch, convention] = state, model(arch, convention, weights=str(file))
@@ -140,6 +174,13 @@ class Reference:
     def conv(self, name: str, x: Tensor, stride: int = 1) -> Tensor:
         weight = self.state[f"{name}.weight"]
         return F.conv2d(x, weight, self.state.get(f"{name}.bias"), stride, padding=weight.shape[-1] // 2)
+
+    def grouped(self, name: str, x: Tensor, stride: int = 1) -> Tensor:
+        """A convolution, with its group norm where it has one."""
+        x, norm = self.conv(name, x, stride), f"{name.removesuffix('.conv')}.gn"
+        if f"{norm}.weight" not in self.state:
+            return x
+        return F.group_norm(x, 32, self.state[f"{norm}.weight"], self.state[f"{norm}.bias"])
 
     def norm(self, name: str, x: Tensor) -> Tensor:
         mean, var, weight, bias = (
@@ -181,16 +222,16 @@ class Reference:
         names = [(f"neck.lateral_convs.{i}.conv", f"neck.fpn_convs.{i}.conv") if self.ours
                  else (f"backbone.fpn_lateral{first + i}", f"backbone.fpn_output{first + i}")
                  for i in range(len(stages))]  # fmt: skip
-        inner = [self.conv(lateral, x) for (lateral, _), x in zip(names, stages, strict=True)]
+        inner = [self.grouped(lateral, x) for (lateral, _), x in zip(names, stages, strict=True)]
         for level in range(len(inner) - 2, -1, -1):
             inner[level] = inner[level] + F.interpolate(inner[level + 1], scale_factor=2, mode="nearest")
-        levels = [self.conv(output, x) for (_, output), x in zip(names, inner, strict=True)]
+        levels = [self.grouped(output, x) for (_, output), x in zip(names, inner, strict=True)]
         if first == 2:
             return [*levels, F.max_pool2d(levels[-1], 1, 2)]
-        p6 = self.conv("neck.fpn_convs.3.conv" if self.ours else "backbone.top_block.p6", stages[-1], 2)
+        p6 = self.grouped("neck.fpn_convs.3.conv" if self.ours else "backbone.top_block.p6", stages[-1], 2)
         # detectron2's LastLevelP6P7 has a ReLU between the two; MMDetection's FPN has none by default.
         p7 = (
-            self.conv("neck.fpn_convs.4.conv", p6, 2)
+            self.grouped("neck.fpn_convs.4.conv", p6, 2)
             if self.ours
             else self.conv("backbone.top_block.p7", F.relu(p6), 2)
         )
@@ -224,8 +265,7 @@ def sizes_of(arch: str, level: int) -> list[float]:
     return [size, size * 2 ** (1 / 3), size * 2 ** (2 / 3)] if arch == "retinanet" else [size]
 
 
-@pytest.mark.parametrize("convention", CONVENTIONS)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("arch", "convention"), [*product(ARCHITECTURES, CONVENTIONS), ("reppoints", "mmdetection")])
 def test_every_tensor_is_filled_and_none_is_left_over(
     arch: str, convention: str, converted: Callable[[str, str], tuple[State, Detector]]
 ) -> None:
@@ -271,6 +311,59 @@ def test_retinanet_says_what_the_framework_says(
     logits = outputs["cls_logits"][0]
     torch.testing.assert_close(logits[:, 1:], torch.cat(scores), rtol=1e-3, atol=1e-2)
     assert (logits[:, 0] == -20).all()
+
+
+@torch.no_grad()
+def test_reppoints_says_what_mmdetection_says(converted: Callable[[str, str], tuple[State, Detector]]) -> None:
+    state, detector = converted("reppoints", "mmdetection")
+    reference = Reference(state, "mmdetection")
+    batch = detector.prepare([image()])
+    outputs = detector(batch)
+    grid = torch.tensor([(y, x) for y in (-1.0, 0.0, 1.0) for x in (-1.0, 0.0, 1.0)]).view(1, 18, 1, 1)
+    found: dict[str, list[Tensor]] = {"init_boxes": [], "bbox_regression": [], "cls_logits": []}
+    centers = []
+    for level, x in enumerate(reference.pyramid(batch.pixels, first=3)):
+        branches = []
+        for branch in ("cls", "reg"):
+            y = x
+            for index in range(3):
+                y = F.relu(reference.grouped(f"bbox_head.{branch}_convs.{index}.conv", y))
+            branches.append(y)
+        stem = "bbox_head.reppoints_"
+        first = reference.conv(f"{stem}pts_init_out", F.relu(reference.conv(f"{stem}pts_init_conv", branches[1])))
+        classes, moves = (
+            F.relu(deform_conv2d(y, first - grid, state[f"{stem}{name}_conv.weight"], padding=1))
+            for y, name in zip(branches, ("cls", "pts_refine"), strict=True)
+        )
+        found["cls_logits"].append(reference.conv(f"{stem}cls_out", classes)[0].flatten(1).T)
+        for name, points in (
+            ("init_boxes", first), ("bbox_regression", first + reference.conv(f"{stem}pts_refine_out", moves)),
+        ):  # fmt: skip
+            ys, xs = points[0, 0::2].flatten(1), points[0, 1::2].flatten(1)  # y comes first
+            width, height = state["bbox_head.moment_transfer"].exp()  # the width's factor comes first
+            sides = [xs.std(0) * width, ys.std(0) * height]
+            corners = [xs.mean(0) - sides[0], ys.mean(0) - sides[1], xs.mean(0) + sides[0], ys.mean(0) + sides[1]]
+            found[name].append(torch.stack(corners, dim=1))
+        ys, xs = (torch.arange(side) * 8.0 * 2**level for side in x.shape[-2:])
+        places = torch.stack(torch.meshgrid(ys, xs, indexing="ij")[::-1], dim=-1).flatten(0, 1)
+        centers.append(F.pad(places, (0, 1), value=8 * 2**level))
+    torch.testing.assert_close(outputs["anchors"][0], torch.cat(centers))
+    torch.testing.assert_close(outputs["cls_logits"][0, :, 1:], torch.cat(found["cls_logits"]), rtol=1e-3, atol=1e-2)
+    assert (outputs["cls_logits"][0, :, 0] == -20).all()
+    for name in ("init_boxes", "bbox_regression"):
+        torch.testing.assert_close(outputs[name][0], torch.cat(found[name]), rtol=1e-3, atol=1e-2)
+
+
+def test_the_sizes_of_reppoints_are_mmdetections() -> None:
+    """Counted by hand over its layers: pyramid, towers, two deformable convolutions, and the points' layers."""
+    with torch.device("meta"):
+        section = Model(arch="reppoints", backbone="torchvision/resnet50", backbone_weights=None)
+        net = build(section, "detection", 80).net
+    wide, background = 9 * 256 * 256, 256 + 1
+    pyramid = 256 * (512 + 1024 + 2048) + 4 * wide + 9 * 2048 * 256 + 8 * 512
+    head = 8 * wide + 6 * 512 + (wide + 256) + 2 * (256 + 1) * 18 + (256 + 1) * 80 + 2
+    own = {part: sum(p.numel() for p in net.get_submodule(part).parameters()) for part in ("backbone.fpn", "head")}
+    assert own == {"backbone.fpn": pyramid, "head": head + background}
 
 
 def test_regions_of_a_traced_network_may_be_any_number() -> None:

@@ -38,7 +38,7 @@ class Model(Section):
     """One network."""
 
     arch: str
-    """Detection: retinanet, fcos, faster_rcnn. Segmentation: an architecture of segmentation_models_pytorch
+    """Detection: retinanet, fcos, faster_rcnn, reppoints. Segmentation: an architecture of segmentation_models_pytorch
     (deeplabv3plus, fpn, unet, ...) or `torchvision/NAME`. Both: a network of transformers, `hf/FOLDER` or `hf/HUB-ID`
     with its weights, or `hf/MODEL_TYPE` from a random start. Anything: `package.module:factory`."""
     backbone: str = "resnet50"
@@ -84,8 +84,8 @@ class Model(Section):
 
     @property
     def convention(self) -> Any:
-        """Conventions that a detector follows: the option of that name, by default torchvision's."""
-        return self.options.get("convention", "torchvision")
+        """Conventions that a detector follows: the option of that name, by default torchvision's; RepPoints has one."""
+        return self.options.get("convention", "mmdetection" if self.arch == "reppoints" else "torchvision")
 
 
 class Loss(BaseModel):

@@ -65,7 +65,14 @@ def costs(models: Sequence[TaskModel], image: Tensor) -> list[Cost]:
 
 def flop_counter() -> FlopCounterMode:
     """Count the floating-point operations within the context, 2 per multiply-add, backward passes included."""
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward})
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            torch.ops.aten.convolution_backward: _convolution_backward,
+            torch.ops.torchvision.deform_conv2d: _deformable_convolution,
+            torch.ops.torchvision._deform_conv2d_backward: _deformable_convolution_backward,
+        },
+    )
 
 
 def _convolution_backward(gradient: list[int], x: list[int], weight: list[int], *settings: Any, **_out: object) -> int:
@@ -73,6 +80,19 @@ def _convolution_backward(gradient: list[int], x: list[int], weight: list[int], 
     _, _, _, _, transposed, _, _, (of_x, of_weight, _) = settings
     flops: int = (of_x + of_weight) * conv_flop_count(x, weight, gradient, transposed=transposed)
     return flops
+
+
+def _deformable_convolution(x: list[int], weight: list[int], offset: list[int], *_: Any, **_out: object) -> int:
+    """As a plain convolution; finding the sampled values is no multiplication of matrices."""
+    flops: int = conv_flop_count(x, weight, [x[0], weight[0], *offset[2:]])
+    return flops
+
+
+def _deformable_convolution_backward(
+    gradient: list[int], x: list[int], weight: list[int], *_: Any, **_out: object
+) -> int:
+    """The gradients of values and of weights."""
+    return 2 * _deformable_convolution(x, weight, gradient)
 
 
 def median_milliseconds(call: Callable[[], object]) -> float:

@@ -29,6 +29,9 @@ TORCHVISION = "torchvision/"
 Top: TypeAlias = Callable[[int], ExtraFPNBlock]
 """Builds the module that adds levels above a pyramid, from the channels of the backbone's last stage."""
 
+Norm: TypeAlias = Callable[[int], nn.Module]
+"""Builds the normalization behind each convolution of a pyramid, from its channels."""
+
 
 class TimmWithFPN(nn.Module):
     """A timm backbone under a feature pyramid, laid out as torchvision's BackboneWithFPN: `body`, `fpn`.
@@ -38,16 +41,17 @@ class TimmWithFPN(nn.Module):
         strides: Strides of the maps that feed the pyramid, such as (8, 16, 32).
         channels: Number of channels of the pyramid.
         top: Builds the module that adds coarser levels, from the channels of the last stage.
+        norm: Builds the normalization behind each of the pyramid's convolutions; None = there is none.
     """
 
-    def __init__(self, body: Any, strides: Sequence[int], channels: int, top: Top) -> None:
+    def __init__(self, body: Any, strides: Sequence[int], channels: int, top: Top, norm: Norm | None = None) -> None:
         super().__init__()
         reductions = body.feature_info.reduction()
         self.picks = [reductions.index(stride) for stride in strides]
         self.channels_last = getattr(body, "output_fmt", "NCHW") == "NHWC"
         self.body = body
         widths = [body.feature_info.channels()[pick] for pick in self.picks]
-        self.fpn = FeaturePyramidNetwork(widths, channels, top(widths[-1]))
+        self.fpn = FeaturePyramidNetwork(widths, channels, top(widths[-1]), norm)
         self.out_channels = channels
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -60,7 +64,9 @@ class TimmWithFPN(nn.Module):
         return levels
 
 
-def build_backbone(model: Model, strides: Sequence[int], top: Top) -> tuple[nn.Module, Any, Any]:
+def build_backbone(
+    model: Model, strides: Sequence[int], top: Top, norm: Norm | None = None
+) -> tuple[nn.Module, Any, Any]:
     """Build the backbone and the pyramid that a recipe names.
 
     A timm name gives TimmWithFPN, whose batch norm trains. `torchvision/NAME` gives torchvision's ResNets as its own
@@ -72,6 +78,7 @@ def build_backbone(model: Model, strides: Sequence[int], top: Top) -> tuple[nn.M
         model: The recipe's section.
         strides: Strides of the maps that feed the pyramid.
         top: What adds coarser levels.
+        norm: What normalizes the pyramid.
 
     Returns:
         The backbone, and the mean and standard deviation of its pretraining's normalization.
@@ -80,7 +87,7 @@ def build_backbone(model: Model, strides: Sequence[int], top: Top) -> tuple[nn.M
         AcamkdError: The name is unknown, the backbone lacks these strides, or the weights cannot be downloaded.
     """
     if model.backbone.startswith(TORCHVISION):
-        return _torchvision(model, strides, top), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+        return _torchvision(model, strides, top, norm), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     name = model.backbone
     if not timm.is_model(name):
         raise AcamkdError(f"timm has no backbone {name}; {nearest(name, timm.list_models())}")
@@ -97,7 +104,7 @@ def build_backbone(model: Model, strides: Sequence[int], top: Top) -> tuple[nn.M
             f"take another backbone"
         )
     cfg: Any = timm.get_pretrained_cfg(name)
-    return TimmWithFPN(body, strides, model.fpn_channels, top), cfg.mean, cfg.std
+    return TimmWithFPN(body, strides, model.fpn_channels, top, norm), cfg.mean, cfg.std
 
 
 def timm_options(name: str) -> dict[str, Any]:
@@ -105,7 +112,7 @@ def timm_options(name: str) -> dict[str, Any]:
     return {"strict_img_size": False} if name.startswith("swin") else {}
 
 
-def _torchvision(model: Model, strides: Sequence[int], top: Top) -> nn.Module:
+def _torchvision(model: Model, strides: Sequence[int], top: Top, norm: Norm | None) -> nn.Module:
     name = model.backbone.removeprefix(TORCHVISION)
     known = torchvision.models.list_models(module=torchvision.models)
     if name not in known:
@@ -129,7 +136,7 @@ def _torchvision(model: Model, strides: Sequence[int], top: Top) -> nn.Module:
         )
     outputs = {stages[stride][0]: str(level) for level, stride in enumerate(strides)}
     widths = [stages[stride][1] for stride in strides]
-    return BackboneWithFPN(body, outputs, widths, model.fpn_channels, extra_blocks=top(widths[-1]))  # type: ignore[no-any-return]
+    return BackboneWithFPN(body, outputs, widths, model.fpn_channels, top(widths[-1]), norm)  # type: ignore[no-any-return]
 
 
 def _resnet_stages(network: Any) -> dict[int, tuple[str, int]]:

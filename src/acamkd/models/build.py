@@ -10,7 +10,7 @@ from torch import nn
 
 from acamkd.config import Model, ShortLong, imported
 from acamkd.errors import AcamkdError, nearest
-from acamkd.models import detection, hf, segmentation
+from acamkd.models import detection, hf, reppoints, segmentation
 from acamkd.models.base import Family, PixelSize, Task, TaskModel
 from acamkd.models.detection import WRAPPERS, wrap_detector
 from acamkd.models.segmentation import Segmenter
@@ -19,7 +19,7 @@ from acamkd.models.weights import LoadReport, load_weights
 log = logging.getLogger(__name__)
 
 
-FAMILIES = (detection.FAMILY, segmentation.FAMILY, *hf.FAMILIES)
+FAMILIES = (detection.FAMILY, reppoints.FAMILY, segmentation.FAMILY, *hf.FAMILIES)
 """The only table of networks that have a name."""
 
 

@@ -1,4 +1,4 @@
-"""Conversion of MMDetection's and detectron2's RetinaNet and Faster R-CNN to torchvision's names and row order."""
+"""Conversion of MMDetection's and detectron2's detectors to torchvision's names and row order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from acamkd.models.conventions import RATIOS, Convention
 
 BACKGROUND_LOGIT = -20.0
-"""Bias of RetinaNet's background output, which both frameworks lack; its score is below every threshold."""
+"""Bias of a dense detector's background output, which both frameworks lack; its score is below every threshold."""
 
 _Rule: TypeAlias = tuple[str, str | Callable[[re.Match[str]], str]]
 
@@ -25,6 +25,15 @@ _MMDETECTION: Sequence[_Rule] = (
     (r"bbox_head\.reg_convs\.(\d)\.conv\.", r"head.regression_head.conv.\1.0."),
     (r"bbox_head\.retina_cls\.", "head.classification_head.cls_logits."),
     (r"bbox_head\.retina_reg\.", "head.regression_head.bbox_reg."),
+    (r"neck\.lateral_convs\.(\d)\.gn\.", r"backbone.fpn.inner_blocks.\1.1."),
+    (r"neck\.fpn_convs\.(\d)\.gn\.", r"backbone.fpn.layer_blocks.\1.1."),
+    (r"bbox_head\.cls_convs\.(\d)\.gn\.", r"head.classification_head.conv.\1.1."),
+    (r"bbox_head\.reg_convs\.(\d)\.gn\.", r"head.regression_head.conv.\1.1."),
+    (r"bbox_head\.reppoints_cls_conv\.", "head.classification_head.deform_conv."),
+    (r"bbox_head\.reppoints_cls_out\.", "head.classification_head.cls_logits."),
+    (r"bbox_head\.reppoints_pts_(init|refine)_conv\.", r"head.regression_head.\1_conv."),
+    (r"bbox_head\.reppoints_pts_(init|refine)_out\.", r"head.regression_head.\1_points."),
+    (r"bbox_head\.moment_transfer$", "head.regression_head.moment_transfer"),
     (r"rpn_head\.rpn_conv\.", "rpn.head.conv.0.0."),
     (r"rpn_head\.rpn_cls\.", "rpn.head.cls_logits."),
     (r"rpn_head\.rpn_reg\.", "rpn.head.bbox_pred."),
@@ -86,7 +95,7 @@ def to_torchvision(state: Mapping[str, Tensor], convention: Convention) -> dict[
     renamed = {_rename(name, _RULES[convention]): tensor for name, tensor in state.items()}
     renamed = _number_levels(renamed)
     boxes = renamed.get("head.regression_head.bbox_reg.bias")
-    anchors = len(boxes) // 4 if boxes is not None else 0
+    anchors = len(boxes) // 4 if boxes is not None else 1
     converted = {}
     for name, tensor in renamed.items():
         layer, _, kind = name.rpartition(".")
@@ -115,17 +124,19 @@ def _rename(name: str, rules: Sequence[_Rule]) -> str:
 
 def _number_levels(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Count the pyramid's levels from 0, and call those above the backbone's `extra_blocks`."""
-    level = re.compile(r"backbone\.fpn\.(inner|layer)_blocks\.(\d)\.0\.(.*)")
+    level = re.compile(r"backbone\.fpn\.(inner|layer)_blocks\.(\d)\.([01])\.(.*)")
     matches = {name: level.match(name) for name in state}
     lateral = [int(match[2]) for match in matches.values() if match and match[1] == "inner"]
+    normalized = any(match and match[3] == "1" for match in matches.values())
     numbered = {}
     for name, match in matches.items():
         new = name
         if match:
             above = int(match[2]) - max(lateral)
-            new = f"backbone.fpn.{match[1]}_blocks.{int(match[2]) - min(lateral)}.0.{match[3]}"
-            if above > 0:
-                new = f"backbone.fpn.extra_blocks.p{5 + above}.{match[3]}"
+            part = f"{match[3]}.{match[4]}"
+            new = f"backbone.fpn.{match[1]}_blocks.{int(match[2]) - min(lateral)}.{part}"
+            if above > 0:  # a single convolution where nothing normalizes
+                new = f"backbone.fpn.extra_blocks.p{5 + above}.{part if normalized else match[4]}"
         numbered[new] = state[name]
     return numbered
 

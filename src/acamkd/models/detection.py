@@ -268,10 +268,8 @@ def build_detector(model: Model, num_classes: int, resize: PixelSize | ShortLong
         AcamkdError: Something named in the recipe does not exist.
     """
     kind = ARCHITECTURES[model.arch]
-    if kind is FCOS and model.fpn_channels % 32:
-        raise AcamkdError(
-            f"fpn_channels {model.fpn_channels}: fcos has heads with group norm of 32 groups; give a multiple of 32"
-        )
+    if kind is FCOS:
+        check_group_norm(model)
     options, convention = _constructor_options(model, kind)
     width = model.fpn_channels
     if kind is FasterRCNN:
@@ -314,19 +312,38 @@ def wrap_detector(
     return wrapper(net, num_classes)
 
 
-def _constructor_options(model: Model, kind: type[nn.Module]) -> tuple[dict[str, Any], Convention]:
-    """Turn the recipe's options into constructor arguments; torchvision itself would ignore a misspelled one."""
-    numbers = {
+def check_options(model: Model, kind: type[nn.Module], *further: str) -> None:
+    """Refuse options that are no numbers of the constructor; torchvision itself would ignore a misspelled one.
+
+    Args:
+        model: The recipe's section.
+        kind: The class that is built.
+        further: Names of options that are allowed too.
+    """
+    allowed = {
         name
         for name, parameter in inspect.signature(kind).parameters.items()
         if isinstance(parameter.default, (int, float)) and name not in ("min_size", "max_size")
-    }
-    anchors = {RetinaNet: "anchor_generator", FasterRCNN: "rpn_anchor_generator"}.get(kind)
-    allowed = numbers | ({"anchor_sizes", "convention"} if anchors else set())
-    options = dict(model.options)
-    for name in options:
+    } | set(further)
+    for name in model.options:
         if name not in allowed:
             raise AcamkdError(f"{model.arch} has no option {name}; {nearest(name, allowed)}")
+
+
+def check_group_norm(model: Model) -> None:
+    """Refuse a width that the group norm of 32 groups, which the heads have, cannot divide."""
+    if model.fpn_channels % 32:
+        raise AcamkdError(
+            f"fpn_channels {model.fpn_channels}: {model.arch} has heads with group norm of 32 groups; give a multiple "
+            "of 32"
+        )
+
+
+def _constructor_options(model: Model, kind: type[nn.Module]) -> tuple[dict[str, Any], Convention]:
+    """Turn the recipe's options into constructor arguments."""
+    anchors = {RetinaNet: "anchor_generator", FasterRCNN: "rpn_anchor_generator"}.get(kind)
+    check_options(model, kind, *(("anchor_sizes", "convention") if anchors else ()))
+    options = dict(model.options)
     convention = options.pop("convention", "torchvision")
     if convention not in get_args(Convention):
         raise AcamkdError(f"convention must be one of {', '.join(get_args(Convention))}, not {convention}")

@@ -160,7 +160,7 @@ def inherited(teacher: config.Model, student: config.Model, same_classes: bool) 
     return ["head", "backbone.fpn.layer_blocks"] if same and same_classes and student.arch in DENSE else []
 
 
-DENSE = ("fcos", "retinanet")
+DENSE = ("fcos", "reppoints", "retinanet")
 """Detectors whose head runs over each level of the pyramid."""
 
 

@@ -74,7 +74,7 @@ def identify(file: Path, task: Task, network: str | None = None) -> Teacher:
     count = _count_classes(shapes, task)
     sections = [_named(network)] if network else _candidates(shapes, task)
     for section in sections if count else ():
-        if convention != "torchvision":
+        if convention not in ("torchvision", section.convention):
             section = section.model_copy(update={"options": {"convention": convention}})
         with suppress(AcamkdError), torch.device("meta"):
             blank = section.model_copy(update={"weights": None, "backbone_weights": None})
@@ -133,13 +133,14 @@ def _count_classes(shapes: Mapping[str, tuple[int, ...]], task: Task) -> int:
         return boxes[0] - 1
     logits, sides = (shapes.get(f"head.{head}.weight") for head in (
         "classification_head.cls_logits", "regression_head.bbox_reg"))  # fmt: skip
-    return logits[0] // (sides[0] // 4) - 1 if logits and sides else 0
+    return logits[0] // (sides[0] // 4 if sides else 1) - 1 if logits else 0  # RepPoints has no such layer
 
 
 def _candidates(shapes: Mapping[str, tuple[int, ...]], task: Task) -> Iterator[config.Model]:
     if task == "detection":
         arch = (
             "faster_rcnn" if "roi_heads.box_predictor.cls_score.weight" in shapes
+            else "reppoints" if "head.regression_head.moment_transfer" in shapes
             else "fcos" if any("bbox_ctrness" in name for name in shapes)
             else "retinanet"
         )  # fmt: skip
