@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from acamkd.config import Model
+from acamkd.config import Model, parse
 from acamkd.distillation.distiller import Distiller
 from acamkd.engine.cost import flop_counter
 from acamkd.errors import AcamkdError
+from acamkd.jobs.export.graph import build_graph, write_graph
+from acamkd.jobs.export.onnx_model import OnnxModel
 from acamkd.losses import ACAM
 from acamkd.losses.crosskd import CrossKD
 from acamkd.models import Target, build, inherit, save_weights
@@ -333,6 +335,28 @@ def test_operations_of_deformable_convolutions() -> None:
 def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(AcamkdError, match=message):
         detector(**settings)
+
+
+@pytest.mark.parametrize(("option", "why"), [("with_nms", "exporter cannot write"), ("openvino", "cannot read")])
+def test_an_export_with_suppression_or_to_openvino_is_refused(model: RepPointsDetector, option: str, why: str) -> None:
+    with pytest.raises(AcamkdError, match=f"deformable convolutions, which .*{why}.*; leave the option out"):
+        build_graph(model, SIZE, with_nms=option == "with_nms", openvino=option == "openvino")
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_onnx_file_finds_what_pytorch_finds(model: RepPointsDetector, tmp_path: Path) -> None:
+    """For batches and inputs of any size; onnxruntime computes the deformable convolutions."""
+    graph = build_graph(model, None, with_nms=False)
+    section = {"arch": "reppoints"}
+    raw = {"name": "x", "task": "detection", "data": {"root": ".", "classes": ["a", "b", "c"]}, "student": section}
+    write_graph(graph, tmp_path / "x.onnx", parse({**raw, "train": {"epochs": 1, "batch_size": 1}}))
+    exported = OnnxModel(tmp_path / "x.onnx", threads=1)
+    for height, width in ((64, 96), (160, 64)):
+        pixels = torch.rand(2, 3, height, width)
+        found = exported.run(pixels.numpy())
+        for name, expected in zip(graph.output_names, graph(pixels), strict=True):
+            torch.testing.assert_close(torch.from_numpy(found[name]), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_crosskd_refuses_it(model: RepPointsDetector) -> None:

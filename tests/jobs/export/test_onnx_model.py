@@ -43,7 +43,7 @@ def test_frames_are_as_large_as_in_torch(given: tuple[int, int], resize: Any) ->
     assert frame_size(given, said, "detection") == detector.prepare([torch.rand(3, *given)]).sizes[0]
 
 
-@pytest.mark.parametrize("arch", ["retinanet", "fcos"])
+@pytest.mark.parametrize("arch", ["retinanet", "fcos", "reppoints"])
 @torch.no_grad()
 def test_detections_are_those_of_torchvision(arch: str) -> None:
     section = config.Model(arch=arch, backbone="mobilenetv3_small_050", backbone_weights=None, fpn_channels=32)

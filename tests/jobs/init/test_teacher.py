@@ -16,6 +16,7 @@ from acamkd.models.base import Task
     ("task", "arch", "backbone", "prefix"),
     [
         ("detection", "fcos", "mobilenetv3_small_050", ""),
+        ("detection", "reppoints", "mobilenetv3_small_050", ""),
         ("detection", "retinanet", "resnet18", "module."),
         ("segmentation", "fpn", "tu-mobilenetv3_small_050", ""),
         ("segmentation", "unet", "resnet18", ""),

@@ -146,7 +146,7 @@ def export(
     run = as_run(run, overrides)
     out = Path(out) if out else run.folder / "export"
     model, recipe = run.load(), run.recipe
-    graph = build_graph(model, recipe.data.resize, with_nms=with_nms)
+    graph = build_graph(model, recipe.data.resize, with_nms=with_nms, openvino=openvino)
     _check_free(out, overwrite)
     images = data.build(recipe.data, recipe.task, "val", seed=recipe.train.seed, augment=False)
     for warning in data.check(images, "headers"):

@@ -18,6 +18,7 @@ from acamkd.jobs.export.tracing import constant_same_padding, maps_added_in_turn
 from acamkd.models.base import Batch, TaskModel
 from acamkd.models.detection import DenseDetector, Detector, FCOSDetector
 from acamkd.models.hf_base import HFModel
+from acamkd.models.reppoints import RepPointsDetector
 from acamkd.models.segmentation import STRIDE, Segmenter
 
 ADVICE = {
@@ -90,13 +91,16 @@ class DetectionsGraph(Graph):
         return tuple(found[name] for name in self.output_names)
 
 
-def build_graph(model: TaskModel, resize: config.Size | config.ShortLong | None, *, with_nms: bool) -> Graph:
+def build_graph(
+    model: TaskModel, resize: config.Size | config.ShortLong | None, *, with_nms: bool, openvino: bool = False
+) -> Graph:
     """Choose the graph to export.
 
     Args:
         model: In eval mode.
         resize: The recipe's `data.resize`.
         with_nms: Detection: everything up to the non-maximum suppression, for single images of one size.
+        openvino: Whether OpenVINO must be able to read the graph.
 
     Raises:
         AcamkdError: The network has no such graph.
@@ -115,6 +119,13 @@ def build_graph(model: TaskModel, resize: config.Size | config.ShortLong | None,
             f"{type(model).__name__} cannot be exported: only torchvision's detectors and segmenters that turn pixels "
             "into logits can"
         )
+    if isinstance(model, RepPointsDetector) and (with_nms or openvino):
+        option, why = (
+            ("--with-nms", "PyTorch's older exporter cannot write, and no other writes the suppression")
+            if with_nms
+            else ("--openvino", "OpenVINO cannot read")
+        )
+        raise AcamkdError(f"{option}: RepPoints has deformable convolutions, which {why}; leave the option out")
     if with_nms:
         if not isinstance(resize, tuple):
             raise AcamkdError("--with-nms writes a graph for one image size: --set data.resize='[HEIGHT, WIDTH]'")
