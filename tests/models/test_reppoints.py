@@ -142,7 +142,7 @@ def test_a_box_is_the_mean_and_a_learned_multiple_of_the_deviation() -> None:
     deviation = 7.5**0.5
     expected = [40 - 20 * deviation, 5 - 3 * deviation, 40 + 20 * deviation, 5 + 3 * deviation]
     torch.testing.assert_close(box, torch.tensor(expected))
-    box[2:].sum().backward()  # type: ignore[no-untyped-call]
+    box[2:].sum().backward()
     assert head.moment_transfer.grad is not None
     torch.testing.assert_close(head.moment_transfer.grad, 0.01 * torch.tensor([20.0, 3.0]) * deviation)
 

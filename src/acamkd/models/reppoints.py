@@ -125,7 +125,7 @@ class RegressionHead(nn.Module):
 
     def boxes(self, points: Tensor) -> Tensor:
         """Boxes (N, H W, 4) around points (N, 18, H, W): their mean, and their deviation times a learned factor."""
-        y, x = points.unflatten(1, (POINTS, 2)).unbind(2)
+        y, x = points[:, 0::2], points[:, 1::2]
         factor = (MOMENT_GRADIENT * self.moment_transfer + (1 - MOMENT_GRADIENT) * self.moment_transfer.detach()).exp()
         centers = torch.stack([x.mean(1), y.mean(1)], dim=-1)
         half = torch.stack([x.std(1), y.std(1)], dim=-1) * factor
