@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -69,19 +69,29 @@ class HFDetector(HFModel):
 
     def decode(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
         """Every query's box, best first; without a class for nothing, a query may stand for several classes."""
+        scores, labels, corners = self._best(outputs)
+        predictions = []
+        per_image = (corners, scores, labels, self._units(batch), batch.sizes, batch.original_sizes)
+        for boxes, score, label, unit, size, original in zip(*per_image, strict=True):
+            scale = torch.tensor([original[1] / size[1], original[0] / size[0]] * 2, device=boxes.device)
+            predictions.append({"boxes": boxes * unit * scale, "scores": score, "labels": label})
+        return predictions
+
+    def exported(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Every query's box in pixels of the input, best first."""
+        scores, labels, corners = self._best(self(batch))
+        return {"boxes": corners * self._units(batch)[0], "scores": scores, "labels": labels}
+
+    def _best(self, outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores (N, Q), best first, labels (N, Q), and boxes (N, Q, 4), x1 y1 x2 y2 as fractions."""
         logits = outputs["logits"]
         queries, classes = logits.shape[1], logits.shape[2]
         if self.kind.has_none_class:
-            scores, labels = logits.softmax(-1)[..., :-1].max(-1)
-            scores, picked = scores.sort(dim=1, descending=True, stable=True)
+            best, labels = logits.softmax(-1)[..., :-1].max(-1)
+            scores, picked = best.topk(queries)
             labels = labels.gather(1, picked)
         else:
             scores, flat = logits.sigmoid().flatten(1).topk(queries)
             picked, labels = flat // classes, flat % classes
-        predictions = []
-        per_image = (outputs["pred_boxes"], picked, scores, labels, self._units(batch), batch.sizes)
-        for boxes, indices, score, label, unit, size, original in zip(*per_image, batch.original_sizes, strict=True):
-            scale = torch.tensor([original[1] / size[1], original[0] / size[0]] * 2, device=boxes.device)
-            corners = box_convert(boxes[indices], "cxcywh", "xyxy") * unit * scale
-            predictions.append({"boxes": corners, "scores": score, "labels": label + 1})
-        return predictions
+        boxes = outputs["pred_boxes"].gather(1, picked[..., None].expand(-1, -1, 4))
+        return scores, labels + 1, box_convert(boxes, "cxcywh", "xyxy")
