@@ -15,6 +15,7 @@ import acamkd
 import tiny
 from acamkd import config, data
 from acamkd.errors import AcamkdError
+from acamkd.jobs.export.onnx_model import OnnxModel
 
 GUIDES = Path(__file__).parents[1] / "docs/guides"
 
@@ -77,4 +78,6 @@ def test_the_network_of_the_page_distills(tmp_path: Path, monkeypatch: pytest.Mo
     (block,) = blocks("add-a-network", "yaml")
     run = acamkd.distill(config.parse({**raw, **yaml.safe_load(block)}), out=tmp_path / "run")
     assert run.load().get_submodule("net.0").out_channels == 8
+    figures = acamkd.export(run)  # checks the file against PyTorch
+    assert OnnxModel(figures.folder / "student.onnx").preparation["multiple"] == 1
     assert "2/cwd/channel" in (run.folder / "history.csv").read_text(encoding="utf-8").splitlines()[0]

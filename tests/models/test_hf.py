@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -180,6 +181,34 @@ def test_boxes_of_a_padded_image_come_back() -> None:
     assert (found["labels"].tolist(), found["scores"].tolist()) == ([2], [1.0])
 
 
+def test_boxes_without_area_do_not_train() -> None:
+    model: Any = make("rt_detr")
+    boxes = torch.tensor([[10.0, 10, 60, 70], [20, 20, 20, 40], [90, 30, 90.000015, 50]])
+    assert boxes[2, 2] > boxes[2, 0]  # its corners coincide as fractions only
+    batch = model.prepare([images()[1]], [{"boxes": boxes, "labels": torch.tensor([1, 2, 3])}])
+    (labels,) = model._labels(batch)
+    assert labels["class_labels"].tolist() == [0]
+    assert model.loss(model(batch), batch)["detection"].isfinite()
+
+
+def test_a_network_that_diverged_is_said() -> None:
+    model = make("rt_detr")
+    batch = model.prepare(images(), targets("rt_detr"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(AcamkdError, match="boxes of RTDetrForObjectDetection are no longer finite: lower the learning"):
+        model(batch)
+
+
+@pytest.mark.parametrize("name", ["rt_detr", "segformer"])
+def test_whole_numbers_as_colors_make_floats(name: str) -> None:
+    model = make(name, mean=(0, 0, 0), std=(1, 1, 1))
+    assert model.mean.dtype == model.std.dtype == torch.float32
+    batch = model.prepare([torch.full((3, SIDE, SIDE), 51, dtype=torch.uint8)])
+    assert torch.allclose(model.normalize(batch), torch.tensor(0.2))
+
+
 @pytest.mark.parametrize(
     ("name", "mean", "std", "size", "is_bgr"),
     [
@@ -259,3 +288,9 @@ except AcamkdError as error:
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "pip install 'acamkd[hf]'" in ran.stdout
+
+
+def test_the_guides_table_is_up_to_date() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    page = runpy.run_path(str(docs / "generate_networks.py"))["page"]
+    assert page() == (docs / "guides/huggingface.md").read_text(encoding="utf-8"), "python docs/generate_networks.py"

@@ -150,6 +150,10 @@ class TaskModel(nn.Module, ABC):
 
     task: ClassVar[Task]
 
+    skips_parameters: ClassVar[bool] = False
+    """Whether the loss of some batches leaves some parameters without a gradient; several processes then look for them
+    in each step."""
+
     def __init__(self, net: nn.Module, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.net = net

@@ -88,6 +88,7 @@ class HFModel(TaskModel):
     """
 
     net: Any
+    skips_parameters = True
 
     def __init__(
         self, net: nn.Module, kind: Kind, num_classes: int, processor: Any, preprocessing: Preprocessing
