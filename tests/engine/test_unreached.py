@@ -22,7 +22,7 @@ from acamkd.models.segmentation import Segmenter
 
 def _train(net: nn.Module, steps: int, start: int = 0) -> Unreached:
     """Steps in which all but `unused` get a gradient, `late` from the third step on."""
-    module: Any = TrainingModule(Distiller(Segmenter(net, 2)), config.Train(), Scorer("segmentation", ("a", "b")))
+    module: Any = TrainingModule(Distiller(Segmenter(net, 2)), config.Train(epochs=1), Scorer("segmentation", ("a", "b")))
     watch, trainer = Unreached(), SimpleNamespace(global_step=start)
     watch.on_train_start(trainer, module)  # type: ignore[arg-type]
     for step in range(start, start + steps):
@@ -56,7 +56,7 @@ def test_they_are_named_once(steps: int, said: int, caplog: pytest.LogCaptureFix
     ("strategy", "skips", "found"), [("auto", True, True), ("ddp", True, True), ("auto", False, False)]
 )
 def test_several_processes_look_for_them_where_needed(strategy: str, skips: bool, found: bool, tmp_path: Path) -> None:
-    train = config.Train(accelerator="cpu", devices=2, strategy=strategy)
+    train = config.Train(epochs=1, accelerator="cpu", devices=2, strategy=strategy)
     trainer = build_trainer(train, Recorder(tmp_path, "w", "mIoU"), progress=False, skips_parameters=skips)
     assert trainer.world_size == 2
     assert trainer.strategy._ddp_kwargs.get("find_unused_parameters", False) is found  # type: ignore[attr-defined]
