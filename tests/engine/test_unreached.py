@@ -22,7 +22,8 @@ from acamkd.models.segmentation import Segmenter
 
 def _train(net: nn.Module, steps: int, start: int = 0) -> Unreached:
     """Steps in which all but `unused` get a gradient, `late` from the third step on."""
-    module: Any = TrainingModule(Distiller(Segmenter(net, 2)), config.Train(epochs=1), Scorer("segmentation", ("a", "b")))
+    scorer = Scorer("segmentation", ("a", "b"))
+    module: Any = TrainingModule(Distiller(Segmenter(net, 2)), config.Train(epochs=1), scorer)
     watch, trainer = Unreached(), SimpleNamespace(global_step=start)
     watch.on_train_start(trainer, module)  # type: ignore[arg-type]
     for step in range(start, start + steps):
