@@ -194,18 +194,16 @@ def write_graph(graph: Graph, file: Path, recipe: config.Recipe) -> None:
     # Every feature map must be larger than 1 x 1 here, or the graph would accept only maps of size 1.
     sides = graph.resize if isinstance(graph.resize, tuple) else (8 * STRIDE, 12 * STRIDE)
     frame = [-(-side // graph.multiple) * graph.multiple for side in sides]
+    single = isinstance(graph, DetectionsGraph)
+    example = (torch.rand(1 if single else 2, 3, *frame),)
     free = {0: "batch"} if fixed else {0: "batch", 2: "height", 3: "width"}
     try:
         with warnings.catch_warnings(), maps_added_in_turn(), time_limit(f"PyTorch's export of {what}", ADVICE[fixed]):
             warnings.simplefilter("ignore")  # about deprecation, and about shapes taken as constants
-            if isinstance(graph, DetectionsGraph):
-                torch.onnx.export(graph, (torch.rand(1, 3, *frame),), file, dynamo=False, **names)
-            elif graph.is_traced:
-                axes = {"pixels": free, **{name: {0: "batch"} for name in graph.output_names}}
-                example = (torch.rand(2, 3, *frame),)
+            if graph.is_traced:
+                axes = {} if single else {"pixels": free, **{name: {0: "batch"} for name in graph.output_names}}
                 torch.onnx.export(graph, example, file, dynamo=False, dynamic_axes=axes, **names)
             else:
-                example = (torch.rand(2, 3, *frame),)
                 with nullcontext() if fixed else constant_same_padding(graph):
                     program = torch.onnx.export(
                         graph, example, dynamo=True, verbose=False, dynamic_shapes=(free,), **names
