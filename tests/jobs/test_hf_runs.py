@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,35 +36,55 @@ DISTINCT: dict[str, Any] = {**OPTIONS["rt_detr_v2"], "initializer_range": 0.1}
 """Its queries differ from the start, so that rounding does not decide which are chosen."""
 
 
-def test_the_guide_runs_and_transformers_loads_what_it_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_scenes(tmp_path / "photos", train=4, val=2, size=(64, 64), seed=0, task="detection")
+def call(*words: str) -> None:
+    result = CliRunner().invoke(cli.app, words)
+    assert result.exit_code == 0, (result.output, result.exception)
+
+
+COMMANDS = [shlex.split(line)[1:] for line in re.findall(r"^acamkd .*", GUIDE, re.MULTILINE)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The guide's distilled run, with the guide's folder as the current one."""
+    root = tmp_path_factory.mktemp("guide")
+    write_scenes(root / "photos", train=4, val=2, size=(64, 64), seed=0, task="detection")
     (recipe,) = re.findall(r"^```yaml\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE)
-    (tmp_path / "rtdetr.yaml").write_text(recipe, encoding="utf-8")
+    (root / "rtdetr.yaml").write_text(recipe, encoding="utf-8")
     overrides = [
         "data.workers=0", "data.resize=[64, 64]", "train.epochs=1", "train.batch_size=2", "train.accelerator=cpu",
         *(f"{role}.{setting}" for role in ("teacher", "student") for setting in (
             "arch=hf/rt_detr_v2", f"options={json.dumps(DISTINCT)}",
         )),
     ]  # fmt: skip
-    commands = [shlex.split(line)[1:] for line in re.findall(r"^acamkd .*", GUIDE, re.MULTILINE)]
-    assert [command[0] for command in commands] == ["train", "train", "distill", "evaluate", "export", "predict"]
-    for words in commands:
-        if words == ["train", "rtdetr.yaml"]:
-            continue  # as the teacher's
-        changed = overrides if words[1] == "rtdetr.yaml" else []
-        result = CliRunner().invoke(cli.app, [*words, *(each for pair in changed for each in ("--set", pair))])
-        assert result.exit_code == 0, (result.output, result.exception)
-    folder = tmp_path / "runs/rtdetr/distilled"
+    assert [words[0] for words in COMMANDS] == ["train", "train", "distill", "evaluate", "export", "predict"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for words in (COMMANDS[0], COMMANDS[2]):  # the baseline is trained as the teacher is
+            call(*words, *(each for pair in overrides for each in ("--set", pair)))
+        yield root / "runs/rtdetr/distilled"
+
+
+def test_the_guide_trains_what_transformers_loads(folder: Path) -> None:
     assert f"{LEVELS[0]}/acam/spatial" in (folder / "history.csv").read_text().partition("\n")[0]
-    file = sorted((tmp_path / "photos/images/val").iterdir())[0]
-    shutil.copy(file, tmp_path / "image.jpg")
+    net = transformers.AutoModelForObjectDetection.from_pretrained(folder)
+    own = load_student(folder).net.state_dict()
+    assert all(torch.equal(tensor, own[key]) for key, tensor in net.state_dict().items())
+    assert net.config.id2label[0] != "LABEL_0"
+
+
+@pytest.mark.slow
+def test_the_guides_export_and_its_code_find_what_the_student_finds(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for words in COMMANDS[3:]:
+        call(*words)
+    file = sorted(Path("photos/images/val").iterdir())[0].absolute()
+    for place in (Path(), folder / "export"):
+        shutil.copy(file, place / "image.jpg")
     in_transformers, by_onnxruntime = re.findall(r"^```python\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE)
     scope: dict[str, Any] = {}
     exec(in_transformers, scope)
-    shutil.copy(file, folder / "export/image.jpg")
     monkeypatch.chdir(folder / "export")
     exec(by_onnxruntime.replace("from onnx_model", "from acamkd.jobs.export.onnx_model"), scope)
     image = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1)
@@ -71,7 +92,7 @@ def test_the_guide_runs_and_transformers_loads_what_it_trained(
     assert np.allclose(scope["found"]["scores"], ours["scores"], atol=1e-4)
     theirs = [each["score"] for each in scope["find"](str(file), threshold=0.0)]
     assert np.allclose(theirs, ours["scores"], atol=1e-4)
-    card = (folder / "export/README.md").read_text(encoding="utf-8")
+    card = Path("README.md").read_text(encoding="utf-8")
     exec(re.findall(r"^```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)[1], scope)
     own = load_student(folder).net.state_dict()
     assert all(torch.equal(tensor, own[key]) for key, tensor in scope["net"].state_dict().items())
