@@ -15,6 +15,7 @@ import acamkd
 import tiny
 from acamkd import config, data
 from acamkd.errors import AcamkdError
+from acamkd.jobs.export.onnx_model import OnnxModel
 
 GUIDES = Path(__file__).parents[1] / "docs/guides"
 
@@ -78,3 +79,14 @@ def test_the_network_of_the_page_distills(tmp_path: Path, monkeypatch: pytest.Mo
     run = acamkd.distill(config.parse({**raw, **yaml.safe_load(block)}), out=tmp_path / "run")
     assert run.load().get_submodule("net.0").out_channels == 8
     assert "2/cwd/channel" in (run.folder / "history.csv").read_text(encoding="utf-8").splitlines()[0]
+
+
+@pytest.mark.slow
+def test_the_network_of_the_page_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("add-a-network", tmp_path, monkeypatch)
+    raw = tiny.raw_recipe(tiny.write_data(tmp_path / "data"), epochs=1)
+    raw |= {"student": {"arch": "tinyseg:build"}, "losses": []}
+    del raw["teacher"]
+    figures = acamkd.export(acamkd.train(config.parse(raw), out=tmp_path / "run"))
+    assert figures.relative_difference < 1e-4
+    assert OnnxModel(figures.folder / "student.onnx").preparation == {"resize": None, "multiple": 1, "kernel": "smooth"}

@@ -30,10 +30,11 @@ from acamkd.jobs.compare.compare import run_trial
 from acamkd.jobs.compare.trials import plan
 from acamkd.jobs.evaluate import evaluate
 from acamkd.jobs.setup import build_network
-from acamkd.jobs.train import distill
+from acamkd.jobs.train import distill, train
 from acamkd.losses.acam.masks import Masks
 from acamkd.losses.acam.statistics import WATCH_EVERY, CollapseWatch
 from acamkd.models.base import Task
+from tiny_hf import OPTIONS
 
 PAIRS = {"detection": "backbone:*", "segmentation": "segmentation_head.0"}
 
@@ -137,6 +138,24 @@ def test_two_processes_do_what_one_does(raw: dict[str, Any], tmp_path: Path, mon
     assert metrics["processes"] == 2
     scores = evaluate(open_run(tmp_path / "two", ["train.devices=1"]))  # in this process alone
     assert {k: v for k, v in metrics["student"].items() if v is not None} == {k: v for k, v in scores.items() if v == v}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("raw", ["detection"], indirect=True)
+def test_parameters_that_a_batch_does_not_reach_stop_no_process(raw: dict[str, Any], tmp_path: Path) -> None:
+    """An image without boxes leaves RT-DETR's embedding of classes without a gradient, in one process or in both."""
+    pytest.importorskip("transformers")
+    network = {"arch": "hf/rt_detr_v2", "options": OPTIONS["rt_detr_v2"]}
+    changed = {**raw, "losses": [], "student": network, "data": {**raw["data"], "resize": [64, 64]}}
+    recipe = _shared(changed, optimizer={"name": "adamw", "lr": 1e-4}, clip=0.1)
+    file = Path(raw["data"]["root"]) / "annotations/instances_train.json"
+    content = json.loads(file.read_text())
+    kept = {image["id"] for image in content["images"][:3]}
+    content["annotations"] = [each for each in content["annotations"] if each["image_id"] in kept]
+    (tmp_path / "few.json").write_text(json.dumps(content))
+    recipe = config.override(recipe, [f"data.train.annotations={tmp_path / 'few.json'}"])
+    assert _together(lambda rank: train(recipe, out=tmp_path / "run")) == [0, 0]
+    assert open_run(tmp_path / "run").metrics["processes"] == 2
 
 
 def test_processes_agree(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

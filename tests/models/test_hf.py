@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,19 @@ def test_it_learns_distills_predicts_and_comes_back(name: str, tmp_path: Path) -
     assert all(torch.equal(new[key], kept[key]) for key in kept if key not in changed)
 
 
+def test_how_far_the_teacher_runs_changes_nothing_in_the_student() -> None:
+    """It runs as a whole in the first step after a resume alone, and its loss would draw random points."""
+    pairs = KINDS["mask2former"].layers
+    distiller = build_distiller(
+        make("mask2former").train(), make("mask2former", seed=1), [config.Loss(name="pkd", pairs=pairs)]
+    )
+    batch, terms = distiller.student.prepare(images(), targets("mask2former")), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        terms.append(distiller(batch))
+    assert same(*terms)
+
+
 def from_pretrained(model: TaskModel, folder: Path) -> None:
     """Nothing of ours reads the folder: the same pixels, and the same outputs of the network."""
     network: Any = type(model.net)
@@ -178,6 +192,34 @@ def test_boxes_of_a_padded_image_come_back() -> None:
     (found,) = model.decode({"logits": logits, "pred_boxes": labels["boxes"][None]}, batch)
     assert torch.allclose(found["boxes"], given[0]["boxes"], atol=1e-4)
     assert (found["labels"].tolist(), found["scores"].tolist()) == ([2], [1.0])
+
+
+def test_boxes_without_area_do_not_train() -> None:
+    model: Any = make("rt_detr")
+    boxes = torch.tensor([[10.0, 10, 60, 70], [20, 20, 20, 40], [60, 30, 60, 50]])
+    boxes[2, 2] = boxes[2, 2].nextafter(torch.tensor(61.0))  # its corners coincide as fractions only
+    batch = model.prepare([images()[1]], [{"boxes": boxes, "labels": torch.tensor([1, 2, 3])}])
+    (labels,) = model._labels(batch)
+    assert labels["class_labels"].tolist() == [0]
+    assert model.loss(model(batch), batch)["detection"].isfinite()
+
+
+def test_a_network_that_diverged_is_said() -> None:
+    model = make("rt_detr")
+    batch = model.prepare(images(), targets("rt_detr"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    with pytest.raises(AcamkdError, match="boxes of RTDetrForObjectDetection are no longer finite: lower the learning"):
+        model(batch)
+
+
+@pytest.mark.parametrize("name", ["rt_detr", "segformer"])
+def test_whole_numbers_as_colors_make_floats(name: str) -> None:
+    model = make(name, mean=(0, 0, 0), std=(1, 1, 1))
+    assert model.mean.dtype == model.std.dtype == torch.float32
+    batch = model.prepare([torch.full((3, SIDE, SIDE), 51, dtype=torch.uint8)])
+    assert torch.allclose(model.normalize(batch), torch.tensor(0.2))
 
 
 @pytest.mark.parametrize(
@@ -259,3 +301,9 @@ except AcamkdError as error:
 """
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "pip install 'acamkd[hf]'" in ran.stdout
+
+
+def test_the_guides_table_is_up_to_date() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    page = runpy.run_path(str(docs / "generate_networks.py"))["page"]
+    assert page() == (docs / "guides/huggingface.md").read_text(encoding="utf-8"), "python docs/generate_networks.py"

@@ -167,6 +167,7 @@ def test_mean_and_std_follow_the_encoder() -> None:
     model = segmenter(backbone="tu-tf_efficientnet_lite0")
     assert model.mean.flatten().tolist() == [0.5, 0.5, 0.5]
     assert segmenter(mean=(0.1, 0.2, 0.3)).mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert segmenter(mean=(0, 0, 0)).mean.dtype == torch.float32
     assert segmenter(arch="unet", backbone="resnet18").std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import TypeAlias
 
@@ -236,7 +236,9 @@ class Distiller(nn.Module):
         # Not inference_mode: its tensors cannot enter a trainable projection.
         with torch.no_grad(), FeatureTap(self.teacher.net, names) as tap:
             with nullcontext() if whole else tap.early_stop():
-                self.teacher(batch)
+                # Without targets, for which some networks already draw random numbers in their forward: how far the
+                # teacher runs must not change what the student draws afterwards.
+                self.teacher(replace(batch, targets=None))
             return tap.features()
 
     def _task_gradients(

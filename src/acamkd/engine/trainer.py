@@ -233,6 +233,7 @@ def build_trainer(
     progress: bool,
     callbacks: Sequence[Callback] = (),
     trackers: Sequence[Tracker[Any]] = (),
+    skips_parameters: bool = False,
 ) -> L.Trainer:
     """Build a Lightning trainer that writes into the recorder's run folder.
 
@@ -242,6 +243,7 @@ def build_trainer(
         progress: Whether to draw a progress bar; otherwise a log line now and then gives the rate and the time left.
         callbacks: Further callbacks, called after the recorder and before the checkpoint is written.
         trackers: Get what the recorder logs, beside `logs/metrics.csv`.
+        skips_parameters: Whether the loss may leave parameters without a gradient, which processes must know.
 
     Raises:
         AcamkdError: The devices do not exist, a launcher has started another number of processes, or the processes
@@ -258,13 +260,14 @@ def build_trainer(
     loggers: list[Logger] = list(trackers)
     if any(logger.name == "csv" for logger in config.loggers):
         loggers.insert(0, CSVLogger(folder, name=None, version="logs", flush_logs_every_n_steps=20))
-    try:
-        trainer = L.Trainer(
+
+    def construct(strategy: str) -> L.Trainer:
+        return L.Trainer(
             default_root_dir=folder,
             accelerator=config.accelerator,
             devices=config.devices,
             num_nodes=config.num_nodes,
-            strategy=config.strategy,
+            strategy=strategy,
             sync_batchnorm=config.sync_batchnorm,
             precision=config.precision,
             max_epochs=config.epochs,
@@ -281,6 +284,11 @@ def build_trainer(
             enable_model_summary=False,
             use_distributed_sampler=False,  # acamkd's samplers divide the images themselves
         )
+
+    try:
+        trainer = construct(config.strategy)
+        if skips_parameters and trainer.world_size > 1 and config.strategy in ("auto", "ddp"):
+            trainer = construct("ddp_find_unused_parameters_true")
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         keys = ("accelerator", "devices", "num_nodes", "strategy", "precision")
         given = ", ".join(f"{key} {getattr(config, key)}" for key in keys)

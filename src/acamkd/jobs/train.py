@@ -31,6 +31,7 @@ from acamkd.engine.runs import LOG, RECIPE, TERMINATED, Role, Run, default_folde
 from acamkd.engine.threads import ThreadChoice
 from acamkd.engine.trackers import build_trackers, check_installed
 from acamkd.engine.trainer import Recorder, build_trainer
+from acamkd.engine.unreached import Unreached
 from acamkd.errors import AcamkdError
 from acamkd.jobs.profile import Estimate, estimate
 from acamkd.jobs.setup import Batches, build_network, describe_lead, teacher_section, with_normalization
@@ -200,8 +201,9 @@ def _fit(
     chosen = ThreadChoice()
     trackers = build_trackers(recipe, run.folder)
     trainer = build_trainer(
-        recipe.train, recorder, progress=shows_progress(sys.stdout), callbacks=[*watching, chosen], trackers=trackers
-    )
+        recipe.train, recorder, progress=shows_progress(sys.stdout), callbacks=[*watching, chosen, Unreached()],
+        trackers=trackers, skips_parameters=distiller.student.skips_parameters,
+    )  # fmt: skip
     if len(batches.splits["val"]) < trainer.world_size:
         raise AcamkdError(
             f"data.val has too few validation images for {trainer.world_size} processes: "

@@ -39,6 +39,9 @@ VOID = 255
 PixelSize: TypeAlias = tuple[int, int]
 """(height, width)."""
 
+Kernel: TypeAlias = Literal["plain", "smooth", "bilinear", "bicubic"]
+"""How an exported file's reader resizes: bilinear on floats without antialiasing or with it, or Pillow on 8 bits."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -80,6 +83,27 @@ def to_device(
         [image.to(device) for image in images],
         [{name: value.to(device) for name, value in target.items()} for target in targets],
     )
+
+
+@dataclass(frozen=True)
+class ExportForm:
+    """How `acamkd export` writes a network as an ONNX file, and what the file's reader does with an image before.
+
+    Attributes:
+        outputs: From pixels (N, 3, H, W), RGB in [0, 1] and not normalized, to the file's outputs by name.
+            Segmentation: `logits` (N, K, H, W). Detection: `boxes` (N, Q, 4), x1 y1 x2 y2 in pixels of the input,
+            `scores` (N, Q) and `labels` (N, Q) from 1, best first. No suppression follows.
+        resize: (height, width) of the input, its short and long side, or None for each image's own size.
+        multiple: Inputs are padded with the mean color, on the right and at the bottom, to multiples of this.
+        kernel: How images are resized.
+        is_traced: Whether PyTorch's older exporter writes the file, which traces, rather than `torch.export`.
+    """
+
+    outputs: Callable[[Tensor], Mapping[str, Tensor]]
+    resize: PixelSize | ShortLong | None
+    multiple: int = 1
+    kernel: Kernel = "smooth"
+    is_traced: bool = False
 
 
 @contextmanager
@@ -126,6 +150,10 @@ class TaskModel(nn.Module, ABC):
 
     task: ClassVar[Task]
 
+    skips_parameters: ClassVar[bool] = False
+    """Whether the loss of some batches leaves some parameters without a gradient; several processes then look for them
+    in each step."""
+
     def __init__(self, net: nn.Module, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.net = net
@@ -157,6 +185,14 @@ class TaskModel(nn.Module, ABC):
             weights: The file that has just been written.
             classes: Class names in the order of their ids.
         """
+
+    def export_form(self) -> ExportForm:
+        """How `acamkd export` writes this network as an ONNX file.
+
+        Raises:
+            AcamkdError: It cannot be exported; the base class always raises this.
+        """
+        raise AcamkdError(f"{type(self).__name__} cannot be exported: its class does not define `export_form`")
 
     def normalize(self, batch: Batch) -> Tensor:
         """Pixels as this network expects them, (N, 3, H, W); teacher and student may expect different ones."""

@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode
 from acamkd.config import ShortLong
 from acamkd.errors import AcamkdError
 from acamkd.files import written_whole
-from acamkd.models.base import Batch, Outputs, PixelSize, Target, TaskModel
+from acamkd.models.base import Batch, ExportForm, Kernel, Outputs, PixelSize, Target, TaskModel
 from acamkd.models.hf_kinds import Kind
 from acamkd.models.resize import frame_size
 
@@ -88,6 +88,7 @@ class HFModel(TaskModel):
     """
 
     net: Any
+    skips_parameters = True
 
     def __init__(
         self, net: nn.Module, kind: Kind, num_classes: int, processor: Any, preprocessing: Preprocessing
@@ -153,12 +154,44 @@ class HFModel(TaskModel):
         """The network's arguments but its labels."""
         inputs = {"pixel_values": self.normalize(batch)}
         if self.kind.is_masked:
-            inputs["pixel_mask"] = mask = batch.pixels.new_zeros(
-                (len(batch.sizes), *batch.input_size), dtype=torch.long
-            )
-            for canvas, (h, w) in zip(mask, batch.sizes, strict=True):
-                canvas[:h, :w] = 1
+            (height, width), pixels = batch.input_size, batch.pixels
+            ends = torch.tensor(batch.sizes, device=pixels.device)[:, :, None, None]  # (N, 2, 1, 1)
+            down, across = (torch.arange(side, device=pixels.device) for side in (height, width))
+            inside = (down[:, None] < ends[:, 0]) & (across < ends[:, 1])
+            inputs["pixel_mask"] = inside.long().expand(len(pixels), -1, -1)
         return inputs
+
+    def export_form(self) -> ExportForm:
+        """One input size, and any batch size.
+
+        Raises:
+            AcamkdError: Neither the recipe nor the network's own rule names one size.
+        """
+        size, kernel = self.preprocessing.resize, self._kernel
+        if not isinstance(size, tuple):
+            raise AcamkdError(
+                f"{type(self.net).__name__} is exported for one input size: --set data.resize='[HEIGHT, WIDTH]'"
+            )
+
+        def outputs(pixels: Tensor) -> Mapping[str, Tensor]:
+            return self.exported(Batch(pixels, [size], [size]))
+
+        return ExportForm(outputs, size, self.multiple, kernel, self.kind.is_traced)
+
+    @property
+    def _kernel(self) -> Kernel:
+        bicubic = self.preprocessing.interpolation is InterpolationMode.BICUBIC
+        if self.kind.rounds:
+            return "bicubic" if bicubic else "bilinear"
+        if bicubic:
+            raise AcamkdError(
+                f"{type(self.net).__name__} resizes by bicubic interpolation, which exported files do not"
+            )
+        return "plain"
+
+    @abstractmethod
+    def exported(self, batch: Batch) -> Mapping[str, Tensor]:
+        """What an exported file gives; the batch's images have one size, which it names once."""
 
     @property
     @abstractmethod

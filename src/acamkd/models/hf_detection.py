@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from acamkd.errors import AcamkdError
 from acamkd.models.base import Batch, Outputs, Prediction, Target
 from acamkd.models.detection import single_objects
 from acamkd.models.hf_base import HFModel
@@ -22,14 +24,6 @@ class HFDetector(HFModel):
 
     task = "detection"
 
-    @property
-    def max_detections(self) -> int:
-        """The number of queries."""
-        settings = self.net.config.to_dict()
-        if settings.get("two_stage") and "two_stage_num_proposals" in settings:
-            return int(settings["two_stage_num_proposals"])
-        return int(settings[("num_queries" if "num_queries" in settings else "num_detection_tokens")])
-
     def with_targets(self, batch: Batch, targets: Sequence[Target]) -> Batch:
         """Scale the boxes with the images."""
         moved = []
@@ -41,7 +35,15 @@ class HFDetector(HFModel):
     def forward(self, batch: Batch) -> Outputs:
         """Give `logits` (N, Q, K), `pred_boxes` (N, Q, 4) and, where there are targets, `loss`."""
         labels = self._labels(batch)
-        outputs = self.net(**self.inputs(batch), labels=labels)
+        try:
+            outputs = self.net(**self.inputs(batch), labels=labels)
+        except ValueError as error:  # of the matching, which checks its boxes and its costs
+            if not re.search("corner|invalid numeric", str(error)):
+                raise
+            raise AcamkdError(
+                f"the boxes of {type(self.net).__name__} are no longer finite: lower the learning rate, or clip the "
+                "gradient (train.clip)"
+            ) from error
         found = {"logits": outputs.logits.float(), "pred_boxes": outputs.pred_boxes.float()}
         return found if labels is None else {**found, "loss": outputs.loss.float()}
 
@@ -54,7 +56,10 @@ class HFDetector(HFModel):
             if bool((target["labels"] > self.num_classes).any()):
                 return None  # a teacher of other classes, whose loss nobody asks for
             boxes = box_convert(target["boxes"].float(), "xyxy", "cxcywh") / unit
-            labels.append({"class_labels": target["labels"] - 1, "boxes": boxes})
+            # The losses make corners of them again: where those coincide, a loss would not be a number.
+            corners = box_convert(boxes, "cxcywh", "xyxy")
+            solid = (corners[:, 2:] > corners[:, :2]).all(dim=1)
+            labels.append({"class_labels": target["labels"][solid] - 1, "boxes": boxes[solid]})
         return labels
 
     def _units(self, batch: Batch) -> Tensor:
@@ -69,19 +74,29 @@ class HFDetector(HFModel):
 
     def decode(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
         """Every query's box, best first; without a class for nothing, a query may stand for several classes."""
+        scores, labels, corners = self._best(outputs)
+        predictions = []
+        per_image = (corners, scores, labels, self._units(batch), batch.sizes, batch.original_sizes)
+        for boxes, score, label, unit, size, original in zip(*per_image, strict=True):
+            scale = torch.tensor([original[1] / size[1], original[0] / size[0]] * 2, device=boxes.device)
+            predictions.append({"boxes": boxes * unit * scale, "scores": score, "labels": label})
+        return predictions
+
+    def exported(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Every query's box in pixels of the input, best first."""
+        scores, labels, corners = self._best(self(batch))
+        return {"boxes": corners * self._units(batch)[0], "scores": scores, "labels": labels}
+
+    def _best(self, outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores (N, Q), best first, labels (N, Q), and boxes (N, Q, 4), x1 y1 x2 y2 as fractions."""
         logits = outputs["logits"]
         queries, classes = logits.shape[1], logits.shape[2]
         if self.kind.has_none_class:
-            scores, labels = logits.softmax(-1)[..., :-1].max(-1)
-            scores, picked = scores.sort(dim=1, descending=True, stable=True)
+            best, labels = logits.softmax(-1)[..., :-1].max(-1)
+            scores, picked = best.topk(queries)
             labels = labels.gather(1, picked)
         else:
             scores, flat = logits.sigmoid().flatten(1).topk(queries)
             picked, labels = flat // classes, flat % classes
-        predictions = []
-        per_image = (outputs["pred_boxes"], picked, scores, labels, self._units(batch), batch.sizes)
-        for boxes, indices, score, label, unit, size, original in zip(*per_image, batch.original_sizes, strict=True):
-            scale = torch.tensor([original[1] / size[1], original[0] / size[0]] * 2, device=boxes.device)
-            corners = box_convert(boxes[indices], "cxcywh", "xyxy") * unit * scale
-            predictions.append({"boxes": corners, "scores": score, "labels": label + 1})
-        return predictions
+        boxes = outputs["pred_boxes"].gather(1, picked[..., None].expand(-1, -1, 4))
+        return scores, labels + 1, box_convert(boxes, "cxcywh", "xyxy")

@@ -37,6 +37,8 @@ class Kind:
         is_fixed: Whether it takes images of one size alone, its configuration's `image_size`.
         rounds: Whether its image processor resizes whole numbers with antialiasing, and rounds; else floats without.
         multiple: The number that the sides of the padded input must be a multiple of.
+        is_traced: Whether PyTorch's older exporter writes it as ONNX. `torch.export` fails on hybrid encoders, and is
+            slower; tracing fails on antialiased resizing, on free pooling and on masks at a free batch size.
     """
 
     output: Output
@@ -48,6 +50,7 @@ class Kind:
     is_fixed: bool = False
     rounds: bool = True
     multiple: Callable[[Options], int] = lambda _: STRIDE
+    is_traced: bool = False
 
     @property
     def task(self) -> Task:
@@ -86,13 +89,18 @@ def _windows(side: Callable[[int], int]) -> Callable[[Options], int]:
 
 _PYRAMID = ("model.encoder.fpn_blocks.1", "model.encoder.pan_blocks.0", "model.encoder.pan_blocks.1")
 
-_HYBRID = Kind("boxes", _PYRAMID, "model.backbone", "RTDetrImageProcessor")
+_HYBRID = Kind("boxes", _PYRAMID, "model.backbone", "RTDetrImageProcessor", is_traced=True)
+
+_EOMT = Kind(
+    "queries", ("upscale_block@0",), "layers", "EomtImageProcessor",
+    is_fixed=True, multiple=_patches, is_traced=True,
+)  # fmt: skip
 
 KINDS: Mapping[str, Kind] = {
     "rt_detr": _HYBRID,
     "rt_detr_v2": _HYBRID,
     "d_fine": _HYBRID,
-    "deimv2": Kind("boxes", _PYRAMID, "model.conv_encoder", "RTDetrImageProcessor"),
+    "deimv2": Kind("boxes", _PYRAMID, "model.conv_encoder", "RTDetrImageProcessor", is_traced=True),
     "rf_detr": Kind(
         "boxes", ("model.backbone.projector",), "model.backbone.backbone", "RfDetrImageProcessor",
         is_masked=True, rounds=False, multiple=_windows(lambda number: number),
@@ -117,26 +125,28 @@ KINDS: Mapping[str, Kind] = {
     ),
     "yolos": Kind(
         "boxes", ("vit.encoder.layer.{last}#{patch}+1",), "vit", "YolosImageProcessor",
-        has_none_class=True, multiple=_patches,
+        has_none_class=True, multiple=_patches, is_traced=True,
     ),
     "segformer": Kind(
         "map", (*(f"segformer.stages.{stage}" for stage in range(4)), "decode_head"), "segformer",
-        "SegformerImageProcessor",
+        "SegformerImageProcessor", is_traced=True,
     ),
     "upernet": Kind(
         "map", (*(f"decode_head.fpn_convs.{level}" for level in (2, 1, 0)), "decode_head"), "backbone",
         "SegformerImageProcessor",
     ),
-    "dpt": Kind("map", ("neck:*", "head.head.4"), "dpt", "DPTImageProcessor", multiple=_patches),
+    "dpt": Kind(
+        "map", ("neck:*", "head.head.4"), "dpt", "DPTImageProcessor", multiple=_patches, is_traced=True
+    ),
     "beit": Kind("map", ("fpn:*", "decode_head"), "beit", "BeitImageProcessor", multiple=_patches),
-    "mobilevit": Kind("map", ("segmentation_head.aspp", "segmentation_head"), "mobilevit", "MobileViTImageProcessor"),
+    "mobilevit": Kind(
+        "map", ("segmentation_head.aspp", "segmentation_head"), "mobilevit", "MobileViTImageProcessor", is_traced=True
+    ),
     "mask2former": Kind(
         "queries", ("model.pixel_level_module.decoder:mask_features",), "model.pixel_level_module.encoder",
-        "Mask2FormerImageProcessor", is_masked=True,
+        "Mask2FormerImageProcessor", is_masked=True, is_traced=True,
     ),
-    "eomt": Kind("queries", ("upscale_block@0",), "layers", "EomtImageProcessor", is_fixed=True, multiple=_patches),
-    "eomt_dinov3": Kind(
-        "queries", ("upscale_block@0",), "layers", "EomtImageProcessor", is_fixed=True, multiple=_patches
-    ),
+    "eomt": _EOMT,
+    "eomt_dinov3": _EOMT,
 }  # fmt: skip
 """By transformers' name of the model type."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,10 @@ class HFSegmenter(HFModel):
     def decode(self, outputs: Outputs, batch: Batch) -> list[Prediction]:
         """Best class of every pixel; logits are brought to the image's size first."""
         return best_classes(self.scores(outputs, batch), batch)
+
+    def exported(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Scores of the classes at every pixel, under the name that segmenters' files give them."""
+        return {"logits": self.scores(self(batch), batch)}
 
     def scores(self, outputs: Outputs, batch: Batch) -> Tensor:
         """Scores of the classes at every pixel of the input, (N, K, H, W)."""

@@ -70,7 +70,7 @@ def test_detections_are_those_of_torchvision(arch: str) -> None:
     batch = model.prepare([torch.rand(3, 80, 256)])
     assert batch.sizes == [(160, 256)]
     (expected,) = model.decode(model(batch), batch)
-    scores, boxes, levels = (output.numpy() for output in DenseGraph(model)(batch.pixels))  # type: ignore[arg-type]
+    scores, boxes, levels = (output.numpy() for output in DenseGraph(model, None)(batch.pixels))  # type: ignore[arg-type]
     settings = {"score_threshold": 0.4, "candidates": 60, "iou_threshold": 0.5, "detections": 40}
     found = detections(scores[0], boxes[0], levels, (160, 256), settings)
     assert 5 < len(found["scores"]) <= 40

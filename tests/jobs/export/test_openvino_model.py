@@ -75,6 +75,7 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypa
 
     class Graph:
         output_names = ("logits",)
+        has_queries = False
         model = SimpleNamespace(prepare=lambda images: SimpleNamespace(pixels=images[0][None] / 255))
 
         def __call__(self, pixels: Any) -> Any:

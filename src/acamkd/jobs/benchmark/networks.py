@@ -11,7 +11,7 @@ from acamkd import config
 from acamkd.engine.runs import Run, as_run, open_run
 from acamkd.errors import AcamkdError
 from acamkd.jobs.export.export import require
-from acamkd.jobs.export.graph import build_graph, write_graph
+from acamkd.jobs.export.graph import build_graph, needs_nms, write_graph
 from acamkd.jobs.export.onnx_model import OnnxModel
 from acamkd.models.base import TaskModel
 from acamkd.report.answers import BASELINE, DISTILLED, TEACHER
@@ -106,10 +106,7 @@ def write_file(network: Network, folder: Path, recipe: config.Recipe) -> Path:
     require("onnx", "onnxruntime", "onnxscript")
     assert network.build is not None
     model, resize = network.build(), recipe.data.resize
-    try:
-        graph = build_graph(model, resize, with_nms=False)
-    except AcamkdError:  # suppression between two stages has to be in the graph
-        graph = build_graph(model, resize, with_nms=True)
+    graph = build_graph(model, resize, with_nms=needs_nms(model))
     file = folder / f"{network.name}.onnx"
     log.info("writing the graph of the %s", network.name)
     write_graph(graph, file, recipe)

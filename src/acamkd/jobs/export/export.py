@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import torch
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -31,9 +29,10 @@ from acamkd.errors import AcamkdError
 from acamkd.files import check_writable
 from acamkd.jobs.export import onnx_benchmark, onnx_forms, onnx_model, openvino_model
 from acamkd.jobs.export.card import write_card
-from acamkd.jobs.export.graph import DetectionsGraph, Graph, build_graph, write_graph
+from acamkd.jobs.export.graph import Graph, build_graph, write_graph
 from acamkd.jobs.export.onnx_model import ExportedModel, OnnxModel, Pixels
 from acamkd.jobs.export.openvino_model import OpenVinoModel, write_openvino
+from acamkd.jobs.export.parity import compare_outputs, compare_scores
 from acamkd.jobs.export.quantize import CALIBRATION_IMAGES, Quantized, quantize
 from acamkd.models.base import TaskModel
 from acamkd.progress import progress
@@ -42,14 +41,6 @@ log = logging.getLogger(__name__)
 
 CARD = "README.md"
 """The model card, by the name under which the Hub shows it."""
-
-LARGEST_DIFFERENCE = 1e-3
-"""Allowed difference between the outputs of the two runtimes, as a share of an output's largest value."""
-
-LARGEST_METRIC_DIFFERENCE = 0.1
-"""Allowed difference between the runtimes' metrics, in points."""
-
-COMPARED_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -156,7 +147,7 @@ def export(
         log.info("writing the graph of %s", run.weights)
         write_graph(graph, file, recipe)
         exported = OnnxModel(file, threads=threads())
-        difference, relative = _compare_outputs(graph, exported, images)
+        difference, relative = compare_outputs(graph, exported, images)
         measured = _measure(run, model, exported, images)
         small, quantized = folder / f"{run.role}.int8.onnx", None
         if int8:
@@ -170,7 +161,9 @@ def export(
             for each in (file, small) if quantized else (file,):
                 measured += (_write_openvino(run, graph, each, images, pytorch, max_drop),)
         figures = Export(out, METRICS[recipe.task], difference, relative, measured, threads(), len(images), quantized)
-        shutil.copyfile(run.weights, folder / run.weights.name)
+        kept = folder / run.weights.name
+        shutil.copyfile(run.weights, kept)
+        model.write_config(kept, images.classes)
         for module in (onnx_model, onnx_forms, onnx_benchmark):
             shutil.copy(str(module.__file__), folder)
         write_card(folder / CARD, run, model, exported, figures, license)
@@ -219,45 +212,11 @@ def require(*packages: str, extra: str = "export") -> None:
         raise AcamkdError(f"export needs {', '.join(missing)}: pip install '.[{extra}]' in the checkout")
 
 
-@torch.no_grad()
-def _compare_outputs(
-    graph: Graph, exported: ExportedModel, images: ImageDataset, runtime: str = "onnxruntime"
-) -> tuple[float, float]:
-    """Largest difference of any output on real images, absolute and as a share of the output's largest value."""
-    largest = relative = 0.0
-    for index in range(min(COMPARED_IMAGES, len(images))):
-        pixels = graph.model.prepare([images[index][0]]).pixels
-        names: tuple[str, ...] = graph.output_names
-        if isinstance(graph, DetectionsGraph):
-            names = ("scores",)  # rounding may swap or add boxes: only sorted scores are compared
-        else:
-            pixels = pixels.expand(1 + index % 2, -1, -1, -1)  # batches of different sizes
-        expected = dict(zip(graph.output_names, graph(pixels), strict=True))
-        actual = exported.run(pixels.numpy())
-        for name in names:
-            ours, theirs = expected[name].numpy(), actual[name]
-            if isinstance(graph, DetectionsGraph):
-                count = min(len(ours), len(theirs))
-                ours, theirs = ours[:count], theirs[:count]
-            if ours.shape != theirs.shape:
-                raise AcamkdError(f"the exported file is wrong: {name} has shape {theirs.shape}, not {ours.shape}")
-            difference = float(np.abs(ours - theirs).max(initial=0))
-            largest = max(largest, difference)
-            relative = max(relative, difference / max(float(np.abs(ours).max(initial=0)), 1e-12))
-    log.info("largest difference between %s and PyTorch: %.1e, %.1e relative", runtime, largest, relative)
-    if not relative <= LARGEST_DIFFERENCE:
-        raise AcamkdError(
-            f"the exported file is wrong: its outputs by {runtime} differ from PyTorch's by {relative:.1e} of their "
-            f"largest value (allowed: {LARGEST_DIFFERENCE:g}); nothing was written"
-        )
-    return largest, relative
-
-
 def _measure(run: Run, model: TaskModel, exported: OnnxModel, images: ImageDataset) -> tuple[Measured, ...]:
     """Score and time every network; raises AcamkdError where the two runtimes' scores differ."""
     log.info("scoring %d images by PyTorch and by onnxruntime", len(images))
     ours, theirs = _score(run, model, exported, images)
-    _compare_scores(METRICS[model.task], ours, theirs, "onnxruntime")
+    compare_scores(METRICS[model.task], ours, theirs, "onnxruntime")
     by_pytorch = Measured(run.role, "PyTorch", ours, cost(model, images[0][0]))
     return (*_measure_teacher(run, images), by_pytorch, _timed(exported, "onnxruntime", theirs, images, by_pytorch))
 
@@ -309,8 +268,8 @@ def _write_openvino(
     exported = OpenVinoModel(out, threads=threads(), precision="f32")
     scores = _score_file(run, exported, images)
     if not is_int8:
-        _compare_outputs(graph, exported, images, "OpenVINO")
-        _compare_scores(metric, pytorch.scores, scores, "OpenVINO")
+        compare_outputs(graph, exported, images, "OpenVINO")
+        compare_scores(metric, pytorch.scores, scores, "OpenVINO")
     elif not pytorch.scores[metric] - scores[metric] <= max_drop:
         raise AcamkdError(
             f"INT8 loses more in OpenVINO than in onnxruntime: {metric} {pytorch.scores[metric]:.2f} before, "
@@ -328,16 +287,6 @@ def _timed(
     exported.predict(array)
     spent = replace(other.cost, milliseconds=median_milliseconds(lambda: exported.predict(array)))
     return Measured(other.network, runtime, scores, spent)
-
-
-def _compare_scores(metric: str, ours: Mapping[str, float], theirs: Mapping[str, float], runtime: str) -> None:
-    """Raise AcamkdError if the metric by a runtime differs from PyTorch's."""
-    same = abs(ours[metric] - theirs[metric]) <= LARGEST_METRIC_DIFFERENCE
-    if not (same or (math.isnan(ours[metric]) and math.isnan(theirs[metric]))):
-        raise AcamkdError(
-            f"the exported file is wrong: {metric} {theirs[metric]:.2f} by {runtime}, {ours[metric]:.2f} by PyTorch; "
-            "nothing was written"
-        )
 
 
 def _score(

@@ -7,7 +7,7 @@ import logging
 import warnings
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,16 @@ from torch import Tensor, nn
 from acamkd import __version__, config
 from acamkd.errors import AcamkdError
 from acamkd.jobs.export.tracing import constant_same_padding, maps_added_in_turn, time_limit
-from acamkd.models.base import Batch, TaskModel
+from acamkd.models.base import Batch, ExportForm, TaskModel
 from acamkd.models.detection import DenseDetector, Detector, FCOSDetector
-from acamkd.models.hf_base import HFModel
 from acamkd.models.reppoints import RepPointsDetector
 from acamkd.models.segmentation import STRIDE, Segmenter
+
+Resize: TypeAlias = config.Size | config.ShortLong | None
+"""A recipe's `data.resize`."""
+
+BOXES = ("boxes", "scores", "labels")
+"""Outputs of a graph whose boxes are final."""
 
 ADVICE = {
     False: "a fixed input size may work: --set data.resize='[HEIGHT, WIDTH]'",
@@ -34,20 +39,37 @@ class Graph(nn.Module):
     Args:
         model: The network, in eval mode.
         output_names: Names of the outputs of `forward`.
+        resize: How images are resized before; a recipe's `data.resize`.
+        multiple: The number that the sides of the input are a multiple of.
+        is_traced: Whether PyTorch's older exporter writes the file.
     """
 
-    def __init__(self, model: TaskModel, *output_names: str) -> None:
+    def __init__(
+        self, model: TaskModel, *output_names: str, resize: Resize, multiple: int = STRIDE, is_traced: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.output_names = output_names
+        self.resize = resize
+        self.multiple = multiple
+        self.is_traced = is_traced
         self.eval()  # the exporters restore the mode that they find
+
+    @property
+    def has_queries(self) -> bool:
+        """Whether the boxes are final, and many in each image of a batch."""
+        return False
+
+    def settings(self) -> dict[str, Any]:
+        """Metadata that only some graphs have."""
+        return {}
 
 
 class SegmentationGraph(Graph):
     """`logits` (N, K, H, W)."""
 
-    def __init__(self, model: Segmenter) -> None:
-        super().__init__(model, "logits")
+    def __init__(self, model: Segmenter, resize: Resize) -> None:
+        super().__init__(model, "logits", resize=resize)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """See the class."""
@@ -59,8 +81,8 @@ class DenseGraph(Graph):
 
     model: DenseDetector
 
-    def __init__(self, model: DenseDetector) -> None:
-        super().__init__(model, "scores", "boxes", "levels")
+    def __init__(self, model: DenseDetector, resize: Resize) -> None:
+        super().__init__(model, "scores", "boxes", "levels", resize=resize)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
         """See the class."""
@@ -76,12 +98,21 @@ class DenseGraph(Graph):
         levels = torch.cat([torch.full((count,), level) for level, count in enumerate(counts)])
         return scores, boxes, levels
 
+    def settings(self) -> dict[str, Any]:
+        """The thresholds and limits of the suppression that follows."""
+        net = self.model.net
+        nms = {
+            "score_threshold": net.score_thresh, "candidates": net.topk_candidates, "iou_threshold": net.nms_thresh,
+            "detections": net.detections_per_img,
+        }  # fmt: skip
+        return {"nms": nms}
+
 
 class DetectionsGraph(Graph):
     """`boxes` (K, 4) in the padded input, `scores` and `labels` (K,) of one image of fixed size, after suppression."""
 
     def __init__(self, model: Detector, size: tuple[int, int]) -> None:
-        super().__init__(model, "boxes", "scores", "labels")
+        super().__init__(model, *BOXES, resize=size, is_traced=True)
         self.size = size
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
@@ -91,9 +122,36 @@ class DetectionsGraph(Graph):
         return tuple(found[name] for name in self.output_names)
 
 
-def build_graph(
-    model: TaskModel, resize: config.Size | config.ShortLong | None, *, with_nms: bool, openvino: bool = False
-) -> Graph:
+class FormGraph(Graph):
+    """What a network's `export_form` gives."""
+
+    def __init__(self, model: TaskModel, form: ExportForm) -> None:
+        names = ("logits",) if model.task == "segmentation" else BOXES
+        super().__init__(model, *names, resize=form.resize, multiple=form.multiple, is_traced=form.is_traced)
+        self.form = form
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """See the class."""
+        outputs = self.form.outputs(pixels)
+        return tuple(outputs[name] for name in self.output_names)
+
+    @property
+    def has_queries(self) -> bool:
+        """See the base class."""
+        return self.model.task == "detection"
+
+    def settings(self) -> dict[str, Any]:
+        """What the file's reader does with an image."""
+        resize = self.resize.model_dump() if isinstance(self.resize, config.ShortLong) else self.resize
+        return {"preparation": {"resize": resize, "multiple": self.multiple, "kernel": self.form.kernel}}
+
+
+def needs_nms(model: TaskModel) -> bool:
+    """Whether a network can be exported only with its non-maximum suppression, which lies between its two stages."""
+    return isinstance(model, Detector) and not isinstance(model, DenseDetector)
+
+
+def build_graph(model: TaskModel, resize: Resize, *, with_nms: bool, openvino: bool = False) -> Graph:
     """Choose the graph to export.
 
     Args:
@@ -105,20 +163,16 @@ def build_graph(
     Raises:
         AcamkdError: The network has no such graph.
     """
+    if with_nms and model.task == "segmentation":
+        raise AcamkdError("--with-nms: segmentation has no non-maximum suppression; leave the option out")
     if isinstance(model, Segmenter):
-        if with_nms:
-            raise AcamkdError("--with-nms: segmentation has no non-maximum suppression; leave the option out")
-        return SegmentationGraph(model)
-    if isinstance(model, HFModel):
-        raise AcamkdError(
-            f"{type(model.net).__name__}: networks of transformers have no export to ONNX yet, neither in float nor in "
-            "INT8; their run folder loads in transformers (docs/guides/huggingface.md)"
-        )
+        return SegmentationGraph(model, resize)
     if not isinstance(model, Detector):
-        raise AcamkdError(
-            f"{type(model).__name__} cannot be exported: only torchvision's detectors and segmenters that turn pixels "
-            "into logits can"
-        )
+        if with_nms:
+            raise AcamkdError(
+                f"--with-nms: {type(model.net).__name__} has no non-maximum suppression of ours; leave the option out"
+            )
+        return FormGraph(model, model.export_form())
     if isinstance(model, RepPointsDetector) and (with_nms or openvino):
         option, why = (
             ("--with-nms", "PyTorch's older exporter cannot write, and no other writes the suppression")
@@ -135,32 +189,33 @@ def build_graph(
             f"{type(model.net).__name__} suppresses boxes between its two stages, so that backbone and head cannot be "
             "exported alone: use --with-nms, which writes the full graph for single images"
         )
-    return DenseGraph(model)
+    return DenseGraph(model, resize)
 
 
 def write_graph(graph: Graph, file: Path, recipe: config.Recipe) -> None:
     """Write an ONNX file with the metadata that OnnxModel needs; raises AcamkdError if PyTorch cannot.
 
-    The batch size stays free, and so does the input size unless the recipe's `resize` fixes it. With suppression, which
-    only the legacy exporter can write, both are fixed.
+    The batch size stays free, and so does the input size unless `resize` fixes it. With suppression both are fixed.
     """
     what = type(graph.model.net).__name__
-    resize = recipe.data.resize
     names: dict[str, Any] = {"input_names": ["pixels"], "output_names": list(graph.output_names)}
-    fixed = isinstance(resize, tuple)
+    fixed = isinstance(graph.resize, tuple)
     # Every feature map must be larger than 1 x 1 here, or the graph would accept only maps of size 1.
-    frame = [-(-side // STRIDE) * STRIDE for side in resize] if isinstance(resize, tuple) else [8 * STRIDE, 12 * STRIDE]
+    sides = graph.resize if isinstance(graph.resize, tuple) else (8 * STRIDE, 12 * STRIDE)
+    frame = [-(-side // graph.multiple) * graph.multiple for side in sides]
+    single = isinstance(graph, DetectionsGraph)
+    example = (torch.rand(1 if single else 2, 3, *frame),)
+    free = {0: "batch"} if fixed else {0: "batch", 2: "height", 3: "width"}
     try:
         with warnings.catch_warnings(), maps_added_in_turn(), time_limit(f"PyTorch's export of {what}", ADVICE[fixed]):
             warnings.simplefilter("ignore")  # about deprecation, and about shapes taken as constants
-            if isinstance(graph, DetectionsGraph):
-                torch.onnx.export(graph, (torch.rand(1, 3, *frame),), file, dynamo=False, **names)
+            if graph.is_traced:
+                axes = {} if single else {"pixels": free, **{name: {0: "batch"} for name in graph.output_names}}
+                torch.onnx.export(graph, example, file, dynamo=False, dynamic_axes=axes, **names)
             else:
-                shapes = {0: "batch"} if fixed else {0: "batch", 2: "height", 3: "width"}
-                example = (torch.rand(2, 3, *frame),)
                 with nullcontext() if fixed else constant_same_padding(graph):
                     program = torch.onnx.export(
-                        graph, example, dynamo=True, verbose=False, dynamic_shapes=(shapes,), **names
+                        graph, example, dynamo=True, verbose=False, dynamic_shapes=(free,), **names
                     )
                 assert program is not None
                 program.save(file, external_data=False)
@@ -179,21 +234,14 @@ def _batch(pixels: Tensor) -> Batch:
 
 
 def _metadata(graph: Graph, recipe: config.Recipe) -> dict[str, Any]:
-    net = graph.model.net
     return {
         "acamkd_version": __version__,
         "task": recipe.task,
         "classes": recipe.data.classes,
         "resize": recipe.data.model_dump()["resize"],
         "mean": graph.model.mean.flatten().tolist(),
-        "nms": {
-            "score_threshold": net.score_thresh,
-            "candidates": net.topk_candidates,
-            "iou_threshold": net.nms_thresh,
-            "detections": net.detections_per_img,
-        }
-        if isinstance(graph, DenseGraph)
-        else None,
+        "nms": None,
+        **graph.settings(),
     }
 
 

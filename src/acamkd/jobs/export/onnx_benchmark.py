@@ -255,7 +255,7 @@ def main() -> None:
 
 def _noise(file: Path) -> onnx_model.Pixels:
     """An image of the size that a network sees, so that it need not be resized."""
-    size = onnx_model.OnnxModel(file).metadata["resize"] or (480, 640)
+    size = onnx_model.OnnxModel(file).preparation["resize"] or (480, 640)
     height, width = (size["short"], size["long"]) if isinstance(size, Mapping) else size
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
 

@@ -96,8 +96,8 @@ class ExportedForm(Form):
 
     @property
     def takes_batches(self) -> bool:
-        """Not where suppression is a part of the graph."""
-        return self.model.metadata["nms"] is not None or self.model.task == "segmentation"
+        """See ExportedModel."""
+        return self.model.takes_batches
 
     def prepare(self, images: Sequence[onnx_model.Pixels]) -> Any:
         """The graph's input, and each image's size in it and outside."""

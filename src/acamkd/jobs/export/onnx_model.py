@@ -41,6 +41,9 @@ STRIDE = 32
 METADATA = ("acamkd_version", "task", "classes", "resize", "mean", "nms")
 """Metadata entries that the export writes, each as JSON."""
 
+PREPARATION = "preparation"
+"""Metadata entry of networks that prepare their images in a way of their own: `resize`, `multiple` and `kernel`."""
+
 
 class ExportedModel(ABC):
     """An exported network that predicts on images, in any runtime.
@@ -48,7 +51,8 @@ class ExportedModel(ABC):
     The graph takes `pixels` (N, 3, H, W), RGB in [0, 1], and normalizes them itself. A segmenter gives `logits`
     (N, K, H, W). A dense detector gives `scores` (N, A, K + 1), with the background in column 0, `boxes` (N, A, 4) as
     x1 y1 x2 y2 in pixels of the padded input, and `levels` (A,), each anchor's pyramid level. A detector exported with
-    its non-maximum suppression takes one image and gives its `boxes` (K, 4), `scores` (K,) and `labels` (K,).
+    its non-maximum suppression takes one image and gives its `boxes` (K, 4), `scores` (K,) and `labels` (K,). A query
+    detector gives the same with a first dimension N.
 
     Args:
         metadata: Entries that the export wrote into the file; acamkd's guide to exports lists them.
@@ -63,6 +67,15 @@ class ExportedModel(ABC):
         self.metadata = metadata
         self.task: str = metadata["task"]
         self.classes: tuple[str, ...] = tuple(metadata["classes"])
+        # As in training: torchvision's detectors shrink images without antialiasing.
+        kernel = "plain" if self.task == "detection" else "smooth"
+        usual = {"resize": metadata["resize"], "multiple": STRIDE, "kernel": kernel}
+        self.preparation: Mapping[str, Any] = metadata.get(PREPARATION, usual)
+
+    @property
+    def takes_batches(self) -> bool:
+        """Not where suppression is a part of the graph."""
+        return self.task == "segmentation" or self.metadata["nms"] is not None or PREPARATION in self.metadata
 
     @abstractmethod
     def run(self, pixels: Floats) -> dict[str, npt.NDArray[Any]]:
@@ -79,11 +92,13 @@ class ExportedModel(ABC):
         Returns:
             The graph's input (1, 3, H, W), and (height, width) of the image in it.
         """
+        rule, multiple, kernel = (self.preparation[name] for name in ("resize", "multiple", "kernel"))
+        height, width = size = frame_size((image.shape[0], image.shape[1]), rule, self.task)
+        if kernel in ("bilinear", "bicubic"):
+            image = resize_bytes(image, size, kernel)
         pixels: Floats = (image.transpose(2, 0, 1) / 255).astype(np.float32)
-        height, width = size = frame_size((image.shape[0], image.shape[1]), self.metadata["resize"], self.task)
-        # As in training: torchvision's detectors shrink images without antialiasing.
-        pixels = (resize if self.task == "detection" else resize_smoothly)(pixels, size)
-        frame = np.empty((1, 3, *(math.ceil(side / STRIDE) * STRIDE for side in size)), np.float32)
+        pixels = resize_smoothly(pixels, size) if kernel == "smooth" else resize(pixels, size)
+        frame = np.empty((1, 3, *(math.ceil(side / multiple) * multiple for side in size)), np.float32)
         frame[:] = np.reshape(self.metadata["mean"], (3, 1, 1))
         frame[0, :, :height, :width] = pixels
         return frame, size
@@ -109,6 +124,8 @@ class ExportedModel(ABC):
         found = dict(outputs)
         if (settings := self.metadata["nms"]) is not None:
             found = detections(outputs["scores"][index], outputs["boxes"][index], outputs["levels"], size, settings)
+        elif outputs["scores"].ndim == 2:
+            found = {name: values[index] for name, values in outputs.items()}
         scale = np.array([original[1] / size[1], original[0] / size[0]], np.float32)
         return {**found, "boxes": found["boxes"] * np.tile(scale, 2)}
 
@@ -156,7 +173,7 @@ def read_metadata(found: Mapping[str, str], file: Path | str) -> dict[str, Any]:
     """What the export wrote into a file; raises AcamkdError if there is nothing."""
     try:
         # Other tools, such as onnxruntime's quantization, add their own entries.
-        return {name: json.loads(found[name]) for name in METADATA}
+        return {name: json.loads(found[name]) for name in (*METADATA, PREPARATION) if name in METADATA or name in found}
     except (KeyError, ValueError) as error:
         raise AcamkdError(
             f"{file} was not written by acamkd export: it lacks the metadata on its input and output"
@@ -268,6 +285,15 @@ def resize_smoothly(maps: Floats, size: tuple[int, int]) -> Floats:
 
     channels = (Image.fromarray(each).resize(size[::-1], Image.Resampling.BILINEAR) for each in maps)
     return np.stack([np.asarray(each) for each in channels])
+
+
+def resize_bytes(image: Pixels, size: tuple[int, int], kernel: str) -> Pixels:
+    """Resizing with antialiasing to whole numbers, (H, W, 3) -> (*size, 3), as image processors do."""
+    if image.shape[:2] == size:
+        return image
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling[kernel.upper()]))
 
 
 TURNS = {

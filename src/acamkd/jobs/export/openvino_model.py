@@ -42,7 +42,7 @@ class OpenVinoModel(onnx_model.ExportedModel):
             self._network = core.compile_model(network, "CPU", settings)
         except RuntimeError as error:
             raise onnx_model.AcamkdError(f"{file}: OpenVINO cannot run it: {error}") from error
-        paths = {name: ["framework", name] for name in onnx_model.METADATA}
+        paths = {name: ["framework", name] for name in (*onnx_model.METADATA, onnx_model.PREPARATION)}
         found = {name: network.get_rt_info(path).value for name, path in paths.items() if network.has_rt_info(path)}
         super().__init__(onnx_model.read_metadata(found, file))
 
