@@ -160,15 +160,15 @@ class _Quantizer:
         from onnxruntime.quantization import quant_pre_process
         from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 
-        exported = OnnxModel(file)
-        kinds = ("computing", "all") if exported.takes_batches else ("weighted",)
-        self.choices: tuple[Choice, ...] = tuple((method, kind) for method in CALIBRATIONS for kind in kinds)
         self.prepared = folder / "prepared.onnx"
         try:
             # Folds batch norm, so that its convolutions are quantized as they run.
             quant_pre_process(file, self.prepared, skip_symbolic_shape=True)
         except Exception as error:  # onnxruntime may raise any error
             raise AcamkdError(f"onnxruntime cannot prepare {file.name} for INT8: {error}") from error
+        exported = OnnxModel(file)
+        kinds = ("computing", "all") if exported.takes_batches else ("weighted",)
+        self.choices: tuple[Choice, ...] = tuple((method, kind) for method in CALIBRATIONS for kind in kinds)
         model = onnx.load(self.prepared)
         for number, node in enumerate(model.graph.node):
             node.name = node.name or f"{node.op_type}_{number}"
