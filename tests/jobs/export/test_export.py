@@ -28,6 +28,7 @@ from acamkd.jobs.export import graph
 from acamkd.jobs.export.card import write_card
 from acamkd.jobs.export.export import Export, _measure_teacher, check_repository, export, push_to_hub, require
 from acamkd.jobs.export.onnx_model import OnnxModel
+from acamkd.jobs.export.quantize import quantize
 from acamkd.jobs.predict.predict import predict
 from acamkd.jobs.train import distill
 from acamkd.models.segmentation import Segmenter
@@ -247,6 +248,27 @@ def test_the_full_graph_suppresses_boxes_itself(
     np.testing.assert_allclose(found["scores"], expected["scores"].numpy(), atol=1e-5)
     ours, theirs = (sorted(boxes.round(1).tolist()) for boxes in (expected["boxes"].numpy(), found["boxes"]))
     np.testing.assert_allclose(theirs, ours, atol=0.11)  # sorted, since some scores are equal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["detection"], indirect=True)
+@pytest.mark.parametrize("threshold", [0.05, 1.0])
+def test_a_graph_that_suppresses_boxes_is_quantized(run: Run, tmp_path: Path, threshold: float) -> None:
+    """Its convolutions alone; and an image may have no box."""
+    model: Any = run.load()
+    model.net.score_thresh = threshold
+    file, small = tmp_path / "full.onnx", tmp_path / "small.onnx"
+    graph.write_graph(graph.build_graph(model, run.recipe.data.resize, with_nms=True), file, run.recipe)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    found = quantize(file, small, [image], lambda _: 50.0, before=50.0, max_drop=0.0)
+    assert {name.rpartition(" of ")[2] for name in found.tried} == {"weighted operators"}
+    content = onnx.load(small).graph
+    stored = {value.name for value in content.initializer}
+    rounded = {n.output[0] for n in content.node if n.op_type == "DequantizeLinear" and n.input[0] in stored}
+    assert all((n.op_type == "Conv") == (not rounded.isdisjoint(n.input)) for n in content.node)
+    expected, boxes = (OnnxModel(each).predict(image)["boxes"] for each in (file, small))
+    assert len(boxes) == len(expected) == (0 if threshold == 1.0 else len(expected))
+    np.testing.assert_allclose(boxes, expected, atol=10)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -36,18 +37,36 @@ def compare_outputs(
 ) -> tuple[float, float]:
     """Largest difference of any output on real images, absolute and as a share of the output's largest value.
 
-    Final boxes are compared as sets, since rounding may change their order.
+    Final boxes are compared as sets, since rounding may change their order. A difference that is too large is measured
+    again in 64 bits: PyTorch's own rounding may be the larger one, such as in a group norm over four values.
 
     Raises:
         AcamkdError: The difference is too large.
     """
+    largest, relative = _differences(graph, exported, images)
+    if not relative <= LARGEST_DIFFERENCE and not (graph.has_queries or isinstance(graph, DetectionsGraph)):
+        log.info("outputs of %s differ from PyTorch's by %.1e: comparing with 64 bits", runtime, relative)
+        largest, relative = _differences(deepcopy(graph).double(), exported, images)
+    log.info("largest difference between %s and PyTorch: %.1e, %.1e relative", runtime, largest, relative)
+    if not relative <= LARGEST_DIFFERENCE:
+        chance = " (or its queries are still alike: train longer)" if graph.has_queries else ""
+        raise AcamkdError(
+            f"the exported file is wrong{chance}: its outputs by {runtime} differ from PyTorch's by {relative:.1e} of "
+            f"their largest value (allowed: {LARGEST_DIFFERENCE:g}); nothing was written"
+        )
+    return largest, relative
+
+
+def _differences(graph: Graph, exported: ExportedModel, images: ImageDataset) -> tuple[float, float]:
+    """Largest difference, absolute and as a share, in the precision of the graph's weights."""
     largest = relative = 0.0
+    precision = graph.model.mean.dtype
     for index in range(min(COMPARED_IMAGES, len(images))):
         pixels = graph.model.prepare([images[index][0]]).pixels
         if not isinstance(graph, DetectionsGraph):
             pixels = pixels.expand(1 + index % 2, -1, -1, -1)  # batches of different sizes
-        expected = {name: value.numpy() for name, value in zip(graph.output_names, graph(pixels), strict=True)}
-        actual = exported.run(pixels.numpy())
+        expected = dict(zip(graph.output_names, (value.numpy() for value in graph(pixels.to(precision))), strict=True))
+        actual = exported.run(pixels.float().numpy())
         if isinstance(graph, DetectionsGraph):  # rounding may add boxes, too: only sorted scores are compared
             count = min(len(found["scores"]) for found in (expected, actual))
             expected, actual = ({"scores": found["scores"][:count]} for found in (expected, actual))
@@ -64,13 +83,6 @@ def compare_outputs(
             difference = float(np.abs(ours - actual[name]).max(initial=0))
             largest = max(largest, difference)
             relative = max(relative, difference / max(float(np.abs(ours).max(initial=0)), 1e-12))
-    log.info("largest difference between %s and PyTorch: %.1e, %.1e relative", runtime, largest, relative)
-    if not relative <= LARGEST_DIFFERENCE:
-        chance = " (or its queries are still alike: train longer)" if graph.has_queries else ""
-        raise AcamkdError(
-            f"the exported file is wrong{chance}: its outputs by {runtime} differ from PyTorch's by {relative:.1e} of "
-            f"their largest value (allowed: {LARGEST_DIFFERENCE:g}); nothing was written"
-        )
     return largest, relative
 
 

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from acamkd.engine.machine import int8_instructions
 from acamkd.errors import AcamkdError
 from acamkd.jobs.export.onnx_model import OnnxModel, Pixels
 from acamkd.progress import progress
+
+if TYPE_CHECKING:
+    import onnx
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +30,15 @@ CALIBRATIONS = ("MinMax", "Entropy", "Percentile")
 """Names in onnxruntime's CalibrationMethod."""
 
 Choice: TypeAlias = tuple[str, str]
-"""Calibration, and `all` or `computing` operators."""
+"""Calibration, and `all`, `computing` or `weighted` operators."""
+
+WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 COMPUTING = (
-    "Conv", "ConvTranspose", "Gemm", "MatMul", "Add", "Clip", "Relu", "Concat", "Resize", "MaxPool", "AveragePool",
-    "GlobalAveragePool", "Reshape", "Transpose",
+    *WEIGHTED, "Add", "Clip", "Relu", "Concat", "Resize", "MaxPool", "AveragePool", "GlobalAveragePool", "Reshape",
+    "Transpose",
 )  # fmt: skip
 """Operators with weights, and those that join, cut or move what they compute."""
-
-CHOICES: tuple[Choice, ...] = tuple((method, kind) for method in CALIBRATIONS for kind in ("computing", "all"))
 
 GROUPS = 16
 """Parts of the graph, in the order of computation, of which each may be left in float."""
@@ -87,8 +90,9 @@ def quantize(
     """Write a quantized copy of an exported file: static, QDQ, with one scale per output channel of a weight.
 
     Each of CALIBRATIONS is tried, on all operators that onnxruntime can quantize and on COMPUTING alone, and the choice
-    with the best metric kept. If it loses too much, parts of the graph stay in float: first those that gain the metric
-    most by it, and as few as possible.
+    with the best metric kept. Where suppression is a part of the graph, WEIGHTED operators alone are quantized: 8 bits
+    are too few for coordinates. If it loses too much, parts of the graph stay in float: first those that gain the
+    metric most by it, and as few as possible.
 
     Args:
         file: The float file.
@@ -110,7 +114,7 @@ def quantize(
             return score(trial)
 
         tried = {}
-        for choice in CHOICES:
+        for choice in quantizer.choices:
             tried[choice] = result(choice, ())
             log.info("INT8, %s of %s operators: %.2f, before %.2f", *choice, tried[choice], before)
         best = max(tried, key=lambda choice: tried[choice])
@@ -162,16 +166,20 @@ class _Quantizer:
             quant_pre_process(file, self.prepared, skip_symbolic_shape=True)
         except Exception as error:  # onnxruntime may raise any error
             raise AcamkdError(f"onnxruntime cannot prepare {file.name} for INT8: {error}") from error
+        exported = OnnxModel(file)
+        kinds = ("computing", "all") if exported.takes_batches else ("weighted",)
+        self.choices: tuple[Choice, ...] = tuple((method, kind) for method in CALIBRATIONS for kind in kinds)
         model = onnx.load(self.prepared)
         for number, node in enumerate(model.graph.node):
             node.name = node.name or f"{node.op_type}_{number}"
+        _forget_shapes(model)
         onnx.save(model, self.prepared)
-        self.types = {"all": sorted({*QDQRegistry, *QLinearOpsRegistry}), "computing": sorted(COMPUTING)}
+        every = sorted({*QDQRegistry, *QLinearOpsRegistry})
+        self.types = {"all": every, "computing": sorted(COMPUTING), "weighted": sorted(WEIGHTED)}
         self._kinds = {node.name: node.op_type for node in model.graph.node}
         self.bits = 8 if int8_instructions() else 7
         self._metadata = onnx.load(file, load_external_data=False).metadata_props
         self._folder = folder
-        exported = OnnxModel(file)
         self._inputs = [{"pixels": exported.prepare(image)[0]} for image in images]
         self._ranges: dict[str, Any] = {}
 
@@ -202,6 +210,7 @@ class _Quantizer:
             raise AcamkdError(f"onnxruntime cannot quantize the network: {error}") from error
         finally:
             logging.disable(disabled)
+        _forget_shapes(model)
         del model.metadata_props[:]
         model.metadata_props.extend(self._metadata)
         onnx.save(model, out)
@@ -211,7 +220,7 @@ class _Quantizer:
         from onnxruntime.quantization import CalibrationMethod, create_calibrator
 
         calibrator = create_calibrator(
-            self.prepared, self.types["all"], str(self._folder / "augmented.onnx"),
+            self.prepared, self.types[self.choices[-1][1]], str(self._folder / "augmented.onnx"),
             calibrate_method=CalibrationMethod[method], extra_options={"symmetric": False},
         )  # fmt: skip
         with redirect_stdout(StringIO()):  # onnxruntime prints what it does
@@ -230,6 +239,11 @@ class _Reader:
     def get_next(self) -> dict[str, Any] | None:
         """The next inputs; None after the last."""
         return next(self._inputs, None)
+
+
+def _forget_shapes(model: onnx.ModelProto) -> None:
+    """From inferred shapes onnxruntime derives reshapes that fail where an image has no box."""
+    del model.graph.value_info[:]
 
 
 def _groups(nodes: Sequence[str]) -> Iterator[list[str]]:
