@@ -326,9 +326,7 @@ class Recipe(Section):
         if self.student.num_classes is not None:
             raise ValueError("student.num_classes: the student has the data's classes; only a teacher may have others")
         if self.student.precision is not None:
-            raise ValueError(
-                "student.precision: only the teacher has one of its own; use train.precision"
-            )
+            raise ValueError("student.precision: only the teacher has one of its own; use train.precision")
         if self.teacher is not None and self.teacher.inherit:
             raise ValueError("teacher.inherit: only a student inherits, from the teacher")
         if self.student.inherit and self.teacher is None:

@@ -138,7 +138,8 @@ class CompiledNetwork:
     def _parts_of(self, modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, _Part]]:
         for module in modules:
             inner = list(module.modules())[1:]
-            if inner and module in self._called and self._tapped.isdisjoint(inner) and "forward" not in vars(module):
+            learns = inner and next(module.parameters(), None) is not None  # a single layer gains nothing
+            if learns and module in self._called and self._tapped.isdisjoint(inner) and "forward" not in vars(module):
                 yield module, _NetworkPart(module, self._titles[module], self)
             else:
                 yield from self._parts_of(module.children())
