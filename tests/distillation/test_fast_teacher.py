@@ -130,6 +130,7 @@ def test_maps_come_in_float32_and_differ_by_rounding(precision: Any, error: floa
     theirs = plain.teacher_maps(batch)
     with torch.autocast("cpu", torch.bfloat16):  # the training's, which is not the teacher's
         ours = fast.teacher_maps(batch)
+    assert ours["act"].is_contiguous(memory_format=torch.channels_last)
     assert ours["act"].dtype == torch.float32
     (found,) = relative_differences(theirs, ours).values()
     assert 0 < found < error

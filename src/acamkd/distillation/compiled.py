@@ -109,16 +109,17 @@ class CompiledNetwork:
         self._tapped = {net.get_submodule(layer_of(name)) for name in layers}
         self._called: set[nn.Module] = set()
         self._parts: dict[nn.Module, _Part] = {}
+        self._is_known = False
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Within, forwards are compiled, but for the first."""
-        if not self._called:
+        if not self._is_known:
             with ExitStack() as stack:
                 for module in self._titles:
                     stack.callback(module.register_forward_pre_hook(self._note).remove)
                 yield
-            self._parts = dict(self._parts_of([self._net]))
+            self._parts, self._is_known = dict(self._parts_of([self._net])), True
             return
         self._install(self._parts)
         try:

@@ -31,9 +31,9 @@ ROUNDING = 1e-3
 class FastTeacher:
     """A frozen teacher's copy, whose feature maps differ by rounding only and come sooner.
 
-    Batch norms are folded into the convolutions before them. In half precision convolutions and linear layers keep
-    their weights in that type and are channels last; all else follows autocast. The teacher itself stays as it is: it
-    is scored, inherited from, and run where gradients pass through it.
+    Batch norms are folded into the convolutions before them. On processors, and in half precision, it is channels last.
+    In half precision convolutions and linear layers keep their weights in that type; all else follows autocast. The
+    teacher itself stays as it is: it is scored, inherited from, and run where gradients pass through it.
 
     Args:
         teacher: In eval mode.
@@ -60,14 +60,15 @@ class FastTeacher:
         """Context of a forward on a device; the first one settles precision and memory format."""
         if self._dtype is None:
             self._dtype = _fast_dtype(device) if self.precision == "auto" else DTYPES[self.precision]
-            if is_half := self._dtype != torch.float32:
-                for module in self.model.net.modules():
-                    if type(module) in (nn.Conv2d, nn.ConvTranspose2d, nn.Linear):
-                        module.to(self._dtype)  # autocast would convert the weights in every forward
+            is_half = self._dtype != torch.float32
+            for module in self.model.net.modules() if is_half else ():
+                if type(module) in (nn.Conv2d, nn.ConvTranspose2d, nn.Linear):
+                    module.to(self._dtype)  # autocast would convert the weights in every forward
+            if is_last := is_half or device.type == "cpu":  # measured in float32 on processors alone
                 self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             log.info(
                 "the teacher's forward: %s%s, %d batch norms folded", str(self._dtype).removeprefix("torch."),
-                ", channels last" if is_half else "", self.folded,
+                ", channels last" if is_last else "", self.folded,
             )  # fmt: skip
         is_half = self._dtype != torch.float32
         return torch.autocast(device.type, self._dtype if is_half else None, enabled=is_half)
