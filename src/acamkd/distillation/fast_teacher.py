@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from typing import Any, Literal, TypeAlias
 
 import torch
-from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d
+from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,8 +24,9 @@ Precision: TypeAlias = Literal["auto", "32", "bf16", "16"]
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
-ROUNDING = 1e-3
-"""A feature map of folded layers may differ by this share of its largest value; otherwise nothing is folded."""
+ROUNDING = 1e-2
+"""A feature map of folded layers may differ by this share of its largest value; otherwise nothing is folded. Through the
+hundred layers of an untrained network rounding grew to 7e-4."""
 
 
 class FastTeacher:
@@ -62,7 +63,7 @@ class FastTeacher:
             self._dtype = _fast_dtype(device) if self.precision == "auto" else DTYPES[self.precision]
             is_half = self._dtype != torch.float32
             for module in self.model.net.modules() if is_half else ():
-                if type(module) in (nn.Conv2d, nn.ConvTranspose2d, nn.Linear):
+                if type(module) in (nn.Conv2d, Conv2dSame, nn.ConvTranspose2d, nn.Linear):
                     module.to(self._dtype)  # autocast would convert the weights in every forward
             if is_last := is_half or device.type == "cpu":  # measured in float32 on processors alone
                 self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -141,7 +142,7 @@ def fold_batch_norms(model: TaskModel, layers: Sequence[str] = ()) -> int:
 
     with ExitStack() as stack:
         for module in model.net.modules():
-            if type(module) is nn.Conv2d and not module._forward_pre_hooks:
+            if type(module) in (nn.Conv2d, Conv2dSame) and not module._forward_pre_hooks:
                 stack.callback(module.register_forward_hook(note_output).remove)
             elif "running_var" in dict(module.named_buffers(recurse=False)):
                 stack.callback(module.register_forward_pre_hook(note_input).remove)
