@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from timm.layers import BatchNormAct2d
+from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -25,7 +25,8 @@ class Standardized(nn.Conv2d):
     """Not a plain convolution: its weights are not what it multiplies with."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+        out: Tensor = self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+        return out
 
 
 class Net(nn.Module):

@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from typing import Any, Literal, TypeAlias
 
 import torch
-from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.norm_act import BatchNormAct2d, FrozenBatchNormAct2d
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -67,7 +68,7 @@ class FastTeacher:
                 if type(module) in (nn.Conv2d, Conv2dSame, nn.ConvTranspose2d, nn.Linear):
                     module.to(self._dtype)  # autocast would convert the weights in every forward
             if is_last := is_half or device.type == "cpu":  # measured in float32 on processors alone
-                self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                self.model.to(memory_format=torch.channels_last)
             log.info(
                 "the teacher's forward: %s%s, %d batch norms folded", str(self._dtype).removeprefix("torch."),
                 ", channels last" if is_last else "", self.folded,
@@ -99,11 +100,11 @@ def relative_differences(these: Mapping[str, Tensor], those: Mapping[str, Tensor
     }
 
 
-class _Reads(TorchDispatchMode):
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the operations that read a tensor, by its identity."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count: Counter[int] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -171,7 +172,8 @@ def fold_batch_norms(model: TaskModel, layers: Sequence[str] = ()) -> int:
 
 def _fold(convolution: Any, norm: Any) -> nn.Module | None:
     """Fold a batch norm into a convolution; returns what is left of it, or None where it does more than scale."""
-    plain, rest = copy.deepcopy(norm).cpu().double(), nn.Identity()
+    plain: Any = copy.deepcopy(norm).cpu().double()
+    rest: nn.Module = nn.Identity()
     if isinstance(norm, BatchNormAct2d | FrozenBatchNormAct2d):
         rest = nn.Sequential(OrderedDict(drop=norm.drop, act=norm.act)).eval()
         plain.drop, plain.act = nn.Identity(), nn.Identity()
