@@ -147,6 +147,9 @@ class Data(Section):
     augment: Augmentation = Augmentation()
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that load images."""
+    cache: Literal["ram", "disk"] | None = None
+    """Keep the training's decoded images and masks, whose pixels are the same: in the memory of each process that loads
+    images (ram), or in runs/NAME/cache for later trainings, too (disk); nothing = decode them each time."""
     check: Literal["full", "headers"] = "full"
     """Before training, decode every image (full) or only read its header (headers)."""
 

@@ -18,10 +18,12 @@ from torch.utils.data import Dataset, get_worker_info
 from torchvision import tv_tensors
 
 from acamkd.config import Data
+from acamkd.data.disk_cache import Shelf
 from acamkd.data.image_io import read_image
-from acamkd.data.packed import read_packed, size_of
+from acamkd.data.packed import read_packed, size_of, stamp_of
 from acamkd.errors import ImageError
 from acamkd.models.base import VOID, PixelSize, Target, Task
+from acamkd.stopwatch import timed
 
 Sample: TypeAlias = tuple[Tensor, Target]
 """An image, (3, H, W) uint8 RGB, and its target."""
@@ -60,6 +62,8 @@ class ImageDataset(Dataset[Sample], ABC):
         warnings: Remarks about what is legal but suspicious.
         counts: Sum of `tally` over the images; None until the targets have been read, or if `check` found problems.
         hashes: `difference_hash` of each image, (N, 32) uint8; None until `check` has decoded every image.
+        cache: Where decoded images and masks are kept; None decodes them anew in every epoch.
+        shared: Where trainings share augmented images; None until several do.
         groups: Lengths of the runs of images that lie together, in one shard or row group, and so are read together;
             None where every image is a file of its own.
 
@@ -127,6 +131,8 @@ class ImageDataset(Dataset[Sample], ABC):
         self.counts: Tensor | None = None
         self.groups: list[int] | None = None
         self.hashes: npt.NDArray[np.uint8] | None = None
+        self.cache: Shelf | None = None
+        self.shared: Shelf | None = None
         self.reading: Tensor | None = None  # (W, 2), shared: process id and current key of each loading process
 
     @abstractmethod
@@ -164,14 +170,46 @@ class ImageDataset(Dataset[Sample], ABC):
     def __getitem__(self, key: int) -> Sample:
         epoch, index = divmod(key, len(self))
         note_reading(self.reading, key)
-        image: Tensor = tv_tensors.Image(read_image(self.files[index]))
-        target = self.target(index, (image.shape[-2], image.shape[-1]))
+        if self.shared is None or self.transform is None:
+            return self._sample(epoch, index)
+        name = f"{epoch} {index} {stamp_of(self.files[index])}"
+
+        def compute(_: object) -> dict[str, dict[str, Tensor]]:
+            image, target = self._sample(epoch, index)
+            return {name: {"": image, **target}}
+
+        entry = self.shared.fetch([name], compute)[name]
+        return entry[""], {part: tensor for part, tensor in entry.items() if part}
+
+    def _sample(self, epoch: int, index: int) -> Sample:
+        with timed("decoding"):
+            image, target = self._decoded(index)
         if self.transform is not None:
-            with torch.random.fork_rng(devices=[]):
+            with timed("augmentation"), torch.random.fork_rng(devices=[]):
                 # torch.manual_seed would also reseed the GPUs, and fork_rng restores only the CPU here.
                 torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
                 image, target = self.transform(image, target)
         return image.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
+
+    def _decoded(self, index: int) -> Sample:
+        """The image and its target as tv_tensors."""
+        file = self.files[index]
+        if self.cache is None:
+            image: Tensor = tv_tensors.Image(read_image(file))
+            return image, self.target(index, (image.shape[-2], image.shape[-1]))
+        name = f"{file} {stamp_of(file)}"
+
+        def decode(_: object) -> dict[str, Target]:
+            pixels = read_image(file)
+            target = self.target(index, (pixels.shape[-2], pixels.shape[-1]))
+            # Boxes come from a table, and only a mask is decoded, too.
+            return {name: {"image": pixels, **({"mask": target["mask"]} if "mask" in target else {})}}
+
+        entry = self.cache.fetch([name], decode)[name]
+        image = tv_tensors.Image(entry["image"])
+        if "mask" in entry:
+            return image, {"mask": tv_tensors.Mask(entry["mask"])}
+        return image, self.target(index, (image.shape[-2], image.shape[-1]))
 
     def sources(self, key: int) -> list[Path]:
         """The image files of an item, without those of its target."""

@@ -16,9 +16,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from acamkd.distillation.audit import Audit
 from acamkd.distillation.split_backward import split_backward
 from acamkd.distillation.taps import FeatureTap
+from acamkd.distillation.teacher_maps import SharedMaps
 from acamkd.errors import AcamkdError
 from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
 from acamkd.models.base import Batch, TaskModel, explaining_norms
+from acamkd.stopwatch import timed
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +111,8 @@ class Distiller(nn.Module):
         ]
         if twice := {key for key in self._keys if self._keys.count(key) > 1}:
             raise AcamkdError(f"the same method stands twice at one layer: {', '.join(sorted(twice))}")
+        self.shared_maps: SharedMaps | None = None
+        """Where trainings share the teacher's feature maps."""
         self._audit = Audit()
         self._active: list[int] = []
 
@@ -168,11 +172,11 @@ class Distiller(nn.Module):
             teacher_maps = self.teacher_maps(batch, active, whole=whole) if active else {}
             terms: dict[str, Tensor] = {}
             if labeled:
-                with explaining_norms():
+                with timed("student"), explaining_norms():
                     outputs = self.student(batch)
                 terms = {f"task/{name}": term for name, term in self.student.loss(outputs, batch).items()}
             else:
-                with student_tap.early_stop(), explaining_norms():
+                with timed("student"), student_tap.early_stop(), explaining_norms():
                     self.student(batch)
             gradients, terms = self._task_gradients(active, student_tap, continuation_edges, terms)
             compared: dict[str, dict[str, Tensor]] = {}  # by loss, whatever the schedules
@@ -229,12 +233,18 @@ class Distiller(nn.Module):
     ) -> dict[str, Tensor]:
         """What the losses, or those of some indices, need of the teacher, by tap.
 
-        It runs no layer behind the last of these, unless it is to run as a `whole`.
+        It runs no layer behind the last of these, unless it is to run as a `whole`, and none where all are in
+        `shared_maps`.
         """
         indices = range(len(self.losses)) if active is None else active
         names = _flat(self._layers(index)[1] for index in indices)
+        if self.shared_maps is None:
+            return self._run_teacher(batch, names, whole=whole)
+        return self.shared_maps(batch, names, lambda missing: self._run_teacher(batch, missing, whole=whole))
+
+    def _run_teacher(self, batch: Batch, names: Sequence[str], *, whole: bool) -> dict[str, Tensor]:
         # Not inference_mode: its tensors cannot enter a trainable projection.
-        with torch.no_grad(), FeatureTap(self.teacher.net, names) as tap:
+        with timed("teacher"), torch.no_grad(), FeatureTap(self.teacher.net, names) as tap:
             with nullcontext() if whole else tap.early_stop():
                 self.teacher(batch)
             return tap.features()
@@ -259,9 +269,10 @@ class Distiller(nn.Module):
         differentiable_maps = {id(x): x for x in maps.values() if id(x) in continuation_edges}
         at_maps: list[Tensor] = []
         if differentiable_maps:
-            at_maps, terms = split_backward(
-                terms, list(differentiable_maps.values()), [continuation_edges[key] for key in differentiable_maps]
-            )
+            with timed("backward"):
+                at_maps, terms = split_backward(
+                    terms, list(differentiable_maps.values()), [continuation_edges[key] for key in differentiable_maps]
+                )
         gradients = dict(zip(differentiable_maps, at_maps, strict=True))
         return {index: gradients.get(id(x), torch.zeros_like(x)) for index, x in maps.items()}, terms
 

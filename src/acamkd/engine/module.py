@@ -18,6 +18,7 @@ from acamkd.engine.metrics import Scorer
 from acamkd.engine.quantization import FakeQuantization
 from acamkd.errors import AcamkdError
 from acamkd.models.base import Batch, Target
+from acamkd.stopwatch import counted, timed
 
 
 class TrainingModule(L.LightningModule):
@@ -104,10 +105,15 @@ class TrainingModule(L.LightningModule):
                 faults.append(str(error))
                 return error.terms
 
-        terms = run(student.prepare(images, targets), labeled=True)
+        counted("images", len(images) + len(unlabeled or ()))
+        with timed("collation"):
+            batch = student.prepare(images, targets)
+        terms = run(batch, labeled=True)
         statistics = self.distiller.statistics()
         if unlabeled:
-            more = run(student.prepare(unlabeled), labeled=False)
+            with timed("collation"):
+                batch = student.prepare(unlabeled)
+            more = run(batch, labeled=False)
             terms |= {name: (terms[name] + term) / 2 for name, term in more.items()}
         return terms, statistics, faults
 

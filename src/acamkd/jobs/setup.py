@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from acamkd import config, data, models
 from acamkd.data import ImageDataset
+from acamkd.data.disk_cache import DiskCache, MemoryCache, Shelf
 from acamkd.engine.metrics import METRICS, scorer_of
 from acamkd.engine.runs import RECIPE, Run, default_folder
 from acamkd.errors import AcamkdError
@@ -164,6 +166,33 @@ class Batches:
         elif self.distills:
             log.info("%s", ALL_LABELED)
         log.info("%s", describe_data(self.splits["train"], self.splits["val"]))
+        self._keep_decoded()
+
+    @property
+    def training_images(self) -> dict[str, ImageDataset]:
+        """The data sets that trainings augment, by their names in `fingerprint`."""
+        images = {"train": self.splits["train"], "unlabelled": self.unlabeled}
+        return {name: each for name, each in images.items() if each is not None}
+
+    def identity(self, name: str) -> str:
+        """What decides the images and targets of an entry of `fingerprint`, their augmentation included."""
+        used = self.resolved.data.model_dump_json(include=set(DATA_KEYS))
+        return f"{name} {self.fingerprint[name]} {self.resolved.task} {used}"
+
+    def _keep_decoded(self) -> None:
+        recipe = self.resolved
+        for name, images in self.training_images.items():
+            if recipe.data.cache is not None:
+                folder = default_folder(recipe, "cache")
+                cache = MemoryCache() if recipe.data.cache == "ram" else DiskCache(folder)
+                images.cache = Shelf(cache, "decoded images", (self.identity(name), version("pillow")))
+
+
+DATA_KEYS = frozenset({
+    "format", "train", "val", "classes", "ignore_index", "mask_values", "uncovered", "columns", "box_format", "resize",
+    "augment",
+})  # fmt: skip
+"""Keys of a recipe's `data` that decide images, targets and inputs."""
 
 
 def build_network(
