@@ -117,18 +117,18 @@ class StepProfiler(Profiler):
 
     def start(self, action_name: str) -> None:
         """Begin the part that an action of Lightning belongs to."""
-        if action_name == "run_training_batch":
-            self._steps += 1
-            if self._steps == WARM_UP:
-                self.watch.reset()
-                if self._gpu is not None:
-                    self._gpu.start()
         known = next((part for text, part in ACTIONS.items() if text in action_name), None)
         self.watch.begin(known or self.watch.current or REST)
 
     def stop(self, action_name: str) -> None:
         """End it."""
         self.watch.end()
+        if action_name == "run_training_batch":
+            self._steps += 1
+            if self._steps == WARM_UP:
+                self.watch.reset()
+                if self._gpu is not None:
+                    self._gpu.start()
 
     def describe(self) -> None:
         """Write what was found, at the end of the fit."""
