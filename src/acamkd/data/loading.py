@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 from weakref import WeakSet
@@ -189,6 +189,10 @@ class _Block:
     memory: Tensor
     batch: Any
     seconds: Mapping[str, float]
+
+    def pin_memory(self) -> _Block:
+        """The same in memory from which a GPU copies beside the program; torch calls this."""
+        return replace(self, memory=self.memory.pin_memory())
 
     def unpacked(self) -> Any:
         """The batch, as views of the block."""

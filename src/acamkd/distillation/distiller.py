@@ -128,7 +128,7 @@ class Distiller(nn.Module):
             teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
-    def forward(self, batch: Batch, step: int = 0, *, labeled: bool = True) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, step: int = 0, *, labeled: bool = True, check: bool = True) -> dict[str, Tensor]:
         """Run both networks on one batch.
 
         Args:
@@ -136,6 +136,7 @@ class Distiller(nn.Module):
             step: Optimization step, from 0.
             labeled: Whether the images have targets. Otherwise there is no task loss, only those losses take part
                 that need no targets, and the student too ends at its last tapped layer.
+            check: Whether to look at the terms, for which the program waits for a GPU.
 
         Returns:
             Scalar terms, `task/TERM`, `LAYER/METHOD/TERM` and, where masks learn from the teacher's own loss,
@@ -143,7 +144,7 @@ class Distiller(nn.Module):
             factor: their sum has been differentiated down to the tapped feature maps.
 
         Raises:
-            NonFiniteError: A term is not finite.
+            NonFiniteError: A term is not finite, and it is to `check`.
             AcamkdError: A tap did not fire, or the distillation does not reach the student.
         """
         factors = [schedule(step) for schedule in self.schedules]
@@ -189,7 +190,10 @@ class Distiller(nn.Module):
             terms |= self._teacher_task(active, student_tap, batch)
             if compared and labeled and self.training and torch.is_grad_enabled():
                 self._audit(self.student.net, student_tap.features(), compared, step)
-        _check_finite(terms, step)
+        if check:
+            values = torch.stack([term.detach().float() for term in terms.values()]).tolist()
+            if fault := describe_nonfinite(dict(zip(terms, values, strict=True)), step):
+                raise NonFiniteError(fault, terms)
         return terms
 
     def check_unlabeled(self) -> None:
@@ -332,12 +336,12 @@ def _flat(names: Iterable[Sequence[str]]) -> list[str]:
     return list(dict.fromkeys(name for group in names for name in group))
 
 
-def _check_finite(terms: Mapping[str, Tensor], step: int) -> None:
-    values = torch.stack([term.detach().float() for term in terms.values()])
-    if not values.isfinite().all():
-        bad = [f"{name} is {x}" for name, x in zip(terms, values.tolist(), strict=True) if not isfinite(x)]
-        raise NonFiniteError(
-            f"step {step}: the loss is not finite, {', '.join(bad)}: "
-            "lower the learning rate or the loss's weight, or clip the gradient (train.clip)",
-            terms,
-        )
+def describe_nonfinite(terms: Mapping[str, float], step: int) -> str:
+    """Describe the terms of a loss that are NaN or infinite; empty where all are finite."""
+    bad = [f"{name} is {x}" for name, x in terms.items() if not isfinite(x)]
+    if not bad:
+        return ""
+    return (
+        f"step {step}: the loss is not finite, {', '.join(bad)}: "
+        "lower the learning rate or the loss's weight, or clip the gradient (train.clip)"
+    )

@@ -111,7 +111,7 @@ class StepProfiler(Profiler):
     def __init__(self, folder: Path, device: torch.device) -> None:
         super().__init__()
         self.folder = folder
-        self.watch = Stopwatch(whole=(EVALUATION, CALLBACKS))
+        self.watch = Stopwatch(whole=[EVALUATION])
         self._gpu = Idleness(torch.cuda.current_stream(device).query) if device.type == "cuda" else None
         self._steps = 0
 

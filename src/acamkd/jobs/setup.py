@@ -13,6 +13,7 @@ import torch
 from acamkd import config, data, models
 from acamkd.data import ImageDataset
 from acamkd.data.disk_cache import DiskCache, MemoryCache, Shelf
+from acamkd.engine.devices import device_of
 from acamkd.engine.metrics import METRICS, scorer_of
 from acamkd.engine.runs import RECIPE, Run, default_folder
 from acamkd.errors import AcamkdError
@@ -133,9 +134,11 @@ class Batches:
                 data.check(split, recipe.data.check)  # which reports them together with problems of the images
         data.check_same_classes(splits["train"], splits["val"])
         self.classes = splits["train"].classes
+        pin = device_of(recipe.train).type == "cuda"
         shuffled = partial(
-            data.loader, batch_size=size, workers=workers, shuffle=True, seed=seed, batches=steps and steps * accumulate
-        )
+            data.loader, batch_size=size, workers=workers, shuffle=True, seed=seed, pin=pin,
+            batches=steps and steps * accumulate,
+        )  # fmt: skip
         self.train = self.mixed = shuffled(splits["train"])
         self.unlabeled, self.distills = None, with_unlabeled
         if with_unlabeled and source.unlabelled is not None:
@@ -143,7 +146,7 @@ class Batches:
             self.train = shuffled(splits["train"], workers=0)
             self.unlabeled = data.build_unlabeled(source, recipe.task, seed=seed)
             self.mixed = shuffled(data.WithUnlabeled(splits["train"], self.unlabeled))
-        self.val = data.loader(splits["val"], size, workers, shuffle=False, seed=seed)
+        self.val = data.loader(splits["val"], size, workers, shuffle=False, seed=seed, pin=pin)
         self.scorer = scorer_of(recipe, self.classes)
         self.resolved = recipe.model_copy(update={"data": source.model_copy(update={"classes": self.classes})})
 
