@@ -18,6 +18,7 @@ from acamkd.engine.metrics import METRICS, scorer_of
 from acamkd.engine.runs import RECIPE, Run, default_folder
 from acamkd.errors import AcamkdError
 from acamkd.models.base import TaskModel
+from acamkd.models.resize import frame_size
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +147,9 @@ class Batches:
             self.train = shuffled(splits["train"], workers=0)
             self.unlabeled = data.build_unlabeled(source, recipe.task, seed=seed)
             self.mixed = shuffled(data.WithUnlabeled(splits["train"], self.unlabeled))
+        if source.decode == "reduced":
+            for images in self.training_images.values():
+                images.least_size = partial(frame_size, resize=source.resize, whole=math.ceil)
         self.val = data.loader(splits["val"], size, workers, shuffle=False, seed=seed, pin=pin)
         self.scorer = scorer_of(recipe, self.classes)
         self.resolved = recipe.model_copy(update={"data": source.model_copy(update={"classes": self.classes})})
@@ -193,7 +197,7 @@ class Batches:
 
 DATA_KEYS = frozenset({
     "format", "train", "val", "classes", "ignore_index", "mask_values", "uncovered", "columns", "box_format", "resize",
-    "augment",
+    "augment", "decode",
 })  # fmt: skip
 """Keys of a recipe's `data` that decide images, targets and inputs."""
 
