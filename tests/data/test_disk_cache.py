@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from acamkd import config, data
-from acamkd.data import disk_cache
-from acamkd.data.disk_cache import ABANDONED, TRIES, DiskCache, MemoryCache, Shelf
+from acamkd.data.disk_cache import ABANDONED, RESERVE, TRIES, DiskCache, MemoryCache, Shelf
+from acamkd.data.image_io import read_image
 from acamkd.data.scenes import write_scenes
 
 
@@ -89,7 +89,7 @@ def test_a_full_disk_ends_it_and_not_the_training(
         monkeypatch.setattr(Path, "write_bytes", fail)
     elif how == "small":
         usage = shutil.disk_usage(tmp_path)
-        monkeypatch.setattr(disk_cache.shutil, "disk_usage", lambda _: usage._replace(free=disk_cache.RESERVE))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=RESERVE))
     else:
         monkeypatch.setattr(Path, "mkdir", fail)
     cache = DiskCache(tmp_path)
@@ -151,13 +151,12 @@ def test_decoded_images_are_the_same_and_read_once(kind: str, tmp_path: Path, mo
     images.cache = Shelf(MemoryCache() if kind == "memory" else DiskCache(tmp_path / "cache"), "decoded", "")
     expected = [plain[key] for key in range(6)]
     read: list[Path] = []
-    original = data.dataset.read_image
 
     def reading(file: Path) -> Tensor:
         read.append(file)
-        return original(file)
+        return read_image(file)
 
-    monkeypatch.setattr(data.dataset, "read_image", reading)
+    monkeypatch.setattr("acamkd.data.dataset.read_image", reading)
     for key, (image, target) in enumerate(expected):
         found = images[key]
         assert torch.equal(found[0], image)

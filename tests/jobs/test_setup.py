@@ -95,7 +95,7 @@ def test_large_photographs_may_be_decoded_smaller(task: Task, cache: str, tmp_pa
             assert torch.allclose(target["boxes"], true["boxes"] / 4)
             assert torch.allclose(target["area"], true["area"] / 16)
         else:
-            assert torch.equal(target["mask"].unique(), true["mask"].unique())
+            assert set(target["mask"].flatten().tolist()) == set(true["mask"].flatten().tolist())
             assert (target["mask"] == true["mask"][::2, ::2]).float().mean() > 0.9
     assert small.splits["val"][0][0].shape == (3, side, side)
     with pytest.raises(AcamkdError, match=r"decode: reduced needs `resize`, and no `augment.crop`"):

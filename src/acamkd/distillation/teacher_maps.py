@@ -63,7 +63,7 @@ class SharedMaps:
 def _described(batch: Batch) -> str:
     """Everything of a batch that a teacher in eval mode reads, and what decides its rounding."""
     kind = batch.pixels.device.type
-    digest = hashlib.sha256(memoryview(batch.pixels.detach().cpu().contiguous().flatten().numpy()))
+    digest = hashlib.sha256(batch.pixels.detach().cpu().contiguous().numpy().data)
     rounding = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     threads = torch.get_num_threads() if kind == "cpu" else 0
     return f"{digest.hexdigest()} {tuple(batch.pixels.shape)} {batch.sizes} {kind} {rounding} {threads} "

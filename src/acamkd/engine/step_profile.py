@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.profilers import Profiler
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -93,7 +93,7 @@ class StepProfile(Printable):
         words = f"{self.steps} steps, {self.images} images, {self.images_per_second:.3g} images a second"
         if self.idle is not None:
             words += f"; the GPU had nothing to do in {self.idle:.0%} of the time"
-        lines = [table, Text(words)]
+        lines: list[RenderableType] = [table, Text(words)]
         if self.beside:
             each = ", ".join(f"{part} {1e3 * value / self.images:.1f} ms" for part, value in self.beside.items())
             lines.append(Text(f"the processes that load images took for each of them: {each}"))
@@ -135,7 +135,7 @@ class StepProfiler(Profiler):
         if self._gpu is not None:
             self._gpu.stop()
         if self._steps > WARM_UP:
-            watch, idle = self.watch, self._gpu and self._gpu.share
+            watch, idle = self.watch, None if self._gpu is None else self._gpu.share
             found = StepProfile(
                 dict(watch.seconds), dict(watch.beside), self._steps - WARM_UP, watch.counts["images"], idle
             )
