@@ -113,7 +113,7 @@ class TrainingModule(L.LightningModule):
         self._pending = (self.global_step, list(found), numbers)
         if self.trainer.world_size > 1:  # DDP waits for every gradient, also for that of a loss that has stopped
             total = total + 0 * sum(p.sum() for p in self.distiller.losses.parameters() if p.requires_grad)
-        # A loss that is not finite makes every gradient NaN, by which all processes learn of it before the step.
+        # A loss that is not finite makes gradients NaN, by which all processes learn of it before the optimizer's step.
         total = total * torch.where(total.detach().isfinite(), 1.0, torch.nan)
         # Lightning divides by `accumulate`, and an epoch may end with fewer batches than that.
         accumulate = self.config.accumulate
