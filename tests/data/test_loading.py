@@ -76,7 +76,8 @@ def test_a_batch_is_pinned_as_one_block(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(Tensor, "pin_memory", pin)
     samples = [(torch.rand(3, 4, 5), {"labels": torch.tensor([k])}) for k in range(3)]
-    images, targets = pin_memory(_packed(samples)).unpacked()
+    block: Any = pin_memory(_packed(samples))  # type: ignore[no-untyped-call]
+    images, targets = block.unpacked()
     assert len(pinned) == 1
     assert all(torch.equal(image, given) for image, (given, _) in zip(images, samples, strict=True))
     assert [target["labels"].item() for target in targets] == [0, 1, 2]

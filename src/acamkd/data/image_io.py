@@ -50,15 +50,17 @@ def read_reduced(file: Path, least: Callable[[PixelSize], PixelSize]) -> tuple[T
     with opened(file) as image:
         if image.mode[0] in "IF":  # Pillow would silently clip them to white
             raise ImageError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
-        stored = image.size
+        width, height = image.size
         if image.format == "JPEG":  # whose EXIF block is before the pixels
-            step = -1 if orientation_of(image) >= 5 else 1
-            image.draft(None, least(stored[::-step])[::-step])
+            turned = orientation_of(image) >= 5
+            least_height, least_width = least((width, height) if turned else (height, width))
+            image.draft(None, (least_height, least_width) if turned else (least_width, least_height))
         image.load()
         orientation = orientation_of(image)
         turn = TURNS.get(orientation)
         pixels = np.array((image if turn is None else image.transpose(turn)).convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), stored if orientation >= 5 else stored[::-1]
+    size = (width, height) if orientation >= 5 else (height, width)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), size
 
 
 def read_size(file: Path) -> PixelSize:

@@ -47,8 +47,8 @@ class SharedMaps:
             maps = {name: self._rounded(x) for name, x in run(taps).items()}
             if device.type == "cuda":
                 torch.cuda.synchronize(device)  # whoever asks wants to know how long it took
-            groups = {tap: {name: x for name, x in maps.items() if name == tap} for tap in taps}
-            return {inputs + tap: group or maps for tap, group in groups.items()}
+            # A tap with `*` stands for several maps, of which it gets all.
+            return {inputs + tap: {tap: maps[tap]} if tap in maps else maps for tap in taps}
 
         found = self.shelf.fetch([inputs + name for name in names], computed, overhead=time.perf_counter() - begun)
         return {name: self._restored(x, device) for entry in found.values() for name, x in entry.items()}
