@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from acamkd import data
 from acamkd.data import MaskFolder
-from acamkd.data.image_io import read_header, read_image, read_size
+from acamkd.data.image_io import read_header, read_image, read_reduced, read_size
 from acamkd.errors import AcamkdError
 from acamkd.jobs.export import onnx_model
 
@@ -95,3 +95,23 @@ def test_a_mask_beside_a_rotated_image(tmp_path: Path) -> None:
     message = r"mask has 24 x 8 pixels, but a\.jpg has 8 x 24 pixels \(rotated as its EXIF entry says\)"
     with pytest.raises(AcamkdError, match=message):
         data.check(dataset, "headers")
+
+
+def test_a_jpeg_is_decoded_no_smaller_than_needed(tmp_path: Path) -> None:
+    pixels = np.zeros((64, 96, 3), np.uint8)
+    pixels[:, 48:] = 240
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright, turned, png = (tmp_path / name for name in ("upright.jpg", "turned.jpg", "same.png"))
+    for file in (upright, png):
+        Image.fromarray(pixels).save(file)
+    Image.fromarray(pixels).save(turned, exif=exif)
+    for least, shape in (((16, 24), (16, 24)), ((17, 24), (32, 48)), ((33, 40), (64, 96)), ((9, 9), (16, 24))):
+        image, size = read_reduced(upright, {(64, 96): least}.__getitem__)
+        assert (tuple(image.shape[1:]), size) == (shape, (64, 96))
+        assert abs(int(image[:, :, -2].float().mean()) - 240) < 4
+    image, size = read_reduced(turned, lambda _: (16, 24))
+    assert (tuple(image.shape[1:]), size) == ((48, 32), (96, 64))
+    for file in (upright, turned, png):
+        assert torch.equal(read_reduced(file, lambda size: size)[0], read_image(file))
+    assert read_reduced(png, lambda _: (16, 24))[0].shape == (3, 64, 96)

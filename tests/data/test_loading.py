@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.data._utils.pin_memory import pin_memory
 
 import leaving
 import tiny
 from acamkd import data
 from acamkd.data import loading
-from acamkd.data.loading import ImageLoader
+from acamkd.data.loading import ImageLoader, _packed
 from acamkd.errors import AcamkdError
 
 
@@ -62,3 +64,20 @@ def test_a_script_without_a_main_guard_is_told_of_it(
     loader = _loader(root, workers=1, batches=1)
     with pytest.raises(AcamkdError, match=message), data.reading(loader):
         next(iter(loader))
+
+
+def test_a_batch_is_pinned_as_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU copies pinned memory beside the program; here the pinning itself is left out."""
+    pinned: list[Tensor] = []
+
+    def pin(self: Tensor) -> Tensor:
+        pinned.append(self)
+        return self.clone()
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    samples = [(torch.rand(3, 4, 5), {"labels": torch.tensor([k])}) for k in range(3)]
+    block: Any = pin_memory(_packed(samples))  # type: ignore[no-untyped-call]
+    images, targets = block.unpacked()
+    assert len(pinned) == 1
+    assert all(torch.equal(image, given) for image, (given, _) in zip(images, samples, strict=True))
+    assert [target["labels"].item() for target in targets] == [0, 1, 2]

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from acamkd import config
 from acamkd.data.image_io import read_image
 from acamkd.data.loading import ImageLoader
 from acamkd.distillation.build import build_distiller
-from acamkd.distillation.distiller import Distiller, NonFiniteError
+from acamkd.distillation.distiller import Distiller
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.nonfinite import HALVINGS, IN_A_ROW, KEPT, NonFinite
 from acamkd.errors import AcamkdError
@@ -90,32 +91,42 @@ def test_the_parameter_is_named(root: Path, tmp_path: Path, monkeypatch: pytest.
         distill(tiny.recipe(root, epochs=1, batch_size=2), out=tmp_path / "run")
 
 
-@pytest.mark.parametrize("where", ["labeled", "unlabelled"])
-def test_every_parameter_gets_a_gradient_of_a_broken_step(
-    where: str, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Other processes wait for each, also for those that the broken forward did not come to."""
-    forward = Distiller.forward
-
-    def broken(self: Distiller, *arguments: Any, labeled: bool = True) -> dict[str, Tensor]:
-        terms = forward(self, *arguments, labeled=labeled)
-        if labeled == (where == "labeled"):
-            raise NonFiniteError("test", terms)
-        return terms
-
+def _ready(root: Path, monkeypatch: pytest.MonkeyPatch, world_size: int) -> tuple[TrainingModule, tuple[Any, ...]]:
+    """A module as in its first step, and a batch with unlabeled images."""
     recipe = tiny.recipe(root, batch_size=2)
     assert recipe.teacher is not None
     batches = Batches(recipe)
     student, teacher = (build_network(recipe, section, batches.classes) for section in (recipe.student, recipe.teacher))
     module = TrainingModule(build_distiller(student, teacher, recipe.losses), recipe.train, batches.scorer)
-    monkeypatch.setattr(Distiller, "forward", broken)
     position = {"current_epoch": 0, "global_step": 0, "global_rank": 0}
-    monkeypatch.setattr(module, "_trainer", SimpleNamespace(num_training_batches=1, world_size=2, **position))
+    monkeypatch.setattr(module, "_trainer", SimpleNamespace(num_training_batches=1, world_size=world_size, **position))
     images, targets = next(iter(batches.train))
-    module.training_step((images, targets, images), 0).backward()  # type: ignore[no-untyped-call]
+    return module, (images, targets, images)
+
+
+@pytest.mark.parametrize("where", ["labeled", "unlabelled"])
+def test_every_process_learns_of_a_broken_step(where: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others wait for each gradient, and share what is NaN in it."""
+    forward = Distiller.forward
+
+    def broken(self: Distiller, *arguments: Any, labeled: bool = True, check: bool) -> dict[str, Tensor]:
+        assert not check
+        terms = forward(self, *arguments, labeled=labeled, check=False)
+        if labeled == (where == "labeled"):
+            terms["segmentation_head.0/acam/spatial"] = terms["segmentation_head.0/acam/spatial"].detach() * torch.inf
+        return terms
+
+    module, batch = _ready(root, monkeypatch, world_size=2)
+    monkeypatch.setattr(Distiller, "forward", broken)
+    module.training_step(batch, 0).backward()  # type: ignore[no-untyped-call]
     gradients = [p.grad for p in module.distiller.parameters() if p.requires_grad]
-    assert all(gradient is not None and gradient.isnan().all() for gradient in gradients)
-    assert (module.values, module.faults) == ({}, ["test"])
+    assert all(gradient is not None for gradient in gradients)
+    bias = module.distiller.student.net.get_submodule("segmentation_head.0").bias
+    assert isinstance(bias, Tensor)
+    assert bias.grad is not None
+    assert bias.grad.isnan().all()
+    assert (module.values, len(module.faults)) == ({}, 1)
+    assert "step 0: the loss is not finite, segmentation_head.0/acam/spatial is inf: lower" in module.faults[0]
 
 
 @pytest.mark.parametrize("backwards", [False, True])
@@ -163,7 +174,7 @@ def test_the_scaler_of_float16_gets_its_chance_and_no_more(tmp_path: Path) -> No
                                    world_size=1)  # fmt: skip
     module = TrainingModule.__new__(TrainingModule)
     torch.nn.Module.__init__(module)
-    module.net, module.faults = net, []
+    module.net, module.faults, module._pending = net, [], None
     for value in (*[torch.inf] * HALVINGS, 1.0, *[torch.inf] * HALVINGS):
         net.weight.grad = torch.full_like(net.weight, value)
         callback.on_before_optimizer_step(trainer, module, torch.optim.SGD(net.parameters()))
@@ -174,3 +185,37 @@ def test_the_scaler_of_float16_gets_its_chance_and_no_more(tmp_path: Path) -> No
     module.faults, net.weight.grad = ["step 8: the loss"], torch.full_like(net.weight, torch.nan)
     with pytest.raises(AcamkdError, match="step 8: the loss"):
         callback.on_before_optimizer_step(trainer, module, torch.optim.SGD(net.parameters()))
+
+
+class _Reads(TorchDispatchMode):
+    """Counts how often the values of a tensor are read in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_its_values_once(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each reading the program waits until a GPU has done all its work."""
+    module, batch = _ready(root, monkeypatch, world_size=1)
+    for _ in range(2):  # the audit reads more, until all parameters have had a gradient
+        module.training_step(batch, 0)
+    lists, tolist = 0, Tensor.tolist
+
+    def counted(self: Tensor) -> Any:
+        nonlocal lists
+        lists += 1
+        return tolist(self)
+
+    monkeypatch.setattr(Tensor, "tolist", counted)
+    with _Reads() as reads:
+        module.training_step(batch, 0).backward()  # type: ignore[no-untyped-call]
+        NonFinite(tmp_path, skip=False).on_before_optimizer_step(
+            module.trainer, module, torch.optim.SGD(module.parameters())
+        )
+        assert module.values["loss"] > 0
+    assert (reads.count, lists) == (0, 1)

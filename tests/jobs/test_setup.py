@@ -7,13 +7,16 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
 from acamkd import config
 from acamkd.engine.runs import write_json
+from acamkd.errors import AcamkdError
 from acamkd.jobs.doctor import examine
 from acamkd.jobs.examine_data import examine_data
 from acamkd.jobs.setup import ALL_LABELED, Batches, describe_data, describe_lead, score_of_run
+from acamkd.models.base import Task
 
 
 def _ended(folder: Path, role: str, score: float) -> None:
@@ -74,3 +77,26 @@ def test_a_detectors_table_has_no_row_of_masks(tmp_path: Path) -> None:
     shown = str(examine_data(tiny.recipe(root, "detection")))
     assert "without boxes" in shown
     assert "all void" not in shown
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+@pytest.mark.parametrize("cache", ["null", "ram"])
+def test_large_photographs_may_be_decoded_smaller(task: Task, cache: str, tmp_path: Path) -> None:
+    recipe = tiny.recipe(tiny.write_data(tmp_path, task), task)
+    reduced = ["data.decode=reduced", "data.resize=[30, 20]", "data.augment.flip=0", f"data.cache={cache}"]
+    plain, small = Batches(config.override(recipe, reduced[2:3])), Batches(config.override(recipe, reduced))
+    small.check()
+    side = 128 if task == "detection" else 64
+    for _ in range(2):
+        (image, target), (whole, true) = small.splits["train"][0], plain.splits["train"][0]
+        assert (image.shape, whole.shape) == ((3, 32, 32), (3, side, side))
+        assert list(target) == list(true)
+        if task == "detection":
+            assert torch.allclose(target["boxes"], true["boxes"] / 4)
+            assert torch.allclose(target["area"], true["area"] / 16)
+        else:
+            assert set(target["mask"].flatten().tolist()) == set(true["mask"].flatten().tolist())
+            assert (target["mask"] == true["mask"][::2, ::2]).float().mean() > 0.9
+    assert small.splits["val"][0][0].shape == (3, side, side)
+    with pytest.raises(AcamkdError, match=r"decode: reduced needs `resize`, and no `augment.crop`"):
+        config.override(recipe, ["data.decode=reduced"])

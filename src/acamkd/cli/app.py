@@ -44,6 +44,9 @@ Losses = Annotated[
 Out = Annotated[Path | None, typer.Option(help="Run folder, instead of runs/NAME/JOB.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run that the folder holds.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")]
+Profile = Annotated[
+    bool, typer.Option("--profile", help="Measure where the time of the steps goes, and print it at the end.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -12,6 +12,7 @@ from acamkd.cli.app import (
     Out,
     Overrides,
     Overwrite,
+    Profile,
     RecipeFile,
     Resume,
     app,
@@ -20,6 +21,10 @@ from acamkd.cli.app import (
     recipe_of,
     show,
 )
+from acamkd.progress import is_first_process
+
+if TYPE_CHECKING:
+    from acamkd.engine.runs import Run
 
 
 @app.command(
@@ -37,12 +42,13 @@ def train(
     out: Out = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
+    profile: Profile = False,
 ) -> None:
     """Train one network of a recipe without distillation: the teacher, or the baseline."""
     loaded = recipe_of(recipe, set_)
     from acamkd.jobs.train import train as job
 
-    job(loaded, role, out=out, resume=resume, overwrite=overwrite)
+    _show_profile(job(loaded, role, out=out, resume=resume, overwrite=overwrite, profile=profile), profile)
 
 
 @app.command(
@@ -52,6 +58,7 @@ def train(
         "acamkd distill recipes/camvid.yaml --losses recipes/combinations/mgd_segmentation.yaml",
         "acamkd distill recipes/camvid.yaml --set teacher.weights=teacher.safetensors --resume",
         "acamkd distill recipes/camvid.yaml --dry-run",
+        "acamkd distill recipes/camvid.yaml --profile",
     )
 )
 def distill(
@@ -64,6 +71,7 @@ def distill(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only print parameters, operations, memory and the largest batch.")
     ] = False,
+    profile: Profile = False,
 ) -> None:
     """Train a recipe's student with its losses against its teacher."""
     loaded = recipe_of(recipe, overrides_of(losses, set_))
@@ -72,7 +80,14 @@ def distill(
     if dry_run:
         show(job(loaded, dry_run=True))
     else:
-        job(loaded, out=out, resume=resume, overwrite=overwrite)
+        _show_profile(job(loaded, out=out, resume=resume, overwrite=overwrite, profile=profile), profile)
+
+
+def _show_profile(trained: Run, asked: bool) -> None:
+    if asked and is_first_process():
+        from acamkd.engine.step_profile import StepProfile
+
+        show(StepProfile.read(trained.folder))
 
 
 @app.command(

@@ -147,6 +147,12 @@ class Data(Section):
     augment: Augmentation = Augmentation()
     workers: Annotated[int, Field(ge=0)] = 2
     """Processes that load images."""
+    decode: Literal["full", "reduced"] = "full"
+    """Training images: all pixels (full), or JPEGs at 1/2, 1/4 or 1/8 of their size, no smaller than `resize` needs
+    (reduced), which is faster for photographs and changes the pixels slightly."""
+    cache: Literal["ram", "disk"] | None = None
+    """Keep the training's decoded images and masks, whose pixels are the same: in the memory of each process that loads
+    images (ram), or in runs/NAME/cache for later trainings, too (disk); nothing = decode them each time."""
     check: Literal["full", "headers"] = "full"
     """Before training, decode every image (full) or only read its header (headers)."""
 
@@ -175,4 +181,8 @@ class Data(Section):
     def _check(self) -> Data:
         if self.train.share is not None:
             raise ValueError("train.share: only `val` can be a share, of the training images")
+        if self.decode == "reduced" and (self.resize is None or self.augment.crop is not None):
+            raise ValueError(
+                "decode: reduced needs `resize`, and no `augment.crop`, whose size is in the images' own pixels"
+            )
         return self

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import (
     AfterValidator,
     BaseModel,
+    ByteSize,
     ConfigDict,
     Field,
     field_validator,
@@ -306,6 +307,11 @@ class Comparison(Section):
     """By name, which also names files: overrides of this recipe, `{losses.0.weight: 3}` or `{losses: [...]}`."""
     tune: Search | None = None
     """Nothing = no search: every method runs with its own weights."""
+    cache: ByteSize | None = None
+    """Size of a cache on disk, such as `20GB`, in which trials share augmented images, the teacher's feature maps and
+    its scores; nothing = every trial computes its own (docs/guides/compare.md)."""
+    cache_precision: Literal["exact", "float16"] = "exact"
+    """Of the feature maps in it; `exact` changes no trial's result."""
 
 
 class Recipe(Section):

@@ -180,6 +180,7 @@ def loader(
     shuffle: bool,
     seed: int,
     batches: int | None = None,
+    pin: bool = False,
 ) -> ImageLoader:
     """Batches as (list of images, list of targets), and a list of unlabeled images where there are some.
 
@@ -194,6 +195,7 @@ def loader(
         shuffle: Shuffle every epoch, by (seed, epoch).
         seed: Seed of the order.
         batches: Shuffled batches per epoch; None for one pass over the images.
+        pin: Give the batches in pinned memory, from which a GPU copies beside the program.
 
     Raises:
         AcamkdError: The data set's annotations have problems.
@@ -210,6 +212,7 @@ def loader(
         workers,
         batch_size=batch_size,
         drop_last=shuffle and len(sampler) > batch_size,
+        pin_memory=pin,
         # Without its own generator, every epoch would advance torch's global one.
         generator=torch.Generator().manual_seed(seed),
     )

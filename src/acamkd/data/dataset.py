@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 from torchvision import tv_tensors
+from torchvision.transforms.v2.functional import resize
 
 from acamkd.config import Data
-from acamkd.data.image_io import read_image
-from acamkd.data.packed import read_packed, size_of
+from acamkd.data.disk_cache import Shelf
+from acamkd.data.image_io import read_image, read_reduced
+from acamkd.data.packed import read_packed, size_of, stamp_of
 from acamkd.errors import ImageError
 from acamkd.models.base import VOID, PixelSize, Target, Task
+from acamkd.stopwatch import timed
 
 Sample: TypeAlias = tuple[Tensor, Target]
 """An image, (3, H, W) uint8 RGB, and its target."""
@@ -60,6 +63,9 @@ class ImageDataset(Dataset[Sample], ABC):
         warnings: Remarks about what is legal but suspicious.
         counts: Sum of `tally` over the images; None until the targets have been read, or if `check` found problems.
         hashes: `difference_hash` of each image, (N, 32) uint8; None until `check` has decoded every image.
+        least_size: From an image's size to the smallest that it may be decoded at; None decodes all pixels.
+        cache: Where decoded images and masks are kept; None decodes them anew in every epoch.
+        shared: Where trainings share augmented images; None until several do.
         groups: Lengths of the runs of images that lie together, in one shard or row group, and so are read together;
             None where every image is a file of its own.
 
@@ -127,6 +133,9 @@ class ImageDataset(Dataset[Sample], ABC):
         self.counts: Tensor | None = None
         self.groups: list[int] | None = None
         self.hashes: npt.NDArray[np.uint8] | None = None
+        self.least_size: Callable[[PixelSize], PixelSize] | None = None
+        self.cache: Shelf | None = None
+        self.shared: Shelf | None = None
         self.reading: Tensor | None = None  # (W, 2), shared: process id and current key of each loading process
 
     @abstractmethod
@@ -164,14 +173,54 @@ class ImageDataset(Dataset[Sample], ABC):
     def __getitem__(self, key: int) -> Sample:
         epoch, index = divmod(key, len(self))
         note_reading(self.reading, key)
-        image: Tensor = tv_tensors.Image(read_image(self.files[index]))
-        target = self.target(index, (image.shape[-2], image.shape[-1]))
+        if self.shared is None or self.transform is None:
+            return self._sample(epoch, index)
+        name = f"{epoch} {index} {stamp_of(self.files[index])}"
+
+        def compute(_: object) -> dict[str, dict[str, Tensor]]:
+            image, target = self._sample(epoch, index)
+            return {name: {"": image, **target}}
+
+        entry = self.shared.fetch([name], compute)[name]
+        return entry[""], {part: tensor for part, tensor in entry.items() if part}
+
+    def _sample(self, epoch: int, index: int) -> Sample:
+        with timed("decoding"):
+            image, target = self._decoded(index)
         if self.transform is not None:
-            with torch.random.fork_rng(devices=[]):
+            with timed("augmentation"), torch.random.fork_rng(devices=[]):
                 # torch.manual_seed would also reseed the GPUs, and fork_rng restores only the CPU here.
                 torch.default_generator.manual_seed(seed_of(self.seed, epoch, index))
                 image, target = self.transform(image, target)
         return image.as_subclass(Tensor), {name: value.as_subclass(Tensor) for name, value in target.items()}
+
+    def _decoded(self, index: int) -> Sample:
+        """The image and its target as tv_tensors."""
+        file = self.files[index]
+        if self.cache is None:
+            pixels, size = self._read(file)
+            return tv_tensors.Image(pixels), _scaled(self.target(index, size), size, pixels)
+        name = f"{file} {stamp_of(file)}"
+
+        def decode(_: object) -> dict[str, Target]:
+            pixels, size = self._read(file)
+            target = _scaled(self.target(index, size), size, pixels)
+            # Boxes come from a table, and only a mask is decoded, too.
+            kept = {"mask": target["mask"]} if "mask" in target else {}
+            return {name: {"image": pixels, "size": torch.tensor(size), **kept}}
+
+        entry = self.cache.fetch([name], decode)[name]
+        pixels = entry["image"]
+        if "mask" in entry:
+            return tv_tensors.Image(pixels), {"mask": tv_tensors.Mask(entry["mask"])}
+        height, width = entry["size"].tolist()
+        return tv_tensors.Image(pixels), _scaled(self.target(index, (height, width)), (height, width), pixels)
+
+    def _read(self, file: Path) -> tuple[Tensor, PixelSize]:
+        if self.least_size is None:
+            pixels = read_image(file)
+            return pixels, (pixels.shape[-2], pixels.shape[-1])
+        return read_reduced(file, self.least_size)
 
     def sources(self, key: int) -> list[Path]:
         """The image files of an item, without those of its target."""
@@ -197,6 +246,22 @@ class ImageDataset(Dataset[Sample], ABC):
         except OSError as error:
             raise ImageError(f"{error.filename}: {error.strerror}") from error
         return digest.hexdigest()[:16]
+
+
+def _scaled(target: Target, size: PixelSize, pixels: Tensor) -> Target:
+    """A target of an image of this (height, width), for the pixels that it was decoded to."""
+    height, width = pixels.shape[-2:]
+    if (height, width) == size:
+        return target
+    scaled = {
+        name: resize(value, [height, width])
+        if isinstance(value, (tv_tensors.Mask, tv_tensors.BoundingBoxes))
+        else value
+        for name, value in target.items()
+    }
+    if "area" in scaled:
+        scaled["area"] = scaled["area"] * (height * width / (size[0] * size[1]))
+    return scaled
 
 
 def note_reading(reading: Tensor | None, key: int) -> None:

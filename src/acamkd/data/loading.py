@@ -8,9 +8,9 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 from weakref import WeakSet
@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from acamkd import stopwatch
 from acamkd.data.dataset import ImageDataset
 from acamkd.data.samplers import SeededSampler
 from acamkd.data.unlabeled import WithUnlabeled
 from acamkd.errors import AcamkdError
 from acamkd.models.base import Target
+from acamkd.stopwatch import timed
 
 Images: TypeAlias = tuple[list[Tensor], list[Target]]
 
@@ -149,6 +151,7 @@ def _death(what: str, loaders: Sequence[ImageLoader], is_dead: Callable[[int], b
 
 def _be_ended(_: int) -> None:
     """Set up a loading process so that only the training process ends it."""
+    stopwatch.begin_process()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers send SIGTERM to every process
     # By this hook multiprocessing prints that training has ended amid a hand-over, and nothing else: every other
     # exception is sent to the training process.
@@ -167,6 +170,11 @@ class _Place:
     shape: torch.Size
     dtype: torch.dtype
 
+    def view(self, memory: Tensor) -> Tensor:
+        """The tensor within a block's memory."""
+        size = self.shape.numel() * self.dtype.itemsize
+        return memory[self.start : self.start + size].view(self.dtype).view(self.shape)
+
 
 @dataclass(frozen=True)
 class _Block:
@@ -175,18 +183,23 @@ class _Block:
     Attributes:
         memory: (bytes,) uint8.
         batch: The batch, with a `_Place` for every tensor.
+        seconds: That its process took, by part, while somebody measures.
     """
 
     memory: Tensor
     batch: Any
+    seconds: Mapping[str, float]
+
+    def pin_memory(self) -> _Block:
+        """The same in memory from which a GPU copies beside the program; torch calls this."""
+        return replace(self, memory=self.memory.pin_memory())
 
     def unpacked(self) -> Any:
         """The batch, as views of the block."""
-        return _changed(self.batch, lambda part: self._view(part) if isinstance(part, _Place) else part)
-
-    def _view(self, place: _Place) -> Tensor:
-        size = place.shape.numel() * place.dtype.itemsize
-        return self.memory[place.start : place.start + size].view(place.dtype).view(place.shape)
+        if watch := stopwatch.current():
+            for part, seconds in self.seconds.items():
+                watch.beside[part] += seconds
+        return _changed(self.batch, lambda part: part.view(self.memory) if isinstance(part, _Place) else part)
 
 
 def _packed(samples: Sequence[tuple[Any, ...]]) -> _Block:
@@ -201,11 +214,16 @@ def _packed(samples: Sequence[tuple[Any, ...]]) -> _Block:
         size += -(-part.nbytes // ALIGNMENT) * ALIGNMENT
         return found[-1][0]
 
-    batch = _changed(_as_lists(samples), place)
-    block = _Block(torch.empty(size, dtype=torch.uint8).share_memory_(), batch)  # type: ignore[no-untyped-call]
-    for where, tensor in found:
-        block._view(where).copy_(tensor)
-    return block
+    with timed("collation"):
+        batch = _changed(_as_lists(samples), place)
+        memory = torch.empty(size, dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+        for where, tensor in found:
+            where.view(memory).copy_(tensor)
+    seconds: dict[str, float] = {}
+    if watch := stopwatch.current():
+        seconds = dict(watch.seconds)
+        watch.reset()
+    return _Block(memory, batch, seconds)
 
 
 def _changed(batch: Any, change: Callable[[Any], Any]) -> Any:

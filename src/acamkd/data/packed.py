@@ -47,6 +47,12 @@ def size_of(file: Path) -> int:
     return file.stat().st_size if found is None else len(found)
 
 
+def stamp_of(file: Path) -> tuple[int, int]:
+    """Size in bytes and time of the last change of a file, or of what holds it; raises OSError if there is none."""
+    status = (_container(file) or file).stat()
+    return status.st_size, status.st_mtime_ns
+
+
 def read_packed(file: Path) -> bytes | None:
     """Content of a file inside a tar or Parquet file; None if the path is an ordinary one.
 

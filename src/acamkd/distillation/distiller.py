@@ -18,9 +18,11 @@ from acamkd.distillation.compiled import CompiledLoss, CompiledNetwork
 from acamkd.distillation.fast_teacher import FastTeacher, Precision
 from acamkd.distillation.split_backward import split_backward
 from acamkd.distillation.taps import FeatureTap
+from acamkd.distillation.teacher_maps import SharedMaps
 from acamkd.errors import AcamkdError
 from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
 from acamkd.models.base import Batch, TaskModel, explaining_norms
+from acamkd.stopwatch import timed
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +120,8 @@ class Distiller(nn.Module):
         if losses and precision is not None:
             self._fast = FastTeacher(self.teacher, self._tapped(1), precision)
         self._compiled: list[CompiledNetwork | CompiledLoss] = []
+        self.shared_maps: SharedMaps | None = None
+        """Where trainings share the teacher's feature maps."""
         self._audit = Audit()
         self._active: list[int] = []
 
@@ -152,7 +156,7 @@ class Distiller(nn.Module):
             if isinstance(loss, FeatureLoss)
         ]
 
-    def forward(self, batch: Batch, step: int = 0, *, labeled: bool = True) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, step: int = 0, *, labeled: bool = True, check: bool = True) -> dict[str, Tensor]:
         """Run both networks on one batch.
 
         Args:
@@ -160,6 +164,7 @@ class Distiller(nn.Module):
             step: Optimization step, from 0.
             labeled: Whether the images have targets. Otherwise there is no task loss, only those losses take part
                 that need no targets, and the student too ends at its last tapped layer.
+            check: Whether to look at the terms, for which the program waits for a GPU.
 
         Returns:
             Scalar terms, `task/TERM`, `LAYER/METHOD/TERM` and, where masks learn from the teacher's own loss,
@@ -167,7 +172,7 @@ class Distiller(nn.Module):
             factor: their sum has been differentiated down to the tapped feature maps.
 
         Raises:
-            NonFiniteError: A term is not finite.
+            NonFiniteError: A term is not finite, and it is to `check`.
             AcamkdError: A tap did not fire, or the distillation does not reach the student.
         """
         factors = [schedule(step) for schedule in self.schedules]
@@ -198,11 +203,11 @@ class Distiller(nn.Module):
             teacher_maps = self.teacher_maps(batch, active, whole=whole) if active else {}
             terms: dict[str, Tensor] = {}
             if labeled:
-                with explaining_norms():
+                with timed("student"), explaining_norms():
                     outputs = self.student(batch)
                 terms = {f"task/{name}": term for name, term in self.student.loss(outputs, batch).items()}
             else:
-                with student_tap.early_stop(), explaining_norms():
+                with timed("student"), student_tap.early_stop(), explaining_norms():
                     self.student(batch)
             gradients, terms = self._task_gradients(active, student_tap, continuation_edges, terms)
             compared: dict[str, dict[str, Tensor]] = {}  # by loss, whatever the schedules
@@ -215,7 +220,10 @@ class Distiller(nn.Module):
             terms |= self._teacher_task(active, student_tap, batch)
             if compared and labeled and self.training and torch.is_grad_enabled():
                 self._audit(self.student.net, student_tap.features(), compared, step)
-        _check_finite(terms, step)
+        if check:
+            values = torch.stack([term.detach().float() for term in terms.values()]).tolist()
+            if fault := describe_nonfinite(dict(zip(terms, values, strict=True)), step):
+                raise NonFiniteError(fault, terms)
         return terms
 
     def check_unlabeled(self) -> None:
@@ -263,15 +271,21 @@ class Distiller(nn.Module):
     ) -> dict[str, Tensor]:
         """What the losses, or those of some indices, need of the teacher, by tap.
 
-        It runs no layer behind the last of these, unless it is to run as a `whole`.
+        It runs no layer behind the last of these, unless it is to run as a `whole`, and none where all are in
+        `shared_maps`.
         """
         indices = range(len(self.losses)) if active is None else active
         names = _flat(self._layers(index)[1] for index in indices)
+        if self.shared_maps is None:
+            return self._run_teacher(batch, names, whole=whole)
+        return self.shared_maps(batch, names, lambda missing: self._run_teacher(batch, missing, whole=whole))
+
+    def _run_teacher(self, batch: Batch, names: Sequence[str], *, whole: bool) -> dict[str, Tensor]:
         fast = self._fast
         teacher = self.teacher if fast is None else fast.model
         precise = nullcontext() if fast is None else fast.on(batch.pixels.device)
         # Not inference_mode: a loss cannot keep its tensors for a backward, such as that of a trainable projection.
-        with torch.no_grad(), precise, FeatureTap(teacher.net, names) as tap:
+        with timed("teacher"), torch.no_grad(), precise, FeatureTap(teacher.net, names) as tap:
             with nullcontext() if whole else tap.early_stop():
                 # Without targets, for which some networks already draw random numbers in their forward: how far the
                 # teacher runs must not change what the student draws afterwards.
@@ -299,9 +313,10 @@ class Distiller(nn.Module):
         differentiable_maps = {id(x): x for x in maps.values() if id(x) in continuation_edges}
         at_maps: list[Tensor] = []
         if differentiable_maps:
-            at_maps, terms = split_backward(
-                terms, list(differentiable_maps.values()), [continuation_edges[key] for key in differentiable_maps]
-            )
+            with timed("backward"):
+                at_maps, terms = split_backward(
+                    terms, list(differentiable_maps.values()), [continuation_edges[key] for key in differentiable_maps]
+                )
         gradients = dict(zip(differentiable_maps, at_maps, strict=True))
         return {index: gradients.get(id(x), torch.zeros_like(x)) for index, x in maps.items()}, terms
 
@@ -361,12 +376,12 @@ def _flat(names: Iterable[Sequence[str]]) -> list[str]:
     return list(dict.fromkeys(name for group in names for name in group))
 
 
-def _check_finite(terms: Mapping[str, Tensor], step: int) -> None:
-    values = torch.stack([term.detach().float() for term in terms.values()])
-    if not values.isfinite().all():
-        bad = [f"{name} is {x}" for name, x in zip(terms, values.tolist(), strict=True) if not isfinite(x)]
-        raise NonFiniteError(
-            f"step {step}: the loss is not finite, {', '.join(bad)}: "
-            "lower the learning rate or the loss's weight, or clip the gradient (train.clip)",
-            terms,
-        )
+def describe_nonfinite(terms: Mapping[str, float], step: int) -> str:
+    """Describe the terms of a loss that are NaN or infinite; empty where all are finite."""
+    bad = [f"{name} is {x}" for name, x in terms.items() if not isfinite(x)]
+    if not bad:
+        return ""
+    return (
+        f"step {step}: the loss is not finite, {', '.join(bad)}: "
+        "lower the learning rate or the loss's weight, or clip the gradient (train.clip)"
+    )

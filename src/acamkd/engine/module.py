@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -15,11 +16,12 @@ from acamkd.config import Train
 from acamkd.data.dataset import seed_of
 from acamkd.data.loading import Images
 from acamkd.distillation.compiled import can_compile
-from acamkd.distillation.distiller import Distiller, NonFiniteError, WeightSchedule
+from acamkd.distillation.distiller import Distiller, WeightSchedule, describe_nonfinite
 from acamkd.engine.metrics import Scorer
 from acamkd.engine.quantization import FakeQuantization
 from acamkd.errors import AcamkdError
 from acamkd.models.base import Batch, Target
+from acamkd.stopwatch import counted, timed
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +47,39 @@ class TrainingModule(L.LightningModule):
         self.scorer = scorer
         self.scores: dict[str, float] = {}
         """Metrics of the last validation."""
-        self.values: dict[str, float] = {}
-        """Loss, its terms and the losses' statistics in the last step; empty where a term was not finite."""
+        self._values: dict[str, float] = {}
+        self._pending: tuple[int, list[str], Tensor] | None = None
+        """Step, names and values of the last batch, while they are on its device only."""
         self.quantization = FakeQuantization(distiller.student) if config.quantize else None
         self.faults: list[str] = []
         """What was not finite in the batches of the current step."""
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Loss, its terms and the losses' statistics in the last batch; empty where a term was not finite."""
+        self.fetch()
+        return self._values
+
+    def fetch(self, flag: Tensor | None = None) -> bool:
+        """Read the last batch's values and a flag from the device at once: a step waits for it nowhere else.
+
+        Returns:
+            The flag; True without one.
+        """
+        if self._pending is None:
+            return flag is None or bool(flag)
+        step, names, numbers = self._pending
+        self._pending = None
+        if flag is not None:
+            numbers = torch.cat([numbers, flag.float().view(1)])
+        with timed("waiting for the GPU") if numbers.is_cuda else nullcontext():
+            read = numbers.tolist()
+        self._values = dict(zip(names, read, strict=False))
+        terms = {name.removeprefix("loss/"): x for name, x in self._values.items() if name.startswith("loss/")}
+        if fault := describe_nonfinite(terms, step):
+            self.faults.append(fault)
+            self._values = {}
+        return flag is None or bool(read[-1])
 
     def on_fit_start(self) -> None:
         """Work around a torch error in bfloat16 on the CPU, compile, and give all processes the same loss weights.
@@ -84,40 +114,39 @@ class TrainingModule(L.LightningModule):
         batches = int(self.trainer.num_training_batches)
         position = self.current_epoch * batches + batch_idx
         torch.manual_seed(seed_of(self.config.seed, position, self.global_rank))
-        terms, statistics, faults = self._terms(*batch)
+        terms, statistics = self._terms(*batch)
         total = torch.stack(list(terms.values())).sum()
-        if faults:  # handled after the backward pass, which every process must complete for the others
-            self.values = {}
-            self.faults += faults
-            return torch.nan * (total + torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum())
         found = {f"loss/{name}": term for name, term in terms.items()} | statistics | {"loss": total}
-        numbers = torch.stack([value.detach().float() for value in found.values()]).tolist()
-        self.values = dict(zip(found, numbers, strict=True))
+        numbers = torch.stack([value.detach().float() for value in found.values()])
+        self._pending = (self.global_step, list(found), numbers)
         if self.trainer.world_size > 1:  # DDP waits for every gradient, also for that of a loss that has stopped
             total = total + 0 * sum(p.sum() for p in self.distiller.losses.parameters() if p.requires_grad)
+        # A loss that is not finite makes gradients NaN, by which all processes learn of it before the optimizer's step.
+        total = total * torch.where(total.detach().isfinite(), 1.0, torch.nan)
         # Lightning divides by `accumulate`, and an epoch may end with fewer batches than that.
         accumulate = self.config.accumulate
         return total * (accumulate / min(accumulate, batches - batch_idx // accumulate * accumulate))
 
     def _terms(
         self, images: list[Tensor], targets: list[Target], unlabeled: list[Tensor] | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-        """Return the loss terms, the losses' statistics, and descriptions of what was not finite."""
-        student, faults = self.distiller.student, []
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the loss terms and the losses' statistics."""
+        student = self.distiller.student
 
         def run(batch: Batch, *, labeled: bool) -> dict[str, Tensor]:
-            try:
-                return self.distiller(batch, self.global_step, labeled=labeled)  # type: ignore[no-any-return]
-            except NonFiniteError as error:
-                faults.append(str(error))
-                return error.terms
+            return self.distiller(batch, self.global_step, labeled=labeled, check=False)  # type: ignore[no-any-return]
 
-        terms = run(student.prepare(images, targets), labeled=True)
+        counted("images", len(images) + len(unlabeled or ()))
+        with timed("collation"):
+            batch = student.prepare(images, targets)
+        terms = run(batch, labeled=True)
         statistics = self.distiller.statistics()
         if unlabeled:
-            more = run(student.prepare(unlabeled), labeled=False)
+            with timed("collation"):
+                batch = student.prepare(unlabeled)
+            more = run(batch, labeled=False)
             terms |= {name: (terms[name] + term) / 2 for name, term in more.items()}
-        return terms, statistics, faults
+        return terms, statistics
 
     def validation_step(self, batch: Images, batch_idx: int) -> None:
         """Collect one batch's predictions, computed in 32 bits whatever the training's precision is."""

@@ -78,7 +78,7 @@ class NonFinite(Callback):
         """Check the gradient, which is the same in every process by now."""
         assert isinstance(pl_module, TrainingModule)
         norms = [p.grad.norm() for p in pl_module.parameters() if p.grad is not None]
-        if torch.stack(norms).isfinite().all():
+        if pl_module.fetch(torch.stack(norms).isfinite().all()) and not pl_module.faults:
             self.in_a_row = self._halvings = 0
             return
         is_for_scaler = trainer.precision == "16-mixed" and self._halvings < HALVINGS

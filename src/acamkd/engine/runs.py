@@ -48,7 +48,7 @@ PATIENCE = 10.0
 
 
 WITHOUT_EFFECT: dict[str, Any] = {
-    "data": {"workers", "check", "test"}, "train": {"checkpoint_every", "loggers"}, "compare": True,
+    "data": {"workers", "check", "test", "cache"}, "train": {"checkpoint_every", "loggers"}, "compare": True,
 }  # fmt: skip
 """Keys of a recipe that do not affect what a training comes to, as pydantic's `exclude` takes them."""
 

@@ -19,6 +19,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from acamkd.config import Train
@@ -234,6 +235,7 @@ def build_trainer(
     callbacks: Sequence[Callback] = (),
     trackers: Sequence[Tracker[Any]] = (),
     skips_parameters: bool = False,
+    profiler: Profiler | None = None,
 ) -> L.Trainer:
     """Build a Lightning trainer that writes into the recorder's run folder.
 
@@ -244,6 +246,7 @@ def build_trainer(
         callbacks: Further callbacks, called after the recorder and before the checkpoint is written.
         trackers: Get what the recorder logs, beside `logs/metrics.csv`.
         skips_parameters: Whether the loss may leave parameters without a gradient, which processes must know.
+        profiler: Measures the steps.
 
     Raises:
         AcamkdError: The devices do not exist, a launcher has started another number of processes, or the processes
@@ -278,6 +281,7 @@ def build_trainer(
             log_every_n_steps=1,
             logger=loggers,
             callbacks=all_callbacks,
+            profiler=profiler,
             # Lightning's automatic SLURM resume would use a checkpoint folder that all runs share.
             plugins=[CheckpointFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
             enable_progress_bar=progress,

@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 import math
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from acamkd import config, data, models
 from acamkd.data import ImageDataset
+from acamkd.data.disk_cache import DiskCache, MemoryCache, Shelf
+from acamkd.engine.devices import device_of
 from acamkd.engine.metrics import METRICS, scorer_of
 from acamkd.engine.runs import RECIPE, Run, default_folder
 from acamkd.errors import AcamkdError
 from acamkd.models.base import TaskModel
+from acamkd.models.resize import frame_size
 
 log = logging.getLogger(__name__)
 
@@ -131,9 +135,11 @@ class Batches:
                 data.check(split, recipe.data.check)  # which reports them together with problems of the images
         data.check_same_classes(splits["train"], splits["val"])
         self.classes = splits["train"].classes
+        pin = device_of(recipe.train).type == "cuda"
         shuffled = partial(
-            data.loader, batch_size=size, workers=workers, shuffle=True, seed=seed, batches=steps and steps * accumulate
-        )
+            data.loader, batch_size=size, workers=workers, shuffle=True, seed=seed, pin=pin,
+            batches=steps and steps * accumulate,
+        )  # fmt: skip
         self.train = self.mixed = shuffled(splits["train"])
         self.unlabeled, self.distills = None, with_unlabeled
         if with_unlabeled and source.unlabelled is not None:
@@ -141,7 +147,10 @@ class Batches:
             self.train = shuffled(splits["train"], workers=0)
             self.unlabeled = data.build_unlabeled(source, recipe.task, seed=seed)
             self.mixed = shuffled(data.WithUnlabeled(splits["train"], self.unlabeled))
-        self.val = data.loader(splits["val"], size, workers, shuffle=False, seed=seed)
+        if source.decode == "reduced":
+            for images in self.training_images.values():
+                images.least_size = partial(frame_size, resize=source.resize, whole=math.ceil)
+        self.val = data.loader(splits["val"], size, workers, shuffle=False, seed=seed, pin=pin)
         self.scorer = scorer_of(recipe, self.classes)
         self.resolved = recipe.model_copy(update={"data": source.model_copy(update={"classes": self.classes})})
 
@@ -164,6 +173,33 @@ class Batches:
         elif self.distills:
             log.info("%s", ALL_LABELED)
         log.info("%s", describe_data(self.splits["train"], self.splits["val"]))
+        self._keep_decoded()
+
+    @property
+    def training_images(self) -> dict[str, ImageDataset]:
+        """The data sets that trainings augment, by their names in `fingerprint`."""
+        images = {"train": self.splits["train"], "unlabelled": self.unlabeled}
+        return {name: each for name, each in images.items() if each is not None}
+
+    def identity(self, name: str) -> str:
+        """What decides the images and targets of an entry of `fingerprint`, their augmentation included."""
+        used = self.resolved.data.model_dump_json(include=set(DATA_KEYS))
+        return f"{name} {self.fingerprint[name]} {self.resolved.task} {used}"
+
+    def _keep_decoded(self) -> None:
+        recipe = self.resolved
+        for name, images in self.training_images.items():
+            if recipe.data.cache is not None:
+                folder = default_folder(recipe, "cache")
+                cache = MemoryCache() if recipe.data.cache == "ram" else DiskCache(folder)
+                images.cache = Shelf(cache, "decoded images", (self.identity(name), version("pillow")))
+
+
+DATA_KEYS = frozenset({
+    "format", "train", "val", "classes", "ignore_index", "mask_values", "uncovered", "columns", "box_format", "resize",
+    "augment", "decode",
+})  # fmt: skip
+"""Keys of a recipe's `data` that decide images, targets and inputs."""
 
 
 def build_network(

@@ -28,6 +28,7 @@ from acamkd.engine.metrics import METRICS, score
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.quantization import require_torchao
 from acamkd.engine.runs import LOG, RECIPE, TERMINATED, Role, Run, default_folder
+from acamkd.engine.step_profile import StepProfiler
 from acamkd.engine.threads import ThreadChoice
 from acamkd.engine.trackers import build_trackers, check_installed
 from acamkd.engine.trainer import Recorder, build_trainer
@@ -35,9 +36,11 @@ from acamkd.engine.unreached import Unreached
 from acamkd.errors import AcamkdError
 from acamkd.jobs.profile import Estimate, estimate
 from acamkd.jobs.setup import Batches, build_network, describe_lead, teacher_section, with_normalization
+from acamkd.jobs.shared import SharedWork
 from acamkd.models.base import TaskModel
 from acamkd.progress import is_first_process, shows_progress
 from acamkd.report.run import REPORT, write_report
+from acamkd.stopwatch import running
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +55,8 @@ def train(
     out: Path | str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    profile: bool = False,
+    shared: SharedWork | None = None,
 ) -> Run:
     """Train one network of a recipe without distillation.
 
@@ -62,6 +67,8 @@ def train(
         out: Run folder; `runs/NAME/baseline` or `runs/NAME/teacher` where not given.
         resume: Continue the run that the folder holds.
         overwrite: Replace it.
+        profile: Measure where the time of the steps goes; `acamkd.engine.step_profile.StepProfile.read` gives it.
+        shared: What this training shares with others of a comparison.
 
     Returns:
         The run, with its `metrics` and `load()`.
@@ -99,8 +106,12 @@ def train(
         used["train"] = recipe.train.model_copy(update={"quantize": None})
     used[role] = with_normalization(section, model)
     batches.check()
+    if shared is not None:
+        shared.share_images(batches)
     run = Run(folder, batches.resolved.model_copy(update=used), role)
-    return _fit(run, Distiller(model), batches, resume=resume, overwrite=overwrite, inherited=inherited)
+    return _fit(
+        run, Distiller(model), batches, resume=resume, overwrite=overwrite, profile=profile, inherited=inherited
+    )
 
 
 @overload
@@ -112,6 +123,8 @@ def distill(
     resume: bool = False,
     overwrite: bool = False,
     dry_run: Literal[False] = False,
+    profile: bool = False,
+    shared: SharedWork | None = None,
 ) -> Run: ...
 @overload
 def distill(
@@ -125,6 +138,8 @@ def distill(
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    profile: bool = False,
+    shared: SharedWork | None = None,
 ) -> Run | Estimate:
     """Train a recipe's student with its losses against its teacher.
 
@@ -138,6 +153,8 @@ def distill(
         resume: Continue the run that the folder holds.
         overwrite: Replace it.
         dry_run: Do not train; estimate parameters, operations, memory and the largest batch.
+        profile: Measure where the time of the steps goes; `acamkd.engine.step_profile.StepProfile.read` gives it.
+        shared: What this training shares with others of a comparison.
 
     Returns:
         The run, with its `metrics` and `load()`; or the estimate.
@@ -166,6 +183,9 @@ def distill(
     if batches.unlabeled is not None:
         built.distiller.check_unlabeled()
     batches.check()
+    if shared is not None:
+        shared.share_images(batches)
+        shared.share_maps(built.distiller, batches, _hash(teacher.net), calibrating=True)
     if resume and (folder / RECIPE).is_file():
         losses = reuse_weights(losses, config.load(folder / RECIPE).losses)
     with data.reading(batches.train), moved_to(device_of(recipe.train), student, teacher):
@@ -173,10 +193,24 @@ def distill(
     distiller = build_distiller(student, teacher, losses, section.precision)
     used = {"teacher": section, "student": with_normalization(recipe.student, student), "losses": losses}
     run = Run(folder, batches.resolved.model_copy(update=used), "student")
-    return _fit(run, distiller, batches, resume=resume, overwrite=overwrite)
+    return _fit(run, distiller, batches, resume=resume, overwrite=overwrite, profile=profile, shared=shared)
 
 
-def _score_teacher(teacher: TaskModel, batches: Batches) -> dict[str, float]:
+def _score_teacher(
+    distiller: Distiller, batches: Batches, device: torch.device, shared: SharedWork | None
+) -> dict[str, float]:
+    if shared is not None and (known := shared.scores(distiller, batches, _hash(distiller.teacher.net))):
+        metric = METRICS[batches.resolved.task]
+        log.info("teacher: %s %.2f, as another training has found", metric, known[metric])
+        return known
+    with data.reading(batches.val):
+        found = _scores_of(distiller.teacher.to(device), batches)
+    if shared is not None:
+        shared.keep_scores(distiller, batches, _hash(distiller.teacher.net), found)
+    return found
+
+
+def _scores_of(teacher: TaskModel, batches: Batches) -> dict[str, float]:
     metric = METRICS[batches.resolved.task]
     if teacher.num_classes != len(batches.classes):
         log.info("the teacher has %d classes of its own, the data %d: it is not scored, and only features are compared",
@@ -192,7 +226,15 @@ def _score_teacher(teacher: TaskModel, batches: Batches) -> dict[str, float]:
 
 
 def _fit(
-    run: Run, distiller: Distiller, batches: Batches, *, resume: bool, overwrite: bool, inherited: str | None = None
+    run: Run,
+    distiller: Distiller,
+    batches: Batches,
+    *,
+    resume: bool,
+    overwrite: bool,
+    profile: bool,
+    inherited: str | None = None,
+    shared: SharedWork | None = None,
 ) -> Run:
     """Train into the run folder; `inherited` is the hash of a teacher that only initializes the student."""
     recipe, metric = run.recipe, METRICS[run.recipe.task]
@@ -200,9 +242,10 @@ def _fit(
     watching = [MaskHistory(run.folder, batches.splits["val"])] if distiller.losses else []
     chosen = ThreadChoice()
     trackers = build_trackers(recipe, run.folder)
+    profiler = StepProfiler(run.folder, device_of(recipe.train)) if profile and is_first_process() else None
     trainer = build_trainer(
         recipe.train, recorder, progress=shows_progress(sys.stdout), callbacks=[*watching, chosen, Unreached()],
-        trackers=trackers, skips_parameters=distiller.student.skips_parameters,
+        trackers=trackers, skips_parameters=distiller.student.skips_parameters, profiler=profiler,
     )  # fmt: skip
     if len(batches.splits["val"]) < trainer.world_size:
         raise AcamkdError(
@@ -223,14 +266,16 @@ def _fit(
         checkpoint = find_checkpoint(run.folder) if goes_on else None
         taught_by: dict[str, Any] = {"inherited_sha256": inherited} if inherited else {}
         if distiller.losses:
-            with data.reading(batches.val):
-                scores = _score_teacher(distiller.teacher.to(trainer.strategy.root_device), batches)
+            scores = _score_teacher(distiller, batches, trainer.strategy.root_device, shared)
             if warning := describe_lead(recipe, scores[metric], run.folder.parent / "baseline"):
                 log.warning("%s", warning)
             taught_by = {"teacher": scores, "teacher_sha256": _hash(distiller.teacher.net)}
+            if shared is not None:
+                shared.share_maps(distiller, batches, taught_by["teacher_sha256"])
         torch.manual_seed(recipe.train.seed)
         module = TrainingModule(distiller, recipe.train, batches.scorer)
-        with data.reading(batches.mixed, batches.val), _stopping(run.folder, recorder, recipe.train.epochs):
+        measured = running(profiler.watch) if profiler else nullcontext()
+        with measured, data.reading(batches.mixed, batches.val), _stopping(run.folder, recorder, recipe.train.epochs):
             trainer.fit(module, batches.mixed, batches.val, ckpt_path=checkpoint)
         if distiller.losses and _hash(distiller.teacher.net) != taught_by["teacher_sha256"]:
             raise RuntimeError("the teacher changed during training")

@@ -453,7 +453,8 @@ def test_a_finished_trial_says_how_long_the_others_take(
     caplog.set_level("INFO", logger="acamkd")
     trials = plan(config.load(recipe), ["acam"], 2, tmp_path)
     fake(trials[0], tmp_path, 40.0)
-    run_trials(trials, [0], tmp_path, lambda number: ["true"], end=None, jobs=2)
+    run_trials(trials, [0], tmp_path, lambda number: ["printenv", "MALLOC_MMAP_MAX_"], end=None, jobs=2)
+    assert (tmp_path / "logs/none-seed0.txt").read_text() == "0\n"  # glibc keeps the memory of a step
     assert caplog.messages[-1] == "none-seed0: mIoU 40.00 in 0:02:00, 3 trials left, about 0:03:00"
 
 

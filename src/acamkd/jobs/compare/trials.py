@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -39,7 +40,7 @@ class Trial:
         setting: Value of the tuned option; None without tuning.
         option: Name of the tuned option.
         tuning: Whether the trial serves the choice of the setting, not the table.
-        recipe: The recipe that it runs, seed included.
+        recipe: The recipe that it runs, seed included. Of `compare` it keeps the cache alone, which changes no result.
     """
 
     method: str
@@ -68,7 +69,7 @@ class Trial:
         # Without defaults, so that a key added by a later version does not invalidate every trial.
         content = self.recipe.model_dump(mode="json", exclude_defaults=True)
         for section, names in {
-            "data": ("root", "workers", "check", "classes", "test"),
+            "data": ("root", "workers", "check", "classes", "test", "cache"),
             "train": ("seed", "accelerator", "devices", "checkpoint_every", "loggers"),
             "teacher": ("weights",),
         }.items():
@@ -81,6 +82,10 @@ class Trial:
         for entry in content.get("losses", []):
             if self.option in entry:  # the number of the search, in whatever form the recipe has it
                 entry[self.option] = self.setting
+        if self.recipe.compare.cache is None or self.recipe.compare.cache_precision == "exact":
+            content.pop("compare", None)
+        else:
+            content["compare"] = {"cache_precision": self.recipe.compare.cache_precision}
         del content["name"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -95,17 +100,22 @@ class Trial:
         """Train or resume, and write the trial's JSON; the run folder stays beside the recipe's other runs."""
         from acamkd.engine.metrics import METRICS
         from acamkd.jobs.evaluate import evaluate
+        from acamkd.jobs.shared import SharedWork
         from acamkd.jobs.train import distill, train
 
         folder = default_folder(self.recipe, "compare") / f"{self.name}-{self.key}"
-        job = distill if self.recipe.losses else train
+        asked, recipe = self.recipe.compare, self.recipe.model_copy(update={"compare": config.Comparison()})
+        shared = None if asked.cache is None else SharedWork(
+            default_folder(recipe, "cache"), asked.cache, half=asked.cache_precision == "float16"
+        )  # fmt: skip
+        job = partial(distill if recipe.losses else train, recipe, out=folder, shared=shared)
         # Without a checkpoint nothing of an earlier run is reused, such as calibrated loss weights.
-        resume = Run(folder, self.recipe, "student").has_checkpoint
+        resume = Run(folder, recipe, "student").has_checkpoint
         try:
-            run = job(self.recipe, out=folder, resume=resume, overwrite=not resume)
+            run = job(resume=resume, overwrite=not resume)
         except OtherRunError:  # the hash ignores the device and the paths of images and teacher
             log.warning("%s: its images, teacher or device have moved since it stopped: it starts anew", self.name)
-            run = job(self.recipe, out=folder, overwrite=True)
+            run = job(overwrite=True)
         if not is_first_process():  # the other processes have no metrics
             return
         metrics = run.metrics
@@ -216,7 +226,8 @@ def _trial(recipe: config.Recipe, method: str, seed: int, setting: float | None,
         value = int(setting) if setting.is_integer() else setting  # options such as num_masks accept no 3.0
         overrides += [f"losses.{index}.{option}={value}" for index in range(len(_variant(recipe, method).losses))]
     varied = _variant(recipe, method, overrides)
-    return Trial(method, setting, option, tuning, varied.model_copy(update={"compare": config.Comparison()}))
+    kept = config.Comparison(cache=recipe.compare.cache, cache_precision=recipe.compare.cache_precision)
+    return Trial(method, setting, option, tuning, varied.model_copy(update={"compare": kept}))
 
 
 def _variant(recipe: config.Recipe, method: str, overrides: Sequence[str] = ()) -> config.Recipe:

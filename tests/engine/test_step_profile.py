@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+import tiny
+from acamkd import data, stopwatch
+from acamkd.engine.step_profile import PROFILE, WARM_UP, Idleness, StepProfile
+from acamkd.errors import AcamkdError
+from acamkd.jobs.train import distill
+from acamkd.stopwatch import Stopwatch, running, timed
+
+
+def test_the_parts_add_up() -> None:
+    begun = time.perf_counter()
+    with running(Stopwatch(whole=["closed"])) as watch:
+        with timed("outer"):
+            time.sleep(0.02)
+            with timed("inner"):
+                time.sleep(0.01)
+                with timed("outer"):
+                    time.sleep(0.01)
+            with timed("closed"), timed("inner"):
+                time.sleep(0.03)
+        took = time.perf_counter() - begun
+    assert sum(watch.seconds.values()) == pytest.approx(took, abs=0.005)
+    assert [watch.seconds[part] >= least for part, least in (("outer", 0.03), ("inner", 0.01), ("closed", 0.03))]
+    assert watch.seconds["inner"] < 0.025
+    with timed("later"):
+        pass
+    assert "later" not in watch.seconds
+    assert stopwatch.current() is None
+
+
+def test_a_training_says_where_its_time_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("acamkd.jobs.train.write_report", lambda run: None)
+    root = tiny.write_data(tmp_path / "data")
+    run = distill(tiny.recipe(root, epochs=2, batch_size=2, eval_every=2), out=tmp_path / "run", profile=True)
+    found = StepProfile.read(run.folder)
+    assert (found.steps, found.images) == (8 - WARM_UP, 2 * (8 - WARM_UP))
+    assert set(found.seconds) == {
+        "waiting for data", "decoding", "augmentation", "collation", "transfer", "student", "teacher", "losses",
+        "backward", "optimizer", "callbacks", "evaluation", "everything else",
+    }  # fmt: skip
+    assert 0 < sum(found.seconds.values()) < run.metrics["seconds"] + 0.1
+    assert "4 steps, 8 images" in str(found)
+    (run.folder / PROFILE).unlink()
+    with pytest.raises(AcamkdError, match=rf"had no more than {WARM_UP} steps"):
+        StepProfile.read(run.folder)
+
+
+def test_processes_that_load_images_tell_their_times(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tiny.write_data(tmp_path))
+    images = data.build(recipe.data, recipe.task, "train", seed=0, augment=True)
+    loader = data.loader(images, 4, 1, shuffle=True, seed=0)
+    with running(Stopwatch()) as watch, data.reading(loader):
+        assert len(list(loader)) == 2
+    assert set(watch.beside) == {"decoding", "augmentation", "collation"}
+    assert watch.seconds == {}
+
+
+def test_idleness_is_the_share_of_the_looks() -> None:
+    answers = [True, True, False, True] * 3
+    looks = Idleness(lambda: answers.pop() if answers else False)
+    assert looks.share is None
+    looks.start()
+    while answers:
+        time.sleep(0.001)
+    looks.stop()
+    assert looks.share is not None
+    assert 0.5 < looks.share <= 0.75
