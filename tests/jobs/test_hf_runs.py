@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from acamkd import cli
 from acamkd.data.scenes import write_scenes
 from acamkd.engine.runs import load_student
+from acamkd.models.base import head_of
 from tiny_hf import OPTIONS
 
 transformers: Any = pytest.importorskip("transformers")
@@ -60,4 +61,4 @@ def test_pairs_are_proposed_across_families() -> None:
     teacher, student = of_names("hf/rt_detr_v2", "retinanet/mobilenetv3_small_050")
     keys = [f"backbone:{level}" for level in range(3)]
     assert propose(teacher, student) == [list(pair) for pair in zip(keys, levels, strict=True)]
-    assert propose(teacher, teacher) == levels
+    assert propose(teacher, head_of(teacher)) == levels

@@ -17,7 +17,7 @@ from acamkd.distillation.methods import find, options
 from acamkd.distillation.taps import FeatureTap
 from acamkd.errors import AcamkdError
 from acamkd.losses.base import FeatureLoss, HeadLoss
-from acamkd.models.base import Batch, TaskModel, keeping_modes
+from acamkd.models.base import Batch, FeatureModel, TaskModel, head_of, keeping_modes
 from acamkd.models.weights import read_tensors
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def suppress_logs() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def build_distiller(student: TaskModel, teacher: TaskModel, entries: Sequence[config.Loss]) -> Distiller:
+def build_distiller(student: TaskModel, teacher: FeatureModel, entries: Sequence[config.Loss]) -> Distiller:
     """Build every loss that a recipe lists, with the channels that both networks turn out to have.
 
     Args:
@@ -70,7 +70,7 @@ def build_distiller(student: TaskModel, teacher: TaskModel, entries: Sequence[co
     )
 
 
-def build_levels(student: TaskModel, teacher: TaskModel, entries: Sequence[config.Loss]) -> list[Level]:
+def build_levels(student: TaskModel, teacher: FeatureModel, entries: Sequence[config.Loss]) -> list[Level]:
     """Build the losses of every entry, one for each pair of layers; args and raises as `build_distiller`."""
     batch = student.prepare([torch.rand(3, *PROBE_SIZE).to(student.mean.device)])
     levels: list[Level] = []
@@ -83,7 +83,7 @@ def build_levels(student: TaskModel, teacher: TaskModel, entries: Sequence[confi
 
 
 def _build(
-    entry: config.Loss, student: TaskModel, teacher: TaskModel, batch: Batch
+    entry: config.Loss, student: TaskModel, teacher: FeatureModel, batch: Batch
 ) -> list[tuple[Pair | None, FeatureLoss | HeadLoss]]:
     method = find(entry.name)
     if entry.is_auto:
@@ -93,9 +93,9 @@ def _build(
     if issubclass(method, HeadLoss):
         if entry.pairs:
             log.warning("%s works on the heads and names its layers itself: `pairs` is not used", entry.name)
-        _require_same_classes("it compares heads", student, teacher)
         loss = method(**checked)
-        loss.layers(student, teacher)  # refuses networks that it cannot work on
+        _require_same_classes("it compares heads", student, head_of(teacher))
+        loss.layers(student, head_of(teacher))  # refuses networks that it cannot work on
         return [(None, loss)]
     if "boxes" in method.needs and student.task != "detection":
         raise AcamkdError(f"this method needs boxes, and {student.task} has none")
@@ -117,11 +117,12 @@ def _build(
             log.info("%s: %s %s <- %s %s", entry.name, s_name, list(s_map.shape[1:]), t_name, list(t_map.shape[1:]))
             if tokens is not None:
                 checked["tokens"] = _level_tokens(tokens, t_name)
-            if _holds_classes(s_name, s_map, student) and _holds_classes(t_name, t_map, teacher):
-                _require_same_classes(f"the channels of {s_name} and {t_name} are classes", student, teacher)
             level = method(s_map.shape[1], t_map.shape[1], **checked)
-            if level.teacher_task:
-                _require_same_classes("its masks learn from the teacher's own loss", student, teacher)
+            with_head = head_of(teacher) if level.needs_head or isinstance(teacher, TaskModel) else None
+            if with_head and _holds_classes(s_name, s_map, student) and _holds_classes(t_name, t_map, with_head):
+                _require_same_classes(f"the channels of {s_name} and {t_name} are classes", student, with_head)
+            if with_head and level.teacher_task:
+                _require_same_classes("its masks learn from the teacher's own loss", student, with_head)
             built.append(((s_name, t_name), level))
     return built
 
@@ -139,7 +140,7 @@ def _require_same_classes(why: str, student: TaskModel, teacher: TaskModel) -> N
         )
 
 
-def _maps_of(who: str, model: TaskModel, name: str, batch: Batch) -> dict[str, Tensor]:
+def _maps_of(who: str, model: FeatureModel, name: str, batch: Batch) -> dict[str, Tensor]:
     """What one name stands for in one of the networks, if it is feature maps."""
     try:
         maps = probe(model, [name], batch)
@@ -152,7 +153,7 @@ def _maps_of(who: str, model: TaskModel, name: str, batch: Batch) -> dict[str, T
 
 
 @torch.no_grad()
-def probe(model: TaskModel, names: Sequence[str], batch: Batch) -> dict[str, Tensor]:
+def probe(model: FeatureModel, names: Sequence[str], batch: Batch) -> dict[str, Tensor]:
     """The outputs that some names stand for, `*` expanded, from one forward in eval mode."""
     with keeping_modes(model), FeatureTap(model.eval().net, names) as tap:
         model(batch)

@@ -18,7 +18,7 @@ from acamkd.distillation.split_backward import split_backward
 from acamkd.distillation.taps import FeatureTap
 from acamkd.errors import AcamkdError
 from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
-from acamkd.models.base import Batch, TaskModel, explaining_norms
+from acamkd.models.base import Batch, FeatureModel, TaskModel, explaining_norms, head_of
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Distiller(nn.Module):
 
     Args:
         student: The network to train.
-        teacher: The network to learn from; None (with no losses) trains the baseline.
+        teacher: The network to learn from, with or without a head; None (with no losses) trains the baseline.
         pairs: The layers that each loss compares; None for a HeadLoss, which names its own.
         losses: One per pair.
         schedules: A factor by step for each loss; 1 throughout where not given.
@@ -86,7 +86,7 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: TaskModel,
-        teacher: TaskModel | None = None,
+        teacher: FeatureModel | None = None,
         pairs: Sequence[Pair | None] = (),
         losses: Sequence[FeatureLoss | HeadLoss] = (),
         schedules: Sequence[Callable[[int], float]] | None = None,
@@ -110,10 +110,11 @@ class Distiller(nn.Module):
         if twice := {key for key in self._keys if self._keys.count(key) > 1}:
             raise AcamkdError(f"the same method stands twice at one layer: {', '.join(sorted(twice))}")
         self._audit = Audit()
+        self._sees_labels = False
         self._active: list[int] = []
 
     @property
-    def teacher(self) -> TaskModel:
+    def teacher(self) -> FeatureModel:
         """The frozen teacher."""
         if not self._teacher:
             raise AcamkdError("this Distiller has no teacher: it trains the baseline")
@@ -183,7 +184,9 @@ class Distiller(nn.Module):
                 compared[key] = self._compare(index, student_tap, teacher_maps, batch, context)
                 terms |= {f"{key}/{name}": factors[index] * term for name, term in compared[key].items()}
             terms |= self._teacher_task(active, student_tap, batch)
-            if compared and labeled and self.training and torch.is_grad_enabled():
+            self._sees_labels |= labeled
+            audits = labeled or not self._sees_labels  # where no image has labels, those without are as good
+            if compared and audits and self.training and torch.is_grad_enabled():
                 self._audit(self.student.net, student_tap.features(), compared, step)
         _check_finite(terms, step)
         return terms
@@ -220,7 +223,7 @@ class Distiller(nn.Module):
         """Layers of student and teacher that one loss needs."""
         pair, loss = self.levels[index]
         if isinstance(loss, HeadLoss):
-            return loss.layers(self.student, self.teacher)
+            return loss.layers(self.student, head_of(self.teacher))
         assert pair is not None
         return [pair[0]], [pair[1]]
 
@@ -282,7 +285,8 @@ class Distiller(nn.Module):
             return teacher_map
 
         with FeatureTap(self.teacher.net, _flat((pair[1],) for pair, _ in masking), edit=masked):
-            terms = self.teacher.loss(self.teacher(batch), batch)
+            teacher = head_of(self.teacher)
+            terms = teacher.loss(teacher(batch), batch)
         return {f"teacher/{name}": term for name, term in terms.items()}
 
     def _compare(
@@ -296,7 +300,7 @@ class Distiller(nn.Module):
         pair, loss = self.levels[index]
         try:
             if isinstance(loss, HeadLoss):
-                return loss(self.student, self.teacher, student_tap.features(), teacher_maps, batch)  # type: ignore[no-any-return]
+                return loss(self.student, head_of(self.teacher), student_tap.features(), teacher_maps, batch)  # type: ignore[no-any-return]
             assert pair is not None
             return loss(student_tap[pair[0]], teacher_maps[pair[1]], context)  # type: ignore[no-any-return]
         except ValueError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,10 +15,11 @@ from acamkd.config import Train
 from acamkd.data.dataset import seed_of
 from acamkd.data.loading import Images
 from acamkd.distillation.distiller import Distiller, NonFiniteError, WeightSchedule
-from acamkd.engine.metrics import Scorer
+from acamkd.engine.metrics import Validator
 from acamkd.engine.quantization import FakeQuantization
 from acamkd.errors import AcamkdError
 from acamkd.models.base import Batch, Target
+from acamkd.models.weights import save_weights
 
 
 class TrainingModule(L.LightningModule):
@@ -29,16 +31,16 @@ class TrainingModule(L.LightningModule):
     Args:
         distiller: The student with its teacher and losses. It is converted to the memory format that `config` asks for.
         config: The recipe's `train`.
-        scorer: Collects the validation metric.
+        validator: Judges the student after an epoch.
     """
 
-    def __init__(self, distiller: Distiller, config: Train, scorer: Scorer) -> None:
+    def __init__(self, distiller: Distiller, config: Train, validator: Validator) -> None:
         super().__init__()
         self.distiller = distiller
         if config.channels_last:  # feature maps take the memory format of the weights
             distiller.to(memory_format=torch.channels_last)
         self.config = config
-        self.scorer = scorer
+        self.validator = validator
         self.scores: dict[str, float] = {}
         """Metrics of the last validation."""
         self.values: dict[str, float] = {}
@@ -95,31 +97,38 @@ class TrainingModule(L.LightningModule):
         self, images: list[Tensor], targets: list[Target], unlabeled: list[Tensor] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
         """Return the loss terms, the losses' statistics, and descriptions of what was not finite."""
-        student, faults = self.distiller.student, []
-
-        def run(batch: Batch, *, labeled: bool) -> dict[str, Tensor]:
-            try:
-                return self.distiller(batch, self.global_step, labeled=labeled)  # type: ignore[no-any-return]
-            except NonFiniteError as error:
-                faults.append(str(error))
-                return error.terms
-
-        terms = run(student.prepare(images, targets), labeled=True)
+        student = self.distiller.student
+        faults: list[str] = []
+        terms = self.run_losses(student.prepare(images, targets), faults, labeled=True)
         statistics = self.distiller.statistics()
         if unlabeled:
-            more = run(student.prepare(unlabeled), labeled=False)
+            more = self.run_losses(student.prepare(unlabeled), faults, labeled=False)
             terms |= {name: (terms[name] + term) / 2 for name, term in more.items()}
         return terms, statistics, faults
 
+    def run_losses(self, batch: Batch, faults: list[str], *, labeled: bool) -> dict[str, Tensor]:
+        """Return the loss terms of one batch; what is not finite is added to `faults`."""
+        try:
+            return self.distiller(batch, self.global_step, labeled=labeled)  # type: ignore[no-any-return]
+        except NonFiniteError as error:
+            faults.append(str(error))
+            return error.terms
+
+    def save_best(self, file: Path) -> None:
+        """Write the student's network, and what its framework needs to load it."""
+        student = self.distiller.student
+        save_weights(student.net, file)
+        student.write_config(file, self.validator.classes)
+
     def validation_step(self, batch: Images, batch_idx: int) -> None:
-        """Collect one batch's predictions, computed in 32 bits whatever the training's precision is."""
+        """Judge the student on one batch, computed in 32 bits whatever the training's precision is."""
         images, targets = batch
         with torch.autocast(self.device.type, enabled=False):
-            self.scorer.update(self.distiller.student.predict(images), targets)
+            self.validator.see(self.distiller, images, targets)
 
     def on_validation_epoch_end(self) -> None:
         """Keep the metrics."""
-        self.scores = self.scorer.compute()
+        self.scores = self.validator.compute()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Put student and loss parameters into separate groups; the schedule advances once per optimization step."""

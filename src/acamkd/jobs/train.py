@@ -8,7 +8,7 @@ import math
 import platform
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -33,8 +33,16 @@ from acamkd.engine.trackers import build_trackers, check_installed
 from acamkd.engine.trainer import Recorder, build_trainer
 from acamkd.errors import AcamkdError
 from acamkd.jobs.profile import Estimate, estimate
-from acamkd.jobs.setup import Batches, build_network, describe_lead, teacher_section, with_normalization
-from acamkd.models.base import TaskModel
+from acamkd.jobs.setup import (
+    Batches,
+    Loaders,
+    build_network,
+    build_teacher,
+    describe_lead,
+    teacher_section,
+    with_normalization,
+)
+from acamkd.models.base import FeatureModel, TaskModel
 from acamkd.progress import is_first_process, shows_progress
 from acamkd.report.run import REPORT, write_report
 
@@ -73,6 +81,8 @@ def train(
     section = recipe.teacher if role == "teacher" else recipe.student
     if section is None:
         raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
+    if section.is_headless:
+        raise AcamkdError(f"{section.arch} has no head to train, and needs no training: distill from it as it is")
     if section.num_classes is not None:
         raise AcamkdError("teacher.num_classes: a teacher with classes of its own cannot be trained on these images")
     folder = Path(out).expanduser() if out else default_folder(recipe, "teacher" if role == "teacher" else "baseline")
@@ -89,7 +99,7 @@ def train(
     inherited = None
     if role == "student" and recipe.student.inherit:  # as for the distilled student, so that both start alike
         used["teacher"] = teacher_section(recipe)
-        teacher = build_network(recipe, used["teacher"], batches.classes, teacher=True)
+        teacher = build_teacher(recipe, used["teacher"], batches.classes)
         models.inherit(model, teacher, recipe.student.inherit)
         inherited = _hash(teacher.net)
     elif role == "student":
@@ -99,7 +109,7 @@ def train(
     used[role] = with_normalization(section, model)
     batches.check()
     run = Run(folder, batches.resolved.model_copy(update=used), role)
-    return _fit(run, Distiller(model), batches, resume=resume, overwrite=overwrite, inherited=inherited)
+    return fit(run, Distiller(model), batches, resume=resume, overwrite=overwrite, inherited=inherited)
 
 
 @overload
@@ -157,7 +167,7 @@ def distill(
         require_torchao()
     batches = Batches(recipe, with_unlabeled=True)
     section = teacher_section(recipe)
-    teacher = build_network(recipe, section, batches.classes, teacher=True)
+    teacher = build_teacher(recipe, section, batches.classes)
     student = build_network(recipe, recipe.student, batches.classes)
     if recipe.student.inherit:
         models.inherit(student, teacher, recipe.student.inherit)
@@ -172,11 +182,18 @@ def distill(
     distiller = build_distiller(student, teacher, losses)
     used = {"teacher": section, "student": with_normalization(recipe.student, student), "losses": losses}
     run = Run(folder, batches.resolved.model_copy(update=used), "student")
-    return _fit(run, distiller, batches, resume=resume, overwrite=overwrite)
+
+    def score_teacher() -> dict[str, float]:
+        return _score_teacher(distiller.teacher, batches)
+
+    return fit(run, distiller, batches, resume=resume, overwrite=overwrite, score_teacher=score_teacher)
 
 
-def _score_teacher(teacher: TaskModel, batches: Batches) -> dict[str, float]:
+def _score_teacher(teacher: FeatureModel, batches: Batches) -> dict[str, float]:
     metric = METRICS[batches.resolved.task]
+    if not isinstance(teacher, TaskModel):
+        log.info("the teacher has no head: it is not scored, and only features are compared")
+        return {metric: math.nan}
     if teacher.num_classes != len(batches.classes):
         log.info("the teacher has %d classes of its own, the data %d: it is not scored, and only features are compared",
                  teacher.num_classes, len(batches.classes))  # fmt: skip
@@ -190,13 +207,33 @@ def _score_teacher(teacher: TaskModel, batches: Batches) -> dict[str, float]:
     return scores
 
 
-def _fit(
-    run: Run, distiller: Distiller, batches: Batches, *, resume: bool, overwrite: bool, inherited: str | None = None
+def fit(
+    run: Run,
+    distiller: Distiller,
+    batches: Loaders,
+    *,
+    resume: bool,
+    overwrite: bool,
+    inherited: str | None = None,
+    score_teacher: Callable[[], dict[str, float]] | None = None,
+    module_of: type[TrainingModule] = TrainingModule,
 ) -> Run:
-    """Train into the run folder; `inherited` is the hash of a teacher that only initializes the student."""
-    recipe, metric = run.recipe, METRICS[run.recipe.task]
+    """Train into the run folder.
+
+    Args:
+        run: The folder, with the recipe as it is to be written there.
+        distiller: What is trained.
+        batches: What is read; the images have been checked.
+        resume: Continue the run that the folder holds.
+        overwrite: Replace it.
+        inherited: Hash of a teacher that only initializes the student.
+        score_teacher: Called where there are losses, with the teacher on the training's device.
+        module_of: What trains it.
+    """
+    recipe, metric = run.recipe, batches.validator.metric
+    predicts = run.role != "backbone"
     recorder = Recorder(run.folder, run.weights.name, metric)
-    watching = [MaskHistory(run.folder, batches.splits["val"])] if distiller.losses else []
+    watching = [MaskHistory(run.folder, batches.splits["val"])] if distiller.losses and predicts else []
     chosen = ThreadChoice()
     trackers = build_trackers(recipe, run.folder)
     trainer = build_trainer(
@@ -213,21 +250,25 @@ def _fit(
     with entered as goes_on, _log_file(run.folder / LOG, is_first), _explaining(run.folder):
         if resume and run.has_ended and (goes_on or run.weights.is_file()):
             log.info("%s: all epochs are done already", run.folder)
-            if is_first and not (run.folder / REPORT).is_file():
+            if is_first and predicts and not (run.folder / REPORT).is_file():
                 write_report(run)
             return run
         if resume and not goes_on:
             log.warning("%s has no finished epoch to resume from: the training starts anew", run.folder)
         checkpoint = find_checkpoint(run.folder) if goes_on else None
         taught_by: dict[str, Any] = {"inherited_sha256": inherited} if inherited else {}
-        if distiller.losses:
+        if score_teacher is not None:
+            distiller.teacher.to(trainer.strategy.root_device)
             with data.reading(batches.val):
-                scores = _score_teacher(distiller.teacher.to(trainer.strategy.root_device), batches)
-            if warning := describe_lead(recipe, scores[metric], run.folder.parent / "baseline"):
-                log.warning("%s", warning)
+                scores = score_teacher()
+            behind = describe_lead(recipe, scores[metric], run.folder.parent / "baseline") if predicts else None
+            if behind is not None:
+                log.warning("%s", behind)
             taught_by = {"teacher": scores, "teacher_sha256": _hash(distiller.teacher.net)}
+            if distiller.teacher.license is not None:
+                taught_by["teacher_license"] = distiller.teacher.license
         torch.manual_seed(recipe.train.seed)
-        module = TrainingModule(distiller, recipe.train, batches.scorer)
+        module = module_of(distiller, recipe.train, batches.validator)
         with data.reading(batches.mixed, batches.val), _stopping(run.folder, recorder, recipe.train.epochs):
             trainer.fit(module, batches.mixed, batches.val, ckpt_path=checkpoint)
         if distiller.losses and _hash(distiller.teacher.net) != taught_by["teacher_sha256"]:
@@ -255,7 +296,8 @@ def _fit(
         run.write_metrics(metrics)
         log.info("%s: best %s %.2f at epoch %d, in %s",
                  run.folder, metric, recorder.best[metric], recorder.best_epoch, run.weights.name)  # fmt: skip
-        write_report(run)
+        if predicts:
+            write_report(run)
         return run
 
 
