@@ -29,6 +29,13 @@ RETINANET: dict[str, Any] = {
     "fpn_channels": 16,
     "options": {"anchor_sizes": [8, 16, 32, 64, 96], "detections_per_img": 20},
 }
+VIT: dict[str, Any] = {
+    "arch": "timm/vit_small_patch16_dinov3",
+    "backbone_weights": None,
+    "options": {"depth": 3, "embed_dim": 16, "num_heads": 2},
+}
+"""A teacher without a head."""
+COSINE = {"name": "cosine", "pairs": [["encoder:4", "levels:0"]]}
 ACAM = {"name": "acam", "pairs": ["segmentation_head.0"], "num_masks": 3, "masks": "both"}
 
 

@@ -25,10 +25,12 @@ if TYPE_CHECKING:
     from acamkd.jobs.init.init import init as init
     from acamkd.jobs.inspect_layers import inspect as inspect
     from acamkd.jobs.predict.predict import predict as predict
+    from acamkd.jobs.pretrain import pretrain as pretrain
     from acamkd.jobs.run_all import run as run
     from acamkd.jobs.train import distill as distill
     from acamkd.jobs.train import train as train
     from acamkd.losses import *  # noqa: F403
+    from acamkd.models.base import FeatureModel as FeatureModel
     from acamkd.models.base import TaskModel as TaskModel
     from acamkd.models.detection import Detector as Detector
     from acamkd.models.segmentation import Segmenter as Segmenter
@@ -39,6 +41,7 @@ _HOMES = {
     "METHODS": "acamkd.distillation.methods",
     "Detector": "acamkd.models.detection",
     "Distiller": "acamkd.distillation.distiller",
+    "FeatureModel": "acamkd.models.base",
     "FeatureTap": "acamkd.distillation.taps",
     "Segmenter": "acamkd.models.segmentation",
     "TaskModel": "acamkd.models.base",
@@ -55,6 +58,7 @@ _HOMES = {
     "load_student": "acamkd.engine.runs",
     "open_run": "acamkd.engine.runs",
     "predict": "acamkd.jobs.predict.predict",
+    "pretrain": "acamkd.jobs.pretrain",
     "run": "acamkd.jobs.run_all",
     "train": "acamkd.jobs.train",
 }

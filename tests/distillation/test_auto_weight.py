@@ -27,10 +27,10 @@ from acamkd.distillation.build import build_distiller
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.methods import METHODS
 from acamkd.errors import AcamkdError
-from acamkd.jobs.setup import Batches, build_network, teacher_section
+from acamkd.jobs.setup import Batches, build_network, build_teacher, teacher_section
 from acamkd.jobs.train import distill
 from acamkd.losses.base import DistillationContext, FeatureLoss
-from acamkd.models.base import VOID, Target, TaskModel
+from acamkd.models.base import VOID, Target, TaskModel, head_of
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,8 @@ def segmentation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def networks(recipe: config.Recipe) -> tuple[TaskModel, TaskModel, Batches]:
     batches = Batches(recipe)
-    teacher = build_network(recipe, teacher_section(recipe), batches.classes, teacher=True)
-    return build_network(recipe, recipe.student, batches.classes), teacher, batches
+    teacher = build_teacher(recipe, teacher_section(recipe), batches.classes)
+    return build_network(recipe, recipe.student, batches.classes), head_of(teacher), batches
 
 
 def calibrated(

@@ -15,7 +15,7 @@ import tiny
 from acamkd.config import Model
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.fast_teacher import FastTeacher, fold_batch_norms, relative_differences
-from acamkd.distillation.taps import probe
+from acamkd.distillation.taps import probe, probe_batch
 from acamkd.losses import FitNet
 from acamkd.models import TaskModel, build
 from acamkd.models.segmentation import Segmenter
@@ -86,7 +86,7 @@ def test_what_is_alone_before_a_norm_is_folded(tapped: list[str], kept: set[str]
     teacher = _teacher()
     state = {name: x.clone() for name, x in teacher.state_dict().items()}
     names = [*tapped, "act", "later"]
-    fast = FastTeacher(teacher, names, "32")
+    fast = FastTeacher(teacher, names, "32", probe_batch(teacher))
     assert _left(teacher) - _left(fast.model) == FOLDABLE - kept
     assert fast.folded == len(FOLDABLE - kept)
     batch = teacher.prepare([torch.rand(3, 32, 64)])
@@ -99,13 +99,13 @@ def test_what_is_alone_before_a_norm_is_folded(tapped: list[str], kept: set[str]
 def test_what_would_change_more_than_rounding_is_not_folded(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def spoil(model: Any, layers: Any) -> int:
+    def spoil(model: Any, *_: Any) -> int:
         model.net.plain[0].weight.data *= 1.1
         return 1
 
     monkeypatch.setattr("acamkd.distillation.fast_teacher.fold_batch_norms", spoil)
     teacher = _teacher()
-    fast = FastTeacher(teacher, ["plain"], "32")
+    fast = FastTeacher(teacher, ["plain"], "32", probe_batch(teacher))
     assert "batch norms are not folded: that would change plain by" in caplog.text
     assert fast.folded == 0
     batch = teacher.prepare([torch.rand(3, 32, 32)])
@@ -116,7 +116,7 @@ def test_what_would_change_more_than_rounding_is_not_folded(
 def test_every_norm_of_a_library_network_is_folded(section: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = build(Model(**section), "detection" if section is tiny.RETINANET else "segmentation", 3, (64, 64)).eval()
-    assert fold_batch_norms(model) > 20
+    assert fold_batch_norms(model, probe_batch(model)) > 20
     assert not {name for name in _left(model) if "segmentation_head" not in name}
 
 
@@ -149,7 +149,7 @@ def test_auto_takes_what_the_hardware_is_fast_with(
 ) -> None:
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: has_amx)
     with caplog.at_level(logging.INFO):
-        fast = FastTeacher(_teacher(), ["later"], "auto")
+        fast = FastTeacher(_teacher(), ["later"], "auto", probe_batch(_teacher()))
         for _ in range(2):
             with fast.on(torch.device("cpu")):
                 assert torch.is_autocast_enabled("cpu") == has_amx

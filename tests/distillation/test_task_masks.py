@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from acamkd.distillation.distiller import Distiller
 from acamkd.losses import ACAM
 from acamkd.losses.acam.masks import ASCM, Masks, apply_masks
-from acamkd.models.base import Batch, TaskModel
+from acamkd.models.base import Batch, TaskModel, head_of
 from acamkd.models.segmentation import Segmenter
 
 COLORS = torch.tensor([[0.1, 0.1, 0.1], [0.8, 0.2, 0.2], [0.2, 0.8, 0.2], [0.2, 0.2, 0.8]])
@@ -74,7 +74,7 @@ def test_the_teacher_goes_on_with_its_masked_map() -> None:
     student_map, teacher_map = student_net[:4](batch.pixels), teacher_net[:4](batch.pixels)
     masks = loss.masks(student_map, teacher_map)
     seen = sum(masks["channel"][:, m, :, None, None] * masks["spatial"][:, m, None] for m in range(3)) / 3 * teacher_map
-    expected = model.teacher.loss({"out": teacher_net[4](seen)}, batch)["cross_entropy"]
+    expected = head_of(model.teacher).loss({"out": teacher_net[4](seen)}, batch)["cross_entropy"]
     torch.testing.assert_close(model(batch)["teacher/cross_entropy"], expected)
 
 

@@ -20,7 +20,7 @@ from acamkd.data.scenes import write_scenes
 from acamkd.jobs import doctor
 from acamkd.jobs.doctor import Finding, examine, ignorance
 from acamkd.jobs.examine_data import examine_data
-from acamkd.jobs.setup import build_network
+from acamkd.jobs.setup import build_network, build_teacher
 from acamkd.models.base import VOID, TaskModel
 from acamkd.models.weights import LoadReport
 
@@ -77,7 +77,7 @@ def test_both_networks_are_on_one_device_after_the_score(
     recipe = config.load(segmentation, [trained, "train.accelerator=auto"])
     val = data.build(recipe.data, recipe.task, "val", seed=0, augment=False)
     assert recipe.teacher is not None
-    teacher = build_network(recipe, recipe.teacher, val.classes, teacher=True)
+    teacher = build_teacher(recipe, recipe.teacher, val.classes)
     doctor._score(teacher, val, recipe)
     assert went == ["cuda:0", "cpu"]
 

@@ -25,6 +25,7 @@ from acamkd.data.scenes import CLASSES, write_scenes
 from acamkd.engine.runs import load_student
 from acamkd.models import build, save_weights
 from acamkd.models.hf_kinds import KINDS
+from acamkd.models.base import head_of
 from tiny_hf import OPTIONS
 
 transformers: Any = pytest.importorskip("transformers")
@@ -104,7 +105,7 @@ def test_pairs_are_proposed_across_families() -> None:
     teacher, student = of_names("hf/rt_detr_v2", "retinanet/mobilenetv3_small_050")
     keys = [f"backbone:{level}" for level in range(3)]
     assert propose(teacher, student) == [list(pair) for pair in zip(keys, LEVELS, strict=True)]
-    assert propose(teacher, teacher) == LEVELS
+    assert propose(teacher, head_of(teacher)) == LEVELS
 
 
 def raw_recipe(name: str, root: Path, **train: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import tiny_recipes
 from acamkd import cli, config
 from acamkd.errors import AcamkdError
-from acamkd.jobs.inspect_layers import Layer, as_losses, layers, of_names, of_recipe, propose
+from acamkd.jobs.inspect_layers import Layer, as_losses, blank_batch, layers, of_names, of_recipe, propose
 from acamkd.jobs.train import distill
 from acamkd.models.base import Task
 
@@ -32,7 +32,7 @@ def test_the_proposal_trains(task: Task, tmp_path: Path) -> None:
 
 def test_layers_are_named_with_channels_and_stride() -> None:
     _, student = of_names(f"retinanet/{SMALL}", f"retinanet/{SMALL}")
-    found = layers(student)
+    found = layers(student, blank_batch(student))
     assert found[0] == Layer("backbone.body:0", 16, 2)
     assert found[-5:] == [
         Layer(f"backbone:{key}", 256, 8 * 2**level) for level, key in enumerate(["0", "1", "2", "p6", "p7"])

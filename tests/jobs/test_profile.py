@@ -12,7 +12,7 @@ from acamkd.distillation.build import build_distiller
 from acamkd.errors import AcamkdError
 from acamkd.jobs import profile as module
 from acamkd.jobs.profile import LiveMemory, estimate
-from acamkd.jobs.setup import build_network
+from acamkd.jobs.setup import build_network, build_teacher
 from acamkd.jobs.train import count_parameters
 
 
@@ -51,7 +51,7 @@ def test_the_parts_of_a_recipe(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     classes = tuple(recipe.data.classes or ())
     network = build_network(recipe, recipe.student, classes)
     assert teacher.parameters == student.parameters == count_parameters(network.net)
-    built = build_distiller(network, build_network(recipe, recipe.student, classes, teacher=True), recipe.losses)
+    built = build_distiller(network, build_teacher(recipe, recipe.student, classes), recipe.losses)
     learned = sum(parameter.numel() for parameter in built.losses.parameters())
     assert losses.parameters == learned
     with FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""Commands that train: run, train, distill, tokens."""
+"""Commands that train: run, train, distill, pretrain, tokens."""
 
 from __future__ import annotations
 
@@ -88,6 +88,27 @@ def _show_profile(trained: Run, asked: bool) -> None:
         from acamkd.engine.step_profile import StepProfile
 
         show(StepProfile.read(trained.folder))
+
+
+@app.command(
+    epilog=examples(
+        "acamkd pretrain photos.yaml",
+        "acamkd train photos.yaml --set student.backbone_weights=runs/photos/pretrained/backbone.safetensors",
+    )
+)
+def pretrain(
+    recipe: RecipeFile,
+    losses: Losses = None,
+    set_: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train the backbone of a recipe's student on images without labels, against its teacher's features."""
+    loaded = recipe_of(recipe, overrides_of(losses, set_))
+    from acamkd.jobs.pretrain import pretrain as job
+
+    job(loaded, out=out, resume=resume, overwrite=overwrite)
 
 
 @app.command(

@@ -116,8 +116,8 @@ class Data(Section):
     format: str = "auto"
     """`coco`: images and a COCO JSON, for masks by its outlines. `yolo`: images and text files. `voc`: Pascal VOC,
     boxes or masks. `masks`: images and 8-bit masks. `cityscapes`. `parquet`: rows of a Hugging Face data set.
-    `shards`: tar files as of WebDataset. `package.module:Class`: a reader of your own. `auto`: by what lies in
-    `root`."""
+    `shards`: tar files as of WebDataset. `images`: images without labels, for `pretrain` alone.
+    `package.module:Class`: a reader of your own. `auto`: by what lies in `root`."""
     root: DataPath = Path()
     """Folder of the data; the splits' paths are relative to it."""
     train: Split = Split(name="train")
@@ -140,8 +140,8 @@ class Data(Section):
     box_format: Literal["xywh", "xyxy"] = "xywh"
     """Formats parquet and shards: a box is left, top, width, height, or left, top, right, bottom, in pixels."""
     unlabelled: DataPath | None = None
-    """Folder of further images, or of tar files of images, relative to `root`, without targets. Only `distill` uses
-    them: each batch has as many of them as labeled images."""
+    """Folder of further images, or of tar files of images, relative to `root`, without targets. `distill` uses them:
+    each batch has as many of them as labeled images. `pretrain` learns from them alone."""
     resize: Size | ShortLong | None = None
     """Input size of the networks: (height, width), or {short, long}; nothing = the images' own size."""
     augment: Augmentation = Augmentation()

@@ -176,7 +176,7 @@ def _telling(errors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _place(entry: Mapping[str, Any]) -> Location:
     """Where a validation error is, without what pydantic calls the parts of a union."""
-    unions = ("ShortLong", "Model", "str", "int")
+    unions = ("ShortLong", "Model", "str", "int", "constrained-float")
     return tuple(part for part in entry["loc"] if part not in unions and "[" not in str(part))
 
 

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from acamkd.config.data import Data, Deviation, Fraction, Positive, Section, written_path
+from acamkd.config.data import Data, Deviation, Fraction, Positive, Section, Size, written_path
 
 
 def _check_file_name(name: str) -> str:
@@ -41,14 +41,15 @@ class Model(Section):
     arch: str
     """Detection: retinanet, fcos, faster_rcnn, reppoints. Segmentation: an architecture of segmentation_models_pytorch
     (deeplabv3plus, fpn, unet, ...) or `torchvision/NAME`. Both: a network of transformers, `hf/FOLDER` or `hf/HUB-ID`
-    with its weights, or `hf/MODEL_TYPE` from a random start. Anything: `package.module:factory`."""
+    with its weights, or `hf/MODEL_TYPE` from a random start. Anything: `package.module:factory`. A teacher without a
+    head: `timm/NAME`, any backbone of timm, of which features alone are compared."""
     backbone: str = "resnet50"
     """A timm name, or `torchvision/NAME`; for segmentation architectures any smp encoder name (`tu-NAME`: timm)."""
     weights: str | None = None
     """The whole network: a .safetensors, .pth or .pt file (of a detector also MMDetection's or detectron2's), or a
     torchvision weights name (`..._Weights.COCO_V1`)."""
     backbone_weights: str | None = "imagenet"
-    """The backbone alone: `imagenet` (the framework's own), a file, or nothing."""
+    """The backbone alone: `imagenet` or `pretrained` (the framework's own), a file, or nothing."""
     fpn_channels: Positive = 256
     """Detection: number of channels of the feature pyramid and of the heads."""
     options: dict[str, Any] = {}  # noqa: RUF012 - pydantic copies it
@@ -56,6 +57,9 @@ class Model(Section):
     num_classes: Positive | None = None
     """Teacher only: number of its own classes, if it was trained on other classes than the data's. It is then not
     scored, and losses may compare features, but neither heads nor logits."""
+    resize: Size | Annotated[float, Field(gt=0)] | None = None
+    """Teacher without a head only: the student's padded input is brought to this (height, width), or multiplied by this
+    factor. 0.5 lets patches of 16 pixels meet a student's stride 32."""
     inherit: tuple[str, ...] = ()
     """Student only: parts (such as `head` or `backbone.fpn`) that start from the teacher's tensors."""
     mean: tuple[float, float, float] | None = None
@@ -76,12 +80,19 @@ class Model(Section):
     def _check_none(cls, given: str | None) -> str | None:
         if given is not None and given.lower() == "none":
             raise ValueError("YAML writes nothing as null")
+        if given == "pretrained":
+            return "imagenet"
         return str(written_path(Path(given))) if given is not None and given.startswith("~") else given
+
+    @property
+    def is_headless(self) -> bool:
+        """Whether it is a backbone alone."""
+        return self.arch.startswith("timm/")
 
     @property
     def title(self) -> str:
         """The architecture, with its backbone where the recipe chooses one."""
-        is_whole = ":" in self.arch or self.arch.startswith(("torchvision/", "hf/"))
+        is_whole = ":" in self.arch or self.arch.startswith(("torchvision/", "hf/", "timm/"))
         return self.arch if is_whole else f"{self.arch} on {self.backbone}"
 
     @property
@@ -337,4 +348,19 @@ class Recipe(Section):
             raise ValueError("teacher.inherit: only a student inherits, from the teacher")
         if self.student.inherit and self.teacher is None:
             raise ValueError("student.inherit needs a `teacher` section to inherit from")
+        self._check_headless()
         return self
+
+    def _check_headless(self) -> None:
+        if self.student.is_headless:
+            raise ValueError(f"student.arch {self.student.arch} has no head: name a detector or a segmenter over it")
+        if self.student.resize is not None:
+            raise ValueError("student.resize: the student's input size is data.resize")
+        if self.teacher is None:
+            return
+        if not self.teacher.is_headless and self.teacher.resize is not None:
+            raise ValueError("teacher.resize: only a teacher without a head (arch: timm/NAME) has a size of its own")
+        if self.teacher.is_headless and self.teacher.weights is not None:
+            raise ValueError("teacher.weights: a teacher without a head is a backbone: give backbone_weights instead")
+        if self.teacher.is_headless and self.teacher.num_classes is not None:
+            raise ValueError("teacher.num_classes: a teacher without a head has no classes")

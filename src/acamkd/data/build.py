@@ -114,7 +114,11 @@ def reader_of(name: str, task: Task) -> type[ImageDataset]:
         raise AcamkdError(f"data.format: there is no format {name!r}; {nearest(name, [*FORMATS, AUTO])}")
     found = [reader for reader in FORMATS[name] if task == reader.TASK]
     if not found:
-        fitting = [name for name, readers in FORMATS.items() if any(task == reader.TASK for reader in readers)]
+        fitting = [
+            name
+            for name, readers in FORMATS.items()
+            if any(task == reader.TASK and (reader.LAYOUT or reader.SPARE_LAYOUT) for reader in readers)
+        ]
         raise AcamkdError(f"task {task} needs data.format: {', '.join(fitting)}, not {name}")
     return found[0]
 
@@ -125,7 +129,8 @@ def _find_format(data: config.Data, task: Task) -> str:
     if len(found) != 1:
         looked = "; ".join(
             f"{' and '.join(reader.LAYOUT or reader.SPARE_LAYOUT)} ({name})"
-            for name, readers in FORMATS.items() for reader in readers if task == reader.TASK
+            for name, readers in FORMATS.items() for reader in readers
+            if task == reader.TASK and (reader.LAYOUT or reader.SPARE_LAYOUT)
         )  # fmt: skip
         what = f"both {' and '.join(found)}" if found else "no layout that is known"
         raise AcamkdError(

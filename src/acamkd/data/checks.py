@@ -154,7 +154,9 @@ def _turned(dataset: ImageDataset, looks: Sequence[Look]) -> list[str]:
 
 
 def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:
-    """Raise AcamkdError unless label k means the same class in both splits."""
+    """Raise AcamkdError unless label k means the same class in both splits, and there are classes."""
+    if not train.classes:
+        raise AcamkdError("data.format images has no labels to learn from: only `acamkd pretrain` does without")
     if train.classes != val.classes:
         raise AcamkdError(
             f"train and val must list the same classes in the same order, but train has {', '.join(train.classes)} "

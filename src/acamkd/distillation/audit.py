@@ -39,7 +39,7 @@ class Audit:
         The batches that a step accumulates count as one: until it is done, layers that start at zero pass nothing on.
         """
         if self._unreached is None:
-            self._unreached = _parameters_below(net, maps)
+            self._unreached = parameters_below(net, maps)
         self._is_zero = dict.fromkeys(terms, True) | self._is_zero
         if self._steps == AUDITED_STEPS or not (self._unreached or any(self._is_zero.values())):
             return
@@ -86,7 +86,7 @@ class Audit:
             )
 
 
-def _parameters_below(net: nn.Module, maps: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+def parameters_below(net: nn.Module, maps: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
     """The student's parameters that some of its feature maps depend on; raises AcamkdError if there are none."""
     below = {id(parameter) for parameter in upstream_leaves(x.grad_fn for x in maps.values())[0]}
     found = {name: parameter for name, parameter in net.named_parameters() if id(parameter) in below}

@@ -20,7 +20,7 @@ from acamkd.distillation.build import build_levels, suppress_logs
 from acamkd.distillation.distiller import Distiller, WeightSchedule
 from acamkd.distillation.methods import find, options, options_of
 from acamkd.errors import AcamkdError
-from acamkd.models.base import VOID, Batch, Target, TaskModel, to_device
+from acamkd.models.base import VOID, Batch, FeatureModel, Target, TaskModel, to_device
 from acamkd.progress import progress
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class DryBuild:
     owners: tuple[int, ...]
 
 
-def dry_build(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss]) -> DryBuild:
+def dry_build(student: TaskModel, teacher: FeatureModel, entries: Sequence[Loss]) -> DryBuild:
     """Build the losses before any image is read, to find what is wrong with them.
 
     Nothing is logged, and torch's random state is what it was.
@@ -149,7 +149,7 @@ def weights_of(entry: Loss) -> dict[str, float]:
 
 
 @contextmanager
-def probe_distiller(student: TaskModel, teacher: TaskModel, entries: Sequence[Loss]) -> Iterator[Distiller]:
+def probe_distiller(student: TaskModel, teacher: FeatureModel, entries: Sequence[Loss]) -> Iterator[Distiller]:
     """Within, a Distiller of a `dry_build`, as `probing` has it; raises as `dry_build`."""
     with probing(dry_build(student, teacher, entries).distiller) as distiller:
         yield distiller

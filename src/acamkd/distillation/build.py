@@ -18,7 +18,7 @@ from acamkd.distillation.methods import find, options
 from acamkd.distillation.taps import PROBE_SIZE, probe
 from acamkd.errors import AcamkdError
 from acamkd.losses.base import FeatureLoss, HeadLoss
-from acamkd.models.base import Batch, TaskModel
+from acamkd.models.base import Batch, FeatureModel, TaskModel, head_of
 from acamkd.models.weights import read_tensors
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ def suppress_logs() -> Iterator[None]:
 
 
 def build_distiller(
-    student: TaskModel, teacher: TaskModel, entries: Sequence[config.Loss], precision: Precision | None = None
+    student: TaskModel, teacher: FeatureModel, entries: Sequence[config.Loss], precision: Precision | None = None
 ) -> Distiller:
     """Build every loss that a recipe lists, with the channels that both networks turn out to have.
 
@@ -72,7 +72,7 @@ def build_distiller(
     )
 
 
-def build_levels(student: TaskModel, teacher: TaskModel, entries: Sequence[config.Loss]) -> list[Level]:
+def build_levels(student: TaskModel, teacher: FeatureModel, entries: Sequence[config.Loss]) -> list[Level]:
     """Build the losses of every entry, one for each pair of layers; args and raises as `build_distiller`."""
     batch = student.prepare([torch.rand(3, *PROBE_SIZE).to(student.mean.device)])
     levels: list[Level] = []
@@ -85,7 +85,7 @@ def build_levels(student: TaskModel, teacher: TaskModel, entries: Sequence[confi
 
 
 def _build(
-    entry: config.Loss, student: TaskModel, teacher: TaskModel, batch: Batch
+    entry: config.Loss, student: TaskModel, teacher: FeatureModel, batch: Batch
 ) -> list[tuple[Pair | None, FeatureLoss | HeadLoss]]:
     method = find(entry.name)
     if entry.is_auto:
@@ -95,9 +95,9 @@ def _build(
     if issubclass(method, HeadLoss):
         if entry.pairs:
             log.warning("%s works on the heads and names its layers itself: `pairs` is not used", entry.name)
-        _require_same_classes("it compares heads", student, teacher)
         loss = method(**checked)
-        loss.layers(student, teacher)  # refuses networks that it cannot work on
+        _require_same_classes("it compares heads", student, head_of(teacher))
+        loss.layers(student, head_of(teacher))  # refuses networks that it cannot work on
         return [(None, loss)]
     if "boxes" in method.needs and student.task != "detection":
         raise AcamkdError(f"this method needs boxes, and {student.task} has none")
@@ -119,11 +119,12 @@ def _build(
             log.info("%s: %s %s <- %s %s", entry.name, s_name, list(s_map.shape[1:]), t_name, list(t_map.shape[1:]))
             if tokens is not None:
                 checked["tokens"] = _level_tokens(tokens, t_name)
-            if _holds_classes(s_name, s_map, student) and _holds_classes(t_name, t_map, teacher):
-                _require_same_classes(f"the channels of {s_name} and {t_name} are classes", student, teacher)
             level = method(s_map.shape[1], t_map.shape[1], **checked)
-            if level.teacher_task:
-                _require_same_classes("its masks learn from the teacher's own loss", student, teacher)
+            with_head = head_of(teacher) if level.needs_head or isinstance(teacher, TaskModel) else None
+            if with_head and _holds_classes(s_name, s_map, student) and _holds_classes(t_name, t_map, with_head):
+                _require_same_classes(f"the channels of {s_name} and {t_name} are classes", student, with_head)
+            if with_head and level.teacher_task:
+                _require_same_classes("its masks learn from the teacher's own loss", student, with_head)
             built.append(((s_name, t_name), level))
     return built
 
@@ -141,7 +142,7 @@ def _require_same_classes(why: str, student: TaskModel, teacher: TaskModel) -> N
         )
 
 
-def _maps_of(who: str, model: TaskModel, name: str, batch: Batch) -> dict[str, Tensor]:
+def _maps_of(who: str, model: FeatureModel, name: str, batch: Batch) -> dict[str, Tensor]:
     """What one name stands for in one of the networks, if it is feature maps."""
     try:
         maps = probe(model, [name], batch)

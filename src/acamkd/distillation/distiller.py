@@ -17,11 +17,11 @@ from acamkd.distillation.audit import Audit
 from acamkd.distillation.compiled import CompiledLoss, CompiledNetwork
 from acamkd.distillation.fast_teacher import FastTeacher, Precision
 from acamkd.distillation.split_backward import split_backward
-from acamkd.distillation.taps import FeatureTap
+from acamkd.distillation.taps import FeatureTap, probe_batch
 from acamkd.distillation.teacher_maps import SharedMaps
 from acamkd.errors import AcamkdError
 from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
-from acamkd.models.base import Batch, TaskModel, explaining_norms
+from acamkd.models.base import Batch, FeatureModel, TaskModel, explaining_norms, head_of
 from acamkd.stopwatch import timed
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class Distiller(nn.Module):
 
     Args:
         student: The network to train.
-        teacher: The network to learn from; None (with no losses) trains the baseline.
+        teacher: The network to learn from, with or without a head; None (with no losses) trains the baseline.
         pairs: The layers that each loss compares; None for a HeadLoss, which names its own.
         losses: One per pair.
         schedules: A factor by step for each loss; 1 throughout where not given.
@@ -92,7 +92,7 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: TaskModel,
-        teacher: TaskModel | None = None,
+        teacher: FeatureModel | None = None,
         pairs: Sequence[Pair | None] = (),
         losses: Sequence[FeatureLoss | HeadLoss] = (),
         schedules: Sequence[Callable[[int], float]] | None = None,
@@ -118,15 +118,16 @@ class Distiller(nn.Module):
             raise AcamkdError(f"the same method stands twice at one layer: {', '.join(sorted(twice))}")
         self._fast: FastTeacher | None = None
         if losses and precision is not None:
-            self._fast = FastTeacher(self.teacher, self._tapped(1), precision)
+            self._fast = FastTeacher(self.teacher, self._tapped(1), precision, probe_batch(student))
         self._compiled: list[CompiledNetwork | CompiledLoss] = []
         self.shared_maps: SharedMaps | None = None
         """Where trainings share the teacher's feature maps."""
         self._audit = Audit()
+        self._sees_labels = False
         self._active: list[int] = []
 
     @property
-    def teacher(self) -> TaskModel:
+    def teacher(self) -> FeatureModel:
         """The frozen teacher."""
         if not self._teacher:
             raise AcamkdError("this Distiller has no teacher: it trains the baseline")
@@ -218,7 +219,9 @@ class Distiller(nn.Module):
                 compared[key] = self._compare(index, student_tap, teacher_maps, batch, context)
                 terms |= {f"{key}/{name}": factors[index] * term for name, term in compared[key].items()}
             terms |= self._teacher_task(active, student_tap, batch)
-            if compared and labeled and self.training and torch.is_grad_enabled():
+            self._sees_labels |= labeled
+            audits = labeled or not self._sees_labels  # where no image has labels, those without are as good
+            if compared and audits and self.training and torch.is_grad_enabled():
                 self._audit(self.student.net, student_tap.features(), compared, step)
         if check:
             values = torch.stack([term.detach().float() for term in terms.values()]).tolist()
@@ -258,7 +261,7 @@ class Distiller(nn.Module):
         """Layers of student and teacher that one loss needs."""
         pair, loss = self.levels[index]
         if isinstance(loss, HeadLoss):
-            return loss.layers(self.student, self.teacher)
+            return loss.layers(self.student, head_of(self.teacher))
         assert pair is not None
         return [pair[0]], [pair[1]]
 
@@ -337,7 +340,8 @@ class Distiller(nn.Module):
             return teacher_map
 
         with FeatureTap(self.teacher.net, _flat((pair[1],) for pair, _ in masking), edit=masked):
-            terms = self.teacher.loss(self.teacher(batch), batch)
+            teacher = head_of(self.teacher)
+            terms = teacher.loss(teacher(batch), batch)
         return {f"teacher/{name}": term for name, term in terms.items()}
 
     def _compare(
@@ -351,7 +355,7 @@ class Distiller(nn.Module):
         pair, loss = self.levels[index]
         try:
             if isinstance(loss, HeadLoss):
-                return loss(self.student, self.teacher, student_tap.features(), teacher_maps, batch)  # type: ignore[no-any-return]
+                return loss(self.student, head_of(self.teacher), student_tap.features(), teacher_maps, batch)  # type: ignore[no-any-return]
             assert pair is not None
             return loss(student_tap[pair[0]], teacher_maps[pair[1]], context)  # type: ignore[no-any-return]
         except ValueError as error:

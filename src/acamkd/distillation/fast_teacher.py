@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from acamkd.distillation.taps import PROBE_SIZE, probe
-from acamkd.models.base import TaskModel
+from acamkd.distillation.taps import probe
+from acamkd.models.base import Batch, FeatureModel
 
 log = logging.getLogger(__name__)
 
@@ -42,14 +42,15 @@ class FastTeacher:
         teacher: In eval mode.
         layers: What will be tapped, in FeatureTap's grammar.
         precision: Of the forward. `auto`: bfloat16 where the device computes it fast, otherwise 32 bits.
+        example: Images that it can be run on.
     """
 
-    def __init__(self, teacher: TaskModel, layers: Sequence[str], precision: Precision) -> None:
+    def __init__(self, teacher: FeatureModel, layers: Sequence[str], precision: Precision, example: Batch) -> None:
         self.precision = precision
         self.model = copy.deepcopy(teacher)
-        self.folded = fold_batch_norms(self.model, layers)
+        self.folded = fold_batch_norms(self.model, example, layers)
         """Number of batch norms that are folded."""
-        differences = relative_differences(*(_maps_of(model, layers) for model in (teacher, self.model)))
+        differences = relative_differences(*(probe(model, layers, example) for model in (teacher, self.model)))
         if not max(differences.values(), default=0.0) <= ROUNDING:
             name = max(differences, key=differences.__getitem__)
             log.warning(
@@ -86,10 +87,6 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if is_fast else torch.float32
 
 
-def _maps_of(model: TaskModel, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Tapped outputs for an image that is always the same, and takes no random number of the run."""
-    image = torch.rand(3, *PROBE_SIZE, generator=torch.Generator().manual_seed(0))
-    return probe(model, layers, model.prepare([image.to(model.mean.device)]))
 
 
 def relative_differences(these: Mapping[str, Tensor], those: Mapping[str, Tensor]) -> dict[str, float]:
@@ -113,7 +110,7 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
-def fold_batch_norms(model: TaskModel, layers: Sequence[str] = ()) -> int:
+def fold_batch_norms(model: FeatureModel, example: Batch, layers: Sequence[str] = ()) -> int:
     """Fold batch norms in eval mode, learned or frozen, into the convolutions before them, in place.
 
     A forward shows the pairs: a plain convolution whose outputs nothing but one batch norm reads, which reads nothing
@@ -121,6 +118,7 @@ def fold_batch_norms(model: TaskModel, layers: Sequence[str] = ()) -> int:
 
     Args:
         model: In eval mode.
+        example: Images that it can be run on.
         layers: What must keep its output, in FeatureTap's grammar.
 
     Returns:
@@ -149,7 +147,7 @@ def fold_batch_norms(model: TaskModel, layers: Sequence[str] = ()) -> int:
             elif "running_var" in dict(module.named_buffers(recurse=False)):
                 stack.callback(module.register_forward_pre_hook(note_input).remove)
         stack.enter_context(reads)
-        _maps_of(model, layers)
+        probe(model, layers, example)
     elsewhere = {convolution for key, (convolution, _) in outputs.items() if reads.count[key] != 1}
     replacements: dict[nn.Module, nn.Module] = {}
     for convolution, norms in read_by.items():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from acamkd.errors import AcamkdError, nearest
-from acamkd.models.base import Batch, TaskModel, keeping_modes
+from acamkd.models.base import Batch, FeatureModel, TaskModel, keeping_modes
 
 _GRAMMAR = re.compile(
     r"(?P<layer>[^:@#]*)(:(?P<key>[^@#]+))?(#(?P<patch>[1-9]\d*)(\+(?P<prefix>\d+))?)?(@(?P<call>\d+|\*))?"
@@ -248,8 +248,14 @@ class FeatureTap:
         return found
 
 
+def probe_batch(model: TaskModel) -> Batch:
+    """An image that is always the same, and takes no random number of the run."""
+    image = torch.rand(3, *PROBE_SIZE, generator=torch.Generator().manual_seed(0))
+    return model.prepare([image.to(model.mean.device)])
+
+
 @torch.no_grad()
-def probe(model: TaskModel, names: Sequence[str], batch: Batch) -> dict[str, Tensor]:
+def probe(model: FeatureModel, names: Sequence[str], batch: Batch) -> dict[str, Tensor]:
     """The outputs that some names stand for, `*` expanded, from one forward in eval mode."""
     with keeping_modes(model), FeatureTap(model.eval().net, names) as tap:
         model(batch)

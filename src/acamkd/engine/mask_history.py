@@ -24,7 +24,7 @@ from acamkd.files import written_whole
 from acamkd.losses.base import DistillationContext, DistillationLoss, HeadLoss
 from acamkd.losses.functional import dice_overlap
 from acamkd.mask_health import LEARNED, collapse
-from acamkd.models.base import Batch, keeping_modes, to_device
+from acamkd.models.base import Batch, head_of, keeping_modes, to_device
 
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 
@@ -207,7 +207,7 @@ def _pairs(distiller: Distiller) -> Iterator[tuple[str, str, DistillationLoss]]:
     """Student layer, teacher layer and loss of every compared pair."""
     for pair, loss in distiller.levels:
         if isinstance(loss, HeadLoss):
-            layers = loss.layers(distiller.student, distiller.teacher)
+            layers = loss.layers(distiller.student, head_of(distiller.teacher))
             yield from ((*names, loss) for names in zip(*layers, strict=False))
         elif pair is not None:
             yield (*pair, loss)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from acamkd.config import Recipe
 from acamkd.data.samplers import rank_and_world_size
+from acamkd.distillation.distiller import Distiller
 from acamkd.errors import AcamkdError
 from acamkd.models.base import VOID, Prediction, Target, Task, TaskModel, keeping_modes, to_device
 from acamkd.progress import progress
@@ -37,7 +39,27 @@ _COCO_NAMES = {
 }  # fmt: skip
 
 
-class Scorer(nn.Module):
+class Validator(nn.Module, ABC):
+    """What a training is judged by after an epoch, on the validation images.
+
+    Attributes:
+        metric: Name of the deciding metric; higher is better.
+        classes: Class names in the order of their ids.
+    """
+
+    metric: str
+    classes: tuple[str, ...]
+
+    @abstractmethod
+    def see(self, distiller: Distiller, images: Sequence[Tensor], targets: Sequence[Target]) -> None:
+        """Add some images to what `compute` judges."""
+
+    @abstractmethod
+    def compute(self) -> dict[str, float]:
+        """Return every metric by name, over the images of all processes, and reset."""
+
+
+class Scorer(Validator):
     """Collects predictions over a data set and computes the task's metrics, in percent.
 
     Detection: COCO's mAP, AP50, AP75, AP by object size, and `AP/CLASS`. Objects are small below 32^2 and large above
@@ -63,6 +85,7 @@ class Scorer(nn.Module):
     def __init__(self, task: Task, classes: Sequence[str], max_detections: int = MAX_DETECTIONS) -> None:
         super().__init__()
         self.task: Task = task
+        self.metric = METRICS[task]
         self.max_detections = max_detections
         self._crowded: list[int] = []  # number of objects of each image that exceeds the limit
         self._has_warned = False
@@ -70,20 +93,24 @@ class Scorer(nn.Module):
         self._images: list[tuple[dict[str, Tensor], ...]] = []
         if task == "detection":
             # torchmetrics' own synchronization hangs if the processes have unequal numbers of images.
-            self.metric: Metric = MeanAveragePrecision(
+            self.counter: Metric = MeanAveragePrecision(
                 backend="faster_coco_eval", class_metrics=True, sync_on_compute=False,
                 max_detection_thresholds=[1, 10, max_detections],
             )  # fmt: skip
-            self.metric.warn_on_many_detections = False  # surplus detections are harmless; `_warn` reports objects
+            self.counter.warn_on_many_detections = False  # surplus detections are harmless; `_warn` reports objects
         else:
             if len(classes) < 2:
                 raise AcamkdError(
                     f"a segmenter tells classes apart, and data.classes has {', '.join(classes)} alone: list the "
                     "background too, with an id of its own"
                 )
-            self.metric = MulticlassJaccardIndex(
+            self.counter = MulticlassJaccardIndex(
                 num_classes=len(classes), ignore_index=VOID, average="none", zero_division=math.nan
             )
+
+    def see(self, distiller: Distiller, images: Sequence[Tensor], targets: Sequence[Target]) -> None:
+        """Add the student's predictions for some images."""
+        self.update(distiller.student.predict(images), targets)
 
     def update(self, predictions: Sequence[Prediction], targets: Sequence[Target]) -> None:
         """Add some images, both sides in each image's own pixels."""
@@ -94,17 +121,17 @@ class Scorer(nn.Module):
             self._crowded += [count for count in counts if count > self.max_detections]
             return
         for prediction, target in zip(predictions, targets, strict=True):
-            self.metric.update(prediction["mask"].unsqueeze(0), target["mask"].unsqueeze(0))
+            self.counter.update(prediction["mask"].unsqueeze(0), target["mask"].unsqueeze(0))
 
     def compute(self) -> dict[str, float]:
         """Return every metric by name, in percent, and reset."""
         if self.task == "detection":
             for image in _interleaved(gathered(self._images)):
-                self.metric.update(*([side] for side in image))
+                self.counter.update(*([side] for side in image))
             self._images = []
             self._warn()
-        result = self.metric.compute()
-        self.metric.reset()
+        result = self.counter.compute()
+        self.counter.reset()
         if self.task == "segmentation":
             per_class = dict(zip(self.classes, result, strict=True))
             return {

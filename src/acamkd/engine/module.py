@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,10 +18,11 @@ from acamkd.data.dataset import seed_of
 from acamkd.data.loading import Images
 from acamkd.distillation.compiled import can_compile
 from acamkd.distillation.distiller import Distiller, WeightSchedule, describe_nonfinite
-from acamkd.engine.metrics import Scorer
+from acamkd.engine.metrics import Validator
 from acamkd.engine.quantization import FakeQuantization
 from acamkd.errors import AcamkdError
 from acamkd.models.base import Batch, Target
+from acamkd.models.weights import save_weights
 from acamkd.stopwatch import counted, timed
 
 log = logging.getLogger(__name__)
@@ -35,16 +37,16 @@ class TrainingModule(L.LightningModule):
     Args:
         distiller: The student with its teacher and losses. It is converted to the memory format that `config` asks for.
         config: The recipe's `train`.
-        scorer: Collects the validation metric.
+        validator: Judges the student after an epoch.
     """
 
-    def __init__(self, distiller: Distiller, config: Train, scorer: Scorer) -> None:
+    def __init__(self, distiller: Distiller, config: Train, validator: Validator) -> None:
         super().__init__()
         self.distiller = distiller
         if config.channels_last:  # feature maps take the memory format of the weights
             distiller.to(memory_format=torch.channels_last)
         self.config = config
-        self.scorer = scorer
+        self.validator = validator
         self.scores: dict[str, float] = {}
         """Metrics of the last validation."""
         self._values: dict[str, float] = {}
@@ -132,31 +134,37 @@ class TrainingModule(L.LightningModule):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the loss terms and the losses' statistics."""
         student = self.distiller.student
-
-        def run(batch: Batch, *, labeled: bool) -> dict[str, Tensor]:
-            return self.distiller(batch, self.global_step, labeled=labeled, check=False)  # type: ignore[no-any-return]
-
         counted("images", len(images) + len(unlabeled or ()))
         with timed("collation"):
             batch = student.prepare(images, targets)
-        terms = run(batch, labeled=True)
+        terms = self.run_losses(batch, labeled=True)
         statistics = self.distiller.statistics()
         if unlabeled:
             with timed("collation"):
                 batch = student.prepare(unlabeled)
-            more = run(batch, labeled=False)
+            more = self.run_losses(batch, labeled=False)
             terms |= {name: (terms[name] + term) / 2 for name, term in more.items()}
         return terms, statistics
 
+    def run_losses(self, batch: Batch, *, labeled: bool) -> dict[str, Tensor]:
+        """Return the loss terms of one batch, whether they are finite or not."""
+        return self.distiller(batch, self.global_step, labeled=labeled, check=False)  # type: ignore[no-any-return]
+
+    def save_best(self, file: Path) -> None:
+        """Write the student's network, and what its framework needs to load it."""
+        student = self.distiller.student
+        save_weights(student.net, file)
+        student.write_config(file, self.validator.classes)
+
     def validation_step(self, batch: Images, batch_idx: int) -> None:
-        """Collect one batch's predictions, computed in 32 bits whatever the training's precision is."""
+        """Judge the student on one batch, computed in 32 bits whatever the training's precision is."""
         images, targets = batch
         with torch.autocast(self.device.type, enabled=False):
-            self.scorer.update(self.distiller.student.predict(images), targets)
+            self.validator.see(self.distiller, images, targets)
 
     def on_validation_epoch_end(self) -> None:
         """Keep the metrics."""
-        self.scores = self.scorer.compute()
+        self.scores = self.validator.compute()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Put student and loss parameters into separate groups; the schedule advances once per optimization step."""

@@ -24,11 +24,12 @@ from acamkd.errors import AcamkdError
 from acamkd.files import check_writable, unfinished_name, written_whole
 
 if TYPE_CHECKING:
-    from acamkd.models.base import TaskModel
+    from acamkd.models.base import FeatureModel, TaskModel
 
 log = logging.getLogger(__name__)
 
-Role: TypeAlias = Literal["teacher", "student"]
+Role: TypeAlias = Literal["teacher", "student", "backbone"]
+"""What a run trained: a network of the recipe, or the backbone of its student on images alone."""
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.json"
@@ -128,7 +129,7 @@ class Run(Printable):
         metrics = self.metrics
         name = metrics["metric"]
         scores = ", ".join(
-            f"{role} {_percent(metrics[role][name])}" for role in ("student", "teacher") if role in metrics
+            f"{role} {_percent(metrics[role][name])}" for role in ("backbone", "student", "teacher") if role in metrics
         )
         return (
             f"{self.folder}: {name} {scores}, best epoch {metrics['best_epoch']}, "
@@ -141,7 +142,7 @@ class Run(Printable):
         if not self.has_ended:
             return Text(repr(self))
         metrics = self.metrics
-        rows = {role: metrics[role] for role in ("teacher", "student") if role in metrics}
+        rows = {role: metrics[role] for role in ("teacher", "student", "backbone") if role in metrics}
         names = [name for name in rows[self.role] if "/" not in name]  # without the classes
         table = Table("", *names)
         for role, scores in rows.items():
@@ -229,8 +230,13 @@ class Run(Printable):
         """Build the trained network and load its best weights, in eval mode.
 
         Raises:
-            AcamkdError: The weights are missing or do not fit.
+            AcamkdError: The weights are missing or do not fit, or the run trained a backbone alone.
         """
+        if self.role == "backbone":
+            raise AcamkdError(
+                f"{self.folder} holds a pretrained backbone, which predicts nothing: train a network from it, with "
+                f"student.backbone_weights={self.weights}"
+            )
         section = self.recipe.teacher if self.role == "teacher" else self.recipe.student
         assert section is not None
         return self._build(section.model_copy(update={"weights": str(self.weights)}))
@@ -250,10 +256,14 @@ class Run(Printable):
         model.net.load_state_dict({key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)})
         return model
 
-    def load_teacher(self) -> TaskModel:
+    def load_teacher(self) -> FeatureModel:
         """Build the teacher of a distilled student, in eval mode; raises AcamkdError if its weights do not load."""
-        assert self.recipe.teacher is not None
-        return self._build(self.recipe.teacher)
+        from acamkd import models
+
+        recipe = self.recipe
+        assert recipe.teacher is not None
+        assert recipe.data.classes is not None
+        return models.build_teacher(recipe.teacher, recipe.task, len(recipe.data.classes), recipe.data.resize).eval()
 
     def _build(self, section: config.Model) -> TaskModel:
         from acamkd import models  # with torch, which a comparison's tables do without
@@ -264,7 +274,7 @@ class Run(Printable):
 
 
 def default_folder(recipe: config.Recipe, job: str) -> Path:
-    """Default folder of a recipe's `teacher`, `baseline` or `distilled` run."""
+    """Default folder of a recipe's `teacher`, `baseline`, `distilled` or `pretrained` run."""
     return Path("runs") / recipe.name / job
 
 
@@ -278,7 +288,7 @@ def open_run(folder: Path | str, overrides: Sequence[str] = ()) -> Run:
             f"{folder} is not a run folder: {why}" if folder.is_dir() else f"{folder}: there is no such run folder"
         )
     recipe = config.load(folder / RECIPE, overrides)
-    roles: tuple[Role, ...] = ("student", "teacher")
+    roles: tuple[Role, ...] = ("student", "teacher", "backbone")
     for role in roles:
         run = Run(folder, recipe, role)
         if run.weights.is_file():

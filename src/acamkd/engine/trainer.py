@@ -32,7 +32,6 @@ from acamkd.engine.nonfinite import NonFinite
 from acamkd.engine.trackers import Tracker, trackers_of
 from acamkd.errors import AcamkdError
 from acamkd.files import written_whole
-from acamkd.models.weights import save_weights
 
 log = logging.getLogger(__name__)
 
@@ -137,9 +136,7 @@ class Recorder(Callback):
         if scores and not scores[self.metric] <= self.best.get(self.metric, -math.inf):
             self.best, self.best_epoch = scores, epoch
             if trainer.is_global_zero:
-                student, file = pl_module.distiller.student, self.folder / self.weights
-                save_weights(student.net, file)
-                student.write_config(file, pl_module.scorer.classes)
+                pl_module.save_best(self.folder / self.weights)
         row = {"epoch": epoch, "step": trainer.global_step, "seconds": round(self.seconds, 1)}
         self.history.append({**row, **scores, **losses})
         if trainer.is_global_zero:

@@ -28,13 +28,14 @@ from acamkd.jobs.examine_data import DataReport, examine_data
 from acamkd.jobs.setup import (
     ALL_LABELED,
     build_network,
+    build_teacher,
     describe_data,
     describe_lead,
     score_of_run,
     teacher_section,
 )
 from acamkd.losses.base import HeadLoss
-from acamkd.models.base import VOID, Batch, Target, TaskModel
+from acamkd.models.base import VOID, Batch, FeatureModel, Target, TaskModel, head_of
 
 Status: TypeAlias = Literal["pass", "warn", "fail"]
 
@@ -142,7 +143,7 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
         if recipe.teacher is None or not recipe.losses:
             raise AcamkdError("the recipe needs a `teacher` section and `losses` to distill")
         section = teacher_section(recipe)
-        teacher = build_network(recipe, section, train.classes, teacher=True)
+        teacher = build_teacher(recipe, section, train.classes)
         yield _weights(stage, teacher, section)
         stage = "student's weights"
         student = build_network(recipe, recipe.student, train.classes)
@@ -167,16 +168,19 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
         yield Finding(stage, "fail", str(error))
 
 
-def _weights(check: str, model: TaskModel, section: config.Model) -> Finding:
+def _weights(check: str, model: FeatureModel, section: config.Model) -> Finding:
     """Report the source of a network's weights. They have loaded once already, so no error can occur here."""
     if section.weights is not None:
         report = models.load_weights(
             model.net, section.weights, strict=False, what=section.arch, convention=section.convention
         )
     elif section.backbone_weights not in (None, "imagenet"):
-        report = models.load_weights(model.backbone, section.backbone_weights, strict=False, what=section.backbone)
+        what = section.arch if section.is_headless else section.backbone
+        report = models.load_weights(model.backbone, section.backbone_weights, strict=False, what=what)
     elif section.brings_weights:
         return Finding(check, "pass", f"as {section.arch} provides them")
+    elif section.is_headless and section.backbone_weights is not None:
+        return Finding(check, "pass", f"{section.arch} as timm provides it, license {model.license}")
     elif section.backbone_weights == "imagenet" and not section.arch.startswith("hf/"):
         return Finding(check, "pass", f"{section.backbone} pretrained on ImageNet, the rest starts from random weights")
     else:
@@ -187,7 +191,7 @@ def _weights(check: str, model: TaskModel, section: config.Model) -> Finding:
     return Finding(check, "warn" if advice else "pass", str(report), advice)
 
 
-def _colors(student: TaskModel, teacher: TaskModel) -> Finding:
+def _colors(student: TaskModel, teacher: FeatureModel) -> Finding:
     """Compare the normalization statistics (mean, standard deviation) that the networks expect."""
     described = [
         f"{who} {' '.join(f'{x:.3f}' for x in model.mean.flatten().tolist())} / "
@@ -202,7 +206,7 @@ def _colors(student: TaskModel, teacher: TaskModel) -> Finding:
     )  # fmt: skip
 
 
-def _batch_norm(student: TaskModel, teacher: TaskModel, batch_size: int) -> Iterator[Finding]:
+def _batch_norm(student: TaskModel, teacher: FeatureModel, batch_size: int) -> Iterator[Finding]:
     layers = {who: _norms(model.net) for who, model in (("student", student), ("teacher", teacher))}
     blank = [name for name, layer in layers["teacher"].items() if _is_blank(layer)]
     if blank:
@@ -243,9 +247,11 @@ def _is_blank(layer: Any) -> bool:
     return mean is not None and bool((mean == 0).all() and (variance == 1).all())
 
 
-def _score(teacher: TaskModel, val: ImageDataset, recipe: config.Recipe) -> Finding:
+def _score(teacher: FeatureModel, val: ImageDataset, recipe: config.Recipe) -> Finding:
     """Score the teacher on the first images, and compare with a constant prediction."""
     metric = METRICS[recipe.task]
+    if not isinstance(teacher, TaskModel):
+        return Finding("teacher's score", "pass", "not scored: it has no head")
     if teacher.num_classes != len(val.classes):
         text = f"not scored: it has {teacher.num_classes} classes of its own, the data {len(val.classes)}"
         return Finding("teacher's score", "pass", text)
@@ -283,7 +289,7 @@ def ignorance(targets: Sequence[Target], classes: int) -> float:
 
 
 def _distillation(
-    student: TaskModel, teacher: TaskModel, train: ImageDataset, recipe: config.Recipe
+    student: TaskModel, teacher: FeatureModel, train: ImageDataset, recipe: config.Recipe
 ) -> Iterator[Finding]:
     size = min(IMAGES, recipe.train.batch_size, len(train))
     images = data.loader(train, size, 0, shuffle=True, seed=recipe.train.seed)
@@ -297,7 +303,7 @@ def _distillation(
             if pair is not None:
                 yield _tap(name, pair, student, teacher, batch)
             elif isinstance(loss, HeadLoss):
-                names, _ = loss.layers(student, teacher)
+                names, _ = loss.layers(student, head_of(teacher))
                 yield Finding("tap", "pass", f"{name}: {len(names)} layers of the heads")
         norms = gradient_norms(distiller, batch)
     groups: dict[str, dict[str, tuple[float, float]]] = {}
@@ -308,9 +314,10 @@ def _distillation(
     yield _total(norms, recipe)
 
 
-def _tap(method: str, pair: tuple[str, str], student: TaskModel, teacher: TaskModel, batch: Batch) -> Finding:
+def _tap(method: str, pair: tuple[str, str], student: TaskModel, teacher: FeatureModel, batch: Batch) -> Finding:
     """Check one pair of layers on real images."""
-    maps = [probe(model, [name], batch)[name] for model, name in ((student, pair[0]), (teacher, pair[1]))]
+    networks: tuple[tuple[FeatureModel, str], ...] = ((student, pair[0]), (teacher, pair[1]))
+    maps = [probe(model, [name], batch)[name] for model, name in networks]
     shapes = [list(x.shape[1:]) for x in maps]
     text = f"{method}: {pair[0]} {shapes[0]} <- {pair[1]} {shapes[1]}"
     constant = [who for who, x in zip(("student", "teacher"), maps, strict=True) if x.std() == 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from acamkd.data.build import AUTO, reader_of
 from acamkd.distillation.taps import entries_of, probe
 from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
-from acamkd.models.base import Batch, Task, TaskModel
+from acamkd.jobs.init.layout import quiet
+from acamkd.models.base import Batch, FeatureModel, Task, TaskModel
 from acamkd.models.build import family_of
 
 Pair: TypeAlias = "str | list[str]"
@@ -63,7 +65,7 @@ class Inspection(Printable):
         teacher: Layers of the teacher, in the order in which they run.
         student: Layers of the student, in the same order.
         networks: Class names of the teacher's and of the student's network.
-        losses: `losses` of a recipe: ACAM-KD at corresponding layers.
+        losses: `losses` of a recipe: ACAM-KD at corresponding layers; cosine from a teacher without a head.
     """
 
     teacher: tuple[Layer, ...]
@@ -97,8 +99,8 @@ def inspect(
     """List the layers of a teacher and a student that can be tapped, and propose a recipe's `losses`.
 
     Args:
-        recipe: A recipe or its file; or, with `student`, the teacher's name: ARCH/BACKBONE, torchvision/NAME or
-            hf/NAME.
+        recipe: A recipe or its file; or, with `student`, the teacher's name: ARCH/BACKBONE, torchvision/NAME,
+            hf/NAME or, without a head, timm/NAME.
         student: The student's name.
         overrides: `key=value` assignments that change the recipe.
 
@@ -111,12 +113,18 @@ def inspect(
         networks, all_labeled = of_recipe(recipe), recipe.data.unlabelled is None
     else:
         networks = of_names(str(recipe), student)
-    teacher_layers, student_layers = (tuple(layers(network)) for network in networks)
-    names = (type(networks[0].net).__name__, type(networks[1].net).__name__)
-    return Inspection(teacher_layers, student_layers, names, as_losses(propose(*networks), networks[1], all_labeled))
+    teacher, learner = networks
+    batch = blank_batch(learner)
+    names = (_name(teacher), _name(learner))
+    losses = as_losses(propose(*networks), learner, all_labeled, headless=not isinstance(teacher, TaskModel))
+    return Inspection(tuple(layers(teacher, batch)), tuple(layers(learner, batch)), names, losses)
 
 
-def of_recipe(recipe: config.Recipe) -> tuple[TaskModel, TaskModel]:
+def _name(model: FeatureModel) -> str:
+    return type(model.net if isinstance(model, TaskModel) else model.backbone).__name__
+
+
+def of_recipe(recipe: config.Recipe) -> tuple[FeatureModel, TaskModel]:
     """A recipe's teacher and student, without weights."""
     if recipe.teacher is None:
         raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
@@ -125,40 +133,52 @@ def of_recipe(recipe: config.Recipe) -> tuple[TaskModel, TaskModel]:
         form = data.resolve(recipe.data, recipe.task).format
     fixed = None if form == AUTO else reader_of(form, recipe.task).FIXED_CLASSES
     classes = len(recipe.data.classes or fixed or range(CLASSES))
-    return _build(recipe.teacher, recipe.task, classes), _build(recipe.student, recipe.task, classes)
+    return _build_teacher(recipe.teacher, recipe.task, classes), _build(recipe.student, recipe.task, classes)
 
 
-def of_names(teacher: str, student: str) -> tuple[TaskModel, TaskModel]:
-    """Two networks by name, `ARCH/BACKBONE` such as retinanet/resnet50, or torchvision/NAME."""
-    sections = [_parse(name) for name in (teacher, student)]
-    tasks = [family_of(each.arch).task for each in sections]
-    if tasks[0] != tasks[1]:
-        raise AcamkdError(f"{teacher} is for {tasks[0]} and {student} for {tasks[1]}: both must do the same")
-    built = [_build(section, task, CLASSES) for section, task in zip(sections, tasks, strict=True)]
-    return built[0], built[1]
+def of_names(teacher: str, student: str) -> tuple[FeatureModel, TaskModel]:
+    """Two networks by name, `ARCH/BACKBONE` such as retinanet/resnet50, torchvision/NAME or timm/NAME."""
+    theirs, ours = (_parse(name) for name in (teacher, student))
+    task = family_of(ours.arch).task
+    its_task = task if theirs.is_headless else family_of(theirs.arch).task
+    if its_task != task:
+        raise AcamkdError(f"{teacher} is for {its_task} and {student} for {task}: both must do the same")
+    return _build_teacher(theirs, task, CLASSES), _build(ours, task, CLASSES)
 
 
 def _parse(name: str) -> config.Model:
     arch, _, backbone = name.partition("/")
-    if arch in ("torchvision", "hf"):
+    if arch in ("torchvision", "hf", "timm"):
         return config.Model(arch=name)
     return config.Model(arch=arch, **({"backbone": backbone} if backbone else {}))
 
 
 def _build(section: config.Model, task: Task, classes: int) -> TaskModel:
-    blank = section.model_copy(update={"weights": None, "backbone_weights": None})
-    return models.build(blank, task, classes, (SIDE, SIDE)).eval()
+    return models.build(_blank(section), task, classes, (SIDE, SIDE)).eval()
+
+
+def _build_teacher(section: config.Model, task: Task, classes: int) -> FeatureModel:
+    with quiet("acamkd.models"):  # which would miss its weights
+        return models.build_teacher(_blank(section), task, classes, (SIDE, SIDE)).eval()
+
+
+def _blank(section: config.Model) -> config.Model:
+    return section.model_copy(update={"weights": None, "backbone_weights": None})
+
+
+def blank_batch(student: TaskModel) -> Batch:
+    """A black square image, as the student prepares it for both networks."""
+    return student.prepare([torch.zeros(3, SIDE, SIDE)])
 
 
 @torch.no_grad()
-def layers(model: TaskModel) -> list[Layer]:
+def layers(model: FeatureModel, batch: Batch) -> list[Layer]:
     """What of a network can be tapped, in the order in which it runs; of equal maps in a row the last.
 
     Then the layers that the network itself calls comparable, where they lie deeper.
     """
     found: list[Layer] = []
     calls: dict[str, int] = {}
-    batch = model.prepare([torch.zeros(3, SIDE, SIDE)])
 
     def record(name: str, module: nn.Module, output: Any) -> None:
         call = calls[name] = calls.get(name, -1) + 1
@@ -177,12 +197,11 @@ def layers(model: TaskModel) -> list[Layer]:
     model(batch)
     for handle in handles:
         handle.remove()
-    return [*found, *(layer for layer in _comparable(model) if layer not in found)]
+    return [*found, *(layer for layer in _comparable(model, batch) if layer not in found)]
 
 
-def _comparable(model: TaskModel) -> list[Layer]:
+def _comparable(model: FeatureModel, batch: Batch) -> list[Layer]:
     """The layers that a network itself calls comparable."""
-    batch = model.prepare([torch.zeros(3, SIDE, SIDE)])
     return [_layer(name, x, batch) for name, x in probe(model, model.comparable_layers(), batch).items()]
 
 
@@ -190,21 +209,30 @@ def _layer(name: str, x: Tensor, batch: Batch) -> Layer:
     return Layer(name, x.shape[1], batch.input_size[1] // x.shape[-1])
 
 
-def propose(teacher: TaskModel, student: TaskModel) -> list[Pair]:
+def propose(teacher: FeatureModel, student: TaskModel) -> list[Pair]:
     """The layers that the methods were published for: every level of a detector's pyramid, a segmenter's logits.
 
     Segmenters without logits (a class and a mask per query) are paired by levels, as detectors are. Where a network
-    names no layers for this, the last of each stride stands in.
+    names no layers for this, the last of each stride stands in. A teacher without a head that has no stride in common,
+    such as a ViT with patches of 14 pixels, meets the student's level of the nearest stride.
 
     Raises:
         AcamkdError: The networks have no such layers in common.
     """
-    if student.task == "segmentation":
-        ours, theirs = (_logits(layers(model), model) for model in (student, teacher))
+    batch = blank_batch(student)
+    if student.task == "segmentation" and isinstance(teacher, TaskModel):
+        ours, theirs = (_logits(layers(model, batch), model) for model in (student, teacher))
         if ours and theirs:
             return [_pair(ours, theirs)]
-    levels = [{layer.stride: layer for layer in _comparable(model) or layers(model)} for model in (student, teacher)]
+    rest = layers if isinstance(teacher, TaskModel) else _features
+    levels = [
+        {layer.stride: layer for layer in _comparable(model, batch) or rest(model, batch)}
+        for model in (student, teacher)
+    ]
     shared = [stride for stride in levels[0] if stride in levels[1]]
+    if not shared and not isinstance(teacher, TaskModel):
+        near = {min(levels[0], key=lambda own: abs(math.log(own / each))): each for each in levels[1]}
+        return [_pair(levels[0][own], levels[1][each]) for own, each in near.items()]
     if not shared:
         strides = [sorted(each) for each in levels]
         raise AcamkdError(f"the feature maps have no stride in common: {strides[0]} in the student, {strides[1]}")
@@ -212,6 +240,13 @@ def propose(teacher: TaskModel, student: TaskModel) -> list[Pair]:
     if names == teacher.comparable_layers() and len(shared) == len(levels[0]) == len(levels[1]) > 1:
         return list(names)
     return [_pair(levels[0][stride], levels[1][stride]) for stride in shared]
+
+
+def _features(model: FeatureModel, batch: Batch) -> list[Layer]:
+    """All layers but the logits."""
+    found = layers(model, batch)
+    logits = _logits(found, model) if isinstance(model, TaskModel) else None
+    return [layer for layer in found if logits is None or layer.channels != logits.channels]
 
 
 def _logits(found: Sequence[Layer], model: TaskModel) -> Layer | None:
@@ -224,8 +259,15 @@ def _pair(ours: Layer, theirs: Layer) -> Pair:
     return ours.name if ours.name == theirs.name else [ours.name, theirs.name]
 
 
-def as_losses(pairs: Sequence[Pair], model: TaskModel, all_labeled: bool) -> list[dict[str, Any]]:
-    """A recipe's `losses`: ACAM-KD at these pairs, with the settings that gained; the one recommendation there is."""
+def as_losses(
+    pairs: Sequence[Pair], model: TaskModel, all_labeled: bool, *, headless: bool = False
+) -> list[dict[str, Any]]:
+    """A recipe's `losses`: ACAM-KD at these pairs, with the settings that gained; the one recommendation there is.
+
+    From a teacher without a head, for which nothing was measured, the cosine that is published for such teachers.
+    """
+    if headless:
+        return [{"name": "cosine", "pairs": list(pairs), "weight": "auto"}]
     masks = {"num_masks": model.num_classes} if model.task == "segmentation" else {}
     ratio = RATIO_ALL_LABELED if all_labeled else RATIOS[model.task]
     return [

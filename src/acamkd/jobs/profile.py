@@ -25,8 +25,8 @@ from acamkd.engine.cost import flop_counter
 from acamkd.engine.printing import Printable
 from acamkd.engine.quantization import FakeQuantization
 from acamkd.errors import AcamkdError
-from acamkd.jobs.setup import build_network
-from acamkd.models.base import Batch, TaskModel, keeping_modes
+from acamkd.jobs.setup import build_network, build_teacher
+from acamkd.models.base import Batch, FeatureModel, keeping_modes
 
 IMAGES = 2
 """Number of training images to run; batch norm may refuse a single one."""
@@ -135,7 +135,7 @@ def estimate(recipe: config.Recipe) -> Estimate:
         raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section and `losses` to distill")
     images = data.build(recipe.data, recipe.task, "train", seed=recipe.train.seed, augment=True)
     student = build_network(recipe, recipe.student, images.classes)
-    teacher = build_network(recipe, recipe.teacher, images.classes, teacher=True)
+    teacher = build_teacher(recipe, recipe.teacher, images.classes)
     loader = data.loader(images, min(IMAGES, len(images)), 0, shuffle=True, seed=recipe.train.seed)
     with probe_distiller(student, teacher, recipe.losses) as distiller:
         batch = next(prepared(student, loader))
@@ -182,7 +182,7 @@ def _steps_per_epoch(train: config.Train, images: int) -> int:
     return train.steps_per_epoch or -(-max(1, images // train.batch_size) // train.accumulate)
 
 
-def _inference(model: TaskModel, batch: Batch) -> float:
+def _inference(model: FeatureModel, batch: Batch) -> float:
     """GFLOPs of one image's prediction."""
     with keeping_modes(model.net), torch.no_grad(), flop_counter() as counter:
         model.eval()

@@ -113,7 +113,9 @@ def run(recipe: config.Recipe | Path | str, *, overrides: Sequence[str] = (), an
     if not all(notes.has_ended(name) for name in ("baseline", "distilled")):
         _check_data(recipe)
         _check_networks(recipe)
-    trains_teacher = recipe.teacher.weights is None and ":" not in recipe.teacher.arch
+    trains_teacher = recipe.teacher.weights is None and not (":" in recipe.teacher.arch or recipe.teacher.is_headless)
+    if recipe.teacher.is_headless:
+        log.info("the teacher has no head: there is nothing to train of it and no score to compare with")
     if trains_teacher:
         notes.carry_out("teacher", lambda resume: train(recipe, "teacher", resume=resume))
     if not notes.has_ended("distilled"):

@@ -14,10 +14,10 @@ from acamkd import config, data, models
 from acamkd.data import ImageDataset
 from acamkd.data.disk_cache import DiskCache, MemoryCache, Shelf
 from acamkd.engine.devices import device_of
-from acamkd.engine.metrics import METRICS, scorer_of
+from acamkd.engine.metrics import METRICS, Validator, scorer_of
 from acamkd.engine.runs import RECIPE, Run, default_folder
 from acamkd.errors import AcamkdError
-from acamkd.models.base import TaskModel
+from acamkd.models.base import FeatureModel, TaskModel
 from acamkd.models.resize import frame_size
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ def teacher_section(recipe: config.Recipe) -> config.Model:
     """
     if recipe.teacher is None:
         raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section")
+    if recipe.teacher.is_headless:
+        return recipe.teacher
     trained = Run(default_folder(recipe, "teacher"), recipe, "teacher")
     if recipe.teacher.weights is not None:
         return with_normalization_of_run(recipe, recipe.teacher)
@@ -116,11 +118,46 @@ def score_of_run(recipe: config.Recipe, section: config.Model) -> float | None:
     return scores.get(METRICS[recipe.task]) if isinstance(scores, dict) else None
 
 
-class Batches:
-    """Data loaders of a recipe, for use after `check`; `mixed` is `train` with unlabeled images, if there are any."""
+class Loaders:
+    """What a training reads: `mixed` to learn from, `val` to be judged by `validator`."""
 
+    splits: dict[str, ImageDataset]
+    mixed: data.ImageLoader
+    val: data.ImageLoader
+    validator: Validator
+    resolved: config.Recipe
+    """The recipe, with what was found out about its data."""
     fingerprint: dict[str, str]
-    """Fingerprint of each split; set by `check`."""
+    """Fingerprint of each split; known after the images were checked."""
+    unlabeled: ImageDataset | None = None
+
+    @property
+    def training_images(self) -> dict[str, ImageDataset]:
+        """The data sets that trainings augment, by their names in `fingerprint`."""
+        images = {"train": self.splits["train"], "unlabelled": self.unlabeled}
+        return {name: each for name, each in images.items() if each is not None}
+
+    def identity(self, name: str) -> str:
+        """What decides the images and targets of an entry of `fingerprint`, their augmentation included."""
+        used = self.resolved.data.model_dump_json(include=set(DATA_KEYS))
+        return f"{name} {self.fingerprint[name]} {self.resolved.task} {used}"
+
+    def _reduce_decoding(self, source: config.Data) -> None:
+        if source.decode == "reduced":
+            for images in self.training_images.values():
+                images.least_size = partial(frame_size, resize=source.resize, whole=math.ceil)
+
+    def _keep_decoded(self) -> None:
+        recipe = self.resolved
+        for name, images in self.training_images.items():
+            if recipe.data.cache is not None:
+                folder = default_folder(recipe, "cache")
+                cache = MemoryCache() if recipe.data.cache == "ram" else DiskCache(folder)
+                images.cache = Shelf(cache, "decoded images", (self.identity(name), version("pillow")))
+
+
+class Batches(Loaders):
+    """Data loaders of a recipe, for use after `check`; `mixed` is `train` with unlabeled images, if there are any."""
 
     def __init__(self, recipe: config.Recipe, *, with_unlabeled: bool = False) -> None:
         seed, size, workers = recipe.train.seed, recipe.train.batch_size, recipe.data.workers
@@ -147,11 +184,9 @@ class Batches:
             self.train = shuffled(splits["train"], workers=0)
             self.unlabeled = data.build_unlabeled(source, recipe.task, seed=seed)
             self.mixed = shuffled(data.WithUnlabeled(splits["train"], self.unlabeled))
-        if source.decode == "reduced":
-            for images in self.training_images.values():
-                images.least_size = partial(frame_size, resize=source.resize, whole=math.ceil)
+        self._reduce_decoding(source)
         self.val = data.loader(splits["val"], size, workers, shuffle=False, seed=seed, pin=pin)
-        self.scorer = scorer_of(recipe, self.classes)
+        self.validator = self.scorer = scorer_of(recipe, self.classes)
         self.resolved = recipe.model_copy(update={"data": source.model_copy(update={"classes": self.classes})})
 
     def check(self) -> None:
@@ -175,25 +210,6 @@ class Batches:
         log.info("%s", describe_data(self.splits["train"], self.splits["val"]))
         self._keep_decoded()
 
-    @property
-    def training_images(self) -> dict[str, ImageDataset]:
-        """The data sets that trainings augment, by their names in `fingerprint`."""
-        images = {"train": self.splits["train"], "unlabelled": self.unlabeled}
-        return {name: each for name, each in images.items() if each is not None}
-
-    def identity(self, name: str) -> str:
-        """What decides the images and targets of an entry of `fingerprint`, their augmentation included."""
-        used = self.resolved.data.model_dump_json(include=set(DATA_KEYS))
-        return f"{name} {self.fingerprint[name]} {self.resolved.task} {used}"
-
-    def _keep_decoded(self) -> None:
-        recipe = self.resolved
-        for name, images in self.training_images.items():
-            if recipe.data.cache is not None:
-                folder = default_folder(recipe, "cache")
-                cache = MemoryCache() if recipe.data.cache == "ram" else DiskCache(folder)
-                images.cache = Shelf(cache, "decoded images", (self.identity(name), version("pillow")))
-
 
 DATA_KEYS = frozenset({
     "format", "train", "val", "classes", "ignore_index", "mask_values", "uncovered", "columns", "box_format", "resize",
@@ -202,10 +218,14 @@ DATA_KEYS = frozenset({
 """Keys of a recipe's `data` that decide images, targets and inputs."""
 
 
-def build_network(
-    recipe: config.Recipe, section: config.Model, classes: tuple[str, ...], *, teacher: bool = False
-) -> TaskModel:
-    """Build one of a recipe's networks from its section, which names the weights to load."""
+def build_network(recipe: config.Recipe, section: config.Model, classes: tuple[str, ...]) -> TaskModel:
+    """Build a network that is to be trained from its section, which names the weights to load."""
     # Seeded for each network, so that a student starts the same with and without a teacher.
     torch.manual_seed(recipe.train.seed)
-    return models.build(section, recipe.task, len(classes), recipe.data.resize, teacher=teacher)
+    return models.build(section, recipe.task, len(classes), recipe.data.resize)
+
+
+def build_teacher(recipe: config.Recipe, section: config.Model, classes: tuple[str, ...]) -> FeatureModel:
+    """Build the network to learn from, with or without a head; every tensor of its head must be in the weights."""
+    torch.manual_seed(recipe.train.seed)
+    return models.build_teacher(section, recipe.task, len(classes), recipe.data.resize)

@@ -26,9 +26,9 @@ from acamkd.engine.metrics import METRICS, score
 from acamkd.engine.runs import default_folder
 from acamkd.errors import AcamkdError
 from acamkd.files import check_writable
-from acamkd.jobs.setup import Batches, build_network, teacher_section
+from acamkd.jobs.setup import Batches, build_network, build_teacher, teacher_section
 from acamkd.losses.base import TokenModule
-from acamkd.models.base import TaskModel, to_device
+from acamkd.models.base import TaskModel, head_of, to_device
 from acamkd.models.weights import save_tensors
 from acamkd.progress import progress
 
@@ -76,7 +76,9 @@ def learn_tokens(
     if recipe.teacher is None:
         raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
     batches = Batches(recipe)
-    teacher = build_network(recipe, teacher_section(recipe), batches.classes, teacher=True)
+    teacher = build_teacher(recipe, teacher_section(recipe), batches.classes)
+    if not isinstance(teacher, TaskModel):
+        raise AcamkdError("tokens learn from the teacher's own loss, which a teacher without a head does not have")
     if teacher.num_classes != len(batches.classes):
         raise AcamkdError("tokens learn from the teacher's own loss, which a teacher with other classes does not have")
     # The student only determines the shapes of batches and pairs here.
@@ -136,7 +138,7 @@ def _learn(
     distiller: Distiller, modules: Mapping[str, TokenModule], batches: Batches, iterations: int, lr: float
 ) -> dict[str, list[float]]:
     """Train the tokens; returns both parts of the objective by iteration."""
-    student, teacher, seed = distiller.student, distiller.teacher, batches.resolved.train.seed
+    student, teacher, seed = distiller.student, head_of(distiller.teacher), batches.resolved.train.seed
     optimizer = torch.optim.Adam(
         [parameter for module in modules.values() for parameter in module.parameters()],
         lr=lr,

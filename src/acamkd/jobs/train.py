@@ -8,8 +8,9 @@ import math
 import platform
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -35,7 +36,15 @@ from acamkd.engine.trainer import Recorder, build_trainer
 from acamkd.engine.unreached import Unreached
 from acamkd.errors import AcamkdError
 from acamkd.jobs.profile import Estimate, estimate
-from acamkd.jobs.setup import Batches, build_network, describe_lead, teacher_section, with_normalization
+from acamkd.jobs.setup import (
+    Batches,
+    Loaders,
+    build_network,
+    build_teacher,
+    describe_lead,
+    teacher_section,
+    with_normalization,
+)
 from acamkd.jobs.shared import SharedWork
 from acamkd.models.base import TaskModel
 from acamkd.progress import is_first_process, shows_progress
@@ -81,6 +90,8 @@ def train(
     section = recipe.teacher if role == "teacher" else recipe.student
     if section is None:
         raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")
+    if section.is_headless:
+        raise AcamkdError(f"{section.arch} has no head to train, and needs no training: distill from it as it is")
     if section.num_classes is not None:
         raise AcamkdError("teacher.num_classes: a teacher with classes of its own cannot be trained on these images")
     folder = Path(out).expanduser() if out else default_folder(recipe, "teacher" if role == "teacher" else "baseline")
@@ -97,7 +108,7 @@ def train(
     inherited = None
     if role == "student" and recipe.student.inherit:  # as for the distilled student, so that both start alike
         used["teacher"] = teacher_section(recipe)
-        teacher = build_network(recipe, used["teacher"], batches.classes, teacher=True)
+        teacher = build_teacher(recipe, used["teacher"], batches.classes)
         models.inherit(model, teacher, recipe.student.inherit)
         inherited = _hash(teacher.net)
     elif role == "student":
@@ -109,9 +120,7 @@ def train(
     if shared is not None:
         shared.share_images(batches)
     run = Run(folder, batches.resolved.model_copy(update=used), role)
-    return _fit(
-        run, Distiller(model), batches, resume=resume, overwrite=overwrite, profile=profile, inherited=inherited
-    )
+    return fit(run, Distiller(model), batches, resume=resume, overwrite=overwrite, profile=profile, inherited=inherited)
 
 
 @overload
@@ -175,7 +184,7 @@ def distill(
         require_torchao()
     batches = Batches(recipe, with_unlabeled=True)
     section = teacher_section(recipe)
-    teacher = build_network(recipe, section, batches.classes, teacher=True)
+    teacher = build_teacher(recipe, section, batches.classes)
     student = build_network(recipe, recipe.student, batches.classes)
     if recipe.student.inherit:
         models.inherit(student, teacher, recipe.student.inherit)
@@ -193,25 +202,22 @@ def distill(
     distiller = build_distiller(student, teacher, losses, section.precision)
     used = {"teacher": section, "student": with_normalization(recipe.student, student), "losses": losses}
     run = Run(folder, batches.resolved.model_copy(update=used), "student")
-    return _fit(run, distiller, batches, resume=resume, overwrite=overwrite, profile=profile, shared=shared)
+    return fit(
+        run, distiller, batches, resume=resume, overwrite=overwrite, profile=profile, shared=shared,
+        score_teacher=partial(_score_teacher, distiller, batches, shared),
+    )  # fmt: skip
 
 
-def _score_teacher(
-    distiller: Distiller, batches: Batches, device: torch.device, shared: SharedWork | None
-) -> dict[str, float]:
-    if shared is not None and (known := shared.scores(distiller, batches, _hash(distiller.teacher.net))):
-        metric = METRICS[batches.resolved.task]
+def _score_teacher(distiller: Distiller, batches: Batches, shared: SharedWork | None) -> dict[str, float]:
+    """The teacher's scores on the validation images, or those that another training has found."""
+    metric, teacher = METRICS[batches.resolved.task], distiller.teacher
+    if shared is not None and (known := shared.scores(distiller, batches, _hash(teacher.net))):
         log.info("teacher: %s %.2f, as another training has found", metric, known[metric])
         return known
-    with data.reading(batches.val):
-        found = _scores_of(distiller.teacher.to(device), batches)
-    if shared is not None:
-        shared.keep_scores(distiller, batches, _hash(distiller.teacher.net), found)
-    return found
-
-
-def _scores_of(teacher: TaskModel, batches: Batches) -> dict[str, float]:
     metric = METRICS[batches.resolved.task]
+    if not isinstance(teacher, TaskModel):
+        log.info("the teacher has no head: it is not scored, and only features are compared")
+        return {metric: math.nan}
     if teacher.num_classes != len(batches.classes):
         log.info("the teacher has %d classes of its own, the data %d: it is not scored, and only features are compared",
                  teacher.num_classes, len(batches.classes))  # fmt: skip
@@ -222,24 +228,42 @@ def _scores_of(teacher: TaskModel, batches: Batches) -> dict[str, float]:
     # A constant prediction scores no more than this; for a detector, below one point is as good as nothing.
     if scores[metric] <= (1.0 if teacher.task == "detection" else 100 / teacher.num_classes):
         log.warning("this teacher scores almost nothing, so distillation cannot help: acamkd doctor RECIPE examines it")
+    if shared is not None:
+        shared.keep_scores(distiller, batches, _hash(teacher.net), scores)
     return scores
 
 
-def _fit(
+def fit(
     run: Run,
     distiller: Distiller,
-    batches: Batches,
+    batches: Loaders,
     *,
     resume: bool,
     overwrite: bool,
-    profile: bool,
+    profile: bool = False,
     inherited: str | None = None,
+    score_teacher: Callable[[], dict[str, float]] | None = None,
+    module_of: type[TrainingModule] = TrainingModule,
     shared: SharedWork | None = None,
 ) -> Run:
-    """Train into the run folder; `inherited` is the hash of a teacher that only initializes the student."""
-    recipe, metric = run.recipe, METRICS[run.recipe.task]
+    """Train into the run folder.
+
+    Args:
+        run: The folder, with the recipe as it is to be written there.
+        distiller: What is trained.
+        batches: What is read; the images have been checked.
+        resume: Continue the run that the folder holds.
+        overwrite: Replace it.
+        profile: Measure where the time of the steps goes.
+        inherited: Hash of a teacher that only initializes the student.
+        score_teacher: Called where there are losses, with the teacher on the training's device.
+        module_of: What trains it.
+        shared: Where the teacher's feature maps are kept for other trainings.
+    """
+    recipe, metric = run.recipe, batches.validator.metric
+    predicts = run.role != "backbone"
     recorder = Recorder(run.folder, run.weights.name, metric)
-    watching = [MaskHistory(run.folder, batches.splits["val"])] if distiller.losses else []
+    watching = [MaskHistory(run.folder, batches.splits["val"])] if distiller.losses and predicts else []
     chosen = ThreadChoice()
     trackers = build_trackers(recipe, run.folder)
     profiler = StepProfiler(run.folder, device_of(recipe.train)) if profile and is_first_process() else None
@@ -258,22 +282,27 @@ def _fit(
     with entered as goes_on, _log_file(run.folder / LOG, is_first), _explaining(run.folder):
         if resume and run.has_ended and (goes_on or run.weights.is_file()):
             log.info("%s: all epochs are done already", run.folder)
-            if is_first and not (run.folder / REPORT).is_file():
+            if is_first and predicts and not (run.folder / REPORT).is_file():
                 write_report(run)
             return run
         if resume and not goes_on:
             log.warning("%s has no finished epoch to resume from: the training starts anew", run.folder)
         checkpoint = find_checkpoint(run.folder) if goes_on else None
         taught_by: dict[str, Any] = {"inherited_sha256": inherited} if inherited else {}
-        if distiller.losses:
-            scores = _score_teacher(distiller, batches, trainer.strategy.root_device, shared)
-            if warning := describe_lead(recipe, scores[metric], run.folder.parent / "baseline"):
-                log.warning("%s", warning)
+        if score_teacher is not None:
+            distiller.teacher.to(trainer.strategy.root_device)
+            with data.reading(batches.val):
+                scores = score_teacher()
+            behind = describe_lead(recipe, scores[metric], run.folder.parent / "baseline") if predicts else None
+            if behind is not None:
+                log.warning("%s", behind)
             taught_by = {"teacher": scores, "teacher_sha256": _hash(distiller.teacher.net)}
+            if distiller.teacher.license is not None:
+                taught_by["teacher_license"] = distiller.teacher.license
             if shared is not None:
                 shared.share_maps(distiller, batches, taught_by["teacher_sha256"])
         torch.manual_seed(recipe.train.seed)
-        module = TrainingModule(distiller, recipe.train, batches.scorer)
+        module = module_of(distiller, recipe.train, batches.validator)
         measured = running(profiler.watch) if profiler else nullcontext()
         with measured, data.reading(batches.mixed, batches.val), _stopping(run.folder, recorder, recipe.train.epochs):
             trainer.fit(module, batches.mixed, batches.val, ckpt_path=checkpoint)
@@ -302,7 +331,8 @@ def _fit(
         run.write_metrics(metrics)
         log.info("%s: best %s %.2f at epoch %d, in %s",
                  run.folder, metric, recorder.best[metric], recorder.best_epoch, run.weights.name)  # fmt: skip
-        write_report(run)
+        if predicts:
+            write_report(run)
         return run
 
 

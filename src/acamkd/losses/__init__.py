@@ -9,6 +9,7 @@ from acamkd.losses.base import DistillationContext as DistillationContext
 from acamkd.losses.base import FeatureLoss as FeatureLoss
 from acamkd.losses.base import HeadLoss as HeadLoss
 from acamkd.losses.cankd import CanKD as CanKD
+from acamkd.losses.cosine import Cosine as Cosine
 from acamkd.losses.crosskd import CrossKD as CrossKD
 from acamkd.losses.cwd import CWD as CWD
 from acamkd.losses.dist import DIST as DIST

@@ -67,6 +67,7 @@ class DistillationLoss(nn.Module, ABC):
         needs             fields of DistillationContext that it cannot work without
         needs_targets     whether it is left out for unlabeled images
         teacher_task      whether its masks learn from the teacher's own loss
+        needs_head        whether it cannot learn from a teacher without a head
         tokens            what it learns before the distillation
         masks             its masks, for the report
         attention_module  its part whose cost the estimate shows as `attention`
@@ -101,6 +102,11 @@ class DistillationLoss(nn.Module, ABC):
     def teacher_task(self) -> bool:
         """Whether the Distiller is to add the teacher's own loss on `masked` features, which trains the masks."""
         return False
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether the loss reads what a teacher's head gives, and so cannot learn from a teacher without one."""
+        return self.teacher_task
 
     @property
     def needs_targets(self) -> bool:
@@ -246,6 +252,11 @@ class HeadLoss(DistillationLoss):
 
     TERMS: ClassVar[tuple[str, ...]]
     """Names of the terms that `forward` returns."""
+
+    @property
+    def needs_head(self) -> bool:
+        """It compares heads."""
+        return True
 
     @property
     def needs_targets(self) -> bool:

@@ -67,6 +67,11 @@ class DIST(FeatureLoss):
         self.temperature = temperature
         self.align = align_layer(student_channels, teacher_channels)
 
+    @property
+    def needs_head(self) -> bool:
+        """The channels are classes."""
+        return True
+
     def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
         """Return `inter` (classes of a pixel) and `intra` (pixels of a class): see the class."""
         p_student, p_teacher = (

@@ -138,7 +138,47 @@ def explaining_norms() -> Iterator[None]:
         ) from error
 
 
-class TaskModel(nn.Module, ABC):
+class FeatureModel(nn.Module, ABC):
+    """A network whose layers give feature maps. That is all that a teacher without a head has.
+
+    Args:
+        net: The framework's own module.
+        mean: Mean color that the network expects, RGB in [0, 1].
+        std: Standard deviation that the network expects, likewise.
+    """
+
+    license: str | None = None
+    """License of the weights, where it is known."""
+
+    def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.net = net
+        self.mean: Tensor
+        self.std: Tensor
+        # As floats, even if a factory gives integers: pixels would otherwise be truncated to 0 and 1.
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The part of the network that image-classification weights fit."""
+        raise NotImplementedError(f"{type(self).__name__} does not say which part of its network is the backbone")
+
+    def comparable_layers(self) -> tuple[str, ...]:
+        """Layers that feature losses are meant for, in FeatureTap's grammar; none where nothing is known of them."""
+        return ()
+
+    def normalize(self, batch: Batch) -> Tensor:
+        """Pixels as this network expects them, (N, 3, H, W); teacher and student may expect different ones."""
+        pixels: Tensor = (batch.pixels - self.mean) / self.std
+        return pixels
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Any:
+        """Run the network; feature losses read its layers."""
+
+
+class TaskModel(FeatureModel):
     """A network with its task: it turns images into inputs, outputs, a loss and predictions.
 
     Args:
@@ -155,28 +195,13 @@ class TaskModel(nn.Module, ABC):
     in each step."""
 
     def __init__(self, net: nn.Module, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        self.net = net
+        super().__init__(net, mean, std)
         self.num_classes = num_classes
-        self.mean: Tensor
-        self.std: Tensor
-        # As floats, even if a factory gives integers: pixels would otherwise be truncated to 0 and 1.
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1), persistent=False)
-
-    @property
-    def backbone(self) -> nn.Module:
-        """The part of the network that image-classification weights fit."""
-        raise NotImplementedError(f"{type(self).__name__} does not say which part of its network is the backbone")
 
     @property
     def max_detections(self) -> int | None:
         """Detection: limit of boxes per image; None without a limit, and for segmentation."""
         return None
-
-    def comparable_layers(self) -> tuple[str, ...]:
-        """Layers that feature losses are meant for, in FeatureTap's grammar; none where nothing is known of them."""
-        return ()
 
     def write_config(self, weights: Path, classes: Sequence[str]) -> None:
         """Write, beside a file of this network's weights, what its framework needs to load it; here nothing.
@@ -193,11 +218,6 @@ class TaskModel(nn.Module, ABC):
             AcamkdError: It cannot be exported; the base class always raises this.
         """
         raise AcamkdError(f"{type(self).__name__} cannot be exported: its class does not define `export_form`")
-
-    def normalize(self, batch: Batch) -> Tensor:
-        """Pixels as this network expects them, (N, 3, H, W); teacher and student may expect different ones."""
-        pixels: Tensor = (batch.pixels - self.mean) / self.std
-        return pixels
 
     @abstractmethod
     def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:
@@ -251,6 +271,16 @@ class TaskModel(nn.Module, ABC):
             for indices, batch in self.prepare_alike(images):
                 found.update(zip(indices, self.decode(self(batch), batch), strict=True))
         return [found[index] for index in range(len(images))]
+
+
+def head_of(teacher: FeatureModel) -> TaskModel:
+    """The teacher, if it has a head; raises AcamkdError otherwise."""
+    if not isinstance(teacher, TaskModel):
+        raise AcamkdError(
+            "it needs the teacher's head, and this teacher is a backbone without one: take a method that compares "
+            "features (cosine, pkd, ...), or a teacher with a head"
+        )
+    return teacher
 
 
 def _joined(batches: Sequence[Batch]) -> Batch:

@@ -11,9 +11,10 @@ from torch import nn
 from acamkd.config import Model, ShortLong, imported
 from acamkd.errors import AcamkdError, nearest
 from acamkd.models import detection, hf, reppoints, segmentation
-from acamkd.models.base import Family, PixelSize, Task, TaskModel
+from acamkd.models.base import Family, FeatureModel, PixelSize, Task, TaskModel
 from acamkd.models.detection import WRAPPERS, wrap_detector
 from acamkd.models.segmentation import Segmenter
+from acamkd.models.timm_features import build_features
 from acamkd.models.weights import LoadReport, load_weights
 
 log = logging.getLogger(__name__)
@@ -56,11 +57,32 @@ def build(
     Raises:
         AcamkdError: Something named in the recipe does not exist or does not fit; the message says what is allowed.
     """
+    built = _build(model, task, num_classes, resize, teacher)
+    if not isinstance(built, TaskModel):
+        raise AcamkdError(f"{model.title} has no head, and only a teacher can do without")
+    return built
+
+
+def build_teacher(
+    model: Model, task: Task, num_classes: int, resize: PixelSize | ShortLong | None = None
+) -> FeatureModel:
+    """Build a recipe's teacher: as `build` does, or a network without a head.
+
+    That is `arch: timm/NAME`, or what a factory returns that is a FeatureModel and no TaskModel.
+    """
+    return _build(model, task, num_classes, resize, teacher=True)
+
+
+def _build(
+    model: Model, task: Task, num_classes: int, resize: PixelSize | ShortLong | None, teacher: bool
+) -> FeatureModel:
     num_classes = model.num_classes or num_classes
     if model.weights is not None:  # they include the backbone: a download would be overwritten
         model = model.model_copy(update={"backbone_weights": None})
     if ":" in model.arch:
         built = _from_factory(model, task, num_classes, resize)
+    elif model.is_headless:
+        built = build_features(model)
     else:
         built = family_of(model.arch, task).build(model, num_classes, resize)
     who = model.title
@@ -68,8 +90,10 @@ def build(
         _say(load_weights(built.net, model.weights, strict=teacher, what=who, convention=model.convention))
     elif model.backbone_weights not in (None, "imagenet"):
         _say(load_weights(built.backbone, model.backbone_weights, strict=False, what=f"{who}, backbone"))
-    elif teacher and not model.brings_weights:
+    elif teacher and not (model.brings_weights or (model.is_headless and model.backbone_weights is not None)):
         log.warning("the teacher, %s, has no `weights`: nothing was trained but, at most, its backbone", who)
+    if built.license is not None:
+        log.info("%s: the license of its weights is %s", who, built.license)
     return built
 
 
@@ -82,11 +106,13 @@ def call_factory(model: Model, num_classes: int) -> Any:
     return imported(model.arch, "arch")(**{"num_classes": num_classes, **model.options})
 
 
-def _from_factory(model: Model, task: Task, num_classes: int, resize: PixelSize | ShortLong | None) -> TaskModel:
+def _from_factory(model: Model, task: Task, num_classes: int, resize: PixelSize | ShortLong | None) -> FeatureModel:
     net = call_factory(model, num_classes)
     if isinstance(net, TaskModel):
         if net.task != task:
             raise AcamkdError(f"{model.arch} gives a network for {net.task}, but the recipe's task is {task}")
+        return net
+    if isinstance(net, FeatureModel):
         return net
     if task == "segmentation" and isinstance(net, nn.Module):
         mean, std = model.mean or IMAGENET_DEFAULT_MEAN, model.std or IMAGENET_DEFAULT_STD

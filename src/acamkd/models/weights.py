@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from acamkd.errors import AcamkdError, nearest
 from acamkd.files import written_whole
-from acamkd.models.base import TaskModel
+from acamkd.models.base import FeatureModel, TaskModel
 from acamkd.models.convert import convention_of, to_torchvision
 from acamkd.models.weight_files import read_tensors_file
 
@@ -154,7 +154,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         unfinished.write_bytes(save(state))  # save_file would make the file unreadable for other users
 
 
-def inherit(student: TaskModel, teacher: TaskModel, parts: Sequence[str]) -> None:
+def inherit(student: TaskModel, teacher: FeatureModel, parts: Sequence[str]) -> None:
     """Start parts of the student's network from the teacher's tensors.
 
     Args:

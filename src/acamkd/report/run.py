@@ -46,6 +46,8 @@ def write_report(run: Run, baseline: Run | None = None) -> Path:
         AcamkdError: A run is not finished, its weights or images are missing, or the runs have different validation
             images.
     """
+    if run.role == "backbone":
+        raise AcamkdError(f"{run.folder} holds a backbone, of which there is nothing to show but its history.csv")
     check_writable(run.folder, "the report to", "copy the run to a folder that can be written")
     recipe, metrics = run.recipe, run.metrics
     trained = config.load(run.folder / RECIPE).data.resize
@@ -153,7 +155,11 @@ def _networks(run: Run, baseline: Run | None, images: ImageDataset, own: str) ->
 
 def _teacher(run: Run) -> TaskModel | None:
     try:
-        return run.load_teacher()
+        teacher = run.load_teacher()
+        if isinstance(teacher, TaskModel):
+            return teacher
+        log.info("the report omits the teacher's score and cost: it has no head, and predicts nothing")
+        return None
     except AcamkdError as error:
         log.warning("the report omits the teacher's cost: %s", error)
         return None

@@ -31,6 +31,7 @@ from acamkd.jobs.export.onnx_model import OnnxModel
 from acamkd.jobs.export.quantize import quantize
 from acamkd.jobs.predict.predict import predict
 from acamkd.jobs.train import distill
+from acamkd.models.base import head_of
 from acamkd.models.segmentation import Segmenter
 from tiny_recipes import write_recipe
 
@@ -208,7 +209,7 @@ def test_at_another_size_the_teacher_is_scored_again(run: Run) -> None:
     [same], [again] = _measure_teacher(run, images), _measure_teacher(other, images)
     assert same.scores == run.metrics["teacher"]
     batches = [([image], [target]) for image, target in (images[index] for index in range(len(images)))]
-    scores = score(other.load_teacher(), batches, Scorer(other.recipe.task, images.classes))
+    scores = score(head_of(other.load_teacher()), batches, Scorer(other.recipe.task, images.classes))
     assert again.scores == pytest.approx(scores, nan_ok=True)
     assert again.cost is not None
     assert same.cost is not None

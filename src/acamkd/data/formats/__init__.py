@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from acamkd.data.dataset import ImageDataset
 from acamkd.data.formats.cityscapes import Cityscapes
 from acamkd.data.formats.coco import CocoDetection, CocoSegmentation
+from acamkd.data.formats.images import DetectionImages, SegmentationImages
 from acamkd.data.formats.masks import MaskFolder
 from acamkd.data.formats.parquet import ParquetDetection, ParquetSegmentation
 from acamkd.data.formats.shards import ShardDetection, ShardSegmentation
@@ -19,4 +20,5 @@ FORMATS: Mapping[str, tuple[type[ImageDataset], ...]] = {
     "cityscapes": (Cityscapes,),
     "parquet": (ParquetDetection, ParquetSegmentation),
     "shards": (ShardDetection, ShardSegmentation),
+    "images": (DetectionImages, SegmentationImages),
 }

@@ -13,7 +13,7 @@ from acamkd.errors import AcamkdError
 from acamkd.jobs.export.export import require
 from acamkd.jobs.export.graph import build_graph, needs_nms, write_graph
 from acamkd.jobs.export.onnx_model import OnnxModel
-from acamkd.models.base import TaskModel
+from acamkd.models.base import TaskModel, head_of
 from acamkd.report.answers import BASELINE, DISTILLED, TEACHER
 from acamkd.report.run import BESIDE
 
@@ -59,10 +59,13 @@ def networks_of(run: Run, baseline: Run | Path | str | None) -> list[Network]:
 
 def _teacher(run: Run) -> list[Network]:
     section = run.recipe.teacher
+    if section is not None and section.is_headless:
+        log.info("the teacher has no head, predicts nothing and is left out")
+        return []
     if section is None or section.weights is None or not Path(section.weights).is_file():
         log.warning("the teacher is left out: its weights are not there")
         return []
-    return [Network(TEACHER, Path(section.weights), run.load_teacher)]
+    return [Network(TEACHER, Path(section.weights), lambda: head_of(run.load_teacher()))]
 
 
 def _baseline(run: Run, given: Run | Path | str | None) -> list[Network]:

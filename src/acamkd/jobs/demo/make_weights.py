@@ -23,7 +23,7 @@ from acamkd.engine.runs import Role, Run, write_json
 from acamkd.jobs.demo.layout import SIZE
 from acamkd.jobs.demo.one_task import read_recipe
 from acamkd.jobs.train import train
-from acamkd.models.base import Task
+from acamkd.models.base import Task, head_of
 from acamkd.models.weights import save_tensors
 
 SCENES, VAL, SEED = 6000, 200, 1
@@ -48,7 +48,7 @@ def make_teacher(task: Task, folder: Path) -> None:
     rounded = replace(run, recipe=config.override(run.recipe, [f"teacher.weights={json.dumps(str(file))}"]))
     images = data.build(run.recipe.data, task, "val", seed=0, augment=False)
     batches = data.loader(images, 16, 0, shuffle=False, seed=0)
-    _note(run, file, score(rounded.load_teacher(), batches, scorer_of(run.recipe, images.classes)), SETTINGS)
+    _note(run, file, score(head_of(rounded.load_teacher()), batches, scorer_of(run.recipe, images.classes)), SETTINGS)
 
 
 def make_backbone(folder: Path) -> None:

@@ -22,7 +22,7 @@ from acamkd.engine.runs import OtherRunError, Run, write_json
 from acamkd.errors import AcamkdError
 from acamkd.jobs.demo.layout import NOTES, SHEET, SIZE, TITLES
 from acamkd.jobs.train import count_parameters, distill, train
-from acamkd.models.base import Prediction, Task, TaskModel
+from acamkd.models.base import Prediction, Task, TaskModel, head_of
 from acamkd.report.run import REPORT
 from acamkd.report.visualize import (
     ENLARGEMENT,
@@ -59,7 +59,7 @@ def run_task(task: Task, out: Path, seed: int, keep: bool) -> None:
     baseline = _carry_out(train, recipe, out / task / "baseline", keep)
     log.info("training 2 of 2: the same student, distilled on these and %d unlabeled images", UNLABELED)
     distilled = _carry_out(distill, recipe, out / task / "distilled", keep)
-    networks = {"teacher": distilled.load_teacher(), "student": baseline.load(), "distilled": distilled.load()}
+    networks = {"teacher": head_of(distilled.load_teacher()), "student": baseline.load(), "distilled": distilled.load()}
     result = {
         "metric": metric,
         "teacher": distilled.metrics["teacher"][metric],

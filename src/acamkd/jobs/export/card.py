@@ -12,6 +12,7 @@ from acamkd.models import call_factory
 from acamkd.models.backbones import timm_options
 from acamkd.models.base import TaskModel
 from acamkd.models.detection import ARCHITECTURES
+from acamkd.models.timm_features import license_of
 
 if TYPE_CHECKING:
     from acamkd.engine.runs import Run
@@ -52,9 +53,18 @@ def write_card(
         figures=figures,
         metrics=[name for name in figures.measured[-1].scores if "/" not in name],  # without single classes
         license=license,
+        teacher_license=license_of_teacher(recipe),
         version=__version__,
     )  # fmt: skip
     file.write_text(text.lstrip(), encoding="utf-8")  # the Hub reads its metadata from the first line on
+
+
+def license_of_teacher(recipe: config.Recipe) -> str | None:
+    """License of the weights of a teacher without a head, as timm names it."""
+    teacher = recipe.teacher
+    if teacher is None or not teacher.is_headless or teacher.backbone_weights is None:
+        return None
+    return license_of(teacher.arch.removeprefix("timm/"))
 
 
 def _describe(loss: config.Loss) -> str:

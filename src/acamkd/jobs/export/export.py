@@ -228,6 +228,9 @@ def _measure_teacher(run: Run, images: ImageDataset) -> list[Measured]:
     scores = run.metrics.get("teacher", {}) if run.has_ended else {}
     try:
         teacher = run.load_teacher()
+        if not isinstance(teacher, TaskModel):
+            log.info("the teacher has no head, predicts nothing and is left out of the measurements")
+            return []
     except AcamkdError as error:
         log.warning("the teacher's cost is left out: %s", error)
         return [Measured("teacher", "PyTorch", scores, None)] if scores and _is_as_trained(run, images) else []

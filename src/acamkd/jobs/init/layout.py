@@ -110,6 +110,7 @@ def find_layouts(root: Path) -> list[Layout]:
             f"{name}: {' and '.join(reader.LAYOUT or reader.SPARE_LAYOUT)}"
             for name, readers in FORMATS.items()
             for reader in readers
+            if reader.LAYOUT or reader.SPARE_LAYOUT
         )
         raise AcamkdError(
             f"{root}: no images with annotations that are known; looked for a COCO JSON, YOLO's text files, and "
