@@ -119,6 +119,11 @@ class Distiller(nn.Module):
             raise AcamkdError("this Distiller has no teacher: it trains the baseline")
         return self._teacher[0]
 
+    @property
+    def networks(self) -> tuple[TaskModel, ...]:
+        """The student, and the teacher if there is one."""
+        return (self.student, *self._teacher)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
         for teacher in self._teacher:
             teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]

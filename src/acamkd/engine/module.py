@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from math import lcm
+from typing import Any, TypeAlias
 
 import lightning as L
 import torch
@@ -13,11 +15,16 @@ from torch.optim import lr_scheduler
 from acamkd.config import Train
 from acamkd.data.dataset import seed_of
 from acamkd.data.loading import Images
+from acamkd.data.transforms import batch_scale
 from acamkd.distillation.distiller import Distiller, NonFiniteError, WeightSchedule
 from acamkd.engine.metrics import Scorer
 from acamkd.engine.quantization import FakeQuantization
 from acamkd.errors import AcamkdError
 from acamkd.models.base import Batch, Target
+from acamkd.models.resize import rescale
+
+Options: TypeAlias = dict[str, float]
+"""What an optimizer's group has for itself."""
 
 
 class TrainingModule(L.LightningModule):
@@ -46,6 +53,8 @@ class TrainingModule(L.LightningModule):
         self.quantization = FakeQuantization(distiller.student) if config.quantize else None
         self.faults: list[str] = []
         """What was not finite in the batches of the current step."""
+        self.group_names: list[str] = []
+        """What the optimizer's groups of parameters are called in the log; two may share a name and learning rate."""
 
     def on_fit_start(self) -> None:
         """Work around a torch error in bfloat16 on the CPU, and give all processes the same loss weights.
@@ -76,7 +85,9 @@ class TrainingModule(L.LightningModule):
         batches = int(self.trainer.num_training_batches)
         position = self.current_epoch * batches + batch_idx
         torch.manual_seed(seed_of(self.config.seed, position, self.global_rank))
-        terms, statistics, faults = self._terms(*batch)
+        factors, seed = self.config.multiscale, self.config.seed
+        factor = None if factors is None else batch_scale(factors, seed, self.current_epoch, batch_idx)
+        terms, statistics, faults = self._terms(factor, *batch)
         total = torch.stack(list(terms.values())).sum()
         if faults:  # handled after the backward pass, which every process must complete for the others
             self.values = {}
@@ -92,12 +103,14 @@ class TrainingModule(L.LightningModule):
         return total * (accumulate / min(accumulate, batches - batch_idx // accumulate * accumulate))
 
     def _terms(
-        self, images: list[Tensor], targets: list[Target], unlabeled: list[Tensor] | None = None
+        self, factor: float | None, images: list[Tensor], targets: list[Target], unlabeled: list[Tensor] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
         """Return the loss terms, the losses' statistics, and descriptions of what was not finite."""
         student, faults = self.distiller.student, []
 
         def run(batch: Batch, *, labeled: bool) -> dict[str, Tensor]:
+            if factor is not None:
+                batch = rescale(batch, factor, lcm(*(model.multiple for model in self.distiller.networks)))
             try:
                 return self.distiller(batch, self.global_step, labeled=labeled)  # type: ignore[no-any-return]
             except NonFiniteError as error:
@@ -123,13 +136,21 @@ class TrainingModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Put student and loss parameters into separate groups; the schedule advances once per optimization step."""
-        config = self.config.optimizer
+        config, student = self.config.optimizer, self.distiller.student
+        apart = {id(p) for p in student.backbone.parameters()} if config.backbone_lr is not None else set()
+        parts = [
+            ("student", [p for p in student.parameters() if id(p) not in apart], config.lr),
+            ("backbone", [p for p in student.parameters() if id(p) in apart], config.backbone_lr),
+            ("losses", self.distiller.losses.parameters(), config.losses_lr or config.lr),
+        ]
         groups = [
-            {"params": [p for p in self.distiller.student.parameters() if p.requires_grad], "lr": config.lr},
-            {"params": [p for p in self.distiller.losses.parameters() if p.requires_grad],
-             "lr": config.losses_lr or config.lr},
-        ]  # fmt: skip
-        groups = [group for group in groups if group["params"]]
+            (name, {"params": part, "lr": lr, **spared})
+            for name, parameters, lr in parts
+            for part, spared in self._by_decay(name, parameters)
+            if part
+        ]
+        self.group_names = [name for name, _ in groups]
+        groups = [group for _, group in groups]
         optimizer: torch.optim.Optimizer
         if config.name == "sgd":
             optimizer = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
@@ -137,6 +158,14 @@ class TrainingModule(L.LightningModule):
             optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         scheduler = self._schedule(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _by_decay(self, name: str, parameters: Iterable[nn.Parameter]) -> list[tuple[list[nn.Parameter], Options]]:
+        """Parameters that train, and apart those that are spared from weight decay."""
+        trained = [p for p in parameters if p.requires_grad]
+        if name == "losses" or self.config.optimizer.norm_decay:
+            return [(trained, {})]
+        # Biases and the parameters of normalization layers have one dimension.
+        return [([p for p in trained if p.ndim > 1], {}), ([p for p in trained if p.ndim <= 1], {"weight_decay": 0.0})]
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
         config = self.config.schedule

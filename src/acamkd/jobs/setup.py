@@ -172,4 +172,12 @@ def build_network(
     """Build one of a recipe's networks from its section, which names the weights to load."""
     # Seeded for each network, so that a student starts the same with and without a teacher.
     torch.manual_seed(recipe.train.seed)
-    return models.build(section, recipe.task, len(classes), recipe.data.resize, teacher=teacher)
+    model = models.build(section, recipe.task, len(classes), recipe.data.resize, teacher=teacher)
+    if recipe.train.multiscale is not None and model.takes_one_size:
+        raise AcamkdError(f"train.multiscale: {section.title} takes inputs of one size alone: leave multiscale out")
+    if recipe.train.optimizer.backbone_lr is not None and not teacher:
+        try:
+            next(model.backbone.parameters(), None)
+        except (NotImplementedError, AcamkdError) as error:
+            raise AcamkdError(f"train.optimizer.backbone_lr: {error}; leave backbone_lr out") from error
+    return model

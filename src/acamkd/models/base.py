@@ -126,6 +126,9 @@ class TaskModel(nn.Module, ABC):
 
     task: ClassVar[Task]
 
+    multiple: int = 32
+    """Height and width of the padded input are multiples of this."""
+
     def __init__(self, net: nn.Module, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.net = net
@@ -140,6 +143,11 @@ class TaskModel(nn.Module, ABC):
     def backbone(self) -> nn.Module:
         """The part of the network that image-classification weights fit."""
         raise NotImplementedError(f"{type(self).__name__} does not say which part of its network is the backbone")
+
+    @property
+    def takes_one_size(self) -> bool:
+        """Whether the network runs on inputs of one size alone."""
+        return False
 
     @property
     def max_detections(self) -> int | None:
