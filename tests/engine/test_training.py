@@ -357,8 +357,10 @@ def test_the_average_of_the_weights_is_what_is_scored_and_saved(
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
     distiller, scored = Distiller(Segmenter(net, 2, (0.5,) * 3, (0.2,) * 3, None)), []
     net.register_forward_pre_hook(lambda net, _: None if net.training else scored.append(net[0].weight.clone()))
-    folder, given = tmp_path, {"epochs": 4, "ema": 0.8, "optimizer": config.Optimizer(lr=0.1)}
-    _, module, watch = _fit(folder, _batches(1), distiller, _Scripted(10, 20, 5, 30), **given)
+    folder, scores = tmp_path, _Scripted(10, 20, 5, 30)
+    _, module, watch = _fit(
+        folder, _batches(1), distiller, scores, epochs=4, ema=0.8, optimizer=config.Optimizer(lr=0.1)
+    )
     average, averages, decays = dict(watch.weights[0]), [], [0.8 * (1 - math.exp(-step / 2)) for step in range(1, 5)]
     for step, weights in enumerate(watch.weights):
         if step:
@@ -379,7 +381,7 @@ def test_the_average_of_the_weights_is_what_is_scored_and_saved(
 
 def test_patience_ends_a_training_whose_metric_rises_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "acamkd")
-    given = {"epochs": 12, "eval_every": 2, "patience": 2}
+    given: dict[str, Any] = {"epochs": 12, "eval_every": 2, "patience": 2}
     _, _, watch = _fit(tmp_path, _batches(2), scorer=_Scripted(10, 30, 30, 29), **given)
     assert [row["mIoU"] for row in rows(tmp_path / "history.csv")] == ["", "10", "", "30", "", "30", "", "29"]
     assert "mIoU has not risen above that of epoch 4 in 2 evaluations" in caplog.text

@@ -143,14 +143,14 @@ class TrainingModule(L.LightningModule):
             ("backbone", [p for p in student.parameters() if id(p) in apart], config.backbone_lr),
             ("losses", self.distiller.losses.parameters(), config.losses_lr or config.lr),
         ]
-        groups = [
+        named = [
             (name, {"params": part, "lr": lr, **spared})
             for name, parameters, lr in parts
             for part, spared in self._by_decay(name, parameters)
             if part
         ]
-        self.group_names = [name for name, _ in groups]
-        groups = [group for _, group in groups]
+        self.group_names = [name for name, _ in named]
+        groups = [group for _, group in named]
         optimizer: torch.optim.Optimizer
         if config.name == "sgd":
             optimizer = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
