@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import math
 from collections import OrderedDict
 from pathlib import Path

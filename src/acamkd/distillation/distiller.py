@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from acamkd.distillation.audit import Audit
+from acamkd.distillation.calls import recorded_calls
 from acamkd.distillation.split_backward import split_backward
 from acamkd.distillation.taps import FeatureTap
 from acamkd.errors import AcamkdError
@@ -168,8 +169,11 @@ class Distiller(nn.Module):
                 return copy
 
             student_tap = stack.enter_context(FeatureTap(self.student.net, names, edit=clone_and_record))
+            called = [_flat(self._called(index)[side] for index in active) for side in range(2)]
+            student_calls = stack.enter_context(recorded_calls(self.student.net, called[0]))
+            teacher_calls = stack.enter_context(recorded_calls(self.teacher.net, called[1])) if called[1] else {}
             # Whole once: a layer that runs again behind the last one needed is to be named with its call.
-            whole = self.training and not self._audit.has_begun
+            whole = bool(called[1]) or (self.training and not self._audit.has_begun)
             teacher_maps = self.teacher_maps(batch, active, whole=whole) if active else {}
             terms: dict[str, Tensor] = {}
             if labeled:
@@ -177,13 +181,15 @@ class Distiller(nn.Module):
                     outputs = self.student(batch)
                 terms = {f"task/{name}": term for name, term in self.student.loss(outputs, batch).items()}
             else:
-                with student_tap.early_stop(), explaining_norms():
+                with nullcontext() if called[0] else student_tap.early_stop(), explaining_norms():
                     self.student(batch)
             gradients, terms = self._task_gradients(active, student_tap, continuation_edges, terms)
             compared: dict[str, dict[str, Tensor]] = {}  # by loss, whatever the schedules
             for index in active:
                 boxes = batch.boxes if "boxes" in self.levels[index][1].needs else None
-                context = DistillationContext(step, batch.input_size, boxes, gradients.get(index), labeled)
+                context = DistillationContext(
+                    step, batch.input_size, boxes, gradients.get(index), labeled, student_calls, teacher_calls
+                )
                 key = self._keys[index]
                 compared[key] = self._compare(index, student_tap, teacher_maps, batch, context)
                 terms |= {f"{key}/{name}": factors[index] * term for name, term in compared[key].items()}
@@ -228,6 +234,11 @@ class Distiller(nn.Module):
             return loss.layers(self.student, self.teacher)
         assert pair is not None
         return [pair[0]], [pair[1]]
+
+    def _called(self, index: int) -> tuple[list[str], list[str]]:
+        """Modules of student and teacher whose arguments one loss needs."""
+        loss = self.levels[index][1]
+        return loss.called(self.student, self.teacher) if isinstance(loss, HeadLoss) else ([], [])
 
     def teacher_maps(
         self, batch: Batch, active: Sequence[int] | None = None, *, whole: bool = False
@@ -301,7 +312,8 @@ class Distiller(nn.Module):
         pair, loss = self.levels[index]
         try:
             if isinstance(loss, HeadLoss):
-                return loss(self.student, self.teacher, student_tap.features(), teacher_maps, batch)  # type: ignore[no-any-return]
+                taps = student_tap.features(), teacher_maps
+                return loss(self.student, self.teacher, *taps, batch, context)  # type: ignore[no-any-return]
             assert pair is not None
             return loss(student_tap[pair[0]], teacher_maps[pair[1]], context)  # type: ignore[no-any-return]
         except ValueError as error:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from acamkd.models.base import Batch, Outputs, Prediction, Target
+from acamkd.models.base import Batch, Outputs, Prediction, QueryDecoder, Target
 from acamkd.models.detection import single_objects
 from acamkd.models.hf_base import HFModel
+from acamkd.models.hf_queries import DECODERS
 
 
 class HFDetector(HFModel):
@@ -29,6 +30,11 @@ class HFDetector(HFModel):
         if settings.get("two_stage") and "two_stage_num_proposals" in settings:
             return int(settings["two_stage_num_proposals"])
         return int(settings[("num_queries" if "num_queries" in settings else "num_detection_tokens")])
+
+    @property
+    def query_decoder(self) -> QueryDecoder | None:
+        """RT-DETR's, D-FINE's, DEIMv2's, RF-DETR's and LW-DETR's."""
+        return DECODERS[self.kind.decoder](self.net, self.units) if self.kind.decoder else None
 
     def with_targets(self, batch: Batch, targets: Sequence[Target]) -> Batch:
         """Scale the boxes with the images."""
@@ -50,14 +56,14 @@ class HFDetector(HFModel):
         if batch.targets is None:
             return None
         labels = []
-        for target, unit in zip(single_objects(batch), self._units(batch), strict=True):
+        for target, unit in zip(single_objects(batch), self.units(batch), strict=True):
             if bool((target["labels"] > self.num_classes).any()):
                 return None  # a teacher of other classes, whose loss nobody asks for
             boxes = box_convert(target["boxes"].float(), "xyxy", "cxcywh") / unit
             labels.append({"class_labels": target["labels"] - 1, "boxes": boxes})
         return labels
 
-    def _units(self, batch: Batch) -> Tensor:
+    def units(self, batch: Batch) -> Tensor:
         """What boxes are fractions of, (N, 4) pixels of the input: the image where the network sees its end."""
         sizes = batch.sizes if self.kind.is_masked else [batch.input_size] * len(batch.sizes)
         return batch.pixels.new_tensor([[w, h, w, h] for h, w in sizes])
@@ -79,7 +85,7 @@ class HFDetector(HFModel):
             scores, flat = logits.sigmoid().flatten(1).topk(queries)
             picked, labels = flat // classes, flat % classes
         predictions = []
-        per_image = (outputs["pred_boxes"], picked, scores, labels, self._units(batch), batch.sizes)
+        per_image = (outputs["pred_boxes"], picked, scores, labels, self.units(batch), batch.sizes)
         for boxes, indices, score, label, unit, size, original in zip(*per_image, batch.original_sizes, strict=True):
             scale = torch.tensor([original[1] / size[1], original[0] / size[0]] * 2, device=boxes.device)
             corners = box_convert(boxes[indices], "cxcywh", "xyxy") * unit * scale

@@ -1,0 +1,42 @@
+"""Query detectors of two families in a Distiller."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from acamkd import config
+from acamkd.distillation.build import build_distiller
+from acamkd.errors import AcamkdError
+from tiny_hf import batch_of, detector
+
+pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("rt_detr_v2", "d_fine"), ("deimv2", "d_fine"), ("rf_detr", "rt_detr")]
+)
+def test_a_step_reaches_everything_below_the_decoder(student: str, teacher: str) -> None:
+    entries = [config.Loss(name="kddetr", queries=["specific", "general", "targets"], count=5)]
+    if student == "deimv2":
+        entries.append(config.Loss(name="ld"))
+        entries.append(config.Loss(name="pkd", pairs=("model.encoder.pan_blocks.1",)))
+    distiller = build_distiller(detector(student, 1), detector(teacher), entries).train()
+    torch.manual_seed(3)
+    terms = distiller(batch_of(distiller.student))
+    distilled = {name: term for name, term in terms.items() if name.startswith("head/")}
+    assert len(distilled) == (3 if student == "deimv2" else 2)
+    assert all(term.isfinite() and term > 0 for term in distilled.values())
+    torch.stack(list(distilled.values())).sum().backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is not None for p in distiller.student.backbone.parameters() if p.requires_grad and p.ndim == 4)
+    unlabeled = build_distiller(detector(student, 1), detector(teacher), [config.Loss(name="kddetr")]).train()
+    unlabeled.check_unlabeled()
+    found = unlabeled(batch_of(unlabeled.student, labeled=False), labeled=False)
+    assert set(found) == {"head/kddetr/classification", "head/kddetr/boxes"}
+
+
+def test_detectors_without_such_queries_are_refused() -> None:
+    with pytest.raises(AcamkdError, match=r"losses.0 \(kddetr\): KDDETR needs detectors .* and the teacher is DetrFor"):
+        build_distiller(detector("rt_detr"), detector("detr"), [config.Loss(name="kddetr")])
+    with pytest.raises(AcamkdError, match=r"losses.0 \(ld\): LD needs distributions of edges, .* not RTDetrForObject"):
+        build_distiller(detector("rt_detr"), detector("d_fine"), [config.Loss(name="ld")])
