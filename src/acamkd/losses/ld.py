@@ -88,7 +88,7 @@ class LD(QueryLoss):
         - edge: LD.compare
 
     Example:
-        >>> section = Model(arch="hf/d_fine", options={"decoder_layers": 1})
+        >>> section = Model(arch="hf/d_fine", options={"decoder_layers": 2})
         >>> student, teacher = (build(section, "detection", 2) for _ in range(2))
         >>> distiller = Distiller(student, teacher, pairs=[None], losses=[LD()])
 
