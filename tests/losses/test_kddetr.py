@@ -169,7 +169,7 @@ def test_every_set_asks_both_about_the_same_boxes() -> None:
     torch.testing.assert_close(objects[1, 0], objects[0, 0])
     assert terms["classification"] > 0
     assert terms["boxes"].item() == pytest.approx(0, abs=1e-5)  # in the teacher's units they are equal
-    parts = [asked(KDDETR(queries=("specific",)), batch)[0], asked(KDDETR(queries=("specific",) * 2), batch)[0]]
+    parts = [asked(KDDETR(queries=("specific",)), batch)[0], asked(KDDETR(queries=("specific", "specific")), batch)[0]]
     assert parts[1]["classification"].item() == pytest.approx(2 * parts[0]["classification"].item())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,11 +47,11 @@ def test_asked_about_its_own_boxes_a_decoder_says_what_it_predicts(kind: str) ->
         boxes = torch.stack([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top], -1)
         torch.testing.assert_close(boxes, answers.boxes, atol=1e-5, rtol=1e-4)
     # In training there are denoising queries, groups of queries and dropout; none of them answers.
-    model.net.model.decoder.train()  # type: ignore[union-attr]
-    model.net.config.dropout = 0.5
+    net: Any = model.net
+    net.model.decoder.train()
     again = decoder.answer(call, own[:, :7])
     assert again.boxes.shape == (2, 7, 4)
-    assert model.net.model.decoder.training  # type: ignore[union-attr]
+    assert net.model.decoder.training
     trained, _ = call_of(model.train(), batch)
     assert decoder.own_boxes(trained).shape == own.shape
     assert decoder.answer(trained, own).logits.shape == answers.logits.shape
