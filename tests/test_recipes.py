@@ -23,10 +23,12 @@ from acamkd.jobs.setup import Batches, build_network
 
 ROOT = Path(__file__).parents[1]
 few_labels = runpy.run_path(str(ROOT / "studies/downscale_dataset.py"))["few_labels"]
+ONLINE = ("rtdetr.yaml",)
+"""Recipes whose networks are on the Hub alone; their guide's runs in tests/jobs/test_hf_runs.py."""
 FILES = {
     **{str(file.relative_to(ROOT / "recipes").with_suffix("")): file
        for file in sorted((ROOT / "recipes").rglob("*.yaml"))
-       if file.parent.name not in ("combinations", "foundation")},
+       if file.parent.name not in ("combinations", "foundation") and file.name not in ONLINE},
     **{f"studies/{file.parent.name}": file for file in sorted((ROOT / "studies").glob("*/recipe.yaml"))},
 }  # fmt: skip
 PAPER = {name.removeprefix("paper/"): file for name, file in FILES.items() if name.startswith("paper/")}
@@ -183,3 +185,11 @@ def test_the_largest_are_built(name: str) -> None:
     inherited = [key for key in own if key.startswith(recipe.student.inherit)]
     assert len(inherited) > 10
     assert all(own[key].shape == teacher.net.state_dict()[key].shape for key in inherited)
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_detectors_with_queries_have_what_makes_their_baseline_fair(name: str) -> None:
+    train = config.load(ROOT / "recipes" / name).train
+    assert train.optimizer.backbone_lr == train.optimizer.lr / 10
+    assert not train.optimizer.norm_decay
+    assert (train.ema, train.multiscale, train.schedule.warmup_steps) == (0.9999, (0.75, 1.25), 2000)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from acamkd import config, models
+from acamkd.models.base import Batch, TaskModel
 from acamkd.models.hf_kinds import KINDS
 
 RESNET: dict[str, Any] = {
@@ -87,3 +91,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 assert OPTIONS.keys() == KINDS.keys()
+
+
+def detector(kind: str, seed: int = 0) -> TaskModel:
+    """A tiny detector with 3 classes, whose boxes and classes differ from query to query."""
+    torch.manual_seed(seed)
+    model = models.build(config.Model(arch=f"hf/{kind}", options=OPTIONS[kind]), "detection", 3)
+    for name, parameter in model.net.named_parameters():
+        if any(part in name for part in ("bbox", "class_embed", "score_head", "enc_out")) and parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def batch_of(model: TaskModel, *, labeled: bool = True) -> Batch:
+    """Two images of different sizes, one object in the first."""
+    images = [torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(1)), torch.rand(3, 40, 64)]
+    target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 30.0]]), "labels": torch.tensor([2])}
+    return model.prepare(images, [target, {name: x[:0] for name, x in target.items()}] if labeled else None)

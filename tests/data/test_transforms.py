@@ -5,7 +5,7 @@ from torchvision import tv_tensors
 
 from acamkd.config import Augmentation
 from acamkd.data.dataset import Sample
-from acamkd.data.transforms import PADDING, augmentation
+from acamkd.data.transforms import PADDING, augmentation, batch_scale
 from acamkd.models.base import Target
 
 
@@ -130,3 +130,12 @@ def test_photometric_changes_colors_and_nothing_else() -> None:
     assert changed.dtype == torch.uint8
     assert not torch.equal(changed, image)
     assert torch.equal(same["mask"], target["mask"])
+
+
+def test_a_batchs_scale_depends_on_its_place_alone() -> None:
+    state = torch.random.get_rng_state()
+    drawn = [batch_scale((0.5, 2.0), 0, epoch, batch) for epoch in range(20) for batch in range(20)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert len(set(drawn)) == 400
+    assert 0.5 <= min(drawn) < 0.55 < 1.95 < max(drawn) <= 2
+    assert batch_scale((0.5, 2.0), 0, 3, 4) == drawn[64] != batch_scale((0.5, 2.0), 1, 3, 4)

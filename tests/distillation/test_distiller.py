@@ -86,6 +86,7 @@ class Heads(HeadLoss):
         student_taps: Mapping[str, Tensor],
         teacher_taps: Mapping[str, Tensor],
         batch: Batch,
+        context: DistillationContext,
     ) -> dict[str, Tensor]:
         assert {"head", "stem"} <= set(teacher_taps)
         return {"logits": F.mse_loss(student_taps["head"], teacher_taps["head"])}

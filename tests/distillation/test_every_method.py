@@ -18,6 +18,8 @@ from tiny_recipes import write_recipe
 
 COMBINATIONS = Path(__file__).parents[2] / "recipes/combinations"
 
+QUERIES = "needs detectors of transformers whose queries start from boxes"
+ONLY_QUERIES = {"kddetr": QUERIES, "ld": QUERIES}
 ONLY_DETECTION = {"crosskd": "both torchvision RetinaNet", "fgd": "needs boxes, and segmentation has none"}
 
 BOXES = {f"head.regression_head.bbox_reg@{level}/fitnet/feature" for level in range(5)}
@@ -56,8 +58,9 @@ def recipes(tmp_path_factory: pytest.TempPathFactory) -> dict[Task, Path]:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_one_word_of_the_recipe(name: str, task: Task, recipes: dict[Task, Path], tmp_path: Path) -> None:
     recipe = config.load(recipes[task], [f"losses.0.name={name}"])
-    if task == "segmentation" and name in ONLY_DETECTION:
-        with pytest.raises(AcamkdError, match=rf"losses\.0 \({name}\): .*{ONLY_DETECTION[name]}"):
+    refused = ONLY_QUERIES | (ONLY_DETECTION if task == "segmentation" else {})
+    if name in refused:
+        with pytest.raises(AcamkdError, match=rf"losses\.0 \({name}\): .*{refused[name]}"):
             distill(recipe, out=tmp_path / "run")
         assert not (tmp_path / "run").exists()
         return

@@ -165,6 +165,33 @@ def test_a_checkpoint_lost_between_two_names_is_no_loss(tmp_path: Path) -> None:
         checkpoint.find_checkpoint(tmp_path)
 
 
+def test_average_sizes_groups_and_patience_go_on_to_the_same_end(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tiny.raw_recipe(
+        root, epochs=3, batch_size=4, checkpoint_every=1, ema=0.9, multiscale=[0.5, 1.5], patience=1,
+        optimizer={"lr": 1e-3, "backbone_lr": 1e-4, "norm_decay": False},
+    )  # fmt: skip
+
+    def score(self: TrainingModule) -> None:
+        self.scores = {"mIoU": 30.0 - 10 * self.current_epoch}
+
+    monkeypatch.setattr(TrainingModule, "on_validation_epoch_end", score)
+    folders = tmp_path / "whole", tmp_path / "run"
+    distill(config.parse(raw), out=folders[0])
+    _stopped(raw, folders[1], monkeypatch, step=3)  # in the middle of the second epoch
+    distill(config.parse(raw), out=folders[1], resume=True)
+    _same(*folders)
+    ends = [torch.load(folder / "last.ckpt", weights_only=True) for folder in folders]
+    torch.testing.assert_close(ends[0]["current_model_state"], ends[1]["current_model_state"], rtol=0, atol=0)
+    assert [row["mIoU"] for row in tiny.rows(folders[1] / "history.csv")] == ["30.0", "20.0"]
+    run = runs.open_run(folders[1])
+    assert run.metrics["epochs"] == 2
+    last, best = (model.net.state_dict() for model in (run.load_last(), run.load()))
+    assert all(torch.equal(x, ends[0]["state_dict"][f"{runs.NET}{name}"]) for name, x in last.items())
+    assert any(not torch.equal(x, last[name]) for name, x in best.items())
+
+
 class Trap:
     """Leaves a mark when it is unpickled."""
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import logging
 import math
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from acamkd import config
+from acamkd.data.transforms import batch_scale
 from acamkd.distillation.build import build_distiller
 from acamkd.distillation.distiller import Distiller
+from acamkd.engine.averaging import EMA
 from acamkd.engine.metrics import Scorer
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.trainer import Recorder, build_trainer
@@ -80,14 +84,17 @@ def _fit(
     distiller: Distiller | None = None,
     scorer: Scorer | None = None,
     progress: bool = False,
+    checkpoint: Path | None = None,
     **train: Any,
 ) -> tuple[L.Trainer, TrainingModule, _Watch]:
     section = config.Train(**{"accelerator": "cpu", "epochs": 1, "schedule": config.Schedule(name="constant"), **train})
-    trainer = build_trainer(section, Recorder(folder, "student.safetensors", "mIoU"), progress=progress)
+    ema = None if section.ema is None else EMA(section.ema)
+    recorder = Recorder(folder, "student.safetensors", "mIoU", patience=section.patience, ema=ema)
+    trainer = build_trainer(section, recorder, progress=progress)
     watch = _Watch()
     trainer.callbacks.insert(0, watch)  # type: ignore[attr-defined]
     module = TrainingModule(distiller or Distiller(_model()), section, scorer or Scorer("segmentation", ("a", "b")))
-    trainer.fit(module, _loader(batches), _loader(_batches(1, seed=9)))
+    trainer.fit(module, _loader(batches), _loader(_batches(1, seed=9)), ckpt_path=checkpoint)
     return trainer, module, watch
 
 
@@ -155,6 +162,28 @@ def test_student_and_losses_have_groups_of_their_own(tmp_path: Path) -> None:
     wanted = [student.net[1].parameters(), distiller.losses.parameters()]
     for group, parameters in zip(groups, wanted, strict=True):
         assert {id(p) for p in group["params"]} == {id(p) for p in parameters}
+
+
+def test_backbone_and_norms_have_groups_of_their_own(tmp_path: Path) -> None:
+    parts = OrderedDict(backbone=nn.Conv2d(3, 4, 1), norm=nn.BatchNorm2d(4), head=nn.Conv2d(4, 2, 1))
+    student = Segmenter(nn.Sequential(parts), 2, (0.5,) * 3, (0.2,) * 3, None)
+    entry = config.Loss(name="acam", pairs=(("backbone", "0"),), num_masks=2, masks="both")
+    distiller = build_distiller(student, _model(1), [entry])
+    optimizer = config.Optimizer(lr=0.2, backbone_lr=0.1, weight_decay=0.3, norm_decay=False)
+    trainer, module, _ = _fit(tmp_path, _batches(1), distiller, optimizer=optimizer)
+    found = {
+        name: (group["lr"], group["weight_decay"], title)
+        for title, group in zip(module.group_names, trainer.optimizers[0].param_groups, strict=True)
+        for name, parameter in distiller.named_parameters()
+        if any(parameter is each for each in group["params"])
+    }
+    own = {name.removeprefix("student.net."): value for name, value in found.items() if name.startswith("student")}
+    head, backbone = (0.2, 0.3, "student"), (0.1, 0.3, "backbone")
+    assert own == {
+        "head.weight": head, "backbone.weight": backbone, "head.bias": (0.2, 0, "student"),
+        "norm.weight": (0.2, 0, "student"), "norm.bias": (0.2, 0, "student"), "backbone.bias": (0.1, 0, "backbone"),
+    }  # fmt: skip
+    assert {value for name, value in found.items() if name.startswith("losses")} == {(0.2, 0.3, "losses")}
 
 
 def test_accumulation_steps_with_the_mean_gradient_and_never_drops_the_last_batch(tmp_path: Path) -> None:
@@ -336,6 +365,65 @@ def test_evaluation_only_where_it_is_due(tmp_path: Path) -> None:
     assert [row["mIoU"] for row in rows(tmp_path / "history.csv")] == ["", "10.0", "", "5.0"]
     kept = load_file(tmp_path / "student.safetensors")
     assert torch.equal(kept["0.weight"], watch.weights[1]["0.weight"])
+
+
+def test_the_average_of_the_weights_is_what_is_scored_and_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("acamkd.engine.averaging.WARMUP", 2)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    distiller, scored = Distiller(Segmenter(net, 2, (0.5,) * 3, (0.2,) * 3, None)), []
+    net.register_forward_pre_hook(lambda net, _: None if net.training else scored.append(net[0].weight.clone()))
+    folder, scores = tmp_path, _Scripted(10, 20, 5, 30)
+    _, module, watch = _fit(
+        folder, _batches(1), distiller, scores, epochs=4, ema=0.8, optimizer=config.Optimizer(lr=0.1)
+    )
+    average, averages, decays = dict(watch.weights[0]), [], [0.8 * (1 - math.exp(-step / 2)) for step in range(1, 5)]
+    for step, weights in enumerate(watch.weights):
+        if step:
+            decay = decays[step - 1]
+            average = {
+                name: decay * average[name] + (1 - decay) * x if x.is_floating_point() else x
+                for name, x in weights.items()
+            }
+        averages.append(average)
+    torch.testing.assert_close(load_file(folder / "student.safetensors"), averages[3])
+    torch.testing.assert_close(scored, [each["0.weight"] for each in averages])
+    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
+    for part, wanted in (("state_dict", averages[3]), ("current_model_state", watch.weights[3])):
+        torch.testing.assert_close({name: checkpoint[part][f"distiller.student.net.{name}"] for name in wanted}, wanted)
+    assert [float(row["ema"]) for row in rows(folder / "history.csv")] == pytest.approx(decays)
+    torch.testing.assert_close(dict(module.distiller.student.net.state_dict()), averages[3])
+
+
+def test_patience_ends_a_training_whose_metric_rises_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "acamkd")
+    given: dict[str, Any] = {"epochs": 12, "eval_every": 2, "patience": 2}
+    _, _, watch = _fit(tmp_path, _batches(2), scorer=_Scripted(10, 30, 30, 29), **given)
+    assert [row["mIoU"] for row in rows(tmp_path / "history.csv")] == ["", "10", "", "30", "", "30", "", "29"]
+    assert "mIoU has not risen above that of epoch 4 in 2 evaluations" in caplog.text
+    kept = load_file(tmp_path / "student.safetensors")
+    assert torch.equal(kept["0.weight"], watch.weights[3]["0.weight"])
+    # Killed after its last checkpoint, it trains no further.
+    resumed = _fit(tmp_path, _batches(2), scorer=_Scripted(), checkpoint=tmp_path / "last.ckpt", **given)
+    assert not resumed[2].weights
+
+
+def test_a_batchs_size_is_drawn_by_its_place_in_the_training(tmp_path: Path) -> None:
+    def sizes(folder: Path, **train: Any) -> list[tuple[int, int]]:
+        model, seen = _model(), []
+        model.net.register_forward_pre_hook(lambda net, x: seen.append(x[0].shape[-2:]) if net.training else None)
+        _fit(
+            folder, _batches(4), build_distiller(model, _model(1), [config.Loss(name="fitnet", pairs=("1",))]), **train
+        )
+        return [(height, width) for height, width in seen if (height, width) != (128, 128)]  # of the probe
+
+    factors = (1.0, 3.4)
+    drawn = sizes(tmp_path / "one", epochs=2, multiscale=factors, seed=3)
+    sides = [32 * round(batch_scale(factors, 3, epoch, batch)) for epoch in range(2) for batch in range(4)]
+    assert drawn == [(side, side) for side in sides]
+    assert len(set(sides)) > 1
+    assert set(sizes(tmp_path / "off")) == {(32, 32)}
 
 
 def test_a_figure_without_basis_still_leaves_a_network(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -24,8 +24,8 @@ from acamkd import cli, config
 from acamkd.data.scenes import CLASSES, write_scenes
 from acamkd.engine.runs import load_student
 from acamkd.models import build, save_weights
-from acamkd.models.hf_kinds import KINDS
 from acamkd.models.base import head_of
+from acamkd.models.hf_kinds import KINDS
 from tiny_hf import OPTIONS
 
 transformers: Any = pytest.importorskip("transformers")

@@ -13,10 +13,12 @@ import tiny
 from acamkd import config
 from acamkd.engine.runs import write_json
 from acamkd.errors import AcamkdError
+from acamkd.jobs.compare.trials import plan
 from acamkd.jobs.doctor import examine
 from acamkd.jobs.examine_data import examine_data
-from acamkd.jobs.setup import ALL_LABELED, Batches, describe_data, describe_lead, score_of_run
-from acamkd.models.base import Task
+from acamkd.jobs.setup import ALL_LABELED, Batches, build_network, describe_data, describe_lead, score_of_run
+from acamkd.models.base import Task, TaskModel
+from acamkd.models.segmentation import Segmenter
 
 
 def _ended(folder: Path, role: str, score: float) -> None:
@@ -100,3 +102,20 @@ def test_large_photographs_may_be_decoded_smaller(task: Task, cache: str, tmp_pa
     assert small.splits["val"][0][0].shape == (3, side, side)
     with pytest.raises(AcamkdError, match=r"decode: reduced needs `resize`, and no `augment.crop`"):
         config.override(recipe, ["data.decode=reduced"])
+
+
+def test_what_a_network_cannot_do_is_said_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny.recipe(tmp_path, multiscale=[1, 2], patience=3, optimizer={"backbone_lr": 1e-4})
+    assert build_network(recipe, recipe.student, ("a", "b")).net.encoder is not None
+    with pytest.raises(AcamkdError, match=r"train.patience: a comparison gives every method the same epochs"):
+        plan(recipe, ["fitnet"], 1, tmp_path)
+    monkeypatch.setattr(Segmenter, "backbone", TaskModel.backbone)
+    with pytest.raises(
+        AcamkdError, match=r"optimizer.backbone_lr: Segmenter does not say which part .* leave backbone"
+    ):
+        build_network(recipe, recipe.student, ("a", "b"))
+    monkeypatch.setattr(Segmenter, "takes_one_size", True)
+    with pytest.raises(
+        AcamkdError, match=r"train.multiscale: fpn on tu-mobilenetv3_small_050 takes inputs of one size"
+    ):
+        build_network(recipe, recipe.student, ("a", "b"))

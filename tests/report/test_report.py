@@ -142,10 +142,13 @@ def test_the_command_writes_it_anew(
 ) -> None:
     (runs / "distilled" / "report.html").unlink()
     command = ["acamkd", "report", str(runs / "distilled"), "--baseline", str(runs / "baseline")]
+    command += ["--set", "train.ema=0.9998", "--set", "train.epochs=9"]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match="0"):
         cli.main()
     assert "over the baseline, one seed" in _text(runs / "distilled")
+    assert "2 epochs of 9, since the metric rose no more." in _text(runs / "distilled")
+    assert "those of the moving average of its weights (EMA, decay 0.9998)" in _text(runs / "distilled")
 
 
 def test_what_cannot_be_reported_is_refused(runs: Path, tmp_path: Path) -> None:

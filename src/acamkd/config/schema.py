@@ -158,7 +158,11 @@ class Optimizer(Section):
     """Learning rate of the network; the peak where the schedule has one."""
     losses_lr: Annotated[float, Field(gt=0)] | None = None
     """Learning rate of the losses' own parameters; nothing = the network's."""
+    backbone_lr: Annotated[float, Field(gt=0)] | None = None
+    """Learning rate of the network's backbone; nothing = the network's."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    norm_decay: bool = True
+    """Whether `weight_decay` acts on the network's biases and normalization layers, too."""
     momentum: Fraction = 0.9
     """SGD only."""
 
@@ -245,8 +249,16 @@ class Train(Section):
     """Batch norm computes its statistics over the images of all devices, not only of its own."""
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     """Seed of initial weights, image order, augmentation and every other random draw."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay per step of a moving average of the weights, such as 0.9998; it rises to that over the first few thousand
+    steps. The average is then what is evaluated and saved."""
+    multiscale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None
+    """Range of a factor for the input size of each training batch, drawn uniformly, such as [0.75, 1.25]. Sides become
+    multiples of what the networks take, mostly 32."""
     eval_every: Positive = 1
     """Epochs between two evaluations; must divide `epochs`, so that the last one is evaluated."""
+    patience: Positive | None = None
+    """The training ends early after this many evaluations in a row that do not beat the best one."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is NaN or infinite ends the run (stop), or is skipped, up to 10 in a row (skip).
     Its images are saved in the run's folder `nonfinite`."""
@@ -297,6 +309,8 @@ class Train(Section):
     def _check(self) -> Train:
         if self.epochs % self.eval_every:
             raise ValueError(f"eval_every {self.eval_every} does not divide epochs {self.epochs}")
+        if self.multiscale is not None and self.multiscale[0] > self.multiscale[1]:
+            raise ValueError(f"multiscale must be a range of factors, such as [0.75, 1.25], not {[*self.multiscale]}")
         return self
 
 

@@ -8,7 +8,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from acamkd.config import Augmentation
-from acamkd.data.dataset import Sample, Transform
+from acamkd.data.dataset import Sample, Transform, seed_of
 from acamkd.models.base import VOID, Target, Task
 
 PADDING = (124, 116, 104)
@@ -58,6 +58,19 @@ class RandomScale(nn.Module):
         size = [max(1, round(side * factor)) for side in image.shape[-2:]]
         resized: Sample = v2.Resize(size, antialias=True)(image, target)
         return resized
+
+
+def batch_scale(factors: tuple[float, float], seed: int, epoch: int, batch: int) -> float:
+    """Draw the factor of a batch's input size; it depends on these alone, so that all processes draw the same one.
+
+    Args:
+        factors: The recipe's `train.multiscale`.
+        seed: The recipe's `train.seed`.
+        epoch: From 0.
+        batch: Index of the batch in the epoch, from 0.
+    """
+    generator = torch.Generator().manual_seed(seed_of("multiscale", seed, epoch, batch))
+    return torch.empty(()).uniform_(*factors, generator=generator).item()
 
 
 def _per_box(sample: Sample) -> tuple[Tensor, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from acamkd.distillation.audit import Audit
+from acamkd.distillation.calls import recorded_calls
 from acamkd.distillation.compiled import CompiledLoss, CompiledNetwork
 from acamkd.distillation.fast_teacher import FastTeacher, Precision
 from acamkd.distillation.split_backward import split_backward
@@ -133,6 +134,11 @@ class Distiller(nn.Module):
             raise AcamkdError("this Distiller has no teacher: it trains the baseline")
         return self._teacher[0]
 
+    @property
+    def networks(self) -> tuple[FeatureModel, ...]:
+        """The student, and the teacher if there is one."""
+        return (self.student, *self._teacher)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
         for teacher in (*self._teacher, *([self._fast.model] if self._fast else [])):
             teacher._apply(fn, recurse)
@@ -147,6 +153,9 @@ class Distiller(nn.Module):
         Args:
             backend: Of torch.compile.
         """
+        if named := [key for index, key in enumerate(self._keys) if any(self._called(index))]:
+            log.warning("%s: it needs arguments of modules within the networks, so that nothing is compiled", named[0])
+            return
         self._compiled = [CompiledNetwork(self.student.net, self._tapped(0), "student", backend)]
         if self.losses:
             teacher = self._fast.model if self._fast else self.teacher
@@ -199,22 +208,28 @@ class Distiller(nn.Module):
                 return copy
 
             student_tap = stack.enter_context(FeatureTap(self.student.net, names, edit=clone_and_record))
+            called = [_flat(self._called(index)[side] for index in active) for side in range(2)]
+            student_calls = stack.enter_context(recorded_calls(self.student.net, called[0]))
+            teacher_calls = stack.enter_context(recorded_calls(self.teacher.net, called[1])) if called[1] else {}
             # Whole once: a layer that runs again behind the last one needed is to be named with its call.
             whole = self.training and not self._audit.has_begun
-            teacher_maps = self.teacher_maps(batch, active, whole=whole) if active else {}
+            teacher_maps = self.teacher_maps(batch, active, whole=whole, calls=bool(called[1])) if active else {}
             terms: dict[str, Tensor] = {}
             if labeled:
                 with timed("student"), explaining_norms():
                     outputs = self.student(batch)
                 terms = {f"task/{name}": term for name, term in self.student.loss(outputs, batch).items()}
             else:
-                with timed("student"), student_tap.early_stop(), explaining_norms():
+                early = nullcontext() if called[0] else student_tap.early_stop()
+                with timed("student"), early, explaining_norms():
                     self.student(batch)
             gradients, terms = self._task_gradients(active, student_tap, continuation_edges, terms)
             compared: dict[str, dict[str, Tensor]] = {}  # by loss, whatever the schedules
             for index in active:
                 boxes = batch.boxes if "boxes" in self.levels[index][1].needs else None
-                context = DistillationContext(step, batch.input_size, boxes, gradients.get(index), labeled)
+                context = DistillationContext(
+                    step, batch.input_size, boxes, gradients.get(index), labeled, student_calls, teacher_calls
+                )
                 key = self._keys[index]
                 compared[key] = self._compare(index, student_tap, teacher_maps, batch, context)
                 terms |= {f"{key}/{name}": factors[index] * term for name, term in compared[key].items()}
@@ -269,22 +284,32 @@ class Distiller(nn.Module):
         """All layers of the student (0) or teacher (1) that losses need."""
         return _flat(self._layers(index)[network] for index in range(len(self.losses)))
 
+    def _called(self, index: int) -> tuple[list[str], list[str]]:
+        """Modules of student and teacher whose arguments one loss needs."""
+        loss = self.levels[index][1]
+        return loss.called(self.student, head_of(self.teacher)) if isinstance(loss, HeadLoss) else ([], [])
+
     def teacher_maps(
-        self, batch: Batch, active: Sequence[int] | None = None, *, whole: bool = False
+        self, batch: Batch, active: Sequence[int] | None = None, *, whole: bool = False, calls: bool = False
     ) -> dict[str, Tensor]:
         """What the losses, or those of some indices, need of the teacher, by tap.
 
         It runs no layer behind the last of these, unless it is to run as a `whole`, and none where all are in
-        `shared_maps`.
+        `shared_maps`. Where a loss needs `calls` of its modules, it runs itself rather than its faster copy.
         """
         indices = range(len(self.losses)) if active is None else active
         names = _flat(self._layers(index)[1] for index in indices)
+        if calls:
+            return self._run_teacher(batch, names, None, whole=True)
         if self.shared_maps is None:
-            return self._run_teacher(batch, names, whole=whole)
-        return self.shared_maps(batch, names, lambda missing: self._run_teacher(batch, missing, whole=whole))
+            return self._run_teacher(batch, names, self._fast, whole=whole)
+        return self.shared_maps(
+            batch, names, lambda missing: self._run_teacher(batch, missing, self._fast, whole=whole)
+        )
 
-    def _run_teacher(self, batch: Batch, names: Sequence[str], *, whole: bool) -> dict[str, Tensor]:
-        fast = self._fast
+    def _run_teacher(
+        self, batch: Batch, names: Sequence[str], fast: FastTeacher | None, *, whole: bool
+    ) -> dict[str, Tensor]:
         teacher = self.teacher if fast is None else fast.model
         precise = nullcontext() if fast is None else fast.on(batch.pixels.device)
         # Not inference_mode: a loss cannot keep its tensors for a backward, such as that of a trainable projection.
@@ -355,7 +380,8 @@ class Distiller(nn.Module):
         pair, loss = self.levels[index]
         try:
             if isinstance(loss, HeadLoss):
-                return loss(self.student, head_of(self.teacher), student_tap.features(), teacher_maps, batch)  # type: ignore[no-any-return]
+                taps = student_tap.features(), teacher_maps
+                return loss(self.student, head_of(self.teacher), *taps, batch, context)  # type: ignore[no-any-return]
             assert pair is not None
             return loss(student_tap[pair[0]], teacher_maps[pair[1]], context)  # type: ignore[no-any-return]
         except ValueError as error:

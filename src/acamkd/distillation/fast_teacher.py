@@ -87,8 +87,6 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if is_fast else torch.float32
 
 
-
-
 def relative_differences(these: Mapping[str, Tensor], those: Mapping[str, Tensor]) -> dict[str, float]:
     """The largest difference of two feature maps over the largest magnitude of the first, by name."""
     return {

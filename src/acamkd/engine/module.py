@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from contextlib import nullcontext
+from math import lcm
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning as L
 import torch
@@ -16,16 +18,21 @@ from torch.optim import lr_scheduler
 from acamkd.config import Train
 from acamkd.data.dataset import seed_of
 from acamkd.data.loading import Images
+from acamkd.data.transforms import batch_scale
 from acamkd.distillation.compiled import can_compile
 from acamkd.distillation.distiller import Distiller, WeightSchedule, describe_nonfinite
 from acamkd.engine.metrics import Validator
 from acamkd.engine.quantization import FakeQuantization
 from acamkd.errors import AcamkdError
 from acamkd.models.base import Batch, Target
+from acamkd.models.resize import rescale
 from acamkd.models.weights import save_weights
 from acamkd.stopwatch import counted, timed
 
 log = logging.getLogger(__name__)
+
+Options: TypeAlias = dict[str, float]
+"""What an optimizer's group has for itself."""
 
 
 class TrainingModule(L.LightningModule):
@@ -55,6 +62,10 @@ class TrainingModule(L.LightningModule):
         self.quantization = FakeQuantization(distiller.student) if config.quantize else None
         self.faults: list[str] = []
         """What was not finite in the batches of the current step."""
+        self._scale: float | None = None
+        """Factor of the current batch's size, by `multiscale`."""
+        self.group_names: list[str] = []
+        """What the optimizer's groups of parameters are called in the log; two may share a name and learning rate."""
 
     @property
     def values(self) -> dict[str, float]:
@@ -116,6 +127,8 @@ class TrainingModule(L.LightningModule):
         batches = int(self.trainer.num_training_batches)
         position = self.current_epoch * batches + batch_idx
         torch.manual_seed(seed_of(self.config.seed, position, self.global_rank))
+        if self.config.multiscale is not None:
+            self._scale = batch_scale(self.config.multiscale, self.config.seed, self.current_epoch, batch_idx)
         terms, statistics = self._terms(*batch)
         total = torch.stack(list(terms.values())).sum()
         found = {f"loss/{name}": term for name, term in terms.items()} | statistics | {"loss": total}
@@ -148,6 +161,8 @@ class TrainingModule(L.LightningModule):
 
     def run_losses(self, batch: Batch, *, labeled: bool) -> dict[str, Tensor]:
         """Return the loss terms of one batch, whether they are finite or not."""
+        if self._scale is not None:
+            batch = rescale(batch, self._scale, lcm(*(model.multiple for model in self.distiller.networks)))
         return self.distiller(batch, self.global_step, labeled=labeled, check=False)  # type: ignore[no-any-return]
 
     def save_best(self, file: Path) -> None:
@@ -168,13 +183,21 @@ class TrainingModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Put student and loss parameters into separate groups; the schedule advances once per optimization step."""
-        config = self.config.optimizer
-        groups = [
-            {"params": [p for p in self.distiller.student.parameters() if p.requires_grad], "lr": config.lr},
-            {"params": [p for p in self.distiller.losses.parameters() if p.requires_grad],
-             "lr": config.losses_lr or config.lr},
-        ]  # fmt: skip
-        groups = [group for group in groups if group["params"]]
+        config, student = self.config.optimizer, self.distiller.student
+        apart = {id(p) for p in student.backbone.parameters()} if config.backbone_lr is not None else set()
+        parts = [
+            ("student", [p for p in student.parameters() if id(p) not in apart], config.lr),
+            ("backbone", [p for p in student.parameters() if id(p) in apart], config.backbone_lr),
+            ("losses", self.distiller.losses.parameters(), config.losses_lr or config.lr),
+        ]
+        named = [
+            (name, {"params": part, "lr": lr, **spared})
+            for name, parameters, lr in parts
+            for part, spared in self._by_decay(name, parameters)
+            if part
+        ]
+        self.group_names = [name for name, _ in named]
+        groups = [group for _, group in named]
         optimizer: torch.optim.Optimizer
         if config.name == "sgd":
             optimizer = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
@@ -182,6 +205,14 @@ class TrainingModule(L.LightningModule):
             optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         scheduler = self._schedule(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _by_decay(self, name: str, parameters: Iterable[nn.Parameter]) -> list[tuple[list[nn.Parameter], Options]]:
+        """Parameters that train, and apart those that are spared from weight decay."""
+        trained = [p for p in parameters if p.requires_grad]
+        if name == "losses" or self.config.optimizer.norm_decay:
+            return [(trained, {})]
+        # Biases and the parameters of normalization layers have one dimension.
+        return [([p for p in trained if p.ndim > 1], {}), ([p for p in trained if p.ndim <= 1], {"weight_decay": 0.0})]
 
     def _schedule(self, optimizer: torch.optim.Optimizer) -> lr_scheduler.LRScheduler:
         config = self.config.schedule

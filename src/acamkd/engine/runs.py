@@ -38,6 +38,12 @@ CHECKPOINT = "last.ckpt"
 PREVIOUS = "previous.ckpt"
 LOCK = ".lock"
 
+NET = "distiller.student.net."
+"""Where a checkpoint's `state_dict` has the trained network; with `train.ema` it is the average."""
+
+EMA_COLUMN = "ema"
+"""Column of history.csv with the decay at the end of the epoch; it is there if the scores are those of the average."""
+
 TERMINATED = 128 + signal.SIGTERM
 """Exit code of a run that saved a checkpoint after SIGTERM; shells report the same code for a process that it ended."""
 
@@ -242,7 +248,7 @@ class Run(Printable):
         return self._build(section.model_copy(update={"weights": str(self.weights)}))
 
     def load_last(self) -> TaskModel:
-        """Build the trained network with the weights of the last checkpoint, in eval mode.
+        """Build the trained network with the weights that were scored last, from the checkpoint, in eval mode.
 
         Raises:
             AcamkdError: There is no checkpoint, or it cannot be read.
@@ -251,9 +257,8 @@ class Run(Printable):
 
         if not self.checkpoint.is_file():
             raise AcamkdError(f"{self.folder} has no {CHECKPOINT}, which holds the weights of the last epoch")
-        model, prefix = self.load(), "distiller.student.net."  # as in engine.module's TrainingModule
-        state = read_file(self.checkpoint)["state_dict"]
-        model.net.load_state_dict({key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)})
+        model, state = self.load(), read_file(self.checkpoint)["state_dict"]
+        model.net.load_state_dict({key.removeprefix(NET): x for key, x in state.items() if key.startswith(NET)})
         return model
 
     def load_teacher(self) -> FeatureModel:

@@ -8,6 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -24,11 +25,13 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 
 from acamkd.config import Train
 from acamkd.data.loading import Images
+from acamkd.engine.averaging import EMA
 from acamkd.engine.checkpoint import CheckpointFiles, Checkpoints
 from acamkd.engine.heartbeat import Heartbeat
 from acamkd.engine.metrics import gathered, own_part
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.nonfinite import NonFinite
+from acamkd.engine.runs import EMA_COLUMN
 from acamkd.engine.trackers import Tracker, trackers_of
 from acamkd.errors import AcamkdError
 from acamkd.files import written_whole
@@ -52,12 +55,18 @@ class Recorder(Callback):
         folder: The run folder.
         weights: File name of the best network in it.
         metric: Name of the deciding metric, the higher the better.
+        patience: Evaluations in a row that may stay below the best one before the training ends; None for any number.
+        ema: The average of the weights that is evaluated, and so is what the best network is; None without one.
     """
 
-    def __init__(self, folder: Path, weights: str, metric: str) -> None:
+    def __init__(
+        self, folder: Path, weights: str, metric: str, *, patience: int | None = None, ema: EMA | None = None
+    ) -> None:
         self.folder = folder
         self.weights = weights
         self.metric = metric
+        self.patience = patience
+        self.ema = ema
         self.best: dict[str, float] = {}
         self.best_epoch = 0
         self.history: list[dict[str, float]] = []
@@ -82,6 +91,7 @@ class Recorder(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clocks, the step log and the trackers; a resumed run continues them from its checkpoint."""
+        trainer.should_stop = self.has_settled  # it may have been killed right after its last epoch
         self._started = time.monotonic() - self.seconds
         self._cpu_started = time.process_time() - self.cpu_seconds
         tables = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
@@ -102,8 +112,9 @@ class Recorder(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Note the step's learning rates: the schedule advances before the step is logged."""
-        rates = [group["lr"] for group in optimizer.param_groups]
-        self._rates = {f"lr/{name}": rate for name, rate in zip(("student", "losses"), rates, strict=False)}
+        assert isinstance(pl_module, TrainingModule)
+        groups = zip(pl_module.group_names, optimizer.param_groups, strict=True)
+        self._rates = {f"lr/{name}": group["lr"] for name, group in groups}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Images, batch_idx: int
@@ -136,12 +147,24 @@ class Recorder(Callback):
         if scores and not scores[self.metric] <= self.best.get(self.metric, -math.inf):
             self.best, self.best_epoch = scores, epoch
             if trainer.is_global_zero:
-                pl_module.save_best(self.folder / self.weights)
+                with self.ema.applied(pl_module.distiller.student.net) if self.ema else nullcontext():
+                    pl_module.save_best(self.folder / self.weights)
         row = {"epoch": epoch, "step": trainer.global_step, "seconds": round(self.seconds, 1)}
-        self.history.append({**row, **scores, **losses})
+        averaged = {EMA_COLUMN: self.ema.decay_now} if self.ema else {}
+        self.history.append({**row, **averaged, **scores, **losses})
         if trainer.is_global_zero:
             self._write_history()
             self._say(epoch, trainer.max_epochs or epoch, losses, scores)
+        if self.has_settled:
+            trainer.should_stop = True
+            log.info("%s has not risen above that of epoch %d in %d evaluations: the training ends (train.patience)",
+                     self.metric, self.best_epoch, self.patience)  # fmt: skip
+
+    @property
+    def has_settled(self) -> bool:
+        """Whether `patience` evaluations in a row, the last one among them, have not beaten the best one."""
+        since = [row for row in self.history if self.metric in row and row["epoch"] > self.best_epoch]
+        return self.patience is not None and len(since) >= self.patience
 
     def _log(
         self, trainer: L.Trainer, values: Mapping[str, float], step: int, more: Mapping[str, float] | None = None
@@ -252,6 +275,7 @@ def build_trainer(
     folder = recorder.folder
     all_callbacks: list[Callback] = [
         NonFinite(folder, skip=config.on_nonfinite == "skip"),
+        *([recorder.ema] if recorder.ema else []),
         recorder,
         *callbacks,
         Checkpoints(folder, config.checkpoint_every),

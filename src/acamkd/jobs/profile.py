@@ -27,6 +27,7 @@ from acamkd.engine.quantization import FakeQuantization
 from acamkd.errors import AcamkdError
 from acamkd.jobs.setup import build_network, build_teacher
 from acamkd.models.base import Batch, FeatureModel, keeping_modes
+from acamkd.models.resize import rescale
 
 IMAGES = 2
 """Number of training images to run; batch norm may refuse a single one."""
@@ -69,7 +70,7 @@ class Estimate(Printable):
         frame: (height, width) of the padded input that was run.
         image: Bytes per image of a whole step. It is not the sum of the parts, since the teacher ends before the
             student starts.
-        fixed: Bytes of all weights, and of the gradients and optimizer states of trained ones.
+        fixed: Bytes of all weights, of the gradients and optimizer states of trained ones, and of their average.
         free: Free bytes of the device, with the weights loaded.
         batch_size: Batch size of the recipe.
         with_unlabeled: Whether the losses run on unlabeled images too.
@@ -139,6 +140,8 @@ def estimate(recipe: config.Recipe) -> Estimate:
     loader = data.loader(images, min(IMAGES, len(images)), 0, shuffle=True, seed=recipe.train.seed)
     with probe_distiller(student, teacher, recipe.losses) as distiller:
         batch = next(prepared(student, loader))
+        if recipe.train.multiscale is not None:  # memory has to do for the largest
+            batch = rescale(batch, recipe.train.multiscale[1], student.multiple)
         if recipe.train.quantize:
             FakeQuantization(student)
         free = free_memory(batch.pixels.device)
@@ -161,6 +164,8 @@ def estimate(recipe: config.Recipe) -> Estimate:
     if fusions:
         rows.append(("attention", _size(fusions), *fusing, None))
     trained = 4 * (1 + STATES[recipe.train.optimizer.name]) * _size(distiller, trained=True)
+    if recipe.train.ema is not None:
+        trained += 4 * sizes[1]
     return Estimate(
         parts=tuple(
             Part(name, size, flops / count, bytes_ / count, predicted) for name, size, flops, bytes_, predicted in rows

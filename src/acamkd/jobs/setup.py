@@ -222,10 +222,24 @@ def build_network(recipe: config.Recipe, section: config.Model, classes: tuple[s
     """Build a network that is to be trained from its section, which names the weights to load."""
     # Seeded for each network, so that a student starts the same with and without a teacher.
     torch.manual_seed(recipe.train.seed)
-    return models.build(section, recipe.task, len(classes), recipe.data.resize)
+    model = models.build(section, recipe.task, len(classes), recipe.data.resize)
+    _check_sizes(recipe, section, model)
+    if recipe.train.optimizer.backbone_lr is not None:
+        try:
+            next(model.backbone.parameters(), None)
+        except (NotImplementedError, AcamkdError) as error:
+            raise AcamkdError(f"train.optimizer.backbone_lr: {error}; leave backbone_lr out") from error
+    return model
 
 
 def build_teacher(recipe: config.Recipe, section: config.Model, classes: tuple[str, ...]) -> FeatureModel:
     """Build the network to learn from, with or without a head; every tensor of its head must be in the weights."""
     torch.manual_seed(recipe.train.seed)
-    return models.build_teacher(section, recipe.task, len(classes), recipe.data.resize)
+    model = models.build_teacher(section, recipe.task, len(classes), recipe.data.resize)
+    _check_sizes(recipe, section, model)
+    return model
+
+
+def _check_sizes(recipe: config.Recipe, section: config.Model, model: FeatureModel) -> None:
+    if recipe.train.multiscale is not None and model.takes_one_size:
+        raise AcamkdError(f"train.multiscale: {section.title} takes inputs of one size alone: leave multiscale out")

@@ -22,6 +22,7 @@ from acamkd import __version__, config, data, models
 from acamkd.distillation.auto_weight import calibrate, dry_build, reuse_weights
 from acamkd.distillation.build import build_distiller
 from acamkd.distillation.distiller import Distiller
+from acamkd.engine.averaging import EMA
 from acamkd.engine.checkpoint import find_checkpoint
 from acamkd.engine.devices import device_of, moved_to
 from acamkd.engine.mask_history import MaskHistory
@@ -262,7 +263,8 @@ def fit(
     """
     recipe, metric = run.recipe, batches.validator.metric
     predicts = run.role != "backbone"
-    recorder = Recorder(run.folder, run.weights.name, metric)
+    ema = None if recipe.train.ema is None else EMA(recipe.train.ema)
+    recorder = Recorder(run.folder, run.weights.name, metric, patience=recipe.train.patience, ema=ema)
     watching = [MaskHistory(run.folder, batches.splits["val"])] if distiller.losses and predicts else []
     chosen = ThreadChoice()
     trackers = build_trackers(recipe, run.folder)
@@ -316,6 +318,7 @@ def fit(
             "task": recipe.task,
             "metric": metric,
             "best_epoch": recorder.best_epoch,
+            "epochs": len(recorder.history),
             run.role: recorder.best,
             **taught_by,
             "parameters": count_parameters(distiller.student.net),
@@ -329,8 +332,8 @@ def fit(
             "versions": {"acamkd": __version__, **{name: version(name) for name in LIBRARIES}},
         }
         run.write_metrics(metrics)
-        log.info("%s: best %s %.2f at epoch %d, in %s",
-                 run.folder, metric, recorder.best[metric], recorder.best_epoch, run.weights.name)  # fmt: skip
+        log.info("%s: best %s %.2f at epoch %d, in %s%s", run.folder, metric, recorder.best[metric],
+                 recorder.best_epoch, run.weights.name, " (EMA of the weights)" if ema else "")  # fmt: skip
         if predicts:
             write_report(run)
         return run

@@ -16,6 +16,8 @@ from acamkd.losses.dist import DIST as DIST
 from acamkd.losses.fgd import FGD as FGD
 from acamkd.losses.fitnet import FitNet as FitNet
 from acamkd.losses.freekd import FreeKD as FreeKD
+from acamkd.losses.kddetr import KDDETR as KDDETR
+from acamkd.losses.ld import LD as LD
 from acamkd.losses.maskd import MasKD as MasKD
 from acamkd.losses.mgd import MGD as MGD
 from acamkd.losses.pkd import PKD as PKD

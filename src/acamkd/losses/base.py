@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from acamkd.losses.functional import full_precision, resample
 
 if TYPE_CHECKING:
-    from acamkd.models.base import Batch, TaskModel
+    from acamkd.models.base import Batch, Call, TaskModel
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,8 @@ class DistillationContext:
         task_gradient: Gradient of the student's task loss at this student's feature map, of its shape.
         labeled: Whether the images have targets. Without them there is no task gradient, whatever `needs` says. A loss
             then does what it can do without; one that needs boxes is not asked.
+        student_calls: Arguments of the student's modules that a HeadLoss names in `called`, by name.
+        teacher_calls: Those of the teacher's, without gradient.
     """
 
     step: int = 0
@@ -39,6 +41,8 @@ class DistillationContext:
     boxes: list[Tensor] | None = None
     task_gradient: Tensor | None = None
     labeled: bool = True
+    student_calls: Mapping[str, Call] = field(default_factory=dict)
+    teacher_calls: Mapping[str, Call] = field(default_factory=dict)
 
 
 class TokenModule(nn.Module, ABC):
@@ -245,9 +249,10 @@ class FeatureLoss(DistillationLoss):
 
 
 class HeadLoss(DistillationLoss):
-    """A distillation loss that needs the networks' heads rather than a pair of feature maps (CrossKD).
+    """A distillation loss that needs the networks' heads rather than a pair of feature maps (CrossKD, KD-DETR).
 
-    A method is a subclass that implements `layers` and `forward`; DistillationLoss lists what else it may override.
+    A method is a subclass that implements `layers` and `forward`. It overrides `called` if it needs what goes into a
+    module, such as a decoder; DistillationLoss lists what else it may override.
     """
 
     TERMS: ClassVar[tuple[str, ...]]
@@ -267,6 +272,10 @@ class HeadLoss(DistillationLoss):
     def layers(self, student: TaskModel, teacher: TaskModel) -> tuple[list[str], list[str]]:
         """Name the layers of student and teacher that have to be tapped, in FeatureTap's grammar."""
 
+    def called(self, student: TaskModel, teacher: TaskModel) -> tuple[list[str], list[str]]:
+        """Name the modules of student and teacher whose arguments are to be in the context; none by default."""
+        return [], []
+
     @abstractmethod
     def forward(
         self,
@@ -275,6 +284,7 @@ class HeadLoss(DistillationLoss):
         student_taps: Mapping[str, Tensor],
         teacher_taps: Mapping[str, Tensor],
         batch: Batch,
+        context: DistillationContext,
     ) -> dict[str, Tensor]:
         """Compare two networks.
 
@@ -284,6 +294,7 @@ class HeadLoss(DistillationLoss):
             student_taps: Outputs of the student's `layers`, by name.
             teacher_taps: Outputs of the teacher's `layers`, by name.
             batch: What both networks saw.
+            context: The step, and what `called` names.
 
         Returns:
             Named, already weighted scalar terms, those of `TERMS`.

@@ -14,7 +14,7 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import generalized_box_iou_loss
 
-from acamkd.losses.base import HeadLoss
+from acamkd.losses.base import DistillationContext, HeadLoss
 from acamkd.losses.functional import full_precision, safe_divide
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ class CrossKD(HeadLoss):
         student_taps: Mapping[str, Tensor],
         teacher_taps: Mapping[str, Tensor],
         batch: Batch,
+        context: DistillationContext | None = None,
     ) -> dict[str, Tensor]:
         """Return `classification` and `boxes`: see the class.
 

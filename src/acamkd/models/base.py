@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +138,72 @@ def explaining_norms() -> Iterator[None]:
         ) from error
 
 
+class Call(NamedTuple):
+    """Arguments that a module was called with.
+
+    Attributes:
+        args: By position.
+        kwargs: By name.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Answers(NamedTuple):
+    """What a decoder says of Q queries in each of N images.
+
+    Boxes are center and size, as fractions of `QueryDecoder.units`.
+
+    Attributes:
+        logits: (N, Q, K); each class for itself, to be put through a sigmoid.
+        boxes: (N, Q, 4).
+        corners: (N, Q, 4, B), logits of the left, top, right and bottom edge over the bins; None where a box is
+            regressed directly.
+        initial: (N, Q, 4), the box that the bins are shifts of; None likewise.
+        shifts: (B,), by how much each bin moves an edge outward, in sides of the initial box; None likewise.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    corners: Tensor | None = None
+    initial: Tensor | None = None
+    shifts: Tensor | None = None
+
+
+class QueryDecoder(ABC):
+    """The decoder of a detector whose queries start from boxes: it can be asked about other boxes than its own.
+
+    A query is a box, which says where to look, and a content vector. For a given box, the content is that of the
+    network's own query with the nearest box.
+    """
+
+    layer: str
+    """Path of the decoder in the network; its call is what the methods need."""
+
+    @property
+    def has_corners(self) -> bool:
+        """Whether it predicts a distribution for each edge of a box."""
+        return False
+
+    @abstractmethod
+    def units(self, batch: Batch) -> Tensor:
+        """What boxes are fractions of, (N, 4) pixels of the padded input: width, height, width, height."""
+
+    @abstractmethod
+    def own_boxes(self, call: Call) -> Tensor:
+        """Boxes that the network's own queries start from, (N, Q, 4), without gradient."""
+
+    @abstractmethod
+    def answer(self, call: Call, boxes: Tensor) -> Answers:
+        """Run the decoder and the heads once more, on the same images, in eval mode.
+
+        Args:
+            call: Of the decoder, in the network's own forward.
+            boxes: (N, Q, 4) that the queries start from.
+        """
+
+
 class FeatureModel(nn.Module, ABC):
     """A network whose layers give feature maps. That is all that a teacher without a head has.
 
@@ -149,6 +215,9 @@ class FeatureModel(nn.Module, ABC):
 
     license: str | None = None
     """License of the weights, where it is known."""
+
+    multiple: int = 32
+    """Height and width of the padded input are multiples of this."""
 
     def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -163,6 +232,11 @@ class FeatureModel(nn.Module, ABC):
     def backbone(self) -> nn.Module:
         """The part of the network that image-classification weights fit."""
         raise NotImplementedError(f"{type(self).__name__} does not say which part of its network is the backbone")
+
+    @property
+    def takes_one_size(self) -> bool:
+        """Whether the network runs on inputs of one size alone."""
+        return False
 
     def comparable_layers(self) -> tuple[str, ...]:
         """Layers that feature losses are meant for, in FeatureTap's grammar; none where nothing is known of them."""
@@ -197,6 +271,11 @@ class TaskModel(FeatureModel):
     def __init__(self, net: nn.Module, num_classes: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__(net, mean, std)
         self.num_classes = num_classes
+
+    @property
+    def query_decoder(self) -> QueryDecoder | None:
+        """Detection: the decoder, if its queries start from boxes."""
+        return None
 
     @property
     def max_detections(self) -> int | None:

@@ -104,6 +104,11 @@ class HFModel(TaskModel):
         self.comparable = tuple(name for name in kind.layers_of(settings) if re.split("[:#@]", name)[0] in modules)
 
     @property
+    def takes_one_size(self) -> bool:
+        """Whether its position embeddings are of one size."""
+        return self.kind.is_fixed
+
+    @property
     def backbone(self) -> nn.Module:
         """The part before the encoder or the head."""
         part: nn.Module = self.net.get_submodule(self.kind.backbone)

@@ -10,9 +10,10 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from acamkd.errors import AcamkdError
-from acamkd.models.base import Batch, Outputs, Prediction, Target
+from acamkd.models.base import Batch, Outputs, Prediction, QueryDecoder, Target
 from acamkd.models.detection import single_objects
 from acamkd.models.hf_base import HFModel
+from acamkd.models.hf_queries import DECODERS
 
 
 class HFDetector(HFModel):
@@ -23,6 +24,11 @@ class HFDetector(HFModel):
     """
 
     task = "detection"
+
+    @property
+    def query_decoder(self) -> QueryDecoder | None:
+        """RT-DETR's, D-FINE's, DEIMv2's, RF-DETR's and LW-DETR's."""
+        return DECODERS[self.kind.decoder](self.net, self.units) if self.kind.decoder else None
 
     def with_targets(self, batch: Batch, targets: Sequence[Target]) -> Batch:
         """Scale the boxes with the images."""
@@ -52,7 +58,7 @@ class HFDetector(HFModel):
         if batch.targets is None:
             return None
         labels = []
-        for target, unit in zip(single_objects(batch), self._units(batch), strict=True):
+        for target, unit in zip(single_objects(batch), self.units(batch), strict=True):
             if bool((target["labels"] > self.num_classes).any()):
                 return None  # a teacher of other classes, whose loss nobody asks for
             boxes = box_convert(target["boxes"].float(), "xyxy", "cxcywh") / unit
@@ -62,7 +68,7 @@ class HFDetector(HFModel):
             labels.append({"class_labels": target["labels"][solid] - 1, "boxes": boxes[solid]})
         return labels
 
-    def _units(self, batch: Batch) -> Tensor:
+    def units(self, batch: Batch) -> Tensor:
         """What boxes are fractions of, (N, 4) pixels of the input: the image where the network sees its end."""
         sizes = batch.sizes if self.kind.is_masked else [batch.input_size] * len(batch.sizes)
         return batch.pixels.new_tensor([[w, h, w, h] for h, w in sizes])
@@ -76,7 +82,7 @@ class HFDetector(HFModel):
         """Every query's box, best first; without a class for nothing, a query may stand for several classes."""
         scores, labels, corners = self._best(outputs)
         predictions = []
-        per_image = (corners, scores, labels, self._units(batch), batch.sizes, batch.original_sizes)
+        per_image = (corners, scores, labels, self.units(batch), batch.sizes, batch.original_sizes)
         for boxes, score, label, unit, size, original in zip(*per_image, strict=True):
             scale = torch.tensor([original[1] / size[1], original[0] / size[0]] * 2, device=boxes.device)
             predictions.append({"boxes": boxes * unit * scale, "scores": score, "labels": label})
@@ -85,7 +91,7 @@ class HFDetector(HFModel):
     def exported(self, batch: Batch) -> Mapping[str, Tensor]:
         """Every query's box in pixels of the input, best first."""
         scores, labels, corners = self._best(self(batch))
-        return {"boxes": corners * self._units(batch)[0], "scores": scores, "labels": labels}
+        return {"boxes": corners * self.units(batch)[0], "scores": scores, "labels": labels}
 
     def _best(self, outputs: Outputs) -> tuple[Tensor, Tensor, Tensor]:
         """Scores (N, Q), best first, labels (N, Q), and boxes (N, Q, 4), x1 y1 x2 y2 as fractions."""

@@ -18,6 +18,9 @@ STRIDE = 32
 Output: TypeAlias = Literal["boxes", "map", "queries"]
 """What a network says: a box per query, logits per pixel, or a class and a mask per query."""
 
+Decoder: TypeAlias = Literal["hybrid", "groups"]
+"""Form of a decoder whose queries start from boxes: RT-DETR's, or that of groups of queries, LW-DETR's."""
+
 Options: TypeAlias = Mapping[str, Any]
 """A model's configuration as a dict."""
 
@@ -35,6 +38,7 @@ class Kind:
         has_none_class: Whether the last class logit of a query stands for no object: softmax rather than sigmoid.
         is_masked: Whether it takes a `pixel_mask`. Its boxes are then fractions of the image without padding.
         is_fixed: Whether it takes images of one size alone, its configuration's `image_size`.
+        decoder: How it can be asked about given boxes; None where it cannot.
         rounds: Whether its image processor resizes whole numbers with antialiasing, and rounds; else floats without.
         multiple: The number that the sides of the padded input must be a multiple of.
         is_traced: Whether PyTorch's older exporter writes it as ONNX. `torch.export` fails on hybrid encoders, and is
@@ -48,6 +52,7 @@ class Kind:
     has_none_class: bool = False
     is_masked: bool = False
     is_fixed: bool = False
+    decoder: Decoder | None = None
     rounds: bool = True
     multiple: Callable[[Options], int] = lambda _: STRIDE
     is_traced: bool = False
@@ -89,7 +94,7 @@ def _windows(side: Callable[[int], int]) -> Callable[[Options], int]:
 
 _PYRAMID = ("model.encoder.fpn_blocks.1", "model.encoder.pan_blocks.0", "model.encoder.pan_blocks.1")
 
-_HYBRID = Kind("boxes", _PYRAMID, "model.backbone", "RTDetrImageProcessor", is_traced=True)
+_HYBRID = Kind("boxes", _PYRAMID, "model.backbone", "RTDetrImageProcessor", decoder="hybrid", is_traced=True)
 
 _EOMT = Kind(
     "queries", ("upscale_block@0",), "layers", "EomtImageProcessor",
@@ -100,14 +105,14 @@ KINDS: Mapping[str, Kind] = {
     "rt_detr": _HYBRID,
     "rt_detr_v2": _HYBRID,
     "d_fine": _HYBRID,
-    "deimv2": Kind("boxes", _PYRAMID, "model.conv_encoder", "RTDetrImageProcessor", is_traced=True),
+    "deimv2": Kind("boxes", _PYRAMID, "model.conv_encoder", "RTDetrImageProcessor", decoder="hybrid", is_traced=True),
     "rf_detr": Kind(
         "boxes", ("model.backbone.projector",), "model.backbone.backbone", "RfDetrImageProcessor",
-        is_masked=True, rounds=False, multiple=_windows(lambda number: number),
+        is_masked=True, decoder="groups", rounds=False, multiple=_windows(lambda number: number),
     ),
     "lw_detr": Kind(
         "boxes", ("model.backbone.projector:*",), "model.backbone.backbone", "DeformableDetrImageProcessor",
-        is_masked=True, multiple=_windows(math.isqrt),
+        is_masked=True, decoder="groups", multiple=_windows(math.isqrt),
     ),
     "deformable_detr": Kind(
         "boxes", tuple(f"model.input_proj.{level}" for level in range(4)), "model.backbone",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 
 from acamkd.config import ShortLong
-from acamkd.models.base import PixelSize, Target
+from acamkd.models.base import Batch, PixelSize, Target
 
 
 def frame_size(
@@ -29,6 +30,35 @@ def frame_size(
         return resize
     scale = min(resize.short / min(size), resize.long / max(size))
     return (max(1, whole(size[0] * scale)), max(1, whole(size[1] * scale)))
+
+
+def rescale(batch: Batch, factor: float, multiple: int) -> Batch:
+    """Resample a prepared batch with its targets.
+
+    Args:
+        batch: What a network's `prepare` gave.
+        factor: Of the sides of the padded input, which are then rounded.
+        multiple: The number that the new sides must be a multiple of.
+    """
+    before = batch.input_size
+    height, width = (max(multiple, round(side * factor / multiple) * multiple) for side in before)
+    if (height, width) == before:
+        return batch
+    pixels = F.interpolate(batch.pixels, size=(height, width), mode="bilinear", antialias=True)
+    y, x = height / before[0], width / before[1]
+    targets = batch.targets and [_rescaled(target, (height, width), (y, x)) for target in batch.targets]
+    sizes = [(max(1, round(h * y)), max(1, round(w * x))) for h, w in batch.sizes]
+    return Batch(pixels, sizes, batch.original_sizes, targets)
+
+
+def _rescaled(target: Target, size: PixelSize, factors: tuple[float, float]) -> Target:
+    moved = dict(target)
+    if "boxes" in target:
+        moved["boxes"] = target["boxes"] * target["boxes"].new_tensor([factors[1], factors[0]] * 2)
+    if "mask" in target:
+        mask = target["mask"][None, None].to(torch.float32)
+        moved["mask"] = F.interpolate(mask, size=size, mode="nearest-exact")[0, 0].to(target["mask"].dtype)
+    return moved
 
 
 class DetectionTransform(GeneralizedRCNNTransform):  # type: ignore[misc]

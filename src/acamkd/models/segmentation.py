@@ -59,7 +59,7 @@ class Segmenter(TaskModel):
         """The encoder of smp (inside a `tu-` one: timm's own model), or `net.backbone`."""
         encoder: nn.Module | None = getattr(self.net, "encoder", None) or getattr(self.net, "backbone", None)
         if encoder is None:
-            raise AcamkdError(f"{type(self.net).__name__} has neither encoder nor backbone: no backbone_weights fit")
+            raise AcamkdError(f"{type(self.net).__name__} has neither an encoder nor a backbone")
         return encoder.model if isinstance(encoder, smp.encoders.TimmUniversalEncoder) else encoder
 
     def prepare(self, images: Sequence[Tensor], targets: Sequence[Target] | None = None) -> Batch:

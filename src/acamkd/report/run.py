@@ -80,6 +80,7 @@ def write_report(run: Run, baseline: Run | None = None) -> Path:
         recipe_text=(run.folder / RECIPE).read_text(encoding="utf-8"),
         metrics=metrics,
         metric=metric,
+        epochs=metrics.get("epochs", recipe.train.epochs),
         networks=networks,
         own=own,
         before=before,

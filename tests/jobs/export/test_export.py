@@ -134,7 +134,7 @@ def _write_card(folder: Path, recipe: config.Recipe, model: models.TaskModel, *,
     )  # fmt: skip
     graph_inputs = [SimpleNamespace(shape=["batch", 3, 64, 96])]
     exported: Any = SimpleNamespace(classes=("a", "b"), session=SimpleNamespace(get_inputs=lambda: graph_inputs))
-    run: Any = SimpleNamespace(recipe=recipe, role="student", has_ended=has_ended)
+    run: Any = SimpleNamespace(recipe=recipe, role="student", has_ended=has_ended, metrics={"epochs": 2})
     write_card(folder / "README.md", run, model, exported, cast(Export, figures))
 
 
@@ -414,12 +414,14 @@ class OwnSegmenter(Segmenter):
 def test_the_card_takes_the_network_out_of_a_task_model(tmp_path: Path) -> None:
     raw = tiny.raw_recipe(tmp_path)
     raw["student"] = {"arch": f"{__name__}:OwnSegmenter", "backbone": "resnet50"}
+    raw["train"] |= {"epochs": 3, "ema": 0.9998}
     recipe = config.parse(raw)
     model = models.build(recipe.student, "segmentation", 2).eval()
     models.save_weights(model.net, tmp_path / "student.safetensors")
     _write_card(tmp_path, recipe, model)
     text = (tmp_path / "README.md").read_text()
     assert f"# tiny: {__name__}:OwnSegmenter\n" in text
+    assert "3 epochs in batches of 4, adamw at 0.001, seed 0; ended early, after epoch 2\n- Weights: the moving" in text
     found = _run_card(tmp_path)
     pixels = torch.rand(1, 3, 8, 8)
     torch.testing.assert_close(found["net"](pixels), model.net(pixels))

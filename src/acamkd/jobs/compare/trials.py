@@ -14,7 +14,7 @@ from statistics import mean
 from typing import Any
 
 from acamkd import config
-from acamkd.engine.runs import CHECKPOINT, PREVIOUS, RECIPE, OtherRunError, Run, default_folder, write_json
+from acamkd.engine.runs import CHECKPOINT, EMA_COLUMN, PREVIOUS, RECIPE, OtherRunError, Run, default_folder, write_json
 from acamkd.errors import AcamkdError, nearest
 from acamkd.jobs.compare import trials_csv
 from acamkd.mask_health import mask_statistic
@@ -137,7 +137,7 @@ class Trial:
             "history": columns[name],
             "final": {
                 key: values[-1] for key, values in columns.items()
-                if key not in ("epoch", "step", "seconds", *masks) and not key.startswith("loss")
+                if key not in ("epoch", "step", "seconds", EMA_COLUMN, *masks) and not key.startswith("loss")
             },
             "test": evaluate(run, split="test", epoch="last") if tested else None,
             "test_of_best_epoch": evaluate(run, split="test")[name] if tested else None,
@@ -167,8 +167,12 @@ def plan(recipe: config.Recipe, methods: Sequence[str], seeds: int, results: Pat
     The tuning trials come first. Then each seed follows with all methods, the baseline included.
 
     Raises:
-        AcamkdError: A method is unknown, or its overrides do not fit.
+        AcamkdError: A method is unknown, its overrides do not fit, or trainings may end early.
     """
+    if recipe.train.patience is not None:
+        raise AcamkdError(
+            "train.patience: a comparison gives every method the same epochs: leave it out (--set train.patience=null)"
+        )
     methods = [NONE, *(method for method in dict.fromkeys(methods) if method != NONE)]
     tuning = {method: _tuning_trials(recipe, method) for method in methods}
     trials = [trial for group in tuning.values() for trial in group]

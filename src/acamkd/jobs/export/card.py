@@ -40,6 +40,7 @@ def write_card(
         recipe=recipe,
         role=run.role,
         ended=run.has_ended,
+        epochs=run.metrics.get("epochs", recipe.train.epochs) if run.has_ended else None,
         section=section,
         of_task_model=":" in section.arch and isinstance(call_factory(section, len(exported.classes)), TaskModel),
         distilled=run.role == "student" and bool(recipe.losses),
