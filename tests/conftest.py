@@ -16,6 +16,9 @@ from browser import Browser, screenshots
 from command import Command, Result
 
 torch.set_num_threads(1)
+if device := os.environ.get("ACAMKD_TEST_DEVICE"):  # benchmarks/gpu.py: the tests of losses and distiller on a GPU
+    torch.set_default_device(device)
+    torch.backends.cudnn.allow_tf32 = False
 os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start; they do not measure how many are fastest
 
 
