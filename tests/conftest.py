@@ -30,11 +30,12 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _logging() -> Iterator[None]:
     """The command line sets a level and a handler of its own."""
-    log = logging.getLogger("acamkd")
-    level, handlers = log.level, list(log.handlers)
+    log, root = logging.getLogger("acamkd"), logging.getLogger()
+    level, handlers = log.level, list(root.handlers)
     yield
     log.setLevel(level)
-    log.handlers = handlers
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -34,6 +35,18 @@ def _write(folder: Path, raw: dict[str, Any]) -> Path:
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(raw))
     return file
+
+
+def test_every_line_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        CliRunner().invoke(cli.app, ["methods", "acam"])
+    handlers = [handler for handler in logging.getLogger().handlers if not handler.__module__.startswith("_pytest")]
+    assert len(handlers) == 1
+    assert not logging.getLogger("acamkd").handlers
+    for name, level in (("acamkd.data", logging.INFO), ("other", logging.INFO), ("other", logging.WARNING)):
+        logging.getLogger(name).log(level, "%s %d", name, level)
+    lines = [line.partition(" ")[2] for line in capsys.readouterr().err.splitlines()]
+    assert lines == ["acamkd.data 20", "warning: other 30"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -108,11 +108,17 @@ def _options(
     from acamkd.progress import is_first_process
 
     logging.getLogger("acamkd").setLevel(logging.INFO if is_first_process() else logging.ERROR)
-    logging.getLogger("acamkd").handlers = [_Lines()]
+    # On the root, since libraries that find no handler there add one, which would print every line again.
+    root = logging.getLogger()
+    if not any(isinstance(handler, _Lines) for handler in root.handlers):
+        root.addHandler(_Lines())
 
 
 class _Lines(logging.Handler):
-    """Prints one line per message to stderr, above a progress bar if there is one."""
+    """Prints one line per message to stderr, above a progress bar if there is one; of other packages, warnings."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.name.startswith("acamkd") or record.levelno >= logging.WARNING
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm

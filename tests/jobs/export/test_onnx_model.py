@@ -16,10 +16,25 @@ from acamkd import config, models
 from acamkd.data.image_io import read_image as read_as_tensor
 from acamkd.errors import AcamkdError
 from acamkd.jobs.export.graph import DenseGraph
-from acamkd.jobs.export.onnx_model import OnnxModel, detections, frame_size, read_image, resize, resize_smoothly
+from acamkd.jobs.export.onnx_model import (
+    OnnxModel,
+    best_classes,
+    detections,
+    frame_size,
+    read_image,
+    resize,
+    resize_smoothly,
+)
 from acamkd.models.resize import frame_size as segmentation_size
 
 SIZES = [(7, 9), (20, 30), (13, 17), (26, 34), (40, 5)]
+
+
+@pytest.mark.parametrize("size", [(4, 5), (8, 10), (2, 20)])
+def test_the_best_class_of_a_pixel_is_the_first_of_the_largest(size: tuple[int, int]) -> None:
+    scores = torch.randint(0, 3, (6, 4, 5)).float()  # many are equal, and all sums exact
+    expected = F.interpolate(scores[None], size=size, mode="bilinear")[0].max(dim=0).indices
+    assert np.array_equal(best_classes(scores.numpy(), size), expected)
 
 
 @pytest.mark.parametrize("size", SIZES)

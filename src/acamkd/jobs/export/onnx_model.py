@@ -105,7 +105,7 @@ class ExportedModel(ABC):
         """
         if self.task == "segmentation":
             logits = outputs["logits"][index, :, : size[0], : size[1]]
-            return {"mask": resize(logits, original).argmax(axis=0)}
+            return {"mask": best_classes(logits, original)}
         found = dict(outputs)
         if (settings := self.metadata["nms"]) is not None:
             found = detections(outputs["scores"][index], outputs["boxes"][index], outputs["levels"], size, settings)
@@ -235,16 +235,29 @@ def frame_size(size: tuple[int, int], resize: Sequence[int] | Mapping[str, int] 
 
 def resize(maps: Floats, size: tuple[int, int]) -> Floats:
     """Bilinear resizing without antialiasing, (C, H, W) -> (C, *size): torch's `interpolate(align_corners=False)`."""
-    for axis, length in zip((1, 2), size, strict=True):
-        given = maps.shape[axis]
+    for axis in (2, 1):  # gathering along rows is the slow part, so it comes while there are few of them
+        given, length = maps.shape[axis], size[axis - 1]
         if given == length:
             continue
         at = np.maximum((np.arange(length) + 0.5) * (given / length) - 0.5, 0)
         low = at.astype(np.int64)
         share = (at - low).astype(np.float32).reshape(-1, *(1,) * (2 - axis))
         lower, upper = (maps.take(np.minimum(index, given - 1), axis) for index in (low, low + 1))
-        maps = lower + (upper - lower) * share
+        upper -= lower
+        upper *= share
+        upper += lower
+        maps = upper
     return maps
+
+
+def best_classes(scores: Floats, size: tuple[int, int]) -> npt.NDArray[np.int64]:
+    """The best class of every pixel after resizing, (K, H, W) -> (*size); class by class, which fits into caches."""
+    best, classes = resize(scores[:1], size)[0].copy(), np.zeros(size, np.int64)
+    for index in range(1, len(scores)):
+        each = resize(scores[index : index + 1], size)[0]
+        np.putmask(classes, each > best, index)
+        np.maximum(best, each, out=best)
+    return classes
 
 
 def resize_smoothly(maps: Floats, size: tuple[int, int]) -> Floats:
