@@ -58,23 +58,21 @@ ROOT = Path(__file__).parents[1]
 SHARES = {"tests": 0.3, "steps": 0.45, "studies": 0.25}
 """Of the minutes, by part."""
 
-TESTS: Mapping[str, tuple[dict[str, str], list[str]]] = {
-    "losses and distiller": (
-        {"ACAMKD_TEST_DEVICE": "{device}"},
-        [
-            "tests/losses", "tests/distillation/test_distiller.py", "tests/distillation/test_split_backward.py",
-            "tests/distillation/test_taps.py", "tests/distillation/test_task_masks.py",
-        ],
+ON_DEVICE, TRAINED_THERE = "ACAMKD_TEST_DEVICE", "ACAMKD_TEST_ACCELERATOR"
+"""What tells the tests the device: for every tensor, or for trainings alone."""
+TESTS: Mapping[str, tuple[str, list[str]]] = {
+    "ACAM": (ON_DEVICE, ["tests/losses/acam"]),
+    "losses": (ON_DEVICE, ["tests/losses", "--ignore=tests/losses/acam"]),
+    "distiller": (
+        ON_DEVICE,
+        [f"tests/distillation/test_{each}.py" for each in ("distiller", "split_backward", "taps", "task_masks")],
     ),
     "trainings": (
-        {"ACAMKD_TEST_ACCELERATOR": "{device}"},
-        [
-            "tests/engine/test_precision.py", "tests/engine/test_training.py",
-            "tests/distillation/test_every_method.py", "tests/distillation/test_compiled.py",
-        ],
+        TRAINED_THERE,
+        ["tests/engine/test_precision.py", "tests/engine/test_training.py", "tests/distillation/test_every_method.py"],
     ),
 }  # fmt: skip
-"""Environment and files of the groups; the first has every tensor on the device, the second trains there."""
+"""Groups: how the device is told, and pytest's files."""
 QUICK_TESTS = ["tests/losses/acam/test_objective.py"]
 
 QUERIES = "RT-DETRv2 R101 -> R18, 640 x 640"
@@ -196,7 +194,7 @@ class Notes:
             yield name
 
 
-def lacking(device: str) -> list[str]:
+def lacking(device: str, *, quick: bool) -> list[str]:
     """What is not on this machine, and what is left out for it."""
     found = []
     if device == "cuda" and not torch.cuda.is_available():
@@ -205,39 +203,38 @@ def lacking(device: str) -> list[str]:
     for package, needed in (("pytest", "the tests"), ("transformers", QUERIES)):
         if importlib.util.find_spec(package) is None:
             found.append(f"{package}, so that {needed} are left out")
-    if not can_compile(torch.device(device)):
+    if not quick and not can_compile(torch.device(device)):
         found.append("a compiler for torch.compile, so that nothing is compiled")
     return found
 
 
 def run_tests(given: Given, notes: Notes) -> None:
     """Each group by pytest, with the failures' names."""
-    groups = {"losses": (TESTS["losses and distiller"][0], QUICK_TESTS)} if given.quick else TESTS
+    groups = {"ACAM": (ON_DEVICE, QUICK_TESTS)} if given.quick else TESTS
+    workers = ["-n", "8"] if not given.quick and importlib.util.find_spec("xdist") else []
     for name in notes.due("tests", list(groups), given):
-        environment, files = groups[name]
+        variable, files = groups[name]
         report = given.out / "gpu-tests.xml"
         command = [
             sys.executable, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib", f"--junitxml={report}",
-            "-p", "no:cacheprovider", *files,
+            "-p", "no:cacheprovider", *workers, *files,
         ]  # fmt: skip
-        told = {key: value.format(device=given.device) for key, value in environment.items()}
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **told},
-            capture_output=True,
-            text=True,
-            timeout=given.left,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env={**os.environ, variable: given.device}, capture_output=True, text=True,
+                timeout=given.left, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            print(f"tests: {name} did not end in time")
+            return
         if not report.is_file():
             notes.add("tests", name, {"error": (done.stderr or done.stdout).strip().splitlines()[-1]})
             continue
         cases = list(ET.parse(report).iter("testcase"))
+        report.unlink()
         bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
         failed = {f"{case.get('classname')}::{case.get('name')}": _why(case) for case in bad}
         skipped = sum(case.find("skipped") is not None for case in cases)
-        report.unlink()
         notes.add("tests", name, {"passed": len(cases) - len(bad) - skipped, "skipped": skipped, "failed": failed})
 
 
@@ -277,16 +274,18 @@ def computing(mode: Mode, device: str) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def call_of(row: str, mode: Mode, losses: Mapping[str, Loss], networks: Any, batch: Batch) -> Callable[[], object]:
+def call_of(
+    row: str, mode: Mode, losses: Mapping[str, Loss], networks: Sequence[TaskModel], batch: Batch, backend: str
+) -> Callable[[], object]:
     """One step, or the teacher's forward."""
     student, teacher = networks
     entry = losses.get(row, losses["acam, auto"])
-    distiller = (
-        Distiller(student) if row == BASELINE else build_distiller(student, teacher, [entry], mode.teacher)
-    ).to(batch.pixels.device)
+    alone = row == BASELINE
+    distiller = Distiller(student) if alone else build_distiller(student, teacher, [entry], mode.teacher)
+    distiller.to(batch.pixels.device)
     distiller.to(memory_format=torch.channels_last if mode.is_half else torch.contiguous_format)  # type: ignore[call-overload]
     if mode.compiled:
-        distiller.compile_parts()
+        distiller.compile_parts(backend)
     if row == TEACHER:
         distiller.train(mode.compiled)
 
@@ -320,13 +319,14 @@ def run_steps(given: Given, notes: Notes) -> None:
     missing = " ".join(notes.content["missing"])
     pairs = [name for name in PAIRS if name != QUERIES or "transformers" not in missing]
     modes = [mode for mode in MODES if not (mode.compiled and "torch.compile" in missing)]
+    backend = "eager" if given.quick else "inductor"
     if given.quick:
         pairs, modes = pairs[-1:], [MODES[0], MODES[-1]._replace(is_half=False)]
     for wanted, name in product(("eager", "compiled", "compiled, the others"), pairs):
         if given.left <= 0:
             return
         size = (128, 128) if given.quick else SIZES[name]
-        networks = tuple(each.to(given.device) for each in step_cost.networks(PAIRS[name], size))
+        networks = [each.to(given.device) for each in step_cost.networks(PAIRS[name], size)]
         if given.device == "cpu":
             mend_convolutions(networks[0].net)
         with torch.device(given.device):
@@ -343,7 +343,7 @@ def run_steps(given: Given, notes: Notes) -> None:
             mode, row = keys[key]
             try:
                 notes.add("steps", key, measure(
-                    call_of(row, mode, losses, networks, batch), mode, given.device, quick=given.quick
+                    call_of(row, mode, losses, networks, batch, backend), mode, given.device, quick=given.quick
                 ))  # fmt: skip
             except (AcamkdError, RuntimeError, ValueError) as error:
                 notes.add("steps", key, {"error": (str(error).splitlines() or [type(error).__name__])[0][:200]})
@@ -430,9 +430,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--minutes", type=float, default=7.5, help="for the parts together, 7.5 by default")
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="folder of the results (benchmarks/results)"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (benchmarks/results)")
     parser.add_argument("--quick", action="store_true", help="small sizes, once: does it run? Needs --out")
     parser.add_argument("--only", choices=list(PARTS), help=argparse.SUPPRESS)
     read = parser.parse_args()
@@ -444,7 +442,7 @@ def main() -> None:
         log.setLevel(logging.ERROR)
         PARTS[read.only](given, Notes(read.out))
         return
-    missing = lacking(read.device)
+    missing = lacking(read.device, quick=read.quick)
     for what in missing:
         print(f"missing: {what}")
     read.out.mkdir(parents=True, exist_ok=True)
