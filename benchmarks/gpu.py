@@ -31,6 +31,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
+if absent := [
+    name
+    for name in ("torch", "torchvision", "lightning", "timm", "torchmetrics", "pydantic", "matplotlib", "acamkd")
+    if importlib.util.find_spec(name) is None
+]:
+    sys.exit(f"missing: {', '.join(absent)}. Install them: pip install -e . (or, for acamkd, PYTHONPATH=src)")
+
 import step_cost
 import torch
 from harness import RESULTS, cost, machine, medians

@@ -76,7 +76,7 @@ class STCAFF(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Attention over K windows and single locations.
 
-        With so few keys the queries W_q T + b are not computed either: Q^T K = T^T (W_q^T K) + b^T K.
+        Where that is cheaper, the queries W_q T + b are not computed either: Q^T K = T^T (W_q^T K) + b^T K.
 
         What a mean over a window leaves out is m F_i += a_i m E[dV dK^T] q_i / sqrt(C_q), to first order in the query.
         E is the covariance of keys and values within windows, averaged over all of them. a_i is the attention that
@@ -97,16 +97,19 @@ class STCAFF(nn.Module):
         # The covariance is that of the feature map; what keys and values make of it is linear.
         varied = keys.covariance(readout.mT.expand(images, -1, -1))  # (N, C, M)
         asked = torch.cat([self.key(sources.unsqueeze(3)).flatten(2) * scale, to_key @ varied], dim=2)
-        to_query, bias = self.query.weight.flatten(1), self.query.bias
-        assert bias is not None
-        by_keys, by_shift = (to_query.mT @ asked).split([sources.shape[2], varied.shape[2]], dim=2)  # (N, C, K), ...
-        key_bias, shift_bias = (bias @ asked).split([sources.shape[2], varied.shape[2]], dim=1)
-        queries = query_map.flatten(2)
+        if sources.shape[2] <= 2 * sources.shape[1]:
+            assert self.query.bias is not None
+            queries, biases = query_map.flatten(2), self.query.bias @ asked
+            asked = self.query.weight.flatten(1).mT @ asked
+        else:
+            queries, biases = self.query(query_map).flatten(2), asked.new_zeros(())
+        by_keys, by_shift = asked.split([sources.shape[2], varied.shape[2]], dim=2)
+        biases = biases.expand(images, asked.shape[2])
         # n exp(q k) = exp(q k + log n); a window without locations is out of reach.
-        offset = key_bias + F.pad(keys.counts, (0, singles), value=1.0).log()
+        offset = biases[:, : sources.shape[2]] + F.pad(keys.counts, (0, singles), value=1.0).log()
         averaged = sources if self.average else None
         read, average = cross_attention(queries, by_keys, values, offset=offset, averaged=averaged)
-        shift = by_shift.mT @ queries + shift_bias.unsqueeze(2)
+        shift = by_shift.mT @ queries + biases[:, sources.shape[2] :].unsqueeze(2)
         variance = (readout.mT * varied).sum(dim=1).unsqueeze(2)  # of m V within windows
         shift = shift * torch.rsqrt(1 + safe_divide(shift.square(), variance))
         return read[:, :-1] + read[:, -1:] * shift, average
