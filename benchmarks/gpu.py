@@ -328,7 +328,8 @@ def run_steps(given: Given, notes: Notes) -> None:
     modes = [mode for mode in MODES if not (mode.compiled and "torch.compile" in missing)]
     backend = "eager" if given.quick else "inductor"
     if given.quick:
-        pairs, modes = pairs[-1:], [MODES[0], MODES[-1]._replace(is_half=False)]
+        compiled = Mode("TF32, teacher auto, compiled", teacher="auto", compiled=True)
+        pairs, modes = pairs[-1:], [Mode("TF32"), compiled]  # in bfloat16 many processors take minutes
     for wanted, name in product(("eager", "compiled", "compiled, the others"), pairs):
         if given.left <= 0:
             return
@@ -367,12 +368,14 @@ def run_studies(given: Given, notes: Notes) -> None:
         recipe = read_recipe(task, folder, 0)
         write_scenes(recipe.data.root, **drawn, size=SIZE, seed=FIRST_SEED, task=task)
         on_device = [f"train.accelerator={'cpu' if given.device == 'cpu' else 'gpu'}"]
-        short = config.override(recipe, [*on_device, "train.epochs=1" if given.quick else "train.epochs=2"])
+        epochs = 1 if given.quick else 2
+        short = config.override(recipe, [*on_device, f"train.epochs={epochs}", f"train.eval_every={epochs}"])
         if not given.quick:
             for name, overrides in STUDY_PRECISIONS.items():
                 if not (name == "compiled" and "torch.compile" in " ".join(notes.content["missing"])):
                     runs[f"{task} | {name} | short"] = config.override(short, overrides)
-        whole = short if given.quick else config.override(recipe, [*on_device, f"train.epochs={EPOCHS}"])
+        many = [f"train.epochs={EPOCHS}", f"train.eval_every={EPOCHS}"]
+        whole = short if given.quick else config.override(recipe, [*on_device, *many])
         for trial in plan(whole, ["acam"], 1 if given.quick else SEEDS, folder):
             runs[f"{task} | {trial.method} | seed {trial.seed}"] = trial.recipe
     for name in notes.due("studies", list(runs), given):
@@ -456,6 +459,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if read.device == "cuda" else "cpu"
     Notes(read.out).begin({**machine(), "device": name, "quick": read.quick}, missing)
     whole = sum(SHARES[part] for part in read.parts)
+    failed = False
     for part in read.parts:
         if part == "tests" and any(what.startswith("pytest") for what in missing):
             continue
@@ -465,10 +469,12 @@ def main() -> None:
             command = [sys.executable, __file__, *words, *(["--quick"] if read.quick else [])]
             code = subprocess.run(command, timeout=share + 15, check=False).returncode
             if code:
+                failed = True
                 print(f"{part}: ended with exit code {code}")
         except subprocess.TimeoutExpired:
             print(f"{part}: ended after its share of the minutes; the same command goes on")
     print(table(Notes(read.out).content))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

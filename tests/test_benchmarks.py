@@ -52,7 +52,7 @@ def test_the_gpu_script_runs_on_a_cpu_and_goes_on_where_it_stopped(tmp_path: Pat
     assert found["tests"]["ACAM"]["passed"] > 5
     assert not found["tests"]["ACAM"]["failed"]
     rows = ("baseline", "teacher's forward", "acam, auto")
-    modes = ("bf16, channels last", "bf16, channels last, teacher auto, compiled")
+    modes = ("TF32", "TF32, teacher auto, compiled")
     assert list(found["steps"]) == [
         f"RT-DETRv2 R101 -> R18, 640 x 640 | {mode} | {row}" for mode in modes for row in rows
     ]
