@@ -247,7 +247,7 @@ def run_tests(given: Given, notes: Notes) -> None:
 
 def _why(case: ET.Element) -> str:
     found = next(found for kind in ("failure", "error") if (found := case.find(kind)) is not None)
-    return (found.get("message") or "").splitlines()[0][:200]
+    return (found.get("message") or "no message").splitlines()[0][:200]
 
 
 def losses_of(name: str, student: TaskModel) -> dict[str, Loss]:
