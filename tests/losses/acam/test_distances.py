@@ -73,10 +73,7 @@ def test_the_gradient_of_standardized_distances_is_that_of_the_formula() -> None
     expected = {"channel": squared.mean(dim=(2, 3)), "spatial": squared.mean(dim=1).flatten(1)}
     directions = {kind: torch.randn_like(error) for kind, error in expected.items()}
     for kinds in (["channel"], ["spatial"], ["channel", "spatial"]):
-        found = [
-            torch.autograd.grad(sum((errors[kind] * directions[kind]).sum() for kind in kinds), student,
-                                retain_graph=True)[0]  # type: ignore[arg-type]
-            for errors in (ours, expected)
-        ]  # fmt: skip
+        totals = [torch.stack([(x[kind] * directions[kind]).sum() for kind in kinds]).sum() for x in (ours, expected)]
+        found = [torch.autograd.grad(total, student, retain_graph=True)[0] for total in totals]
         torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
         assert not found[0][:, 1].any()

@@ -103,7 +103,7 @@ class STCAFF(nn.Module):
             asked = self.query.weight.flatten(1).mT @ asked
         else:
             queries, biases = self.query(query_map).flatten(2), asked.new_zeros(())
-        by_keys, by_shift = asked.split([sources.shape[2], varied.shape[2]], dim=2)
+        by_keys, by_shift = torch.split(asked, [sources.shape[2], varied.shape[2]], dim=2)
         biases = biases.expand(images, asked.shape[2])
         # n exp(q k) = exp(q k + log n); a window without locations is out of reach.
         offset = biases[:, : sources.shape[2]] + F.pad(keys.counts, (0, singles), value=1.0).log()

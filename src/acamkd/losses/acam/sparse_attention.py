@@ -63,9 +63,9 @@ def fused_backend(query: Tensor) -> SDPBackend | None:
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, backend: SDPBackend) -> Tensor:
     """A V of (N, C_q, HW), (N, C_q, K) and (N, C, K): (N, C, HW). Channels are padded to what the kernels take."""
-    packed = [F.pad(x.mT, (0, -x.shape[1] % 8)).contiguous().unsqueeze(1) for x in (query, key, value)]
+    q, k, v = (F.pad(x.mT, (0, -x.shape[1] % 8)).contiguous().unsqueeze(1) for x in (query, key, value))
     with sdpa_kernel(backend):
-        read = F.scaled_dot_product_attention(*packed, scale=1.0)
+        read = F.scaled_dot_product_attention(q, k, v, scale=1.0)
     return read[:, 0, :, : value.shape[1]].mT
 
 
