@@ -133,7 +133,14 @@ def miniature(file: Path, roots: dict[str, Path]) -> config.Recipe:
     return config.load(file, [f"{key}={value}" for key, value in small.items()])
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if "x101" not in name])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if "faster_rcnn" in name else [])
+        for name in FILES
+        if "x101" not in name
+    ],
+)
 def test_a_recipe_trains(name: str, roots: dict[str, Path]) -> None:
     recipe = miniature(FILES[name], roots)
     batches = Batches(recipe)

@@ -150,6 +150,11 @@ def test_state_dict_holds_all_that_was_learned(name: str) -> None:
     assert {key: term.item() for key, term in first.items()} == {key: term.item() for key, term in second.items()}
 
 
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in ("acam", "pkd") else [pytest.mark.slow]) for name in FEATURE_LOSSES],
+    indirect=True,
+)
 def test_compiled_it_gives_the_same(name: str) -> None:
     case = CASES["other channels"]
     loss, (student, teacher) = make(name, case), maps(case)

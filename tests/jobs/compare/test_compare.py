@@ -355,6 +355,7 @@ def test_the_command_runs_what_is_missing_each_in_its_own_process(
     assert {row["method"]: row["n"] for row in rows} == {"none": 3, "acam": 3, "fitnet": 3}
 
 
+@pytest.mark.slow
 def test_python_compares_without_a_callback(recipe: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
     overrides = [f"data.classes={json.dumps(['a', 'b, or c', 'd', 'e', 'f', 'g'])}", "train.optimizer.lr=1e-3"]

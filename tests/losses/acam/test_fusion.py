@@ -159,7 +159,7 @@ def test_smaller_windows_at_the_border_count_less() -> None:
     torch.testing.assert_close(windowed.masks(student, teacher), whole.masks(student, teacher), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kv_stride", [1, 2, "auto"])
+@pytest.mark.parametrize("kv_stride", [*(pytest.param(stride, marks=pytest.mark.slow) for stride in (1, "auto")), 2])
 def test_compiled_the_fusion_is_one_graph(kv_stride: Any) -> None:
     student, teacher = maps(2, 4, 4, 18, 16)
     loss = joint(4, 4, kv_stride=kv_stride).double()
