@@ -33,7 +33,7 @@ NETWORKS: dict[str, tuple[Task, dict[str, Any], int, dict[str, list[str]]]] = {
     "detector": ("detection", tiny.RETINANET, 128, {"student": ["backbone", "head"], "teacher": ["backbone", "head"]}),
     "queries": ("detection", QUERIES, 64, {}),
     "segmenter": (
-        "segmentation", tiny.FPN, 64, {"student": ["encoder", "decoder"], "teacher": ["encoder", "decoder"]},
+        "segmentation", tiny.FPN, 128, {"student": ["encoder", "decoder"], "teacher": ["encoder", "decoder"]},
     ),
 }  # fmt: skip
 """Task, network, side of the images, and what is to be compiled."""
@@ -54,26 +54,26 @@ def _targets(task: Task, side: int, width: int = 0) -> list[Target]:
     return [{"boxes": box, "labels": torch.tensor([1])}, {"boxes": box + 9, "labels": torch.tensor([3])}]
 
 
-def _distiller(name: str, *losses: str) -> tuple[Distiller, Batch]:
+def _distiller(name: str, loss: str) -> tuple[Distiller, Batch]:
     task, section, side, _ = NETWORKS[name]
     torch.manual_seed(0)
     student, teacher = (build(Model(**section), task, 3, (side, side)) for _ in range(2))
     pairs = ("segmentation_head.0",) if task == "segmentation" else student.comparable_layers()
-    distiller = build_distiller(student, teacher, [Loss(name=loss, pairs=pairs) for loss in losses])
+    distiller = build_distiller(student, teacher, [Loss(name=loss, pairs=pairs)])
     images = [torch.rand(3, side, side, generator=torch.Generator().manual_seed(index)) for index in range(2)]
     return distiller.train(), student.prepare(images, _targets(task, side))
 
 
 def _run(distiller: Distiller, batch: Batch, start: int = 0, end: int = 4) -> list[dict[str, Tensor]]:
-    """Terms of some steps and the gradients that follow, by name."""
+    """Terms of some steps by name, and the whole gradient that follows."""
     found = []
     for step in range(start, end):
         torch.manual_seed(0)  # of denoising
         terms = distiller(batch, step)
         distiller.zero_grad()
         torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
-        gradients = {name: p.grad for name, p in distiller.named_parameters() if p.grad is not None}
-        found.append({**{name: term.detach() for name, term in terms.items()}, **gradients})
+        gradient = torch.cat([p.grad.flatten() for p in distiller.parameters() if p.grad is not None])
+        found.append({**{name: term.detach() for name, term in terms.items()}, "gradient": gradient})
     return found
 
 
@@ -91,8 +91,9 @@ def _compare(distiller: Distiller, batch: Batch, backend: str) -> None:
     found, expected = _run(distiller, batch), _run(plain, batch)
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert ours.keys() == theirs.keys()
-        for key, value in theirs.items():
-            torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-5, msg=f"step {step}, {key}")
+        errors = {key: float((ours[key] - value).norm() / value.norm()) for key, value in theirs.items()}
+        logging.getLogger("acamkd").info("step %d: %s", step, {key: f"{error:.1e}" for key, error in errors.items()})
+        assert max(errors.values()) < 1e-5, (step, errors)
     for key, value in plain.student.state_dict().items():  # running statistics among them
         torch.testing.assert_close(distiller.student.state_dict()[key], value, rtol=1e-5, atol=1e-5)
     assert list(distiller.state_dict()) == names
@@ -106,7 +107,7 @@ def _compare(distiller: Distiller, batch: Batch, backend: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_the_libraries_compute_the_same(name: str) -> None:
-    distiller, batch = _distiller(name, "acam")
+    distiller, batch = _distiller(name, "acam" if name == "segmenter" else "fitnet")
     _compare(distiller, batch, "inductor")
     for who, parts in NETWORKS[name][3].items():
         assert _compiled(distiller, who) == parts

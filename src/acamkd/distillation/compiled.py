@@ -12,14 +12,19 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch._functorch import config as functorch_config
 
 from acamkd.distillation.taps import layer_of
+from acamkd.losses.base import FeatureLoss
 
 log = logging.getLogger(__name__)
 
 _Call: TypeAlias = Callable[..., Any]
 
 _NUMBERS = count()
+
+COMPILER = ("torch._dynamo", "torch._inductor")
+"""Where the errors of torch's compiler come from; those of what it compiled come from elsewhere."""
 
 
 def can_compile(device: torch.device) -> bool:
@@ -40,23 +45,24 @@ class _Part:
     """A method of a module, compiled; once the compiler refuses it, it runs as it is.
 
     Args:
-        module: Has the method.
-        method: Its name.
+        method: Bound to its module.
         title: Of the module, for messages.
         backend: Of torch.compile.
         whole: It is to be one graph, and is refused otherwise.
     """
 
-    def __init__(self, module: nn.Module, method: str, title: str, backend: str, *, whole: bool) -> None:
+    def __init__(self, method: _Call, title: str, backend: str, *, whole: bool) -> None:
         self.title = title
-        self._plain: _Call = getattr(module, method)
+        self._plain = method
         self._compiled: _Call | None = torch.compile(_own_code(self._plain), backend=backend, fullgraph=whole)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._compiled is not None:
             try:
                 return self._compiled(*args, **kwargs)
-            except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
+            except Exception as error:
+                if not type(error).__module__.startswith(COMPILER):
+                    raise
                 self._compiled = None
                 self.refused(_reason(error))
         return self._plain(*args, **kwargs)
@@ -69,8 +75,8 @@ class _Part:
 class CompiledLoss(_Part):
     """The terms of a loss, compiled in one or several graphs."""
 
-    def __init__(self, loss: nn.Module, title: str, backend: str) -> None:
-        super().__init__(loss, "terms", title, backend, whole=False)
+    def __init__(self, loss: FeatureLoss, title: str, backend: str) -> None:
+        super().__init__(loss.terms, title, backend, whole=False)
         self._loss = loss
 
     @contextmanager
@@ -103,7 +109,7 @@ class CompiledNetwork:
 
     def __init__(self, net: nn.Module, layers: Iterable[str], who: str, backend: str) -> None:
         # Look-ahead and the audit differentiate a graph that they keep.
-        torch._functorch.config.donated_buffer = False
+        functorch_config.donated_buffer = False
         self._net, self._who, self._backend = net, who, backend
         self._titles = {module: name for name, module in net.named_modules()}
         self._tapped = {net.get_submodule(layer_of(name)) for name in layers}
@@ -151,7 +157,7 @@ class _NetworkPart(_Part):
 
     def __init__(self, module: nn.Module, name: str, network: CompiledNetwork) -> None:
         title = f"the {network._who}'s {name or 'network'}"
-        super().__init__(module, "forward", title, network._backend, whole=True)
+        super().__init__(module.forward, title, network._backend, whole=True)
         self._module, self._network = module, network
 
     def refused(self, reason: str) -> None:

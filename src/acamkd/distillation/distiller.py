@@ -130,7 +130,7 @@ class Distiller(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
         for teacher in (*self._teacher, *([self._fast.model] if self._fast else [])):
-            teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def compile_parts(self, backend: str = "inductor") -> None:
@@ -267,15 +267,15 @@ class Distiller(nn.Module):
         """
         indices = range(len(self.losses)) if active is None else active
         names = _flat(self._layers(index)[1] for index in indices)
-        teacher, precise = self.teacher, nullcontext()
-        if self._fast is not None:
-            teacher, precise = self._fast.model, self._fast.on(batch.pixels.device)
+        fast = self._fast
+        teacher = self.teacher if fast is None else fast.model
+        precise = nullcontext() if fast is None else fast.on(batch.pixels.device)
         # Not inference_mode: a loss cannot keep its tensors for a backward, such as that of a trainable projection.
         with torch.no_grad(), precise, FeatureTap(teacher.net, names) as tap:
             with nullcontext() if whole else tap.early_stop():
                 teacher(batch)
             maps = tap.features()
-        return maps if self._fast is None else {name: x.float() for name, x in maps.items()}
+        return maps if fast is None else {name: x.float() for name, x in maps.items()}
 
     def _task_gradients(
         self,
