@@ -54,8 +54,16 @@ class Cost(NamedTuple):
     """Largest resident memory beyond what there was before."""
 
 
-def cost(call: Callable[[], object]) -> Cost:
-    """Measure one call; Linux alone, for the peak."""
+def cost(call: Callable[[], object], device: str = "cpu") -> Cost:
+    """Measure one call; Linux alone, for the peak. On a GPU the peak is of torch's own memory there, all of it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start, cpu = time.perf_counter(), time.process_time()
+        call()
+        torch.cuda.synchronize()
+        times = time.perf_counter() - start, time.process_time() - cpu
+        return Cost(*times, torch.cuda.max_memory_allocated() / 2**20)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, start, cpu = _resident("VmRSS"), time.perf_counter(), time.process_time()
     call()
@@ -99,16 +107,20 @@ def save(name: str, content: Mapping[str, Any], figure: Figure, *, quick: bool, 
     """Write NAME.json and NAME.png; nothing is kept of a quick run."""
     if quick:
         return
-    machine = {
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({"machine": machine(), **content}, indent=1) + "\n")
+    figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
+
+
+def machine() -> dict[str, Any]:
+    """What times depend on."""
+    return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "load_at_end": round(os.getloadavg()[0], 1),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({"machine": machine, **content}, indent=1) + "\n")
-    figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
 
 
 def _processor() -> str:

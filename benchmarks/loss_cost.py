@@ -1,6 +1,7 @@
 """Time and peak memory of every method's loss, forward and backward, each in a process of its own.
 
     python benchmarks/loss_cost.py [--quick]
+    python benchmarks/loss_cost.py --shapes 'logits of 129 x 257' --methods 'acam, auto' fgd
     python benchmarks/loss_cost.py scaling [--quick]
 
 The maps are random: an image's pyramid of strides 8 to 128 with 256 channels, the pyramid's finest level alone, or
@@ -110,21 +111,25 @@ def measure(build: partial[FeatureLoss], channels: int, levels: Sequence[Level])
     return cost(step)._replace(peak_mib=first.peak_mib)
 
 
-def compare_methods(*, quick: bool) -> None:
-    """Every method on every shape."""
+def compare_methods(names: Sequence[str] | None, methods: Sequence[str] | None, *, quick: bool) -> None:
+    """Every method on every shape, or some of both."""
     shapes = (
-        {"pyramid of 160 x 256": (256, pyramid(160, 256)), "logits of 9 x 17": (19, [(9, 17)])} if quick else SHAPES
+        {"pyramid of 160 x 256": (256, pyramid(160, 256)), "logits of 9 x 17": (19, [(9, 17)])}
+        if quick
+        else {name: SHAPES[name] for name in names or SHAPES}
     )
+    result = "loss_cost" + ("_selected" if names or methods else "")
     table: dict[str, dict[str, Any]] = {}
     for shape, (channels, levels) in shapes.items():
         print(shape)
         calls = {
             name: partial(in_own_process, measure, build, channels, levels)
             for name, build in losses(channels, levels).items()
+            if not methods or name in methods
         }
         for costs in interleaved(calls, 1 if quick else ROUNDS):
             table[shape] = {name: medians(each)._asdict() for name, each in costs.items()}
-            save("loss_cost", {"rows": table}, plot(table), quick=quick)
+            save(result, {"rows": table}, plot(table), quick=quick)
     for shape, rows in table.items():
         print(f"\n| {shape} | seconds | CPU seconds | peak MiB |\n|---|---:|---:|---:|")
         for name, row in sorted(rows.items(), key=lambda entry: entry[1]["cpu_seconds"]):
@@ -178,8 +183,13 @@ def main() -> None:
     """Measure, print and plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="?", choices=["methods", "scaling"], default="methods")
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), help="all by default")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows, all by default")
     given = arguments(parser)
-    (scaling if given.what == "scaling" else compare_methods)(quick=given.quick)
+    if given.what == "scaling":
+        scaling(quick=given.quick)
+    else:
+        compare_methods(given.shapes, given.methods, quick=given.quick)
 
 
 if __name__ == "__main__":

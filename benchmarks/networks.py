@@ -147,7 +147,7 @@ def measured_memory(name: str, size: tuple[int, int]) -> tuple[float, float]:
     """Counted and measured peak of a step, in MiB."""
     torch.set_num_threads(2)
     logging.getLogger("acamkd").setLevel(logging.ERROR)
-    student, teacher = step_cost.networks(name, size)
+    student, teacher = step_cost.networks(step_cost.NETWORKS[name], size)
     layers = step_cost.PYRAMID if student.task == "detection" else step_cost.LOGITS
     distiller = build_distiller(student, teacher, [step_cost.loss("acam", layers, kv_stride="auto")]).eval()
     distiller.student.train()

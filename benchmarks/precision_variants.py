@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import torch
 from harness import arguments, cost, interleaved, medians, ratios, save
 from matplotlib.figure import Figure
-from step_cost import DETECTION, LOSSES, PYRAMID, SEGMENTATION, SIZES, batch_of, loss, networks, step
+from step_cost import DETECTION, LOSSES, NETWORKS, PYRAMID, SEGMENTATION, SIZES, batch_of, loss, networks, step
 from torch import Tensor, nn
 
 from acamkd.distillation.build import build_distiller
@@ -43,7 +43,7 @@ def in_bfloat16(call: Callable[[], object]) -> None:
 
 def teacher_forms(size: tuple[int, int]) -> Forms:
     """The teacher's forward."""
-    student, teacher = networks(DETECTION, size)
+    student, teacher = networks(NETWORKS[DETECTION], size)
     batch = batch_of(student, size)
     distiller = build_distiller(student, teacher, [loss("fitnet", PYRAMID)])
     original = teacher.net
@@ -83,7 +83,7 @@ def step_forms(name: str, networks_name: str, loss_name: str, size: tuple[int, i
     forms: dict[str, Callable[[], object]] = {}
     for suffix, memory_format in (("", torch.contiguous_format), (", channels last", torch.channels_last)):
         for is_bfloat16 in (False, True):
-            student, teacher = networks(networks_name, size)
+            student, teacher = networks(NETWORKS[networks_name], size)
             distiller = build_distiller(student, teacher, [LOSSES[networks_name][loss_name]])
             train = step(distiller.to(memory_format=memory_format), batch_of(student, size))
             if is_bfloat16:

@@ -73,6 +73,8 @@ LOSSES: Mapping[str, Mapping[str, Loss]] = {
         "mgd": loss("mgd", PYRAMID),
         "maskd": loss("maskd", PYRAMID),
         "cwd": loss("cwd", PYRAMID),
+        "freekd": loss("freekd", PYRAMID),
+        "cankd": loss("cankd", PYRAMID),
         "acam, exact": loss("acam", PYRAMID),
         "acam, auto": loss("acam", PYRAMID, kv_stride="auto"),
         "acam, both kinds, auto": loss("acam", PYRAMID, masks="both", kv_stride="auto"),
@@ -83,6 +85,8 @@ LOSSES: Mapping[str, Mapping[str, Loss]] = {
         "mgd, 256 channels": loss("mgd", FEATURES),
         "maskd, logits": loss("maskd", LOGITS),
         "cwd, logits": loss("cwd", LOGITS),
+        "freekd, 256 channels": loss("freekd", FEATURES),
+        "cankd, 256 channels": loss("cankd", FEATURES),
         "acam, logits, exact": loss("acam", LOGITS, num_masks=19),
         "acam, logits, auto": loss("acam", LOGITS, num_masks=19, kv_stride="auto"),
         "acam, 256 channels, exact": loss("acam", FEATURES, num_masks=19),
@@ -92,9 +96,9 @@ LOSSES: Mapping[str, Mapping[str, Loss]] = {
 }
 
 
-def networks(name: str, size: tuple[int, int]) -> tuple[TaskModel, TaskModel]:
-    """Student and teacher."""
-    task, teacher, student, classes = NETWORKS[name]
+def networks(pair: tuple[Task, Model, Model, int], size: tuple[int, int]) -> tuple[TaskModel, TaskModel]:
+    """Student and teacher of an entry of NETWORKS."""
+    task, teacher, student, classes = pair
     torch.manual_seed(0)
     built = models.build(student, task, classes, size), models.build(teacher, task, classes, size, teacher=True)
     settle(built[1])
@@ -124,9 +128,9 @@ def targets_of(student: TaskModel, sizes: Sequence[tuple[int, int]]) -> list[Tar
     return targets
 
 
-def batch_of(student: TaskModel, size: tuple[int, int]) -> Batch:
-    """One random image for a detector, two for a segmenter."""
-    sizes = [size] * (2 if student.task == "segmentation" else 1)
+def batch_of(student: TaskModel, size: tuple[int, int], images: int | None = None) -> Batch:
+    """Random images: one for a detector and two for a segmenter, if no number is given."""
+    sizes = [size] * (images or (2 if student.task == "segmentation" else 1))
     return student.prepare([torch.rand(3, *size) for size in sizes], targets_of(student, sizes))
 
 
@@ -149,7 +153,7 @@ def measure(
     name: str, size: tuple[int, int], losses: Mapping[str, Loss], rounds: int, precisions: Sequence[Precision] = ()
 ) -> Iterator[dict[str, Any]]:
     """Cost of the parts and of a step with each loss, and the ratios to the reference, after every round."""
-    student, teacher = networks(name, size)
+    student, teacher = networks(NETWORKS[name], size)
     batch = batch_of(student, size)
     alone = Distiller(student)
     calls: dict[str, Callable[[], object]] = {"baseline": step(alone, batch)}

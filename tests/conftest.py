@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +17,22 @@ from command import Command, Result
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the programs that tests start; they do not measure how many are fastest
+
+
+def _drawing_on_the_cpu(draw: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def drawn(*args: Any, generator: torch.Generator | None = None, **options: Any) -> torch.Tensor:
+        if generator is None:
+            return draw(*args, **options)
+        return draw(*args, **{**options, "generator": generator, "device": "cpu"}).to(DEVICE)
+
+    return drawn
+
+
+if DEVICE := os.environ.get("ACAMKD_TEST_DEVICE"):  # benchmarks/gpu.py: every tensor on a GPU
+    torch.set_default_device(DEVICE)
+    torch.backends.cudnn.allow_tf32 = False
+    for drawing in ("rand", "randn"):  # a generator of the CPU draws the same there as ever
+        setattr(torch, drawing, _drawing_on_the_cpu(getattr(torch, drawing)))
 
 
 @pytest.fixture(autouse=True)

@@ -40,10 +40,33 @@ def test_quick_runs(program: str) -> None:
     assert any(name in done.stdout for name in ("acam, exact", "acam, paper, exact", "RetinaNet"))
 
 
+@pytest.mark.slow
+def test_the_gpu_script_runs_on_a_cpu_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/gpu.py", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    for parts in (["studies"], ["tests", "steps", "studies"]):
+        done = subprocess.run([*command, "--parts", *parts], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        found = json.loads((tmp_path / "gpu.json").read_text())
+        assert list(found["studies"]) == [f"segmentation | {method} | seed 0" for method in ("none", "acam")]
+        assert ("studies: " in done.stdout) == (parts == ["studies"])
+    assert found["tests"]["ACAM"]["passed"] > 5
+    assert not found["tests"]["ACAM"]["failed"]
+    rows = ("baseline", "teacher's forward", "acam, auto")
+    modes = ("TF32", "TF32, teacher auto, compiled")
+    assert list(found["steps"]) == [
+        f"RT-DETRv2 R101 -> R18, 640 x 640 | {mode} | {row}" for mode in modes for row in rows
+    ]
+    for row in [*found["steps"].values(), *found["studies"].values()]:
+        assert row["seconds"] > 0, row
+    table = (tmp_path / "gpu.md").read_text()
+    assert table.count("| acam, auto |") == 1
+    assert "| segmentation / acam, mean of 1 |" in table
+
+
 def test_the_page_has_every_program_and_no_other() -> None:
     page = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8")
     programs = {file.name for file in (ROOT / "benchmarks").glob("*.py")} - {"harness.py"}
-    assert len(programs) <= 5
+    assert len(programs) <= 6
     assert set(re.findall(r"python benchmarks/(\w+\.py)", page)) == programs
     written = {Path(name).stem for name in re.findall(r"`results/(\w+)`", page)}
     kept = {file.stem for file in (ROOT / "benchmarks/results").glob("*.json")}

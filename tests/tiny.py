@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from acamkd import config, models
 from acamkd.data.scenes import CLASSES, write_scenes
 from acamkd.engine.module import TrainingModule
 from acamkd.models.base import Task
+
+ACCELERATOR = os.environ.get("ACAMKD_TEST_ACCELERATOR", "cpu")
+"""Where the recipes train: `cuda` when benchmarks/gpu.py runs their tests on a GPU."""
 
 FPN: dict[str, Any] = {
     "arch": "fpn",
@@ -69,7 +73,7 @@ def raw_recipe(root: Path, task: Task = "segmentation", **train: Any) -> dict[st
         "data": {**splits, "root": str(root), "workers": 0},
         **networks,
         "losses": [ACAM] if task == "segmentation" else [],
-        "train": {"epochs": 2, "batch_size": 4, "accelerator": "cpu", **train},
+        "train": {"epochs": 2, "batch_size": 4, "accelerator": ACCELERATOR, **train},
     }
     return copy.deepcopy(content)  # tests change it
 

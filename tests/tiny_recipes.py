@@ -13,6 +13,7 @@ from acamkd import config, models
 from acamkd.data.scenes import CLASSES, write_scenes
 from acamkd.jobs.compare.trials import Trial
 from acamkd.models.base import Task
+from tiny import ACCELERATOR
 
 SIZE = (64, 64)
 
@@ -51,7 +52,7 @@ def write_recipe(folder: Path, task: Task, **sections: Any) -> Path:
         "teacher": {**MODELS[task], "weights": str(weights)},
         "student": MODELS[task],
         "losses": [{"name": "fitnet", "pairs": [PAIRS[task]]}],
-        "train": {"epochs": 1, "batch_size": 2, "accelerator": "cpu"},
+        "train": {"epochs": 1, "batch_size": 2, "accelerator": ACCELERATOR},
         **sections,
     }  # fmt: skip
     path = folder / "recipe.yaml"

@@ -89,7 +89,7 @@ def compare(loss: ACAM, student: Tensor, teacher: Tensor) -> dict[str, dict[str,
     with patch.object(fusion, "cross_attention", wraps=fusion.cross_attention) as attend:
         exact = loss.masks(student, teacher)
     query, key, *_ = attend.call_args.args
-    seen = (query.mT @ key * query.shape[1] ** -0.5).softmax(dim=2)
+    seen = (query.mT @ key).softmax(dim=2)
     found = {
         "exact": {
             "std spatial": float(exact["spatial"].flatten(2).std(dim=2).mean()),

@@ -7,6 +7,8 @@ docs/research/log.md has what they are for and what they did.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -128,9 +130,10 @@ class DegreeZero(OtherTerm):
 class Adversarial(ACAM):
     """The masks collect error instead of reward, within the same budget: they rise where the student lags."""
 
-    def _rewards(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
-        errors = distillation_distances(student.detach(), teacher, self.kinds, self.imitation, self.temperature)
-        return {kind: safe_divide(error, error.mean(dim=1, keepdim=True)) for kind, error in errors.items()}
+    def _rewards(
+        self, errors: Mapping[str, Tensor], student: Tensor, context: DistillationContext
+    ) -> dict[str, Tensor]:
+        return {kind: safe_divide(x.detach(), x.detach().mean(dim=1, keepdim=True)) for kind, x in errors.items()}
 
 
 class Difference(ACAM):
@@ -147,15 +150,14 @@ class ExactReward(ACAM):
     what the place itself does.
     """
 
-    def _rewards(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
+    def _rewards(
+        self, errors: Mapping[str, Tensor], student: Tensor, context: DistillationContext
+    ) -> dict[str, Tensor]:
         assert context.task_gradient is not None
-        with torch.enable_grad():
-            student = student.detach().requires_grad_()
-            errors = distillation_distances(student, teacher, self.kinds, self.imitation, self.temperature)
-            # A backward is linear in what it starts from: its derivative by that is the derivative forward.
-            starts = [torch.zeros_like(error, requires_grad=True) for error in errors.values()]
-            (backward,) = torch.autograd.grad(tuple(errors.values()), student, starts, create_graph=True)
-            rewards = torch.autograd.grad(backward, starts, context.task_gradient)
+        # A backward is linear in what it starts from: its derivative by that is the derivative forward.
+        starts = [torch.zeros_like(error, requires_grad=True) for error in errors.values()]
+        (backward,) = torch.autograd.grad(tuple(errors.values()), student, starts, create_graph=True)
+        rewards = torch.autograd.grad(backward, starts, context.task_gradient)
         return {
             kind: safe_divide(x, x.abs().mean(dim=1, keepdim=True)) for kind, x in zip(errors, rewards, strict=True)
         }

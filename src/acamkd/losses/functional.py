@@ -78,6 +78,12 @@ def standardize(x: Tensor) -> Tensor:
     Raises:
         ValueError: A channel has a single value.
     """
+    centered, _, scale = center(x)
+    return centered * scale
+
+
+def center(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `standardize` is made of: x without its mean, each channel's standard deviation, and its scale."""
     others = [0, *range(2, x.ndim)]
     values = x.numel() // x.shape[1]
     if values == 1:
@@ -89,7 +95,7 @@ def standardize(x: Tensor) -> Tensor:
     centered = x - mean
     # The norm takes a third of the time of `std`, which computes the mean again.
     deviation: Tensor = torch.linalg.vector_norm(centered, dim=others, keepdim=True) * (values - 1) ** -0.5
-    return centered * torch.where(varies(deviation, mean), (deviation + 1e-6).reciprocal(), 0)
+    return centered, deviation, torch.where(varies(deviation, mean), (deviation + 1e-6).reciprocal(), 0)
 
 
 def distribution_error(student: Tensor, teacher: Tensor, temperature: float, dim: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from acamkd.losses import CWD, DIST, PKD
 from acamkd.losses.acam.distances import distillation_distances
 from acamkd.losses.acam.masks import Masks
+from acamkd.losses.functional import standardize
 from tiny_maps import maps
 
 
@@ -60,3 +61,19 @@ def test_distances_are_those_of_the_losses_they_come_from() -> None:
     dist = DIST(4, 4, temperature=2.0)(student, teacher)  # of one image, whose pixels are all of the batch's
     torch.testing.assert_close(mean("correlation", "spatial"), dist["inter"])
     torch.testing.assert_close(mean("correlation", "channel"), dist["intra"])
+
+
+def test_the_gradient_of_standardized_distances_is_that_of_the_formula() -> None:
+    """One channel is constant in the student, another in the teacher."""
+    student, teacher = maps(2, 3, 3, 4, 5)
+    with torch.no_grad():
+        student[:, 1], teacher[:, 2] = 0.3, -2.0
+    ours = distillation_distances(student, teacher, Masks._fields, "standardized")
+    squared = (standardize(student) - standardize(teacher)).square()
+    expected = {"channel": squared.mean(dim=(2, 3)), "spatial": squared.mean(dim=1).flatten(1)}
+    directions = {kind: torch.randn_like(error) for kind, error in expected.items()}
+    for kinds in (["channel"], ["spatial"], ["channel", "spatial"]):
+        totals = [torch.stack([(x[kind] * directions[kind]).sum() for kind in kinds]).sum() for x in (ours, expected)]
+        found = [torch.autograd.grad(total, student, retain_graph=True)[0] for total in totals]
+        torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+        assert not found[0][:, 1].any()

@@ -16,8 +16,8 @@ from acamkd.losses.acam.fusion import STCAFF, layer_norm
 from acamkd.losses.acam.sparse_attention import window_side
 from tiny_maps import gradients_of, joint, maps
 
-SHAPES = [(1, 3, 5, 7), (3, 6, 5, 3), (3, 1, 4, 3), (2, 2, 1, 5)]
-"""(N, C, H, W)."""
+SHAPES = [(1, 3, 5, 7), (3, 6, 5, 3), (3, 1, 4, 3), (2, 2, 1, 5), (2, 16, 4, 3)]
+"""(N, C, H, W); only the last has windows few enough that queries are not computed."""
 
 
 def windowed(
@@ -85,6 +85,21 @@ def test_values_and_gradients_are_those_of_the_dense_version(
     stride: int, normalize: bool, shape: tuple[int, ...]
 ) -> None:
     compare(STCAFF(shape[1], stride, normalize).double(), shape, stride)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_average_of_f_is_left_out_where_nothing_reads_it(stride: int) -> None:
+    student, teacher = maps(2, 6, 6, 5, 3)
+    whole, seen = STCAFF(6, stride).double(), STCAFF(6, stride, average=False).double()
+    seen.load_state_dict(whole.state_dict())
+    units = torch.randn(4, 6, dtype=torch.float64)
+    average, logits = seen(teacher, student, units)
+    assert average.shape == (2, 0)
+    inputs = [student, *whole.parameters()], [student, *seen.parameters()]
+    expected = whole(teacher, student, units)[1]
+    torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
+    ours, theirs = (gradients_of(x.square().sum(), list(y)) for x, y in zip((expected, logits), inputs, strict=True))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("block", [1, 7, 100])

@@ -24,7 +24,8 @@ def test_the_look_ahead_reward_is_what_a_step_of_distillation_does_to_the_task_l
         return F.cross_entropy(x, labels, reduction="sum")
 
     (gradient,) = torch.autograd.grad(task(student), student)
-    rewards = look_ahead_reward(student, teacher, gradient, Masks._fields, form, temperature=2.0)
+    errors = distillation_distances(student, teacher, Masks._fields, form, temperature=2.0)
+    rewards = look_ahead_reward(errors, student, gradient)
     for kind, reward in rewards.items():
         assert not reward.requires_grad
         torch.testing.assert_close(reward.abs().mean(dim=1), torch.ones(2, dtype=torch.float64))
@@ -53,7 +54,9 @@ def test_an_align_carries_the_task_gradient_to_the_teachers_channels() -> None:
     student, teacher = maps(1, 2, 3, 2, 2)
     loss = joint(2, 3, num_masks=1, mask_grad="look_ahead").double()
     gradient = torch.randn_like(student)
-    rewards = loss._rewards(loss.align(student), teacher, DistillationContext(task_gradient=gradient))
+    aligned = loss.align(student)
+    errors = distillation_distances(aligned, teacher, loss.kinds)
+    rewards = loss._rewards(errors, aligned, DistillationContext(task_gradient=gradient))
     for kind, dims in (("channel", (2, 3)), ("spatial", 1)):
         reward = rewards[kind]
         squared = (loss.align(student) - teacher).square().mean(dim=dims).flatten()

@@ -148,7 +148,7 @@ class ACAM(FeatureLoss):
         self.align = align_layer(student_channels, teacher_channels, align)
         self.fuses = fuses
         if fuses:
-            self.fusion = STCAFF(teacher_channels, kv_stride, normalize)
+            self.fusion = STCAFF(teacher_channels, kv_stride, normalize, average="channel" in self.kinds)
         if mask_source != "uniform":
             self.selection = ASCM(teacher_channels, num_masks, self.kinds)
         if mask_source == "fixed":
@@ -161,9 +161,12 @@ class ACAM(FeatureLoss):
         """Return `channel`, `spatial`, `diversity` and the look-ahead's `KIND_selection`, as far as they are in use."""
         student = self.align(student)
         masks = self._masks(student if self.mask_grad == "joint" else student.detach(), teacher)
+        learning = "task_gradient" in self.needs and context.labeled and torch.is_grad_enabled()
+        looking_ahead = learning and context.task_gradient is not None
+        if looking_ahead and not student.requires_grad:
+            student = student.detach().requires_grad_()  # the reward is a gradient at it
         errors = distillation_distances(student, teacher, self.kinds, self.imitation, self.temperature)
-        looking_ahead = "task_gradient" in self.needs and context.labeled and context.task_gradient is not None
-        rewards = self._rewards(student, teacher, context) if looking_ahead else {}
+        rewards = self._rewards(errors, student, context) if looking_ahead else {}
         terms = {}
         self.statistics = {}
         for kind, mask in masks.in_use().items():
@@ -237,10 +240,13 @@ class ACAM(FeatureLoss):
             masks = self._masks(self.align(aligned).detach(), target)
             return apply_masks(masks, teacher.to(target.dtype)).to(teacher.dtype)
 
-    def _rewards(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
+    def _rewards(
+        self, errors: Mapping[str, Tensor], student: Tensor, context: DistillationContext
+    ) -> dict[str, Tensor]:
+        """Of each distance (see `terms`) of the aligned student's feature map, (N, C, H, W)."""
         assert context.task_gradient is not None  # `needs` names it, and the images are labeled
         gradient = resample(context.task_gradient.detach().to(student.dtype), student.shape[-2:])
         if isinstance(self.align, nn.Conv2d):
             # A step of S' is felt through the transposed align, so the task's gradient is carried over by the align.
             gradient = F.conv2d(gradient, self.align.weight.detach())
-        return look_ahead_reward(student, teacher, gradient, self.kinds, self.imitation, self.temperature)
+        return look_ahead_reward(errors, student, gradient)

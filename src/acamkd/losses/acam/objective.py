@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from acamkd.losses.acam.distances import distillation_distances
 from acamkd.losses.functional import safe_divide
 
 
-def look_ahead_reward(
-    student: Tensor,
-    teacher: Tensor,
-    task_gradient: Tensor,
-    kinds: Collection[str],
-    form: str = "squared",
-    temperature: float = 1.0,
-) -> dict[str, Tensor]:
+def look_ahead_reward(errors: Mapping[str, Tensor], student: Tensor, task_gradient: Tensor) -> dict[str, Tensor]:
     """How much the student's task loss falls where one channel, or one location, moves as distillation would move it.
 
     A step of x_k, the student's values there, against the gradient of all distances changes the task loss by
@@ -27,23 +19,18 @@ def look_ahead_reward(
     something else. Rewarding that made worse masks.
 
     Args:
-        student: Aligned feature map S', (N, C, H, W).
-        teacher: (N, C, H, W).
+        errors: `channel`, (N, C), and `spatial`, (N, HW), or one of them: `distillation_distances` of the student.
+        student: Aligned feature map S', (N, C, H, W), with gradient.
         task_gradient: Of the task loss at S', (N, C, H, W).
-        kinds: Which of `channel` and `spatial`.
-        form: Of the distance: see `distillation_distances`.
-        temperature: tau.
 
     Returns:
-        `channel`, (N, C), and `spatial`, (N, HW), as far as asked for, without gradient.
+        A reward for each error, without gradient.
     """
     rewards = {}
-    with torch.enable_grad():
-        student = student.detach().requires_grad_()
-        for kind, error in distillation_distances(student, teacher, kinds, form, temperature).items():
-            (gradient,) = torch.autograd.grad(error.sum(), student, retain_graph=True)
-            reward = (gradient * task_gradient).sum(dim=(2, 3) if kind == "channel" else 1).flatten(1)
-            rewards[kind] = safe_divide(reward, reward.abs().mean(dim=1, keepdim=True))
+    for kind, error in errors.items():
+        (gradient,) = torch.autograd.grad(error, student, torch.ones_like(error), retain_graph=True)
+        reward = (gradient * task_gradient).sum(dim=(2, 3) if kind == "channel" else 1).flatten(1)
+        rewards[kind] = safe_divide(reward, reward.abs().mean(dim=1, keepdim=True))
     return rewards
 
 
