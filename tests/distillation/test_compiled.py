@@ -163,7 +163,7 @@ def test_a_split_backward_computes_the_same() -> None:
 def test_a_compiled_training_resumes_and_leaves_the_same_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("acamkd.jobs.train.write_report", lambda run: None)
+    monkeypatch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
     root = tiny.write_data(tmp_path / "data")
     plain = distill(tiny.recipe(root), out=tmp_path / "plain")
     compiled = distill(tiny.recipe(root, compile=True), out=tmp_path / "compiled")

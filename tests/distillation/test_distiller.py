@@ -11,7 +11,8 @@ from torch import Tensor, distributed, nn
 
 from acamkd.config import Model
 from acamkd.distillation.audit import AUDITED_STEPS, _anywhere
-from acamkd.distillation.distiller import Distiller, NonFiniteError, WeightSchedule
+from acamkd.distillation.distiller import Distiller, NonFiniteError
+from acamkd.distillation.schedule import WeightSchedule
 from acamkd.errors import AcamkdError
 from acamkd.jobs.profile import step_of
 from acamkd.losses import ACAM, FGD, PKD, DistillationContext, FeatureLoss, FitNet, HeadLoss

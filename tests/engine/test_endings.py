@@ -39,7 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def _without_reports() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("acamkd.jobs.train.write_report", lambda run: None)
+        patch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
         yield
 
 

@@ -223,7 +223,7 @@ def test_without_torchao_nothing_begins(root: Path, tmp_path: Path, monkeypatch:
 
 
 def test_a_teacher_is_never_rounded(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("acamkd.jobs.train.write_report", lambda run: None)
+    monkeypatch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     made = train(tiny.recipe(root, quantize="int8", epochs=1), "teacher", out=tmp_path / "run")
     assert config.load(made.folder / "recipe.yaml").train.quantize is None

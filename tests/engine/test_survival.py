@@ -39,7 +39,7 @@ def _raw(root: Path, workers: int = 0, **train: Any) -> dict[str, Any]:
 def _without_reports() -> Iterator[None]:
     """They take longer than these trainings."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("acamkd.jobs.train.write_report", lambda run: None)
+        patch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
         yield
 
 

@@ -11,9 +11,9 @@ from acamkd import config
 from acamkd.distillation.build import build_distiller
 from acamkd.errors import AcamkdError
 from acamkd.jobs import profile as module
+from acamkd.jobs.fit import count_parameters
 from acamkd.jobs.profile import LiveMemory, estimate
 from acamkd.jobs.setup import build_network, build_teacher
-from acamkd.jobs.train import count_parameters
 
 
 @pytest.fixture(scope="module")

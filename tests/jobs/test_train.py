@@ -25,8 +25,9 @@ from acamkd.engine import runs
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.runs import LOCK, Role
 from acamkd.errors import AcamkdError
+from acamkd.jobs.fit import hash_of
 from acamkd.jobs.setup import Batches, teacher_section
-from acamkd.jobs.train import _hash, distill, train
+from acamkd.jobs.train import distill, train
 from acamkd.models.base import head_of
 
 
@@ -115,7 +116,7 @@ def test_a_detector_trains_and_loads_without_acamkd(tmp_path: Path) -> None:
 def test_the_teacher_comes_out_as_it_went_in(whole: Path, root: Path) -> None:
     net = _plain_fpn()
     net.load_state_dict(load_file(root / "teacher.safetensors"))
-    assert json.loads((whole / "metrics.json").read_text())["teacher_sha256"] == _hash(net)
+    assert json.loads((whole / "metrics.json").read_text())["teacher_sha256"] == hash_of(net)
 
 
 def test_a_teacher_that_changes_is_a_bug(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

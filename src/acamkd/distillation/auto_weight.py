@@ -17,8 +17,9 @@ from torch import Tensor
 from acamkd.config import Loss
 from acamkd.data.dataset import seed_of
 from acamkd.distillation.build import build_levels, suppress_logs
-from acamkd.distillation.distiller import Distiller, WeightSchedule
+from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.methods import find, options, options_of
+from acamkd.distillation.schedule import WeightSchedule
 from acamkd.errors import AcamkdError
 from acamkd.models.base import VOID, Batch, FeatureModel, Target, TaskModel, to_device
 from acamkd.progress import progress

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from acamkd import config
-from acamkd.distillation.distiller import Distiller, Pair, WeightSchedule
+from acamkd.distillation.distiller import Distiller, Pair
 from acamkd.distillation.fast_teacher import Precision
 from acamkd.distillation.methods import find, options
+from acamkd.distillation.schedule import WeightSchedule
 from acamkd.distillation.taps import PROBE_SIZE, probe
 from acamkd.errors import AcamkdError
 from acamkd.losses.base import FeatureLoss, HeadLoss

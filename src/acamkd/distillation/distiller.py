@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import isfinite
 from typing import TypeAlias
 
@@ -17,6 +17,7 @@ from acamkd.distillation.audit import Audit
 from acamkd.distillation.calls import recorded_calls
 from acamkd.distillation.compiled import CompiledLoss, CompiledNetwork
 from acamkd.distillation.fast_teacher import FastTeacher, Precision
+from acamkd.distillation.schedule import WeightSchedule
 from acamkd.distillation.split_backward import split_backward
 from acamkd.distillation.taps import FeatureTap, probe_batch
 from acamkd.distillation.teacher_maps import SharedMaps
@@ -41,28 +42,6 @@ class NonFiniteError(AcamkdError):
     def __init__(self, message: str, terms: Mapping[str, Tensor]) -> None:
         super().__init__(message)
         self.terms = dict(terms)
-
-
-@dataclass
-class WeightSchedule:
-    """Factor of a loss by step: a linear ramp from 0 to 1 over the first epochs, and 0 from some epoch on.
-
-    Attributes:
-        ramp_epochs: Of the ramp.
-        stop_epoch: From where on the loss is left out.
-        steps_per_epoch: Of one process; a trainer sets it, who alone knows how many processes share the images.
-    """
-
-    ramp_epochs: float = 0
-    stop_epoch: float | None = None
-    steps_per_epoch: int = 1
-
-    def __call__(self, step: int) -> float:
-        """The factor at one step."""
-        if self.stop_epoch is not None and step >= round(self.stop_epoch * self.steps_per_epoch):
-            return 0.0
-        ramp = round(self.ramp_epochs * self.steps_per_epoch)
-        return min(1.0, (step + 1) / ramp) if ramp else 1.0
 
 
 class Distiller(nn.Module):
@@ -133,6 +112,11 @@ class Distiller(nn.Module):
         if not self._teacher:
             raise AcamkdError("this Distiller has no teacher: it trains the baseline")
         return self._teacher[0]
+
+    @property
+    def folded_norms(self) -> int:
+        """Number of the teacher's batch norms that its forward folds, which depends on what is tapped."""
+        return self._fast.folded if self._fast else 0
 
     @property
     def networks(self) -> tuple[FeatureModel, ...]:

@@ -20,7 +20,8 @@ from acamkd.data.dataset import seed_of
 from acamkd.data.loading import Images
 from acamkd.data.transforms import batch_scale
 from acamkd.distillation.compiled import can_compile
-from acamkd.distillation.distiller import Distiller, WeightSchedule, describe_nonfinite
+from acamkd.distillation.distiller import Distiller, describe_nonfinite
+from acamkd.distillation.schedule import WeightSchedule
 from acamkd.engine.metrics import Validator
 from acamkd.engine.quantization import FakeQuantization
 from acamkd.errors import AcamkdError

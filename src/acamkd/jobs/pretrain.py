@@ -19,8 +19,8 @@ from acamkd.engine.pretraining import HeldOutLoss, NearestNeighbors, Pretraining
 from acamkd.engine.runs import Run, default_folder
 from acamkd.engine.trackers import check_installed
 from acamkd.errors import AcamkdError
+from acamkd.jobs.fit import fit
 from acamkd.jobs.setup import Loaders, build_network, build_teacher, teacher_section, with_normalization
-from acamkd.jobs.train import fit
 from acamkd.models.base import keeping_modes, to_device
 from acamkd.progress import is_first_process, progress
 

@@ -49,7 +49,8 @@ class SharedWork:
 
         A calibration runs before the training's precision and memory format are set, and so has entries of its own.
         """
-        identity = (calibrating, teacher, _network(batches.resolved, distiller), _machine(batches.resolved))
+        network = _network(batches.resolved, distiller)
+        identity = (calibrating, teacher, network, distiller.folded_norms, _machine(batches.resolved))
         distiller.shared_maps = SharedMaps(Shelf(self._cache, "the teacher's feature maps", identity), half=self.half)
 
     def scores(self, distiller: Distiller, batches: Batches, teacher: str) -> dict[str, float] | None:

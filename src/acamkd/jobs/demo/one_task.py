@@ -21,7 +21,8 @@ from acamkd.engine.metrics import METRICS
 from acamkd.engine.runs import OtherRunError, Run, write_json
 from acamkd.errors import AcamkdError
 from acamkd.jobs.demo.layout import NOTES, SHEET, SIZE, TITLES
-from acamkd.jobs.train import count_parameters, distill, train
+from acamkd.jobs.fit import count_parameters
+from acamkd.jobs.train import distill, train
 from acamkd.models.base import Prediction, Task, TaskModel, head_of
 from acamkd.report.run import REPORT
 from acamkd.report.visualize import (
