@@ -132,6 +132,7 @@ def test_words_that_look_like_numbers_are_words(path: Path, text: str) -> None:
             {"teacher": {"arch": "fcos", "inherit": ["head"]}},
             "teacher.inherit: only a student inherits, from the teacher",
         ),
+        ({"student": {"arch": "fcos", "precision": 32}}, "student.precision: only the teacher has one of its own"),
     ],
     ids=str,
 )
@@ -162,6 +163,7 @@ def test_every_bad_key_is_named_at_once() -> None:
         ("losses=[]", lambda recipe: recipe.losses == ()),
         ("teacher=null", lambda recipe: recipe.teacher is None),
         ("student.options.depth=3", lambda recipe: recipe.student.options == {"anchor_sizes": [8, 16], "depth": 3}),
+        ("teacher.precision=16", lambda recipe: recipe.teacher.precision == "16"),
         ("teacher.options.depth=3", lambda recipe: recipe.teacher.options == {"depth": 3}),
         ("data.root=a=b", lambda recipe: recipe.data.root == Path("a=b")),
         ("name=other", lambda recipe: recipe.name == "other"),

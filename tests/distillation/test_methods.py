@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from acamkd.config import Loss, Model
-from acamkd.distillation.build import build_distiller, probe
+from acamkd.distillation.build import build_distiller
 from acamkd.distillation.distiller import Distiller, WeightSchedule
 from acamkd.distillation.methods import METHODS, describe, find, options
+from acamkd.distillation.taps import probe
 from acamkd.errors import AcamkdError
 from acamkd.losses import ACAM, DistillationContext, FeatureLoss, FitNet, FreeKD, HeadLoss, MasKD
 from acamkd.losses.acam.masks import ASCM

@@ -248,6 +248,23 @@ def test_channels_last_is_the_format_of_both_networks_and_changes_rounding_alone
         torch.testing.assert_close(tensor, weights[False][name])
 
 
+def test_what_cannot_be_compiled_here_is_trained_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compile_nothing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("No working C++ compiler found\nPlease install one")
+
+    monkeypatch.setattr("torch.compile", compile_nothing)
+    trainer, module, _ = _fit(tmp_path, _batches(3), compile=True)
+    (message,) = [record.getMessage() for record in caplog.records if "compile" in record.getMessage()]
+    assert message == (
+        "train.compile: torch cannot compile for cpu here, so that the training is not compiled: "
+        "No working C++ compiler found"
+    )
+    assert trainer.global_step == 3
+    assert not module.distiller._compiled
+
+
 @pytest.mark.parametrize("convolution", [nn.Conv2d, nn.ConvTranspose2d])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_bf16_gradients_of_dilated_depthwise_convolutions_are_right(

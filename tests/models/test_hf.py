@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from acamkd import config
-from acamkd.distillation.build import build_distiller, probe
+from acamkd.distillation.build import build_distiller
+from acamkd.distillation.taps import probe
 from acamkd.errors import AcamkdError
 from acamkd.models import Target, TaskModel, build, save_weights
 from acamkd.models.build import family_of

@@ -61,6 +61,14 @@ class Model(Section):
     """Mean color of the normalization; nothing = the value of the backbone's pretraining."""
     std: tuple[Deviation, Deviation, Deviation] | None = None
     """Standard deviation of the normalization; nothing = the value of the backbone's pretraining."""
+    precision: Literal["auto", "32", "bf16", "16"] | None = None
+    """Teacher only: feature maps come from a copy with folded batch norms, in this precision; `auto`: bf16 where the
+    hardware is fast with it, otherwise 32. Nothing = as it is, in `train.precision` (docs/reference/performance.md)."""
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _precision_name(cls, precision: Any) -> Any:
+        return str(precision) if isinstance(precision, int) else precision  # YAML reads 32 as a number
 
     @field_validator("weights", "backbone_weights")
     @classmethod
@@ -214,6 +222,9 @@ class Train(Section):
     channels_last: bool = False
     """Keep weights and feature maps of student, teacher and losses channels last. Rounding differs, and hardware with
     suitable convolutions is faster, most of all with bf16-mixed (docs/reference/performance.md)."""
+    compile: bool = False
+    """Compile student, teacher and losses by torch.compile, which takes minutes at first. A second size of images
+    compiles once more, for every size. What cannot be compiled runs as it is (docs/reference/performance.md)."""
     accumulate: Positive = 1
     """Batches per optimization step."""
     clip: Annotated[float, Field(gt=0)] | None = None
@@ -314,6 +325,8 @@ class Recipe(Section):
     def _check(self) -> Recipe:
         if self.student.num_classes is not None:
             raise ValueError("student.num_classes: the student has the data's classes; only a teacher may have others")
+        if self.student.precision is not None:
+            raise ValueError("student.precision: only the teacher has one of its own; use train.precision")
         if self.teacher is not None and self.teacher.inherit:
             raise ValueError("teacher.inherit: only a student inherits, from the teacher")
         if self.student.inherit and self.teacher is None:

@@ -13,17 +13,15 @@ from torch import Tensor
 
 from acamkd import config
 from acamkd.distillation.distiller import Distiller, Pair, WeightSchedule
+from acamkd.distillation.fast_teacher import Precision
 from acamkd.distillation.methods import find, options
-from acamkd.distillation.taps import FeatureTap
+from acamkd.distillation.taps import PROBE_SIZE, probe
 from acamkd.errors import AcamkdError
 from acamkd.losses.base import FeatureLoss, HeadLoss
-from acamkd.models.base import Batch, TaskModel, keeping_modes
+from acamkd.models.base import Batch, TaskModel
 from acamkd.models.weights import read_tensors
 
 log = logging.getLogger(__name__)
-
-PROBE_SIZE = (128, 128)
-"""(height, width) of the random image that channels are read from."""
 
 
 class Level(NamedTuple):
@@ -48,13 +46,16 @@ def suppress_logs() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def build_distiller(student: TaskModel, teacher: TaskModel, entries: Sequence[config.Loss]) -> Distiller:
+def build_distiller(
+    student: TaskModel, teacher: TaskModel, entries: Sequence[config.Loss], precision: Precision | None = None
+) -> Distiller:
     """Build every loss that a recipe lists, with the channels that both networks turn out to have.
 
     Args:
         student: The network to train.
         teacher: The network to learn from.
         entries: The recipe's `losses`.
+        precision: The recipe's `teacher.precision`.
 
     Raises:
         AcamkdError: A method, option or layer does not exist, or a pair does not match; the entry is named.
@@ -67,6 +68,7 @@ def build_distiller(student: TaskModel, teacher: TaskModel, entries: Sequence[co
         [level.pair for level in levels],
         [level.loss for level in levels],
         [schedules[level.entry] for level in levels],
+        precision,
     )
 
 
@@ -149,14 +151,6 @@ def _maps_of(who: str, model: TaskModel, name: str, batch: Batch) -> dict[str, T
         if tensor.ndim != 4:
             raise AcamkdError(f"{who}: {tapped} is {tuple(tensor.shape)}, not a feature map (N, C, H, W)")
     return maps
-
-
-@torch.no_grad()
-def probe(model: TaskModel, names: Sequence[str], batch: Batch) -> dict[str, Tensor]:
-    """The outputs that some names stand for, `*` expanded, from one forward in eval mode."""
-    with keeping_modes(model), FeatureTap(model.eval().net, names) as tap:
-        model(batch)
-        return tap.features()
 
 
 def _level_tokens(tokens: Mapping[str, Tensor], layer: str) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from acamkd.distillation.audit import Audit
+from acamkd.distillation.compiled import CompiledLoss, CompiledNetwork
+from acamkd.distillation.fast_teacher import FastTeacher, Precision
 from acamkd.distillation.split_backward import split_backward
 from acamkd.distillation.taps import FeatureTap
 from acamkd.errors import AcamkdError
@@ -81,6 +83,8 @@ class Distiller(nn.Module):
         pairs: The layers that each loss compares; None for a HeadLoss, which names its own.
         losses: One per pair.
         schedules: A factor by step for each loss; 1 throughout where not given.
+        precision: Takes the teacher's feature maps from a faster copy of it, a FastTeacher; None = from the teacher
+            itself, in the precision of the training.
     """
 
     def __init__(
@@ -90,6 +94,7 @@ class Distiller(nn.Module):
         pairs: Sequence[Pair | None] = (),
         losses: Sequence[FeatureLoss | HeadLoss] = (),
         schedules: Sequence[Callable[[int], float]] | None = None,
+        precision: Precision | None = None,
     ) -> None:
         super().__init__()
         if len(pairs) != len(losses):
@@ -109,6 +114,10 @@ class Distiller(nn.Module):
         ]
         if twice := {key for key in self._keys if self._keys.count(key) > 1}:
             raise AcamkdError(f"the same method stands twice at one layer: {', '.join(sorted(twice))}")
+        self._fast: FastTeacher | None = None
+        if losses and precision is not None:
+            self._fast = FastTeacher(self.teacher, self._tapped(1), precision)
+        self._compiled: list[CompiledNetwork | CompiledLoss] = []
         self._audit = Audit()
         self._active: list[int] = []
 
@@ -120,9 +129,28 @@ class Distiller(nn.Module):
         return self._teacher[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
-        for teacher in self._teacher:
-            teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for teacher in (*self._teacher, *([self._fast.model] if self._fast else [])):
+            teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def compile_parts(self, backend: str = "inductor") -> None:
+        """Run student, teacher and losses by torch.compile, in parts between the taps, from the second step on.
+
+        Task losses stay as they are: their work depends on the number of objects. So do evaluations, whose images may
+        have any size, the state, and its names.
+
+        Args:
+            backend: Of torch.compile.
+        """
+        self._compiled = [CompiledNetwork(self.student.net, self._tapped(0), "student", backend)]
+        if self.losses:
+            teacher = self._fast.model if self._fast else self.teacher
+            self._compiled.append(CompiledNetwork(teacher.net, self._tapped(1), "teacher", backend))
+        self._compiled += [
+            CompiledLoss(loss, key, backend)
+            for key, (_, loss) in zip(self._keys, self.levels, strict=True)
+            if isinstance(loss, FeatureLoss)
+        ]
 
     def forward(self, batch: Batch, step: int = 0, *, labeled: bool = True) -> dict[str, Tensor]:
         """Run both networks on one batch.
@@ -153,6 +181,8 @@ class Distiller(nn.Module):
         names = _flat(self._layers(index)[0] for index in active)
         with ExitStack() as stack:
             stack.enter_context(_explaining_checkpoints())
+            for compiled in self._compiled if self.training else ():
+                stack.enter_context(compiled.running())
             # Keyed by the identity of the tapped output, which may have two names.
             continuation_edges: dict[int, GradientEdge] = {}
 
@@ -224,6 +254,10 @@ class Distiller(nn.Module):
         assert pair is not None
         return [pair[0]], [pair[1]]
 
+    def _tapped(self, network: int) -> list[str]:
+        """All layers of the student (0) or teacher (1) that losses need."""
+        return _flat(self._layers(index)[network] for index in range(len(self.losses)))
+
     def teacher_maps(
         self, batch: Batch, active: Sequence[int] | None = None, *, whole: bool = False
     ) -> dict[str, Tensor]:
@@ -233,11 +267,15 @@ class Distiller(nn.Module):
         """
         indices = range(len(self.losses)) if active is None else active
         names = _flat(self._layers(index)[1] for index in indices)
-        # Not inference_mode: its tensors cannot enter a trainable projection.
-        with torch.no_grad(), FeatureTap(self.teacher.net, names) as tap:
+        fast = self._fast
+        teacher = self.teacher if fast is None else fast.model
+        precise = nullcontext() if fast is None else fast.on(batch.pixels.device)
+        # Not inference_mode: a loss cannot keep its tensors for a backward, such as that of a trainable projection.
+        with torch.no_grad(), precise, FeatureTap(teacher.net, names) as tap:
             with nullcontext() if whole else tap.early_stop():
-                self.teacher(batch)
-            return tap.features()
+                teacher(batch)
+            maps = tap.features()
+        return maps if fast is None else {name: x.float() for name, x in maps.items()}
 
     def _task_gradients(
         self,

@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from acamkd.errors import AcamkdError, nearest
+from acamkd.models.base import Batch, TaskModel, keeping_modes
 
 _GRAMMAR = re.compile(
     r"(?P<layer>[^:@#]*)(:(?P<key>[^@#]+))?(#(?P<patch>[1-9]\d*)(\+(?P<prefix>\d+))?)?(@(?P<call>\d+|\*))?"
 )
+
+PROBE_SIZE = (128, 128)
+"""(height, width) of the random image that `probe` is given where no real one is at hand."""
 
 MAX_PREFIX = 16
 """Tokens before the patches that need not be counted in a name: a class token and a few registers."""
@@ -242,6 +246,19 @@ class FeatureTap:
                 f"{request.layer!r} alone, the entries of a dict, list or tuple by {request.layer + ':*'!r}"
             )
         return found
+
+
+@torch.no_grad()
+def probe(model: TaskModel, names: Sequence[str], batch: Batch) -> dict[str, Tensor]:
+    """The outputs that some names stand for, `*` expanded, from one forward in eval mode."""
+    with keeping_modes(model), FeatureTap(model.eval().net, names) as tap:
+        model(batch)
+        return tap.features()
+
+
+def layer_of(name: str) -> str:
+    """The module's path in a name; raises AcamkdError if it is none."""
+    return _parse(name).layer
 
 
 _Record = Callable[[Any], Any]

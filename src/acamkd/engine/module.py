@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import lightning as L
@@ -13,11 +14,14 @@ from torch.optim import lr_scheduler
 from acamkd.config import Train
 from acamkd.data.dataset import seed_of
 from acamkd.data.loading import Images
+from acamkd.distillation.compiled import can_compile
 from acamkd.distillation.distiller import Distiller, NonFiniteError, WeightSchedule
 from acamkd.engine.metrics import Scorer
 from acamkd.engine.quantization import FakeQuantization
 from acamkd.errors import AcamkdError
 from acamkd.models.base import Batch, Target
+
+log = logging.getLogger(__name__)
 
 
 class TrainingModule(L.LightningModule):
@@ -48,7 +52,7 @@ class TrainingModule(L.LightningModule):
         """What was not finite in the batches of the current step."""
 
     def on_fit_start(self) -> None:
-        """Work around a torch error in bfloat16 on the CPU, and give all processes the same loss weights.
+        """Work around a torch error in bfloat16 on the CPU, compile, and give all processes the same loss weights.
 
         Each process has measured `weight: auto` itself, and devices may round differently.
         """
@@ -57,6 +61,10 @@ class TrainingModule(L.LightningModule):
             vars(loss).update(of_first)
         if self.trainer.precision == "bf16-mixed" and self.trainer.strategy.root_device.type == "cpu":
             mend_convolutions(self.distiller.student.net)
+        if self.config.compile and self.quantization is not None:
+            log.warning("train.compile: the training is not compiled, since train.quantize acts by hooks")
+        elif self.config.compile and can_compile(self.device):
+            self.distiller.compile_parts()
 
     def on_train_start(self) -> None:
         """Convert the loss schedules from epochs to steps: the number of processes is known only now."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acamkd.distillation.build import PROBE_SIZE
+from acamkd.distillation.taps import PROBE_SIZE
 from acamkd.errors import AcamkdError
 from acamkd.models.base import TaskModel, keeping_modes
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from acamkd import config, data, models
 from acamkd.data import ImageDataset
 from acamkd.distillation.auto_weight import gradient_norms, prepared, probe_distiller, total_norms, with_objects
-from acamkd.distillation.build import probe
+from acamkd.distillation.taps import probe
 from acamkd.engine.devices import device_of, moved_to
 from acamkd.engine.metrics import METRICS, score, scorer_of
 from acamkd.engine.printing import Printable

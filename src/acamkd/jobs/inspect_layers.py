@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from acamkd import config, data, models
 from acamkd.data.build import AUTO, reader_of
-from acamkd.distillation.build import probe
-from acamkd.distillation.taps import entries_of
+from acamkd.distillation.taps import entries_of, probe
 from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
 from acamkd.models.base import Batch, Task, TaskModel

@@ -169,7 +169,7 @@ def distill(
         losses = reuse_weights(losses, config.load(folder / RECIPE).losses)
     with data.reading(batches.train), moved_to(device_of(recipe.train), student, teacher):
         losses = calibrate(built, losses, batches.train)
-    distiller = build_distiller(student, teacher, losses)
+    distiller = build_distiller(student, teacher, losses, section.precision)
     used = {"teacher": section, "student": with_normalization(recipe.student, student), "losses": losses}
     run = Run(folder, batches.resolved.model_copy(update=used), "student")
     return _fit(run, distiller, batches, resume=resume, overwrite=overwrite)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from acamkd import config, data
 from acamkd.data.scenes import CLASSES, write_scenes
-from acamkd.distillation.build import build_distiller, probe
+from acamkd.distillation.build import build_distiller
+from acamkd.distillation.taps import probe
 from acamkd.engine.cost import median_milliseconds
 from acamkd.engine.metrics import METRICS
 from acamkd.engine.runs import OtherRunError, Run, write_json

@@ -68,7 +68,8 @@ class CollapseWatch:
 
     def look(self, masks: Masks, statistics: Mapping[str, Tensor], step: int) -> None:
         """Judge the masks in use by their statistics, `KIND_mask` and `KIND_mask_std`."""
-        self._looks += 1
+        if not step:  # a number that changes with every step would be compiled anew
+            self._looks += 1
         steps = step + 1 if step else self._looks  # a loop of one's own need not number its steps
         if steps % WATCH_EVERY:
             return

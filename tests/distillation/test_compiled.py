@@ -1,0 +1,216 @@
+"""A compiled distillation computes what the same one computes without a compiler."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import tiny
+from acamkd.config import Loss, Model
+from acamkd.distillation.build import build_distiller
+from acamkd.distillation.compiled import CompiledNetwork, can_compile
+from acamkd.distillation.distiller import Distiller
+from acamkd.distillation.taps import FeatureTap
+from acamkd.jobs.train import distill
+from acamkd.losses.base import DistillationContext, FeatureLoss
+from acamkd.models import Batch, Target, build
+from acamkd.models.base import Task
+from acamkd.models.segmentation import Segmenter
+from tiny_hf import OPTIONS
+
+QUERIES = {"arch": "hf/rt_detr_v2", "options": OPTIONS["rt_detr_v2"]}
+
+NETWORKS: dict[str, tuple[Task, dict[str, Any], int, dict[str, list[str]]]] = {
+    "detector": ("detection", tiny.RETINANET, 128, {"student": ["backbone", "head"], "teacher": ["backbone", "head"]}),
+    "queries": ("detection", QUERIES, 64, {}),
+    "segmenter": (
+        "segmentation", tiny.FPN, 128, {"student": ["encoder", "decoder"], "teacher": ["encoder", "decoder"]},
+    ),
+}  # fmt: skip
+"""Task, network, side of the images, and what is to be compiled."""
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def _targets(task: Task, side: int, width: int = 0) -> list[Target]:
+    if task == "segmentation":
+        return [{"mask": torch.arange(side)[:, None].expand(side, width or side) // (side // 3 + 1)}] * 2
+    box = torch.tensor([[4.0, 6, side / 2, side / 3]])
+    return [{"boxes": box, "labels": torch.tensor([1])}, {"boxes": box + 9, "labels": torch.tensor([3])}]
+
+
+def _distiller(name: str, loss: str) -> tuple[Distiller, Batch]:
+    task, section, side, _ = NETWORKS[name]
+    torch.manual_seed(0)
+    student, teacher = (build(Model(**section), task, 3, (side, side)) for _ in range(2))
+    pairs = ("segmentation_head.0",) if task == "segmentation" else student.comparable_layers()
+    distiller = build_distiller(student, teacher, [Loss(name=loss, pairs=pairs)])
+    images = [torch.rand(3, side, side, generator=torch.Generator().manual_seed(index)) for index in range(2)]
+    return distiller.train(), student.prepare(images, _targets(task, side))
+
+
+def _run(distiller: Distiller, batch: Batch, start: int = 0, end: int = 4) -> list[dict[str, Tensor]]:
+    """Terms of some steps by name, and the whole gradient that follows."""
+    found = []
+    for step in range(start, end):
+        torch.manual_seed(0)  # of denoising
+        terms = distiller(batch, step)
+        distiller.zero_grad()
+        torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]
+        gradient = torch.cat([p.grad.flatten() for p in distiller.parameters() if p.grad is not None])
+        found.append({**{name: term.detach() for name, term in terms.items()}, "gradient": gradient})
+    return found
+
+
+def _compiled(distiller: Distiller, who: str) -> list[str]:
+    """Names of a network's parts that are one graph each."""
+    (network,) = (each for each in distiller._compiled if isinstance(each, CompiledNetwork) and each._who == who)
+    return [network._titles[module] for module, part in network._parts.items() if part._compiled is not None]
+
+
+def _compare(distiller: Distiller, batch: Batch, backend: str) -> None:
+    """Compiled and not, terms, gradients and running statistics are the same, and no step compiles anew."""
+    plain = copy.deepcopy(distiller)
+    names = list(distiller.state_dict())
+    distiller.compile_parts(backend)
+    found, expected = _run(distiller, batch), _run(plain, batch)
+    for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert ours.keys() == theirs.keys()
+        errors = {key: float((ours[key] - value).norm() / value.norm()) for key, value in theirs.items()}
+        gradient = errors.pop("gradient")  # batch norm over few values magnifies the rounding
+        assert max(errors.values()) < 1e-5, (step, errors)
+        assert gradient < 1e-4, (step, gradient)
+    for key, value in plain.student.state_dict().items():  # running statistics among them
+        torch.testing.assert_close(distiller.student.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+    assert list(distiller.state_dict()) == names
+    graphs = counters["stats"]["unique_graphs"]
+    _run(distiller, batch, start=4, end=6)
+    assert counters["stats"]["unique_graphs"] == graphs
+    distiller.student.eval().predict([torch.zeros(3, 32, 96)])  # an evaluation, at any size
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_of_the_libraries_compute_the_same(name: str) -> None:
+    distiller, batch = _distiller(name, "acam" if name == "segmenter" else "fitnet")
+    _compare(distiller, batch, "inductor")
+    for who, parts in NETWORKS[name][3].items():
+        assert _compiled(distiller, who) == parts
+    # Each part is one graph. Only ACAM's look-ahead, which differentiates, parts one of its own.
+    broken = [reason for reason in counters["graph_break"] if "autograd.grad" not in reason]
+    assert not broken or name == "queries"
+
+
+class Part(nn.Module):
+    """Two convolutions, and what the compiler may stumble on."""
+
+    def __init__(self, channels: int, *, is_hard: bool = False) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.ReLU())
+        self.is_hard = is_hard
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        if self.is_hard and float(x.detach().sum()) > 1e9:  # a decision that depends on the values
+            x = x / 2
+        return x
+
+
+class Ahead(FeatureLoss):
+    """Asks for the task's gradient, as ACAM's look-ahead does."""
+
+    needs = frozenset({"task_gradient"})
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.project = nn.Conv2d(4, 4, 1)
+
+    def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
+        assert context.task_gradient is not None
+        return {"value": (self.project(student) * context.task_gradient - teacher).square().mean()}
+
+
+def test_a_split_backward_computes_the_same() -> None:
+    torch.manual_seed(0)
+    net, teacher = (nn.Sequential(Part(3), Part(4), nn.Conv2d(4, 3, 1)) for _ in range(2))
+    student = Segmenter(net, 3)
+    distiller = Distiller(student, Segmenter(teacher, 3), [("0", "0")], [Ahead()]).train()
+    batch = student.prepare([torch.rand(3, 32, 64) for _ in range(2)], _targets("segmentation", 32, 64))
+    _compare(distiller, batch, "aot_eager")
+    assert _compiled(distiller, "student") == _compiled(distiller, "teacher") == ["0", "1"]
+    assert not counters["graph_break"]
+    term = distiller.train()(batch, 6)["task/cross_entropy"]  # differentiated once, down to the map
+    assert "_Differentiated" in term.grad_fn.next_functions[0][0].next_functions[0][0].name()
+
+
+@pytest.mark.slow
+def test_a_compiled_training_resumes_and_leaves_the_same_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("acamkd.jobs.train.write_report", lambda run: None)
+    root = tiny.write_data(tmp_path / "data")
+    plain = distill(tiny.recipe(root), out=tmp_path / "plain")
+    compiled = distill(tiny.recipe(root, compile=True), out=tmp_path / "compiled")
+    assert "train.compile: " not in caplog.text
+    with monkeypatch.context() as patch:
+        tiny.interrupt_at(patch, 1, 1)
+        with pytest.raises(KeyboardInterrupt):
+            distill(tiny.recipe(root, compile=True), out=tmp_path / "resumed")
+    resumed = distill(tiny.recipe(root, compile=True), out=tmp_path / "resumed", resume=True)
+    expected = load_file(plain.weights)
+    for run in (compiled, resumed):
+        found = load_file(run.weights)
+        assert found.keys() == expected.keys()
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=1e-3)
+    assert [row.keys() for row in tiny.rows(compiled.folder / "history.csv")] == [
+        row.keys() for row in tiny.rows(plain.folder / "history.csv")
+    ]
+
+
+def test_a_module_that_is_no_single_graph_gives_way_to_its_parts(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Sequential(Part(3), Part(4, is_hard=True), Part(4), nn.Conv2d(4, 2, 1))
+    network = CompiledNetwork(net, ["2.inner"], "student", "eager")
+    images = torch.rand(2, 3, 8, 8)
+    expected = net(images)
+    with caplog.at_level(logging.INFO, "acamkd"):
+        for _ in range(4):
+            with network.running(), FeatureTap(net, ["2.inner"]) as tap:
+                torch.testing.assert_close(net(images), expected)
+                assert tap["2.inner"].shape == (2, 4, 8, 8)
+    titles = {network._titles[module] for module, part in network._parts.items() if part._compiled is not None}
+    assert titles == {"0", "1.inner", "2.inner"}
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.startswith("train.compile: the student's 1 is compiled in parts, since it is no single graph: ")
+    assert not counters["graph_break"]
+    assert all("forward" not in vars(module) for module in net.modules())
+    # Another size compiles once more, and then serves every size.
+    for side in (16, 24, 32):
+        with network.running():
+            net(torch.rand(2, 3, side, side))
+    assert counters["stats"]["unique_graphs"] == 6
+
+
+@pytest.mark.slow
+def test_a_missing_compiler_is_found_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    assert can_compile(torch.device("cpu"))
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    assert not can_compile(torch.device("cpu"))
+    assert "train.compile: torch cannot compile for cpu here" in caplog.text
