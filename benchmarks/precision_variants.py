@@ -2,10 +2,11 @@
 
     python benchmarks/precision_variants.py [--quick]
 
-The teacher is a RetinaNet R101 whose forward ends at the pyramid: as it is, with batch norm folded into the
-convolutions before it, with channels last, with bfloat16 autocast, and with both. The loss is ACAM on one level of 256
-channels, as it is and compiled by inductor, whose compilation is not counted. A whole step is one of step_cost.py's,
-with kv_stride: auto, as it is and in the forms that a recipe's `channels_last` and `precision: bf16-mixed` give.
+The teacher is a RetinaNet R101 whose forward ends at the pyramid: as it is, with channels last, with bfloat16
+autocast, and with both, and as `teacher.precision` has it in 32 bits and in bfloat16, with batch norms folded. The loss
+is ACAM on one level of 256 channels, as it is and compiled by inductor, whose compilation is not counted. A whole step
+is one of step_cost.py's, with kv_stride: auto, as it is and in the forms that a recipe's `channels_last` and
+`precision: bf16-mixed` give.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from harness import arguments, cost, interleaved, medians, ratios, save
 from matplotlib.figure import Figure
 from step_cost import DETECTION, LOSSES, PYRAMID, SEGMENTATION, SIZES, batch_of, loss, networks, step
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from acamkd.distillation.build import build_distiller
+from acamkd.distillation.distiller import Distiller
+from acamkd.distillation.fast_teacher import Precision
 from acamkd.engine.module import mend_convolutions
 from acamkd.losses import ACAM
 
@@ -31,19 +33,6 @@ Forms: TypeAlias = Mapping[str, Callable[[], object]]
 """By name; the first one is what the others are compared with."""
 
 ROUNDS = 3
-
-
-def folded(net: nn.Module) -> nn.Module:
-    """A copy of a torchvision ResNet detector with every batch norm of its body folded into its convolution."""
-    net = copy.deepcopy(net)
-    for block in net.modules():
-        pairs = [("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3"), ("0", "1")]
-        for conv, norm in pairs:
-            children = dict(block.named_children())
-            if isinstance(children.get(conv), nn.Conv2d) and isinstance(children.get(norm), nn.BatchNorm2d):
-                setattr(block, conv, fuse_conv_bn_eval(children[conv], children[norm]))
-                setattr(block, norm, nn.Identity())
-    return net
 
 
 def in_bfloat16(call: Callable[[], object]) -> None:
@@ -63,14 +52,18 @@ def teacher_forms(size: tuple[int, int]) -> Forms:
         teacher.net = net
         distiller.teacher_maps(batch)
 
+    def fast(precision: Precision) -> Distiller:
+        return build_distiller(student, teacher, [loss("fitnet", PYRAMID)], precision)
+
     plain = partial(run, original)
     channels_last = partial(run, copy.deepcopy(original).to(memory_format=torch.channels_last))
     return {
         "teacher": plain,
-        "teacher, folded": partial(run, folded(original)),
+        "teacher, precision 32": partial(fast("32").teacher_maps, batch),
         "teacher, channels last": channels_last,
         "teacher, bfloat16": partial(in_bfloat16, plain),
         "teacher, bfloat16, channels last": partial(in_bfloat16, channels_last),
+        "teacher, precision bf16": partial(fast("bf16").teacher_maps, batch),
     }
 
 

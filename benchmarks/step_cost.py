@@ -2,12 +2,16 @@
 
     python benchmarks/step_cost.py [detection | segmentation] [--quick]
     python benchmarks/step_cost.py detection --methods 'acam, auto' cwd --rounds 9
+    python benchmarks/step_cost.py --methods cwd --teacher 32 bf16 --size 320 512
 
 RetinaNet R101 -> R50 on one image and DeepLabV3-R101 -> DeepLabV3-MobileNetV2 on two (batch norm after global pooling
 needs two): forward, backward and SGD step by the package's own Distiller. The reference
 is the step of the baseline plus the teacher's forward up to the last tapped layer, which every method needs.
 Beside the time stands the arithmetic of a step, which no other program on the machine can disturb: torch's counter sees
 convolutions, matrix products and what is made of them. Weights and images are random, which changes no cost.
+
+With `--teacher` every method is measured again with the recipe's `teacher.precision`, against the same reference, and
+the largest relative difference of the teacher's feature maps is printed by level.
 
 On a machine whose speed drifts, choose few methods and many rounds: the less stands between a step and its reference,
 the truer is their ratio.
@@ -24,11 +28,13 @@ from typing import Any
 import torch
 from harness import Cost, arguments, cost, interleaved, medians, ratios, save
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from acamkd import models
 from acamkd.config import Loss, Model
 from acamkd.distillation.build import build_distiller
 from acamkd.distillation.distiller import Distiller
+from acamkd.distillation.fast_teacher import DTYPES, Precision, relative_differences
 from acamkd.jobs.profile import measured, step_of
 from acamkd.models.base import Batch, Target, Task, TaskModel
 
@@ -139,21 +145,31 @@ def step(distiller: Distiller, batch: Batch) -> Callable[[], None]:
     return run
 
 
-def measure(name: str, size: tuple[int, int], losses: Mapping[str, Loss], rounds: int) -> Iterator[dict[str, Any]]:
+def measure(
+    name: str, size: tuple[int, int], losses: Mapping[str, Loss], rounds: int, precisions: Sequence[Precision] = ()
+) -> Iterator[dict[str, Any]]:
     """Cost of the parts and of a step with each loss, and the ratios to the reference, after every round."""
     student, teacher = networks(name, size)
     batch = batch_of(student, size)
     alone = Distiller(student)
     calls: dict[str, Callable[[], object]] = {"baseline": step(alone, batch)}
     gflops = {"baseline": step_of(alone, batch)[0]}
-    for method, entry in losses.items():
-        distiller = build_distiller(student, teacher, [entry])
-        if "teacher's forward" not in calls:
-            calls["teacher's forward"] = partial(distiller.teacher_maps, batch)
-            gflops["teacher's forward"] = measured(calls["teacher's forward"])[0]
-        calls[method] = step(distiller, batch)
-        gflops[method] = step_of(distiller, batch)[0]
-    calls[method]()  # memory and kernels as in every later step
+    differences: dict[str, dict[str, float]] = {}
+    plain: dict[str, Tensor] = {}
+    for precision in (None, *precisions):
+        suffix = "" if precision is None else f", {precision}"
+        for method, entry in losses.items():
+            distiller = build_distiller(student, teacher, [entry], precision)
+            forward = "teacher's forward" + suffix
+            if forward not in calls:
+                calls[forward] = partial(distiller.teacher_maps, batch)
+                gflops[forward] = measured(calls[forward])[0]
+                maps = distiller.teacher_maps(batch)
+                plain = plain or maps
+                differences[forward] = relative_differences(plain, maps)
+            calls[method + suffix] = step(distiller, batch)
+            gflops[method + suffix] = step_of(distiller, batch)[0]
+    calls[method + suffix]()  # memory and kernels as in every later step
     arithmetic = gflops["baseline"] + gflops["teacher's forward"]
     for costs in interleaved({method: partial(cost, call) for method, call in calls.items()}, rounds):
         reference = [
@@ -163,7 +179,7 @@ def measure(name: str, size: tuple[int, int], losses: Mapping[str, Loss], rounds
         yield {
             method: {
                 **medians(each)._asdict(), **ratios(each, reference), "gflops": gflops[method],
-                "gflops_ratio": gflops[method] / arithmetic, "all": each,
+                "gflops_ratio": gflops[method] / arithmetic, "differences": differences.get(method, {}), "all": each,
             }
             for method, each in costs.items()
         }  # fmt: skip
@@ -174,20 +190,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("task", nargs="?", choices=["detection", "segmentation"], help="one of the two alone")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="rows of one task's table, all by default")
+    parser.add_argument("--teacher", nargs="+", metavar="PRECISION", default=(), choices=["auto", *DTYPES])
+    parser.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="of the images")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"{ROUNDS} by default")
     given = arguments(parser, keep_heap=True)
     logging.getLogger("acamkd").setLevel(logging.ERROR)
     for name, (task, *_) in NETWORKS.items():
         if given.task in (None, task):
-            size = (128, 256) if given.quick else SIZES[name]
+            size = (128, 256) if given.quick else tuple(given.size or SIZES[name])
             chosen = given.methods or list(LOSSES[name])
             if unknown := set(chosen) - set(LOSSES[name]):
                 parser.error(f"{name} has no {', '.join(sorted(unknown))}; there are: {'; '.join(LOSSES[name])}")
             losses = {method: LOSSES[name][method] for method in chosen}
-            for rows in measure(name, size, losses, 1 if given.quick else given.rounds):
+            is_own = given.methods or given.teacher or given.size
+            for rows in measure(name, size, losses, 1 if given.quick else given.rounds, given.teacher):
                 save(
-                    f"step_cost_{task}" + ("_selected" if given.methods else ""),
-                    {"networks": name, "rows": rows},
+                    f"step_cost_{task}" + ("_selected" if is_own else ""),
+                    {"networks": name, "size": size, "rows": rows},
                     plot(name, rows),
                     quick=given.quick,
                 )
@@ -197,6 +216,9 @@ def main() -> None:
                 times = f"{row['seconds']:.2f} | {row['cpu_seconds']:.2f}"
                 times += "".join(f" | {row[key]:.3f}" for key in ("ratio", "cpu_ratio", "fastest_ratio"))
                 print(f"| {method} | {times} | {row['gflops']:.0f} | {row['gflops_ratio']:.3f} |")
+            for method, row in rows.items():
+                if any(row["differences"].values()):
+                    print(f"{method}:", ", ".join(f"{name} {x:.1e}" for name, x in row["differences"].items()))
 
 
 def plot(name: str, rows: Mapping[str, Any]) -> Figure:
