@@ -118,19 +118,26 @@ def test_what_is_there_is_not_computed(tmp_path: Path) -> None:
     assert asked[2:] == [["a"]]
 
 
-@pytest.mark.parametrize(("seconds", "pays"), [(0.01, True), (0.0, False)])
+@pytest.mark.parametrize(("seconds", "pays"), [(10.0, True), (7.0, False)])
 def test_it_is_left_where_it_does_not_pay(
-    seconds: float, pays: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    seconds: float, pays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "acamkd")
-    calls = 0
+    calls, now, get = 0, 0.0, DiskCache.get
+
+    def reading(self: DiskCache, key: str) -> dict[str, Tensor] | None:
+        nonlocal now
+        now += 4.0
+        return get(self, key)
 
     def compute(keys: list[str]) -> dict[str, dict[str, Tensor]]:
-        nonlocal calls
+        nonlocal calls, now
         calls += 1
-        time.sleep(seconds)
+        now += seconds
         return {key: {"x": torch.zeros(1)} for key in keys}
 
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(DiskCache, "get", reading)
     shelf = Shelf(DiskCache(tmp_path), "zeros", "")
     for key in range(TRIES):
         assert shelf.pays
