@@ -55,6 +55,8 @@ TINY_OF: dict[Task, list[str]] = {
     ],
     "segmentation": ["data.resize=[64, 64]", "data.augment={}"],
 }  # fmt: skip
+TINY_PAGE = {"foundation": ["teacher.backbone_weights=null", "teacher.options={depth: 3, embed_dim: 16, num_heads: 2}"]}
+"""What one page needs beside."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -140,7 +142,11 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-@pytest.mark.parametrize(("page", "task"), [("detector", "detection"), ("segmenter", "segmentation")])
+@pytest.mark.parametrize(
+    ("page", "task"),
+    [("detector", "detection"), ("segmenter", "segmentation"),
+     pytest.param("foundation", "detection", marks=pytest.mark.slow)],
+)  # fmt: skip
 def test_a_guide_runs_from_images_to_predictions(
     page: str, task: Task, run: Callable[[list[str]], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -149,10 +155,10 @@ def test_a_guide_runs_from_images_to_predictions(
     write_scenes(tmp_path / "photos", train=4, val=2, size=(64, 64), seed=0, task=task)
     shutil.copytree("photos/images/val", "photos/images/unlabeled")
     guide = DOCS / f"guides/{page}.md"
-    (recipe,) = blocks(guide, "yaml")
+    recipe, *_ = blocks(guide, "yaml")
     file = tmp_path / recipe.splitlines()[0].removeprefix("# ")
     file.write_text(recipe, encoding="utf-8")
-    overrides = [word for override in (*TINY, *TINY_OF[task]) for word in ("--set", override)]
+    overrides = [word for override in (*TINY, *TINY_OF[task], *TINY_PAGE.get(page, ())) for word in ("--set", override)]
     for name, *words in commands(guide):
         with_recipe = any(word.endswith(".yaml") for word in words)
         own = list(words[:1]) + (overrides if with_recipe else []) + list(words[1:])  # the page's own come last

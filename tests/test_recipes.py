@@ -25,7 +25,8 @@ ROOT = Path(__file__).parents[1]
 few_labels = runpy.run_path(str(ROOT / "studies/downscale_dataset.py"))["few_labels"]
 FILES = {
     **{str(file.relative_to(ROOT / "recipes").with_suffix("")): file
-       for file in sorted((ROOT / "recipes").rglob("*.yaml")) if file.parent.name != "combinations"},
+       for file in sorted((ROOT / "recipes").rglob("*.yaml"))
+       if file.parent.name not in ("combinations", "foundation")},
     **{f"studies/{file.parent.name}": file for file in sorted((ROOT / "studies").glob("*/recipe.yaml"))},
 }  # fmt: skip
 PAPER = {name.removeprefix("paper/"): file for name, file in FILES.items() if name.startswith("paper/")}
