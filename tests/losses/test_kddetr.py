@@ -148,7 +148,7 @@ class Detector(TaskModel):
 
 def asked(loss: KDDETR, batch: Batch) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
     student, teacher = Detector(100), Detector(200)
-    calls = [{"decoder": Call((), {"logits": torch.tensor([logit, -logit])})} for logit in (1.0, 2.0)]
+    calls = [{"decoder": Call((), {"logits": torch.tensor([logit, -logit])})} for logit in (3.0, 2.0)]
     context = DistillationContext(student_calls=calls[0], teacher_calls=calls[1])
     return loss(student, teacher, {}, {}, batch, context), student.asked.seen, teacher.asked.seen
 
@@ -193,4 +193,4 @@ def test_what_cannot_be_asked_is_refused() -> None:
         LD().layers(Detector(1), Detector(1))
     for wrong in ({"queries": ()}, {"queries": ("own",)}, {"count": 0}):
         with pytest.raises(ValueError, match="queries must be some of specific, general, targets, and count 1 or more"):
-            KDDETR(**wrong)  # type: ignore[arg-type]
+            KDDETR(**wrong)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import box_convert, generalized_box_iou_loss
 
-from acamkd.losses.queries import QueryLoss, Source
+from acamkd.losses.functional import safe_divide
+from acamkd.losses.queries import QueryLoss, Source, to_corners
 
 if TYPE_CHECKING:
     from acamkd.models.base import Answers
@@ -27,9 +28,17 @@ def class_divergence(logits: Tensor, teacher: Tensor) -> Tensor:
 
 def box_distance(boxes: Tensor, teacher: Tensor) -> Tensor:
     """5 |b_s - b_t|_1 + 2 (1 - GIoU) of boxes given by center and size: (N, Q, 4) -> (N, Q)."""
-    corners = (box_convert(x.flatten(0, 1), "cxcywh", "xyxy") for x in (boxes, teacher))
-    giou: Tensor = generalized_box_iou_loss(*corners)
-    return L1_WEIGHT * (boxes - teacher).abs().sum(dim=-1) + GIOU_WEIGHT * giou.view(boxes.shape[:2])
+    giou = generalized_iou(to_corners(boxes), to_corners(teacher))
+    return L1_WEIGHT * (boxes - teacher).abs().sum(dim=-1) + GIOU_WEIGHT * (1 - giou)
+
+
+def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
+    """IoU - (hull - union) / hull of paired boxes, (..., 4) x1 y1 x2 y2 -> (...)."""
+    starts, ends = torch.stack([boxes[..., :2], others[..., :2]]), torch.stack([boxes[..., 2:], others[..., 2:]])
+    overlap = (ends.amin(dim=0) - starts.amax(dim=0)).clamp_min(0).prod(dim=-1)
+    hull = (ends.amax(dim=0) - starts.amin(dim=0)).prod(dim=-1)
+    union = (ends - starts).prod(dim=-1).sum(dim=0) - overlap
+    return safe_divide(overlap, union) - safe_divide(hull - union, hull)
 
 
 class KDDETR(QueryLoss):
@@ -84,8 +93,8 @@ class KDDETR(QueryLoss):
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {
-        "kd_detr": {"queries": ["specific", "general"]},
-        "target_aware": {"queries": ["targets"]},
+        "kd_detr": {"queries": ("specific", "general")},
+        "target_aware": {"queries": ("targets",)},
     }
 
     TERMS = ("classification", "boxes")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
 
 from acamkd.losses.base import DistillationContext, HeadLoss
 from acamkd.losses.functional import full_precision, safe_divide
@@ -136,7 +135,7 @@ class QueryLoss(HeadLoss):
                 if most:
                     boxes = random_boxes(own, most)  # images with fewer objects are filled up
                     for index, each in enumerate(batch.boxes):
-                        boxes[index, : len(each)] = box_convert(each.to(boxes), "xyxy", "cxcywh") / unit[index]
+                        boxes[index, : len(each)] = to_centers(each.to(boxes)) / unit[index]
                     yield boxes
 
 
@@ -145,6 +144,18 @@ def random_boxes(like: Tensor, count: int) -> Tensor:
     drawn = torch.rand(len(like), count, 4, device=like.device)
     low, high = SIDES
     return torch.cat([drawn[..., :2], low + (high - low) * drawn[..., 2:]], dim=-1).to(like.dtype)
+
+
+def to_corners(boxes: Tensor) -> Tensor:
+    """(..., 4) center and size -> x1 y1 x2 y2."""
+    centers, sides = boxes.chunk(2, dim=-1)
+    return torch.cat([centers - sides / 2, centers + sides / 2], dim=-1)
+
+
+def to_centers(boxes: Tensor) -> Tensor:
+    """(..., 4) x1 y1 x2 y2 -> center and size."""
+    starts, ends = boxes.chunk(2, dim=-1)
+    return torch.cat([(starts + ends) / 2, ends - starts], dim=-1)
 
 
 def scaled(answers: Answers, factors: Tensor) -> Answers:

@@ -101,8 +101,9 @@ def edge_shifts(decoder: Any) -> Tensor:
     For n + 1 bins, a = up reg_scale and s = (a + 1)^(2 / (n - 2)), the shifts in units of 1 / reg_scale are 0,
     +-(s^i - 1) for i = 1 ... n / 2 - 1, and +-2 a (Peng et al., D-FINE, ICLR 2025, https://arxiv.org/abs/2410.13842).
     """
-    bins, scale = decoder.max_num_bins, decoder.reg_scale.detach().float().abs()
-    limit = decoder.up.detach().float().abs() * scale
+    bins: int = decoder.max_num_bins
+    scale: Tensor = decoder.reg_scale.detach().float().abs()
+    limit: Tensor = decoder.up.detach().float().abs() * scale
     powers = ((limit + 1) ** (2 / (bins - 2))) ** torch.arange(1, bins // 2, device=scale.device) - 1
     outward = torch.cat([powers, 2 * limit])
     return torch.cat([-outward.flip(0), torch.zeros_like(limit), outward]) / scale
@@ -124,7 +125,7 @@ class GroupDecoder(HFQueryDecoder):
     def _answers(self, output: Any, boxes: Tensor) -> Answers:
         states = output.last_hidden_state
         deltas = self.net.bbox_embed(states).float()
-        centers, sides = boxes.split(2, dim=-1)
+        centers, sides = boxes.chunk(2, dim=-1)
         found = torch.cat([centers + deltas[..., :2] * sides, sides * deltas[..., 2:].exp()], dim=-1)
         return Answers(self.net.class_embed(states).float(), found)
 
