@@ -17,7 +17,8 @@ from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.fast_teacher import FastTeacher, fold_batch_norms, relative_differences
 from acamkd.distillation.taps import probe, probe_batch
 from acamkd.losses import FitNet
-from acamkd.models import TaskModel, build
+from acamkd.models import build
+from acamkd.models.base import FeatureModel
 from acamkd.models.segmentation import Segmenter
 
 
@@ -68,7 +69,7 @@ def _teacher() -> Segmenter:
     return teacher.eval().requires_grad_(False)
 
 
-def _left(model: TaskModel) -> set[str]:
+def _left(model: FeatureModel) -> set[str]:
     modules = model.net.named_modules()
     return {name for name, x in modules if "running_var" in dict(x.named_buffers(recurse=False))}
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from acamkd.config import Loss, Model
 from acamkd.distillation.build import build_distiller
-from acamkd.distillation.distiller import Distiller, WeightSchedule
+from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.methods import METHODS, describe, find, options
+from acamkd.distillation.schedule import WeightSchedule
 from acamkd.distillation.taps import probe
 from acamkd.errors import AcamkdError
 from acamkd.losses import ACAM, DistillationContext, FeatureLoss, FitNet, FreeKD, HeadLoss, MasKD

@@ -70,9 +70,9 @@ def test_a_layer_that_is_missing_is_added(
     asked: list[list[str]] = []
     run = Distiller._run_teacher
 
-    def noted(self: Distiller, batch: Batch, names: list[str], *, whole: bool) -> Any:
+    def noted(self: Distiller, batch: Batch, names: list[str], fast: Any, *, whole: bool) -> Any:
         asked.append(list(names))
-        return run(self, batch, names, whole=whole)
+        return run(self, batch, names, fast, whole=whole)
 
     monkeypatch.setattr(Distiller, "_run_teacher", noted)
     distiller(networks, tmp_path, "encoder:2").teacher_maps(batch)

@@ -15,7 +15,7 @@ from acamkd.data.disk_cache import DiskCache, Shelf
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.teacher_maps import SharedMaps
 from acamkd.engine.devices import device_of
-from acamkd.jobs.setup import Batches
+from acamkd.jobs.setup import Loaders
 
 LIBRARIES = ("acamkd", "torch", "torchvision", "timm", "segmentation-models-pytorch", "numpy", "pillow")
 """Other versions of these may compute other numbers."""
@@ -38,13 +38,13 @@ class SharedWork:
     limit: int
     half: bool = False
 
-    def share_images(self, batches: Batches) -> None:
+    def share_images(self, batches: Loaders) -> None:
         """Let data sets share their augmented images; after `Batches.check`, which computes the fingerprints."""
         for name, images in batches.training_images.items():
             identity = (batches.identity(name), images.seed, _versions())
             images.shared = Shelf(self._cache, "augmented images", identity)
 
-    def share_maps(self, distiller: Distiller, batches: Batches, teacher: str, *, calibrating: bool = False) -> None:
+    def share_maps(self, distiller: Distiller, batches: Loaders, teacher: str, *, calibrating: bool = False) -> None:
         """Let a Distiller share its teacher's feature maps; `teacher` is the hash of the weights.
 
         A calibration runs before the training's precision and memory format are set, and so has entries of its own.
@@ -53,17 +53,17 @@ class SharedWork:
         identity = (calibrating, teacher, network, distiller.folded_norms, _machine(batches.resolved))
         distiller.shared_maps = SharedMaps(Shelf(self._cache, "the teacher's feature maps", identity), half=self.half)
 
-    def scores(self, distiller: Distiller, batches: Batches, teacher: str) -> dict[str, float] | None:
+    def scores(self, distiller: Distiller, batches: Loaders, teacher: str) -> dict[str, float] | None:
         """The teacher's scores on the validation images; None before any training has kept them."""
         entry = self._cache.get(self._scores_key(distiller, batches, teacher))
         return None if entry is None else {name: value.item() for name, value in entry.items()}
 
-    def keep_scores(self, distiller: Distiller, batches: Batches, teacher: str, scores: dict[str, float]) -> None:
+    def keep_scores(self, distiller: Distiller, batches: Loaders, teacher: str, scores: dict[str, float]) -> None:
         """Keep what `scores` then gives."""
         entry = {name: torch.tensor(value, dtype=torch.float64) for name, value in scores.items()}
         self._cache.put(self._scores_key(distiller, batches, teacher), entry)
 
-    def _scores_key(self, distiller: Distiller, batches: Batches, teacher: str) -> str:
+    def _scores_key(self, distiller: Distiller, batches: Loaders, teacher: str) -> str:
         recipe = batches.resolved
         return repr((
             "scores", teacher, batches.identity("val"), _network(recipe, distiller), recipe.student.options,
