@@ -115,7 +115,7 @@ class Distiller(nn.Module):
 
     @property
     def folded_norms(self) -> int:
-        """Number of the teacher's batch norms that its forward folds, which depends on what is tapped."""
+        """Number of the teacher's batch norms that its forward folds; it depends on what is tapped."""
         return self._fast.folded if self._fast else 0
 
     @property
@@ -283,10 +283,8 @@ class Distiller(nn.Module):
         """
         indices = range(len(self.losses)) if active is None else active
         names = _flat(self._layers(index)[1] for index in indices)
-        if calls:
-            return self._run_teacher(batch, names, None, whole=True)
-        if self.shared_maps is None:
-            return self._run_teacher(batch, names, self._fast, whole=whole)
+        if calls or self.shared_maps is None:
+            return self._run_teacher(batch, names, None if calls else self._fast, whole=whole or calls)
         return self.shared_maps(
             batch, names, lambda missing: self._run_teacher(batch, missing, self._fast, whole=whole)
         )
