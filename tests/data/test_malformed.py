@@ -369,7 +369,7 @@ RECIPES: dict[str, Case] = {
     "the same method twice at a layer": Case(SEG, put("losses", [tiny.ACAM, tiny.ACAM]), "distill",
         ("the same method stands twice at one layer: segmentation_head.0/acam",)),
     "unknown architecture": Case(DET, put("student.arch", "retinanett"), "train",
-        ("unknown detector retinanett; did you mean retinanet?",)),
+        ("unknown detector retinanett; did you mean retinanet",)),
     "unknown backbone": Case(SEG, put("student.backbone", "resnet19"), "train",
         ("unknown encoder resnet19; did you mean", "resnet18")),
     "architecture of a missing module": Case(SEG, put("student.arch", "no_such_module:net"), "train",

@@ -29,7 +29,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def _without_reports() -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jobs, "write_report", lambda run: None)
+        patch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
         yield
 
 

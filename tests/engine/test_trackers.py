@@ -23,7 +23,6 @@ from acamkd.engine.mask_history import mask_sheets, mask_values
 from acamkd.engine.runs import Run
 from acamkd.engine.trackers import MLflow, TensorBoard, WeightsAndBiases, build_trackers, check_installed, tracked_name
 from acamkd.errors import AcamkdError
-from acamkd.jobs import train as jobs
 from acamkd.jobs.train import distill
 
 KEY = "segmentation_head.0/acam"
@@ -40,7 +39,7 @@ def _trained(folder: Path, *names: str) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("WANDB_SILENT", "true")
-        patch.setattr(jobs, "write_report", lambda run: None)
+        patch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
         recipe = tiny.recipe(root, loggers=loggers)
         with pytest.MonkeyPatch.context() as interrupted:
             tiny.interrupt_at(interrupted, epoch=1, batch=1)
@@ -144,7 +143,7 @@ def _history(file: Path) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_the_step_log_is_what_it_is_alone(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "write_report", lambda run: None)
+    monkeypatch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
     alone = distill(run.recipe, overrides=["train.loggers=[csv]"], out=tmp_path / "alone")
     for table in ("history.csv", "logs/metrics.csv"):
         assert tiny.rows(run.folder / table) == tiny.rows(alone.folder / table)

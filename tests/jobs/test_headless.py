@@ -78,7 +78,7 @@ def test_every_feature_loss_works_and_what_needs_a_head_is_refused(
 ) -> None:
     student, teacher, batch = networks
     entries = [config.Loss(name=name, pairs=[("encoder:4", "levels:0")], **options)]
-    if options or name in ("dist", "crosskd"):
+    if options or name in ("dist", "crosskd", "kddetr", "ld"):
         with pytest.raises(AcamkdError, match=rf"losses.0 \({name}\): it needs the teacher's head, and"):
             build_distiller(student, teacher, entries)
         return

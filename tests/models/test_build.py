@@ -62,7 +62,7 @@ def test_a_module_becomes_a_segmenter(caplog: pytest.LogCaptureFixture) -> None:
     assert tuple(model.net.weight.shape) == (3, 3, 3, 3)  # type: ignore[arg-type]
     assert model.predict([torch.rand(3, 10, 11)])[0]["mask"].shape == (10, 11)
     assert model.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
-    with pytest.raises(AcamkdError, match="Conv2d has neither encoder nor backbone"):
+    with pytest.raises(AcamkdError, match="Conv2d has neither an encoder nor a backbone"):
         _ = model.backbone
 
 

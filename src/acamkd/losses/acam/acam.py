@@ -166,7 +166,11 @@ class ACAM(FeatureLoss):
         if looking_ahead and not student.requires_grad:
             student = student.detach().requires_grad_()  # the reward is a gradient at it
         errors = distillation_distances(student, teacher, self.kinds, self.imitation, self.temperature)
-        rewards = self._rewards(errors, student, context) if looking_ahead else {}
+        rewards = {}
+        if looking_ahead and torch.compiler.is_compiling():
+            rewards = self._rewards_apart(student, teacher, context)
+        elif looking_ahead:
+            rewards = self._rewards(errors, student, context)
         terms = {}
         self.statistics = {}
         for kind, mask in masks.in_use().items():
@@ -239,6 +243,13 @@ class ACAM(FeatureLoss):
             aligned, target = self._to_common_form(student.detach(), teacher)
             masks = self._masks(self.align(aligned).detach(), target)
             return apply_masks(masks, teacher.to(target.dtype)).to(teacher.dtype)
+
+    @torch.compiler.disable
+    def _rewards_apart(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
+        """`_rewards` of distances of their own: a compiled graph gives no gradient between two of its outputs."""
+        student = student.detach().requires_grad_()
+        errors = distillation_distances(student, teacher, self.kinds, self.imitation, self.temperature)
+        return self._rewards(errors, student, context)
 
     def _rewards(
         self, errors: Mapping[str, Tensor], student: Tensor, context: DistillationContext
