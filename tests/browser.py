@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from selenium import webdriver
 
 FLAGS = (
     "headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
@@ -51,6 +50,7 @@ class Browser:
         chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
         if not (chromium and driver):
             pytest.skip("there is no chromium with its chromedriver (Debian: apt-get install chromium chromium-driver)")
+        webdriver = pytest.importorskip("selenium.webdriver")
         options = webdriver.ChromeOptions()
         options.binary_location = chromium
         for flag in (*FLAGS, f"user-data-dir={profile}"):

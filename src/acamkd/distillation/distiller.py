@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from math import isfinite
+from math import isfinite, lcm
 from typing import TypeAlias
 
 import torch
@@ -18,7 +18,7 @@ from acamkd.distillation.calls import recorded_calls
 from acamkd.distillation.compiled import CompiledLoss, CompiledNetwork
 from acamkd.distillation.fast_teacher import FastTeacher, Precision
 from acamkd.distillation.schedule import WeightSchedule
-from acamkd.distillation.split_backward import split_backward
+from acamkd.distillation.split_backward import explaining_checkpoints, split_backward
 from acamkd.distillation.taps import FeatureTap, probe_batch
 from acamkd.distillation.teacher_maps import SharedMaps
 from acamkd.errors import AcamkdError
@@ -97,7 +97,9 @@ class Distiller(nn.Module):
         if twice := {key for key in self._keys if self._keys.count(key) > 1}:
             raise AcamkdError(f"the same method stands twice at one layer: {', '.join(sorted(twice))}")
         self._fast: FastTeacher | None = None
-        if losses and precision is not None:
+        if precision is not None and (asking := self._asking):
+            log.warning("%s needs arguments of the teacher's modules, so that teacher.precision is not used", asking)
+        elif losses and precision is not None:
             self._fast = FastTeacher(self.teacher, self._tapped(1), precision, probe_batch(student))
         self._compiled: list[CompiledNetwork | CompiledLoss] = []
         self.shared_maps: SharedMaps | None = None
@@ -114,14 +116,14 @@ class Distiller(nn.Module):
         return self._teacher[0]
 
     @property
-    def folded_norms(self) -> int:
-        """Number of the teacher's batch norms that its forward folds; it depends on what is tapped."""
-        return self._fast.folded if self._fast else 0
+    def folded_norms(self) -> list[str]:
+        """The teacher's batch norms that its forward folds; it depends on what is tapped."""
+        return self._fast.folded if self._fast else []
 
     @property
-    def networks(self) -> tuple[FeatureModel, ...]:
-        """The student, and the teacher if there is one."""
-        return (self.student, *self._teacher)
+    def multiple(self) -> int:
+        """What the sides of an input must be multiples of; a teacher without a head resizes by itself."""
+        return lcm(*(model.multiple for model in (self.student, *self._teacher) if isinstance(model, TaskModel)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
         for teacher in (*self._teacher, *([self._fast.model] if self._fast else [])):
@@ -137,11 +139,11 @@ class Distiller(nn.Module):
         Args:
             backend: Of torch.compile.
         """
-        if named := [key for index, key in enumerate(self._keys) if any(self._called(index))]:
-            log.warning("%s: it needs arguments of modules within the networks, so that nothing is compiled", named[0])
+        if asking := self._asking:
+            log.warning("%s needs arguments of modules within the networks, so that nothing is compiled", asking)
             return
         self._compiled = [CompiledNetwork(self.student.net, self._tapped(0), "student", backend)]
-        if self.losses:
+        if self.losses and self.shared_maps is None:  # what is shared must not depend on what ran before
             teacher = self._fast.model if self._fast else self.teacher
             self._compiled.append(CompiledNetwork(teacher.net, self._tapped(1), "teacher", backend))
         self._compiled += [
@@ -179,7 +181,7 @@ class Distiller(nn.Module):
             return {}
         names = _flat(self._layers(index)[0] for index in active)
         with ExitStack() as stack:
-            stack.enter_context(_explaining_checkpoints())
+            stack.enter_context(explaining_checkpoints())
             for compiled in self._compiled if self.training else ():
                 stack.enter_context(compiled.running())
             # Keyed by the identity of the tapped output, which may have two names.
@@ -267,6 +269,11 @@ class Distiller(nn.Module):
     def _tapped(self, network: int) -> list[str]:
         """All layers of the student (0) or teacher (1) that losses need."""
         return _flat(self._layers(index)[network] for index in range(len(self.losses)))
+
+    @property
+    def _asking(self) -> str | None:
+        """A loss that needs arguments of modules."""
+        return next((key for index, key in enumerate(self._keys) if any(self._called(index))), None)
 
     def _called(self, index: int) -> tuple[list[str], list[str]]:
         """Modules of student and teacher whose arguments one loss needs."""
@@ -368,20 +375,6 @@ class Distiller(nn.Module):
             return loss(student_tap[pair[0]], teacher_maps[pair[1]], context)  # type: ignore[no-any-return]
         except ValueError as error:
             raise AcamkdError(f"{self._keys[index]}: {error}") from error
-
-
-@contextmanager
-def _explaining_checkpoints() -> Iterator[None]:
-    """Say what is to be done where an activation checkpoint has no graph to differentiate."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "use_reentrant" not in str(error):
-            raise
-        raise AcamkdError(
-            "the student has an activation checkpoint with use_reentrant=True, which gives no gradient at tapped maps: "
-            "set use_reentrant=False, torch's advice for every checkpoint"
-        ) from error
 
 
 def _flat(names: Iterable[Sequence[str]]) -> list[str]:

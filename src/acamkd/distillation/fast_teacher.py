@@ -49,15 +49,16 @@ class FastTeacher:
         self.precision = precision
         self.model = copy.deepcopy(teacher)
         self.folded = fold_batch_norms(self.model, example, layers)
-        """Number of batch norms that are folded."""
-        differences = relative_differences(*(probe(model, layers, example) for model in (teacher, self.model)))
+        """Names of the batch norms that are folded."""
+        with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
+            differences = relative_differences(*(probe(model, layers, example) for model in (teacher, self.model)))
         if not max(differences.values(), default=0.0) <= ROUNDING:
             name = max(differences, key=differences.__getitem__)
             log.warning(
                 "the teacher's batch norms are not folded: that would change %s by %.2g of its largest value",
                 name, differences[name],
             )  # fmt: skip
-            self.model, self.folded = copy.deepcopy(teacher), 0
+            self.model, self.folded = copy.deepcopy(teacher), []
         self._dtype: torch.dtype | None = None
 
     def on(self, device: torch.device) -> torch.autocast:
@@ -72,7 +73,7 @@ class FastTeacher:
                 self.model.to(memory_format=torch.channels_last)
             log.info(
                 "the teacher's forward: %s%s, %d batch norms folded", str(self._dtype).removeprefix("torch."),
-                ", channels last" if is_last else "", self.folded,
+                ", channels last" if is_last else "", len(self.folded),
             )  # fmt: skip
         is_half = self._dtype != torch.float32
         return torch.autocast(device.type, self._dtype if is_half else None, enabled=is_half)
@@ -108,7 +109,7 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
-def fold_batch_norms(model: FeatureModel, example: Batch, layers: Sequence[str] = ()) -> int:
+def fold_batch_norms(model: FeatureModel, example: Batch, layers: Sequence[str] = ()) -> list[str]:
     """Fold batch norms in eval mode, learned or frozen, into the convolutions before them, in place.
 
     A forward shows the pairs: a plain convolution whose outputs nothing but one batch norm reads, which reads nothing
@@ -120,7 +121,7 @@ def fold_batch_norms(model: FeatureModel, example: Batch, layers: Sequence[str] 
         layers: What must keep its output, in FeatureTap's grammar.
 
     Returns:
-        Number of batch norms folded.
+        Names of the batch norms that were folded, in alphabetical order.
     """
     reads = _Reads()
     outputs: dict[int, tuple[nn.Module, Tensor]] = {}  # by identity; kept, so that no other tensor gets it
@@ -159,11 +160,12 @@ def fold_batch_norms(model: FeatureModel, example: Batch, layers: Sequence[str] 
             rest = _fold(convolution, norm)
             if rest is not None:
                 replacements[norm] = rest
+    folded = sorted(name for name, module in model.net.named_modules() if module in replacements)
     for parent in list(model.net.modules()):
         for name, child in list(parent._modules.items()):
             if child in replacements:
                 setattr(parent, name, replacements[child])
-    return len(replacements)
+    return folded
 
 
 def _fold(convolution: Any, norm: Any) -> nn.Module | None:

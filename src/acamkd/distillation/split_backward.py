@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -109,3 +110,17 @@ class _Differentiated(torch.autograd.Function):
                 "all terms of a Distiller's task the same factor, or none"
             )
         return None, None, *(factors[0] * gradient for gradient in ctx.gradients)
+
+
+@contextmanager
+def explaining_checkpoints() -> Iterator[None]:
+    """Say what is to be done where an activation checkpoint has no graph to differentiate."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise AcamkdError(
+            "the student has an activation checkpoint with use_reentrant=True, which gives no gradient at tapped maps: "
+            "set use_reentrant=False, torch's advice for every checkpoint"
+        ) from error

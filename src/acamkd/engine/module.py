@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from contextlib import nullcontext
-from math import lcm
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -163,7 +162,7 @@ class TrainingModule(L.LightningModule):
     def run_losses(self, batch: Batch, *, labeled: bool) -> dict[str, Tensor]:
         """Return the loss terms of one batch, whether they are finite or not."""
         if self._scale is not None:
-            batch = rescale(batch, self._scale, lcm(*(model.multiple for model in self.distiller.networks)))
+            batch = rescale(batch, self._scale, self.distiller.multiple)
         return self.distiller(batch, self.global_step, labeled=labeled, check=False)  # type: ignore[no-any-return]
 
     def save_best(self, file: Path) -> None:

@@ -24,6 +24,8 @@ from acamkd.stopwatch import counted, timed
 NEIGHBORS = 5
 TEMPERATURE = 0.07
 """A neighbor's vote is exp(cosine / TEMPERATURE), as in DINO's evaluation (arXiv 2104.14294)."""
+BEYOND_RAMPS = 2**62
+"""A step at which every loss has its full weight."""
 MOST = 5000
 """Objects that are compared with each other at most; of more, evenly spaced ones."""
 
@@ -117,7 +119,7 @@ class HeldOutLoss(Validator):
         batch = distiller.student.prepare(images)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(len(self._sums))  # random masks
-            terms = distiller(batch, labeled=False)
+            terms = distiller(batch, BEYOND_RAMPS, labeled=False)
         self._sums.append((float(torch.stack(list(terms.values())).sum()) * len(images), len(images)))
 
     def compute(self) -> dict[str, float]:

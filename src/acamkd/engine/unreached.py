@@ -24,9 +24,9 @@ class Unreached(Callback):
         self.waiting: dict[str, nn.Parameter] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Wait for every parameter, unless the training goes on."""
+        """Wait for every parameter, unless the training goes on after these steps."""
         assert isinstance(pl_module, TrainingModule)
-        if trainer.global_step == 0:
+        if trainer.global_step < STEPS:
             student = pl_module.distiller.student.net
             self.waiting = {name: each for name, each in student.named_parameters() if each.requires_grad}
 

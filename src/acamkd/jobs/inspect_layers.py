@@ -22,7 +22,7 @@ from acamkd.distillation.taps import entries_of, probe
 from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
 from acamkd.jobs.init.layout import quiet
-from acamkd.models.base import Batch, FeatureModel, Task, TaskModel
+from acamkd.models.base import Batch, FeatureModel, PixelSize, Task, TaskModel
 from acamkd.models.build import family_of
 
 Pair: TypeAlias = "str | list[str]"
@@ -133,7 +133,9 @@ def of_recipe(recipe: config.Recipe) -> tuple[FeatureModel, TaskModel]:
         form = data.resolve(recipe.data, recipe.task).format
     fixed = None if form == AUTO else reader_of(form, recipe.task).FIXED_CLASSES
     classes = len(recipe.data.classes or fixed or range(CLASSES))
-    return _build_teacher(recipe.teacher, recipe.task, classes), _build(recipe.student, recipe.task, classes)
+    size = recipe.data.resize if isinstance(recipe.data.resize, tuple) else (SIDE, SIDE)
+    teacher = _build_teacher(recipe.teacher, recipe.task, classes, size)
+    return teacher, _build(recipe.student, recipe.task, classes, size)
 
 
 def of_names(teacher: str, student: str) -> tuple[FeatureModel, TaskModel]:
@@ -153,13 +155,13 @@ def _parse(name: str) -> config.Model:
     return config.Model(arch=arch, **({"backbone": backbone} if backbone else {}))
 
 
-def _build(section: config.Model, task: Task, classes: int) -> TaskModel:
-    return models.build(_blank(section), task, classes, (SIDE, SIDE)).eval()
+def _build(section: config.Model, task: Task, classes: int, size: PixelSize = (SIDE, SIDE)) -> TaskModel:
+    return models.build(_blank(section), task, classes, size).eval()
 
 
-def _build_teacher(section: config.Model, task: Task, classes: int) -> FeatureModel:
+def _build_teacher(section: config.Model, task: Task, classes: int, size: PixelSize = (SIDE, SIDE)) -> FeatureModel:
     with quiet("acamkd.models"):  # which would miss its weights
-        return models.build_teacher(_blank(section), task, classes, (SIDE, SIDE)).eval()
+        return models.build_teacher(_blank(section), task, classes, size).eval()
 
 
 def _blank(section: config.Model) -> config.Model:

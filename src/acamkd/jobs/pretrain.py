@@ -21,6 +21,7 @@ from acamkd.engine.trackers import check_installed
 from acamkd.errors import AcamkdError
 from acamkd.jobs.fit import fit
 from acamkd.jobs.setup import Loaders, build_network, build_teacher, teacher_section, with_normalization
+from acamkd.losses.base import HeadLoss
 from acamkd.models.base import keeping_modes, to_device
 from acamkd.progress import is_first_process, progress
 
@@ -133,6 +134,8 @@ def _check_losses(distiller: Distiller, entries: Sequence[config.Loss]) -> None:
     """Raise AcamkdError for losses that learn nothing, or not what they should, without labels."""
     for _, loss in distiller.levels:
         name = type(loss).__name__.lower()
+        if isinstance(loss, HeadLoss):
+            raise AcamkdError(f"{name} compares heads, and pretraining has none: take cosine, pkd, fitnet or another")
         if loss.needs_targets:
             raise AcamkdError(f"{name} needs labels, and pretraining has none: take cosine, pkd, fitnet or another")
         if "task_gradient" in loss.needs:
@@ -166,7 +169,7 @@ def _score(distiller: Distiller, images: ImagesAlone) -> dict[str, float]:
     if not isinstance(validator, NearestNeighbors):
         return {validator.metric: math.nan}
     device = distiller.teacher.mean.device
-    student.to(device)
+    distiller.to(device)
     start = NearestNeighbors(validator.classes)
     with keeping_modes(student):
         student.eval()

@@ -139,9 +139,9 @@ def estimate(recipe: config.Recipe) -> Estimate:
     teacher = build_teacher(recipe, recipe.teacher, images.classes)
     loader = data.loader(images, min(IMAGES, len(images)), 0, shuffle=True, seed=recipe.train.seed)
     with probe_distiller(student, teacher, recipe.losses) as distiller:
-        batch = next(prepared(student, loader))
+        plain = batch = next(prepared(student, loader))
         if recipe.train.multiscale is not None:  # memory has to do for the largest
-            batch = rescale(batch, recipe.train.multiscale[1], student.multiple)
+            batch = rescale(batch, recipe.train.multiscale[1], distiller.multiple)
         if recipe.train.quantize:
             FakeQuantization(student)
         free = free_memory(batch.pixels.device)
@@ -149,7 +149,7 @@ def estimate(recipe: config.Recipe) -> Estimate:
         alone = step_of(Distiller(distiller.student), batch)
         unlabeled = recipe.data.unlabelled is not None
         whole = step_of(distiller, batch, unlabeled=unlabeled)
-        seconds = seconds_of(distiller, batch, unlabeled=unlabeled)
+        seconds = seconds_of(distiller, plain, unlabeled=unlabeled)
         parts = [loss.attention_module for _, loss in distiller.levels]
         fusions = nn.ModuleList(part for part in parts if part is not None)
         fusing = _fusing(fusions, distiller, batch) if fusions else (0.0, 0)

@@ -6,6 +6,7 @@ import os
 import platform
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,9 +16,10 @@ from acamkd.data.disk_cache import DiskCache, Shelf
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.teacher_maps import SharedMaps
 from acamkd.engine.devices import device_of
+from acamkd.engine.machine import processor
 from acamkd.jobs.setup import Loaders
 
-LIBRARIES = ("acamkd", "torch", "torchvision", "timm", "segmentation-models-pytorch", "numpy", "pillow")
+LIBRARIES = ("acamkd", "torch", "torchvision", "timm", "segmentation-models-pytorch", "transformers", "numpy")
 """Other versions of these may compute other numbers."""
 
 ROUNDING_KEYS = frozenset({"precision", "channels_last", "compile", "batch_size"})
@@ -50,7 +52,7 @@ class SharedWork:
         A calibration runs before the training's precision and memory format are set, and so has entries of its own.
         """
         network = _network(batches.resolved, distiller)
-        identity = (calibrating, teacher, network, distiller.folded_norms, _machine(batches.resolved))
+        identity = (calibrating, teacher, network, distiller.folded_norms, self.half, _machine(batches.resolved))
         distiller.shared_maps = SharedMaps(Shelf(self._cache, "the teacher's feature maps", identity), half=self.half)
 
     def scores(self, distiller: Distiller, batches: Loaders, teacher: str) -> dict[str, float] | None:
@@ -85,10 +87,11 @@ def _network(recipe: config.Recipe, distiller: Distiller) -> str:
 def _machine(recipe: config.Recipe) -> str:
     """What the rounding depends on: precision, libraries, device and its instructions."""
     device = device_of(recipe.train)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()} {platform.machine()}"
     instructions = torch.backends.cpu.get_cpu_capability(), os.environ.get("ONEDNN_MAX_CPU_ISA")
     return f"{recipe.train.model_dump_json(include=set(ROUNDING_KEYS))} {name} {instructions} {_versions()}"
 
 
 def _versions() -> list[str]:
-    return [f"{name} {version(name)}" for name in LIBRARIES]
+    present = [name for name in LIBRARIES if find_spec(name.replace("-", "_"))]
+    return [f"{name} {version(name)}" for name in (*present, "pillow")]

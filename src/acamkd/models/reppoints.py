@@ -89,7 +89,7 @@ class ClassificationHead(nn.Module):
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """(N, C, H, W) and offsets (N, 18, H, W) -> (N, K + 1, H, W)."""
-        logits: Tensor = self.cls_logits(F.relu(self.deform_conv(self.conv(x).float(), offsets)))
+        logits: Tensor = self.cls_logits(F.relu(self.deform_conv(_precise(self.conv(x)), offsets)))
         return logits
 
 
@@ -117,10 +117,10 @@ class RegressionHead(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, C, H, W) -> first and refined points, and the deformable convolutions' offsets, (N, 18, H, W) each."""
-        x = self.conv(x).float()  # half precision has no deformable convolution on a processor
-        first = self.init_points(F.relu(self.init_conv(x))).float()
+        x = _precise(self.conv(x))  # half precision has no deformable convolution on a processor
+        first = _precise(self.init_points(F.relu(self.init_conv(x))))
         offsets = POINT_GRADIENT * first + (1 - POINT_GRADIENT) * first.detach() - self.grid
-        refined = self.refine_points(F.relu(self.refine_conv(x, offsets))).float()
+        refined = _precise(self.refine_points(F.relu(self.refine_conv(x, offsets))))
         return first, first.detach() + refined, offsets
 
     def boxes(self, points: Tensor) -> Tensor:
@@ -318,6 +318,10 @@ def assign_boxes(candidates: Tensor, boxes: Tensor) -> Tensor:
     indices = torch.arange(len(boxes), device=boxes.device)[:, None]
     ensured = indices.where((overlaps == best) & (best > 0), NONE).amax(dim=0)
     return ensured.where(ensured >= 0, chosen)
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _tower(width: int) -> nn.Sequential:

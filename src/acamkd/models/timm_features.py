@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from contextlib import nullcontext
 from typing import Any
@@ -18,8 +17,6 @@ from acamkd.errors import AcamkdError, nearest
 from acamkd.models.backbones import timm_options
 from acamkd.models.base import Batch, FeatureModel, PixelSize
 from acamkd.models.weights import hub_errors
-
-log = logging.getLogger(__name__)
 
 
 class Levels(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from acamkd import config
@@ -65,7 +66,11 @@ def _teacher(run: Run) -> list[Network]:
     if section is None or section.weights is None or not Path(section.weights).is_file():
         log.warning("the teacher is left out: its weights are not there")
         return []
-    return [Network(TEACHER, Path(section.weights), lambda: head_of(run.load_teacher()))]
+    return [Network(TEACHER, Path(section.weights), partial(_load_teacher, run))]
+
+
+def _load_teacher(run: Run) -> TaskModel:
+    return head_of(run.load_teacher())
 
 
 def _baseline(run: Run, given: Run | Path | str | None) -> list[Network]:

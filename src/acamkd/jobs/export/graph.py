@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import warnings
@@ -59,6 +60,10 @@ class Graph(nn.Module):
     def has_queries(self) -> bool:
         """Whether the boxes are final, and many in each image of a batch."""
         return False
+
+    def in_double(self) -> Graph:
+        """A copy that computes in 64 bits."""
+        return copy.deepcopy(self).double()
 
     def settings(self) -> dict[str, Any]:
         """Metadata that only some graphs have."""
@@ -139,6 +144,11 @@ class FormGraph(Graph):
     def has_queries(self) -> bool:
         """See the base class."""
         return self.model.task == "detection"
+
+    def in_double(self) -> Graph:
+        """See the base class; the form's outputs belong to one network."""
+        model = copy.deepcopy(self.model).double()
+        return FormGraph(model, model.export_form())
 
     def settings(self) -> dict[str, Any]:
         """What the file's reader does with an image."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -46,7 +45,7 @@ def compare_outputs(
     largest, relative = _differences(graph, exported, images)
     if not relative <= LARGEST_DIFFERENCE and not (graph.has_queries or isinstance(graph, DetectionsGraph)):
         log.info("outputs of %s differ from PyTorch's by %.1e: comparing with 64 bits", runtime, relative)
-        largest, relative = _differences(deepcopy(graph).double(), exported, images)
+        largest, relative = _differences(graph.in_double(), exported, images)
     log.info("largest difference between %s and PyTorch: %.1e, %.1e relative", runtime, largest, relative)
     if not relative <= LARGEST_DIFFERENCE:
         chance = " (or its queries are still alike: train longer)" if graph.has_queries else ""

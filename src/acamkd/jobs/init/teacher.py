@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ from acamkd.errors import AcamkdError
 from acamkd.models.base import Task
 from acamkd.models.convert import convention_of, to_torchvision
 from acamkd.models.weights import read_tensors
-
-log = logging.getLogger(__name__)
 
 TIMM = (
     "tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2", "tf_efficientnet_lite3",

@@ -244,7 +244,7 @@ class ACAM(FeatureLoss):
             masks = self._masks(self.align(aligned).detach(), target)
             return apply_masks(masks, teacher.to(target.dtype)).to(teacher.dtype)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _rewards_apart(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
         """`_rewards` of distances of their own: a compiled graph gives no gradient between two of its outputs."""
         student = student.detach().requires_grad_()
