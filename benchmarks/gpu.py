@@ -31,11 +31,23 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
-NEEDED = (
-    "torch", "torchvision", "lightning", "timm", "torchmetrics", "pydantic", "matplotlib", "docstring_parser",
-    "faster_coco_eval", "segmentation_models_pytorch", "acamkd",
-)  # fmt: skip
-if absent := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+if absent := [
+    name
+    for name in [
+        "torch",
+        "torchvision",
+        "lightning",
+        "timm",
+        "torchmetrics",
+        "pydantic",
+        "matplotlib",
+        "docstring_parser",
+        "faster_coco_eval",
+        "segmentation_models_pytorch",
+        "acamkd",
+    ]
+    if importlib.util.find_spec(name) is None
+]:
     sys.exit(f"missing: {', '.join(absent)}. Install them: pip install -e . (or, for acamkd, PYTHONPATH=src)")
 
 import step_cost

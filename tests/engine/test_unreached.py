@@ -48,7 +48,7 @@ def test_they_are_named_once(steps: int, said: int, caplog: pytest.LogCaptureFix
             "unused.weight, unused.bias"
         ]
         caplog.clear()
-        _train(net, 3, start=7)  # resumed
+        _train(net, 3, start=STEPS)  # resumed
         _train(nn.ModuleDict({"used": nn.Conv2d(3, 2, 1)}), 3)
     assert not caplog.records
 
