@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 import tiny
 from acamkd import config
@@ -80,3 +82,19 @@ def test_a_trial_has_the_comparisons_cache(tmp_path: Path, monkeypatch: pytest.M
     folder = Path("runs/tiny/cache")
     expected = [None, SharedWork(folder, 20 * 10**9), SharedWork(folder, 20 * 10**9, half=True)]
     assert given == [(config.Comparison(), each) for each in expected]
+
+
+def test_feature_maps_of_another_forward_are_kept_apart(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    batches: Any = SimpleNamespace(resolved=recipe)
+
+    def identity(*folded: str, half: bool = False, **options: Any) -> str:
+        colors = SimpleNamespace(mean=torch.zeros(3), std=torch.ones(3))
+        distiller: Any = SimpleNamespace(teacher=colors, folded_norms=list(folded), shared_maps=None)
+        SharedWork(tmp_path, 10**9, half=half).share_maps(distiller, batches, "teacher", **options)
+        found: str = distiller.shared_maps.shelf.identity
+        return found
+
+    assert identity() == identity()
+    others = [identity(half=True), identity("layer1.bn1"), identity("layer1.bn2"), identity(calibrating=True)]
+    assert len({identity(), *others}) == 5

@@ -196,7 +196,8 @@ class _Block:
 
     def unpacked(self) -> Any:
         """The batch, as views of the block."""
-        if watch := stopwatch.current():
+        watch = stopwatch.current()
+        if watch is not None and watch.current not in watch.whole:  # an evaluation's images are not counted either
             for part, seconds in self.seconds.items():
                 watch.beside[part] += seconds
         return _changed(self.batch, lambda part: part.view(self.memory) if isinstance(part, _Place) else part)

@@ -85,7 +85,9 @@ class EMA(WeightAveraging):
         super().on_train_end(trainer, _net(pl_module))
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the averaged weights in."""
+        """Put the averaged weights in; of several processes all score the buffers of the first, which are saved."""
+        for buffer in self._average.module.buffers() if trainer.world_size > 1 else ():
+            torch.distributed.broadcast(buffer, 0)
         super().on_validation_epoch_start(trainer, _net(pl_module))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -156,7 +156,7 @@ def distill(
         return estimate(recipe)
     if recipe.teacher is None or not recipe.losses:
         raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section and `losses` to distill")
-    folder, losses = Path(out) if out else default_folder(recipe, "distilled"), recipe.losses
+    folder, losses = Path(out).expanduser() if out else default_folder(recipe, "distilled"), recipe.losses
     if is_first_process():
         Run(folder, recipe, "student").check_free(resume=resume, overwrite=overwrite)
     if recipe.train.quantize:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import shutil
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def test_a_distilled_student_comes_with_its_teacher_and_its_baseline(trained: Pa
     teacher, baseline, distilled = networks_of(run, None)
     assert [each.name for each in (teacher, baseline, distilled)] == ["teacher", "baseline", "distilled"]
     assert teacher.weights == trained / "teacher.safetensors"
+    assert all(pickle.loads(pickle.dumps(each.build))() for each in (teacher, distilled))  # another process builds it
     assert baseline.weights == trained / "baseline/student.safetensors"
     assert distilled.weights == trained / "distilled/student.safetensors"
     assert baseline.build is not None

@@ -169,10 +169,6 @@ def plan(recipe: config.Recipe, methods: Sequence[str], seeds: int, results: Pat
     Raises:
         AcamkdError: A method is unknown, its overrides do not fit, or trainings may end early.
     """
-    if recipe.train.patience is not None:
-        raise AcamkdError(
-            "train.patience: a comparison gives every method the same epochs: leave it out (--set train.patience=null)"
-        )
     methods = [NONE, *(method for method in dict.fromkeys(methods) if method != NONE)]
     tuning = {method: _tuning_trials(recipe, method) for method in methods}
     trials = [trial for group in tuning.values() for trial in group]
@@ -180,6 +176,10 @@ def plan(recipe: config.Recipe, methods: Sequence[str], seeds: int, results: Pat
         for method in methods:
             setting = best_setting(tuning[method], results)
             trials.append(_trial(recipe, method, seed, setting, tuning=False))
+    if any(trial.recipe.train.patience is not None for trial in trials):
+        raise AcamkdError(
+            "train.patience: a comparison gives every method the same epochs: leave it out (--set train.patience=null)"
+        )
     return trials
 
 
