@@ -12,7 +12,6 @@ from torch import nn
 import tiny
 from acamkd.distillation.distiller import Distiller
 from acamkd.engine.mask_history import REPLAY, SNAPSHOTS, MaskHistory, is_kept, look, spread
-from acamkd.jobs import train as jobs
 from acamkd.jobs.train import distill
 from acamkd.losses import ACAM, FGD, FitNet, MasKD
 from acamkd.losses.base import DistillationContext
@@ -65,7 +64,7 @@ def test_the_start_and_every_epoch_are_kept(whole: Path) -> None:
 
 
 def test_the_training_does_not_notice(whole: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "MaskHistory", lambda folder, images: Callback())
+    monkeypatch.setattr("acamkd.jobs.fit.MaskHistory", lambda folder, images: Callback())
     distill(tiny.recipe(root, epochs=2), out=tmp_path / "run")
     assert not (tmp_path / "run" / REPLAY).exists()
     for table in ("history.csv", "logs/metrics.csv"):

@@ -79,7 +79,10 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypa
         model = SimpleNamespace(prepare=lambda images: SimpleNamespace(pixels=images[0][None] / 255))
 
         def __call__(self, pixels: Any) -> Any:
-            return (torch.from_numpy(right.run(pixels.numpy())["logits"]),)
+            return (torch.from_numpy(right.run(pixels.float().numpy())["logits"]),)
+
+        def in_double(self) -> Any:
+            return self
 
     images: Any = [(torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8), {})]
     run: Any = SimpleNamespace(recipe=SimpleNamespace(task="segmentation"))

@@ -42,10 +42,10 @@ def compare_outputs(
     Raises:
         AcamkdError: The difference is too large.
     """
-    largest, relative = _differences(graph, exported, images)
+    largest, relative = _differences(graph, exported, images, torch.float32)
     if not relative <= LARGEST_DIFFERENCE and not (graph.has_queries or isinstance(graph, DetectionsGraph)):
         log.info("outputs of %s differ from PyTorch's by %.1e: comparing with 64 bits", runtime, relative)
-        largest, relative = _differences(graph.in_double(), exported, images)
+        largest, relative = _differences(graph.in_double(), exported, images, torch.float64)
     log.info("largest difference between %s and PyTorch: %.1e, %.1e relative", runtime, largest, relative)
     if not relative <= LARGEST_DIFFERENCE:
         chance = " (or its queries are still alike: train longer)" if graph.has_queries else ""
@@ -56,10 +56,11 @@ def compare_outputs(
     return largest, relative
 
 
-def _differences(graph: Graph, exported: ExportedModel, images: ImageDataset) -> tuple[float, float]:
-    """Largest difference, absolute and as a share, in the precision of the graph's weights."""
+def _differences(
+    graph: Graph, exported: ExportedModel, images: ImageDataset, precision: torch.dtype
+) -> tuple[float, float]:
+    """Largest difference, absolute and as a share, from a graph that computes in this precision."""
     largest = relative = 0.0
-    precision = graph.model.mean.dtype
     for index in range(min(COMPARED_IMAGES, len(images))):
         pixels = graph.model.prepare([images[index][0]]).pixels
         if not isinstance(graph, DetectionsGraph):
