@@ -56,7 +56,7 @@ def _comparable() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=["detection", "segmentation"])
+@pytest.fixture(scope="module", params=["detection", pytest.param("segmentation", marks=pytest.mark.slow)])
 def raw(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A recipe of 4 steps over 8 images, 4 at a time; 3 validation images are no equal shares of 2."""
     task: Task = request.param

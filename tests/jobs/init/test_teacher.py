@@ -18,7 +18,7 @@ from acamkd.models.base import Task
         ("detection", "fcos", "mobilenetv3_small_050", ""),
         ("detection", "reppoints", "mobilenetv3_small_050", ""),
         ("detection", "retinanet", "resnet18", "module."),
-        ("segmentation", "fpn", "tu-mobilenetv3_small_050", ""),
+        pytest.param("segmentation", "fpn", "tu-mobilenetv3_small_050", "", marks=pytest.mark.slow),
         ("segmentation", "unet", "resnet18", ""),
     ],
 )  # fmt: skip
