@@ -193,7 +193,6 @@ def _score_teacher(distiller: Distiller, batches: Batches, shared: SharedWork | 
     if shared is not None and (known := shared.scores(distiller, batches, hash_of(teacher.net))):
         log.info("teacher: %s %.2f, as another training has found", metric, known[metric])
         return known
-    metric = METRICS[batches.resolved.task]
     if not isinstance(teacher, TaskModel):
         log.info("the teacher has no head: it is not scored, and only features are compared")
         return {metric: math.nan}

@@ -66,12 +66,11 @@ class KDDETR(QueryLoss):
     The third set is that of CLoCKDistill (Lan and Tian, WACV 2026, https://arxiv.org/abs/2502.10683), for the logits.
     The gradient reaches the student's heads, decoder, encoder and backbone. Nothing is learned beside the student.
 
-    Deviations: a shared query is a shared box. Its content vector is each network's own, that of its own query with the
-    nearest box, because contents are mostly features of a network's own encoder, and of its own width. The papers share
-    the whole query; CLoCKDistill's also has the object's class. A set's terms are divided by the sum of w rather than
-    by a number of queries, and the factors 5 and 2 are DETR's. Only the last decoder layer answers, in eval mode.
-    CLoCKDistill's distillation of the encoder's memory is not part of this. This follows the papers; no official code
-    was run.
+    Deviations: a shared query is a shared box. Its content vector is that of each network's own query with the nearest
+    box. Contents are mostly features of a network's own encoder, and of its own width. The papers share the whole
+    query; CLoCKDistill's also has the object's class. A set's terms are divided by the sum of w rather than by a number
+    of queries, and the factors 5 and 2 are DETR's. Only the last decoder layer answers, in eval mode. CLoCKDistill's
+    distillation of the encoder's memory is not part of this. This follows the papers; no official code was run.
 
     Code:
         - KL(sigmoid(t) || sigmoid(s)): class_divergence
