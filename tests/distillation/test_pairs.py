@@ -74,7 +74,7 @@ def test_families_find_each_other(
     target = {"boxes": torch.tensor([[4.0, 4.0, 40.0, 30.0]]), "labels": torch.tensor([2])}
     target |= {"mask": torch.ones(64, 64, dtype=torch.long)}
     terms = distiller(learner.prepare([torch.rand(3, 64, 64)] * 2, [target] * 2))
-    torch.stack([term for name, term in terms.items() if not name.startswith("task/")]).sum().backward()
+    torch.stack([term for name, term in terms.items() if not name.startswith("task/")]).sum().backward()  # type: ignore[no-untyped-call]
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in learner.parameters())
     learner.zero_grad()
 

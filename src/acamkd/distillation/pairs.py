@@ -150,8 +150,8 @@ def propose(teacher: FeatureModel, student: TaskModel) -> list[Pair]:
         near = {min(levels[0], key=lambda own: abs(math.log(own / each))): each for each in levels[1]}
         return [_pair(levels[0][own], levels[1][each]) for own, each in near.items()]
     if not shared:
-        ours, theirs = (f"{net_name(x)} {sorted(each)}" for x, each in zip((student, teacher), levels, strict=True))
-        raise NoPairsError(f"the feature maps have no stride in common: the student {ours}, the teacher {theirs}")
+        own, other = (f"{net_name(x)} {sorted(each)}" for x, each in zip((student, teacher), levels, strict=True))
+        raise NoPairsError(f"the feature maps have no stride in common: the student {own}, the teacher {other}")
     names = student.comparable_layers()
     if names == teacher.comparable_layers() and len(shared) == len(levels[0]) == len(levels[1]) > 1:
         return list(names)
