@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,12 @@ def _compiled(distiller: Distiller, who: str) -> list[str]:
 
 
 def _compare(distiller: Distiller, batch: Batch, backend: str) -> None:
-    """Compiled and not, terms, gradients and running statistics are the same, and no step compiles anew."""
+    """Compiled and not, terms, gradients and running statistics are the same, and no step compiles anew.
+
+    In float64, so that the rounding, which batch norm over few values magnifies, hides no difference.
+    """
+    distiller.double()
+    batch = replace(batch, pixels=batch.pixels.double())
     plain = copy.deepcopy(distiller)
     names = list(distiller.state_dict())
     distiller.compile_parts(backend)
@@ -92,11 +98,10 @@ def _compare(distiller: Distiller, batch: Batch, backend: str) -> None:
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert ours.keys() == theirs.keys()
         errors = {key: float((ours[key] - value).norm() / value.norm()) for key, value in theirs.items()}
-        gradient = errors.pop("gradient")  # batch norm over few values magnifies the rounding
         assert max(errors.values()) < 1e-5, (step, errors)
-        assert gradient < 1e-4, (step, gradient)
+        print(errors)
     for key, value in plain.student.state_dict().items():  # running statistics among them
-        torch.testing.assert_close(distiller.student.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(distiller.student.state_dict()[key], value, rtol=1e-5, atol=1e-8)
     assert list(distiller.state_dict()) == names
     graphs = counters["stats"]["unique_graphs"]
     _run(distiller, batch, start=4, end=6)

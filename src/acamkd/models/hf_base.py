@@ -110,7 +110,7 @@ class HFModel(TaskModel):
 
     @property
     def backbone(self) -> nn.Module:
-        """The part before the encoder or the head (where it is timm's, timm's own model, as its weight files name it)."""
+        """The part before the encoder or the head; where timm made it, timm's model, as weight files name it."""
         from transformers import TimmBackbone
 
         part: nn.Module = self.net.get_submodule(self.kind.backbone)
