@@ -99,7 +99,6 @@ def _compare(distiller: Distiller, batch: Batch, backend: str) -> None:
         assert ours.keys() == theirs.keys()
         errors = {key: float((ours[key] - value).norm() / value.norm()) for key, value in theirs.items()}
         assert max(errors.values()) < 1e-5, (step, errors)
-        print(errors)
     for key, value in plain.student.state_dict().items():  # running statistics among them
         torch.testing.assert_close(distiller.student.state_dict()[key], value, rtol=1e-5, atol=1e-8)
     assert list(distiller.state_dict()) == names
