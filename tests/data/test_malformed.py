@@ -548,12 +548,12 @@ DATA: dict[str, Case] = {
         ("data.yaml: there is no folder for path gone; looked for",)),
     "coco: an infinite area": Case(DET, box(area=float("inf")), "train",
         ("has the area inf, which must be a finite number from 0 on",)),
-    "no unlabeled images": Case(SEG, put("data.unlabelled", "more"), "distill",
+    "no unlabeled images": Case(SEG, put("data.unlabeled", "more"), "distill",
         ("cannot read the folder", "more: No such")),
-    "broken unlabeled image": Case(SEG, both(put("data.unlabelled", "more"), write("more/1.jpg", "x")), "distill",
+    "broken unlabeled image": Case(SEG, both(put("data.unlabeled", "more"), write("more/1.jpg", "x")), "distill",
         ("more/1.jpg: the image cannot be read",)),
-    "unlabelled images that no loss can use": Case(SEG,
-        both(put("data.unlabelled", "images/val"), put(f"{LOSS}.mask_grad", "task")), "distill",
+    "unlabeled images that no loss can use": Case(SEG,
+        both(put("data.unlabeled", "images/val"), put(f"{LOSS}.mask_grad", "task")), "distill",
         ("no loss can learn from unlabeled images, since each needs targets: segmentation_head.0/acam",)),
 }  # fmt: skip
 

@@ -104,7 +104,7 @@ def _ready(root: Path, monkeypatch: pytest.MonkeyPatch, world_size: int) -> tupl
     return module, (images, targets, images)
 
 
-@pytest.mark.parametrize("where", ["labeled", "unlabelled"])
+@pytest.mark.parametrize("where", ["labeled", "unlabeled"])
 def test_every_process_learns_of_a_broken_step(where: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others wait for each gradient, and share what is NaN in it."""
     forward = Distiller.forward

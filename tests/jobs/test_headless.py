@@ -186,7 +186,7 @@ def test_the_recipes_build(name: str) -> None:
 @pytest.mark.slow
 def test_unlabeled_images_and_resume(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = raw(root)
-    content["data"]["unlabelled"] = "images/val"
+    content["data"]["unlabeled"] = "images/val"
     content["train"]["epochs"] = 2
     recipe = config.parse(content)
     whole = distill(recipe, out=tmp_path / "whole")

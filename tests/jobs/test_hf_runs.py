@@ -118,7 +118,7 @@ def raw_recipe(name: str, root: Path, **train: Any) -> dict[str, Any]:
     layers = KINDS[name].layers
     return {
         **raw,
-        "data": {**raw["data"], "resize": [64, 64], "unlabelled": "more/images/train"},
+        "data": {**raw["data"], "resize": [64, 64], "unlabeled": "more/images/train"},
         "teacher": network,
         "student": network,
         "losses": [{"name": "acam", "pairs": list(layers[-2:]), "num_masks": 2}],

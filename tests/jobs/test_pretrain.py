@@ -111,7 +111,7 @@ def test_a_detector_and_unlabeled_images(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     content = raw(tiny.write_data(tmp_path / "data", "detection"), "detection", epochs=1)
-    content["data"]["unlabelled"] = "images/val"
+    content["data"]["unlabeled"] = "images/val"
     (tmp_path / "recipe.yaml").write_text(config.dump(config.parse(content)), encoding="utf-8")
     with caplog.at_level(logging.INFO):
         assert acamkd("pretrain", "recipe.yaml", "--set", "losses.0.weight=auto").code == 0

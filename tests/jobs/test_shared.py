@@ -27,7 +27,7 @@ def test_what_is_shared_is_not_done_again_and_changes_no_bit(tmp_path: Path, mon
     monkeypatch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
     raw = tiny.raw_recipe(tiny.write_data(tmp_path / "data"), epochs=1, batch_size=4)
     raw["data"]["augment"] = {"scale": [0.8, 1.2], "crop": [48, 48], "photometric": True}
-    raw["data"]["unlabelled"] = "images/val"
+    raw["data"]["unlabeled"] = "images/val"
     recipe, shared = config.parse(raw), SharedWork(tmp_path / "cache", 10**9)
 
     def run(name: str, *overrides: str, shared: SharedWork | None = None) -> Run:

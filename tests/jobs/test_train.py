@@ -348,7 +348,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(root: Path, tmp_path: Path) -> Non
 def with_unlabeled(root: Path) -> dict[str, Any]:
     """A raw recipe whose validation images are the unlabeled ones."""
     raw = tiny.raw_recipe(root, epochs=2)
-    raw["data"]["unlabelled"] = "images/val"
+    raw["data"]["unlabeled"] = "images/val"
     return raw
 
 
@@ -356,7 +356,7 @@ def test_unlabeled_images_change_the_distillation_alone(
     with_unlabeled: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    raw = {**with_unlabeled, "data": {**with_unlabeled["data"], "unlabelled": None}}
+    raw = {**with_unlabeled, "data": {**with_unlabeled["data"], "unlabeled": None}}
     distill(config.parse(raw), out=tmp_path / "without")
     run = distill(config.parse(with_unlabeled), out=tmp_path / "with")
     assert set(run.metrics["data"]) == {"train", "val", "unlabelled"}
@@ -390,7 +390,7 @@ def test_only_a_distillation_uses_unlabeled_images(
     caplog.set_level("INFO")
     raw = {**with_unlabeled, "train": {**with_unlabeled["train"], "epochs": 1}}
     run = train(config.parse(raw), out=tmp_path / "alone")
-    assert "data.unlabelled is not used: only a distillation learns from unlabeled images" in caplog.messages
+    assert "data.unlabeled is not used: only a distillation learns from unlabeled images" in caplog.messages
     assert set(run.metrics["data"]) == {"train", "val"}
     raw["losses"] = [{**raw["losses"][0], "mask_grad": "task"}]
     with pytest.raises(AcamkdError, match=r"no loss can learn from unlabeled .*segmentation_head\.0/acam"):

@@ -236,7 +236,7 @@ class Distiller(nn.Module):
         if len(blind) == len(self.levels):
             raise AcamkdError(
                 f"no loss can learn from unlabeled images, since each needs targets: {', '.join(blind)}; leave "
-                "data.unlabelled out, or add a loss without boxes and heads that does not run the "
+                "data.unlabeled out, or add a loss without boxes and heads that does not run the "
                 "teacher's task (acam with another mask_grad than task, cwd, pkd, ...)"
             )
         if blind:

@@ -34,7 +34,7 @@ UNKNOWN_CLASSES = 2
 class ImagesAlone(Loaders):
     """Images to learn from and images to be judged on, for use after `check`.
 
-    Those to learn from are `data.unlabelled` or, without it, the training images, whose labels are not looked at. The
+    Those to learn from are `data.unlabeled` or, without it, the training images, whose labels are not looked at. The
     validation images' labels, if there are any, only judge: see NearestNeighbors.
     """
 
@@ -43,7 +43,7 @@ class ImagesAlone(Loaders):
         source = data.resolve(recipe.data, recipe.task)
         learned = (
             data.build(source, recipe.task, "train", seed=seed, augment=True)
-            if source.unlabelled is None
+            if source.unlabeled is None
             else data.build_unlabeled(source, recipe.task, seed=seed)
         )
         judged = data.build(source, recipe.task, "val", seed=seed, augment=False)
@@ -82,7 +82,7 @@ def pretrain(
 ) -> Run:
     """Train the backbone of a recipe's student on images alone, against its teacher's features.
 
-    The images are `data.unlabelled` or, without it, those of `data.train`; no label is read to learn from. After each
+    The images are `data.unlabeled` or, without it, those of `data.train`; no label is read to learn from. After each
     epoch the student's features are judged on `data.val`: by nearest neighbors of labeled objects, or by the loss where
     `data.format` is `images`. The best epoch's backbone is `backbone.safetensors`, for `student.backbone_weights`.
 

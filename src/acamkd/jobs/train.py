@@ -79,8 +79,8 @@ def train(
     if role == "student" and recipe.train.quantize:
         require_torchao()
     batches = Batches(recipe)
-    if recipe.data.unlabelled is not None:
-        log.info("data.unlabelled is not used: only a distillation learns from unlabeled images")
+    if recipe.data.unlabeled is not None:
+        log.info("data.unlabeled is not used: only a distillation learns from unlabeled images")
     model = build_network(recipe, section, batches.classes)
     # Only the sections that the run depends on, so that --resume can tell it from a distillation.
     used: dict[str, Any] = {"losses": ()}

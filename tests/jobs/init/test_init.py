@@ -78,7 +78,7 @@ def test_a_segmenters_recipe_with_a_drawn_validation_split(tmp_path: Path) -> No
     assert sorted(root.rglob("*")) == before
     recipe = config.load(proposal.file)
     assert recipe.data.val.share == 0.2
-    assert recipe.data.unlabelled == Path("unlabeled")
+    assert recipe.data.unlabeled == Path("unlabeled")
     assert not any("no unlabeled" in warning for warning in proposal.warnings)
     (loss,) = recipe.losses
     assert (loss.gradient_ratio, loss.options["num_masks"], recipe.train.optimizer.lr) == (8, 6, 3e-3)
