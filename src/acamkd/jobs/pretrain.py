@@ -19,7 +19,7 @@ from acamkd.engine.pretraining import HeldOutLoss, NearestNeighbors, Pretraining
 from acamkd.engine.runs import Run, default_folder
 from acamkd.engine.trackers import check_installed
 from acamkd.errors import AcamkdError
-from acamkd.jobs.fit import fit
+from acamkd.jobs.fit import ScoredTeacher, fit, hash_of
 from acamkd.jobs.setup import Loaders, build_network, build_teacher, teacher_section, with_normalization
 from acamkd.losses.base import HeadLoss
 from acamkd.models.base import keeping_modes, to_device
@@ -124,7 +124,7 @@ def pretrain(
     run = Run(folder, images.resolved.model_copy(update=used), "backbone")
     done = fit(
         run, distiller, images, resume=resume, overwrite=overwrite, module_of=PretrainingModule,
-        score_teacher=partial(_score, distiller, images),
+        teacher=ScoredTeacher(hash_of(teacher.net), partial(_score, distiller, images)),
     )  # fmt: skip
     log.info("%s: train from it with --set student.backbone_weights=%s", done.folder, done.weights)
     return done
