@@ -14,6 +14,7 @@ from acamkd.distillation.distiller import Distiller
 from acamkd.engine.runs import Run
 from acamkd.jobs import train
 from acamkd.jobs.compare import trials
+from acamkd.jobs.fit import hash_of
 from acamkd.jobs.shared import SharedWork
 
 SECOND = ["losses=[{name: cwd, pairs: [segmentation_head.0], weight: auto}]"]
@@ -51,7 +52,10 @@ def test_what_is_shared_is_not_done_again_and_changes_no_bit(tmp_path: Path, mon
     monkeypatch.setattr(train, "score", fail)
     monkeypatch.setattr(Distiller, "_run_teacher", fail)
     monkeypatch.setattr(ImageDataset, "_sample", only_validation)
+    hashed: list[Any] = []
+    monkeypatch.setattr(train, "hash_of", lambda net: hashed.append(net) or hash_of(net))
     third = run("third", *SECOND, shared=shared)
+    assert len(hashed) == 1
     assert third.weights.read_bytes() == alone.weights.read_bytes()
     assert third.metrics["teacher"] == alone.metrics["teacher"]
     assert list(third.metrics["teacher"]) == list(alone.metrics["teacher"])
@@ -90,7 +94,7 @@ def test_feature_maps_of_another_forward_are_kept_apart(tmp_path: Path) -> None:
 
     def identity(*folded: str, half: bool = False, **options: Any) -> str:
         colors = SimpleNamespace(mean=torch.zeros(3), std=torch.ones(3))
-        distiller: Any = SimpleNamespace(teacher=colors, folded_norms=list(folded), shared_maps=None)
+        distiller: Any = SimpleNamespace(teacher=colors, teacher_form=lambda _: f"{folded}", shared_maps=None)
         SharedWork(tmp_path, 10**9, half=half).share_maps(distiller, batches, "teacher", **options)
         found: str = distiller.shared_maps.shelf.identity
         return found

@@ -115,10 +115,9 @@ class Distiller(nn.Module):
             raise AcamkdError("this Distiller has no teacher: it trains the baseline")
         return self._teacher[0]
 
-    @property
-    def folded_norms(self) -> list[str]:
-        """The teacher's batch norms that its forward folds; it depends on what is tapped."""
-        return self._fast.folded if self._fast else []
+    def teacher_form(self, device: torch.device) -> str:
+        """What taps and hardware decide of the teacher's forward: its data type and the batch norms that it folds."""
+        return f"{self._fast.dtype_on(device)} {self._fast.folded}" if self._fast else ""
 
     @property
     def multiple(self) -> int:
