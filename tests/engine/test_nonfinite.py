@@ -16,6 +16,7 @@ from acamkd.data.image_io import read_image
 from acamkd.data.loading import ImageLoader
 from acamkd.distillation.build import build_distiller
 from acamkd.distillation.distiller import Distiller
+from acamkd.engine.averaging import Average
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.nonfinite import HALVINGS, IN_A_ROW, KEPT, NonFinite
 from acamkd.errors import AcamkdError
@@ -212,10 +213,14 @@ def test_a_step_reads_its_values_once(root: Path, tmp_path: Path, monkeypatch: p
         return tolist(self)
 
     monkeypatch.setattr(Tensor, "tolist", counted)
+    net = module.distiller.student.net
+    average = Average(net, torch.device("cpu"), 0.9)
     with _Reads() as reads:
         module.training_step(batch, 0).backward()  # type: ignore[no-untyped-call]
         NonFinite(tmp_path, skip=False).on_before_optimizer_step(
             module.trainer, module, torch.optim.SGD(module.parameters())
         )
         assert module.values["loss"] > 0
+        for _ in range(2):
+            average.update_parameters(net)
     assert (reads.count, lists) == (0, 1)
