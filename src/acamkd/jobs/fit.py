@@ -35,7 +35,6 @@ from acamkd.jobs.setup import Loaders, describe_lead
 from acamkd.jobs.shared import SharedWork
 from acamkd.progress import is_first_process, shows_progress
 from acamkd.report.run import REPORT, write_report
-from acamkd.stopwatch import running
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +112,7 @@ def fit(
                 shared.share_maps(distiller, batches, teacher.sha256)
         torch.manual_seed(recipe.train.seed)
         module = module_of(distiller, recipe.train, batches.validator)
-        measured = running(profiler.watch) if profiler else nullcontext()
+        measured = profiler.measuring() if profiler else nullcontext()
         with measured, data.reading(batches.mixed, batches.val), _stopping(run.folder, recorder, recipe.train.epochs):
             trainer.fit(module, batches.mixed, batches.val, ckpt_path=checkpoint)
         if teacher is not None and hash_of(distiller.teacher.net) != teacher.sha256:
