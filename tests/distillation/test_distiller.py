@@ -342,7 +342,7 @@ def test_audit_sees_what_a_schedule_or_float16_makes_too_small(student: Tiny, te
     distiller = Distiller(student, teacher, [BODY], [FitNet(4, 6)], schedules=[lambda step: 1e-50])
     train(distiller, batch)
     assert distiller(batch, 3)["body/fitnet/feature"] == 0
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(torch.get_default_device().type, torch.float16):
         train(Distiller(student, teacher, [BODY], [Constant(1e-8)]), batch)
 
 

@@ -21,11 +21,11 @@ def test_bf16_scores_as_evaluate_does(task: Task, tmp_path: Path, monkeypatch: p
     step, predict = TrainingModule._terms, TaskModel.predict
 
     def terms(self: TrainingModule, *batch: object) -> object:
-        seen.append(("train", torch.is_autocast_enabled("cpu")))
+        seen.append(("train", torch.is_autocast_enabled(tiny.ACCELERATOR)))
         return step(self, *batch)  # type: ignore[arg-type]
 
     def predicted(self: TaskModel, images: list[torch.Tensor]) -> object:
-        seen.append(("score", torch.is_autocast_enabled("cpu")))
+        seen.append(("score", torch.is_autocast_enabled(tiny.ACCELERATOR)))
         return predict(self, images)
 
     monkeypatch.setattr(TrainingModule, "_terms", terms)
