@@ -193,11 +193,7 @@ def test_a_compiled_training_resumes_and_leaves_the_same_files(
     plain = distill(tiny.recipe(root), out=tmp_path / "plain")
     compiled = distill(tiny.recipe(root, compile=True), out=tmp_path / "compiled")
     assert "train.compile: " not in caplog.text
-    with monkeypatch.context() as patch:
-        tiny.interrupt_at(patch, 1, 1)
-        with pytest.raises(KeyboardInterrupt):
-            distill(tiny.recipe(root, compile=True), out=tmp_path / "resumed")
-    resumed = distill(tiny.recipe(root, compile=True), out=tmp_path / "resumed", resume=True)
+    resumed = tiny.resumed(monkeypatch, distill, tiny.recipe(root, compile=True), tmp_path / "resumed")
     expected = load_file(plain.weights)
     for run in (compiled, resumed):
         found = load_file(run.weights)

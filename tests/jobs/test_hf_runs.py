@@ -138,11 +138,7 @@ def test_every_job_works(name: str, part: str, tmp_path: Path, monkeypatch: pyte
     raw["student"] = {**raw["student"], "inherit": [part]}
     recipe = config.parse(raw)
     whole = acamkd.distill(recipe, out=tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        tiny.interrupt_at(patch, 1, 1)
-        with pytest.raises(KeyboardInterrupt):
-            acamkd.distill(recipe, out=tmp_path / "parts")
-    acamkd.distill(recipe, out=tmp_path / "parts", resume=True)
+    tiny.resumed(monkeypatch, acamkd.distill, recipe, tmp_path / "parts")
     one, two = (
         torch.load(tmp_path / each / "last.ckpt", weights_only=True)["state_dict"] for each in ("whole", "parts")
     )

@@ -60,14 +60,8 @@ def test_the_backbone_alone_is_trained_judged_and_written(whole: Run) -> None:
 
 
 def test_it_resumes_bit_for_bit(whole: Run, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = config.parse(longer(root))
-    tiny.interrupt_at(monkeypatch, 1, 1)
-    with pytest.raises(KeyboardInterrupt):
-        pretrain(recipe, out=root / "parts")
-    monkeypatch.undo()
-    parts = pretrain(recipe, out=root / "parts", resume=True)
-    assert parts.weights.read_bytes() == whole.weights.read_bytes()
-    assert tiny.rows(parts.folder / "history.csv") == tiny.rows(whole.folder / "history.csv")
+    parts = tiny.resumed(monkeypatch, pretrain, config.parse(longer(root)), root / "parts")
+    tiny.assert_same(parts.folder, whole.folder)
 
 
 def test_a_training_starts_from_it(whole: Run, root: Path, caplog: pytest.LogCaptureFixture) -> None:

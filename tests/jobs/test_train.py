@@ -44,13 +44,6 @@ def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _same_run(one: Path, other: Path) -> None:
-    """Bitwise equal figures and weights."""
-    assert tiny.rows(one / "history.csv") == tiny.rows(other / "history.csv")
-    assert tiny.rows(one / "logs" / "metrics.csv") == tiny.rows(other / "logs" / "metrics.csv")
-    assert (one / "student.safetensors").read_bytes() == (other / "student.safetensors").read_bytes()
-
-
 def test_an_epoch_may_be_a_number_of_steps(root: Path, tmp_path: Path) -> None:
     falling = config.Schedule(name="polynomial")  # needs the number of all steps
     run = train(tiny.recipe(root, steps_per_epoch=3, accumulate=2, schedule=falling.model_dump()), out=tmp_path / "run")
@@ -133,7 +126,7 @@ def test_one_seed_one_run_whatever_the_number_of_workers(whole: Path, root: Path
     raw = tiny.raw_recipe(root, epochs=3)
     raw["data"]["workers"] = 2
     distill(config.parse(raw), out=tmp_path / "run")
-    _same_run(whole, tmp_path / "run")
+    tiny.assert_same(whole, tmp_path / "run")
 
 
 def test_another_seed_another_run(whole: Path, root: Path, tmp_path: Path) -> None:
@@ -221,7 +214,7 @@ def test_an_interrupted_run_resumes_to_the_same_end(
     assert [row["epoch"] for row in tiny.rows(folder / "history.csv")] == ["1"]
     assert not (folder / "metrics.json").exists()
     metrics = distill(recipe, out=folder, resume=True).metrics
-    _same_run(whole, folder)
+    tiny.assert_same(whole, folder)
     clocks = {"seconds": 0, "cpu_seconds": 0}
     assert metrics | clocks == json.loads((whole / "metrics.json").read_text()) | clocks
 
@@ -258,7 +251,7 @@ def test_a_run_without_a_finished_epoch_starts_anew(
     assert not (folder / "last.ckpt").exists()
     distill(recipe, out=folder, resume=True)
     assert f"{folder} has no finished epoch to resume from: the training starts anew" in caplog.messages
-    _same_run(whole, folder)
+    tiny.assert_same(whole, folder)
 
 
 def test_only_the_same_recipe_and_command_resume(whole: Path, root: Path) -> None:
@@ -376,12 +369,7 @@ def test_a_run_with_unlabeled_images_resumes_to_the_same_end(
 ) -> None:
     recipe = config.parse(with_unlabeled)
     distill(recipe, out=tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        tiny.interrupt_at(patch, epoch=1, batch=1)
-        with pytest.raises(KeyboardInterrupt):
-            distill(recipe, out=tmp_path / "run")
-    distill(recipe, out=tmp_path / "run", resume=True)
-    _same_run(tmp_path / "whole", tmp_path / "run")
+    tiny.assert_same(tmp_path / "whole", tiny.resumed(monkeypatch, distill, recipe, tmp_path / "run").folder)
 
 
 def test_only_a_distillation_uses_unlabeled_images(
