@@ -24,13 +24,13 @@ ACCELERATOR = os.environ.get("ACAMKD_TEST_ACCELERATOR", "cpu")
 
 FPN: dict[str, Any] = {
     "arch": "fpn",
-    "backbone": "tu-mobilenetv3_small_050",
+    "backbone": "tu-test_efficientnet",
     "backbone_weights": None,
     "options": {"decoder_pyramid_channels": 32, "decoder_segmentation_channels": 32},
 }
 RETINANET: dict[str, Any] = {
     "arch": "retinanet",
-    "backbone": "mobilenetv3_small_050",
+    "backbone": "test_efficientnet",
     "backbone_weights": None,
     "fpn_channels": 16,
     "options": {"anchor_sizes": [8, 16, 32, 64, 96], "detections_per_img": 20},

@@ -188,7 +188,6 @@ def test_a_checkpoint_runs_again_what_its_forward_ran(caplog: pytest.LogCaptureF
 def test_a_compiled_training_resumes_and_leaves_the_same_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
     root = tiny.write_data(tmp_path / "data")
     plain = distill(tiny.recipe(root), out=tmp_path / "plain")
     compiled = distill(tiny.recipe(root, compile=True), out=tmp_path / "compiled")

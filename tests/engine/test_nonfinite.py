@@ -44,7 +44,6 @@ class _Poison(torch.autograd.Function):
 def _poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], *, backwards: bool) -> None:
     """Spoil ACAM's terms, or their gradients, in some steps."""
     compare = Distiller._compare
-    monkeypatch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
 
     def poisoned(self: Distiller, *arguments: Any) -> dict[str, Tensor]:
         terms = compare(self, *arguments)

@@ -16,7 +16,6 @@ from acamkd.models.base import Task, TaskModel
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
 def test_bf16_scores_as_evaluate_does(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
     root, seen = tiny.write_data(tmp_path / "data", task), []
     step, predict = TrainingModule._terms, TaskModel.predict
 

@@ -36,7 +36,6 @@ def test_the_parts_add_up() -> None:
 
 
 def test_a_training_says_where_its_time_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
     root = tiny.write_data(tmp_path / "data")
     run = distill(tiny.recipe(root, epochs=2, batch_size=2, eval_every=2), out=tmp_path / "run", profile=True)
     found = StepProfile.read(run.folder)

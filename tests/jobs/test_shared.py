@@ -25,7 +25,6 @@ def fail(*_: object, **__: object) -> None:
 
 
 def test_what_is_shared_is_not_done_again_and_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
     raw = tiny.raw_recipe(tiny.write_data(tmp_path / "data"), epochs=1, batch_size=4)
     raw["data"]["augment"] = {"scale": [0.8, 1.2], "crop": [48, 48], "photometric": True}
     raw["data"]["unlabeled"] = "images/val"
@@ -47,7 +46,6 @@ def test_what_is_shared_is_not_done_again_and_changes_no_bit(tmp_path: Path, mon
     with pytest.raises(AssertionError, match="this was to be shared"):  # the first one had no `weight: auto`
         run("second", *SECOND, shared=shared)
     monkeypatch.undo()
-    monkeypatch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
     run("second", *SECOND, shared=shared)
     monkeypatch.setattr(train, "score", fail)
     monkeypatch.setattr(Distiller, "_run_teacher", fail)

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,8 +17,9 @@ import yaml
 from safetensors.torch import load_file
 from torchvision.models.detection import RetinaNet
 
+import leaving
 import tiny
-from acamkd import config, models
+from acamkd import cli, config, models
 from acamkd.data.scenes import CLASSES
 from acamkd.engine import runs
 from acamkd.engine.module import TrainingModule
@@ -29,6 +29,7 @@ from acamkd.jobs.fit import hash_of
 from acamkd.jobs.setup import Batches, teacher_section
 from acamkd.jobs.train import distill, train
 from acamkd.models.base import head_of
+from acamkd.report.run import write_report
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_a_run_folder_holds_all_that_is_promised(whole: Path, root: Path) -> Non
 
 def _plain_fpn() -> torch.nn.Module:
     net: torch.nn.Module = smp.create_model(
-        "fpn", encoder_name="tu-mobilenetv3_small_050", encoder_weights=None, classes=6, **tiny.FPN["options"]
+        "fpn", encoder_name=tiny.FPN["backbone"], encoder_weights=None, classes=6, **tiny.FPN["options"]
     )  # fmt: skip
     return net
 
@@ -319,19 +320,23 @@ def test_ctrl_c_is_one_line_and_exit_code_130(root: Path, tmp_path: Path) -> Non
     raw = tiny.raw_recipe(root, epochs=500)
     raw["data"]["workers"] = 1
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
-    # A suite that was started in the background hands an ignored SIGINT down to its children.
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import acamkd.cli as c; c.main()"
-    command = [sys.executable, "-c", code, "train", "recipe.yaml", "--out", "run"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 90
-        while not (tmp_path / "run" / runs.CHECKPOINT).exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the loading process gets it, too
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, errors
+
+    def job() -> None:
+        os.setpgid(0, 0)
+        # A suite that was started in the background hands an ignored SIGINT down to its children.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.chdir(tmp_path)
+        sys.argv = ["acamkd", "train", "recipe.yaml", "--out", "run"]
+        with Path("errors.txt").open("w", encoding="utf-8") as sys.stderr:
+            os.dup2(sys.stderr.fileno(), 2)
+            cli.main()
+
+    child, deadline = leaving.begin(job), time.monotonic() + 90
+    while not (tmp_path / "run" / runs.CHECKPOINT).exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGINT)  # as a terminal does: the loading process gets it, too
+    code, errors = leaving.exit_code(child), (tmp_path / "errors.txt").read_text(encoding="utf-8")
+    assert code == 130, errors
     assert "Traceback" not in errors
     assert errors.rstrip().rpartition("\n")[2].partition(" ")[2].startswith("warning: run: interrupted after epoch")
     assert (tmp_path / "run" / "student.safetensors").is_file()
@@ -416,7 +421,7 @@ def test_a_teacher_of_other_classes(root: Path, tmp_path: Path, caplog: pytest.L
     assert "teacher -" in repr(run)
     assert re.search(r"│ teacher │ - ", tiny.in_notebook(run)["text/plain"])
     assert head_of(run.load_teacher()).num_classes == 9
-    page = (run.folder / "report.html").read_text(encoding="utf-8")
+    page = write_report(run).read_text(encoding="utf-8")
     assert "against the" not in page  # there is no score to compare with
     with pytest.raises(AcamkdError, match="a teacher with classes of its own cannot be trained on these images"):
         train(config.parse(raw), "teacher", out=tmp_path / "teacher")
