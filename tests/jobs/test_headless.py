@@ -132,7 +132,7 @@ def test_the_doctor_says_what_it_leaves_out(root: Path) -> None:
     assert not found.failed
     assert by_check["teacher's score"].text == "not scored: it has no head"
     assert by_check["teacher's weights"].text == "nothing is pretrained"
-    assert by_check["tap"].text == "Cosine: encoder:4 [24, 4, 4] <- levels:0 [16, 4, 4]"
+    assert by_check["tap"].text == "Cosine: encoder:4 [48, 4, 4] <- levels:0 [16, 4, 4]"
 
 
 def test_a_blank_cnn_is_found(root: Path) -> None:
