@@ -110,9 +110,11 @@ class HFModel(TaskModel):
 
     @property
     def backbone(self) -> nn.Module:
-        """The part before the encoder or the head."""
+        """The part before the encoder or the head (where it is timm's, timm's own model, as its weight files name it)."""
+        from transformers import TimmBackbone
+
         part: nn.Module = self.net.get_submodule(self.kind.backbone)
-        return part
+        return next((x._backbone for x in part.modules() if isinstance(x, TimmBackbone)), part)
 
     def comparable_layers(self) -> tuple[str, ...]:
         """The layers of the model type's table."""
