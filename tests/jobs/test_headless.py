@@ -88,6 +88,7 @@ def test_every_feature_loss_works_and_what_needs_a_head_is_refused(
     assert all(term.isfinite() and term.requires_grad for term in distillation)
 
 
+@pytest.mark.usefixtures("reports")
 def test_it_is_distilled_reported_and_left_out_where_it_has_no_part(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -42,7 +42,9 @@ def longer(root: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(root: Path) -> Run:
-    return pretrain(config.parse(longer(root)), out=root / "whole")
+    with pytest.MonkeyPatch.context() as patch:  # as outside of the tests; it is to leave no report
+        patch.setattr("acamkd.jobs.fit.write_report", write_report)
+        return pretrain(config.parse(longer(root)), out=root / "whole")
 
 
 def test_the_backbone_alone_is_trained_judged_and_written(whole: Run) -> None:
