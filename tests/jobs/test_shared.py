@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -50,10 +51,10 @@ def test_what_is_shared_is_not_done_again_and_changes_no_bit(tmp_path: Path, mon
     monkeypatch.setattr(train, "score", fail)
     monkeypatch.setattr(Distiller, "_run_teacher", fail)
     monkeypatch.setattr(ImageDataset, "_sample", only_validation)
-    hashed: list[Any] = []
-    monkeypatch.setattr(train, "hash_of", lambda net: hashed.append(net) or hash_of(net))
+    hashed = Mock(wraps=hash_of)
+    monkeypatch.setattr(train, "hash_of", hashed)
     third = run("third", *SECOND, shared=shared)
-    assert len(hashed) == 1
+    assert hashed.call_count == 1
     assert third.weights.read_bytes() == alone.weights.read_bytes()
     assert third.metrics["teacher"] == alone.metrics["teacher"]
     assert list(third.metrics["teacher"]) == list(alone.metrics["teacher"])
