@@ -126,14 +126,14 @@ def test_a_folder_of_boxes_and_masks_needs_a_task(tmp_path: Path) -> None:
 def test_a_teachers_checkpoint_is_taken_over(tmp_path: Path) -> None:
     root = tiny.write_data(tmp_path / "data", "detection")
     section = config.Model.model_validate({
-        "arch": "retinanet", "backbone": "mobilenetv3_small_050", "fpn_channels": 32, "backbone_weights": None,
+        "arch": "retinanet", "backbone": "mobilenetv3_small_050", "fpn_channels": 16, "backbone_weights": None,
     })  # fmt: skip
     for classes in (len(CLASSES), 80):
         models.save_weights(models.build(section, "detection", classes).net, tmp_path / "t.safetensors")
         recipe = config.load(init(root, teacher=tmp_path / "t.safetensors", overwrite=True).file)
         assert recipe.teacher is not None
         assert (recipe.teacher.arch, recipe.teacher.weights) == ("retinanet", str(tmp_path / "t.safetensors"))
-        assert (recipe.student.arch, recipe.student.fpn_channels) == ("retinanet", 32)
+        assert (recipe.student.arch, recipe.student.fpn_channels) == ("retinanet", 16)
         assert bool(recipe.student.inherit) == (classes == len(CLASSES))
         assert recipe.teacher.num_classes == (None if classes == len(CLASSES) else 80)
 
