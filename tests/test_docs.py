@@ -142,6 +142,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
+@pytest.mark.usefixtures("reports")
 @pytest.mark.parametrize(
     ("page", "task"),
     [("detector", "detection"), ("segmenter", "segmentation"),

@@ -108,6 +108,7 @@ def test_it_is_distilled_reported_and_left_out_where_it_has_no_part(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("reports")
 def test_one_command_trains_baseline_and_student(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
