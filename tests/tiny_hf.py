@@ -93,10 +93,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
 assert OPTIONS.keys() == KINDS.keys()
 
 
-def detector(kind: str, seed: int = 0) -> TaskModel:
+TWO_STAGE: dict[str, Any] = {"with_box_refine": True, "two_stage": True, "two_stage_num_proposals": 20}
+"""Options by which Deformable DETR's queries start from boxes."""
+
+
+def detector(kind: str, seed: int = 0, **options: Any) -> TaskModel:
     """A tiny detector with 3 classes, whose boxes and classes differ from query to query."""
     torch.manual_seed(seed)
-    model = models.build(config.Model(arch=f"hf/{kind}", options=OPTIONS[kind]), "detection", 3)
+    model = models.build(config.Model(arch=f"hf/{kind}", options={**OPTIONS[kind], **options}), "detection", 3)
     for name, parameter in model.net.named_parameters():
         if any(part in name for part in ("bbox", "class_embed", "score_head", "enc_out")) and parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)

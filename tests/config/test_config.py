@@ -120,7 +120,11 @@ def test_words_that_look_like_numbers_are_words(path: Path, text: str) -> None:
         ({"train": {"epochs": 1, "schedule": {"warmup_steps": 9}}}, "train.schedule: one_cycle brings its own warm-up"),
         ({"losses": [{"pairs": ["a"]}]}, "losses.0.name: missing"),
         ({"losses": {"name": "acam"}}, "losses: "),
-        ({"losses": [{"name": "acam", "pairs": [["a", "b", "c"]]}]}, r"losses.0.pairs.0"),
+        ({"losses": [{"name": "acam", "pairs": [["a", "b", "c"]]}]}, "does not fit:\n  losses.0.pairs.0"),
+        (
+            {"losses": [{"name": "acam", "pairs": "a"}]},
+            "losses.0.pairs: must be a list .*write it in brackets\n  losses.0.pairs: Input should be 'auto'",
+        ),
         ({"task": "depth"}, r"task: Input should be 'detection' or 'segmentation' \(given: 'depth'\)"),
         (
             {"data": {"val": {"images": "x", "name": "y"}}},
@@ -159,6 +163,7 @@ def test_every_bad_key_is_named_at_once() -> None:
         ("train.precision=32", lambda recipe: recipe.train.precision == "32"),
         ("train.schedule.milestones=[1]", lambda recipe: recipe.train.schedule.milestones == (1,)),
         ("losses.1.weight=2", lambda recipe: recipe.losses[1].options == {"weight": 2}),
+        ("losses.0.pairs=auto", lambda recipe: recipe.losses[0].pairs == "auto"),
         ("losses.0.pairs.1=layer1", lambda recipe: recipe.losses[0].pairs == ("backbone:*", "layer1")),
         ("data.augment.crop.0=32", lambda recipe: recipe.data.augment.crop == (32, 96)),
         ("losses=[]", lambda recipe: recipe.losses == ()),

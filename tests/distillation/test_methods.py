@@ -212,7 +212,7 @@ def test_probe_gives_maps(detectors: tuple[TaskModel, TaskModel]) -> None:
 @pytest.mark.parametrize(
     ("task", "wrong", "message"),
     [
-        ("detection", entry("fitnet"), r"losses.1 \(fitnet\): `pairs` is missing: name the layers to compare"),
+        ("detection", entry("fitnet"), r"losses.1 \(fitnet\): `pairs` is missing: set it to auto, or name"),
         (
             "detection",
             entry("fitnet", "backbnoe:*"),

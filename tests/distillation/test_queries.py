@@ -8,18 +8,21 @@ import torch
 from acamkd import config
 from acamkd.distillation.build import build_distiller
 from acamkd.errors import AcamkdError
-from tiny_hf import batch_of, detector
+from tiny_hf import TWO_STAGE, batch_of, detector
 
 pytest.importorskip("transformers")
 
 
-@pytest.mark.parametrize(("of_student", "of_teacher"), [("deimv2", "d_fine"), ("rf_detr", "rt_detr")])
+@pytest.mark.parametrize(
+    ("of_student", "of_teacher"), [("deimv2", "d_fine"), ("rf_detr", "rt_detr"), ("dab-detr", "deformable_detr")]
+)
 def test_a_step_reaches_everything_below_the_decoder(of_student: str, of_teacher: str) -> None:
     entries = [config.Loss(name="kddetr", queries=["specific", "general", "targets"], count=5)]
     if of_student == "deimv2":
         entries.append(config.Loss(name="ld"))
         entries.append(config.Loss(name="pkd", pairs=("model.encoder.pan_blocks.1",)))
-    student, teacher = detector(of_student, 1), detector(of_teacher)
+    student = detector(of_student, 1)
+    teacher = detector(of_teacher, **(TWO_STAGE if of_teacher == "deformable_detr" else {}))
     distiller = build_distiller(student, teacher, entries).train()
     terms = distiller(batch_of(student))
     distilled = {name: term for name, term in terms.items() if name.startswith("head/")}
@@ -35,7 +38,9 @@ def test_a_step_reaches_everything_below_the_decoder(of_student: str, of_teacher
 
 
 def test_detectors_without_such_queries_are_refused() -> None:
-    with pytest.raises(AcamkdError, match=r"losses.0 \(kddetr\): KDDETR needs detectors .* and the teacher is DetrFor"):
+    with pytest.raises(
+        AcamkdError, match=r"losses.0 \(kddetr\): KDDETR needs detectors .* and the teacher is DetrFor.* vectors"
+    ):
         build_distiller(detector("rt_detr"), detector("detr"), [config.Loss(name="kddetr")])
     with pytest.raises(AcamkdError, match=r"losses.0 \(ld\): LD needs distributions of edges, .* not RTDetrForObject"):
         build_distiller(detector("rt_detr"), detector("d_fine"), [config.Loss(name="ld")])

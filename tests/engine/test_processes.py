@@ -29,6 +29,7 @@ from acamkd.errors import AcamkdError
 from acamkd.jobs.compare.compare import run_trial
 from acamkd.jobs.compare.trials import plan
 from acamkd.jobs.evaluate import evaluate
+from acamkd.jobs.pretrain import pretrain
 from acamkd.jobs.setup import build_network
 from acamkd.jobs.train import distill, train
 from acamkd.losses.acam.masks import Masks
@@ -137,6 +138,27 @@ def test_two_processes_do_what_one_does(raw: dict[str, Any], tmp_path: Path, mon
     assert metrics["processes"] == 2
     scores = evaluate(open_run(tmp_path / "two", ["train.devices=1"]))  # in this process alone
     assert {k: v for k, v in metrics["student"].items() if v is not None} == {k: v for k, v in scores.items() if v == v}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("labeled", [True, False])
+@pytest.mark.parametrize("raw", ["detection"], indirect=True)
+def test_two_processes_pretrain_as_one_does(raw: dict[str, Any], tmp_path: Path, labeled: bool) -> None:
+    """Judged by nearest neighbors of objects, and without labels by the loss."""
+    data = {"format": "images", "root": raw["data"]["root"], "workers": 0, "train": {"images": "images/train"}}
+    data |= {"val": {"images": "images/val"}}
+    cosine = {"name": "cosine", "pairs": [["backbone.body:3", "levels:0"]]}
+    changed = {**raw, "teacher": tiny.VIT, "losses": [cosine], "data": raw["data"] if labeled else data}
+    pretrain(config.parse(changed), out=tmp_path / "one")
+    assert _together(lambda rank: pretrain(_shared(changed), out=tmp_path / "two")) == [0, 0]
+    one, two = (load_file(tmp_path / name / "backbone.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
+    alone, together = (open_run(tmp_path / name) for name in ("one", "two"))
+    assert together.metrics["processes"] == 2
+    scores = {name: value for name, value in alone.metrics["backbone"].items() if value is not None}
+    assert scores == pytest.approx({name: together.metrics["backbone"][name] for name in scores}, abs=1e-3)
+    assert ("kNN" if labeled else "alignment") in scores
 
 
 @pytest.mark.slow

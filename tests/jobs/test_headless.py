@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from pathlib import Path
@@ -15,12 +14,13 @@ import tiny
 from acamkd import config
 from acamkd.distillation.build import build_distiller
 from acamkd.distillation.methods import METHODS
+from acamkd.distillation.pairs import propose
 from acamkd.engine.pretraining import student_maps
 from acamkd.errors import AcamkdError
 from acamkd.jobs.benchmark.networks import networks_of
 from acamkd.jobs.doctor import doctor
 from acamkd.jobs.export.card import license_of_teacher
-from acamkd.jobs.inspect_layers import as_losses, inspect, of_names, propose
+from acamkd.jobs.inspect_layers import as_losses, inspect, of_names
 from acamkd.jobs.profile import estimate
 from acamkd.jobs.run_all import run
 from acamkd.jobs.tokens import learn_tokens
@@ -150,13 +150,13 @@ def named() -> tuple[FeatureModel, TaskModel]:
 
 def test_pairs_are_proposed_by_stride(named: tuple[FeatureModel, TaskModel], root: Path) -> None:
     networks = named
-    assert propose(*networks) == [["backbone:0", "levels:2"], ["backbone:1", "levels:3"], ["backbone:2", "levels:4"]]
+    assert propose(*networks) == [("backbone:0", "levels:2"), ("backbone:1", "levels:3"), ("backbone:2", "levels:4")]
     assert as_losses(["a"], networks[1], all_labeled=True, headless=True)[0]["name"] == "cosine"
     recipe = config.parse(raw(root, losses=[]))
     found = inspect(recipe)
     assert [(layer.name, layer.stride) for layer in found.teacher if layer.name == "levels:0"] == [("levels:0", 16)]
     assert found.losses[0]["pairs"][0][1] == "levels:0"
-    proposed = [f"losses={json.dumps(found.losses)}", "losses.0.weight=1"]
+    proposed = ["losses=[{name: cosine, pairs: auto, weight: 1}]"]
     assert math.isfinite(estimate(config.override(recipe, proposed)).seconds)
 
 
@@ -166,7 +166,7 @@ def test_a_vit_meets_the_nearest_stride(named: tuple[FeatureModel, TaskModel]) -
         ("vit_small_patch14_dinov2", {}, "backbone:1"),
     ):  # fmt: skip
         section = config.Model(**{**VIT, "arch": f"timm/{name}", **options})
-        assert propose(build_teacher(section, "detection", 3).eval(), named[1]) == [[expected, "levels:0"]]
+        assert propose(build_teacher(section, "detection", 3).eval(), named[1]) == [(expected, "levels:0")]
 
 
 @pytest.mark.parametrize("name", ["dinov3_detection", "dinov3_pretrain"])

@@ -100,11 +100,12 @@ def test_the_guides_export_and_its_code_find_what_the_student_finds(
 
 
 def test_pairs_are_proposed_across_families() -> None:
-    from acamkd.jobs.inspect_layers import of_names, propose
+    from acamkd.distillation.pairs import propose
+    from acamkd.jobs.inspect_layers import of_names
 
     teacher, student = of_names("hf/rt_detr_v2", "retinanet/mobilenetv3_small_050")
     keys = [f"backbone:{level}" for level in range(3)]
-    assert propose(teacher, student) == [list(pair) for pair in zip(keys, LEVELS, strict=True)]
+    assert propose(teacher, student) == list(zip(keys, LEVELS, strict=True))
     assert propose(teacher, head_of(teacher)) == LEVELS
 
 

@@ -10,10 +10,12 @@ from typer.testing import CliRunner
 
 import tiny_recipes
 from acamkd import cli, config
+from acamkd.distillation.pairs import Layer, blank_batch, layers, propose
 from acamkd.errors import AcamkdError
-from acamkd.jobs.inspect_layers import Layer, as_losses, blank_batch, layers, of_names, of_recipe, propose
+from acamkd.jobs.inspect_layers import as_losses, inspect, of_names, of_recipe
 from acamkd.jobs.train import distill
 from acamkd.models.base import Task
+from tiny_hf import OPTIONS
 
 SMALL = "mobilenetv3_small_050"
 
@@ -25,7 +27,9 @@ def test_the_proposal_trains(task: Task, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     proposed: dict[str, Any] = yaml.safe_load(result.stdout.partition("# for the recipe")[2])
     assert proposed["losses"][0]["pairs"] == [tiny_recipes.PAIRS[task]]
-    distill(config.load(recipe, [f"losses={json.dumps(proposed['losses'])}"]), out=tmp_path / "run")
+    losses = json.dumps([{**proposed["losses"][0], "pairs": "auto"}])
+    run = distill(config.load(recipe, [f"losses={losses}"]), out=tmp_path / "run")
+    assert run.recipe.losses[0].pairs == (tiny_recipes.PAIRS[task],)
     terms = (tmp_path / "run/history.csv").read_text().partition("\n")[0]
     assert ("backbone:p7/acam/spatial" if task == "detection" else "segmentation_head.0/acam/spatial") in terms
 
@@ -46,11 +50,11 @@ def test_layers_are_named_with_channels_and_stride() -> None:
         (f"retinanet/{SMALL}", "fcos/torchvision/resnet18", ["backbone:*"]),
         (
             f"faster_rcnn/{SMALL}", f"retinanet/{SMALL}",
-            [["backbone:0", "backbone:1"], ["backbone:1", "backbone:2"], ["backbone:2", "backbone:3"],
-             ["backbone:p6", "backbone:pool"]],
+            [("backbone:0", "backbone:1"), ("backbone:1", "backbone:2"), ("backbone:2", "backbone:3"),
+             ("backbone:p6", "backbone:pool")],
         ),
-        ("torchvision/lraspp_mobilenet_v3_large", f"fpn/tu-{SMALL}", [["segmentation_head.0", "classifier"]]),
-        (f"unet/tu-{SMALL}", f"fpn/tu-{SMALL}", [["segmentation_head.0", "segmentation_head"]]),
+        ("torchvision/lraspp_mobilenet_v3_large", f"fpn/tu-{SMALL}", [("segmentation_head.0", "classifier")]),
+        (f"unet/tu-{SMALL}", f"fpn/tu-{SMALL}", [("segmentation_head.0", "segmentation_head")]),
     ],
 )  # fmt: skip
 def test_pairs_are_of_one_stride_or_the_logits(teacher: str, student: str, pairs: list[Any]) -> None:
@@ -74,6 +78,16 @@ def test_the_classes_are_those_of_the_format_that_is_found(tmp_path: Path) -> No
     assert [network.num_classes for network in of_recipe(config.parse(raw))] == [19, 19]  # nothing is known
     raw["data"]["classes"] = ["a", "b"]
     assert [network.num_classes for network in of_recipe(config.parse(raw))] == [2, 2]
+
+
+def test_layers_are_listed_where_no_pairs_are_proposed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("transformers")
+    teacher, student = ({"arch": f"hf/{name}", "options": OPTIONS[name]} for name in ("detr", "yolos"))
+    raw = {"name": "x", "task": "detection", "data": {"root": str(tmp_path)}, "train": {"epochs": 1}}
+    found = inspect(config.parse({**raw, "teacher": teacher, "student": student}))
+    assert found.student[-1] == Layer("vit.encoder.layer.3#16+1", 32, 16)
+    assert found.losses == []
+    assert "no pairs are proposed: the feature maps have no stride in common: the student Yolos" in caplog.text
 
 
 def test_what_cannot_be_paired_is_said() -> None:

@@ -11,11 +11,11 @@ from torch import Tensor
 from acamkd.distillation.calls import recorded_calls
 from acamkd.losses.ld import edge_positions
 from acamkd.models.base import Batch, Call, TaskModel
-from tiny_hf import batch_of, detector
+from tiny_hf import TWO_STAGE, batch_of, detector
 
 pytest.importorskip("transformers")
 
-KINDS = ("rt_detr", "rt_detr_v2", "d_fine", "deimv2", "rf_detr", "lw_detr")
+KINDS = ("rt_detr", "rt_detr_v2", "d_fine", "deimv2", "rf_detr", "lw_detr", "dab-detr", "deformable_detr")
 
 
 def call_of(model: TaskModel, batch: Batch) -> tuple[Call, dict[str, Tensor]]:
@@ -27,7 +27,7 @@ def call_of(model: TaskModel, batch: Batch) -> tuple[Call, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_asked_about_its_own_boxes_a_decoder_says_what_it_predicts(kind: str) -> None:
-    model = detector(kind)
+    model = detector(kind, **(TWO_STAGE if kind == "deformable_detr" else {}))
     decoder = model.query_decoder
     assert decoder is not None
     batch = batch_of(model)
@@ -57,5 +57,8 @@ def test_asked_about_its_own_boxes_a_decoder_says_what_it_predicts(kind: str) ->
     assert decoder.answer(trained, own).logits.shape == answers.logits.shape
 
 
-def test_other_detectors_have_no_such_decoder() -> None:
-    assert detector("detr").query_decoder is None
+@pytest.mark.parametrize(
+    ("kind", "options"), [("detr", {}), ("deformable_detr", {}), ("dab-detr", {"num_patterns": 2})]
+)
+def test_other_detectors_have_no_such_decoder(kind: str, options: dict[str, Any]) -> None:
+    assert detector(kind, **options).query_decoder is None

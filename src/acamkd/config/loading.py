@@ -178,8 +178,8 @@ def _explain(entry: Mapping[str, Any], texts: Sequence[tuple[Location, str]]) ->
 
 
 def _telling(errors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Without "is no list" and "is no section" where another part of a union has more to say of the same entry."""
-    kinds = ("tuple_type", "model_type")
+    """Without "is no list" and the like where another part of a union has more to say of the same entry."""
+    kinds = ("tuple_type", "model_type", "literal_error")
     told = [_place(entry) for entry in errors if entry["type"] not in kinds]
     return [
         entry

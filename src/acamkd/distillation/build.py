@@ -15,6 +15,7 @@ from acamkd import config
 from acamkd.distillation.distiller import Distiller, Pair
 from acamkd.distillation.fast_teacher import Precision
 from acamkd.distillation.methods import find, options
+from acamkd.distillation.pairs import resolve_pairs
 from acamkd.distillation.schedule import WeightSchedule
 from acamkd.distillation.taps import PROBE_SIZE, probe
 from acamkd.errors import AcamkdError
@@ -36,7 +37,8 @@ class Level(NamedTuple):
 @contextmanager
 def suppress_logs() -> Iterator[None]:
     """Within, nothing is said of layers and untrained tokens, which is for the losses that are trained."""
-    loggers = [logging.getLogger(name) for name in ("acamkd.distillation.build", "acamkd.losses")]
+    speaking = ("acamkd.distillation.build", "acamkd.distillation.pairs", "acamkd.losses")
+    loggers = [logging.getLogger(name) for name in speaking]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
@@ -77,7 +79,7 @@ def build_levels(student: TaskModel, teacher: FeatureModel, entries: Sequence[co
     """Build the losses of every entry, one for each pair of layers; args and raises as `build_distiller`."""
     batch = student.prepare([torch.rand(3, *PROBE_SIZE).to(student.mean.device)])
     levels: list[Level] = []
-    for index, entry in enumerate(entries):
+    for index, entry in enumerate(resolve_pairs(student, teacher, entries)):
         try:
             levels += [Level(index, pair, loss) for pair, loss in _build(entry, student, teacher, batch)]
         except ValueError as error:
@@ -104,7 +106,7 @@ def _build(
         raise AcamkdError(f"this method needs boxes, and {student.task} has none")
     if not entry.pairs:
         raise AcamkdError(
-            "`pairs` is missing: name the layers to compare, such as [backbone:*] or [segmentation_head.0]"
+            "`pairs` is missing: set it to auto, or name the layers, such as [backbone:*] or [segmentation_head.0]"
         )
     built: list[tuple[Pair | None, FeatureLoss | HeadLoss]] = []
     for given in entry.pairs:

@@ -14,6 +14,7 @@ from acamkd import config, data
 from acamkd.distillation.auto_weight import dry_build, uncalibrated
 from acamkd.distillation.build import build_distiller
 from acamkd.distillation.distiller import Distiller
+from acamkd.distillation.pairs import resolve_pairs
 from acamkd.distillation.taps import PROBE_SIZE
 from acamkd.engine.pretraining import HeldOutLoss, NearestNeighbors, PretrainingModule, freeze_beyond
 from acamkd.engine.runs import Run, default_folder
@@ -115,7 +116,7 @@ def pretrain(
     student = build_network(recipe, recipe.student, classes)
     if any(entry.is_auto for entry in recipe.losses):
         log.info("weight: auto: there is no task to compare with, so the method's own weight stays")
-    losses = tuple(uncalibrated(entry) for entry in recipe.losses)
+    losses = resolve_pairs(student, teacher, [uncalibrated(entry) for entry in recipe.losses])
     _check_losses(dry_build(student, teacher, losses).distiller, losses)
     images.check()
     distiller = build_distiller(student, teacher, losses, section.precision)

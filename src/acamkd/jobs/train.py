@@ -13,6 +13,7 @@ from acamkd import config, data, models
 from acamkd.distillation.auto_weight import calibrate, dry_build, reuse_weights
 from acamkd.distillation.build import build_distiller
 from acamkd.distillation.distiller import Distiller
+from acamkd.distillation.pairs import resolve_pairs
 from acamkd.engine.devices import device_of, moved_to
 from acamkd.engine.metrics import METRICS, score
 from acamkd.engine.quantization import require_torchao
@@ -156,7 +157,7 @@ def distill(
         return estimate(recipe)
     if recipe.teacher is None or not recipe.losses:
         raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section and `losses` to distill")
-    folder, losses = Path(out).expanduser() if out else default_folder(recipe, "distilled"), recipe.losses
+    folder = Path(out).expanduser() if out else default_folder(recipe, "distilled")
     if is_first_process():
         Run(folder, recipe, "student").check_free(resume=resume, overwrite=overwrite)
     if recipe.train.quantize:
@@ -167,6 +168,7 @@ def distill(
     student = build_network(recipe, recipe.student, batches.classes)
     if recipe.student.inherit:
         models.inherit(student, teacher, recipe.student.inherit)
+    losses = resolve_pairs(student, teacher, recipe.losses)
     built = dry_build(student, teacher, losses)
     if batches.unlabeled is not None:
         built.distiller.check_unlabeled()

@@ -57,6 +57,10 @@ class KDDETR(QueryLoss):
         classification  sum_i w_i sum_c KL(sigmoid(t_ic) || sigmoid(s_ic))
         boxes           sum_i w_i (5 |b_s,i - b_t,i|_1 + 2 (1 - GIoU(b_s,i, b_t,i)))
 
+    This needs queries that start from boxes, as those of RT-DETR, RT-DETRv2, D-FINE, DEIMv2, RF-DETR, LW-DETR, DAB-DETR
+    and two-stage Deformable DETR do. Queries of DETR, Conditional DETR, YOLOS and one-stage Deformable DETR are learned
+    vectors. No box can be put in their place.
+
     Terms of all sets are added. The sets that `queries` may name:
 
         specific  the boxes that the teacher's own queries start from
@@ -67,8 +71,9 @@ class KDDETR(QueryLoss):
     The gradient reaches the student's heads, decoder, encoder and backbone. Nothing is learned beside the student.
 
     Deviations: a shared query is a shared box. Its content vector is that of each network's own query with the nearest
-    box. Contents are mostly features of a network's own encoder, and of its own width. The papers share the whole
-    query; CLoCKDistill's also has the object's class. A set's terms are divided by the sum of w rather than by a number
+    box. Contents are mostly features of a network's own encoder, and of its own width. DAB-DETR's contents are zero,
+    and Deformable DETR's follow from the box. The papers share the whole query; CLoCKDistill's also has the object's
+    class. A set's terms are divided by the sum of w rather than by a number
     of queries, and the factors 5 and 2 are DETR's. Only the last decoder layer answers, in eval mode. CLoCKDistill's
     distillation of the encoder's memory is not part of this. This follows the papers; no official code was run.
 

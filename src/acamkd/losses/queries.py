@@ -88,8 +88,10 @@ class QueryLoss(HeadLoss):
             which, model = ("student", student) if found[0] is None else ("teacher", teacher)
             raise ValueError(
                 f"{type(self).__name__} needs detectors of transformers whose queries start from boxes (RT-DETR, "
-                f"RT-DETRv2, D-FINE, DEIMv2, RF-DETR, LW-DETR) on both sides, and the {which} is "
-                f"{type(model.net).__name__}"
+                "RT-DETRv2, D-FINE, DEIMv2, RF-DETR, LW-DETR, DAB-DETR without patterns, two-stage Deformable DETR) on "
+                f"both sides, and the {which} is {type(model.net).__name__}. Queries of DETR, Conditional DETR, YOLOS "
+                "and one-stage Deformable DETR are learned vectors, and no box can be put in their place: compare "
+                "feature maps there, such as by pkd with `pairs: auto`"
             )
         return found[0], found[1]
 

@@ -174,8 +174,8 @@ class Answers(NamedTuple):
 class QueryDecoder(ABC):
     """The decoder of a detector whose queries start from boxes: it can be asked about other boxes than its own.
 
-    A query is a box, which says where to look, and a content vector. For a given box, the content is that of the
-    network's own query with the nearest box.
+    A query is a box, which says where to look, and a content vector. For a given box, the content is what the network
+    itself makes of the box or, where it has other sources, that of its own query with the nearest box.
     """
 
     layer: str

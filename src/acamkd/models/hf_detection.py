@@ -27,8 +27,9 @@ class HFDetector(HFModel):
 
     @property
     def query_decoder(self) -> QueryDecoder | None:
-        """RT-DETR's, D-FINE's, DEIMv2's, RF-DETR's and LW-DETR's."""
-        return DECODERS[self.kind.decoder](self.net, self.units) if self.kind.decoder else None
+        """The decoder, where queries start from boxes; DETR's and Conditional DETR's are learned vectors."""
+        decoder = DECODERS[self.kind.decoder] if self.kind.decoder else None
+        return decoder(self.net, self.units) if decoder is not None and decoder.fits(self.net.config) else None
 
     def with_targets(self, batch: Batch, targets: Sequence[Target]) -> Batch:
         """Scale the boxes with the images."""

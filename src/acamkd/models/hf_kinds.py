@@ -18,8 +18,9 @@ STRIDE = 32
 Output: TypeAlias = Literal["boxes", "map", "queries"]
 """What a network says: a box per query, logits per pixel, or a class and a mask per query."""
 
-Decoder: TypeAlias = Literal["hybrid", "groups"]
-"""Form of a decoder whose queries start from boxes: RT-DETR's, or that of groups of queries, LW-DETR's."""
+Decoder: TypeAlias = Literal["hybrid", "groups", "anchors", "two_stage"]
+"""Form of a decoder whose queries start from boxes: RT-DETR's, LW-DETR's with groups of queries, DAB-DETR's with
+anchors, or that of a two-stage Deformable DETR."""
 
 Options: TypeAlias = Mapping[str, Any]
 """A model's configuration as a dict."""
@@ -38,7 +39,7 @@ class Kind:
         has_none_class: Whether the last class logit of a query stands for no object: softmax rather than sigmoid.
         is_masked: Whether it takes a `pixel_mask`. Its boxes are then fractions of the image without padding.
         is_fixed: Whether it takes images of one size alone, its configuration's `image_size`.
-        decoder: How it can be asked about given boxes; None where it cannot.
+        decoder: How it can be asked about given boxes, where its configuration lets it; None where it cannot.
         rounds: Whether its image processor resizes whole numbers with antialiasing, and rounds; else floats without.
         multiple: The number that the sides of the padded input must be a multiple of.
         is_traced: Whether PyTorch's older exporter writes it as ONNX. `torch.export` fails on hybrid encoders, and is
@@ -116,7 +117,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "deformable_detr": Kind(
         "boxes", tuple(f"model.input_proj.{level}" for level in range(4)), "model.backbone",
-        "DeformableDetrImageProcessor", is_masked=True,
+        "DeformableDetrImageProcessor", is_masked=True, decoder="two_stage",
     ),
     "detr": Kind(
         "boxes", ("model.input_projection",), "model.backbone", "DetrImageProcessor",
@@ -126,7 +127,8 @@ KINDS: Mapping[str, Kind] = {
         "boxes", ("model.input_projection",), "model.backbone", "ConditionalDetrImageProcessor", is_masked=True
     ),
     "dab-detr": Kind(
-        "boxes", ("model.input_projection",), "model.backbone", "ConditionalDetrImageProcessor", is_masked=True
+        "boxes", ("model.input_projection",), "model.backbone", "ConditionalDetrImageProcessor",
+        is_masked=True, decoder="anchors",
     ),
     "yolos": Kind(
         "boxes", ("vit.encoder.layer.{last}#{patch}+1",), "vit", "YolosImageProcessor",

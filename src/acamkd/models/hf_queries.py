@@ -13,7 +13,7 @@ from acamkd.models.base import Answers, Batch, Call, QueryDecoder, keeping_modes
 from acamkd.models.hf_kinds import Decoder
 
 CONTENT, BOXES = "inputs_embeds", "reference_points"
-"""Arguments of every decoder."""
+"""Arguments of most decoders."""
 
 
 class HFQueryDecoder(QueryDecoder):
@@ -29,6 +29,11 @@ class HFQueryDecoder(QueryDecoder):
     FIXED: ClassVar[Mapping[str, Any]] = {}
     """Arguments that a second run has in the place of the first one's."""
 
+    @staticmethod
+    def fits(settings: Any) -> bool:
+        """Whether the queries start from boxes in a network of this configuration."""
+        return True
+
     def __init__(self, net: Any, units: Callable[[Batch], Tensor]) -> None:
         self.net = net
         self._units = units
@@ -38,23 +43,27 @@ class HFQueryDecoder(QueryDecoder):
         return self._units(batch)
 
     def answer(self, call: Call, boxes: Tensor) -> Answers:
-        """Run the decoder on given boxes, with the contents of its own queries that start nearest to them (L1)."""
+        """Run the decoder on queries that start from given boxes."""
         boxes = boxes.detach()
-        nearest = torch.cdist(boxes, self.own_boxes(call).to(boxes), p=1).argmin(dim=2)
-        content = self._own(call.kwargs[CONTENT])
-        content = content.gather(1, nearest[..., None].expand(-1, -1, content.shape[-1]))
         decoder = self.net.get_submodule(self.layer)
-        given = {**call.kwargs, **self.FIXED, CONTENT: content, BOXES: self._start(boxes).to(call.kwargs[BOXES].dtype)}
+        given = {**call.kwargs, **self.FIXED, **self._queries(call, boxes)}
         with keeping_modes(decoder):  # neither dropout nor groups of queries
             return self._answers(decoder.eval()(*call.args, **given), boxes)
 
-    @abstractmethod
+    def _queries(self, call: Call, boxes: Tensor) -> dict[str, Tensor]:
+        """Arguments that start from some boxes; the contents are those of the own queries nearest to them (L1)."""
+        nearest = torch.cdist(boxes, self.own_boxes(call).to(boxes), p=1).argmin(dim=2)
+        content = self._own(call.kwargs[CONTENT])
+        content = content.gather(1, nearest[..., None].expand(-1, -1, content.shape[-1]))
+        return {CONTENT: content, BOXES: self._start(boxes).to(call.kwargs[BOXES].dtype)}
+
     def _own(self, queries: Tensor) -> Tensor:
         """What a prediction would use of an argument, (N, Q, ...): no denoising queries, and one group."""
+        return queries
 
-    @abstractmethod
     def _start(self, boxes: Tensor) -> Tensor:
         """The argument BOXES for some boxes."""
+        return boxes
 
     @abstractmethod
     def _answers(self, output: Any, boxes: Tensor) -> Answers:
@@ -119,9 +128,6 @@ class GroupDecoder(HFQueryDecoder):
     def _own(self, queries: Tensor) -> Tensor:
         return queries[:, : self.net.config.num_queries]
 
-    def _start(self, boxes: Tensor) -> Tensor:
-        return boxes
-
     def _answers(self, output: Any, boxes: Tensor) -> Answers:
         states = output.last_hidden_state
         deltas = self.net.bbox_embed(states).float()
@@ -130,5 +136,59 @@ class GroupDecoder(HFQueryDecoder):
         return Answers(self.net.class_embed(states).float(), found)
 
 
-DECODERS: Mapping[Decoder, type[HFQueryDecoder]] = {"hybrid": HybridDecoder, "groups": GroupDecoder}
+class AnchorDecoder(HFQueryDecoder):
+    """DAB-DETR's: a query is an anchor box, and its content is zero at first."""
+
+    @staticmethod
+    def fits(settings: Any) -> bool:
+        """Without `num_patterns`, by which several queries share a box."""
+        return not settings.num_patterns
+
+    def own_boxes(self, call: Call) -> Tensor:
+        """The learned anchors; they are given before their sigmoid."""
+        anchors: Tensor = call.kwargs["query_position_embeddings"]
+        return anchors.detach().float().sigmoid()
+
+    def _queries(self, call: Call, boxes: Tensor) -> dict[str, Tensor]:
+        content = call.kwargs[CONTENT]
+        return {
+            CONTENT: content.new_zeros(*boxes.shape[:2], content.shape[-1]),
+            "query_position_embeddings": boxes.logit(eps=1e-5),
+        }
+
+    def _answers(self, output: Any, boxes: Tensor) -> Answers:
+        states = output.intermediate_hidden_states[-1]
+        refined = self.net.bbox_predictor(states).float() + output.reference_points[-1].float().logit(eps=1e-5)
+        return Answers(self.net.class_embed(states).float(), refined.sigmoid())
+
+
+class TwoStageDecoder(HFQueryDecoder):
+    """Two-stage Deformable DETR's: position and content of a query are functions of its box."""
+
+    @staticmethod
+    def fits(settings: Any) -> bool:
+        """Where a first stage gives the boxes; otherwise a query is a learned vector that points at a place."""
+        return bool(settings.two_stage)
+
+    def own_boxes(self, call: Call) -> Tensor:
+        """The chosen proposals of the encoder."""
+        proposals: Tensor = call.kwargs[BOXES]
+        return proposals.detach().float()
+
+    def _queries(self, call: Call, boxes: Tensor) -> dict[str, Tensor]:
+        model = self.net.model
+        embedded = model.pos_trans_norm(model.pos_trans(model.get_proposal_pos_embed(boxes.logit(eps=1e-5))))
+        position, content = embedded.chunk(2, dim=-1)
+        return {CONTENT: content, "object_queries_position_embeddings": position, BOXES: boxes}
+
+    def _answers(self, output: Any, boxes: Tensor) -> Answers:
+        states, last = output.last_hidden_state, self.net.config.decoder_layers - 1
+        starts = output.intermediate_reference_points[:, last - 1].float() if last else boxes
+        refined = self.net.bbox_embed[last](states).float() + starts.logit(eps=1e-5)
+        return Answers(self.net.class_embed[last](states).float(), refined.sigmoid())
+
+
+DECODERS: Mapping[Decoder, type[HFQueryDecoder]] = {
+    "hybrid": HybridDecoder, "groups": GroupDecoder, "anchors": AnchorDecoder, "two_stage": TwoStageDecoder,
+}  # fmt: skip
 """By a kind's `decoder`."""

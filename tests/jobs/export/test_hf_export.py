@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,9 @@ from acamkd import config
 from acamkd.errors import AcamkdError
 from acamkd.jobs.export.graph import FormGraph, build_graph, write_graph
 from acamkd.jobs.export.onnx_model import ExportedModel, OnnxModel
+from acamkd.jobs.export.openvino_model import OpenVinoModel, write_openvino
 from acamkd.jobs.export.parity import _query_difference, compare_outputs
+from acamkd.jobs.export.quantize import quantize
 from acamkd.models import TaskModel, build
 from acamkd.models.base import Batch, ExportForm
 from acamkd.models.hf_kinds import KINDS
@@ -73,6 +76,40 @@ def test_the_file_finds_what_pytorch_finds(name: str, tmp_path: Path) -> None:
             continue
         np.testing.assert_allclose(theirs["scores"], ours["scores"].numpy(), atol=1e-2)
         assert box_iou(torch.from_numpy(theirs["boxes"]), ours["boxes"]).max(dim=1)[0].median() > 0.95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rt_detr_v2", "d_fine", "segformer", "upernet", "dpt", "mask2former"])
+@torch.no_grad()
+def test_it_is_quantized_and_runs_in_openvino(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("acamkd.jobs.export.quantize.CALIBRATIONS", ("MinMax",))
+    model = make(name, (128, 112))
+    graph = build_graph(model, (128, 112), with_nms=False, openvino=True)
+    file, small = tmp_path / "student.onnx", tmp_path / "student.int8.onnx"
+    write_graph(graph, file, recipe_of(model.task, (128, 112)))
+    given = images((100, 150), (128, 112))
+    arrays = [image.permute(1, 2, 0).numpy() for image in given]
+
+    def agreement(found: ExportedModel) -> float:
+        """Percent of the pixels with the float file's class; of a detector 100 where it finds boxes at all."""
+        pairs = [(OnnxModel(file).predict(array), found.predict(array)) for array in arrays]
+        if model.task == "detection":
+            return 100.0 * all(np.isfinite(theirs["boxes"]).all() for _, theirs in pairs)
+        return 100 * float(np.mean([ours["mask"] == theirs["mask"] for ours, theirs in pairs]))
+
+    found = quantize(file, small, arrays, lambda trial: agreement(OnnxModel(trial)), before=100.0, max_drop=2.0)
+    assert found.float_nodes == ()
+    last = ("convolving", "weighted") if model.task == "detection" else ("computing", "all")
+    assert set(found.tried) == {f"MinMax of {kind} operators" for kind in last}
+    made_by = {name: node.op_type for node in onnx.load(small).graph.node for name in node.output}
+    assert "DequantizeLinear" in made_by.values()
+    assert model.task == "segmentation" or made_by["boxes"] != "DequantizeLinear"
+    pytest.importorskip("openvino")
+    for one in (file, small):
+        write_openvino(one, one.with_suffix(".xml"))
+    in_openvino = OpenVinoModel(tmp_path / "student.xml", precision="f32")
+    compare_outputs(graph, in_openvino, [(image, {}) for image in given], "OpenVINO")  # type: ignore[arg-type]
+    assert agreement(OpenVinoModel(tmp_path / "student.int8.xml", precision="f32")) >= 98
 
 
 class Reader(ExportedModel):

@@ -30,9 +30,11 @@ CALIBRATIONS = ("MinMax", "Entropy", "Percentile")
 """Names in onnxruntime's CalibrationMethod."""
 
 Choice: TypeAlias = tuple[str, str]
-"""Calibration, and `all`, `computing` or `weighted` operators."""
+"""Calibration, and `all`, `computing`, `weighted` or `convolving` operators."""
 
-WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+CONVOLVING = ("Conv", "ConvTranspose")
+
+WEIGHTED = (*CONVOLVING, "Gemm", "MatMul")
 
 COMPUTING = (
     *WEIGHTED, "Add", "Clip", "Relu", "Concat", "Resize", "MaxPool", "AveragePool", "GlobalAveragePool", "Reshape",
@@ -90,9 +92,9 @@ def quantize(
     """Write a quantized copy of an exported file: static, QDQ, with one scale per output channel of a weight.
 
     Each of CALIBRATIONS is tried, on all operators that onnxruntime can quantize and on COMPUTING alone, and the choice
-    with the best metric kept. Where suppression is a part of the graph, WEIGHTED operators alone are quantized: 8 bits
-    are too few for coordinates. If it loses too much, parts of the graph stay in float: first those that gain the
-    metric most by it, and as few as possible.
+    with the best metric kept. Where the graph gives final boxes, of queries or after suppression, it is on WEIGHTED
+    operators and on CONVOLVING alone: 8 bits are too few for coordinates. If it loses too much, parts of the graph stay
+    in float: first those that gain the metric most by it, and as few as possible.
 
     Args:
         file: The float file.
@@ -167,7 +169,9 @@ class _Quantizer:
         except Exception as error:  # onnxruntime may raise any error
             raise AcamkdError(f"onnxruntime cannot prepare {file.name} for INT8: {error}") from error
         exported = OnnxModel(file)
-        kinds = ("computing", "all") if exported.takes_batches else ("weighted",)
+        has_final_boxes = exported.task == "detection" and exported.metadata["nms"] is None
+        # The calibration of the last serves all.
+        kinds = ("convolving", "weighted") if has_final_boxes else ("computing", "all")
         self.choices: tuple[Choice, ...] = tuple((method, kind) for method in CALIBRATIONS for kind in kinds)
         model = onnx.load(self.prepared)
         for number, node in enumerate(model.graph.node):
@@ -175,7 +179,10 @@ class _Quantizer:
         _forget_shapes(model)
         onnx.save(model, self.prepared)
         every = sorted({*QDQRegistry, *QLinearOpsRegistry})
-        self.types = {"all": every, "computing": sorted(COMPUTING), "weighted": sorted(WEIGHTED)}
+        self.types = {
+            "all": every, "computing": sorted(COMPUTING), "weighted": sorted(WEIGHTED),
+            "convolving": sorted(CONVOLVING),
+        }  # fmt: skip
         self._kinds = {node.name: node.op_type for node in model.graph.node}
         self.bits = 8 if int8_instructions() else 7
         self._metadata = onnx.load(file, load_external_data=False).metadata_props

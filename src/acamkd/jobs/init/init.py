@@ -15,6 +15,7 @@ from rich.text import Text
 from acamkd import config, data
 from acamkd.config.yaml_text import Dumper
 from acamkd.data.statistics import Statistics, count
+from acamkd.distillation.pairs import propose
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import write_text
 from acamkd.errors import AcamkdError
@@ -30,7 +31,7 @@ from acamkd.jobs.init.choices import (
 )
 from acamkd.jobs.init.layout import Layout, find_layouts, find_unlabeled, quiet
 from acamkd.jobs.init.teacher import Teacher, identify
-from acamkd.jobs.inspect_layers import RATIOS, as_losses, of_recipe, propose
+from acamkd.jobs.inspect_layers import RATIOS, as_losses, of_recipe
 from acamkd.jobs.profile import Estimate, estimate
 from acamkd.models.base import VOID, Task
 
