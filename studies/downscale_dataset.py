@@ -4,7 +4,7 @@
 
 Images (.jpg) are averaged, masks (.png) keep one of four ids, COCO files (.json) get their boxes scaled; everything
 else is left out. With --few 4, every fourth training image goes with its labels to a split `few` as well, and the
-others go without theirs to images/rest, for `data.unlabelled`.
+others go without theirs to images/rest, for `data.unlabeled`.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from acamkd import cli
+from acamkd.report.run import write_report
 from browser import Browser, screenshots
 from command import Command, Result
 
@@ -49,6 +50,20 @@ def _logging() -> Iterator[None]:
     log.setLevel(level)
     for handler in [handler for handler in root.handlers if handler not in handlers]:
         root.removeHandler(handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_reports() -> Iterator[None]:
+    """Trainings leave no report, which takes longer than they do, but where a test asks for `reports`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
+        yield
+
+
+@pytest.fixture
+def reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings leave a report, as outside of the tests."""
+    monkeypatch.setattr("acamkd.jobs.fit.write_report", write_report)
 
 
 @pytest.fixture(scope="session")

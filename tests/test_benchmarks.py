@@ -136,8 +136,8 @@ def test_the_generality_study_searches_every_method_alike() -> None:
     assert (none.recipe.losses, at_eight.recipe.losses[0].name, at_eight.key) == ((), "pkd", search[2].key)
     assert none.recipe.data.test is not None
     own, everything = (item("camvid", regime, ("acam",)).trials()[1].recipe for regime in ("own", "all"))
-    assert (own.name, own.data.unlabelled is None) == ("generality-camvid-own", False)
-    assert (str(everything.data.train.images), everything.data.unlabelled) == ("images/train", None)
+    assert (own.name, own.data.unlabeled is None) == ("generality-camvid-own", False)
+    assert (str(everything.data.train.images), everything.data.unlabeled) == ("images/train", None)
 
 
 def test_halving_keeps_few_labels(tmp_path: Path) -> None:

@@ -43,12 +43,12 @@ ELSEWHERE = (
 TINY = [
     "data.workers=0", "train.epochs=1", "train.batch_size=2", "train.accelerator=cpu",
     *(f"{role}.{key}={value}" for role in ("teacher", "student") for key, value in {
-        "backbone_weights": "null", "backbone": "tu-mobilenetv3_small_050",
+        "backbone_weights": "null", "backbone": "tu-test_efficientnet",
     }.items()),
 ]  # fmt: skip
 TINY_OF: dict[Task, list[str]] = {
     "detection": [
-        "data.resize=[64, 64]", "teacher.backbone=mobilenetv3_small_050", "student.backbone=mobilenetv3_small_050",
+        "data.resize=[64, 64]", "teacher.backbone=test_efficientnet", "student.backbone=test_efficientnet",
         *(f"{role}.{key}={value}" for role in ("teacher", "student") for key, value in {
             "fpn_channels": 64,
         }.items()),
@@ -142,6 +142,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
+@pytest.mark.usefixtures("reports")
 @pytest.mark.parametrize(
     ("page", "task"),
     [("detector", "detection"), ("segmenter", "segmentation"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from acamkd import config, models
 from acamkd.data.scenes import CLASSES, write_scenes
 from acamkd.engine.module import TrainingModule
+from acamkd.engine.runs import Run
 from acamkd.models.base import Task
 
 ACCELERATOR = os.environ.get("ACAMKD_TEST_ACCELERATOR", "cpu")
@@ -22,13 +24,13 @@ ACCELERATOR = os.environ.get("ACAMKD_TEST_ACCELERATOR", "cpu")
 
 FPN: dict[str, Any] = {
     "arch": "fpn",
-    "backbone": "tu-mobilenetv3_small_050",
+    "backbone": "tu-test_efficientnet",
     "backbone_weights": None,
     "options": {"decoder_pyramid_channels": 32, "decoder_segmentation_channels": 32},
 }
 RETINANET: dict[str, Any] = {
     "arch": "retinanet",
-    "backbone": "mobilenetv3_small_050",
+    "backbone": "test_efficientnet",
     "backbone_weights": None,
     "fpn_channels": 16,
     "options": {"anchor_sizes": [8, 16, 32, 64, 96], "detections_per_img": 20},
@@ -99,6 +101,23 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, epoch: int, batch: int) -> Non
         return step(self, batch_, batch_idx)
 
     monkeypatch.setattr(TrainingModule, "training_step", stop)
+
+
+def resumed(monkeypatch: pytest.MonkeyPatch, job: Callable[..., Run], recipe: config.Recipe, folder: Path) -> Run:
+    """A run that was interrupted at the second batch of its second epoch, and resumed."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, epoch=1, batch=1)
+        with pytest.raises(KeyboardInterrupt):
+            job(recipe, out=folder)
+    return job(recipe, out=folder, resume=True)
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Two run folders have the same figures and weights, to the bit."""
+    for table in ("history.csv", "logs/metrics.csv"):
+        assert rows(one / table) == rows(other / table)
+    weights, others = ({file.name: file.read_bytes() for file in run.glob("*.safetensors")} for run in (one, other))
+    assert weights == others != {}
 
 
 def in_notebook(result: Any) -> dict[str, str]:

@@ -19,11 +19,11 @@ SIZE = (64, 64)
 
 MODELS: dict[Task, dict[str, Any]] = {
     "detection": {
-        "arch": "retinanet", "backbone": "mobilenetv3_small_050", "backbone_weights": None, "fpn_channels": 16,
+        "arch": "retinanet", "backbone": "test_efficientnet", "backbone_weights": None, "fpn_channels": 16,
         "options": {"anchor_sizes": [8, 16, 32, 48, 64]},
     },
     "segmentation": {
-        "arch": "fpn", "backbone": "tu-mobilenetv3_small_050", "backbone_weights": None,
+        "arch": "fpn", "backbone": "tu-test_efficientnet", "backbone_weights": None,
         "options": {"decoder_pyramid_channels": 32, "decoder_segmentation_channels": 32},
     },
 }  # fmt: skip

@@ -129,7 +129,7 @@ def overrides(task: str, regime: str) -> list[str]:
     if regime == "own":  # a teacher of its own, from the same few labels
         return [named]
     if regime == "all":
-        return [named, with_teacher, "data.unlabelled=null", all_labels(task), *_epochs(ALL_EPOCHS[task])]
+        return [named, with_teacher, "data.unlabeled=null", all_labels(task), *_epochs(ALL_EPOCHS[task])]
     assert regime == "gap"
     return [
         named, with_teacher, "student.backbone=tu-mobilenetv3_small_050", "student.backbone_weights=null",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -311,3 +312,16 @@ def test_a_weight_is_an_option_only_where_it_is_given(path: Path) -> None:
     assert "weight" not in loss.options
     assert "weight" not in loss.model_dump(mode="json", exclude_defaults=True)
     assert config.load(path, ["losses.0.weight=auto", "losses.0.name=fgd"]).losses[0].weight is None
+
+
+def test_the_older_spelling_of_a_key_is_read(path: Path) -> None:
+    raw = {**changed(), "data": {**changed()["data"], "unlabelled": "a"}}
+    assert config.parse(raw).data.unlabeled == Path("a")
+    file = path.with_name("older.yaml")
+    file.write_text(json.dumps(raw))
+    assert config.load(file).data.unlabeled == Path("a")
+    for key in ("data.unlabelled", "data.unlabeled"):
+        assert config.load(file, [f"{key}=b"]).data.unlabeled == Path("b")
+        assert config.override(config.load(file), [f"{key}=null"]).data.unlabeled is None
+    with pytest.raises(AcamkdError, match=r"data\.unlabelled: unknown key; did you mean unlabeled"):
+        config.parse({**raw, "data": {**raw["data"], "unlabeled": "b"}})

@@ -149,11 +149,11 @@ def test_the_largest_seed_is_one_that_torch_takes() -> None:
 def test_a_tilde_is_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "own.yaml").write_text(RECIPE)
-    overrides = ["data.root=~/data", "data.val={images: ~/val}", "student.weights=~/w.pth", "data.unlabelled=~/more"]
+    overrides = ["data.root=~/data", "data.val={images: ~/val}", "student.weights=~/w.pth", "data.unlabeled=~/more"]
     recipe = config.as_recipe("~/own.yaml", overrides)
     assert recipe.data.root == tmp_path / "data"
     assert recipe.data.val.images == tmp_path / "val"
-    assert recipe.data.unlabelled == tmp_path / "more"
+    assert recipe.data.unlabeled == tmp_path / "more"
     assert recipe.student.weights == str(tmp_path / "w.pth")
     with pytest.raises(AcamkdError, match=r"data\.root: .*write the path without ~"):
         config.as_recipe("~/own.yaml", ["data.root=~nobody-here/data"])

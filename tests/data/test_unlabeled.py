@@ -23,7 +23,7 @@ def _options(root: Path, task: Task) -> config.Data:
         Image.new("RGB", (40, 36), (number, 100, 200)).save(more / f"{number}.png")
     changes = config.Augmentation(scale=(0.8, 1.2), crop=(24, 24), photometric=False)
     names = None if task == "detection" else ("background", "a", "b", "c", "d", "e")
-    return config.Data(root=root / "scenes", unlabelled=Path("more"), augment=changes, classes=names)
+    return config.Data(root=root / "scenes", unlabeled=Path("more"), augment=changes, classes=names)
 
 
 def _mixed(root: Path, task: Task = "segmentation", seed: int = 0) -> WithUnlabeled:

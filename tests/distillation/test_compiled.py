@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import tiny
 from acamkd.config import Loss, Model
@@ -22,6 +23,7 @@ from acamkd.distillation.compiled import CompiledNetwork, can_compile
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.taps import FeatureTap
 from acamkd.jobs.train import distill
+from acamkd.losses import FitNet
 from acamkd.losses.base import DistillationContext, FeatureLoss
 from acamkd.models import Batch, Target, build
 from acamkd.models.base import Task
@@ -163,20 +165,38 @@ def test_a_split_backward_computes_the_same() -> None:
     assert "_Differentiated" in term.grad_fn.next_functions[0][0].next_functions[0][0].name()
 
 
+class Checkpointed(nn.Sequential):
+    """Runs its second module again in the backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, last = self
+        out: Tensor = last(checkpoint(second, first(x), use_reentrant=False))
+        return out
+
+
+def test_a_checkpoint_runs_again_what_its_forward_ran(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    again = nn.BatchNorm2d(4), nn.Sigmoid(), nn.Conv2d(4, 4, 3, padding=1), nn.GELU(), nn.Conv2d(4, 4, 1)
+    net, teacher = (Checkpointed(Part(3), nn.Sequential(*again), nn.Conv2d(4, 3, 1)) for _ in range(2))
+    student = Segmenter(net, 3)
+    distiller = Distiller(student, Segmenter(teacher, 3), [("0", "0")], [FitNet(4, 4)]).train()
+    batch = student.prepare([torch.rand(3, 32, 64) for _ in range(2)], _targets("segmentation", 32, 64))
+    caplog.set_level(logging.INFO, "acamkd")
+    _compare(distiller, batch, "aot_eager")
+    assert _compiled(distiller, "student") == ["0"]
+    message = "train.compile: 6 of the student's modules run in activation checkpoints and are not compiled"
+    assert caplog.messages.count(message) == 1
+
+
 @pytest.mark.slow
 def test_a_compiled_training_resumes_and_leaves_the_same_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
     root = tiny.write_data(tmp_path / "data")
     plain = distill(tiny.recipe(root), out=tmp_path / "plain")
     compiled = distill(tiny.recipe(root, compile=True), out=tmp_path / "compiled")
     assert "train.compile: " not in caplog.text
-    with monkeypatch.context() as patch:
-        tiny.interrupt_at(patch, 1, 1)
-        with pytest.raises(KeyboardInterrupt):
-            distill(tiny.recipe(root, compile=True), out=tmp_path / "resumed")
-    resumed = distill(tiny.recipe(root, compile=True), out=tmp_path / "resumed", resume=True)
+    resumed = tiny.resumed(monkeypatch, distill, tiny.recipe(root, compile=True), tmp_path / "resumed")
     expected = load_file(plain.weights)
     for run in (compiled, resumed):
         found = load_file(run.weights)

@@ -342,7 +342,7 @@ def test_audit_sees_what_a_schedule_or_float16_makes_too_small(student: Tiny, te
     distiller = Distiller(student, teacher, [BODY], [FitNet(4, 6)], schedules=[lambda step: 1e-50])
     train(distiller, batch)
     assert distiller(batch, 3)["body/fitnet/feature"] == 0
-    with torch.autocast("cpu", torch.float16):
+    with torch.autocast(torch.get_default_device().type, torch.float16):
         train(Distiller(student, teacher, [BODY], [Constant(1e-8)]), batch)
 
 
@@ -556,7 +556,7 @@ def test_unlabeled_images_are_compared_and_nothing_else(caplog: pytest.LogCaptur
     distiller.check_unlabeled()
     assert caplog.messages[-1] == ("these losses need targets and see the labeled images only: body/fgd, head/heads")
     for losses in ([fgd], [ACAM(4, 6, mask_grad="task")]):
-        with pytest.raises(AcamkdError, match=r"each needs targets: body/.*; leave data.unlabelled out, or add a loss"):
+        with pytest.raises(AcamkdError, match=r"each needs targets: body/.*; leave data.unlabeled out, or add a loss"):
             Distiller(student, teacher, pairs[:1], losses).check_unlabeled()
     assert Distiller(student, teacher, pairs[:1], [fgd])(batch, labeled=False) == {}
 

@@ -156,3 +156,5 @@ def test_auto_takes_what_the_hardware_is_fast_with(
                 assert torch.is_autocast_enabled("cpu") == has_amx
     assert caplog.text.count(f"the teacher's forward: {dtype}") == 1
     assert {str(x.dtype) for name, x in fast.model.net.named_parameters() if "shared" in name} == {f"torch.{dtype}"}
+    distiller = Distiller(Segmenter(Net(), 2), _teacher(), [("act", "act")], [FitNet(4, 4)], precision="auto")
+    assert distiller.teacher_form(torch.device("cpu")) == f"torch.{dtype} {sorted(FOLDABLE)}"

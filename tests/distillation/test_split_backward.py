@@ -131,7 +131,7 @@ def test_split_backward_follows_a_common_factor_and_refuses_unequal_ones() -> No
 @pytest.mark.parametrize(("dtype", "head_backwards"), [(torch.float16, 2), (torch.bfloat16, 1)])
 def test_split_backward_leaves_float16_to_its_loss_scale(dtype: torch.dtype, head_backwards: int) -> None:
     net = Net()
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(torch.get_default_device().type, dtype=dtype):
         terms, maps, copies = net(torch.randn(3, 4))
         _, terms = split_backward(terms, [maps["neck"]], [copies["neck"]])
     total(terms).backward()  # type: ignore[no-untyped-call]
@@ -151,11 +151,11 @@ def test_split_backward_keeps_the_precision_that_the_forward_had() -> None:
     weight, x = torch.randn(4, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
     found = []
     for split in (False, True):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
             features = x * 2
             copy = features.clone()
             edge = get_gradient_edge(copy)
-            with torch.autocast("cpu", enabled=False):  # as detectors compute their boxes
+            with torch.autocast(torch.get_default_device().type, enabled=False):  # as detectors compute their boxes
                 terms = {"square": (copy @ weight).square().mean()}
             if split:
                 _, terms = split_backward(terms, [features], [edge])

@@ -25,13 +25,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_data(tmp_path_factory.mktemp("data") / "scenes")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _without_reports() -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
-        yield
-
-
 @pytest.fixture(scope="module")
 def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"

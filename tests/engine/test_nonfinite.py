@@ -16,6 +16,7 @@ from acamkd.data.image_io import read_image
 from acamkd.data.loading import ImageLoader
 from acamkd.distillation.build import build_distiller
 from acamkd.distillation.distiller import Distiller
+from acamkd.engine.averaging import Average
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.nonfinite import HALVINGS, IN_A_ROW, KEPT, NonFinite
 from acamkd.errors import AcamkdError
@@ -43,7 +44,6 @@ class _Poison(torch.autograd.Function):
 def _poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], *, backwards: bool) -> None:
     """Spoil ACAM's terms, or their gradients, in some steps."""
     compare = Distiller._compare
-    monkeypatch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
 
     def poisoned(self: Distiller, *arguments: Any) -> dict[str, Tensor]:
         terms = compare(self, *arguments)
@@ -104,7 +104,7 @@ def _ready(root: Path, monkeypatch: pytest.MonkeyPatch, world_size: int) -> tupl
     return module, (images, targets, images)
 
 
-@pytest.mark.parametrize("where", ["labeled", "unlabelled"])
+@pytest.mark.parametrize("where", ["labeled", "unlabeled"])
 def test_every_process_learns_of_a_broken_step(where: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others wait for each gradient, and share what is NaN in it."""
     forward = Distiller.forward
@@ -212,10 +212,14 @@ def test_a_step_reads_its_values_once(root: Path, tmp_path: Path, monkeypatch: p
         return tolist(self)
 
     monkeypatch.setattr(Tensor, "tolist", counted)
+    net = module.distiller.student.net
+    average = Average(net, torch.device("cpu"), 0.9)
     with _Reads() as reads:
         module.training_step(batch, 0).backward()  # type: ignore[no-untyped-call]
         NonFinite(tmp_path, skip=False).on_before_optimizer_step(
             module.trainer, module, torch.optim.SGD(module.parameters())
         )
         assert module.values["loss"] > 0
+        for _ in range(2):
+            average.update_parameters(net)
     assert (reads.count, lists) == (0, 1)

@@ -16,16 +16,15 @@ from acamkd.models.base import Task, TaskModel
 
 @pytest.mark.parametrize("task", ["segmentation", "detection"])
 def test_bf16_scores_as_evaluate_does(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
     root, seen = tiny.write_data(tmp_path / "data", task), []
     step, predict = TrainingModule._terms, TaskModel.predict
 
     def terms(self: TrainingModule, *batch: object) -> object:
-        seen.append(("train", torch.is_autocast_enabled("cpu")))
+        seen.append(("train", torch.is_autocast_enabled(tiny.ACCELERATOR)))
         return step(self, *batch)  # type: ignore[arg-type]
 
     def predicted(self: TaskModel, images: list[torch.Tensor]) -> object:
-        seen.append(("score", torch.is_autocast_enabled("cpu")))
+        seen.append(("score", torch.is_autocast_enabled(tiny.ACCELERATOR)))
         return predict(self, images)
 
     monkeypatch.setattr(TrainingModule, "_terms", terms)

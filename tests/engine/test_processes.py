@@ -53,7 +53,6 @@ def _comparable() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(norm, "__init__", frozen)
         patch.setattr(norm, "train", lambda self, mode=True: nn.Module.train(self, False))
-        patch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
         yield
 
 

@@ -28,6 +28,7 @@ from acamkd.jobs.export.quantize import _Quantizer
 from acamkd.jobs.train import distill, train
 from acamkd.models.base import Task
 from acamkd.models.segmentation import Segmenter
+from acamkd.report.run import write_report
 from tiny_onnx import write_segmenter
 
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
@@ -205,7 +206,7 @@ def test_a_run_is_scored_as_int8_and_leaves_a_plain_student(task: Task, tmp_path
     student = run.load()  # which needs every tensor, and no other
     assert not any(x._forward_hooks or x._forward_pre_hooks for x in student.modules())
     assert "quantization" not in " ".join(run.load_last().state_dict())
-    assert "with the rounding of INT8 simulated" in (run.folder / "report.html").read_text()
+    assert "with the rounding of INT8 simulated" in write_report(run).read_text()
     if task == "segmentation":
         estimate = distill(recipe, dry_run=True)
         plain = distill(tiny.recipe(root, task), dry_run=True)
@@ -223,7 +224,6 @@ def test_without_torchao_nothing_begins(root: Path, tmp_path: Path, monkeypatch:
 
 
 def test_a_teacher_is_never_rounded(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     made = train(tiny.recipe(root, quantize="int8", epochs=1), "teacher", out=tmp_path / "run")
     assert config.load(made.folder / "recipe.yaml").train.quantize is None

@@ -4,10 +4,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
 from acamkd import data, stopwatch
-from acamkd.engine.step_profile import PROFILE, WARM_UP, Idleness, StepProfile
+from acamkd.engine.step_profile import PROFILE, WARM_UP, Idleness, StepProfile, StepProfiler
 from acamkd.errors import AcamkdError
 from acamkd.jobs.train import distill
 from acamkd.stopwatch import Stopwatch, running, timed
@@ -35,7 +36,6 @@ def test_the_parts_add_up() -> None:
 
 
 def test_a_training_says_where_its_time_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
     root = tiny.write_data(tmp_path / "data")
     run = distill(tiny.recipe(root, epochs=2, batch_size=2, eval_every=2), out=tmp_path / "run", profile=True)
     found = StepProfile.read(run.folder)
@@ -71,3 +71,16 @@ def test_idleness_is_the_share_of_the_looks() -> None:
     looks.stop()
     assert looks.share is not None
     assert 0.5 < looks.share <= 0.75
+
+
+def test_nothing_looks_at_the_gpu_after_a_training_has_failed(tmp_path: Path) -> None:
+    profiler = StepProfiler(tmp_path, torch.device("cpu"))
+    looks = profiler._gpu = Idleness(lambda: False)
+    with pytest.raises(OSError), profiler.measuring():  # noqa: PT011, PT012
+        for _ in range(WARM_UP):
+            profiler.start("run_training_batch")
+            profiler.stop("run_training_batch")
+        assert looks._thread.is_alive()
+        raise OSError
+    assert not looks._thread.is_alive()
+    assert stopwatch.current() is None

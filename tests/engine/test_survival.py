@@ -35,14 +35,6 @@ def _raw(root: Path, workers: int = 0, **train: Any) -> dict[str, Any]:
     return raw
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _without_reports() -> Iterator[None]:
-    """They take longer than these trainings."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
-        yield
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_data(tmp_path_factory.mktemp("data"))

@@ -39,7 +39,6 @@ def _trained(folder: Path, *names: str) -> Run:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("WANDB_SILENT", "true")
-        patch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
         recipe = tiny.recipe(root, loggers=loggers)
         with pytest.MonkeyPatch.context() as interrupted:
             tiny.interrupt_at(interrupted, epoch=1, batch=1)
@@ -143,7 +142,6 @@ def _history(file: Path) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_the_step_log_is_what_it_is_alone(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
     alone = distill(run.recipe, overrides=["train.loggers=[csv]"], out=tmp_path / "alone")
     for table in ("history.csv", "logs/metrics.csv"):
         assert tiny.rows(run.folder / table) == tiny.rows(alone.folder / table)

@@ -109,7 +109,7 @@ def test_every_level_is_shown(detection: Path) -> None:
         (["losses.0.pairs=[[segmentation_head.0, decoder.blocks]]"], "distillation", "fail", "there is no layer"),
         (["losses.0.pairs=[[segmentation_head.0, 'encoder:4']]"], "tap", "warn", "feature map is resampled"),
         (["losses.0.name=fgd"], "distillation", "fail", "needs boxes"),
-        (["data.unlabelled=images/val", "losses.0.name=acam", "losses.0.mask_grad=task"], "distillation", "fail",
+        (["data.unlabeled=images/val", "losses.0.name=acam", "losses.0.mask_grad=task"], "distillation", "fail",
          "no loss can learn from unlabeled images"),
         (["student.mean=[0, 0, 0]"], "colors", "warn", "student 0.000 0.000 0.000 / "),
         (["train.batch_size=2"], "batch norm", "warn", "from 2 images at a time"),

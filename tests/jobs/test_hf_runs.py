@@ -119,7 +119,7 @@ def raw_recipe(name: str, root: Path, **train: Any) -> dict[str, Any]:
     layers = KINDS[name].layers
     return {
         **raw,
-        "data": {**raw["data"], "resize": [64, 64], "unlabelled": "more/images/train"},
+        "data": {**raw["data"], "resize": [64, 64], "unlabeled": "more/images/train"},
         "teacher": network,
         "student": network,
         "losses": [{"name": "acam", "pairs": list(layers[-2:]), "num_masks": 2}],
@@ -139,11 +139,7 @@ def test_every_job_works(name: str, part: str, tmp_path: Path, monkeypatch: pyte
     raw["student"] = {**raw["student"], "inherit": [part]}
     recipe = config.parse(raw)
     whole = acamkd.distill(recipe, out=tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        tiny.interrupt_at(patch, 1, 1)
-        with pytest.raises(KeyboardInterrupt):
-            acamkd.distill(recipe, out=tmp_path / "parts")
-    acamkd.distill(recipe, out=tmp_path / "parts", resume=True)
+    tiny.resumed(monkeypatch, acamkd.distill, recipe, tmp_path / "parts")
     one, two = (
         torch.load(tmp_path / each / "last.ckpt", weights_only=True)["state_dict"] for each in ("whole", "parts")
     )

@@ -102,7 +102,7 @@ def test_a_fusion_that_runs_twice_counts_twice(root: Path) -> None:
 def test_unlabeled_images_are_counted(root: Path) -> None:
     recipe = tiny.recipe(root)
     without, with_them = (
-        estimate(recipe.model_copy(update={"data": recipe.data.model_copy(update={"unlabelled": folder})}))
+        estimate(recipe.model_copy(update={"data": recipe.data.model_copy(update={"unlabeled": folder})}))
         for folder in (None, "images/val")
     )
     assert [part.gflops for part in with_them.parts[:2]] == [part.gflops for part in without.parts[:2]]

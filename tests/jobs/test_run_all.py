@@ -29,6 +29,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> config.Recipe:
     return config.parse(raw)
 
 
+@pytest.mark.usefixtures("reports")
 def test_everything_is_trained_once_and_resumed_where_it_stopped(
     recipe: config.Recipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -37,11 +38,10 @@ def test_everything_is_trained_once_and_resumed_where_it_stopped(
     runs = Path("runs/tiny")
     assert sorted(folder.name for folder in runs.iterdir() if folder.is_dir()) == ["teacher"]
     trained = (runs / "teacher/teacher.safetensors").stat().st_mtime_ns
-    tiny.interrupt_at(monkeypatch, 0, 1)
-    with pytest.raises(KeyboardInterrupt):
-        run(recipe, anyway=True)
-    monkeypatch.undo()
-    monkeypatch.chdir(recipe.data.root.parent)
+    with monkeypatch.context() as patch:
+        tiny.interrupt_at(patch, 0, 1)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, anyway=True)
     result = run(recipe, anyway=True)
     assert (runs / "teacher/teacher.safetensors").stat().st_mtime_ns == trained
     assert result.scores["baseline"] == Run(runs / "baseline", recipe, "student").metrics["student"]["mIoU"]

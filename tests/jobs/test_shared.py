@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from acamkd.distillation.distiller import Distiller
 from acamkd.engine.runs import Run
 from acamkd.jobs import train
 from acamkd.jobs.compare import trials
+from acamkd.jobs.fit import hash_of
 from acamkd.jobs.shared import SharedWork
 
 SECOND = ["losses=[{name: cwd, pairs: [segmentation_head.0], weight: auto}]"]
@@ -24,10 +26,9 @@ def fail(*_: object, **__: object) -> None:
 
 
 def test_what_is_shared_is_not_done_again_and_changes_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
     raw = tiny.raw_recipe(tiny.write_data(tmp_path / "data"), epochs=1, batch_size=4)
     raw["data"]["augment"] = {"scale": [0.8, 1.2], "crop": [48, 48], "photometric": True}
-    raw["data"]["unlabelled"] = "images/val"
+    raw["data"]["unlabeled"] = "images/val"
     recipe, shared = config.parse(raw), SharedWork(tmp_path / "cache", 10**9)
 
     def run(name: str, *overrides: str, shared: SharedWork | None = None) -> Run:
@@ -46,12 +47,14 @@ def test_what_is_shared_is_not_done_again_and_changes_no_bit(tmp_path: Path, mon
     with pytest.raises(AssertionError, match="this was to be shared"):  # the first one had no `weight: auto`
         run("second", *SECOND, shared=shared)
     monkeypatch.undo()
-    monkeypatch.setattr("acamkd.jobs.fit.write_report", lambda run: None)
     run("second", *SECOND, shared=shared)
     monkeypatch.setattr(train, "score", fail)
     monkeypatch.setattr(Distiller, "_run_teacher", fail)
     monkeypatch.setattr(ImageDataset, "_sample", only_validation)
+    hashed = Mock(wraps=hash_of)
+    monkeypatch.setattr(train, "hash_of", hashed)
     third = run("third", *SECOND, shared=shared)
+    assert hashed.call_count == 1
     assert third.weights.read_bytes() == alone.weights.read_bytes()
     assert third.metrics["teacher"] == alone.metrics["teacher"]
     assert list(third.metrics["teacher"]) == list(alone.metrics["teacher"])
@@ -90,7 +93,7 @@ def test_feature_maps_of_another_forward_are_kept_apart(tmp_path: Path) -> None:
 
     def identity(*folded: str, half: bool = False, **options: Any) -> str:
         colors = SimpleNamespace(mean=torch.zeros(3), std=torch.ones(3))
-        distiller: Any = SimpleNamespace(teacher=colors, folded_norms=list(folded), shared_maps=None)
+        distiller: Any = SimpleNamespace(teacher=colors, teacher_form=lambda _: f"{folded}", shared_maps=None)
         SharedWork(tmp_path, 10**9, half=half).share_maps(distiller, batches, "teacher", **options)
         found: str = distiller.shared_maps.shelf.identity
         return found

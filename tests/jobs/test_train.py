@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -18,8 +17,9 @@ import yaml
 from safetensors.torch import load_file
 from torchvision.models.detection import RetinaNet
 
+import leaving
 import tiny
-from acamkd import config, models
+from acamkd import cli, config, models
 from acamkd.data.scenes import CLASSES
 from acamkd.engine import runs
 from acamkd.engine.module import TrainingModule
@@ -29,6 +29,7 @@ from acamkd.jobs.fit import hash_of
 from acamkd.jobs.setup import Batches, teacher_section
 from acamkd.jobs.train import distill, train
 from acamkd.models.base import head_of
+from acamkd.report.run import write_report
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +43,6 @@ def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "whole"
     distill(tiny.recipe(root, epochs=3), out=folder)
     return folder
-
-
-def _same_run(one: Path, other: Path) -> None:
-    """Bitwise equal figures and weights."""
-    assert tiny.rows(one / "history.csv") == tiny.rows(other / "history.csv")
-    assert tiny.rows(one / "logs" / "metrics.csv") == tiny.rows(other / "logs" / "metrics.csv")
-    assert (one / "student.safetensors").read_bytes() == (other / "student.safetensors").read_bytes()
 
 
 def test_an_epoch_may_be_a_number_of_steps(root: Path, tmp_path: Path) -> None:
@@ -87,7 +81,7 @@ def test_a_run_folder_holds_all_that_is_promised(whole: Path, root: Path) -> Non
 
 def _plain_fpn() -> torch.nn.Module:
     net: torch.nn.Module = smp.create_model(
-        "fpn", encoder_name="tu-mobilenetv3_small_050", encoder_weights=None, classes=6, **tiny.FPN["options"]
+        "fpn", encoder_name=tiny.FPN["backbone"], encoder_weights=None, classes=6, **tiny.FPN["options"]
     )  # fmt: skip
     return net
 
@@ -133,7 +127,7 @@ def test_one_seed_one_run_whatever_the_number_of_workers(whole: Path, root: Path
     raw = tiny.raw_recipe(root, epochs=3)
     raw["data"]["workers"] = 2
     distill(config.parse(raw), out=tmp_path / "run")
-    _same_run(whole, tmp_path / "run")
+    tiny.assert_same(whole, tmp_path / "run")
 
 
 def test_another_seed_another_run(whole: Path, root: Path, tmp_path: Path) -> None:
@@ -221,7 +215,7 @@ def test_an_interrupted_run_resumes_to_the_same_end(
     assert [row["epoch"] for row in tiny.rows(folder / "history.csv")] == ["1"]
     assert not (folder / "metrics.json").exists()
     metrics = distill(recipe, out=folder, resume=True).metrics
-    _same_run(whole, folder)
+    tiny.assert_same(whole, folder)
     clocks = {"seconds": 0, "cpu_seconds": 0}
     assert metrics | clocks == json.loads((whole / "metrics.json").read_text()) | clocks
 
@@ -258,7 +252,7 @@ def test_a_run_without_a_finished_epoch_starts_anew(
     assert not (folder / "last.ckpt").exists()
     distill(recipe, out=folder, resume=True)
     assert f"{folder} has no finished epoch to resume from: the training starts anew" in caplog.messages
-    _same_run(whole, folder)
+    tiny.assert_same(whole, folder)
 
 
 def test_only_the_same_recipe_and_command_resume(whole: Path, root: Path) -> None:
@@ -326,19 +320,23 @@ def test_ctrl_c_is_one_line_and_exit_code_130(root: Path, tmp_path: Path) -> Non
     raw = tiny.raw_recipe(root, epochs=500)
     raw["data"]["workers"] = 1
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
-    # A suite that was started in the background hands an ignored SIGINT down to its children.
-    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import acamkd.cli as c; c.main()"
-    command = [sys.executable, "-c", code, "train", "recipe.yaml", "--out", "run"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        deadline = time.monotonic() + 90
-        while not (tmp_path / "run" / runs.CHECKPOINT).exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the loading process gets it, too
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130, errors
+
+    def job() -> None:
+        os.setpgid(0, 0)
+        # A suite that was started in the background hands an ignored SIGINT down to its children.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.chdir(tmp_path)
+        sys.argv = ["acamkd", "train", "recipe.yaml", "--out", "run"]
+        with Path("errors.txt").open("w", encoding="utf-8") as sys.stderr:
+            os.dup2(sys.stderr.fileno(), 2)
+            cli.main()
+
+    child, deadline = leaving.begin(job), time.monotonic() + 90
+    while not (tmp_path / "run" / runs.CHECKPOINT).exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(child, signal.SIGINT)  # as a terminal does: the loading process gets it, too
+    code, errors = leaving.exit_code(child), (tmp_path / "errors.txt").read_text(encoding="utf-8")
+    assert code == 130, errors
     assert "Traceback" not in errors
     assert errors.rstrip().rpartition("\n")[2].partition(" ")[2].startswith("warning: run: interrupted after epoch")
     assert (tmp_path / "run" / "student.safetensors").is_file()
@@ -348,7 +346,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(root: Path, tmp_path: Path) -> Non
 def with_unlabeled(root: Path) -> dict[str, Any]:
     """A raw recipe whose validation images are the unlabeled ones."""
     raw = tiny.raw_recipe(root, epochs=2)
-    raw["data"]["unlabelled"] = "images/val"
+    raw["data"]["unlabeled"] = "images/val"
     return raw
 
 
@@ -356,7 +354,7 @@ def test_unlabeled_images_change_the_distillation_alone(
     with_unlabeled: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    raw = {**with_unlabeled, "data": {**with_unlabeled["data"], "unlabelled": None}}
+    raw = {**with_unlabeled, "data": {**with_unlabeled["data"], "unlabeled": None}}
     distill(config.parse(raw), out=tmp_path / "without")
     run = distill(config.parse(with_unlabeled), out=tmp_path / "with")
     assert set(run.metrics["data"]) == {"train", "val", "unlabelled"}
@@ -376,12 +374,7 @@ def test_a_run_with_unlabeled_images_resumes_to_the_same_end(
 ) -> None:
     recipe = config.parse(with_unlabeled)
     distill(recipe, out=tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        tiny.interrupt_at(patch, epoch=1, batch=1)
-        with pytest.raises(KeyboardInterrupt):
-            distill(recipe, out=tmp_path / "run")
-    distill(recipe, out=tmp_path / "run", resume=True)
-    _same_run(tmp_path / "whole", tmp_path / "run")
+    tiny.assert_same(tmp_path / "whole", tiny.resumed(monkeypatch, distill, recipe, tmp_path / "run").folder)
 
 
 def test_only_a_distillation_uses_unlabeled_images(
@@ -390,7 +383,7 @@ def test_only_a_distillation_uses_unlabeled_images(
     caplog.set_level("INFO")
     raw = {**with_unlabeled, "train": {**with_unlabeled["train"], "epochs": 1}}
     run = train(config.parse(raw), out=tmp_path / "alone")
-    assert "data.unlabelled is not used: only a distillation learns from unlabeled images" in caplog.messages
+    assert "data.unlabeled is not used: only a distillation learns from unlabeled images" in caplog.messages
     assert set(run.metrics["data"]) == {"train", "val"}
     raw["losses"] = [{**raw["losses"][0], "mask_grad": "task"}]
     with pytest.raises(AcamkdError, match=r"no loss can learn from unlabeled .*segmentation_head\.0/acam"):
@@ -428,7 +421,7 @@ def test_a_teacher_of_other_classes(root: Path, tmp_path: Path, caplog: pytest.L
     assert "teacher -" in repr(run)
     assert re.search(r"│ teacher │ - ", tiny.in_notebook(run)["text/plain"])
     assert head_of(run.load_teacher()).num_classes == 9
-    page = (run.folder / "report.html").read_text(encoding="utf-8")
+    page = write_report(run).read_text(encoding="utf-8")
     assert "against the" not in page  # there is no score to compare with
     with pytest.raises(AcamkdError, match="a teacher with classes of its own cannot be trained on these images"):
         train(config.parse(raw), "teacher", out=tmp_path / "teacher")

@@ -109,7 +109,7 @@ def test_autocast_changes_nothing(name: str) -> None:
     case = CASES["other channels"]
     loss, (student, teacher) = make(name, case), maps(case)
     student, teacher = student.detach().bfloat16(), teacher.bfloat16()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         mixed = run(loss, student, teacher)
     plain = run(loss, student.float(), teacher.float())
     assert {term.dtype for term in mixed.values()} == {torch.float32}
@@ -226,7 +226,7 @@ def test_crosskd_reaches_the_student_alone(images: int, networks: tuple[TaskMode
 
 def test_crosskd_under_autocast_is_float32(networks: tuple[TaskModel, TaskModel, Batch]) -> None:
     plain = crosskd(CrossKD(), *networks)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16):
         mixed = crosskd(CrossKD(), *networks)
     for key, term in mixed.items():
         assert term.dtype == torch.float32

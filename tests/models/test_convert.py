@@ -478,6 +478,13 @@ def test_another_convention_than_the_files_is_refused(tmp_path: Path) -> None:
         torch.save({f"{layer}.weight": torch.zeros(1)}, tmp_path / "model.pth")
         with pytest.raises(AcamkdError, match=rf"give faster_rcnn .* `options: \{{convention: {framework}\}}`"):
             model("faster_rcnn", "torchvision", backbone="torchvision/resnet18", weights=str(tmp_path / "model.pth"))
+        arch, last = ("fcos", ", and reppoints as it is$") if framework == "mmdetection" else ("reppoints", "$")
+        section = Model(
+            arch=arch, backbone="mobilenetv3_small_050", fpn_channels=32, weights=str(tmp_path / "model.pth")
+        )
+        message = rf"which {arch} .* does not read: retinanet and .* `options: \{{convention: {framework}\}}`{last}"
+        with pytest.raises(AcamkdError, match=message), torch.device("meta"):
+            build(section, "detection", 3)
 
 
 def test_a_pickle_of_arrays_is_not_read(tmp_path: Path) -> None:

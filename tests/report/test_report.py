@@ -40,8 +40,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with `baseline` and `distilled`, both with their reports."""
     folder = tmp_path_factory.mktemp("runs")
     recipe = tiny.recipe(tiny.write_data(folder / "data"), epochs=2)
-    train(recipe, out=folder / "baseline")
-    distill(recipe, out=folder / "distilled")
+    write_report(train(recipe, out=folder / "baseline"))
+    write_report(distill(recipe, out=folder / "distilled"))
     return folder
 
 

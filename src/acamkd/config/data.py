@@ -139,7 +139,7 @@ class Data(Section):
     """Format parquet: which columns hold these, where their names and types do not tell."""
     box_format: Literal["xywh", "xyxy"] = "xywh"
     """Formats parquet and shards: a box is left, top, width, height, or left, top, right, bottom, in pixels."""
-    unlabelled: DataPath | None = None
+    unlabeled: DataPath | None = None
     """Folder of further images, or of tar files of images, relative to `root`, without targets. `distill` uses them:
     each batch has as many of them as labeled images. `pretrain` learns from them alone."""
     resize: Size | ShortLong | None = None

@@ -18,6 +18,9 @@ from acamkd.errors import AcamkdError, nearest
 
 log = logging.getLogger(__name__)
 
+OLD_KEYS = {"data.unlabelled": "data.unlabeled"}
+"""Keys that are read by an older spelling, too."""
+
 
 def read_text(path: Path, what: str) -> str:
     """Read a text file of the user; an AcamkdError names it as `what`."""
@@ -44,7 +47,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     raw = read_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise AcamkdError(f"{path} must hold a mapping with the keys {', '.join(Recipe.model_fields)}")
-    raw.setdefault("name", path.stem)
+    raw = {"name": path.stem, **_respelled(raw)}
     return parse(raw, str(path), [((), text), *(_assign(raw, assignment) for assignment in overrides)])
 
 
@@ -66,7 +69,7 @@ def parse(raw: Mapping[str, Any], source: str = "recipe", texts: Sequence[tuple[
     """
     try:
         # JSON mode is strict about types but accepts lists for tuples and strings for paths.
-        return Recipe.model_validate_json(json.dumps(raw), strict=True)
+        return Recipe.model_validate_json(json.dumps(_respelled(raw)), strict=True)
     except ValidationError as error:
         lines = dict.fromkeys(_explain(entry, texts) for entry in _telling(error.errors()))  # of a union some are equal
         raise AcamkdError("\n  ".join([f"{source} does not fit:", *lines])) from error
@@ -100,12 +103,23 @@ def imported(reference: str, key: str) -> Any:
         ) from error
 
 
+def _respelled(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same mapping with today's keys; one that has both spellings stays as it is, which is an error."""
+    for before, now in OLD_KEYS.items():
+        (section, old), (_, new) = before.split("."), now.split(".")
+        given = raw.get(section)
+        if isinstance(given, dict) and old in given and new not in given:
+            raw = {**raw, section: {new if key == old else key: value for key, value in given.items()}}
+    return raw
+
+
 def _assign(raw: dict[str, Any], assignment: str) -> tuple[Location, str]:
     """Apply one `key=value` to the raw mapping; returns the location and the text of the value."""
     key, separator, text = assignment.partition("=")
     if not separator or not all(key.split(".")):
         raise AcamkdError(f"--set {assignment}: write key=value, such as train.epochs=20")
     value = read_yaml(text, f"--set {_short(assignment)}: the value")
+    key = OLD_KEYS.get(key, key)
     place = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
     node: Any = raw
     *parents, last = key.split(".")

@@ -57,9 +57,9 @@ def build(data: config.Data, task: Task, split: SplitName, *, seed: int, augment
 
 
 def build_unlabeled(data: config.Data, task: Task, *, seed: int) -> UnlabeledImages:
-    """Open a recipe's `data.unlabelled`, with its augmentation; raises AcamkdError if the folder cannot be read."""
-    assert data.unlabelled is not None
-    return UnlabeledImages(data.root / data.unlabelled, task, transform=augmentation(data.augment, task), seed=seed)
+    """Open a recipe's `data.unlabeled`, with its augmentation; raises AcamkdError if the folder cannot be read."""
+    assert data.unlabeled is not None
+    return UnlabeledImages(data.root / data.unlabeled, task, transform=augmentation(data.augment, task), seed=seed)
 
 
 def resolve(data: config.Data, task: Task) -> config.Data:
@@ -94,7 +94,7 @@ def _spelled(data: config.Data) -> config.Data:
         name: split.model_copy(update={key: found(getattr(split, key)) for key in ("images", "masks", "annotations")})
         for name, split in (("train", data.train), ("val", data.val))
     }
-    return data.model_copy(update={"root": root, "unlabelled": found(data.unlabelled), **splits})
+    return data.model_copy(update={"root": root, "unlabeled": found(data.unlabeled), **splits})
 
 
 def reader_of(name: str, task: Task) -> type[ImageDataset]:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 from torch._functorch import config as functorch_config
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 from acamkd.distillation.taps import layer_of
 from acamkd.losses.base import FeatureLoss
@@ -98,7 +99,8 @@ class CompiledNetwork:
     step, which cannot be parted at a map.
 
     The first forward runs as it is: it shows what is called. A module that is no single graph gives way to its own
-    parts, which the log says once.
+    parts, which the log says once. What runs in an activation checkpoint is not compiled: it runs again in the
+    backward, outside of `running`, where it must save the same tensors.
 
     Args:
         net: The network.
@@ -114,6 +116,7 @@ class CompiledNetwork:
         self._titles = {module: name for name, module in net.named_modules()}
         self._tapped = {net.get_submodule(layer_of(name)) for name in layers}
         self._called: set[nn.Module] = set()
+        self._repeated: set[nn.Module] = set()
         self._parts: dict[nn.Module, _Part] = {}
         self._is_known = False
 
@@ -126,6 +129,11 @@ class CompiledNetwork:
                     stack.callback(module.register_forward_pre_hook(self._note).remove)
                 yield
             self._parts, self._is_known = dict(self._parts_of([self._net])), True
+            if self._repeated:
+                log.info(
+                    "train.compile: %d of the %s's modules run in activation checkpoints and are not compiled",
+                    len(self._repeated), self._who,
+                )  # fmt: skip
             return
         self._install(self._parts)
         try:
@@ -135,7 +143,7 @@ class CompiledNetwork:
                 del vars(module)["forward"]
 
     def _note(self, module: nn.Module, _: Any) -> None:
-        self._called.add(module)
+        (self._repeated if _is_in_checkpoint() else self._called).add(module)
 
     def _install(self, parts: dict[nn.Module, _Part]) -> None:
         # An attribute hides the method. Hooks run around it, and neither names nor tensors of the state change.
@@ -143,10 +151,11 @@ class CompiledNetwork:
             vars(module)["forward"] = part
 
     def _parts_of(self, modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, _Part]]:
+        alone = self._called - self._repeated
         for module in modules:
             inner = list(module.modules())[1:]
             learns = inner and next(module.parameters(), None) is not None  # a single layer gains nothing
-            if learns and module in self._called and self._tapped.isdisjoint(inner) and "forward" not in vars(module):
+            if learns and module in alone and self._tapped.isdisjoint(inner) and "forward" not in vars(module):
                 yield module, _NetworkPart(module, self._titles[module], self)
             else:
                 yield from self._parts_of(module.children())
@@ -176,6 +185,15 @@ def _own_code(call: _Call) -> _Call:
 
     code = part.__code__.replace(co_name=f"part_{next(_NUMBERS)}")
     return types.FunctionType(code, part.__globals__, code.co_name, None, part.__closure__)
+
+
+def _is_in_checkpoint() -> bool:
+    """Whether saved tensors go through hooks here, as within an activation checkpoint."""
+    try:
+        with disable_saved_tensors_hooks("in use"):
+            return False
+    except RuntimeError:
+        return True
 
 
 def _reason(error: BaseException) -> str:

@@ -115,10 +115,9 @@ class Distiller(nn.Module):
             raise AcamkdError("this Distiller has no teacher: it trains the baseline")
         return self._teacher[0]
 
-    @property
-    def folded_norms(self) -> list[str]:
-        """The teacher's batch norms that its forward folds; it depends on what is tapped."""
-        return self._fast.folded if self._fast else []
+    def teacher_form(self, device: torch.device) -> str:
+        """What taps and hardware decide of the teacher's forward: its data type and the batch norms that it folds."""
+        return f"{self._fast.dtype_on(device)} {self._fast.folded}" if self._fast else ""
 
     @property
     def multiple(self) -> int:
@@ -200,24 +199,13 @@ class Distiller(nn.Module):
             # Whole once: a layer that runs again behind the last one needed is to be named with its call.
             whole = self.training and not self._audit.has_begun
             teacher_maps = self.teacher_maps(batch, active, whole=whole, calls=bool(called[1])) if active else {}
-            terms: dict[str, Tensor] = {}
-            if labeled:
-                with timed("student"), explaining_norms():
-                    outputs = self.student(batch)
-                terms = {f"task/{name}": term for name, term in self.student.loss(outputs, batch).items()}
-            else:
-                early = nullcontext() if called[0] else student_tap.early_stop()
-                with timed("student"), early, explaining_norms():
-                    self.student(batch)
+            terms = self._run_student(batch, student_tap, labeled=labeled, whole=labeled or bool(called[0]))
             gradients, terms = self._task_gradients(active, student_tap, continuation_edges, terms)
             compared: dict[str, dict[str, Tensor]] = {}  # by loss, whatever the schedules
+            context = DistillationContext(step, batch.input_size, None, None, labeled, student_calls, teacher_calls)
             for index in active:
-                boxes = batch.boxes if "boxes" in self.levels[index][1].needs else None
-                context = DistillationContext(
-                    step, batch.input_size, boxes, gradients.get(index), labeled, student_calls, teacher_calls
-                )
-                key = self._keys[index]
-                compared[key] = self._compare(index, student_tap, teacher_maps, batch, context)
+                key, at_maps = self._keys[index], replace(context, task_gradient=gradients.get(index))
+                compared[key] = self._compare(index, student_tap, teacher_maps, batch, at_maps)
                 terms |= {f"{key}/{name}": factors[index] * term for name, term in compared[key].items()}
             terms |= self._teacher_task(active, student_tap, batch)
             self._sees_labels |= labeled
@@ -225,9 +213,7 @@ class Distiller(nn.Module):
             if compared and audits and self.training and torch.is_grad_enabled():
                 self._audit(self.student.net, student_tap.features(), compared, step)
         if check:
-            values = torch.stack([term.detach().float() for term in terms.values()]).tolist()
-            if fault := describe_nonfinite(dict(zip(terms, values, strict=True)), step):
-                raise NonFiniteError(fault, terms)
+            _check_finite(terms, step)
         return terms
 
     def check_unlabeled(self) -> None:
@@ -236,7 +222,7 @@ class Distiller(nn.Module):
         if len(blind) == len(self.levels):
             raise AcamkdError(
                 f"no loss can learn from unlabeled images, since each needs targets: {', '.join(blind)}; leave "
-                "data.unlabelled out, or add a loss without boxes and heads that does not run the "
+                "data.unlabeled out, or add a loss without boxes and heads that does not run the "
                 "teacher's task (acam with another mask_grad than task, cwd, pkd, ...)"
             )
         if blind:
@@ -310,6 +296,14 @@ class Distiller(nn.Module):
             maps = tap.features()
         return maps if fast is None else {name: x.float() for name, x in maps.items()}
 
+    def _run_student(self, batch: Batch, tap: FeatureTap, *, labeled: bool, whole: bool) -> dict[str, Tensor]:
+        """Run the student, as a `whole` or up to its last tapped layer; its task's terms where there are labels."""
+        with timed("student"), nullcontext() if whole else tap.early_stop(), explaining_norms():
+            outputs = self.student(batch)
+        if not labeled:
+            return {}
+        return {f"task/{name}": term for name, term in self.student.loss(outputs, batch).items()}
+
     def _task_gradients(
         self,
         active: Sequence[int],
@@ -367,6 +361,8 @@ class Distiller(nn.Module):
         context: DistillationContext,
     ) -> dict[str, Tensor]:
         pair, loss = self.levels[index]
+        if "boxes" in loss.needs:
+            context = replace(context, boxes=batch.boxes)
         try:
             if isinstance(loss, HeadLoss):
                 taps = student_tap.features(), teacher_maps
@@ -379,6 +375,12 @@ class Distiller(nn.Module):
 
 def _flat(names: Iterable[Sequence[str]]) -> list[str]:
     return list(dict.fromkeys(name for group in names for name in group))
+
+
+def _check_finite(terms: Mapping[str, Tensor], step: int) -> None:
+    values = torch.stack([term.detach().float() for term in terms.values()]).tolist()
+    if fault := describe_nonfinite(dict(zip(terms, values, strict=True)), step):
+        raise NonFiniteError(fault, terms)
 
 
 def describe_nonfinite(terms: Mapping[str, float], step: int) -> str:

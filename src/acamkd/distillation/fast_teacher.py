@@ -61,10 +61,14 @@ class FastTeacher:
             self.model, self.folded = copy.deepcopy(teacher), []
         self._dtype: torch.dtype | None = None
 
+    def dtype_on(self, device: torch.device) -> torch.dtype:
+        """Data type of the forward on a device."""
+        return _fast_dtype(device) if self.precision == "auto" else DTYPES[self.precision]
+
     def on(self, device: torch.device) -> torch.autocast:
         """Context of a forward on a device; the first one settles precision and memory format."""
         if self._dtype is None:
-            self._dtype = _fast_dtype(device) if self.precision == "auto" else DTYPES[self.precision]
+            self._dtype = self.dtype_on(device)
             is_half = self._dtype != torch.float32
             for module in self.model.net.modules() if is_half else ():
                 if type(module) in (nn.Conv2d, Conv2dSame, nn.ConvTranspose2d, nn.Linear):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,40 @@ from acamkd.engine.runs import NET
 
 WARMUP = 2000
 """Steps in which the decay comes to 63 % of its value, as in the trainers of YOLOv5 and RT-DETR."""
+
+
+class Average(AveragedModel):
+    """A network's moving average. It counts its updates here: torch's class reads its count from the GPU in each step.
+
+    Args:
+        net: The network, which is copied.
+        device: Of the copy.
+        decay: As in EMA.
+    """
+
+    def __init__(self, net: nn.Module, device: torch.device, decay: float) -> None:
+        super().__init__(net, device)
+        self.count, self._decay = 0, decay
+
+    @property
+    def decay_now(self) -> float:
+        """The decay of the next update."""
+        return self._decay * (1 - math.exp(-self.count / WARMUP))
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Let a network's parameters and buffers enter."""
+        by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+        for average, weight in zip(_tensors(self.module), _tensors(model), strict=True):
+            averages, weights = by_dtype[average.dtype]
+            averages.append(average)
+            weights.append(weight)
+        for dtype, (averages, weights) in by_dtype.items():
+            if self.count and dtype.is_floating_point:
+                torch._foreach_lerp_(averages, weights, 1 - self.decay_now)
+            else:
+                torch._foreach_copy_(averages, weights)
+        self.count += 1
 
 
 class EMA(WeightAveraging):
@@ -36,13 +71,13 @@ class EMA(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        super().__init__(multi_avg_fn=self._update)
+        super().__init__()
         self.decay = decay
 
     @property
     def decay_now(self) -> float:
         """The decay of the next step."""
-        return self._decay_at(int(self._average.n_averaged))
+        return self._average.decay_now
 
     @contextmanager
     def applied(self, net: nn.Module) -> Iterator[None]:
@@ -54,25 +89,13 @@ class EMA(WeightAveraging):
             self._swap_models(net)  # type: ignore[arg-type]
 
     @property
-    def _average(self) -> Any:
-        assert self._average_model is not None
+    def _average(self) -> Average:
+        assert isinstance(self._average_model, Average)
         return self._average_model
-
-    def _decay_at(self, step: int) -> float:
-        return self.decay * (1 - math.exp(-step / WARMUP))
-
-    @torch.no_grad()
-    def _update(self, averages: list[Tensor], weights: list[Tensor], step: Tensor | int) -> None:
-        if averages[0].is_floating_point():
-            torch._foreach_lerp_(averages, weights, 1 - self._decay_at(int(step)))
-        else:
-            torch._foreach_copy_(averages, weights)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Copy the network; on its device, which Lightning moves it to later."""
-        self._average_model = AveragedModel(
-            _net(pl_module), trainer.strategy.root_device, use_buffers=self._use_buffers, **self._kwargs
-        )
+        self._average_model = Average(_net(pl_module), trainer.strategy.root_device, self.decay)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -100,15 +123,20 @@ class EMA(WeightAveraging):
         averages = {f"{NET}{name}": x for name, x in self._average.module.state_dict().items()}
         checkpoint["current_model_state"] = {name: own[name] for name in averages}
         checkpoint["state_dict"] = {**own, **averages}
-        checkpoint["averaging_state"] = {"n_averaged": int(self._average.n_averaged)}
+        checkpoint["averaging_state"] = {"n_averaged": self._average.count}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore both from a checkpoint; the network has the averaged weights by now."""
         net = _net(pl_module)
         self._average.module.load_state_dict(net.state_dict())
-        self._average.n_averaged.fill_(checkpoint["averaging_state"]["n_averaged"])
+        self._average.count = checkpoint["averaging_state"]["n_averaged"]
         own = checkpoint["current_model_state"]
         net.load_state_dict({name.removeprefix(NET): x for name, x in own.items()})
+
+
+def _tensors(net: nn.Module) -> Iterator[Tensor]:
+    yield from net.parameters()
+    yield from net.buffers()
 
 
 def _net(pl_module: L.LightningModule) -> Any:

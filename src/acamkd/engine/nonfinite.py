@@ -117,7 +117,7 @@ class NonFinite(Callback):
         where = f"images {', '.join(names)}"
         if self.skipped <= KEPT:
             file.parent.mkdir(exist_ok=True)
-            kept = {"images": 0, "targets": 1, "unlabelled": 2}
+            kept = {"images": 0, "targets": 1, "unlabeled": 2}
             parts = {
                 name: [entry for _, batch in self._window for part in batch[place : place + 1] for entry in part]
                 for name, place in kept.items()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from rich.text import Text
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import write_json
 from acamkd.errors import AcamkdError
-from acamkd.stopwatch import Stopwatch
+from acamkd.stopwatch import Stopwatch, running
 
 PROFILE = "profile.json"
 """File within the run folder."""
@@ -115,6 +116,16 @@ class StepProfiler(Profiler):
         self._gpu = Idleness(torch.cuda.current_stream(device).query) if device.type == "cuda" else None
         self._steps = 0
 
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Within, a training is measured; whatever ends it, nothing looks at the GPU any more."""
+        with running(self.watch):
+            try:
+                yield
+            finally:
+                if self._gpu is not None:
+                    self._gpu.stop()
+
     def start(self, action_name: str) -> None:
         """Begin the part that an action of Lightning belongs to."""
         known = next((part for text, part in ACTIONS.items() if text in action_name), None)
@@ -165,8 +176,10 @@ class Idleness:
         self._thread.start()
 
     def stop(self) -> None:
-        """End it."""
+        """End it; it may have ended, or never begun."""
         self._end.set()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _look(self) -> None:
         while not self._end.wait(SAMPLING):

@@ -134,7 +134,7 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
         for split in (train, val):
             data.refuse(split.problems)
         yield Finding(stage, "pass", describe_data(train, val))
-        more = None if source.unlabelled is None else data.build_unlabeled(source, recipe.task, seed=recipe.train.seed)
+        more = None if source.unlabeled is None else data.build_unlabeled(source, recipe.task, seed=recipe.train.seed)
         for warning in data.compare_splits(train, val, source, more):
             yield Finding(stage, "warn", warning)
         if more is None:
@@ -295,7 +295,7 @@ def _distillation(
     images = data.loader(train, size, 0, shuffle=True, seed=recipe.train.seed)
     networks = (student, teacher)
     with moved_to(device_of(recipe.train), *networks), probe_distiller(*networks, recipe.losses) as distiller:
-        if recipe.data.unlabelled is not None:
+        if recipe.data.unlabeled is not None:
             distiller.check_unlabeled()
         batch = next(prepared(student, with_objects(images)))
         for pair, loss in distiller.levels:

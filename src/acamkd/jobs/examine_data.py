@@ -59,8 +59,8 @@ def examine_data(recipe: config.Recipe) -> DataReport:
     opening: dict[str, Callable[[], ImageDataset]] = {
         split: partial(data.build, source, recipe.task, split, seed=0, augment=False) for split in splits
     }
-    if source.unlabelled is not None:
-        opening["unlabelled"] = partial(data.build_unlabeled, source, recipe.task, seed=0)
+    if source.unlabeled is not None:
+        opening["unlabeled"] = partial(data.build_unlabeled, source, recipe.task, seed=0)
     found: dict[str, Statistics] = {}
     datasets: dict[str, ImageDataset] = {}
     for name, open_it in opening.items():
@@ -76,7 +76,7 @@ def examine_data(recipe: config.Recipe) -> DataReport:
         else:
             with suppress(ImageError):  # an unreadable image is reported already
                 val.warnings += data.compare_splits(
-                    datasets["train"], datasets["val"], source, datasets.get("unlabelled")
+                    datasets["train"], datasets["val"], source, datasets.get("unlabeled")
                 )
     if train.classes and val.classes and list(train.classes) != list(val.classes):
         val.problems.append(f"the classes are {', '.join(val.classes)}, but those of train {', '.join(train.classes)}")

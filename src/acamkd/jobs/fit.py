@@ -7,12 +7,13 @@ import logging
 import platform
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import lightning as L
 import torch
 from torch import Tensor, distributed, nn
 
@@ -34,11 +35,17 @@ from acamkd.jobs.setup import Loaders, describe_lead
 from acamkd.jobs.shared import SharedWork
 from acamkd.progress import is_first_process, shows_progress
 from acamkd.report.run import REPORT, write_report
-from acamkd.stopwatch import running
 
 log = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "torchvision", "lightning", "timm", "segmentation-models-pytorch")
+
+
+class ScoredTeacher(NamedTuple):
+    """A teacher's hash, and what scores it on the validation images."""
+
+    sha256: str
+    score: Callable[[], dict[str, float]]
 
 
 def fit(
@@ -50,7 +57,7 @@ def fit(
     overwrite: bool,
     profile: bool = False,
     inherited: str | None = None,
-    score_teacher: Callable[[], dict[str, float]] | None = None,
+    teacher: ScoredTeacher | None = None,
     module_of: type[TrainingModule] = TrainingModule,
     shared: SharedWork | None = None,
 ) -> Run:
@@ -64,7 +71,7 @@ def fit(
         overwrite: Replace it.
         profile: Measure where the time of the steps goes.
         inherited: Hash of a teacher that only initializes the student.
-        score_teacher: Called where there are losses, with the teacher on the training's device.
+        teacher: The teacher that the losses compare with.
         module_of: What trains it.
         shared: Where the teacher's feature maps are kept for other trainings.
     """
@@ -98,52 +105,70 @@ def fit(
             log.warning("%s has no finished epoch to resume from: the training starts anew", run.folder)
         checkpoint = find_checkpoint(run.folder) if goes_on else None
         taught_by: dict[str, Any] = {"inherited_sha256": inherited} if inherited else {}
-        if score_teacher is not None:
+        if teacher is not None:
             distiller.teacher.to(trainer.strategy.root_device)
-            with data.reading(batches.val):
-                scores = score_teacher()
-            behind = describe_lead(recipe, scores[metric], run.folder.parent / "baseline") if predicts else None
-            if behind is not None:
-                log.warning("%s", behind)
-            taught_by = {"teacher": scores, "teacher_sha256": hash_of(distiller.teacher.net)}
-            if distiller.teacher.license is not None:
-                taught_by["teacher_license"] = distiller.teacher.license
+            taught_by = _taught_by(run, distiller, batches, teacher)
             if shared is not None:
-                shared.share_maps(distiller, batches, taught_by["teacher_sha256"])
+                shared.share_maps(distiller, batches, teacher.sha256)
         torch.manual_seed(recipe.train.seed)
         module = module_of(distiller, recipe.train, batches.validator)
-        measured = running(profiler.watch) if profiler else nullcontext()
+        measured = profiler.measuring() if profiler else nullcontext()
         with measured, data.reading(batches.mixed, batches.val), _stopping(run.folder, recorder, recipe.train.epochs):
             trainer.fit(module, batches.mixed, batches.val, ckpt_path=checkpoint)
-        if distiller.losses and hash_of(distiller.teacher.net) != taught_by["teacher_sha256"]:
+        if teacher is not None and hash_of(distiller.teacher.net) != teacher.sha256:
             raise RuntimeError("the teacher changed during training")
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()  # the rest runs in the first process only
         if not is_first:
             return run
-        metrics = {
-            "task": recipe.task,
-            "metric": metric,
-            "best_epoch": recorder.best_epoch,
-            "epochs": len(recorder.history),
-            run.role: recorder.best,
-            **taught_by,
-            "parameters": count_parameters(distiller.student.net),
-            "seconds": round(recorder.seconds, 1),
-            "cpu_seconds": round(recorder.cpu_seconds, 1),
-            "seed": recipe.train.seed,
-            "data": batches.fingerprint,
-            "device": str(trainer.strategy.root_device),  # the network is back on the CPU
-            "processes": trainer.world_size,
-            "machine": _machine(chosen.threads or torch.get_num_threads()),
-            "versions": {"acamkd": __version__, **{name: version(name) for name in LIBRARIES}},
-        }
-        run.write_metrics(metrics)
+        run.write_metrics(_metrics(run, distiller, batches, recorder, trainer, chosen.threads, taught_by))
         log.info("%s: best %s %.2f at epoch %d, in %s%s", run.folder, metric, recorder.best[metric],
                  recorder.best_epoch, run.weights.name, " (EMA of the weights)" if ema else "")  # fmt: skip
         if predicts:
             write_report(run)
         return run
+
+
+def _taught_by(run: Run, distiller: Distiller, batches: Loaders, teacher: ScoredTeacher) -> dict[str, Any]:
+    """What metrics.json says of the teacher; the log warns of one that is not ahead of the baseline."""
+    with data.reading(batches.val):
+        scores = teacher.score()
+    if run.role != "backbone":
+        behind = describe_lead(run.recipe, scores[batches.validator.metric], run.folder.parent / "baseline")
+        if behind is not None:
+            log.warning("%s", behind)
+    license = distiller.teacher.license
+    about = {} if license is None else {"teacher_license": license}
+    return {"teacher": scores, "teacher_sha256": teacher.sha256, **about}
+
+
+def _metrics(
+    run: Run,
+    distiller: Distiller,
+    batches: Loaders,
+    recorder: Recorder,
+    trainer: L.Trainer,
+    threads: int | None,
+    taught_by: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What metrics.json says of a training."""
+    return {
+        "task": run.recipe.task,
+        "metric": batches.validator.metric,
+        "best_epoch": recorder.best_epoch,
+        "epochs": len(recorder.history),
+        run.role: recorder.best,
+        **taught_by,
+        "parameters": count_parameters(distiller.student.net),
+        "seconds": round(recorder.seconds, 1),
+        "cpu_seconds": round(recorder.cpu_seconds, 1),
+        "seed": run.recipe.train.seed,
+        "data": batches.fingerprint,
+        "device": str(trainer.strategy.root_device),  # the network is back on the CPU
+        "processes": trainer.world_size,
+        "machine": _machine(threads or torch.get_num_threads()),
+        "versions": {"acamkd": __version__, **{name: version(name) for name in LIBRARIES}},
+    }
 
 
 @contextmanager

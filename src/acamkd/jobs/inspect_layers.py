@@ -87,7 +87,7 @@ def inspect(
     all_labeled = False
     if student is None:
         recipe = config.as_recipe(recipe, overrides)
-        networks, all_labeled = of_recipe(recipe), recipe.data.unlabelled is None
+        networks, all_labeled = of_recipe(recipe), recipe.data.unlabeled is None
     else:
         networks = of_names(str(recipe), student)
     teacher, learner = networks

@@ -20,7 +20,7 @@ from acamkd.engine.pretraining import HeldOutLoss, NearestNeighbors, Pretraining
 from acamkd.engine.runs import Run, default_folder
 from acamkd.engine.trackers import check_installed
 from acamkd.errors import AcamkdError
-from acamkd.jobs.fit import fit
+from acamkd.jobs.fit import ScoredTeacher, fit, hash_of
 from acamkd.jobs.setup import Loaders, build_network, build_teacher, teacher_section, with_normalization
 from acamkd.losses.base import HeadLoss
 from acamkd.models.base import keeping_modes, to_device
@@ -35,7 +35,7 @@ UNKNOWN_CLASSES = 2
 class ImagesAlone(Loaders):
     """Images to learn from and images to be judged on, for use after `check`.
 
-    Those to learn from are `data.unlabelled` or, without it, the training images, whose labels are not looked at. The
+    Those to learn from are `data.unlabeled` or, without it, the training images, whose labels are not looked at. The
     validation images' labels, if there are any, only judge: see NearestNeighbors.
     """
 
@@ -44,7 +44,7 @@ class ImagesAlone(Loaders):
         source = data.resolve(recipe.data, recipe.task)
         learned = (
             data.build(source, recipe.task, "train", seed=seed, augment=True)
-            if source.unlabelled is None
+            if source.unlabeled is None
             else data.build_unlabeled(source, recipe.task, seed=seed)
         )
         judged = data.build(source, recipe.task, "val", seed=seed, augment=False)
@@ -83,7 +83,7 @@ def pretrain(
 ) -> Run:
     """Train the backbone of a recipe's student on images alone, against its teacher's features.
 
-    The images are `data.unlabelled` or, without it, those of `data.train`; no label is read to learn from. After each
+    The images are `data.unlabeled` or, without it, those of `data.train`; no label is read to learn from. After each
     epoch the student's features are judged on `data.val`: by nearest neighbors of labeled objects, or by the loss where
     `data.format` is `images`. The best epoch's backbone is `backbone.safetensors`, for `student.backbone_weights`.
 
@@ -125,7 +125,7 @@ def pretrain(
     run = Run(folder, images.resolved.model_copy(update=used), "backbone")
     done = fit(
         run, distiller, images, resume=resume, overwrite=overwrite, module_of=PretrainingModule,
-        score_teacher=partial(_score, distiller, images),
+        teacher=ScoredTeacher(hash_of(teacher.net), partial(_score, distiller, images)),
     )  # fmt: skip
     log.info("%s: train from it with --set student.backbone_weights=%s", done.folder, done.weights)
     return done

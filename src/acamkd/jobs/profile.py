@@ -147,7 +147,7 @@ def estimate(recipe: config.Recipe) -> Estimate:
         free = free_memory(batch.pixels.device)
         looked = measured(lambda: distiller.teacher_maps(batch))
         alone = step_of(Distiller(distiller.student), batch)
-        unlabeled = recipe.data.unlabelled is not None
+        unlabeled = recipe.data.unlabeled is not None
         whole = step_of(distiller, batch, unlabeled=unlabeled)
         seconds = seconds_of(distiller, plain, unlabeled=unlabeled)
         parts = [loss.attention_module for _, loss in distiller.levels]
@@ -175,7 +175,7 @@ def estimate(recipe: config.Recipe) -> Estimate:
         fixed=4 * sum(sizes) + trained,
         free=free,
         batch_size=recipe.train.batch_size,
-        with_unlabeled=recipe.data.unlabelled is not None,
+        with_unlabeled=recipe.data.unlabeled is not None,
         largest_batch=max(0, int((free - trained) // (WORKSPACE * whole[1] / count))),
         seconds=seconds * recipe.train.batch_size * recipe.train.accumulate / count,
         steps=recipe.train.epochs * _steps_per_epoch(recipe.train, len(images)),

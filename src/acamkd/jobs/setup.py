@@ -81,7 +81,7 @@ def describe_data(train: ImageDataset, val: ImageDataset) -> str:
 
 
 ALL_LABELED = (
-    "there are no unlabeled images (data.unlabelled): all our gains were measured with them and with few labels, and "
+    "there are no unlabeled images (data.unlabeled): all our gains were measured with them and with few labels, and "
     "with all labels nothing gained (docs/research/results.md)"
 )
 """What is said once where a recipe has labeled images alone."""
@@ -133,7 +133,7 @@ class Loaders:
 
     @property
     def training_images(self) -> dict[str, ImageDataset]:
-        """The data sets that trainings augment, by their names in `fingerprint`."""
+        """The data sets that trainings augment, by their names in `fingerprint`, spelled as in committed results."""
         images = {"train": self.splits["train"], "unlabelled": self.unlabeled}
         return {name: each for name, each in images.items() if each is not None}
 
@@ -179,7 +179,7 @@ class Batches(Loaders):
         )  # fmt: skip
         self.train = self.mixed = shuffled(splits["train"])
         self.unlabeled, self.distills = None, with_unlabeled
-        if with_unlabeled and source.unlabelled is not None:
+        if with_unlabeled and source.unlabeled is not None:
             # It now serves only the calibration; loading processes of its own would idle afterwards.
             self.train = shuffled(splits["train"], workers=0)
             self.unlabeled = data.build_unlabeled(source, recipe.task, seed=seed)

@@ -51,8 +51,9 @@ class SharedWork:
 
         A calibration runs before the training's precision and memory format are set, and so has entries of its own.
         """
-        network = _network(batches.resolved, distiller)
-        identity = (calibrating, teacher, network, distiller.folded_norms, self.half, _machine(batches.resolved))
+        recipe = batches.resolved
+        form = distiller.teacher_form(device_of(recipe.train))
+        identity = (calibrating, teacher, _network(recipe, distiller), form, self.half, _machine(recipe))
         distiller.shared_maps = SharedMaps(Shelf(self._cache, "the teacher's feature maps", identity), half=self.half)
 
     def scores(self, distiller: Distiller, batches: Loaders, teacher: str) -> dict[str, float] | None:

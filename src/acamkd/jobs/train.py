@@ -20,7 +20,7 @@ from acamkd.engine.quantization import require_torchao
 from acamkd.engine.runs import RECIPE, Role, Run, default_folder
 from acamkd.engine.trackers import check_installed
 from acamkd.errors import AcamkdError
-from acamkd.jobs.fit import fit, hash_of
+from acamkd.jobs.fit import ScoredTeacher, fit, hash_of
 from acamkd.jobs.profile import Estimate, estimate
 from acamkd.jobs.setup import (
     Batches,
@@ -80,8 +80,8 @@ def train(
     if role == "student" and recipe.train.quantize:
         require_torchao()
     batches = Batches(recipe)
-    if recipe.data.unlabelled is not None:
-        log.info("data.unlabelled is not used: only a distillation learns from unlabeled images")
+    if recipe.data.unlabeled is not None:
+        log.info("data.unlabeled is not used: only a distillation learns from unlabeled images")
     model = build_network(recipe, section, batches.classes)
     # Only the sections that the run depends on, so that --resume can tell it from a distillation.
     used: dict[str, Any] = {"losses": ()}
@@ -173,9 +173,10 @@ def distill(
     if batches.unlabeled is not None:
         built.distiller.check_unlabeled()
     batches.check()
+    teacher_sha256 = hash_of(teacher.net)
     if shared is not None:
         shared.share_images(batches)
-        shared.share_maps(built.distiller, batches, hash_of(teacher.net), calibrating=True)
+        shared.share_maps(built.distiller, batches, teacher_sha256, calibrating=True)
     if resume and (folder / RECIPE).is_file():
         losses = reuse_weights(losses, config.load(folder / RECIPE).losses)
     with data.reading(batches.train), moved_to(device_of(recipe.train), student, teacher):
@@ -185,14 +186,16 @@ def distill(
     run = Run(folder, batches.resolved.model_copy(update=used), "student")
     return fit(
         run, distiller, batches, resume=resume, overwrite=overwrite, profile=profile, shared=shared,
-        score_teacher=partial(_score_teacher, distiller, batches, shared),
+        teacher=ScoredTeacher(teacher_sha256, partial(_score_teacher, distiller, batches, teacher_sha256, shared)),
     )  # fmt: skip
 
 
-def _score_teacher(distiller: Distiller, batches: Batches, shared: SharedWork | None) -> dict[str, float]:
+def _score_teacher(
+    distiller: Distiller, batches: Batches, teacher_sha256: str, shared: SharedWork | None
+) -> dict[str, float]:
     """The teacher's scores on the validation images, or those that another training has found."""
     metric, teacher = METRICS[batches.resolved.task], distiller.teacher
-    if shared is not None and (known := shared.scores(distiller, batches, hash_of(teacher.net))):
+    if shared is not None and (known := shared.scores(distiller, batches, teacher_sha256)):
         log.info("teacher: %s %.2f, as another training has found", metric, known[metric])
         return known
     if not isinstance(teacher, TaskModel):
@@ -209,5 +212,5 @@ def _score_teacher(distiller: Distiller, batches: Batches, shared: SharedWork | 
     if scores[metric] <= (1.0 if teacher.task == "detection" else 100 / teacher.num_classes):
         log.warning("this teacher scores almost nothing, so distillation cannot help: acamkd doctor RECIPE examines it")
     if shared is not None:
-        shared.keep_scores(distiller, batches, hash_of(teacher.net), scores)
+        shared.keep_scores(distiller, batches, teacher_sha256, scores)
     return scores

@@ -12,6 +12,7 @@ from pathlib import Path
 import torchvision
 from safetensors.torch import save
 from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN, RetinaNet
 
 from acamkd.errors import AcamkdError, nearest
 from acamkd.files import written_whole
@@ -89,9 +90,15 @@ def load_weights(
     framework = convention_of(tensors)
     if framework != "torchvision":
         if framework != convention:
+            option = f"`options: {{convention: {framework}}}`"
+            if isinstance(module, (RetinaNet, FasterRCNN)):
+                raise AcamkdError(
+                    f"{source} is a detector of {framework}, whose conventions differ: give {what}  {option}"
+                )
+            as_it_is = ", and reppoints as it is" if framework == "mmdetection" else ""
             raise AcamkdError(
-                f"{source} is a detector of {framework}, whose conventions differ: give {what}  "
-                f"`options: {{convention: {framework}}}`"
+                f"{source} is a detector of {framework}, which {what} does not read: retinanet and faster_rcnn do, "
+                f"with {option}{as_it_is}"
             )
         tensors = to_torchvision(tensors, framework)
     state = _adapt_names(tensors, own)
@@ -136,7 +143,7 @@ def _fill(
         matched=tuple(name for name in own if name not in unmatched and not _is_counter(name)),
         missing=tuple(missing),
         unexpected=tuple(name for name in result.unexpected_keys if not _is_counter(name)),
-        deeper=tuple(name for name in result.unexpected_keys if _is_further_part(module, name)),
+        deeper=tuple(name for name in result.unexpected_keys if is_further_part(module, name)),
         mismatched=tuple((name, *shapes) for name, shapes in mismatched.items()),
     )
 
@@ -212,7 +219,7 @@ def _is_counter(name: str) -> bool:
     return name.endswith("num_batches_tracked")
 
 
-def _is_further_part(module: nn.Module, name: str) -> bool:
+def is_further_part(module: nn.Module, name: str) -> bool:
     """Whether a tensor belongs to a numbered module that a network lacks, while it has others."""
     for part in name.split(".")[:-1]:
         children = dict(module.named_children())

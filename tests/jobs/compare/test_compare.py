@@ -72,6 +72,9 @@ def test_a_trial_knows_what_its_outcome_depends_on(recipe: Path, tmp_path: Path)
         files = [key(override.format(f"{name}.safetensors")) for name in ("a/lite0", "b/lite0", "b/lite1")]
         assert files[0] == files[1] != files[2]
         assert key() not in files
+    assert key("data.unlabelled=more") == key("data.unlabeled=more") != key()
+    study = config.load(Path(__file__).parents[3] / "studies/camvid_few/recipe.yaml")
+    assert plan(study, ["acam"], 1, tmp_path)[-1].key == "bbaa80f6eb81"  # as before the key had today's spelling
 
 
 def test_tuning_comes_first_and_decides(recipe: Path, tmp_path: Path) -> None:

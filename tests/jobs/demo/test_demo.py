@@ -40,7 +40,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_task, "read_recipe", one_epoch)
 
 
-@pytest.mark.usefixtures("_small")
+@pytest.mark.usefixtures("_small", "reports")
 @pytest.mark.parametrize("task", ["detection", "segmentation"])
 def test_a_task_leaves_figures_images_and_runs(task: Task, tmp_path: Path) -> None:
     shown = demo.demo(tmp_path, task=task)

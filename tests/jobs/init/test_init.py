@@ -23,13 +23,13 @@ from acamkd.models.base import Task
 from command import Command
 
 NAMES = ["background", *CLASSES]
-FCOS: dict[str, Any] = {"arch": "fcos", "backbone": "mobilenetv3_small_050", "fpn_channels": 64}
+FCOS: dict[str, Any] = {"arch": "fcos", "backbone": "test_efficientnet", "fpn_channels": 64}
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The smallest networks, and recipes in the test's own folder."""
-    fpn: dict[str, Any] = {"arch": "fpn", "backbone": "tu-mobilenetv3_small_050"}
+    fpn: dict[str, Any] = {"arch": "fpn", "backbone": "tu-test_efficientnet"}
     networks: dict[Task, tuple[dict[str, Any], dict[str, Any]]] = {
         "detection": (FCOS, FCOS),
         "segmentation": (fpn, fpn),
@@ -78,7 +78,7 @@ def test_a_segmenters_recipe_with_a_drawn_validation_split(tmp_path: Path) -> No
     assert sorted(root.rglob("*")) == before
     recipe = config.load(proposal.file)
     assert recipe.data.val.share == 0.2
-    assert recipe.data.unlabelled == Path("unlabeled")
+    assert recipe.data.unlabeled == Path("unlabeled")
     assert not any("no unlabeled" in warning for warning in proposal.warnings)
     (loss,) = recipe.losses
     assert (loss.gradient_ratio, loss.options["num_masks"], recipe.train.optimizer.lr) == (8, 6, 3e-3)
@@ -125,13 +125,15 @@ def test_a_folder_of_boxes_and_masks_needs_a_task(tmp_path: Path) -> None:
 
 def test_a_teachers_checkpoint_is_taken_over(tmp_path: Path) -> None:
     root = tiny.write_data(tmp_path / "data", "detection")
-    section = config.Model.model_validate({**FCOS, "arch": "retinanet", "fpn_channels": 32, "backbone_weights": None})
+    section = config.Model.model_validate({
+        "arch": "retinanet", "backbone": "mobilenetv3_small_050", "fpn_channels": 16, "backbone_weights": None,
+    })  # fmt: skip
     for classes in (len(CLASSES), 80):
         models.save_weights(models.build(section, "detection", classes).net, tmp_path / "t.safetensors")
         recipe = config.load(init(root, teacher=tmp_path / "t.safetensors", overwrite=True).file)
         assert recipe.teacher is not None
         assert (recipe.teacher.arch, recipe.teacher.weights) == ("retinanet", str(tmp_path / "t.safetensors"))
-        assert (recipe.student.arch, recipe.student.fpn_channels) == ("retinanet", 32)
+        assert (recipe.student.arch, recipe.student.fpn_channels) == ("retinanet", 16)
         assert bool(recipe.student.inherit) == (classes == len(CLASSES))
         assert recipe.teacher.num_classes == (None if classes == len(CLASSES) else 80)
 

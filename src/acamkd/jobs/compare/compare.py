@@ -270,7 +270,7 @@ def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results:
         raise AcamkdError(f"{results} holds no trial of this comparison yet{_elsewhere(results)}")
     shared = {
         f"{split} images": [content["data"].get(split) for _, content in done]
-        for split in ("train", "val", "unlabelled")  # the baseline uses no unlabeled images
+        for split in ("train", "val", "unlabelled")  # as in committed results; the baseline has none
     } | {
         "teacher": [
             content["teacher"]["sha256"] if content["teacher"] else content.get("inherited") for _, content in done
@@ -302,7 +302,7 @@ def _check_data(recipe: config.Recipe) -> None:
     from acamkd.jobs.setup import Batches
 
     check_installed(recipe)
-    Batches(recipe, with_unlabeled=recipe.data.unlabelled is not None).check()
+    Batches(recipe, with_unlabeled=recipe.data.unlabeled is not None).check()
 
 
 def _train_teacher(recipe: config.Recipe) -> None:

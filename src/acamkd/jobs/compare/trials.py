@@ -68,6 +68,8 @@ class Trial:
         """
         # Without defaults, so that a key added by a later version does not invalidate every trial.
         content = self.recipe.model_dump(mode="json", exclude_defaults=True)
+        if "unlabeled" in content["data"]:  # the first trials had this spelling, and their hashes hold
+            content["data"]["unlabelled"] = content["data"].pop("unlabeled")
         for section, names in {
             "data": ("root", "workers", "check", "classes", "test", "cache"),
             "train": ("seed", "accelerator", "devices", "checkpoint_every", "loggers"),

@@ -30,7 +30,7 @@ SCENES, VAL, SEED = 6000, 200, 1
 """Scenes to learn from, scenes to score on, and the seed of both, which no demo has."""
 
 SETTINGS = (
-    "train.epochs=12", "train.batch_size=16", "train.eval_every=2", "data.augment={}", "data.unlabelled=null",
+    "train.epochs=12", "train.batch_size=16", "train.eval_every=2", "data.augment={}", "data.unlabeled=null",
     "teacher.weights=null",
 )  # fmt: skip
 

@@ -122,7 +122,7 @@ def init(
         source["val"] = {"share": SHARE}
     source |= {"classes": list(names)} if names else {}
     source |= {"ignore_index": ignored} if ignored is not None else {}
-    source |= {"unlabelled": more} if more else {}
+    source |= {"unlabeled": more} if more else {}
     counted, own_classes = _count(source, task)
     frame = choose_frame(counted["train"], task, machine)
     source |= {"resize": frame.resize, "augment": frame.augment}
@@ -163,7 +163,7 @@ def init(
 
 NOTHING_UNLABELED = (
     "no unlabeled images: all published gains had them, with few labels; with all labels nothing gained "
-    "(docs/research/results.md). A folder of them goes into data.unlabelled, or --unlabeled FOLDER"
+    "(docs/research/results.md). A folder of them goes into data.unlabeled, or --unlabeled FOLDER"
 )
 
 
@@ -308,7 +308,7 @@ def _written(
         "test": "seen by no training and no choice: acamkd run scores on it at the end",
         "classes": f"names from {layout.names_from}" if layout.names_from else "names as they were given",
         "ignore_index": "a value more in the masks than there are names: void",
-        "unlabelled": "only the distillation sees these: all published gains had such images",
+        "unlabeled": "only the distillation sees these: all published gains had such images",
         "resize": why.size,
         "augment": why.augment,
     }
@@ -318,8 +318,8 @@ def _written(
         "data:",
         *(_line(2, key, value, comments.get(key, "")) for key, value in source.items()),
     ]
-    if "unlabelled" not in source:
-        lines.append("  # unlabelled: FOLDER  # images without labels; without them nothing gained in our measurements")
+    if "unlabeled" not in source:
+        lines.append("  # unlabeled: FOLDER  # images without labels; without them nothing gained in our measurements")
     of_teacher = why.teacher.text if why.teacher else f"no checkpoint: it is trained first; {machine.networks_reason}"
     lines += [
         _line(0, "teacher", networks["teacher"], of_teacher),
@@ -336,7 +336,7 @@ def _written(
         "gradient_ratio": "distillation's gradient over the task's: "
         + (
             "docs/research/results.md gained with it"
-            if "unlabelled" in source
+            if "unlabeled" in source
             else f"{RATIOS[task]} with unlabeled images, less without, where that harmed"
         ),
         "diversity_weight": "as there",

@@ -16,23 +16,29 @@ from acamkd.engine.runs import RECIPE
 from acamkd.errors import AcamkdError
 from acamkd.models.base import Task
 from acamkd.models.convert import convention_of, to_torchvision
-from acamkd.models.weights import read_tensors
+from acamkd.models.weights import is_further_part, read_tensors
 
 TIMM = (
+    "mobilenetv3_small_050", "mobilenetv3_small_100", "mobilenetv3_large_100", "mobilenetv2_100",
     "tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2", "tf_efficientnet_lite3",
-    "tf_efficientnet_lite4", "mobilenetv3_small_050", "mobilenetv3_small_100", "mobilenetv3_large_100",
-    "mobilenetv2_100", "efficientnet_b0", "efficientnet_b1", "efficientnet_b2", "efficientnet_b3", "convnext_tiny",
-    "convnext_small",
+    "tf_efficientnet_lite4", "efficientnet_b0", "efficientnet_b1", "efficientnet_b2", "efficientnet_b3",
+    "convnext_tiny", "convnext_small",
 )  # fmt: skip
-"""timm backbones that are tried."""
+"""timm backbones without stages called layer1, layer2, ... that are tried."""
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 SMP = ("mobilenet_v2", "efficientnet-b0", "efficientnet-b1", "efficientnet-b2", "efficientnet-b3", "resnext50_32x4d")
 """Further encoders of segmentation_models_pytorch that are tried."""
 
-ARCHITECTURES = ("deeplabv3plus", "deeplabv3", "fpn", "unet", "unetplusplus", "pspnet", "linknet", "manet", "pan")
-"""Its architectures that are tried, with their own options."""
+ARCHITECTURES = {
+    "deeplabv3plus": "aspp.0.", "deeplabv3": "aspp.convs.", "fpn": "p5.", "manet": "center.top_conv.",
+    "unet": "blocks.0.conv1.", "unetplusplus": "blocks.x_0_0.", "pspnet": "psp.", "linknet": "blocks.0.block.",
+    "pan": "fpa.",
+}  # fmt: skip
+"""Its architectures that are known, with their own options, and how a name in each one's decoder begins.
+
+Without these names every architecture would be built over every encoder."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +81,10 @@ def identify(file: Path, task: Task, network: str | None = None) -> Teacher:
             section = section.model_copy(update={"options": {"convention": convention}})
         with suppress(AcamkdError), torch.device("meta"):
             blank = section.model_copy(update={"weights": None, "backbone_weights": None})
-            own = _shapes(models.build(blank, task, count).net.state_dict())
-            if all(shapes.get(name) == shape for name, shape in own.items()):
+            net = models.build(blank, task, count).net
+            own = _shapes(net.state_dict())
+            fits = all(shapes.get(name) == shape for name, shape in own.items())
+            if fits and not any(is_further_part(net, name) for name in shapes):  # as ResNet-101 has of ResNet-50
                 found = section.model_copy(update={"weights": str(file.resolve()), "backbone_weights": None})
                 words = "" if convention == "torchvision" else f" of {convention}'s"
                 return Teacher(found, count, f"{section.title}{words} with {_classes(count)}, all {len(own)} tensors")
@@ -134,6 +142,7 @@ def _count_classes(shapes: Mapping[str, tuple[int, ...]], task: Task) -> int:
 
 
 def _candidates(shapes: Mapping[str, tuple[int, ...]], task: Task) -> Iterator[config.Model]:
+    is_resnet = any(".layer1." in name for name in shapes)
     if task == "detection":
         arch = (
             "faster_rcnn" if "roi_heads.box_predictor.cls_score.weight" in shapes
@@ -142,7 +151,8 @@ def _candidates(shapes: Mapping[str, tuple[int, ...]], task: Task) -> Iterator[c
             else "retinanet"
         )  # fmt: skip
         width = shapes.get("backbone.fpn.layer_blocks.0.0.weight", (256,))[0]
-        for backbone in (*RESNETS, *(f"torchvision/{name}" for name in RESNETS), *TIMM):
+        resnets = (*RESNETS, *(f"torchvision/{name}" for name in RESNETS))
+        for backbone in resnets if is_resnet else TIMM:
             yield config.Model(arch=arch, backbone=backbone, fpn_channels=width)
     elif "classifier.4.weight" in shapes:
         for name in ("deeplabv3_resnet50", "deeplabv3_resnet101", "deeplabv3_mobilenet_v3_large", "fcn_resnet50",
@@ -150,6 +160,8 @@ def _candidates(shapes: Mapping[str, tuple[int, ...]], task: Task) -> Iterator[c
             yield config.Model(arch=f"torchvision/{name}", options={"aux_loss": "aux_classifier.4.weight" in shapes})
     else:
         from_timm = any(name.startswith("encoder.model.") for name in shapes)
-        encoders = [f"tu-{name}" for name in (*TIMM, *RESNETS)] if from_timm else [*RESNETS, *SMP]
-        for arch, encoder in product(ARCHITECTURES, encoders):
+        encoders = [f"tu-{name}" for name in (RESNETS if is_resnet else TIMM)] if from_timm else [*RESNETS, *SMP]
+        decoder = {name.removeprefix("decoder.") for name in shapes if name.startswith("decoder.")}
+        archs = [arch for arch, begin in ARCHITECTURES.items() if any(name.startswith(begin) for name in decoder)]
+        for arch, encoder in product(archs, encoders):
             yield config.Model(arch=arch, backbone=encoder)
