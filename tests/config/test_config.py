@@ -114,7 +114,7 @@ def test_words_that_look_like_numbers_are_words(path: Path, text: str) -> None:
         ({"train": {"epochs": 2.5}}, "train.epochs: .*integer"),
         ({"train": {"epochs": True}}, "train.epochs: .*integer"),
         ({"train": {"epochs": 1, "optimizer": {"lr": "fast"}}}, r"train.optimizer.lr: .*number \(given: 'fast'\)"),
-        ({"train": {"epochs": 1, "devices": "all"}}, "train.devices"),
+        ({"train": {"epochs": 1, "devices": "all"}}, "train.devices: Input should be 'auto'"),
         ({"train": {"epochs": 3, "eval_every": 2}}, "train: eval_every 2 does not divide epochs 3$"),
         ({"train": {"epochs": 1, "schedule": {"name": "step"}}}, "train.schedule: step needs milestones"),
         ({"train": {"epochs": 1, "schedule": {"warmup_steps": 9}}}, "train.schedule: one_cycle brings its own warm-up"),

@@ -86,13 +86,14 @@ def _compiled(distiller: Distiller, who: str) -> list[str]:
     return [network._titles[module] for module, part in network._parts.items() if part._compiled is not None]
 
 
-def _compare(distiller: Distiller, batch: Batch, backend: str) -> None:
+def _compare(distiller: Distiller, batch: Batch, backend: str, dtype: torch.dtype = torch.float64) -> None:
     """Compiled and not, terms, gradients and running statistics are the same, and no step compiles anew.
 
     In float64, so that the rounding, which batch norm over few values magnifies, hides no difference.
     """
-    distiller.double()
-    batch = replace(batch, pixels=batch.pixels.double())
+    distiller.to(dtype)
+    batch = replace(batch, pixels=batch.pixels.to(dtype))
+    most = 1e-5 if dtype == torch.float64 else 1e-4
     plain = copy.deepcopy(distiller)
     names = list(distiller.state_dict())
     distiller.compile_parts(backend)
@@ -100,9 +101,9 @@ def _compare(distiller: Distiller, batch: Batch, backend: str) -> None:
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert ours.keys() == theirs.keys()
         errors = {key: float((ours[key] - value).norm() / value.norm()) for key, value in theirs.items()}
-        assert max(errors.values()) < 1e-5, (step, errors)
+        assert max(errors.values()) < most, (step, errors)
     for key, value in plain.student.state_dict().items():  # running statistics among them
-        torch.testing.assert_close(distiller.student.state_dict()[key], value, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(distiller.student.state_dict()[key], value, rtol=most, atol=most / 10)
     assert list(distiller.state_dict()) == names
     graphs = counters["stats"]["unique_graphs"]
     _run(distiller, batch, start=4, end=6)
@@ -152,16 +153,17 @@ class Ahead(FeatureLoss):
         return {"value": (self.project(student) * context.task_gradient - teacher).square().mean()}
 
 
-def test_a_split_backward_computes_the_same() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_split_backward_computes_the_same(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     net, teacher = (nn.Sequential(Part(3), Part(4), nn.Conv2d(4, 3, 1)) for _ in range(2))
     student = Segmenter(net, 3)
     distiller = Distiller(student, Segmenter(teacher, 3), [("0", "0")], [Ahead()]).train()
     batch = student.prepare([torch.rand(3, 32, 64) for _ in range(2)], _targets("segmentation", 32, 64))
-    _compare(distiller, batch, "aot_eager")
+    _compare(distiller, batch, "aot_eager", dtype)
     assert _compiled(distiller, "student") == _compiled(distiller, "teacher") == ["0", "1"]
     assert not counters["graph_break"]
-    term = distiller.train()(batch, 6)["task/cross_entropy"]  # differentiated once, down to the map
+    term = distiller.float().train()(batch, 6)["task/cross_entropy"]  # differentiated once, down to the map
     assert "_Differentiated" in term.grad_fn.next_functions[0][0].next_functions[0][0].name()
 
 
@@ -174,16 +176,19 @@ class Checkpointed(nn.Sequential):
         return out
 
 
-def test_a_checkpoint_runs_again_what_its_forward_ran(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("tapped", "compiled"), [("0", ["0"]), ("2", ["0"])])
+def test_a_checkpoint_runs_again_what_its_forward_ran(
+    tapped: str, compiled: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     torch.manual_seed(0)
     again = nn.BatchNorm2d(4), nn.Sigmoid(), nn.Conv2d(4, 4, 3, padding=1), nn.GELU(), nn.Conv2d(4, 4, 1)
     net, teacher = (Checkpointed(Part(3), nn.Sequential(*again), nn.Conv2d(4, 3, 1)) for _ in range(2))
-    student = Segmenter(net, 3)
-    distiller = Distiller(student, Segmenter(teacher, 3), [("0", "0")], [FitNet(4, 4)]).train()
+    student, channels = Segmenter(net, 3), 3 if tapped == "2" else 4
+    distiller = Distiller(student, Segmenter(teacher, 3), [(tapped, tapped)], [FitNet(channels, channels)]).train()
     batch = student.prepare([torch.rand(3, 32, 64) for _ in range(2)], _targets("segmentation", 32, 64))
     caplog.set_level(logging.INFO, "acamkd")
     _compare(distiller, batch, "aot_eager")
-    assert _compiled(distiller, "student") == ["0"]
+    assert _compiled(distiller, "student") == compiled
     message = "train.compile: 6 of the student's modules run in activation checkpoints and are not compiled"
     assert caplog.messages.count(message) == 1
 

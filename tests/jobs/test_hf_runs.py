@@ -127,6 +127,7 @@ def raw_recipe(name: str, root: Path, **train: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("reports")
 @pytest.mark.parametrize(
     ("name", "part"),
     [("rt_detr_v2", "model.backbone"), ("segformer", "segformer"), ("mask2former", "model.pixel_level_module")],
@@ -144,6 +145,7 @@ def test_every_job_works(name: str, part: str, tmp_path: Path, monkeypatch: pyte
         torch.load(tmp_path / each / "last.ckpt", weights_only=True)["state_dict"] for each in ("whole", "parts")
     )
     assert all(torch.equal(one[key], two[key]) for key in one)
+    assert (whole.folder / "report.html").is_file()
     scores = acamkd.evaluate(whole)
     assert {k: v for k, v in whole.metrics["student"].items() if v is not None} == {
         k: v for k, v in scores.items() if v == v

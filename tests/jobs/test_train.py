@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -327,9 +328,13 @@ def test_ctrl_c_is_one_line_and_exit_code_130(root: Path, tmp_path: Path) -> Non
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(tmp_path)
         sys.argv = ["acamkd", "train", "recipe.yaml", "--out", "run"]
-        with Path("errors.txt").open("w", encoding="utf-8") as sys.stderr:
-            os.dup2(sys.stderr.fileno(), 2)
+        sys.stderr = Path("errors.txt").open("w", encoding="utf-8", buffering=1)  # noqa: SIM115 - read after the end
+        os.dup2(sys.stderr.fileno(), 2)
+        try:
             cli.main()
+        except KeyboardInterrupt:  # which `begin` would take for the exit code
+            traceback.print_exc()
+            raise SystemExit(1) from None
 
     child, deadline = leaving.begin(job), time.monotonic() + 90
     while not (tmp_path / "run" / runs.CHECKPOINT).exists() and time.monotonic() < deadline:

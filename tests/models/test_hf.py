@@ -57,7 +57,10 @@ def targets(name: str) -> list[Target]:
     return [{"mask": mask}, {"mask": torch.full((128, 90), 255)}]
 
 
-def test_a_backbone_of_timm_takes_the_weight_files_of_timm(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "more"), [("d_fine", {"encoder_in_channels": [32, 48, 64]}), ("conditional_detr", {})]
+)
+def test_a_backbone_of_timm_takes_the_weight_files_of_timm(name: str, more: dict[str, Any], tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     weights = timm.create_model("test_efficientnet").state_dict()
     file = tmp_path / "backbone.pth"
@@ -66,8 +69,8 @@ def test_a_backbone_of_timm_takes_the_weight_files_of_timm(tmp_path: Path) -> No
         "model_type": "timm_backbone", "backbone": "test_efficientnet", "out_indices": [2, 3, 4],
         "freeze_batch_norm_2d": False,
     }  # fmt: skip
-    options = {**OPTIONS["d_fine"], "backbone_config": described, "encoder_in_channels": [32, 48, 64]}
-    model = make("d_fine", options=options, backbone_weights=str(file))
+    options = {**OPTIONS[name], "backbone_config": described, **more}
+    model = make(name, options=options, backbone_weights=str(file))
     own = model.backbone.state_dict()
     assert own.keys() <= weights.keys()
     torch.testing.assert_close(own, {name: weights[name] for name in own})

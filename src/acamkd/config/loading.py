@@ -182,10 +182,14 @@ def _telling(errors: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     kinds = ("tuple_type", "model_type", "literal_error")
     told = [_place(entry) for entry in errors if entry["type"] not in kinds]
     return [
-        entry
-        for entry in errors
-        if entry["type"] not in kinds or not any(place[: len(_place(entry))] == _place(entry) for place in told)
+        entry for entry in errors if entry["type"] not in kinds or not any(_says_more(place, entry) for place in told)
     ]
+
+
+def _says_more(place: Location, entry: Mapping[str, Any]) -> bool:
+    """Whether an error at a place makes an entry superfluous; a wrong word is one only where a part of it is wrong."""
+    own = _place(entry)
+    return place[: len(own)] == own and (entry["type"] != "literal_error" or place != own)
 
 
 def _place(entry: Mapping[str, Any]) -> Location:

@@ -155,7 +155,8 @@ class CompiledNetwork:
         for module in modules:
             inner = list(module.modules())[1:]
             learns = inner and next(module.parameters(), None) is not None  # a single layer gains nothing
-            if learns and module in alone and self._tapped.isdisjoint(inner) and "forward" not in vars(module):
+            is_free = self._tapped.isdisjoint(inner) and self._repeated.isdisjoint(inner)
+            if learns and module in alone and is_free and "forward" not in vars(module):
                 yield module, _NetworkPart(module, self._titles[module], self)
             else:
                 yield from self._parts_of(module.children())
@@ -188,7 +189,7 @@ def _own_code(call: _Call) -> _Call:
 
 
 def _is_in_checkpoint() -> bool:
-    """Whether saved tensors go through hooks here, as within an activation checkpoint."""
+    """Whether saved tensors go through hooks here, as within an activation checkpoint that is not reentrant."""
     try:
         with disable_saved_tensors_hooks("in use"):
             return False

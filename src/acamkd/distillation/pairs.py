@@ -20,7 +20,7 @@ from acamkd.models.base import Batch, FeatureModel, TaskModel, keeping_modes
 
 log = logging.getLogger(__name__)
 
-Pair: TypeAlias = str | tuple[str, str]
+GivenPair: TypeAlias = str | tuple[str, str]
 """As in a recipe: one name for both networks, or the student's and the teacher's."""
 
 SIDE = 256
@@ -63,14 +63,16 @@ def resolve_pairs(student: TaskModel, teacher: FeatureModel, entries: Sequence[L
 
 
 def _resolved(where: str, entry: Loss, student: TaskModel, teacher: FeatureModel) -> Loss:
-    if issubclass(find(entry.name), HeadLoss):
-        return entry.model_copy(update={"pairs": ()})
     try:
+        if issubclass(find(entry.name), HeadLoss):
+            return entry.model_copy(update={"pairs": ()})
         pairs = tuple(propose(teacher, student))
     except NoPairsError as error:
         raise AcamkdError(
             f"{where}: `pairs: auto`: {error}: name the layers yourself, acamkd inspect RECIPE lists those of both"
         ) from error
+    except AcamkdError as error:
+        raise AcamkdError(f"{where}: {error}") from error
     log.info(
         "%s: pairs: auto stands for %s",
         entry.name, ", ".join(pair if isinstance(pair, str) else " <- ".join(pair) for pair in pairs),
@@ -100,7 +102,7 @@ def layers(model: FeatureModel, batch: Batch) -> list[Layer]:
     def record(name: str, module: nn.Module, output: Any) -> None:
         call = calls[name] = calls.get(name, -1) + 1
         for key, x in entries_of(output).items():
-            if x.ndim == 4 and min(x.shape[-2:]) > 1:
+            if x.ndim == 4 and x.shape[1] and min(x.shape[-2:]) > 1:
                 layer = _layer(name + (f":{key}" if key else "") + (f"@{call}" if call else ""), x, batch)
                 if tuple(x.shape[-2:]) != tuple(-(-side // layer.stride) for side in batch.input_size):
                     continue  # not in the shape of the image: queries
@@ -113,10 +115,12 @@ def layers(model: FeatureModel, batch: Batch) -> list[Layer]:
         for name, module in model.net.named_modules()
         if name and name.count(".") < DEPTH
     ]
-    with keeping_modes(model):
-        model.eval()(batch)
-    for handle in handles:
-        handle.remove()
+    try:
+        with keeping_modes(model):
+            model.eval()(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
     return [*found, *(layer for layer in _comparable(model, batch) if layer not in found)]
 
 
@@ -129,7 +133,7 @@ def _layer(name: str, x: Tensor, batch: Batch) -> Layer:
     return Layer(name, x.shape[1], max(side // own for side, own in zip(batch.input_size, x.shape[-2:], strict=True)))
 
 
-def propose(teacher: FeatureModel, student: TaskModel) -> list[Pair]:
+def propose(teacher: FeatureModel, student: TaskModel) -> list[GivenPair]:
     """The layers that the methods were published for: every level of a detector's pyramid, a segmenter's logits.
 
     Segmenters without logits (a class and a mask per query), or of other classes, are paired by levels, as detectors
@@ -153,19 +157,22 @@ def propose(teacher: FeatureModel, student: TaskModel) -> list[Pair]:
         own, other = (f"{net_name(x)} {sorted(each)}" for x, each in zip((student, teacher), levels, strict=True))
         raise NoPairsError(f"the feature maps have no stride in common: the student {own}, the teacher {other}")
     names = student.comparable_layers()
-    if names == teacher.comparable_layers() and len(shared) == len(levels[0]) == len(levels[1]) > 1:
+    if names and names == teacher.comparable_layers() and len(shared) == len(levels[0]) == len(levels[1]) > 1:
         return list(names)
     return [_pair(levels[0][stride], levels[1][stride]) for stride in shared]
 
 
 def _features(model: FeatureModel, batch: Batch) -> list[Layer]:
-    """The layers that a network calls comparable, or else all of them; without logits."""
+    """The layers that a network calls comparable, or else all of them; neither logits nor the image itself."""
     named = _comparable(model, batch)
     found = named or layers(model, batch)
     if not isinstance(model, TaskModel) or (named and model.task == "detection"):
         return found
     logits = _logits(found, model)
-    return [layer for layer in found if logits is None or layer.channels != logits.channels]
+    return [
+        layer for layer in found
+        if (layer.channels, layer.stride) != (3, 1) and (logits is None or layer.channels != logits.channels)
+    ]  # fmt: skip
 
 
 def _logits(found: Sequence[Layer], model: TaskModel) -> Layer | None:
@@ -174,5 +181,5 @@ def _logits(found: Sequence[Layer], model: TaskModel) -> Layer | None:
     return next((layer for layer in reversed(logits) if layer.stride > 1), logits[-1] if logits else None)
 
 
-def _pair(ours: Layer, theirs: Layer) -> Pair:
+def _pair(ours: Layer, theirs: Layer) -> GivenPair:
     return ours.name if ours.name == theirs.name else (ours.name, theirs.name)

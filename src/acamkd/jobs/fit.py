@@ -137,9 +137,10 @@ def _taught_by(run: Run, distiller: Distiller, batches: Loaders, teacher: Scored
         behind = describe_lead(run.recipe, scores[batches.validator.metric], run.folder.parent / "baseline")
         if behind is not None:
             log.warning("%s", behind)
-    license = distiller.teacher.license
-    about = {} if license is None else {"teacher_license": license}
-    return {"teacher": scores, "teacher_sha256": teacher.sha256, **about}
+    found: dict[str, Any] = {"teacher": scores, "teacher_sha256": teacher.sha256}
+    if distiller.teacher.license is not None:
+        found["teacher_license"] = distiller.teacher.license
+    return found
 
 
 def _metrics(

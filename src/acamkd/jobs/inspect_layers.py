@@ -16,7 +16,7 @@ from rich.text import Text
 
 from acamkd import config, data, models
 from acamkd.data.build import AUTO, reader_of
-from acamkd.distillation.pairs import SIDE, Layer, NoPairsError, Pair, blank_batch, layers, net_name, propose
+from acamkd.distillation.pairs import SIDE, GivenPair, Layer, NoPairsError, blank_batch, layers, net_name, propose
 from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
 from acamkd.jobs.init.layout import quiet
@@ -146,7 +146,7 @@ def _blank(section: config.Model) -> config.Model:
 
 
 def as_losses(
-    pairs: Sequence[Pair], model: TaskModel, all_labeled: bool, *, headless: bool = False
+    pairs: Sequence[GivenPair], model: TaskModel, all_labeled: bool, *, headless: bool = False
 ) -> list[dict[str, Any]]:
     """A recipe's `losses`: ACAM-KD at these pairs, with the settings that gained; the one recommendation there is.
 

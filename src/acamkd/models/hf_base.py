@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import torchvision.transforms.v2.functional as tv
+from timm.models import FeatureInfo
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 
@@ -111,10 +113,10 @@ class HFModel(TaskModel):
     @property
     def backbone(self) -> nn.Module:
         """The part before the encoder or the head; where timm made it, timm's model, as weight files name it."""
-        from transformers import TimmBackbone
-
         part: nn.Module = self.net.get_submodule(self.kind.backbone)
-        return next((x._backbone for x in part.modules() if isinstance(x, TimmBackbone)), part)
+        made_by_timm = (x for x in part.modules() if isinstance(vars(x).get("feature_info"), FeatureInfo))
+        found = next(made_by_timm, part)
+        return found.model if isinstance(found, FeatureGetterNet) else found
 
     def comparable_layers(self) -> tuple[str, ...]:
         """The layers of the model type's table."""

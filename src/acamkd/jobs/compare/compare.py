@@ -269,7 +269,7 @@ def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results:
     if not found:
         raise AcamkdError(f"{results} holds no trial of this comparison yet{_elsewhere(results)}")
     shared = {
-        f"{split} images": [content["data"].get(split) for _, content in done]
+        f"{split.replace('lled', 'led')} images": [content["data"].get(split) for _, content in done]
         for split in ("train", "val", "unlabelled")  # as in committed results; the baseline has none
     } | {
         "teacher": [

@@ -35,6 +35,7 @@ Choice: TypeAlias = tuple[str, str]
 CONVOLVING = ("Conv", "ConvTranspose")
 
 WEIGHTED = (*CONVOLVING, "Gemm", "MatMul")
+"""Operators with weights."""
 
 COMPUTING = (
     *WEIGHTED, "Add", "Clip", "Relu", "Concat", "Resize", "MaxPool", "AveragePool", "GlobalAveragePool", "Reshape",
@@ -170,7 +171,7 @@ class _Quantizer:
             raise AcamkdError(f"onnxruntime cannot prepare {file.name} for INT8: {error}") from error
         exported = OnnxModel(file)
         has_final_boxes = exported.task == "detection" and exported.metadata["nms"] is None
-        # The calibration of the last serves all.
+        # Calibrated once, on the operators of the last, which include the others'.
         kinds = ("convolving", "weighted") if has_final_boxes else ("computing", "all")
         self.choices: tuple[Choice, ...] = tuple((method, kind) for method in CALIBRATIONS for kind in kinds)
         model = onnx.load(self.prepared)
