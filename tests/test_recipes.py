@@ -190,6 +190,5 @@ def test_the_largest_are_built(name: str) -> None:
 @pytest.mark.parametrize("name", ONLINE)
 def test_detectors_with_queries_have_what_makes_their_baseline_fair(name: str) -> None:
     train = config.load(ROOT / "recipes" / name).train
-    assert train.optimizer.backbone_lr == train.optimizer.lr / 10
-    assert not train.optimizer.norm_decay
-    assert (train.ema, train.multiscale, train.schedule.warmup_steps) == (0.9999, (0.75, 1.25), 2000)
+    assert (train.optimizer.lr, train.optimizer.norm_decay, train.clip) == (1e-4, False, 0.1)
+    assert (train.ema, train.schedule.warmup_steps, train.epochs) == (0.9999, 2000, 120)

@@ -117,7 +117,7 @@ def test_what_would_change_more_than_rounding_is_not_folded(
 def test_every_norm_of_a_library_network_is_folded(section: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = build(Model(**section), "detection" if section is tiny.RETINANET else "segmentation", 3, (64, 64)).eval()
-    assert len(fold_batch_norms(model, probe_batch(model))) > 20
+    assert len(fold_batch_norms(model, probe_batch(model))) > 10
     assert not {name for name in _left(model) if "segmentation_head" not in name}
 
 

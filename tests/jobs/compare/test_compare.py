@@ -481,6 +481,13 @@ def test_trials_of_other_images_or_teachers_are_refused(recipe: Path, tmp_path: 
     fake(trials[3], results, 40.0, teacher={"sha256": "d" * 64, "mIoU": 51.0})
     with pytest.raises(AcamkdError, match="do not share their teacher: remove acam-seed1"):
         tabulate(loaded, ["acam"], 3, results)
+    own = loaded.model_copy(update={"compare": config.Comparison(methods={"acam": {"teacher.backbone": "resnet18"}})})
+    for seed, trial in enumerate(plan(own, ["acam"], 3, results)):
+        other = {} if trial.method == "none" else {"teacher": {"sha256": "d" * 64, "mIoU": None}}
+        fake(trial, results, 40.0 + seed, **other)
+    assert tabulate(own, ["acam"], 3, results).rows  # a method may name a teacher of its own, also one without a score
+    for trial in trials:
+        fake(trial, results, 40.0)
     fake(trials[2], results, 40.0, inherited="d" * 64)
     fake(trials[3], results, 40.0)
     with pytest.raises(AcamkdError, match="do not share their teacher: remove none-seed1"):

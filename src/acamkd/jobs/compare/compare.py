@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
+from typing import Any
 
 from rich.console import Group
 from rich.markup import escape
@@ -257,7 +258,8 @@ def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results:
     """Write the tables of the finished trials; needs neither images nor weights.
 
     Raises:
-        AcamkdError: There is none, or they differ in images, teacher or number of processes.
+        AcamkdError: There is none, or they differ in images, number of processes or teacher. A method whose overrides
+            name another teacher may have it.
     """
     # With the setting, which is missing in trials that were run before the tuning.
     done = [
@@ -273,7 +275,7 @@ def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results:
         for split in ("train", "val", "unlabelled")  # as in committed results; the baseline has none
     } | {
         "teacher": [
-            content["teacher"]["sha256"] if content["teacher"] else content.get("inherited") for _, content in done
+            _teacher_of(content) if trial.recipe.teacher == recipe.teacher else None for trial, content in done
         ],
         "number of processes": [content.get("processes") for _, content in done],  # the batch size is per process
     }
@@ -286,6 +288,12 @@ def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results:
     results.mkdir(parents=True, exist_ok=True)  # the trials may be in the parent folder's table
     tables.write(results, recipe, rows, found, tuning)
     return ComparisonResult(results, found[0]["metric"], rows)
+
+
+def _teacher_of(trial: Mapping[str, Any]) -> str | None:
+    """Hash of the teacher that taught a student, or gave it its first weights."""
+    found: str | None = trial["teacher"]["sha256"] if trial["teacher"] else trial.get("inherited")
+    return found
 
 
 def _elsewhere(results: Path) -> str:
