@@ -133,7 +133,7 @@ def run(recipe: config.Recipe | Path | str, *, overrides: Sequence[str] = (), an
     }
     test = notes.test_scores(runs, metric) if recipe.data.test is not None else {}
     report = distilled.folder / REPORT
-    if not report.is_file() or report.stat().st_mtime < (baseline.folder / REPORT).stat().st_mtime:
+    if not report.is_file() or report.stat().st_mtime < baseline.weights.stat().st_mtime:
         report = write_report(distilled, baseline)
     known = {name: float(score) for name, score in scores.items() if score is not None}
     if missing := {"baseline", "distilled"} - known.keys():
