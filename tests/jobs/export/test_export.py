@@ -239,7 +239,8 @@ def test_the_full_graph_suppresses_boxes_itself(
     run: Run, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model: Any = run.load()
-    torch.nn.init.normal_(model.net.head.classification_head.cls_logits.weight, std=0.1)  # or many scores are equal
+    for parameter in model.net.parameters():  # or many scores are equal
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
     monkeypatch.setattr(Run, "load", lambda _: model)
     figures = export(run, out=tmp_path / "full", with_nms=True)
     assert figures.difference < 1e-5
@@ -249,8 +250,10 @@ def test_the_full_graph_suppresses_boxes_itself(
     (expected,) = model.predict([torch.from_numpy(pixels).permute(2, 0, 1)])
     found = exported.predict(pixels)
     np.testing.assert_allclose(found["scores"], expected["scores"].numpy(), atol=1e-5)
-    ours, theirs = (sorted(boxes.round(1).tolist()) for boxes in (expected["boxes"].numpy(), found["boxes"]))
-    np.testing.assert_allclose(theirs, ours, atol=0.11)  # sorted, since some scores are equal
+    gaps = np.abs(np.subtract.outer(found["scores"], found["scores"]))
+    alone = (gaps < 1e-5).sum(axis=1) == 1  # which of several boxes with one score is kept is a matter of rounding
+    assert alone.sum() > 5
+    np.testing.assert_allclose(found["boxes"][alone], expected["boxes"].numpy()[alone], atol=0.11)
 
 
 @pytest.mark.slow
