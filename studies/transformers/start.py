@@ -1,6 +1,6 @@
 """Write the weights with which every student of a task starts: the teacher's, and a backbone from ImageNet.
 
-    python studies/transformers/start.py studies/transformers/bccd.yaml weights/lite0.safetensors start-bccd.safetensors
+    python studies/transformers/start.py studies/transformers/voc07mini.yaml weights/lite0.safetensors OUTPUT
 
 The teacher must have been trained. `student.inherit` would do the same, but only where the methods share a teacher.
 """

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -56,17 +57,18 @@ def resolve_pairs(student: TaskModel, teacher: FeatureModel, entries: Sequence[L
     Raises:
         AcamkdError: The two networks have no layers in common; the entry is named.
     """
+    proposal = cache(partial(propose, teacher, student))  # it runs both networks
     return tuple(
-        _resolved(f"losses.{index} ({entry.name})", entry, student, teacher) if entry.pairs == "auto" else entry
+        _resolved(f"losses.{index} ({entry.name})", entry, proposal) if entry.pairs == "auto" else entry
         for index, entry in enumerate(entries)
     )
 
 
-def _resolved(where: str, entry: Loss, student: TaskModel, teacher: FeatureModel) -> Loss:
+def _resolved(where: str, entry: Loss, proposal: Callable[[], Sequence[GivenPair]]) -> Loss:
     try:
         if issubclass(find(entry.name), HeadLoss):
             return entry.model_copy(update={"pairs": ()})
-        pairs = tuple(propose(teacher, student))
+        pairs = tuple(proposal())
     except NoPairsError as error:
         raise AcamkdError(
             f"{where}: `pairs: auto`: {error}: name the layers yourself, acamkd inspect RECIPE lists those of both"

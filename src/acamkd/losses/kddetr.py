@@ -73,9 +73,9 @@ class KDDETR(QueryLoss):
     Deviations: a shared query is a shared box. Its content vector is that of each network's own query with the nearest
     box. Contents are mostly features of a network's own encoder, and of its own width. DAB-DETR's contents are zero,
     and Deformable DETR's follow from the box. The papers share the whole query; CLoCKDistill's also has the object's
-    class. A set's terms are divided by the sum of w rather than by a number
-    of queries, and the factors 5 and 2 are DETR's. Only the last decoder layer answers, in eval mode. CLoCKDistill's
-    distillation of the encoder's memory is not part of this. This follows the papers; no official code was run.
+    class. A set's terms are divided by the sum of w rather than by a number of queries, and the factors 5 and 2 are
+    DETR's. Only the last decoder layer answers, in eval mode. CLoCKDistill's distillation of the encoder's memory is
+    not part of this. This follows the papers; no official code was run.
 
     Code:
         - KL(sigmoid(t) || sigmoid(s)): class_divergence

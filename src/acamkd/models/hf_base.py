@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torchvision.transforms.v2.functional as tv
 from timm.models import FeatureInfo
-from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 
@@ -22,6 +21,7 @@ from acamkd.files import written_whole
 from acamkd.models.base import Batch, ExportForm, Kernel, Outputs, PixelSize, Target, TaskModel
 from acamkd.models.hf_kinds import Kind
 from acamkd.models.resize import frame_size
+from acamkd.models.timm_features import without_getter
 
 UNLIMITED = 2**31 - 1
 """Long side of a rule that names the short side alone."""
@@ -115,8 +115,7 @@ class HFModel(TaskModel):
         """The part before the encoder or the head; where timm made it, timm's model, as weight files name it."""
         part: nn.Module = self.net.get_submodule(self.kind.backbone)
         made_by_timm = (x for x in part.modules() if isinstance(vars(x).get("feature_info"), FeatureInfo))
-        found = next(made_by_timm, part)
-        return found.model if isinstance(found, FeatureGetterNet) else found
+        return without_getter(next(made_by_timm, part))
 
     def comparable_layers(self) -> tuple[str, ...]:
         """The layers of the model type's table."""

@@ -64,10 +64,8 @@ class TimmFeatures(FeatureModel):
 
     @property
     def backbone(self) -> nn.Module:
-        """The network of timm itself network, whose names a file of its weights has."""
-        body = self.net.get_submodule("levels.body")
-        part: nn.Module = body.model if isinstance(body, FeatureGetterNet) else body
-        return part
+        """The network of timm itself, whose names a file of its weights has."""
+        return without_getter(self.net.get_submodule("levels.body"))
 
     def comparable_layers(self) -> tuple[str, ...]:
         """Every level."""
@@ -108,6 +106,12 @@ def license_of(name: str) -> str | None:
     """License of timm's pretrained weights of this name."""
     cfg: Any = timm.get_pretrained_cfg(name)
     return cfg.license if cfg is not None else None
+
+
+def without_getter(features: nn.Module) -> nn.Module:
+    """The network of timm within one that timm made for its feature maps, as weight files name it."""
+    net: nn.Module = features.model if isinstance(features, FeatureGetterNet) else features
+    return net
 
 
 class NormalizedGetter(FeatureGetterNet):
