@@ -52,7 +52,7 @@ RATIOS = (0.5, 2.0, 8.0)
 """Gradient-norm ratios of the search, the same for every method."""
 
 TEACHER_EPOCHS = {"voc07mini": 16}
-ALL_EPOCHS = {"camvid": 24, "facade11": 20, "animals7_boxes": 16, "voc07mini": 8}
+ALL_EPOCHS = {"camvid": 16, "facade11": 16, "animals7_boxes": 12, "voc07mini": 6}
 """About three times the steps of `few`."""
 
 log = logging.getLogger("acamkd.study")
