@@ -13,7 +13,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 from torch._functorch import config as functorch_config
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from acamkd.distillation.taps import layer_of
 from acamkd.losses.base import FeatureLoss
@@ -119,6 +121,7 @@ class CompiledNetwork:
         self._repeated: set[nn.Module] = set()
         self._parts: dict[nn.Module, _Part] = {}
         self._is_known = False
+        self._has_gradients = False
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -143,7 +146,11 @@ class CompiledNetwork:
                 del vars(module)["forward"]
 
     def _note(self, module: nn.Module, _: Any) -> None:
-        (self._repeated if _is_in_checkpoint() else self._called).add(module)
+        if module is self._net:
+            self._has_gradients = torch.is_grad_enabled()
+        # A reentrant checkpoint runs its forward without gradients.
+        runs_again = _is_in_checkpoint() or torch.is_grad_enabled() != self._has_gradients
+        (self._repeated if runs_again else self._called).add(module)
 
     def _install(self, parts: dict[nn.Module, _Part]) -> None:
         # An attribute hides the method. Hooks run around it, and neither names nor tensors of the state change.
@@ -169,6 +176,14 @@ class _NetworkPart(_Part):
         title = f"the {network._who}'s {name or 'network'}"
         super().__init__(module.forward, title, network._backend, whole=True)
         self._module, self._network = module, network
+        self._norms = [each for each in module.modules() if isinstance(each, _BatchNorm)]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # The graph keeps running statistics for its backward, which does not read them. Without this it would refuse
+        # to run after a second forward, that of unlabeled images, has updated them.
+        kept = (x for norm in self._norms for x in (norm.running_mean, norm.running_var) if x is not None)
+        with _unsafe_preserve_version_counter(tuple(kept)):
+            return super().__call__(*args, **kwargs)
 
     def refused(self, reason: str) -> None:
         parts = dict(self._network._parts_of(self._module.children()))

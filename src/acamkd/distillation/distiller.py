@@ -139,7 +139,7 @@ class Distiller(nn.Module):
             backend: Of torch.compile.
         """
         if asking := self._asking:
-            log.warning("%s needs arguments of modules within the networks, so that nothing is compiled", asking)
+            log.warning("train.compile: nothing is compiled, since %s needs arguments of the networks' modules", asking)
             return
         self._compiled = [CompiledNetwork(self.student.net, self._tapped(0), "student", backend)]
         if self.losses and self.shared_maps is None:  # what is shared must not depend on what ran before
