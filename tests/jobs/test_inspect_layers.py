@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import tiny_recipes
@@ -14,7 +15,7 @@ from acamkd.distillation.pairs import Layer, blank_batch, layers, propose
 from acamkd.errors import AcamkdError
 from acamkd.jobs.inspect_layers import as_losses, inspect, of_names, of_recipe
 from acamkd.jobs.train import distill
-from acamkd.models.base import Task
+from acamkd.models.base import Batch, FeatureModel, Task
 from tiny_hf import OPTIONS
 
 SMALL = "mobilenetv3_small_050"
@@ -42,6 +43,24 @@ def test_layers_are_named_with_channels_and_stride() -> None:
         Layer(f"backbone:{key}", 256, 8 * 2**level) for level, key in enumerate(["0", "1", "2", "p6", "p7"])
     ]
     assert all(not module._forward_hooks for module in student.net.modules())
+
+
+class Unpadded(FeatureModel):
+    """Four convolutions of stride 2 that lose locations at the borders, and a pooled map."""
+
+    def __init__(self) -> None:
+        stages = [nn.Conv2d(3, 3, 3, stride=2) for _ in range(4)]
+        super().__init__(nn.Sequential(*stages, nn.AdaptiveAvgPool2d(6)), (0.5,) * 3, (0.5,) * 3)
+
+    def forward(self, batch: Batch) -> Tensor:
+        out: Tensor = self.net(self.normalize(batch))
+        return out
+
+
+def test_layers_of_a_network_that_does_not_pad_are_listed() -> None:
+    _, student = of_names(f"retinanet/{SMALL}", f"retinanet/{SMALL}")
+    found = layers(Unpadded(), blank_batch(student))
+    assert found == [Layer(f"{stage}", 3, 2 ** (1 + stage)) for stage in range(4)]
 
 
 @pytest.mark.parametrize(

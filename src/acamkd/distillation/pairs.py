@@ -28,6 +28,8 @@ SIDE = 256
 """Pixels of the blank square image that the networks are run on."""
 DEPTH = 2
 """Depth of the listed layers, which are stages rather than single convolutions."""
+UNPADDED = 0.85
+"""Least share of a padded map's side that a map has whose network does not pad; what is smaller was pooled."""
 AUXILIARY = ("aux_classifier", "auxiliary_head")
 """How the names of heads begin that predict nothing."""
 
@@ -106,7 +108,8 @@ def layers(model: FeatureModel, batch: Batch) -> list[Layer]:
         for key, x in entries_of(output).items():
             if x.ndim == 4 and x.shape[1] and min(x.shape[-2:]) > 1:
                 layer = _layer(name + (f":{key}" if key else "") + (f"@{call}" if call else ""), x, batch)
-                if tuple(x.shape[-2:]) != tuple(-(-side // layer.stride) for side in batch.input_size):
+                padded = [-(-side // layer.stride) for side in batch.input_size]
+                if any(not UNPADDED * of <= own <= of for own, of in zip(x.shape[-2:], padded, strict=True)):
                     continue  # not in the shape of the image: queries
                 if found and (found[-1].channels, found[-1].stride) == (layer.channels, layer.stride):
                     found.pop()
@@ -132,7 +135,10 @@ def _comparable(model: FeatureModel, batch: Batch) -> list[Layer]:
 
 
 def _layer(name: str, x: Tensor, batch: Batch) -> Layer:
-    return Layer(name, x.shape[1], max(side // own for side, own in zip(batch.input_size, x.shape[-2:], strict=True)))
+    """A layer with its stride: a power of two that is little below, where a network does not pad its maps."""
+    ratio = max(side / own for side, own in zip(batch.input_size, x.shape[-2:], strict=True))
+    power = 2 ** int(math.log2(max(ratio, 1)))
+    return Layer(name, x.shape[1], power if ratio <= 4 / 3 * power else int(ratio))
 
 
 def propose(teacher: FeatureModel, student: TaskModel) -> list[GivenPair]:
