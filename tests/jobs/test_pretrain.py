@@ -100,6 +100,9 @@ def test_labels_are_not_needed(root: Path, caplog: pytest.LogCaptureFixture) -> 
     assert run.metrics["teacher"] == {"alignment": None}
     with pytest.raises(AcamkdError, match=r"data.format images has no labels to learn from: only `acamkd pretrain`"):
         train(config.parse(content), out=root / "no")
+    del content["data"]["val"]
+    with pytest.raises(AcamkdError, match=r"data.val.images is missing: .*, or a share of the training images"):
+        pretrain(config.parse(content), out=root / "no")
 
 
 def test_a_detector_and_unlabeled_images(

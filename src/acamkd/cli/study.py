@@ -216,7 +216,8 @@ def inspect(
         list[str],
         typer.Argument(
             metavar="RECIPE | TEACHER STUDENT",
-            help="A recipe, or two networks: ARCH/BACKBONE, or torchvision/NAME for torchvision's segmenters.",
+            help="A recipe, or two networks: ARCH/BACKBONE, torchvision/NAME for torchvision's segmenters, hf/NAME, or "
+            "timm/NAME for a teacher without a head.",
         ),
     ],
     set_: Overrides = None,
@@ -226,6 +227,8 @@ def inspect(
         raise AcamkdError(f"give one recipe, or a teacher and a student, not {len(what)} names")
     if len(what) == 2 and set_:
         raise AcamkdError(f"--set {set_[0]} changes a recipe, and two networks have none: give a recipe")
+    if len(what) == 1 and not Path(what[0]).suffix and not Path(what[0]).exists():
+        raise AcamkdError(f"there is no recipe {what[0]}; of networks name two: acamkd inspect TEACHER STUDENT")
     first = recipe_of(Path(what[0]), set_) if len(what) == 1 else what[0]
     from acamkd.jobs.inspect_layers import inspect as job
 

@@ -132,6 +132,13 @@ class Loss(BaseModel):
     """`weight: auto` sets the weight, before the first step, so that the norm of this loss's gradient is this many
     times the norm of the task's gradient."""
 
+    @field_validator("pairs")
+    @classmethod
+    def _check_auto(cls, pairs: Any) -> Any:
+        if pairs == ("auto",):
+            raise ValueError("auto stands alone: write `pairs: auto`, without brackets")
+        return pairs
+
     @field_validator("weight", mode="before")
     @classmethod
     def _check_weight(cls, weight: Any) -> Any:
@@ -338,6 +345,13 @@ class Comparison(Section):
     its scores; nothing = every trial computes its own (docs/guides/compare.md)."""
     cache_precision: Literal["exact", "float16"] = "exact"
     """Of the feature maps in it; `exact` changes no trial's result."""
+
+    @field_validator("cache")
+    @classmethod
+    def _holds_something(cls, cache: ByteSize | None) -> ByteSize | None:
+        if cache is not None and cache < 1e6:
+            raise ValueError(f"{int(cache)} bytes hold no batch: write a number and its unit, such as 20GB, or null")
+        return cache
 
 
 class Recipe(Section):

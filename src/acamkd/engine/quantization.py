@@ -26,7 +26,7 @@ WEIGHT_LIMIT = 64
 def require_torchao() -> None:
     """Raise AcamkdError unless torchao is installed."""
     if find_spec("torchao") is None:
-        raise AcamkdError("train.quantize needs torchao: pip install '.[int8]' in the checkout")
+        raise AcamkdError("train.quantize needs torchao: pip install 'acamkd[int8]'")
 
 
 class FakeQuantization(nn.Module):

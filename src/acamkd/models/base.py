@@ -342,8 +342,7 @@ class TaskModel(FeatureModel):
         """Predict on images; the network should be in eval mode.
 
         An image's prediction depends neither on the other images nor on the precision of a training: the network runs
-        in the
-        precision of its weights.
+        in the precision of its weights.
         """
         found: dict[int, Prediction] = {}
         with explaining_norms(), torch.autocast(self.mean.device.type, enabled=False):

@@ -27,12 +27,13 @@ FAMILIES = (detection.FAMILY, reppoints.FAMILY, segmentation.FAMILY, *hf.FAMILIE
 def family_of(arch: str, task: Task | None = None) -> Family:
     """Find the family of a recipe's `arch`, for one task or any; raises AcamkdError that lists the nearest names."""
     families = [family for family in FAMILIES if task in (None, family.task)]
-    for family in families:
-        if family.holds(arch):
-            return family
+    found = next((family for family in (*families, *FAMILIES) if family.holds(arch)), None)
+    if found is not None and task in (None, found.task):
+        return found
     known = [name + "NAME" if name.endswith("/") else name for family in families for name in family.names()]
     what = {"detection": "detector", "segmentation": "segmenter", None: "network"}[task]
-    raise AcamkdError(f"unknown {what} {arch}; {nearest(arch, known)} Or package.module:factory")
+    why = f"unknown {what} {arch}" if found is None else f"{arch} is for {found.task}, and the recipe for {task}"
+    raise AcamkdError(f"{why}; {nearest(arch, known)} Or package.module:factory")
 
 
 def build(

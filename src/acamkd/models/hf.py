@@ -87,7 +87,8 @@ def _loading(name: str) -> Iterator[None]:
         except (OSError, ValueError) as error:
             raise AcamkdError(f"transformers cannot read {name}: {error}") from error
     else:
-        with hub_errors(name, "arch"):
+        advice = f"give a folder that holds them (arch: {PREFIX}FOLDER), or a model type, which starts at random"
+        with hub_errors(name, "arch", advice):
             yield
 
 
@@ -112,11 +113,13 @@ def build_hf(model: Model, num_classes: int, resize: PixelSize | ShortLong | Non
         _check_options(model, package.AutoConfig.for_model(name))
         if kind.is_fixed and isinstance(resize, tuple) and resize[0] == resize[1]:
             options = {"image_size": resize[0], **options}
-        config = package.AutoConfig.for_model(name, **options)
+        with _fitting(model):
+            config = package.AutoConfig.for_model(name, **options)
     else:
         with _loading(source):
             _check_options(model, package.AutoConfig.from_pretrained(source))
-            config = package.AutoConfig.from_pretrained(source, **options)
+            with _fitting(model):
+                config = package.AutoConfig.from_pretrained(source, **options)
     if config.num_labels != num_classes:
         config.num_labels = num_classes
     if kind.is_fixed:
@@ -124,15 +127,23 @@ def build_hf(model: Model, num_classes: int, resize: PixelSize | ShortLong | Non
     processor = _processor(package, kind, None if name in KINDS else source)
     preprocessing = read_processor(processor.to_dict(), resize)
     auto = getattr(package, kind.auto_class)
-    try:
+    with _fitting(model):
         net = auto.from_config(config)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise AcamkdError(f"{model.arch} cannot be built with {model.options}: {error}") from error
     if name not in KINDS and model.weights is None:
         with _loading(source):
             _take_over(net, auto.from_pretrained(source), source)
     preprocessing = replace(preprocessing, mean=model.mean or preprocessing.mean, std=model.std or preprocessing.std)
     return CLASSES[kind.output](net, kind, num_classes, processor, preprocessing)
+
+
+@contextmanager
+def _fitting(model: Model) -> Iterator[None]:
+    """Name the options where transformers cannot use them; it has exceptions of many kinds for that."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise AcamkdError(f"{model.arch} cannot be built with the options {model.options}: {reason}") from error
 
 
 def _check_options(model: Model, config: Any) -> None:

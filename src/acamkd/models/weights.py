@@ -116,7 +116,7 @@ def load_weights(
     if 2 * len(report.matched) < report.total:
         raise AcamkdError(
             f"{source} matched almost nothing of {what}: {len(report.matched)} of {report.total} tensors; "
-            f"the file has {_first(state)}, the network {_first(own)}"
+            f"the file has {_first(state)}, the network {_first(own)}: give weights of this network, or name theirs"
         )
     return report
 
@@ -188,8 +188,9 @@ def inherit(student: TaskModel, teacher: FeatureModel, parts: Sequence[str]) -> 
 
 
 @contextmanager
-def hub_errors(what: str, key: str = "backbone_weights") -> Iterator[None]:
+def hub_errors(what: str, key: str = "backbone_weights", advice: str | None = None) -> Iterator[None]:
     """Turn download errors, which differ by framework, into an AcamkdError with advice on the recipe's `key`."""
+    advice = advice or f"give a local file ({key}: FILE), or {key}: null to start without"
     log.info("%s: pretrained weights, which are downloaded unless they are stored here (%s)", what, key)
     try:
         yield
@@ -198,8 +199,7 @@ def hub_errors(what: str, key: str = "backbone_weights") -> Iterator[None]:
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise AcamkdError(
-            f"cannot get the pretrained weights of {what} ({type(error).__name__}: {reason}); give a local file "
-            f"({key}: FILE), or {key}: null to start without"
+            f"cannot get the pretrained weights of {what} ({type(error).__name__}: {reason}); {advice}"
         ) from error
 
 

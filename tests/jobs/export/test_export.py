@@ -325,7 +325,7 @@ def test_what_cannot_be_exported_is_said(run: Run, monkeypatch: pytest.MonkeyPat
     with pytest.raises(AcamkdError, match="segmentation has no non-maximum suppression"):
         export(run, with_nms=True)
     monkeypatch.setattr("acamkd.jobs.export.export.find_spec", lambda name: None if name == "onnx" else "there")
-    with pytest.raises(AcamkdError, match=r"export needs onnx: pip install '\.\[export\]' in the checkout"):
+    with pytest.raises(AcamkdError, match=r"export needs onnx: pip install 'acamkd\[export\]'"):
         require("onnx", "onnxruntime")
 
 

@@ -116,7 +116,7 @@ def test_a_broken_video_leaves_nothing(red: Path, tmp_path: Path) -> None:
 def test_a_video_needs_pyav(red: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "film.mp4").touch()
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(AcamkdError, match=r"a video needs PyAV: pip install '\.\[video\]' in the checkout"):
+    with pytest.raises(AcamkdError, match=r"a video needs PyAV: pip install 'acamkd\[video\]'"):
         predict(red, tmp_path / "film.mp4", out=tmp_path / "out")
 
 

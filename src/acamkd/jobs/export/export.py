@@ -209,7 +209,7 @@ def check_repository(name: str) -> None:
 def require(*packages: str, extra: str = "export") -> None:
     """Raise AcamkdError unless these packages of an extra are installed."""
     if missing := [name for name in packages if find_spec(name) is None]:
-        raise AcamkdError(f"export needs {', '.join(missing)}: pip install '.[{extra}]' in the checkout")
+        raise AcamkdError(f"export needs {', '.join(missing)}: pip install 'acamkd[{extra}]'")
 
 
 def _measure(run: Run, model: TaskModel, exported: OnnxModel, images: ImageDataset) -> tuple[Measured, ...]:

@@ -73,9 +73,7 @@ def _core() -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise onnx_model.AcamkdError(
-            "openvino is not installed: pip install openvino, or '.[openvino]' in the checkout"
-        ) from error
+        raise onnx_model.AcamkdError("openvino is not installed: pip install 'acamkd[openvino]'") from error
     return openvino.Core()
 
 

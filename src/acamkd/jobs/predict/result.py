@@ -73,7 +73,7 @@ class Predictions(Printable):
         try:
             import supervision
         except ImportError as error:
-            raise AcamkdError("supervision is not installed: pip install '.[supervision]' in the checkout") from error
+            raise AcamkdError("supervision is not installed: pip install 'acamkd[supervision]'") from error
         found = []
         for line in self.lines():
             objects = line.pop("objects", None)

@@ -50,7 +50,7 @@ def require_av() -> None:
     try:
         import av  # noqa: F401
     except ImportError as error:
-        raise AcamkdError("a video needs PyAV: pip install '.[video]' in the checkout") from error
+        raise AcamkdError("a video needs PyAV: pip install 'acamkd[video]'") from error
 
 
 class VideoFile(Source):
