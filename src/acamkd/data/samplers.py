@@ -20,8 +20,7 @@ class SeededSampler(Sampler[int]):
     The sampler passes over the data set repeatedly, each time in a new order. An epoch is one pass, or the next
     `length`
     keys of every process. In a distributed run, every process takes an equal share of the common order. Lightning must
-    not
-    shard it again (`Trainer(use_distributed_sampler=False)`), because its wrapper hides `set_epoch`.
+    not shard it again (`Trainer(use_distributed_sampler=False)`), because its wrapper hides `set_epoch`.
 
     Args:
         n: Length of the data set.

@@ -54,8 +54,7 @@ class WithUnlabeled(Dataset[tuple[Tensor, Target, Tensor]]):
     """Pairs every labeled image with an unlabeled one, as (image, target, unlabeled image).
 
     The pairing and the augmentation depend only on the key and the seed. With m unlabeled images, m consecutive keys
-    use
-    each of them once.
+    use each of them once.
 
     Args:
         labeled: Images and targets.

@@ -67,9 +67,8 @@ class Scorer(Validator):
     Segmentation: mIoU from one confusion matrix over the whole data set, and `IoU/CLASS`.
 
     A metric that is undefined is NaN and does not enter a mean: the AP of a class or size without objects, or the IoU
-    of
-    a class that is neither in the masks nor predicted. The IoU of a class that is predicted but not in the masks is 0.
-    It enters the mean, as in torchmetrics and MMSegmentation; detectron2 leaves it out.
+    of a class that is neither in the masks nor predicted. The IoU of a class that is predicted but not in the masks is
+    0. It enters the mean, as in torchmetrics and MMSegmentation; detectron2 leaves it out.
 
     With several processes, each adds its own images, in any number. All of them get the metrics of the whole data set.
 

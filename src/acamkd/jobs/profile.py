@@ -123,8 +123,7 @@ def estimate(recipe: config.Recipe) -> Estimate:
     """Run forward and backward on the first training images and measure; nothing is trained or written.
 
     Memory is counted from the live output tensors of the operators. Workspace of the operators and losses of the
-    allocator
-    come on top; the largest batch leaves room for them.
+    allocator come on top; the largest batch leaves room for them.
 
     Args:
         recipe: A recipe for `distill`; the teacher's weights may be missing.

@@ -64,8 +64,7 @@ def learn_tokens(
 
     Returns:
         `task` and `dice`, the two parts of the objective by iteration; `teacher` and `masked_teacher`, the scores on
-        the
-        validation images without and with the masks. Tokens are good if both scores are close.
+        the validation images without and with the masks. Tokens are good if both scores are close.
 
     Raises:
         AcamkdError: An argument or a part of the recipe cannot be used, or the objective is not finite. Nothing is

@@ -36,8 +36,7 @@ class Cityscapes(MaskDataset):
     """Semantic segmentation of `leftImg8bit/SPLIT/CITY/*` by `gtFine/SPLIT/CITY/*`.
 
     If every image has a mask of train ids, as made by Cityscapes' own scripts, these masks are used. Otherwise the
-    masks
-    of label ids are mapped to train ids. Images with only coarse masks cannot be used.
+    masks of label ids are mapped to train ids. Images with only coarse masks cannot be used.
 
     Args:
         root: Folder with `leftImg8bit` and `gtFine`.

@@ -36,11 +36,9 @@ class VocDetection(BoxDataset):
     """Object detection: `JPEGImages/NAME.jpg` by `Annotations/NAME.xml`, names in `ImageSets/Main/SPLIT.txt`.
 
     It also reads any folder of images, with the XML files beside them or in a separate folder, as annotation tools
-    write
-    them. VOC counts pixels from 1 and includes the last one: (xmin, ymin, xmax, ymax) becomes the corners (xmin - 1,
-    ymin - 1, xmax, ymax). A `difficult` object is ignored in evaluation, like COCO's crowds, and not used in training.
-    Names
-    are found as in Folder, in `JPEGImages`, `Annotations` and all folders below.
+    write them. VOC counts pixels from 1 and includes the last one: (xmin, ymin, xmax, ymax) becomes the corners (xmin -
+    1, ymin - 1, xmax, ymax). A `difficult` object is ignored in evaluation, like COCO's crowds, and not used in
+    training. Names are found as in Folder, in `JPEGImages`, `Annotations` and all folders below.
 
     Args:
         root: Folder with `JPEGImages`, `Annotations` and `ImageSets`.
