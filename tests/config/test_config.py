@@ -125,6 +125,10 @@ def test_words_that_look_like_numbers_are_words(path: Path, text: str) -> None:
             {"losses": [{"name": "acam", "pairs": "a"}]},
             "losses.0.pairs: must be a list .*write it in brackets\n  losses.0.pairs: Input should be 'auto'",
         ),
+        ({"losses": [{"name": "acam", "pairs": ["auto"]}]}, "losses.0.pairs: auto stands alone: write `pairs: auto`"),
+        ({"student": {"arch": "fcos", "options": 5}}, r"student.options: must hold keys \(given: 5\), such as {key: v"),
+        ({"compare": {"cache": 5}}, "compare.cache: 5 bytes hold no batch: write a number and its unit, such as 20GB"),
+        ({"compare": {"cache": "20 files"}}, "compare.cache: '20 files' is no size: write a number and its unit"),
         ({"task": "depth"}, r"task: Input should be 'detection' or 'segmentation' \(given: 'depth'\)"),
         (
             {"data": {"val": {"images": "x", "name": "y"}}},
@@ -312,6 +316,15 @@ def test_a_weight_is_an_option_only_where_it_is_given(path: Path) -> None:
     assert "weight" not in loss.options
     assert "weight" not in loss.model_dump(mode="json", exclude_defaults=True)
     assert config.load(path, ["losses.0.weight=auto", "losses.0.name=fgd"]).losses[0].weight is None
+
+
+def test_an_override_changes_one_of_two_sections_that_share_an_anchor(path: Path) -> None:
+    file = path.with_name("anchor.yaml")
+    shared = "student: {arch: fcos, options: &o {a: 1}}\nteacher: {arch: fcos, options: *o}\n"
+    file.write_text(f"task: detection\ndata: {{root: d}}\n{shared}train: {{epochs: 1}}\n")
+    recipe = config.load(file, ["student.options.a=2"])
+    assert recipe.teacher is not None
+    assert (recipe.student.options, recipe.teacher.options) == ({"a": 2}, {"a": 1})
 
 
 def test_the_older_spelling_of_a_key_is_read(path: Path) -> None:

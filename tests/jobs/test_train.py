@@ -221,18 +221,24 @@ def test_an_interrupted_run_resumes_to_the_same_end(
     assert metrics | clocks == json.loads((whole / "metrics.json").read_text()) | clocks
 
 
-def test_resuming_a_finished_run_changes_nothing(whole: Path, root: Path, tmp_path: Path) -> None:
+def test_resuming_a_finished_run_changes_nothing_and_writes_a_missing_report(
+    whole: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr("acamkd.jobs.fit.write_report", lambda run: written.append(run.folder))
     before = (whole / "history.csv").read_bytes(), (whole / "student.safetensors").read_bytes()
     steps, metrics = tiny.rows(whole / "logs" / "metrics.csv"), json.loads((whole / "metrics.json").read_text())
     assert distill(tiny.recipe(root, epochs=3), out=whole, resume=True).metrics == metrics
     assert ((whole / "history.csv").read_bytes(), (whole / "student.safetensors").read_bytes()) == before
     assert tiny.rows(whole / "logs" / "metrics.csv") == steps
+    assert written == [whole]
 
 
 def test_a_finished_run_without_its_checkpoints_is_finished(
-    whole: Path, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    whole: Path, root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, reports: None
 ) -> None:
     folder = shutil.copytree(whole, tmp_path / "run")
+    (folder / "report.html").write_text("as it is", encoding="utf-8")
     for file in folder.glob("*.ckpt"):
         file.unlink()
     before = {file: file.read_bytes() for file in folder.rglob("*.*") if file.name != "log.txt"}
@@ -362,7 +368,7 @@ def test_unlabeled_images_change_the_distillation_alone(
     raw = {**with_unlabeled, "data": {**with_unlabeled["data"], "unlabeled": None}}
     distill(config.parse(raw), out=tmp_path / "without")
     run = distill(config.parse(with_unlabeled), out=tmp_path / "with")
-    assert set(run.metrics["data"]) == {"train", "val", "unlabelled"}
+    assert set(run.metrics["data"]) == {"train", "val", "unlabeled"}
     loading = Batches(config.parse({**with_unlabeled, "data": {**with_unlabeled["data"], "workers": 2}}),
                       with_unlabeled=True)  # fmt: skip
     assert (loading.train.num_workers, loading.mixed.num_workers) == (0, 2)  # the former only feeds a calibration

@@ -1,7 +1,7 @@
 """Recipes. Imports no torch, so that the command line answers at once."""
 
 from acamkd.config.data import Augmentation, Data, ShortLong, Size, Split, parse_mask_value
-from acamkd.config.loading import as_recipe, dump, imported, load, override, parse, read_text
+from acamkd.config.loading import as_recipe, dump, imported, load, override, parse, read_text, respelled
 from acamkd.config.schema import Comparison, Logger, Loss, Model, Optimizer, Recipe, Schedule, Search, Train
 from acamkd.config.yaml_text import read_yaml, write_yaml
 
@@ -29,5 +29,6 @@ __all__ = [
     "parse_mask_value",
     "read_text",
     "read_yaml",
+    "respelled",
     "write_yaml",
 ]

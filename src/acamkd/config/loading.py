@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -19,7 +20,7 @@ from acamkd.errors import AcamkdError, nearest
 log = logging.getLogger(__name__)
 
 OLD_KEYS = {"data.unlabelled": "data.unlabeled"}
-"""Keys that are read by an older spelling, too."""
+"""Keys of recipes and results that are read by an older spelling, too."""
 
 
 def read_text(path: Path, what: str) -> str:
@@ -47,7 +48,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     raw = read_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise AcamkdError(f"{path} must hold a mapping with the keys {', '.join(Recipe.model_fields)}")
-    raw = {"name": path.stem, **_respelled(raw)}
+    raw = {"name": path.stem, **respelled(raw)}
     return parse(raw, str(path), [((), text), *(_assign(raw, assignment) for assignment in overrides)])
 
 
@@ -69,7 +70,7 @@ def parse(raw: Mapping[str, Any], source: str = "recipe", texts: Sequence[tuple[
     """
     try:
         # JSON mode is strict about types but accepts lists for tuples and strings for paths.
-        return Recipe.model_validate_json(json.dumps(_respelled(raw)), strict=True)
+        return Recipe.model_validate_json(json.dumps(respelled(raw)), strict=True)
     except ValidationError as error:
         lines = dict.fromkeys(_explain(entry, texts) for entry in _telling(error.errors()))  # of a union some are equal
         raise AcamkdError("\n  ".join([f"{source} does not fit:", *lines])) from error
@@ -87,6 +88,16 @@ def dump(recipe: Recipe) -> str:
     return write_yaml(recipe.model_dump(mode="json"))
 
 
+def respelled(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same recipe, metrics.json or trial with today's keys; one that has both spellings stays as it is."""
+    for before, now in OLD_KEYS.items():
+        (section, old), (_, new) = before.split("."), now.split(".")
+        given = raw.get(section)
+        if isinstance(given, dict) and old in given and new not in given:
+            raw = {**raw, section: {new if key == old else key: value for key, value in given.items()}}
+    return raw
+
+
 def imported(reference: str, key: str) -> Any:
     """Import the object `package.module:name`; the import is logged.
 
@@ -101,16 +112,6 @@ def imported(reference: str, key: str) -> Any:
         raise AcamkdError(
             f"{key} {reference}: {error}; the module must be installed or lie on PYTHONPATH, and have {name}"
         ) from error
-
-
-def _respelled(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same mapping with today's keys; one that has both spellings stays as it is, which is an error."""
-    for before, now in OLD_KEYS.items():
-        (section, old), (_, new) = before.split("."), now.split(".")
-        given = raw.get(section)
-        if isinstance(given, dict) and old in given and new not in given:
-            raw = {**raw, section: {new if key == old else key: value for key, value in given.items()}}
-    return raw
 
 
 def _assign(raw: dict[str, Any], assignment: str) -> tuple[Location, str]:
@@ -143,12 +144,15 @@ def _child(node: Any, name: str, key: str) -> Any:
     if isinstance(node, list):
         if not name.isdecimal() or int(name) >= len(node):
             raise AcamkdError(f"--set {key}: there is no entry {name}, the list has {len(node)} (counted from 0)")
-        return node[int(name)]
-    if not isinstance(node, dict):
+        place: str | int = int(name)
+    elif not isinstance(node, dict):
         raise AcamkdError(f"--set {key}: {name} would lie below a single value")
-    if node.get(name) is None:
-        node[name] = {}
-    return node[name]
+    else:
+        place = name
+        node.setdefault(name, None)
+    # A copy: YAML's anchors let two sections share one mapping, and only one of them is named.
+    node[place] = {} if node[place] is None and place == name else copy(node[place])
+    return node[place]
 
 
 def _explain(entry: Mapping[str, Any], texts: Sequence[tuple[Location, str]]) -> str:
@@ -169,6 +173,10 @@ def _explain(entry: Mapping[str, Any], texts: Sequence[tuple[Location, str]]) ->
         return f"{key}: {found} is read{as_what}, and text is needed: write it in quotes, {quoted(found)}"
     if entry["type"] in ("tuple_type", "list_type"):
         return f"{key}: must be a list (given: {_short(repr(entry['input']))}); write it in brackets"
+    if entry["type"] == "dict_type":
+        return f"{key}: must hold keys (given: {_short(repr(entry['input']))}), such as {{key: value}}"
+    if entry["type"] in ("byte_size", "byte_size_unit"):
+        return f"{key}: {_short(repr(entry['input']))} is no size: write a number and its unit, such as 20GB"
     if entry["type"] == "model_type":
         keys = ", ".join(_fields_at(location))
         return f"{key}: must hold keys (given: {_short(repr(entry['input']))}); known: {keys}"

@@ -79,8 +79,7 @@ class Run(Printable):
 
     The folder holds the resolved recipe (`recipe.yaml`), `metrics.json`, `history.csv`, `log.txt`, and the checkpoints
     `last.ckpt` and `previous.ckpt`, from which a run resumes. `student.safetensors` (or `teacher.safetensors`) holds
-    the
-    weights of the best epoch, which the framework loads without acamkd.
+    the weights of the best epoch, which the framework loads without acamkd.
 
     Attributes:
         folder: Path of the run folder.
@@ -126,8 +125,7 @@ class Run(Printable):
         """
         if not self.has_ended:
             raise AcamkdError(f"{self.folder} has no {METRICS}: its training has not ended (--resume continues it)")
-        content: dict[str, Any] = json.loads((self.folder / METRICS).read_text(encoding="utf-8"))
-        return content
+        return read_json(self.folder / METRICS)
 
     def __repr__(self) -> str:
         if not self.has_ended:
@@ -330,6 +328,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Mapping[Any, Any]) -> None:
     """Write a JSON file completely or not at all; see `as_json`."""
     write_text(path, as_json(content) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read the metrics.json of a run or the JSON of a trial; the spelling of its keys is today's."""
+    return dict(config.respelled(json.loads(path.read_text(encoding="utf-8"))))
 
 
 def as_json(content: Any) -> str:

@@ -133,8 +133,8 @@ class Loaders:
 
     @property
     def training_images(self) -> dict[str, ImageDataset]:
-        """The data sets that trainings augment, by their names in `fingerprint`, spelled as in committed results."""
-        images = {"train": self.splits["train"], "unlabelled": self.unlabeled}
+        """The data sets that trainings augment, by their names in `fingerprint`."""
+        images = {"train": self.splits["train"], "unlabeled": self.unlabeled}
         return {name: each for name, each in images.items() if each is not None}
 
     def identity(self, name: str) -> str:
@@ -203,7 +203,7 @@ class Batches(Loaders):
         self.fingerprint = {name: split.fingerprint() for name, split in self.splits.items()}
         if self.unlabeled is not None:
             data.check(self.unlabeled, how)
-            self.fingerprint["unlabelled"] = self.unlabeled.fingerprint()
+            self.fingerprint["unlabeled"] = self.unlabeled.fingerprint()
             log.info("%d unlabeled images, which only the distillation uses", len(self.unlabeled))
         elif self.distills:
             log.info("%s", ALL_LABELED)

@@ -498,9 +498,14 @@ def test_trials_of_other_images_or_teachers_are_refused(recipe: Path, tmp_path: 
     with pytest.raises(AcamkdError, match="do not share their number of processes: remove acam-seed1"):
         tabulate(loaded, ["acam"], 3, results)
     for trial in trials:
-        unlabeled = {} if trial.method == "none" else {"unlabelled": "c"}
+        key = "unlabeled" if trial.seed else "unlabelled"  # the older spelling
+        unlabeled = {} if trial.method == "none" else {key: "c"}
         fake(trial, results, 40.0, data={"train": "a", "val": "b"} | unlabeled)
     tabulate(loaded, ["acam"], 3, results)
+    fake(trials[3], results, 40.0, data={"train": "a", "val": "b", "unlabelled": "d"})
+    with pytest.raises(AcamkdError, match="do not share their unlabeled images: remove acam-seed1"):
+        tabulate(loaded, ["acam"], 3, results)
+    fake(trials[3], results, 40.0)
     fake(trials[4], results, 40.0, data={"train": "x", "val": "b"})
     with pytest.raises(AcamkdError, match="do not share their train images: remove none-seed2"):
         tabulate(loaded, ["acam"], 3, results)

@@ -34,7 +34,7 @@ def trial(**changes: Any) -> dict[str, Any]:
     return {
         "method": "acam", "setting": 0.5, "option": "gradient_ratio", "seed": 3, "recipe": "0123456789ab",
         "losses": [{"name": "studies.masks.variants:Shuffled", "pairs": ["backbone:*", ["a", "b"]], "weight": 1e-05}],
-        "data": {"train": "0123", "val": "1e5", "unlabelled": "null"}, "inherited": "9" * 64,
+        "data": {"train": "0123", "val": "1e5", "unlabeled": "null"}, "inherited": "9" * 64,
         "teacher": {"sha256": "1" * 64, "mIoU": None}, "metric": "mIoU",
         "history": [None, 41.5, None, math.nan, 1 / 3],
         "final": {"mIoU": 1 / 3, 'IoU/sky, "clear"': 0.0, "IoU/pole\nor post": None, "IoU/a/b=c; d": math.nan},
@@ -74,6 +74,8 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         assert [row["trial"] for row in csv.DictReader(lines)] == ["acam-seed3", "none-seed0"]
     trials_csv.write(tmp_path / "again.csv", {tmp_path.name: found})
     assert (tmp_path / "again.csv").read_text() == file.read_text()
+    (tmp_path / "older.csv").write_text(file.read_text().replace("data/unlabeled", "data/unlabelled"))
+    assert repr(trials_csv.comparisons(tmp_path / "older.csv")[tmp_path.name]) == repr(found)
 
 
 def test_of_masks_three_epochs_are_kept(tmp_path: Path) -> None:

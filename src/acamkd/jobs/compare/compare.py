@@ -271,8 +271,8 @@ def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results:
     if not found:
         raise AcamkdError(f"{results} holds no trial of this comparison yet{_elsewhere(results)}")
     shared = {
-        f"{split.replace('lled', 'led')} images": [content["data"].get(split) for _, content in done]
-        for split in ("train", "val", "unlabelled")  # as in committed results; the baseline has none
+        f"{split} images": [content["data"].get(split) for _, content in done]
+        for split in ("train", "val", "unlabeled")  # the baseline has no unlabeled ones
     } | {
         "teacher": [
             _teacher_of(content) if trial.recipe.teacher == recipe.teacher else None for trial, content in done

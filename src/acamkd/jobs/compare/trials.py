@@ -14,7 +14,17 @@ from statistics import mean
 from typing import Any
 
 from acamkd import config
-from acamkd.engine.runs import CHECKPOINT, EMA_COLUMN, PREVIOUS, RECIPE, OtherRunError, Run, default_folder, write_json
+from acamkd.engine.runs import (
+    CHECKPOINT,
+    EMA_COLUMN,
+    PREVIOUS,
+    RECIPE,
+    OtherRunError,
+    Run,
+    default_folder,
+    read_json,
+    write_json,
+)
 from acamkd.errors import AcamkdError, nearest
 from acamkd.jobs.compare import trials_csv
 from acamkd.mask_health import mask_statistic
@@ -94,7 +104,7 @@ class Trial:
     def read(self, results: Path) -> dict[str, Any] | None:
         """Content of the finished trial, from its JSON or a table; None unless it was run with this recipe."""
         file = results / f"{self.name}.json"
-        own = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        own = read_json(file) if file.is_file() else None
         both: tuple[dict[str, Any] | None, ...] = own, trials_csv.stored(results).get(self.name)
         return next((found for found in both if found and found["recipe"] == self.key), None)
 

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from acamkd import config
-from acamkd.engine.runs import write_text
+from acamkd.engine.runs import read_json, write_text
 from acamkd.errors import AcamkdError
 
 Content: TypeAlias = dict[str, Any]
@@ -46,8 +46,7 @@ def stored(results: Path) -> dict[str, Content]:
     """Trials in a results folder's table, by name.
 
     The table is the folder's own trials.csv, or that of the parent folder. If it has a column `comparison`, the
-    folder's
-    trials are the rows with its name.
+    folder's trials are the rows with its name.
     """
     file = _file_of(results)
     return comparisons(file).get(results.resolve().name, {}) if file.is_file() else {}
@@ -73,7 +72,7 @@ def export(results: Path) -> Path:
     """
     file, name = _file_of(results), results.resolve().name
     found = dict(comparisons(file)) if file.is_file() else {}
-    single = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in results.glob("*-seed*.json")}
+    single = {path.stem: read_json(path) for path in results.glob("*-seed*.json")}
     if not single and name not in found:
         raise AcamkdError(f"{results} holds no finished trial: run `acamkd compare` first")
     write(file, {**found, name: {**found.get(name, {}), **single}})
@@ -151,7 +150,7 @@ def _of_row(row: Mapping[str, str]) -> Content:
         given = {column.partition("/")[2]: text for column, text in row.items() if column.startswith(f"{section}/")}
         trial[section] = {key: _of_text(section, key, text, epochs) for key, text in given.items() if text}
     trial["teacher"] = trial["teacher"] or None  # the baseline has no teacher
-    return trial
+    return dict(config.respelled(trial))
 
 
 def _to_text(section: str, key: str, value: Any) -> str:
