@@ -143,7 +143,7 @@ def _fitting(model: Model) -> Iterator[None]:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise AcamkdError(f"{model.arch} cannot be built with the options {model.options}: {reason}") from error
+        raise AcamkdError(f"{model.arch} cannot be built: {reason}; its options are {model.options}") from error
 
 
 def _check_options(model: Model, config: Any) -> None:
