@@ -39,13 +39,14 @@ def markdown(rows: Sequence[Row], trials: Trials, tuning: Trials = ()) -> str:
     """Tables, with the explanations that they need."""
     metric = trials[0]["metric"]
     teachers = {trial["teacher"]["sha256"][:12]: trial["teacher"][metric] for trial in trials if trial["teacher"]}
+    scores = {digest: "not scored" if score is None else f"{score:.2f}" for digest, score in teachers.items()}
     lines = [
         f"{metric} in percent on the validation images after the last epoch, mean and standard deviation over n seeds. "
         "A seed gives every method the same initial student, images and augmentation, so differences are paired. "
         "They are given as mean and bootstrap 95 % interval. "
         "p is that of the paired t test with Holm's correction for the number of methods.",
         "",
-        *(f"Teacher {digest}: {DASH if score is None else f'{score:.2f}'}." for digest, score in teachers.items()),
+        *(f"Teacher {digest}: {score}." for digest, score in scores.items()),
         "",
         f"| method | setting | n | {metric} | against `{NONE}` | p | verdict | against the best competing method "
         "| minutes |",
