@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -35,7 +36,7 @@ def page() -> str:
         lines += ["| key | takes | default | |", "|---|---|---|---|"]
         for key, value in section["properties"].items():
             default = "needed" if key in section.get("required", ()) else _default(value, schema["$defs"])
-            text = " ".join(value.get("description", "").split())
+            text = re.sub(r"docs/(\w+/(\w+)\.md)", r"[\2](../\1)", " ".join(value.get("description", "").split()))
             cells = (cell.replace("|", "\\|") for cell in (f"`{key}`", _takes(value), default, text))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -76,6 +76,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return f"]({root}reference/api-losses.md#{match[1].replace('/', '.')})"
 
     markdown = re.sub(r"\]\((?:\.\./)+src/([\w/]+)\.py\)", place, markdown)
+    # Elsewhere a table's code needs `\|` for `|`; here it would show the backslash.
+    markdown = re.sub(r"`[^`\n]+`", lambda code: code[0].replace("\\|", "|"), markdown)
     return re.sub(r"<!-- api: (\w+) -->", lambda match: "\n\n".join(API[match[1]]()), markdown)
 
 

@@ -149,7 +149,7 @@ class Data(Section):
     """Processes that load images."""
     decode: Literal["full", "reduced"] = "full"
     """Training images: all pixels (full), or JPEGs at 1/2, 1/4 or 1/8 of their size, no smaller than `resize` needs
-    (reduced), which is faster for photographs and changes the pixels slightly."""
+    (reduced). That is faster for photographs, and changes the pixels slightly."""
     cache: Literal["ram", "disk"] | None = None
     """Keep the training's decoded images and masks, whose pixels are the same: in the memory of each process that loads
     images (ram), or in runs/NAME/cache for later trainings, too (disk); nothing = decode them each time."""

@@ -129,8 +129,8 @@ class Loss(BaseModel):
     stop_epoch: Annotated[float, Field(gt=0)] | None = None
     """The loss is off from this epoch on."""
     gradient_ratio: Annotated[float, Field(gt=0)] = 0.5
-    """`weight: auto` sets the weight, before the first step, so that the norm of this loss's gradient is this many
-    times the norm of the task's gradient."""
+    """`weight: auto` sets the weight before the first step: the norm of this loss's gradient becomes this many times
+    the norm of the task's gradient."""
 
     @field_validator("pairs")
     @classmethod
