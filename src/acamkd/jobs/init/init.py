@@ -162,7 +162,7 @@ def init(
 
 
 NOTHING_UNLABELED = (
-    "no unlabeled images: all published gains had them, with few labels; with all labels nothing gained "
+    "no unlabeled images: our clearest gains had them, with few labels; with all labels such networks gained nothing "
     "(docs/research/results.md). A folder of them goes into data.unlabeled, or --unlabeled FOLDER"
 )
 
@@ -319,7 +319,7 @@ def _written(
         *(_line(2, key, value, comments.get(key, "")) for key, value in source.items()),
     ]
     if "unlabeled" not in source:
-        lines.append("  # unlabeled: FOLDER  # images without labels; without them nothing gained in our measurements")
+        lines.append("  # unlabeled: FOLDER  # images without labels; without them such networks gained nothing")
     of_teacher = why.teacher.text if why.teacher else f"no checkpoint: it is trained first; {machine.networks_reason}"
     lines += [
         _line(0, "teacher", networks["teacher"], of_teacher),
