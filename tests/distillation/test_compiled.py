@@ -193,6 +193,26 @@ def test_a_checkpoint_runs_again_what_its_forward_ran(
     assert caplog.messages.count(message) == 1
 
 
+def test_two_forwards_may_precede_one_backward() -> None:
+    torch.manual_seed(0)
+    net, teacher = (nn.Sequential(nn.Sequential(Part(3), nn.BatchNorm2d(4)), nn.Conv2d(4, 3, 1)) for _ in range(2))
+    student = Segmenter(net, 3)
+    distiller = Distiller(student, Segmenter(teacher, 3), [("0", "0")], [FitNet(4, 4)]).train()
+    plain = copy.deepcopy(distiller)
+    distiller.compile_parts("aot_eager")
+    images = [torch.rand(3, 32, 64) for _ in range(2)]
+    labeled, unlabeled = student.prepare(images, _targets("segmentation", 32, 64)), student.prepare(images[::-1])
+    for step in range(3):
+        for each in (distiller, plain):
+            terms = [*each(labeled, step).values(), *each(unlabeled, step, labeled=False).values()]
+            each.zero_grad()
+            torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
+    assert _compiled(distiller, "student") == ["0"]
+    for ours, theirs in zip(distiller.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(dict(distiller.named_buffers()), dict(plain.named_buffers()))
+
+
 @pytest.mark.slow
 def test_a_compiled_training_resumes_and_leaves_the_same_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

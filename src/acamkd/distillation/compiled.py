@@ -13,7 +13,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 from torch._functorch import config as functorch_config
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from acamkd.distillation.taps import layer_of
 from acamkd.losses.base import FeatureLoss
@@ -169,6 +171,14 @@ class _NetworkPart(_Part):
         title = f"the {network._who}'s {name or 'network'}"
         super().__init__(module.forward, title, network._backend, whole=True)
         self._module, self._network = module, network
+        norms = (each for each in module.modules() if isinstance(each, _BatchNorm))
+        self._running_statistics = tuple(x for norm in norms for x in norm.buffers())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Images without labels make a second forward before the backward. It updates the running statistics again,
+        # which the backward of a training never reads. Without a compiler, torch does not count that as a change.
+        with _unsafe_preserve_version_counter(self._running_statistics):
+            return super().__call__(*args, **kwargs)
 
     def refused(self, reason: str) -> None:
         parts = dict(self._network._parts_of(self._module.children()))
