@@ -505,8 +505,14 @@ def test_factors_of_the_tasks_terms_are_looked_at_until_the_audit_has_ended(
     student: Tiny, teacher: Tiny, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     distiller = Distiller(student, teacher, [("body", "body")], [ACAM(4, 6)]).train()
-    looks, close = [], torch.allclose
-    monkeypatch.setattr(torch, "allclose", lambda *args, **options: looks.append(1) or close(*args, **options))
+    looks: list[Tensor] = []
+    close = torch.allclose
+
+    def looking(input: Tensor, other: Tensor, **options: Any) -> bool:
+        looks.append(input)
+        return close(input, other, **options)
+
+    monkeypatch.setattr(torch, "allclose", looking)
     for step in range(AUDITED_STEPS + 3):
         torch.stack(list(distiller(batch, step).values())).sum().backward()  # type: ignore[no-untyped-call]
         if distiller._audit.has_ended:
