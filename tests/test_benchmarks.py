@@ -28,7 +28,7 @@ from acamkd.jobs.train import distill
 from acamkd.losses.acam.distances import distillation_distances
 from acamkd.losses.base import DistillationContext
 from acamkd.losses.functional import masked_error
-from acamkd.models.base import Task
+from acamkd.models.base import VOID, Task
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted(file.parent.name for file in (ROOT / "studies").glob("*/trials.csv"))
@@ -165,13 +165,13 @@ def test_the_generality_study_combines_methods_and_prolongs_them() -> None:
 @pytest.fixture
 def answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """The generality study's tables.py, with a table of trials of its own."""
-    monkeypatch.syspath_prepend(ROOT / "studies/generality")  # type: ignore[no-untyped-call]
+    monkeypatch.syspath_prepend(ROOT / "studies/generality")
     module = importlib.import_module("tables")
     for name, path in {"HERE": tmp_path, "TABLE": tmp_path / "trials.csv", "FAILURES": tmp_path / "failed.csv"}.items():
         monkeypatch.setattr(module.study, name, path)
     yield module
-    for name in ("tables", "study"):
-        del sys.modules[name]
+    for name in ("by_image", "tables", "study"):
+        sys.modules.pop(name, None)
 
 
 def _trial(method: str, seed: int, validation: float, report: float) -> dict[str, Any]:
@@ -220,6 +220,19 @@ def test_an_estimate_over_tasks_is_as_wide_as_that_of_its_standard_error(answers
     assert answers.estimate([np.array([-1.0, -1.2]), np.array([-0.5, -0.8])]).answer == "no"
     assert answers.estimate([np.array([0.2, 0.3, 0.2])]).answer == "yes, but less than 0.5"
     assert answers.estimate([np.array([2.0])]).answer == "not enough: one seed"
+
+
+def test_the_share_of_foreground_is_that_of_boxes_or_of_classes(answers: Any, tmp_path: Path) -> None:
+    module = importlib.import_module("by_image")
+    boxes = torch.tensor([[0.0, 0, 4, 4], [2, 2, 6, 6], [7, 7, 8, 8]])
+    assert module.share_of_foreground({"boxes": boxes}, (8, 10), None) == pytest.approx((16 + 16 - 4 + 1) / 80)
+    mask = torch.tensor([[0, 0, 1, 2], [VOID, VOID, 0, 2]])
+    assert module.share_of_foreground({"mask": mask}, (2, 4), 0) == 0.5
+    row = ["camvid", "acam", "none", "3", "101", "+0.10", "0.300", "+1.00", "+2.00", "+3.00"]
+    for rho in ("+0.10", "+0.20"):
+        module.add(tmp_path / "by_image.csv", [*row[:5], rho, *row[6:]])
+    assert answers._by_image().endswith("| camvid | acam | none | 3 | 101 | +0.20 | 0.300 | +1.00 | +2.00 | +3.00 |")
+    assert answers._by_image().count("camvid") == 1
 
 
 def test_halving_keeps_few_labels(tmp_path: Path) -> None:
@@ -277,7 +290,7 @@ def test_controls_differ_from_acam_in_what_they_are_named_after() -> None:
 
 
 def test_ideas_differ_from_acam_in_what_they_are_named_after(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT)  # type: ignore[no-untyped-call]
+    monkeypatch.syspath_prepend(ROOT)
     ideas = runpy.run_path(str(ROOT / "studies/generality/ideas.py"))
     torch.manual_seed(0)
     student, teacher, gradient = 3 * torch.randn(3, 2, 5, 6, 8)

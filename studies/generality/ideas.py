@@ -56,9 +56,9 @@ class SmoothReward(ACAM):
 class AgreeingTeacher(OtherTerm):
     """On labeled images the student follows the teacher only where that lowers its task loss, to first order.
 
-    There the reward is not negative: the labels and the teacher agree. It is the teacher's trust from its error on the
-    labels, and the conflict of gradients of Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020, decided
-    location by location. https://arxiv.org/abs/2001.06782
+    There the reward is not negative: the labels and the teacher agree. Yu et al. (Gradient Surgery for Multi-Task
+    Learning, NeurIPS 2020, https://arxiv.org/abs/2001.06782) remove conflicts between the gradients of whole tasks.
+    Here each location is judged by itself.
     """
 
     def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
@@ -104,7 +104,7 @@ class EqualLevels(ACAM):
     STRIDE = 8
 
     def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
-        """As ACAM, with its level's factor on what the student imitates."""
+        """As ACAM, with its level's factor on the distillation terms."""
         assert context.input_size is not None  # `needs` names it
         share = self.STRIDE**2 * prod(teacher.shape[2:]) / prod(context.input_size)
         terms = super().terms(student, teacher, context)
