@@ -167,32 +167,6 @@ def test_a_split_backward_computes_the_same(dtype: torch.dtype) -> None:
     assert "_Differentiated" in term.grad_fn.next_functions[0][0].next_functions[0][0].name()
 
 
-def test_unlabeled_images_run_before_the_backward_of_labeled_ones() -> None:
-    torch.manual_seed(0)
-    net, teacher = (
-        nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()), nn.Conv2d(4, 3, 1))
-        for _ in range(2)
-    )
-    student = Segmenter(net, 3)
-    compiled = Distiller(student, Segmenter(teacher, 3), [("0", "0")], [FitNet(4, 4)]).train()
-    plain = copy.deepcopy(compiled)
-    compiled.compile_parts("aot_eager")
-    batches = [
-        student.prepare([torch.rand(3, 32, 64) for _ in range(2)], targets)
-        for targets in (_targets("segmentation", 32, 64), None)
-    ]
-    for step in range(3):
-        gradients = []
-        for distiller in (compiled, plain):
-            terms = [term for x in batches for term in distiller(x, step, labeled=x.targets is not None).values()]
-            distiller.zero_grad()
-            torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
-            gradients.append([parameter.grad for parameter in distiller.student.net.parameters()])
-        torch.testing.assert_close(*gradients)
-    torch.testing.assert_close(compiled.student.state_dict(), plain.student.state_dict())
-    assert _compiled(compiled, "student") == ["0"]
-
-
 class Checkpointed(nn.Sequential):
     """Runs its second module again in the backward."""
 
@@ -222,6 +196,26 @@ def test_a_checkpoint_runs_again_what_its_forward_ran(
     assert _compiled(distiller, "student") == ["0"]
     message = "train.compile: 6 of the student's modules run in activation checkpoints and are not compiled"
     assert caplog.messages.count(message) == 1
+
+
+def test_two_forwards_may_precede_one_backward() -> None:
+    torch.manual_seed(0)
+    net, teacher = (nn.Sequential(nn.Sequential(Part(3), nn.BatchNorm2d(4)), nn.Conv2d(4, 3, 1)) for _ in range(2))
+    student = Segmenter(net, 3)
+    distiller = Distiller(student, Segmenter(teacher, 3), [("0", "0")], [FitNet(4, 4)]).train()
+    plain = copy.deepcopy(distiller)
+    distiller.compile_parts("aot_eager")
+    images = [torch.rand(3, 32, 64) for _ in range(2)]
+    labeled, unlabeled = student.prepare(images, _targets("segmentation", 32, 64)), student.prepare(images[::-1])
+    for step in range(3):
+        for each in (distiller, plain):
+            terms = [*each(labeled, step).values(), *each(unlabeled, step, labeled=False).values()]
+            each.zero_grad()
+            torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
+    assert _compiled(distiller, "student") == ["0"]
+    for ours, theirs in zip(distiller.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    torch.testing.assert_close(dict(distiller.named_buffers()), dict(plain.named_buffers()))
 
 
 @pytest.mark.slow

@@ -176,13 +176,13 @@ class _NetworkPart(_Part):
         title = f"the {network._who}'s {name or 'network'}"
         super().__init__(module.forward, title, network._backend, whole=True)
         self._module, self._network = module, network
-        self._norms = [each for each in module.modules() if isinstance(each, _BatchNorm)]
+        norms = (each for each in module.modules() if isinstance(each, _BatchNorm))
+        self._running_statistics = tuple(x for norm in norms for x in norm.buffers())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        # The graph keeps running statistics for its backward, which does not read them. Without this it would refuse
-        # to run after a second forward, that of unlabeled images, has updated them.
-        kept = (x for norm in self._norms for x in (norm.running_mean, norm.running_var) if x is not None)
-        with _unsafe_preserve_version_counter(tuple(kept)):
+        # Images without labels make a second forward before the backward. It updates the running statistics again,
+        # which the backward of a training never reads. Without a compiler, torch does not count that as a change.
+        with _unsafe_preserve_version_counter(self._running_statistics):
             return super().__call__(*args, **kwargs)
 
     def refused(self, reason: str) -> None:

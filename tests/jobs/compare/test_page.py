@@ -64,7 +64,7 @@ def test_a_teacher_of_other_classes_has_no_score(tmp_path: Path) -> None:
     for trial in plan(recipe, ["none", "acam"], 2, results):
         fake(trial, results, 40.0, teacher=None if trial.method == "none" else {"sha256": "d" * 64, "mIoU": None})
     tabulate(recipe, ["none", "acam"], 2, results)
-    assert "Teacher dddddddddddd: not scored." in (results / "comparison.md").read_text()
+    assert "Teacher: without a score (SHA-256 dddddddddddd)" in (results / "comparison.md").read_text()
     page = (results / "comparison.html").read_text(encoding="utf-8")
     assert '<h3>teacher</h3><div class="score number">\N{EN DASH} ' in page
 

@@ -144,7 +144,7 @@ def test_the_page_shows_what_was_measured() -> None:
     trials = [trial("none", seed, 40.0 + seed) for seed in range(3)]
     trials += [trial("cwd", seed, 42.0 + seed * 1.5, ("cwd",), setting=0.5) for seed in range(3)]
     page = markdown(summarize(trials), trials)
-    assert "Teacher abababababab: 50.00." in page
+    assert "Teacher: 50.00 (SHA-256 abababababab)" in page
     assert "| `cwd` | 0.5 | 3 | 43.50 ± 1.50 | +2.50 [" in page
     assert "| `none` | - | 3 | 41.00 ± 1.00 | - | - | - | - | 1.0 |" in page
     assert "| IoU/sky | 21.8 | 20.5 |" in page

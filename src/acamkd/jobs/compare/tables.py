@@ -38,15 +38,13 @@ def write(results: Path, recipe: config.Recipe, rows: Sequence[Row], trials: Tri
 def markdown(rows: Sequence[Row], trials: Trials, tuning: Trials = ()) -> str:
     """Tables, with the explanations that they need."""
     metric = trials[0]["metric"]
-    teachers = {trial["teacher"]["sha256"][:12]: trial["teacher"][metric] for trial in trials if trial["teacher"]}
-    scores = {digest: "not scored" if score is None else f"{score:.2f}" for digest, score in teachers.items()}
     lines = [
         f"{metric} in percent on the validation images after the last epoch, mean and standard deviation over n seeds. "
         "A seed gives every method the same initial student, images and augmentation, so differences are paired. "
         "They are given as mean and bootstrap 95 % interval. "
         "p is that of the paired t test with Holm's correction for the number of methods.",
         "",
-        *(f"Teacher {digest}: {score}." for digest, score in scores.items()),
+        _teachers(trials),
         "",
         f"| method | setting | n | {metric} | against `{NONE}` | p | verdict | against the best competing method "
         "| minutes |",
@@ -59,6 +57,19 @@ def markdown(rows: Sequence[Row], trials: Trials, tuning: Trials = ()) -> str:
         *_masks(rows, trials),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _teachers(trials: Trials) -> str:
+    """Every teacher's score, with the methods that learn from it where there are several."""
+    methods: dict[str, dict[str, None]] = {}
+    scores: dict[str, str] = {}
+    for trial in trials:
+        if teacher := trial["teacher"]:
+            digest, score = teacher["sha256"][:12], teacher[trial["metric"]]
+            methods.setdefault(digest, {})[f"`{trial['method']}`"] = None
+            scores[digest] = "without a score" if score is None else f"{score:.2f}"
+    of = {each: f" of {', '.join(names)}" if len(scores) > 1 else "" for each, names in methods.items()}
+    return "; ".join(f"Teacher{of[each]}: {score} (SHA-256 {each})" for each, score in scores.items())
 
 
 def _line(row: Row) -> str:
