@@ -28,7 +28,7 @@ from statistics import mean, median
 from typing import Any
 
 from acamkd import config
-from acamkd.engine.runs import TERMINATED, Run, default_folder, write_text
+from acamkd.engine.runs import TERMINATED, Run, default_folder, read_json, write_text
 from acamkd.jobs.compare import trials_csv
 from acamkd.jobs.compare.compare import run_trials
 from acamkd.jobs.compare.trials import NONE, TUNING_SEED, Trial, plan
@@ -369,7 +369,7 @@ def _run(item: Item, jobs: int, end: float | None) -> None:
 def gather(item: Item) -> None:
     """Add an item's finished trials to trials.csv."""
     files = item.results.glob("*-seed*.json")
-    fresh = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    fresh = {file.stem: read_json(file) for file in files}
     if fresh:
         known = stored()
         trials_csv.write(TABLE, {**known, item.comparison: {**known.get(item.comparison, {}), **fresh}})
