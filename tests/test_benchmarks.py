@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import tiny_recipes
 from acamkd import config
@@ -22,7 +28,7 @@ from acamkd.jobs.train import distill
 from acamkd.losses.acam.distances import distillation_distances
 from acamkd.losses.base import DistillationContext
 from acamkd.losses.functional import masked_error
-from acamkd.models.base import Task
+from acamkd.models.base import VOID, Task
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted(file.parent.name for file in (ROOT / "studies").glob("*/trials.csv"))
@@ -140,6 +146,95 @@ def test_the_generality_study_searches_every_method_alike() -> None:
     assert (str(everything.data.train.images), everything.data.unlabeled) == ("images/train", None)
 
 
+def test_the_generality_study_combines_methods_and_prolongs_them() -> None:
+    module = runpy.run_path(str(ROOT / "studies/generality/study.py"))
+    item = module["Item"]("bccd", "few", ("pkd-8_with_crosskd", "acam-0.5_for_80"), 2)
+    trials = item.trials()
+    assert [trial.name for trial in trials] == item.names
+    search = module["Item"]("bccd", "search", ("pkd",))
+    assert [trial.name for trial in search.trials()] == search.names
+    none, both, longer = (trial.recipe for trial in trials[:3])
+    assert [(loss.name, loss.gradient_ratio) for loss in both.losses] == [("pkd", 8), ("crosskd", 2)]
+    assert both.data.unlabeled == none.data.unlabeled is not None  # PKD uses what CrossKD cannot
+    assert (longer.train.epochs, longer.train.eval_every, longer.losses[0].gradient_ratio) == (80, 20, 0.5)
+    for kind, task in module["CHEAP"].items():
+        ideas = module["Item"](task, "few", module["IDEAS"][kind]).trials()
+        assert {trial.recipe.losses[0].name.partition(":")[0] for trial in ideas[1:]} == {"studies.generality.ideas"}
+
+
+@pytest.fixture
+def answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """The generality study's tables.py, with a table of trials of its own."""
+    monkeypatch.syspath_prepend(ROOT / "studies/generality")
+    module = importlib.import_module("tables")
+    for name, path in {"HERE": tmp_path, "TABLE": tmp_path / "trials.csv", "FAILURES": tmp_path / "failed.csv"}.items():
+        monkeypatch.setattr(module.study, name, path)
+    yield module
+    for name in ("by_image", "tables", "study"):
+        sys.modules.pop(name, None)
+
+
+def _trial(method: str, seed: int, validation: float, report: float) -> dict[str, Any]:
+    return {
+        "method": method, "seed": seed, "recipe": "0" * 12, "metric": "mIoU", "history": [validation], "losses": [],
+        "setting": None, "option": None, "final": {}, "test": {"mIoU": report}, "test_of_best_epoch": report,
+        "masks": {}, "wall_time": 60.0, "cpu_time": 60.0, "teacher": None,
+    }  # fmt: skip
+
+
+def test_the_generality_study_answers_from_whatever_trials_there_are(answers: Any, tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text("# Study\n<!-- tables -->\nold\n<!-- end -->\n")
+    answers.main()
+    assert "| Does distillation help? | `acam` - `none` | - | - | - | no trial yet |" in page.read_text()
+    assert "old" not in page.read_text()
+    scores = {"none": (40, 40), "acam": (44, 42), "fitnet": (43, 39), "pkd": (42, 41)}
+    found = {
+        f"{method}-seed{seed}": _trial(method, seed, validation + seed, report + 0.1 * seed * (method != "none"))
+        for method, (validation, report) in scores.items()
+        for seed in range(3)
+    }
+    found["cwd-seed0"] = _trial("cwd", 0, 41, 43)
+    trials_csv.write(tmp_path / "trials.csv", {"camvid_few": found})
+    failure = "comparison,trial,recipe,time,last line\ncamvid_few,cwd-seed1,0,now,step 3: the loss is not finite\n"
+    (tmp_path / "failed.csv").write_text(failure)
+    answers.main()
+    text = page.read_text()
+    assert "| Does distillation help? | `acam` - `none` | 1 | 3 | +2.10 [" in text
+    # FitNet validates best of the others, and is the worst on the report split.
+    assert "| `acam` - best other (`fitnet` camvid) | 1 | 3 | +3.00 [" in text
+    assert "1 attempts failed, 1 of them by a loss that was not finite. 1 of these trials have not ended since." in text
+    assert "| `cwd` | 1 | +3.00 | 1 of 1 | +1.00 | -1.00 | 1.0 |" in text
+    assert "1 few, one strength | 108 | 13 | 95 |" in text
+    assert "does distillation help?" in (tmp_path / "forest.svg").read_text().lower()
+
+
+def test_an_estimate_over_tasks_is_as_wide_as_that_of_its_standard_error(answers: Any) -> None:
+    differences = [np.array([1.0, 3.0, 2.0]), np.array([-1.0, 0.0, 1.0, 2.0, 3.0])]
+    found = answers.estimate(differences)
+    assert (found.mean, found.tasks, found.pairs, found.ahead, found.answer) == (1.5, 2, 8, 2, "yes")
+    error = (1 / 4 * (1 / 3 + 2.5 / 5)) ** 0.5
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    against = answers.estimate(differences, [1, -1])
+    assert (against.mean, against.answer) == (1, "not enough; about 54 seeds a task")
+    assert answers.estimate([np.array([-1.0, -1.2]), np.array([-0.5, -0.8])]).answer == "no"
+    assert answers.estimate([np.array([0.2, 0.3, 0.2])]).answer == "yes, but less than 0.5"
+    assert answers.estimate([np.array([2.0])]).answer == "not enough: one seed"
+
+
+def test_the_share_of_foreground_is_that_of_boxes_or_of_classes(answers: Any, tmp_path: Path) -> None:
+    module = importlib.import_module("by_image")
+    boxes = torch.tensor([[0.0, 0, 4, 4], [2, 2, 6, 6], [7, 7, 8, 8]])
+    assert module.share_of_foreground({"boxes": boxes}, (8, 10), None) == pytest.approx((16 + 16 - 4 + 1) / 80)
+    mask = torch.tensor([[0, 0, 1, 2], [VOID, VOID, 0, 2]])
+    assert module.share_of_foreground({"mask": mask}, (2, 4), 0) == 0.5
+    row = ["camvid", "acam", "none", "3", "101", "+0.10", "0.300", "+1.00", "+2.00", "+3.00"]
+    for rho in ("+0.10", "+0.20"):
+        module.add(tmp_path / "by_image.csv", [*row[:5], rho, *row[6:]])
+    assert answers._by_image().endswith("| camvid | acam | none | 3 | 101 | +0.20 | 0.300 | +1.00 | +2.00 | +3.00 |")
+    assert answers._by_image().count("camvid") == 1
+
+
 def test_halving_keeps_few_labels(tmp_path: Path) -> None:
     source, half = tmp_path / "source", tmp_path / "half"
     for folder in ("images/train", "masks/train", "annotations"):
@@ -192,6 +287,46 @@ def test_controls_differ_from_acam_in_what_they_are_named_after() -> None:
     masks = control.masks(student, teacher)["spatial"]
     assert masks.mean().item() == pytest.approx(0.5, abs=0.03)
     assert masks.flatten(2).std(dim=2).mean().item() == pytest.approx(0.46, abs=0.02)
+
+
+def test_ideas_differ_from_acam_in_what_they_are_named_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    ideas = runpy.run_path(str(ROOT / "studies/generality/ideas.py"))
+    torch.manual_seed(0)
+    student, teacher, gradient = 3 * torch.randn(3, 2, 5, 6, 8)
+    errors = distillation_distances(student, teacher, ("spatial",), "standardized")["spatial"]
+    found = {name: ideas[name](5, 5) for name in ("LateMasks", "AgreeingTeacher", "CertainTeacher", "EqualLevels")}
+
+    def term(name: str, step: int = 0, *, labeled: bool = True) -> Tensor:
+        context = DistillationContext(step, (48, 64), None, gradient if labeled else None, labeled)
+        terms: dict[str, Tensor] = found[name](student.requires_grad_(), teacher, context)
+        assert ("spatial_selection" in terms) == labeled
+        return terms["spatial"]
+
+    def expected(name: str, error: Tensor) -> Tensor:
+        return masked_error(error, found[name].masks(student, teacher)["spatial"].flatten(2)).mean()
+
+    mean = found["LateMasks"].masks(student, teacher)["spatial"].mean(dim=(2, 3))
+    torch.testing.assert_close(term("LateMasks", 99), (mean * errors.mean(dim=1, keepdim=True)).mean())
+    torch.testing.assert_close(term("LateMasks", 100), expected("LateMasks", errors))
+    torch.testing.assert_close(term("AgreeingTeacher", labeled=False), expected("AgreeingTeacher", errors))
+    distances = distillation_distances(student, teacher, ("spatial",), "standardized")["spatial"]
+    (direction,) = torch.autograd.grad(distances.sum(), student, retain_graph=True)
+    agrees = (direction * gradient).sum(dim=1).flatten(1) >= 0
+    torch.testing.assert_close(term("AgreeingTeacher"), expected("AgreeingTeacher", errors * agrees))
+    scores = teacher.softmax(dim=1).flatten(2)
+    certainty = 1 + (scores * scores.log()).sum(dim=1) / math.log(5)
+    torch.testing.assert_close(term("CertainTeacher"), expected("CertainTeacher", errors * certainty))
+    torch.testing.assert_close(term("EqualLevels"), expected("EqualLevels", errors))  # of stride 8
+    level = ideas["EqualLevels"](5, 5)
+    whole, half = (level(student, teacher, DistillationContext(0, (48 * k, 64), None, gradient)) for k in (1, 4))
+    torch.testing.assert_close(half["spatial"], whole["spatial"] / 2)
+    smooth = ideas["SmoothReward"](5, 5)
+    context = DistillationContext(task_gradient=gradient)
+    plain = (direction * gradient).sum(dim=1)
+    (reward,) = smooth._rewards({"spatial": distances}, student, context).values()
+    around = plain[:, 1:4, 2:5].mean(dim=(1, 2)) / plain[:, :2, :2].mean(dim=(1, 2))
+    torch.testing.assert_close(reward.view(2, 6, 8)[:, 2, 3] / reward.view(2, 6, 8)[:, 0, 0], around)
 
 
 @pytest.mark.slow

@@ -15,21 +15,23 @@ import csv
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from math import ceil
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from acamkd import config
-from acamkd.engine.runs import Run, default_folder, write_text
+from acamkd.engine.runs import TERMINATED, Run, default_folder, write_text
 from acamkd.jobs.compare import trials_csv
 from acamkd.jobs.compare.compare import run_trials
-from acamkd.jobs.compare.trials import Trial, plan
+from acamkd.jobs.compare.trials import NONE, TUNING_SEED, Trial, plan
 
 HERE = Path(__file__).resolve().parent
 TABLE = HERE / trials_csv.FILE
@@ -47,9 +49,26 @@ FOUR = ("camvid", "voc07mini", "facade11", "animals7_boxes")
 PRIMARY = ("fitnet", "pkd", "cwd", "acam", "acam-paper")
 CONTROLS = ("acam-uniform", "acam-strength-normalized", "acam-no-diversity", "acam-squared")
 OTHERS = {"segmentation": ("mgd", "dist"), "detection": ("mgd", "crosskd")}
+WITH, FOR = "_with_", "_for_"
+"""In a method's name: the losses of both, and so many epochs."""
+COMBINATIONS = {
+    "segmentation": (f"acam{WITH}cwd", f"acam{WITH}dist"),
+    "detection": (f"pkd{WITH}crosskd", f"acam{WITH}crosskd"),
+}
+IDEAS = {
+    "segmentation": ("acam-late", "acam-smooth", "acam-agreeing", "acam-certain"),
+    "detection": ("acam-late", "acam-smooth", "acam-agreeing", "acam-levels"),
+}
+CHEAP = {"segmentation": "camvid", "detection": "bccd"}
+"""The tasks on which the ideas begin."""
+TRIED = 3
+"""Seeds, from 0, by which a combination and an idea are chosen."""
 COMMON_RATIO = 2.0
 RATIOS = (0.5, 2.0, 8.0)
 """Gradient-norm ratios of the search, the same for every method."""
+
+VALIDATIONS = 4
+"""Of a training."""
 
 TEACHER_EPOCHS = {"voc07mini": 16}
 ALL_EPOCHS = {"camvid": 16, "facade11": 16, "animals7_boxes": 12, "voc07mini": 6}
@@ -86,15 +105,17 @@ class Item:
 
     @property
     def recipe(self) -> config.Recipe:
-        """The recipe under the regime; the method `pkd-8` is `pkd` at the ratio 8."""
+        """The recipe under the regime, with the methods as `changes` has them."""
         recipe = config.load(HERE / f"{self.task}.yaml", overrides(self.task, self.regime))
-        known = recipe.compare.methods
-        at_ratio = {method: method.rpartition("-") for method in self.methods if method not in known}
-        more = {
-            method: known[name] | {"losses.0.gradient_ratio": float(ratio)}
-            for method, (name, _, ratio) in at_ratio.items()
-        }
-        return recipe.model_copy(update={"compare": recipe.compare.model_copy(update={"methods": known | more})})
+        methods = recipe.compare.methods | {method: changes(recipe, method) for method in self.methods}
+        return recipe.model_copy(update={"compare": recipe.compare.model_copy(update={"methods": methods})})
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the trials, for which no recipe is read."""
+        if self.regime == "search":
+            return [f"{method}-{ratio:g}-seed{TUNING_SEED}" for method in self.methods for ratio in RATIOS]
+        return [f"{method}-seed{seed}" for seed in range(self.seeds) for method in (NONE, *self.methods)]
 
     def trials(self) -> list[Trial]:
         """The trials, those of the search or those of the tables."""
@@ -114,8 +135,52 @@ def batches() -> Iterator[tuple[str, list[Item]]]:
     yield "5 own", [Item(task, "own", chosen(task, PRIMARY), 3) for task in FOUR]
     yield "6 all", [Item(task, "all", chosen(task, PRIMARY), 3) for task in FOUR]
     yield "7 other methods", [Item(task, "search", OTHERS[kind]) for kind, tasks in KINDS.items() for task in tasks]
+    yield "7 other methods, the best", [
+        Item(task, "few", chosen(task, [other]), seeds)
+        for seeds in (3, 5) for task in TASKS if (other := best_other(kind_of(task)))
+    ]  # fmt: skip
     yield "8 wide gap", [Item("facade11", "gap", chosen("facade11", PRIMARY), 3)]
     yield "9 the student's part", [Item(task, "few", chosen(task, ["acam-teacher"]), 5) for task in FOUR[:2]]
+    yield "10 combinations", [
+        Item(task, "few", tuple(at_ratios(task, method) for method in COMBINATIONS[kind_of(task)]), TRIED)
+        for task in TASKS if best_other(kind_of(task))
+    ]  # fmt: skip
+    yield (
+        "10 combinations, equal time",
+        [Item(task, "few", (single,), TRIED) for task in TASKS if (single := at_equal_time(task))],
+    )
+    yield "11 improvements", [Item(task, "few", chosen(task, IDEAS[kind]), TRIED) for kind, task in CHEAP.items()]
+    idea = best_idea()
+    yield (
+        "11 improvements, the best",
+        [Item(task, "few", chosen(task, [idea]), TRIED) for task in TASKS if idea in IDEAS[kind_of(task)]],
+    )
+
+
+def kind_of(task: str) -> str:
+    """`segmentation` or `detection`."""
+    return next(kind for kind, tasks in KINDS.items() if task in tasks)
+
+
+def changes(recipe: config.Recipe, method: str) -> Mapping[str, Any]:
+    """What a method changes in a task's recipe: one of its `compare.methods`, or made of these.
+
+    `pkd-8` is `pkd` at the ratio 8, `acam-8_with_cwd` has the losses of both, and `pkd_for_60` takes 60 epochs.
+    """
+    known = recipe.compare.methods
+    if method in known:
+        return known[method]
+    name, at, epochs = method.rpartition(FOR)
+    if at:
+        return {**changes(recipe, name), "train.epochs": int(epochs), "train.eval_every": int(epochs) // VALIDATIONS}
+    if WITH in method:
+        parts = [
+            config.override(recipe, [f"{key}={json.dumps(value)}" for key, value in changes(recipe, part).items()])
+            for part in method.split(WITH)
+        ]
+        return {"losses": [loss.model_dump(mode="json", exclude_defaults=True) for x in parts for loss in x.losses]}
+    name, _, ratio = method.rpartition("-")
+    return {**known[name], "losses.0.gradient_ratio": float(ratio)}
 
 
 def overrides(task: str, regime: str) -> list[str]:
@@ -144,7 +209,7 @@ def all_labels(task: str) -> str:
 
 
 def _epochs(number: int) -> list[str]:
-    return [f"train.epochs={number}", f"train.eval_every={number // 4}"]
+    return [f"train.epochs={number}", f"train.eval_every={number // VALIDATIONS}"]
 
 
 def _recipe(task: str) -> config.Recipe:
@@ -166,11 +231,11 @@ def searched(kind: str, method: str) -> dict[float, list[float]]:
     return scores
 
 
-def is_searched(methods: Sequence[str]) -> bool:
-    """Whether the search of these methods has ended on every task."""
+def is_searched(methods: Sequence[str], kinds: Sequence[str] = tuple(KINDS)) -> bool:
+    """Whether the search of these methods has ended on every task of some kinds."""
     return all(
-        {ratio: len(scores) for ratio, scores in searched(kind, method).items()} == dict.fromkeys(RATIOS, len(tasks))
-        for kind, tasks in KINDS.items()
+        {ratio: len(x) for ratio, x in searched(kind, method).items()} == dict.fromkeys(RATIOS, len(KINDS[kind]))
+        for kind in kinds
         for method in methods
     )
 
@@ -178,15 +243,87 @@ def is_searched(methods: Sequence[str]) -> bool:
 def chosen(task: str, methods: Sequence[str]) -> tuple[str, ...]:
     """The methods at the ratio of the search that was best on the mean of their kind of task: `pkd`, or `pkd-8`.
 
-    Controls of ACAM have the ratio of ACAM.
+    Controls of ACAM, and ideas, have the ratio of ACAM.
     """
-    (kind,) = (kind for kind, tasks in KINDS.items() if task in tasks)
+    kind = kind_of(task)
     names = []
     for method in methods:
-        scores = searched(kind, method if method in PRIMARY else "acam")
+        scores = searched(kind, method if method in PRIMARY + OTHERS[kind] else "acam")
         best = max(scores, key=lambda ratio: mean(scores[ratio]))
         names.append(method if best == COMMON_RATIO else f"{method}-{best:g}")
     return tuple(names)
+
+
+def at_ratios(task: str, method: str) -> str:
+    """A method, or each part of a combination, at the ratio of its search."""
+    return WITH.join(chosen(task, method.split(WITH)))
+
+
+def best_other(kind: str) -> str | None:
+    """The method of batch 7 with the best validation score in its search; None until that has ended."""
+    if not is_searched((*PRIMARY, *OTHERS[kind]), [kind]):
+        return None
+    return max(OTHERS[kind], key=lambda method: max(map(mean, searched(kind, method).values())))
+
+
+def first_seeds(task: str, method: str) -> list[dict[str, Any]]:
+    """The trials in `few` that choose between combinations, or ideas."""
+    trials = stored().get(f"{task}_few", {})
+    return [trials[name] for seed in range(TRIED) if (name := f"{method}-seed{seed}") in trials]
+
+
+def standing(tasks: Sequence[str], method: str) -> float | None:
+    """Mean validation score over some tasks and the first seeds in `few`; None until all have ended."""
+    found = [first_seeds(task, at_ratios(task, method)) for task in tasks]
+    if any(len(trials) < TRIED for trials in found):
+        return None
+    return mean(trial["history"][-1] for trials in found for trial in trials)
+
+
+def best(tasks: Sequence[str], methods: Sequence[str]) -> str | None:
+    """The method that validates best over some tasks; None until all have ended."""
+    scores = {method: standing(tasks, method) for method in methods}
+    known = {method: score for method, score in scores.items() if score is not None}
+    return max(known, key=known.__getitem__) if len(known) == len(scores) else None
+
+
+def at_equal_time(task: str) -> str | None:
+    """The best single method, trained for as many epochs as take the processor time of the best combination.
+
+    None until both are known. The number of epochs is a multiple of VALIDATIONS.
+    """
+    kind = kind_of(task)
+    other = best_other(kind)
+    if other is None:
+        return None
+    pair, single = (best(KINDS[kind], methods) for methods in (COMBINATIONS[kind], (*PRIMARY, other)))
+    if pair is None or single is None:
+        return None
+    name = at_ratios(task, single)
+    cost, own = (
+        median(trial["cpu_time"] for trial in first_seeds(task, each)) for each in (at_ratios(task, pair), name)
+    )
+    usual = _recipe(task).train.epochs
+    epochs = VALIDATIONS * ceil(usual * cost / own / VALIDATIONS)
+    return name if epochs <= usual else f"{name}{FOR}{epochs}"
+
+
+def best_idea() -> str | None:
+    """The idea that gains most over `acam` on the mean of both cheap tasks, on validation images.
+
+    One that is for a single kind of task is `acam` itself on the other, and gains 0 there. None until all have ended,
+    and if none gains.
+    """
+    gains: dict[str, float] = {}
+    for kind, task in CHEAP.items():
+        control = standing([task], "acam")
+        for idea in IDEAS[kind]:
+            score = standing([task], idea)
+            if score is None or control is None:
+                return None
+            gains[idea] = gains.get(idea, 0.0) + (score - control) / len(CHEAP)
+    idea = max(gains, key=gains.__getitem__)
+    return idea if gains[idea] > 0 else None
 
 
 def run(runs: Path, jobs: int, tasks: Sequence[str], seconds: float | None) -> None:
@@ -294,6 +431,7 @@ def main() -> None:
     jobs.add_parser("plan")
     arguments = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that no teacher's training outlives this one
     if arguments.job == "run":
         seconds = None if arguments.minutes is None else 60 * arguments.minutes
         run(arguments.runs.resolve(), arguments.jobs, arguments.tasks, seconds)

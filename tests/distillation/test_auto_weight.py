@@ -30,7 +30,9 @@ from acamkd.errors import AcamkdError
 from acamkd.jobs.setup import Batches, build_network, build_teacher, teacher_section
 from acamkd.jobs.train import distill
 from acamkd.losses.base import DistillationContext, FeatureLoss
+from acamkd.models import build
 from acamkd.models.base import VOID, Target, TaskModel, head_of
+from tiny_hf import OPTIONS
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +282,17 @@ def test_a_loss_without_gradient_is_an_error(segmentation: Path) -> None:
         calibrated(student, teacher, [silent, entry], batches.train)
     with pytest.raises(AcamkdError, match=r"auto of dist: the gradient of the distillation is 0"):
         calibrated(student, teacher, [silent], batches.train)
+
+
+def test_a_loss_behind_a_layer_that_starts_at_zero_is_an_error() -> None:
+    section = config.Model(arch="hf/d_fine", options=OPTIONS["d_fine"])  # the last layer of its edges starts at zero
+    student, teacher = (build(section, "detection", 2, (64, 64)) for _ in range(2))
+    target: Target = {"boxes": torch.tensor([[4.0, 6, 40, 30]]), "labels": torch.tensor([1])}
+    batch = [torch.rand(3, 64, 64)] * 2, [target] * 2
+    with pytest.raises(AcamkdError, match=r"ld: its gradient reaches \d of the \d{3} parameters .* give the weight as"):
+        calibrated(student, teacher, [config.Loss(name="ld", weight="auto")], [batch])
+    (entry,) = calibrated(student, teacher, [config.Loss(name="kddetr", weight="auto")], [batch])
+    assert isinstance(entry.weight, float)
 
 
 @pytest.mark.parametrize(("norms", "said"), [

@@ -501,7 +501,31 @@ def test_looking_ahead_before_an_operation_in_place_and_at_a_map_of_two_names(
     torch.testing.assert_close(found, gradients())
 
 
-def backward_twice(terms: dict[str, Tensor], maps: list[Tensor], _: Any) -> tuple[list[Tensor], dict[str, Tensor]]:
+def test_factors_of_the_tasks_terms_are_looked_at_until_the_audit_has_ended(
+    student: Tiny, teacher: Tiny, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distiller = Distiller(student, teacher, [("body", "body")], [ACAM(4, 6)]).train()
+    looks: list[Tensor] = []
+    close = torch.allclose
+
+    def looking(input: Tensor, other: Tensor, **options: Any) -> bool:
+        looks.append(input)
+        return close(input, other, **options)
+
+    monkeypatch.setattr(torch, "allclose", looking)
+    for step in range(AUDITED_STEPS + 3):
+        torch.stack(list(distiller(batch, step).values())).sum().backward()  # type: ignore[no-untyped-call]
+        if distiller._audit.has_ended:
+            break
+    before = len(looks)
+    assert before == step + 1
+    torch.stack(list(distiller(batch, step + 1).values())).sum().backward()  # type: ignore[no-untyped-call]
+    assert len(looks) == before  # each look waits for a GPU
+
+
+def backward_twice(
+    terms: dict[str, Tensor], maps: list[Tensor], _: Any, *, check: bool
+) -> tuple[list[Tensor], dict[str, Tensor]]:
     total = torch.stack(list(terms.values())).sum()
     return list(torch.autograd.grad(total, maps, retain_graph=True)), terms
 

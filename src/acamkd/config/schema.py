@@ -117,8 +117,8 @@ class Loss(BaseModel):
     """See `acamkd methods`; or a class of your own, `package.module:Class`."""
     pairs: tuple[str | tuple[str, str], ...] | Literal["auto"] = ()
     """Layers: `student_layer`, the same in both, or [student_layer, teacher_layer]. Grammar: `layer`, `layer:key` for
-    one entry of a dict or tuple output, `layer:*` for all of them, `layer@2` for the third call. `auto`: the layers
-    that `acamkd inspect` proposes; the run's own recipe names them."""
+    one entry of a dict or tuple output, `layer:*` for all of them, `layer#16` for tokens of patches of 16 x 16 pixels,
+    `layer@2` for the third call. `auto`: the layers that `acamkd inspect` proposes; the run's own recipe names them."""
     preset: str | None = None
     """Name of a published setting; options given here override it."""
     weight: int | float | Literal["auto"] | None = None

@@ -32,6 +32,11 @@ class Audit:
         """Whether it has seen a step."""
         return self._steps > 0
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether there is nothing more to find out."""
+        return self._steps == AUDITED_STEPS or (self._unreached == {} and not any(self._is_zero.values()))
+
     def __call__(
         self, net: nn.Module, maps: Mapping[str, Tensor], terms: Mapping[str, Mapping[str, Tensor]], step: int
     ) -> None:
@@ -42,7 +47,7 @@ class Audit:
         if self._unreached is None:
             self._unreached = parameters_below(net, maps)
         self._is_zero = dict.fromkeys(terms, True) | self._is_zero
-        if self._steps == AUDITED_STEPS or not (self._unreached or any(self._is_zero.values())):
+        if self.has_ended:
             return
         seen = (step, sum(parameter._version for parameter in net.parameters()))  # own loops may not number their steps
         self._steps += seen != self._seen

@@ -82,7 +82,7 @@ def calibrate(built: DryBuild, entries: Sequence[Loss], images: Images) -> tuple
         images: Batches, read from the beginning for each loss until 20 are full of images with objects.
 
     Raises:
-        AcamkdError: A gradient is zero or not finite, or no image has an object.
+        AcamkdError: A gradient is zero, in most parameters or in all, or not finite; or no image has an object.
     """
     for entry in entries:
         if entry.weight is None and entry.gradient_ratio != Loss.model_fields["gradient_ratio"].default:
@@ -99,7 +99,8 @@ def _calibrate(built: DryBuild, index: int, entry: Loss, images: Images) -> Loss
     with probing(built.distiller) as distiller:
         batches = prepared(distiller.student, islice(with_objects(images), BATCHES))
         measured = progress(batches, f"measuring {entry.name}", total=BATCHES, unit=" batches")
-        norms = [total_norms(gradient_norms(distiller, batch)) for batch in measured]
+        by_parameter = [gradient_norms(distiller, batch) for batch in measured]
+    norms = [total_norms(found) for found in by_parameter]
     where = f"at the student's parameters below {', '.join(map(str, entry.pairs)) or 'the heads'}"
     for which, values in zip(("distillation", "task"), zip(*norms, strict=True), strict=True):
         if bad := [value for value in values if not math.isfinite(value)]:
@@ -113,6 +114,13 @@ def _calibrate(built: DryBuild, index: int, entry: Loss, images: Images) -> Loss
         which = "distillation" if ratio == 0 else "task"
         raise AcamkdError(
             f"weight: auto of {entry.name}: the gradient of the {which} is 0 {where}; give the weight as a number"
+        )
+    learning = [[distilled > 0 for distilled, task in found.values() if task > 0] for found in by_parameter]
+    reached, most = max(map(sum, learning)), max(map(len, learning))
+    if reached < most / 2:
+        raise AcamkdError(
+            f"weight: auto of {entry.name}: its gradient reaches {reached} of the {most} parameters that the task's "
+            "does, since a layer behind them starts at zero and passes nothing on yet; give the weight as a number"
         )
     scaled = {name: float(f"{value * entry.gradient_ratio / ratio:.3g}") for name, value in weights.items()}
     log.info(

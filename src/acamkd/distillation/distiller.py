@@ -222,8 +222,8 @@ class Distiller(nn.Module):
         if len(blind) == len(self.levels):
             raise AcamkdError(
                 f"no loss can learn from unlabeled images, since each needs targets: {', '.join(blind)}; leave "
-                "data.unlabeled out, or add a loss without boxes and heads that does not run the "
-                "teacher's task (acam with another mask_grad than task, cwd, pkd, ...)"
+                "data.unlabeled out, or add a loss without boxes that does not run the teacher's task (cwd, pkd, "
+                "kddetr, acam with another mask_grad than task, ...)"
             )
         if blind:
             log.info("these losses need targets and see the labeled images only: %s", ", ".join(blind))
@@ -326,7 +326,10 @@ class Distiller(nn.Module):
         if differentiable_maps:
             with timed("backward"):
                 at_maps, terms = split_backward(
-                    terms, list(differentiable_maps.values()), [continuation_edges[key] for key in differentiable_maps]
+                    terms,
+                    list(differentiable_maps.values()),
+                    [continuation_edges[key] for key in differentiable_maps],
+                    check=not self._audit.has_ended,  # a loop gives the same factors later
                 )
         gradients = dict(zip(differentiable_maps, at_maps, strict=True))
         return {index: gradients.get(id(x), torch.zeros_like(x)) for index, x in maps.items()}, terms

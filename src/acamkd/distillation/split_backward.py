@@ -55,7 +55,11 @@ def backward_scale(maps: Iterable[Tensor]) -> float:
 
 
 def split_backward(
-    terms: Mapping[str, Tensor], maps: Sequence[Tensor], continuation_edges: Sequence[GradientEdge]
+    terms: Mapping[str, Tensor],
+    maps: Sequence[Tensor],
+    continuation_edges: Sequence[GradientEdge],
+    *,
+    check: bool = True,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The gradients of a loss at feature maps that it was computed from, without repeating that work in its backward.
 
@@ -64,10 +68,11 @@ def split_backward(
         maps: Each with a graph.
         continuation_edges: Of each, the edge of the copy that the rest of the network continues from. One feature map
             may be computed from another, as P6 is from P5, if not by way of a copy.
+        check: Whether the backward looks at the terms' factors, for which the program waits for a GPU.
 
     Returns:
-        The gradients, those of float16 as float32; and the terms in a form whose backward starts at the feature maps,
-        with what was found here.
+        The gradients, those of float16 as float32; and terms whose backward starts at the feature maps, from the
+        gradients found here.
 
         The terms stay as they were, and their backward repeats the work, in three cases. Another way leads around the
         copies, or from one of them to another. Hooks would change a gradient twice. Or it is float16, whose gradients
@@ -89,7 +94,8 @@ def split_backward(
         found = torch.autograd.grad(total, edges, retain_graph=True, allow_unused=True)
         direct = [torch.zeros_like(x) if g is None else g for x, g in zip((*maps, *above), found, strict=True)]
         gradients = torch.autograd.grad(maps, maps, direct[: len(maps)], retain_graph=True)  # by way of other ones too
-    values = _Differentiated.apply(torch.stack([term.detach() for term in terms.values()]), direct, *maps, *above)
+    before = torch.stack([term.detach() for term in terms.values()])
+    values = _Differentiated.apply(before, direct, check, *maps, *above)
     return list(gradients), {name: value.clone() for name, value in zip(terms, values, strict=True)}
 
 
@@ -97,19 +103,19 @@ class _Differentiated(torch.autograd.Function):
     """Values of terms, with the gradients that their sum was found to have."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, gradients: Sequence[Tensor], *inputs: Tensor) -> Tensor:
-        ctx.gradients = gradients
+    def forward(ctx: Any, values: Tensor, gradients: Sequence[Tensor], check: bool, *inputs: Tensor) -> Tensor:
+        ctx.gradients, ctx.check = gradients, check
         return values.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factors: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch.allclose(factors, factors[0], rtol=1e-4, atol=0, equal_nan=True):
+        if ctx.check and not torch.allclose(factors, factors[0], rtol=1e-4, atol=0, equal_nan=True):
             raise AcamkdError(
                 "the task's terms have unequal factors, but masks that look ahead have differentiated their sum: give "
                 "all terms of a Distiller's task the same factor, or none"
             )
-        return None, None, *(factors[0] * gradient for gradient in ctx.gradients)
+        return None, None, None, *(factors[0] * gradient for gradient in ctx.gradients)
 
 
 @contextmanager

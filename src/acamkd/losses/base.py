@@ -271,7 +271,7 @@ class HeadLoss(DistillationLoss):
 
     @property
     def needs_targets(self) -> bool:
-        """Heads are compared on labeled images only."""
+        """Heads are compared on labeled images only, unless a class says otherwise."""
         return True
 
     @abstractmethod

@@ -179,7 +179,9 @@ def test_a_trial_without_a_score_fails_and_can_be_run_again(recipe: Path, tmp_pa
     assert json.loads((results / "none-seed0.json").read_text())["history"][-1] > 0
 
 
-def test_a_comparison_that_is_terminated_ends_its_cells(recipe: Path, tmp_path: Path) -> None:
+def test_a_comparison_that_is_terminated_ends_its_cells(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     begun = tmp_path / "begun"
     script = f"import pathlib, time; pathlib.Path({str(begun)!r}).touch(); time.sleep(60)"
     started: list[int] = []
@@ -201,6 +203,14 @@ def test_a_comparison_that_is_terminated_ends_its_cells(recipe: Path, tmp_path: 
     assert ended.value.code == 143
     assert started == [0]  # whose process has ended too, as leaving the pool waits for it
     assert signal.getsignal(signal.SIGTERM) == before
+    assert caplog.messages == ["none-seed0 was stopped; the next run goes on with it"]
+
+
+@pytest.mark.parametrize("end", ["import sys; sys.exit(143)", "import os; os.kill(os.getpid(), 15)"])
+def test_a_trial_that_somebody_terminates_has_not_failed(recipe: Path, tmp_path: Path, end: str) -> None:
+    trials = plan(config.load(recipe), ["acam"], 1, tmp_path)
+    assert run_trials(trials, [0], tmp_path, lambda _: [sys.executable, "-c", end], end=None, jobs=1) == []
+    assert run_trials(trials, [0], tmp_path, lambda _: ["false"], end=None, jobs=1) == trials[:1]
 
 
 def test_a_class_may_be_called_like_a_mask(recipe: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def compare(
     failed: list[Trial] = []
     for tuning in (True, False):  # a method's setting is known only after its tuning trials
         trials = plan(recipe, methods, seeds, results)
-        untuned = set() if tuning else {trial.method for trial in failed}
+        untuned = set() if tuning else {trial.method for trial in trials if trial.tuning and not trial.read(results)}
         due = [
             number for number, trial in enumerate(trials)
             if trial.tuning is tuning and trial.method not in untuned and trial.read(results) is None
@@ -179,7 +179,7 @@ def run_trials(
         jobs: Trials that run at the same time.
 
     Returns:
-        The trials that failed.
+        The trials that failed. One that was stopped from outside is not among them: the next run goes on with it.
     """
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     failed: list[Trial] = []
@@ -189,6 +189,8 @@ def run_trials(
 
     def run(number: int) -> None:
         trial = trials[number]
+        if stopping.is_set():
+            return
         expected = expected_seconds(trial, trials, results) or 0.0
         if end is not None and time.monotonic() + expected > end:
             log.info("%s is left out: about %s would pass the time", trial.name, timedelta(seconds=round(expected)))
@@ -207,6 +209,9 @@ def run_trials(
             code = process.wait()
             running.remove(process)
         found = trial.read(results)
+        if stopping.is_set() or code in (TERMINATED, -signal.SIGTERM):
+            log.warning("%s was stopped; the next run goes on with it", trial.name)
+            return
         if code or found is None:
             failed.append(trial)
             log.error("%s failed (exit code %d): %s", trial.name, code, file)
@@ -220,10 +225,12 @@ def run_trials(
         )  # fmt: skip
 
     running: set[subprocess.Popen[bytes]] = set()
+    stopping = threading.Event()
     with ThreadPoolExecutor(jobs) as pool, _ending_on_sigterm():
         try:
             list(progress(pool.map(run, due), "trials", total=len(due), unit=" trials"))
         except BaseException:  # otherwise they would outlive this process
+            stopping.set()
             for process in tuple(running):
                 process.terminate()
             raise

@@ -91,6 +91,11 @@ class Trial:
         del content["name"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
+    @property
+    def folder(self) -> Path:
+        """Its run folder, beside the recipe's other runs; it keeps the weights of the epoch that validated best."""
+        return default_folder(self.recipe, "compare") / f"{self.name}-{self.key}"
+
     def read(self, results: Path) -> dict[str, Any] | None:
         """Content of the finished trial, from its JSON or a table; None unless it was run with this recipe."""
         file = results / f"{self.name}.json"
@@ -99,13 +104,13 @@ class Trial:
         return next((found for found in both if found and found["recipe"] == self.key), None)
 
     def run(self, results: Path) -> None:
-        """Train or resume, and write the trial's JSON; the run folder stays beside the recipe's other runs."""
+        """Train or resume, and write the trial's JSON; the run folder stays."""
         from acamkd.engine.metrics import METRICS
         from acamkd.jobs.evaluate import evaluate
         from acamkd.jobs.shared import SharedWork
         from acamkd.jobs.train import distill, train
 
-        folder = default_folder(self.recipe, "compare") / f"{self.name}-{self.key}"
+        folder = self.folder
         asked, recipe = self.recipe.compare, self.recipe.model_copy(update={"compare": config.Comparison()})
         shared = None if asked.cache is None else SharedWork(
             default_folder(recipe, "cache"), asked.cache, half=asked.cache_precision == "float16"

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -63,7 +63,7 @@ class ACAM(FeatureLoss):
         weight: alpha, factor of L_c and L_s.
         diversity_weight: lambda, factor of L_div.
         query: Whose feature map is the query; the other's is key and value. `teacher` is the paper.
-        masks: `spatial`, `channel` or `both` (the paper); or a list of the first two.
+        masks: `spatial`, `channel` or `both` (the paper).
         mask_source: What the masks come from. `cooperative`: both networks. `teacher`: the teacher alone. `fixed`:
             tokens that `acamkd tokens RECIPE` learned, without fusion. `random`: the method, untrained and frozen.
             `uniform`: all ones, so that each term is the plain mean of the distance, without diversity.
@@ -101,7 +101,7 @@ class ACAM(FeatureLoss):
         weight: float = 1.0,
         diversity_weight: float = 1.0,
         query: Literal["teacher", "student"] = "teacher",
-        masks: Literal["spatial", "channel", "both"] | Sequence[str] = "spatial",
+        masks: Literal["spatial", "channel", "both"] = "spatial",
         mask_source: Literal["cooperative", "teacher", "fixed", "random", "uniform"] = "cooperative",
         mask_grad: Literal["look_ahead", "joint", "detached", "task"] = "look_ahead",
         imitation: Literal["squared", "standardized", "softmax", "correlation"] = "standardized",
@@ -115,13 +115,10 @@ class ACAM(FeatureLoss):
     ) -> None:
         super().__init__(student_channels, teacher_channels)
         check_choices(
-            ACAM.__init__, query=query, mask_source=mask_source, mask_grad=mask_grad, imitation=imitation,
+            ACAM.__init__, query=query, masks=masks, mask_source=mask_source, mask_grad=mask_grad, imitation=imitation,
             diversity=diversity, on_mask_collapse=on_mask_collapse,
         )  # fmt: skip
-        listed = (masks,) if isinstance(masks, str) else tuple(masks)
-        self.kinds = Masks._fields if masks == "both" else listed
-        if not self.kinds or not set(self.kinds) <= set(Masks._fields):
-            raise ValueError(f"masks must be 'spatial', 'channel' or 'both', or a list of the first two, not {masks!r}")
+        self.kinds: tuple[str, ...] = Masks._fields if masks == "both" else (masks,)
         if tokens is not None and mask_source != "fixed":
             raise ValueError(f"tokens belong to mask_source='fixed', not to {mask_source!r}")
         if num_masks < 1:
