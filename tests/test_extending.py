@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -16,6 +17,8 @@ import tiny
 from acamkd import config, data
 from acamkd.errors import AcamkdError
 from acamkd.jobs.export.onnx_model import OnnxModel
+from acamkd.jobs.pretrain import ImagesAlone, pretrain
+from acamkd.models.base import VOID
 
 GUIDES = Path(__file__).parents[1] / "docs/guides"
 
@@ -79,6 +82,14 @@ def test_the_network_of_the_page_distills(tmp_path: Path, monkeypatch: pytest.Mo
     run = acamkd.distill(config.parse({**raw, **yaml.safe_load(block)}), out=tmp_path / "run")
     assert run.load().get_submodule("net.0").out_channels == 8
     assert "2/cwd/channel" in (run.folder / "history.csv").read_text(encoding="utf-8").splitlines()[0]
+    model, image = run.load(), torch.randint(256, (3, 8, 8), dtype=torch.uint8)
+    void = {"mask": torch.full((8, 8), VOID)}
+    batch, floats = (model.prepare([given], [void]) for given in (image, image.float() / 255))
+    torch.testing.assert_close(batch.pixels, floats.pixels)
+    assert model.loss(model(batch), batch)["cross_entropy"] == 0
+    monkeypatch.setattr(ImagesAlone, "check", lambda _: pytest.fail("it looked at the images"))
+    with pytest.raises(AcamkdError, match="TinySegmenter does not say which part of its network is the backbone"):
+        pretrain(config.parse({**raw, **yaml.safe_load(block)}), out=tmp_path / "pretrained")
 
 
 @pytest.mark.slow

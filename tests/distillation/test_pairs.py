@@ -11,7 +11,8 @@ import torch
 
 from acamkd.config import Loss, Model
 from acamkd.distillation.build import build_distiller
-from acamkd.distillation.pairs import resolve_pairs
+from acamkd.distillation.pairs import blank_batch, propose, resolve_pairs
+from acamkd.distillation.taps import probe
 from acamkd.errors import AcamkdError
 from acamkd.models import build, build_teacher
 from acamkd.models.base import Task
@@ -85,6 +86,21 @@ def test_segmenters_of_other_classes_compare_features() -> None:
     assert "decoder" in loss.pairs
     assert "encoder:0" not in loss.pairs  # the image itself
     assert not any("head" in str(pair) for pair in loss.pairs)
+
+
+@pytest.mark.parametrize("level", [3, 4])
+def test_logits_are_no_encoder_map_with_as_many_channels(level: int) -> None:
+    """The head of a Unet gives them at stride 1."""
+    batch = blank_batch(network("unet", student=True))
+    (x,) = probe(network("unet", student=True), [f"encoder:{level}"], batch).values()
+    classes = x.shape[1]
+    student = network("unet", classes, student=True)
+    assert propose(network("fpn", classes), student) == [("segmentation_head", "segmentation_head.0")]
+    assert any(f"encoder:{level}" in pair for pair in propose(network("fpn", 7), student))
+    by_chance = Loss(name="fitnet", pairs=((f"encoder:{level}", "segmentation_head.0"),))
+    build_distiller(student, network("fpn", 7), [by_chance])
+    with pytest.raises(AcamkdError, match=r"segmentation_head are classes, but the teacher has 7"):
+        build_distiller(student, network("fpn", 7), [Loss(name="cwd", pairs=("segmentation_head",))])
 
 
 def test_heads_need_no_pairs_and_given_ones_stay() -> None:

@@ -9,6 +9,7 @@ import yaml
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+import tiny
 import tiny_recipes
 from acamkd import cli, config
 from acamkd.distillation.pairs import Layer, blank_batch, layers, propose
@@ -83,6 +84,13 @@ def test_pairs_are_of_one_stride_or_the_logits(teacher: str, student: str, pairs
     assert loss.get("num_masks") == (None if networks[1].task == "detection" else 19)
     assert loss["gradient_ratio"] == {"detection": 4, "segmentation": 8}[networks[1].task]
     assert as_losses(pairs, networks[1], all_labeled=True) == [{**loss, "gradient_ratio": 0.5}]
+
+
+def test_a_teacher_needs_no_more_than_a_forward(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    stripes = config.Model(arch="models.test_timm_features:Stripes")
+    found = inspect(recipe.model_copy(update={"teacher": stripes}))
+    assert found.networks == ("Conv2d", "FPN")
 
 
 def test_the_classes_are_those_of_the_format_that_is_found(tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ def test_a_detector_and_unlabeled_images(
     assert 0 <= run.metrics["backbone"]["kNN"] <= 100
     assert "4 images to learn from, without labels; judged on 4 others" in caplog.text
     assert "weight: auto: there is no task to compare with" in caplog.text
+    assert "4 of 4 validation images are training images too" in caplog.text
     assert "conv_stem.weight" in load_file(run.weights)
 
 
@@ -125,7 +126,15 @@ def test_a_detector_and_unlabeled_images(
     ("change", "message"),
     [
         ({"teacher": None, "losses": []}, "needs a `teacher` section and `losses` to pretrain"),
-        ({"losses": [{"name": "acam", "pairs": COSINE["pairs"]}]}, "acam: its masks learn from the task's loss"),
+        (
+            {"losses": [{"name": "acam", "pairs": COSINE["pairs"]}]},
+            "acam: its masks learn from the task's loss, and pre"
+            ".* set mask_source to uniform or mask_grad to detached, or take cosine",
+        ),
+        (
+            {"losses": [{"name": "acam", "pairs": COSINE["pairs"], "mask_grad": "joint"}]},
+            "acam: its masks learn to make the loss itself small, and without a task .* set mask_source to uniform",
+        ),
         ({"losses": [{**COSINE, "stop_epoch": 1}]}, "stop_epoch: in pretraining nothing else is learned"),
         ({"losses": [{"name": "cwd", "pairs": [["segmentation_head.0", "levels:0"]]}]}, None),
     ],
@@ -143,8 +152,13 @@ def test_what_cannot_be_learned_without_labels(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_head_stays_as_it_was(root: Path, tmp_path: Path) -> None:
+def test_the_head_stays_as_it_was(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tiny.write_data(tmp_path / "data")
+    for number in range(2, 5):
+        (root / f"images/val/{number:05}.jpg").unlink()
+        (root / f"masks/val/{number:05}.png").unlink()
     run = pretrain(config.parse(raw(root, epochs=1)), out=tmp_path / "run")
+    assert "kNN is undefined: no class has objects in two of the validation images" in caplog.text
     state = torch.load(run.checkpoint, weights_only=False)["state_dict"]
     torch.manual_seed(0)
     fresh = models.build(config.Model(**tiny.FPN), "segmentation", 6).net.state_dict()

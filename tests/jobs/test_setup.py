@@ -10,13 +10,22 @@ import pytest
 import torch
 
 import tiny
-from acamkd import config
-from acamkd.engine.runs import write_json
+from acamkd import config, models
+from acamkd.engine.runs import Run, write_json
 from acamkd.errors import AcamkdError
 from acamkd.jobs.compare.trials import plan
 from acamkd.jobs.doctor import examine
 from acamkd.jobs.examine_data import examine_data
-from acamkd.jobs.setup import ALL_LABELED, Batches, build_network, describe_data, describe_lead, score_of_run
+from acamkd.jobs.pretrain import ImagesAlone
+from acamkd.jobs.setup import (
+    ALL_LABELED,
+    Batches,
+    build_network,
+    describe_data,
+    describe_lead,
+    score_of_run,
+    with_normalization,
+)
 from acamkd.models.base import Task, TaskModel
 from acamkd.models.segmentation import Segmenter
 
@@ -102,6 +111,36 @@ def test_large_photographs_may_be_decoded_smaller(task: Task, cache: str, tmp_pa
     assert small.splits["val"][0][0].shape == (3, side, side)
     with pytest.raises(AcamkdError, match=r"decode: reduced needs `resize`, and no `augment.crop`"):
         config.override(recipe, ["data.decode=reduced"])
+
+
+def test_normalization_follows_the_weights_of_a_run(tmp_path: Path) -> None:
+    """For a pretrained backbone and a whole network; the recipe's own statistics win."""
+    recipe = tiny.recipe(tmp_path)
+    half, tenth = (0.5, 0.5, 0.5), (0.1, 0.1, 0.1)
+    trained = recipe.model_copy(update={"student": recipe.student.model_copy(update={"mean": half, "std": half})})
+    run = Run(tmp_path / "pretrained", trained, "backbone")
+    with run.entered(resume=False, overwrite=False):
+        network = build_network(trained, trained.student, ("a", "b"))
+    models.save_weights(network.backbone, run.weights)
+    models.save_weights(network.net, run.folder / "student.safetensors")
+    for given in ({"backbone_weights": str(run.weights)}, {"weights": str(run.folder / "student.safetensors")}):
+        section = recipe.student.model_copy(update={**given, "std": tenth})
+        model = build_network(recipe, section, ("a", "b"))
+        assert model.mean.flatten().tolist() == [0.5] * 3
+        kept = with_normalization(recipe, section, model)
+        assert (kept.mean, kept.std) == (half, tenth)
+    elsewhere = recipe.student.model_copy(update={"backbone_weights": str(tmp_path / "backbone.safetensors")})
+    run.weights.rename(tmp_path / "backbone.safetensors")
+    assert build_network(recipe, elsewhere, ("a", "b")).mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    assert with_normalization(recipe, elsewhere, network) == elsewhere
+
+
+def test_batches_go_to_a_gpu_from_pinned_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny.recipe(tiny.write_data(tmp_path))
+    monkeypatch.setattr("acamkd.jobs.setup.device_of", lambda _: torch.device("cuda"))
+    for loaders in (Batches(recipe), ImagesAlone(recipe)):
+        assert loaders.mixed.pin_memory
+        assert loaders.val.pin_memory
 
 
 def test_what_a_network_cannot_do_is_said_before_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

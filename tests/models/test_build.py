@@ -66,7 +66,11 @@ def test_a_module_becomes_a_segmenter(caplog: pytest.LogCaptureFixture) -> None:
         _ = model.backbone
 
 
-def test_a_task_model_is_used_as_it_is() -> None:
+def test_a_task_model_is_used_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(AcamkdError, match=r"std: own_models:ready returns a Segmenter, which has its own std, \["):
+        from_factory("ready", "segmentation", std=(1, 1, 1))
+    build(Model(arch="own_models:ready"), "segmentation", 3, (32, 32))
+    assert "data.resize has no effect on own_models:ready: its own `prepare` decides" in caplog.text
     assert type(from_factory("ready", "segmentation").net).__name__ == "Unet"
     with pytest.raises(AcamkdError, match="gives a network for segmentation, but the recipe's task is detection"):
         from_factory("ready", "detection")

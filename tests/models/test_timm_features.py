@@ -146,3 +146,9 @@ def test_a_factory_may_give_one() -> None:
     with pytest.raises(AcamkdError, match="Stripes has no head, and only a teacher can do without"):
         build(section, "segmentation", 3)
     assert not issubclass(Stripes, TaskModel)
+    assert (Stripes(3).net_name, make(MOBILENET).net_name) == ("Conv2d", "MobileNetV3Features")
+    with pytest.raises(AcamkdError, match=r"Stripes does not say which .* need a class that defines `backbone`"):
+        build_teacher(section.model_copy(update={"backbone_weights": "file.safetensors"}), "segmentation", 3)
+    with pytest.raises(AcamkdError, match=r"mean: .*:Stripes returns a Stripes, which has its own mean, \[0.0, 0.0"):
+        build_teacher(section.model_copy(update={"mean": (0.5, 0.5, 0.5)}), "segmentation", 3)
+    build_teacher(section.model_copy(update={"std": (1.0, 1.0, 1.0)}), "segmentation", 3)

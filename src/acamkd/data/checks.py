@@ -203,7 +203,7 @@ def _absent_classes(train: ImageDataset, val: ImageDataset) -> list[str]:
         for split, dataset in (("training", train), ("validation", val))
         if dataset.counts is not None
     }
-    unit = UNIT[train.TASK]
+    unit = UNIT[val.TASK]
     if missing := absent.get("training"):
         reason = train.why_absent(train.counts) if train.counts is not None else ""
         warnings.append(

@@ -9,6 +9,7 @@ from torch import Tensor, distributed
 from torch.utils.data import Sampler
 
 from acamkd.data.dataset import seed_of
+from acamkd.losses.processes import is_distributed
 
 TOGETHER = 4
 """Shards or row groups whose images are mixed with each other."""
@@ -18,9 +19,8 @@ class SeededSampler(Sampler[int]):
     """Shuffled keys of one epoch, which depend only on (seed, epoch).
 
     The sampler passes over the data set repeatedly, each time in a new order. An epoch is one pass, or the next
-    `length`
-    keys of every process. In a distributed run, every process takes an equal share of the common order. Lightning must
-    not shard it again (`Trainer(use_distributed_sampler=False)`), because its wrapper hides `set_epoch`.
+    `length` keys of every process. In a distributed run, every process takes an equal share of the common order.
+    Lightning must not shard it again (`Trainer(use_distributed_sampler=False)`), because its wrapper hides `set_epoch`.
 
     Args:
         n: Length of the data set.
@@ -95,6 +95,6 @@ class DistributedSequentialSampler(Sampler[int]):
 
 def rank_and_world_size() -> tuple[int, int]:
     """Rank of this process and number of processes."""
-    if distributed.is_available() and distributed.is_initialized():
+    if is_distributed():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1

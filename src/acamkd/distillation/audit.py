@@ -10,6 +10,7 @@ from torch import Tensor, distributed, nn
 
 from acamkd.distillation.split_backward import backward_scale, upstream_leaves
 from acamkd.errors import AcamkdError
+from acamkd.losses.processes import is_distributed
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ def parameters_below(net: nn.Module, maps: Mapping[str, Tensor]) -> dict[str, nn
 
 def _anywhere(found: Sequence[bool], device: torch.device) -> list[bool]:
     """Entry by entry, whether it holds in any of the processes that train together."""
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not is_distributed():
         return list(found)
     held = torch.tensor(found, dtype=torch.uint8, device=device)
     distributed.all_reduce(held, distributed.ReduceOp.MAX)

@@ -15,9 +15,9 @@ from acamkd import config
 from acamkd.distillation.distiller import Distiller, Pair
 from acamkd.distillation.fast_teacher import Precision
 from acamkd.distillation.methods import find, options
-from acamkd.distillation.pairs import resolve_pairs
+from acamkd.distillation.pairs import class_parts, resolve_pairs
 from acamkd.distillation.schedule import WeightSchedule
-from acamkd.distillation.taps import PROBE_SIZE, probe
+from acamkd.distillation.taps import PROBE_SIZE, layer_of, probe
 from acamkd.errors import AcamkdError
 from acamkd.losses.base import FeatureLoss, HeadLoss
 from acamkd.models.base import Batch, FeatureModel, TaskModel, head_of
@@ -124,17 +124,21 @@ def _build(
                 checked["tokens"] = _level_tokens(tokens, t_name)
             level = method(s_map.shape[1], t_map.shape[1], **checked)
             with_head = head_of(teacher) if level.needs_head or isinstance(teacher, TaskModel) else None
-            if with_head and _holds_classes(s_name, s_map, student) and _holds_classes(t_name, t_map, with_head):
-                _require_same_classes(f"the channels of {s_name} and {t_name} are classes", student, with_head)
+            if with_head and with_head.num_classes != student.num_classes:
+                both = ((s_name, s_map, student), (t_name, t_map, with_head))
+                if all(_holds_classes(name, x, model, batch) for name, x, model in both):
+                    _require_same_classes(f"the channels of {s_name} and {t_name} are classes", student, with_head)
             if with_head and level.teacher_task:
                 _require_same_classes("its masks learn from the teacher's own loss", student, with_head)
             built.append(((s_name, t_name), level))
     return built
 
 
-def _holds_classes(name: str, x: Tensor, model: TaskModel) -> bool:
-    """Whether a feature map is a network's logits."""
-    return "cls_logits" in name if model.task == "detection" else x.shape[1] == model.num_classes
+def _holds_classes(name: str, x: Tensor, model: TaskModel, batch: Batch) -> bool:
+    """Whether a feature map is a network's logits, and has not as many channels by chance."""
+    if model.task == "detection":
+        return "cls_logits" in name
+    return x.shape[1] == model.num_classes and layer_of(name).split(".")[0] in class_parts(model, batch)
 
 
 def _require_same_classes(why: str, student: TaskModel, teacher: TaskModel) -> None:

@@ -12,12 +12,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch._functorch import config as functorch_config
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from acamkd.distillation.taps import layer_of
+from acamkd.distillation.taps import keep_saved_tensors, layer_of
 from acamkd.losses.base import FeatureLoss
 
 log = logging.getLogger(__name__)
@@ -112,8 +111,7 @@ class CompiledNetwork:
     """
 
     def __init__(self, net: nn.Module, layers: Iterable[str], who: str, backend: str) -> None:
-        # Look-ahead and the audit differentiate a graph that they keep.
-        functorch_config.donated_buffer = False
+        keep_saved_tensors()
         self._net, self._who, self._backend = net, who, backend
         self._titles = {module: name for name, module in net.named_modules()}
         self._tapped = {net.get_submodule(layer_of(name)) for name in layers}

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import groupby
 from typing import Any, TypeAlias
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from acamkd.config import Loss
 from acamkd.distillation.methods import find
-from acamkd.distillation.taps import entries_of, probe
+from acamkd.distillation.taps import entries_of, layer_of, probe
 from acamkd.errors import AcamkdError
 from acamkd.losses.base import HeadLoss
 from acamkd.models.base import Batch, FeatureModel, TaskModel, keeping_modes
@@ -84,11 +85,6 @@ def _resolved(where: str, entry: Loss, proposal: Callable[[], Sequence[GivenPair
     return entry.model_copy(update={"pairs": pairs})
 
 
-def net_name(model: FeatureModel) -> str:
-    """Class name of a network of some framework."""
-    return type(model.net if isinstance(model, TaskModel) else model.backbone).__name__
-
-
 def blank_batch(student: TaskModel) -> Batch:
     """A black square image, as the student prepares it for both networks."""
     return student.prepare([torch.zeros(3, SIDE, SIDE, device=student.mean.device)])
@@ -98,9 +94,10 @@ def blank_batch(student: TaskModel) -> Batch:
 def layers(model: FeatureModel, batch: Batch) -> list[Layer]:
     """What of a network can be tapped, in the order in which it runs; of equal maps in a row the last.
 
-    Then the layers that the network itself calls comparable, where they lie deeper.
+    The layers that the network itself calls comparable are all among them.
     """
     found: list[Layer] = []
+    named = model.comparable_layers()
     calls: dict[str, int] = {}
 
     def record(name: str, module: nn.Module, output: Any) -> None:
@@ -111,14 +108,15 @@ def layers(model: FeatureModel, batch: Batch) -> list[Layer]:
                 padded = [-(-side // layer.stride) for side in batch.input_size]
                 if any(not UNPADDED * of <= own <= of for own, of in zip(x.shape[-2:], padded, strict=True)):
                     continue  # not in the shape of the image: queries
-                if found and (found[-1].channels, found[-1].stride) == (layer.channels, layer.stride):
+                last = found[-1] if found else None
+                if last and (last.channels, last.stride) == (layer.channels, layer.stride) and last.name not in named:
                     found.pop()
                 found.append(layer)
 
     handles = [
         module.register_forward_hook(lambda module, _inputs, output, name=name: record(name, module, output))
         for name, module in model.net.named_modules()
-        if name and name.count(".") < DEPTH
+        if name in named or (name and name.count(".") < DEPTH)
     ]
     try:
         with keeping_modes(model):
@@ -162,7 +160,7 @@ def propose(teacher: FeatureModel, student: TaskModel) -> list[GivenPair]:
         near = {min(levels[0], key=lambda own: abs(math.log(own / each))): each for each in levels[1]}
         return [_pair(levels[0][own], levels[1][each]) for own, each in near.items()]
     if not shared:
-        own, other = (f"{net_name(x)} {sorted(each)}" for x, each in zip((student, teacher), levels, strict=True))
+        own, other = (f"{x.net_name} {sorted(each)}" for x, each in zip((student, teacher), levels, strict=True))
         raise NoPairsError(f"the feature maps have no stride in common: the student {own}, the teacher {other}")
     names = student.comparable_layers()
     if names and names == teacher.comparable_layers() and len(shared) == len(levels[0]) == len(levels[1]) > 1:
@@ -176,17 +174,26 @@ def _features(model: FeatureModel, batch: Batch) -> list[Layer]:
     found = named or layers(model, batch)
     if not isinstance(model, TaskModel) or (named and model.task == "detection"):
         return found
-    logits = _logits(found, model)
-    return [
-        layer for layer in found
-        if (layer.channels, layer.stride) != (3, 1) and (logits is None or layer.channels != logits.channels)
-    ]  # fmt: skip
+    left_out = [*_class_maps(found, model), *(layer for layer in found if layer.name.startswith(AUXILIARY))]
+    return [layer for layer in found if (layer.channels, layer.stride) != (3, 1) and layer not in left_out]
 
 
 def _logits(found: Sequence[Layer], model: TaskModel) -> Layer | None:
-    """The last map with one channel per class before it is brought to the image's size, where it is."""
-    logits = [each for each in found if each.channels == model.num_classes and not each.name.startswith(AUXILIARY)]
+    """The last of the class maps before it is brought to the image's size, where it is."""
+    logits = _class_maps(found, model)
     return next((layer for layer in reversed(logits) if layer.stride > 1), logits[-1] if logits else None)
+
+
+def _class_maps(found: Sequence[Layer], model: TaskModel) -> list[Layer]:
+    """The last maps in a row with one channel per class; an earlier map may have as many channels by chance."""
+    ours = [layer for layer in found if not layer.name.startswith(AUXILIARY)]
+    runs = [list(run) for fits, run in groupby(ours, lambda layer: layer.channels == model.num_classes) if fits]
+    return runs[-1] if runs else []
+
+
+def class_parts(model: TaskModel, batch: Batch) -> set[str]:
+    """The parts of a segmenter, by their names in it, that give one channel per class."""
+    return {layer_of(layer.name).split(".")[0] for layer in _class_maps(layers(model, batch), model)}
 
 
 def _pair(ours: Layer, theirs: Layer) -> GivenPair:

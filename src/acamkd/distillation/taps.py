@@ -285,11 +285,16 @@ def _hooked_for_good(module: nn.Module) -> list[_Record]:
     if module not in _RECORDS:
         _RECORDS[module] = []
         module.register_forward_hook(torch.compiler.disable(_call_records))  # type: ignore[no-untyped-call]
-        # What was compiled so far knows of no hook; and look-ahead and the audit differentiate a graph that they keep,
-        # which compiled backwards refuse where they may overwrite what the forward saved.
-        torch._dynamo.reset()
-        torch._functorch.config.donated_buffer = False
+        torch._dynamo.reset()  # what was compiled so far knows of no hook
+        keep_saved_tensors()
     return _RECORDS[module]
+
+
+def keep_saved_tensors() -> None:
+    """Let compiled backwards overwrite nothing: look-ahead and the audit differentiate a graph that they keep."""
+    from torch._functorch import config
+
+    config.donated_buffer = False
 
 
 def _call_records(module: nn.Module, _: Any, output: Any) -> Any:

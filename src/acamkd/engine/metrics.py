@@ -18,6 +18,7 @@ from acamkd.config import Recipe
 from acamkd.data.samplers import rank_and_world_size
 from acamkd.distillation.distiller import Distiller
 from acamkd.errors import AcamkdError
+from acamkd.losses.processes import is_distributed
 from acamkd.models.base import VOID, Prediction, Target, Task, TaskModel, keeping_modes, to_device
 from acamkd.progress import progress
 
@@ -45,10 +46,12 @@ class Validator(nn.Module, ABC):
     Attributes:
         metric: Name of the deciding metric; higher is better.
         classes: Class names in the order of their ids.
+        why_undefined: What the images lack where that metric is NaN, and what to do.
     """
 
     metric: str
     classes: tuple[str, ...]
+    why_undefined: str
 
     @abstractmethod
     def see(self, distiller: Distiller, images: Sequence[Tensor], targets: Sequence[Target]) -> None:
@@ -80,6 +83,10 @@ class Scorer(Validator):
     Raises:
         AcamkdError: Segmentation with a single class.
     """
+
+    why_undefined = (
+        "in the validation images every pixel is void, or every box a crowd: check data.val and data.ignore_index"
+    )
 
     def __init__(self, task: Task, classes: Sequence[str], max_detections: int = MAX_DETECTIONS) -> None:
         super().__init__()
@@ -186,7 +193,7 @@ def score(
 
 def gathered(own: T) -> list[T]:
     """Gather a value of every process, in the order of their ranks; a single process gets a list of one."""
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not is_distributed():
         return [own]
     everything: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(everything, own)

@@ -43,6 +43,7 @@ class NearestNeighbors(Validator):
     """
 
     metric = "kNN"
+    why_undefined = "no class has objects in two of the validation images: add images to data.val"
 
     def __init__(self, classes: Sequence[str]) -> None:
         super().__init__()
@@ -103,11 +104,13 @@ class NearestNeighbors(Validator):
 class HeldOutLoss(Validator):
     """The distillation loss on held-out images, where there are no labels.
 
-    `alignment` is 0 where student and teacher agree, and minus 100 times the loss elsewhere: of `cosine` with weight 1,
-    how much percent of the similarity are missing. It does not say whether the features are of use.
+    `alignment` is minus 100 times the loss with all its terms: of `cosine` with weight 1, the missing similarity in
+    percent. It is 0 where student and teacher agree, unless a term has nothing to do with that, such as the diversity
+    of ACAM's masks. It does not say whether the features are of use.
     """
 
     metric = "alignment"
+    why_undefined = "the loss on the validation images is not finite"
 
     def __init__(self) -> None:
         super().__init__()

@@ -139,8 +139,7 @@ class Recorder(Callback):
         epoch, scores, pl_module.scores = trainer.current_epoch + 1, pl_module.scores, {}
         losses = _means(gathered(self.sums))
         if scores and math.isnan(scores[self.metric]):
-            log.warning("%s is undefined: in the validation images every pixel is void, or every box a crowd: check "
-                        "data.val and data.ignore_index", self.metric)  # fmt: skip
+            log.warning("%s is undefined: %s", self.metric, pl_module.validator.why_undefined)
         if scores:
             self._log(trainer, {"epoch": trainer.current_epoch, **scores}, self.step - 1)
         self._log(trainer, {}, self.step - 1, more={f"{name}_epoch": value for name, value in losses.items()})

@@ -33,6 +33,7 @@ from acamkd.engine.unreached import Unreached
 from acamkd.errors import AcamkdError
 from acamkd.jobs.setup import Loaders, describe_lead
 from acamkd.jobs.shared import SharedWork
+from acamkd.losses.processes import is_distributed
 from acamkd.progress import is_first_process, shows_progress
 from acamkd.report.run import REPORT, write_report
 
@@ -117,7 +118,7 @@ def fit(
             trainer.fit(module, batches.mixed, batches.val, ckpt_path=checkpoint)
         if teacher is not None and hash_of(distiller.teacher.net) != teacher.sha256:
             raise RuntimeError("the teacher changed during training")
-        if distributed.is_available() and distributed.is_initialized():
+        if is_distributed():
             distributed.destroy_process_group()  # the rest runs in the first process only
         if not is_first:
             return run

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from acamkd import config, data, models
 from acamkd.data.build import AUTO, reader_of
-from acamkd.distillation.pairs import SIDE, GivenPair, Layer, NoPairsError, blank_batch, layers, net_name, propose
+from acamkd.distillation.pairs import SIDE, GivenPair, Layer, NoPairsError, blank_batch, layers, propose
 from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
 from acamkd.jobs.init.layout import quiet
@@ -92,7 +92,7 @@ def inspect(
         networks = of_names(str(recipe), student)
     teacher, learner = networks
     batch = blank_batch(learner)
-    names = (net_name(teacher), net_name(learner))
+    names = (teacher.net_name, learner.net_name)
     try:
         losses = as_losses(propose(*networks), learner, all_labeled, headless=not isinstance(teacher, TaskModel))
     except NoPairsError as error:
@@ -133,7 +133,8 @@ def _parse(name: str) -> config.Model:
 
 
 def _build(section: config.Model, task: Task, classes: int, size: PixelSize = (SIDE, SIDE)) -> TaskModel:
-    return models.build(_blank(section), task, classes, size).eval()
+    with quiet("acamkd.models"):  # the size is not the recipe's
+        return models.build(_blank(section), task, classes, size).eval()
 
 
 def _build_teacher(section: config.Model, task: Task, classes: int, size: PixelSize = (SIDE, SIDE)) -> FeatureModel:

@@ -40,37 +40,23 @@ class ImagesAlone(Loaders):
     """
 
     def __init__(self, recipe: config.Recipe) -> None:
-        train, seed = recipe.train, recipe.train.seed
-        source = data.resolve(recipe.data, recipe.task)
+        seed, source = recipe.train.seed, data.resolve(recipe.data, recipe.task)
         learned = (
             data.build(source, recipe.task, "train", seed=seed, augment=True)
             if source.unlabeled is None
             else data.build_unlabeled(source, recipe.task, seed=seed)
         )
-        judged = data.build(source, recipe.task, "val", seed=seed, augment=False)
-        self.splits = {"train": learned, "val": judged}
-        self.classes = judged.classes
-        self.mixed = data.loader(
-            learned, train.batch_size, recipe.data.workers, shuffle=True, seed=seed,
-            batches=train.steps_per_epoch and train.steps_per_epoch * train.accumulate,
-        )  # fmt: skip
-        self.val = data.loader(judged, train.batch_size, recipe.data.workers, shuffle=False, seed=seed)
-        self._reduce_decoding(source)
+        super().__init__(recipe, source, learned)
         self.validator = NearestNeighbors(self.classes) if self.classes else HeldOutLoss()
-        self.resolved = recipe.model_copy(update={"data": source.model_copy(update={"classes": self.classes})})
 
     def check(self) -> None:
-        """Check every image, and compute a fingerprint of each split."""
-        for name, split in self.splits.items():
-            for warning in data.check(split, self.resolved.data.check):
-                log.warning("%s data: %s", name, warning)
-        self.fingerprint = {name: split.fingerprint() for name, split in self.splits.items()}
-        self._keep_decoded()
-        learned, judged = (len(split) for split in self.splits.values())
+        """As of every training; then say what judges."""
+        super().check()
         log.info(
             "%d images to learn from, without labels; judged on %d others by %s",
-            learned, judged, "nearest neighbors of their objects" if self.classes else "the loss: there are no labels",
-        )  # fmt: skip
+            *map(len, self.splits.values()),
+            "nearest neighbors of their objects" if self.classes else "the loss: there are no labels",
+        )
 
 
 def pretrain(
@@ -117,11 +103,12 @@ def pretrain(
     if any(entry.is_auto for entry in recipe.losses):
         log.info("weight: auto: there is no task to compare with, so the method's own weight stays")
     losses = resolve_pairs(student, teacher, [uncalibrated(entry) for entry in recipe.losses])
-    _check_losses(dry_build(student, teacher, losses).distiller, losses)
+    built = dry_build(student, teacher, losses).distiller
+    _check_losses(built, losses)
+    _freeze(built)
     images.check()
     distiller = build_distiller(student, teacher, losses, section.precision)
-    _freeze(distiller)
-    used = {"teacher": section, "student": with_normalization(recipe.student, student), "losses": losses}
+    used = {"teacher": section, "student": with_normalization(recipe, recipe.student, student), "losses": losses}
     run = Run(folder, images.resolved.model_copy(update=used), "backbone")
     done = fit(
         run, distiller, images, resume=resume, overwrite=overwrite, module_of=PretrainingModule,
@@ -139,10 +126,15 @@ def _check_losses(distiller: Distiller, entries: Sequence[config.Loss]) -> None:
             raise AcamkdError(f"{name} compares heads, and pretraining has none: take cosine, pkd, fitnet or another")
         if loss.needs_targets:
             raise AcamkdError(f"{name} needs labels, and pretraining has none: take cosine, pkd, fitnet or another")
-        if "task_gradient" in loss.needs:
+        if "task_gradient" in loss.needs or loss.masks_minimize:
+            why = (
+                "learn to make the loss itself small, and without a task nothing holds them up"
+                if loss.masks_minimize
+                else "learn from the task's loss, and pretraining has none"
+            )
             raise AcamkdError(
-                f"{name}: its masks learn from the task's loss, and pretraining has none: set mask_grad to joint, or "
-                "take cosine, pkd, fitnet or another"
+                f"{name}: its masks {why}: set mask_source to uniform or mask_grad to detached, or take cosine, pkd, "
+                "fitnet or another"
             )
     if any(entry.stop_epoch is not None for entry in entries):
         raise AcamkdError("stop_epoch: in pretraining nothing else is learned, so that no loss can stop before the end")
@@ -151,8 +143,8 @@ def _check_losses(distiller: Distiller, entries: Sequence[config.Loss]) -> None:
 def _freeze(distiller: Distiller) -> None:
     """Leave only what the losses reach to be trained, and say what of it the file will not hold."""
     student = distiller.student
-    trained = freeze_beyond(distiller, PROBE_SIZE)
     kept = {id(parameter) for parameter in student.backbone.parameters()}
+    trained = freeze_beyond(distiller, PROBE_SIZE)
     outside = [name for name in trained if id(student.net.get_parameter(name)) not in kept]
     if len(outside) == len(trained):
         raise AcamkdError(f"no loss reaches the student's backbone, only {outside[0]} and the like: tap other layers")

@@ -51,22 +51,22 @@ def teacher_section(recipe: config.Recipe) -> config.Model:
     )
 
 
-def with_normalization(section: config.Model, model: TaskModel) -> config.Model:
-    """Add the normalization statistics of a downloaded backbone to a network's section.
+def with_normalization(recipe: config.Recipe, section: config.Model, model: TaskModel) -> config.Model:
+    """Add the normalization statistics of a downloaded backbone, or of the run that its weights are from, to a section.
 
-    A later load of the trained weights downloads nothing and could not know them.
+    A later load of the trained weights reads neither and could not know them.
     """
     if section.weights is not None or section.backbone_weights != "imagenet":
-        return section
+        return with_normalization_of_run(recipe, section)
     mean, std = ([float(f"{value:.9g}") for value in x.flatten().tolist()] for x in (model.mean, model.std))  # exact
     return section.model_copy(update={"mean": section.mean or tuple(mean), "std": section.std or tuple(std)})
 
 
 def with_normalization_of_run(recipe: config.Recipe, section: config.Model) -> config.Model:
-    """Add the normalization statistics that a run has kept to a teacher's section, if its weights are from a run."""
-    assert section.weights is not None
-    file = Path(section.weights)
-    if not Run(file.parent, recipe, "teacher").has_begun:
+    """Add the normalization statistics that a run has kept to a network's section, if its weights are from a run."""
+    given = section.weights or section.backbone_weights or "imagenet"
+    file = Path(given)
+    if given == "imagenet" or not Run(file.parent, recipe, "teacher").has_begun:
         return section
     trained = config.load(file.parent / RECIPE)
     own = trained.teacher if file.stem == "teacher" else trained.student
@@ -119,17 +119,64 @@ def score_of_run(recipe: config.Recipe, section: config.Model) -> float | None:
 
 
 class Loaders:
-    """What a training reads: `mixed` to learn from, `val` to be judged by `validator`."""
+    """Data loaders of a training, for use after `check`.
 
-    splits: dict[str, ImageDataset]
+    Args:
+        recipe: Of the training.
+        source: Its `data`, resolved.
+        train: Images to learn from.
+        unlabeled: More of them, each beside one of `train`.
+    """
+
     mixed: data.ImageLoader
+    """What is learned from: `train`, with the unlabeled images."""
     val: data.ImageLoader
+    """What `validator` judges."""
     validator: Validator
     resolved: config.Recipe
     """The recipe, with what was found out about its data."""
     fingerprint: dict[str, str]
     """Fingerprint of each split; known after the images were checked."""
-    unlabeled: ImageDataset | None = None
+
+    def __init__(
+        self, recipe: config.Recipe, source: config.Data, train: ImageDataset, unlabeled: ImageDataset | None = None
+    ) -> None:
+        seed, size, workers = recipe.train.seed, recipe.train.batch_size, source.workers
+        steps, accumulate = recipe.train.steps_per_epoch, recipe.train.accumulate
+        val = data.build(source, recipe.task, "val", seed=seed, augment=False)
+        self.splits, self.unlabeled, self.classes = {"train": train, "val": val}, unlabeled, val.classes
+        for split in self.splits.values():
+            if split.problems:
+                data.check(split, source.check)  # which reports them together with problems of the images
+        pin = device_of(recipe.train).type == "cuda"
+        self._shuffled = partial(
+            data.loader, batch_size=size, workers=workers, shuffle=True, seed=seed, pin=pin,
+            batches=steps and steps * accumulate,
+        )  # fmt: skip
+        self.mixed = self._shuffled(data.WithUnlabeled(train, unlabeled) if unlabeled is not None else train)
+        self.val = data.loader(val, size, workers, shuffle=False, seed=seed, pin=pin)
+        if source.decode == "reduced":
+            for images in self.training_images.values():
+                images.least_size = partial(frame_size, resize=source.resize, whole=math.ceil)
+        self.resolved = recipe.model_copy(update={"data": source.model_copy(update={"classes": self.classes})})
+
+    def check(self) -> None:
+        """Check every image, and compute a fingerprint of each split.
+
+        This can take minutes, so networks and losses should be checked first.
+        """
+        source, every = self.resolved.data, self.splits | self.training_images
+        for name, images in every.items():
+            for warning in data.check(images, source.check):
+                log.warning("%s data: %s", name, warning)
+        for warning in data.compare_splits(self.splits["train"], self.splits["val"], source, self.unlabeled):
+            log.warning("%s", warning)
+        self.fingerprint = {name: images.fingerprint() for name, images in every.items()}
+        if source.cache is not None:
+            folder = default_folder(self.resolved, "cache")
+            cache = MemoryCache() if source.cache == "ram" else DiskCache(folder)
+            for name, images in self.training_images.items():
+                images.cache = Shelf(cache, "decoded images", (self.identity(name), version("pillow")))
 
     @property
     def training_images(self) -> dict[str, ImageDataset]:
@@ -142,73 +189,29 @@ class Loaders:
         used = self.resolved.data.model_dump_json(include=set(DATA_KEYS))
         return f"{name} {self.fingerprint[name]} {self.resolved.task} {used}"
 
-    def _reduce_decoding(self, source: config.Data) -> None:
-        if source.decode == "reduced":
-            for images in self.training_images.values():
-                images.least_size = partial(frame_size, resize=source.resize, whole=math.ceil)
-
-    def _keep_decoded(self) -> None:
-        recipe = self.resolved
-        for name, images in self.training_images.items():
-            if recipe.data.cache is not None:
-                folder = default_folder(recipe, "cache")
-                cache = MemoryCache() if recipe.data.cache == "ram" else DiskCache(folder)
-                images.cache = Shelf(cache, "decoded images", (self.identity(name), version("pillow")))
-
 
 class Batches(Loaders):
-    """Data loaders of a recipe, for use after `check`; `mixed` is `train` with unlabeled images, if there are any."""
+    """Data loaders of a recipe; `mixed` is `train` with unlabeled images, if there are any and they are asked for."""
 
     def __init__(self, recipe: config.Recipe, *, with_unlabeled: bool = False) -> None:
-        seed, size, workers = recipe.train.seed, recipe.train.batch_size, recipe.data.workers
-        steps, accumulate = recipe.train.steps_per_epoch, recipe.train.accumulate
-        source = data.resolve(recipe.data, recipe.task)
-        self.splits = splits = {
-            split: data.build(source, recipe.task, split, seed=seed, augment=split == "train")
-            for split in ("train", "val")
-        }
-        for split in splits.values():
-            if split.problems:
-                data.check(split, recipe.data.check)  # which reports them together with problems of the images
-        data.check_same_classes(splits["train"], splits["val"])
-        self.classes = splits["train"].classes
-        pin = device_of(recipe.train).type == "cuda"
-        shuffled = partial(
-            data.loader, batch_size=size, workers=workers, shuffle=True, seed=seed, pin=pin,
-            batches=steps and steps * accumulate,
-        )  # fmt: skip
-        self.train = self.mixed = shuffled(splits["train"])
-        self.unlabeled, self.distills = None, with_unlabeled
-        if with_unlabeled and source.unlabeled is not None:
-            # It now serves only the calibration; loading processes of its own would idle afterwards.
-            self.train = shuffled(splits["train"], workers=0)
-            self.unlabeled = data.build_unlabeled(source, recipe.task, seed=seed)
-            self.mixed = shuffled(data.WithUnlabeled(splits["train"], self.unlabeled))
-        self._reduce_decoding(source)
-        self.val = data.loader(splits["val"], size, workers, shuffle=False, seed=seed, pin=pin)
+        seed, source = recipe.train.seed, data.resolve(recipe.data, recipe.task)
+        train = data.build(source, recipe.task, "train", seed=seed, augment=True)
+        is_mixed, self.distills = with_unlabeled and source.unlabeled is not None, with_unlabeled
+        unlabeled = data.build_unlabeled(source, recipe.task, seed=seed) if is_mixed else None
+        super().__init__(recipe, source, train, unlabeled)
+        data.check_same_classes(train, self.splits["val"])
+        # Beside `mixed` it serves only the calibration; loading processes of its own would idle afterwards.
+        self.train = self.mixed if unlabeled is None else self._shuffled(train, workers=0)
         self.validator = self.scorer = scorer_of(recipe, self.classes)
-        self.resolved = recipe.model_copy(update={"data": source.model_copy(update={"classes": self.classes})})
 
     def check(self) -> None:
-        """Check every image, and compute a fingerprint of each split.
-
-        This can take minutes, so networks and losses should be checked first.
-        """
-        how, source = self.resolved.data.check, self.resolved.data
-        for name, split in self.splits.items():
-            for warning in data.check(split, how):
-                log.warning("%s data: %s", name, warning)
-        for warning in data.compare_splits(self.splits["train"], self.splits["val"], source, self.unlabeled):
-            log.warning("%s", warning)
-        self.fingerprint = {name: split.fingerprint() for name, split in self.splits.items()}
+        """As of every training; then say how many images there are."""
+        super().check()
         if self.unlabeled is not None:
-            data.check(self.unlabeled, how)
-            self.fingerprint["unlabeled"] = self.unlabeled.fingerprint()
             log.info("%d unlabeled images, which only the distillation uses", len(self.unlabeled))
         elif self.distills:
             log.info("%s", ALL_LABELED)
         log.info("%s", describe_data(self.splits["train"], self.splits["val"]))
-        self._keep_decoded()
 
 
 DATA_KEYS = frozenset({
@@ -220,6 +223,7 @@ DATA_KEYS = frozenset({
 
 def build_network(recipe: config.Recipe, section: config.Model, classes: tuple[str, ...]) -> TaskModel:
     """Build a network that is to be trained from its section, which names the weights to load."""
+    section = with_normalization_of_run(recipe, section)
     # Seeded for each network, so that a student starts the same with and without a teacher.
     torch.manual_seed(recipe.train.seed)
     model = models.build(section, recipe.task, len(classes), recipe.data.resize)
@@ -227,7 +231,7 @@ def build_network(recipe: config.Recipe, section: config.Model, classes: tuple[s
     if recipe.train.optimizer.backbone_lr is not None:
         try:
             next(model.backbone.parameters(), None)
-        except (NotImplementedError, AcamkdError) as error:
+        except AcamkdError as error:
             raise AcamkdError(f"train.optimizer.backbone_lr: {error}; leave backbone_lr out") from error
     return model
 

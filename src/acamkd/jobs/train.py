@@ -95,7 +95,7 @@ def train(
         used["teacher"] = None
     else:  # only a student is meant to run in INT8
         used["train"] = recipe.train.model_copy(update={"quantize": None})
-    used[role] = with_normalization(section, model)
+    used[role] = with_normalization(recipe, section, model)
     batches.check()
     if shared is not None:
         shared.share_images(batches)
@@ -182,7 +182,7 @@ def distill(
     with data.reading(batches.train), moved_to(device_of(recipe.train), student, teacher):
         losses = calibrate(built, losses, batches.train)
     distiller = build_distiller(student, teacher, losses, section.precision)
-    used = {"teacher": section, "student": with_normalization(recipe.student, student), "losses": losses}
+    used = {"teacher": section, "student": with_normalization(recipe, recipe.student, student), "losses": losses}
     run = Run(folder, batches.resolved.model_copy(update=used), "student")
     return fit(
         run, distiller, batches, resume=resume, overwrite=overwrite, profile=profile, shared=shared,

@@ -71,6 +71,7 @@ class DistillationLoss(nn.Module, ABC):
         needs             fields of DistillationContext that it cannot work without
         needs_targets     whether it is left out for unlabeled images
         teacher_task      whether its masks learn from the teacher's own loss
+        masks_minimize    whether its masks learn to make this loss small
         needs_head        whether it cannot learn from a teacher without a head
         tokens            what it learns before the distillation
         masks             its masks, for the report
@@ -105,6 +106,11 @@ class DistillationLoss(nn.Module, ABC):
     @property
     def teacher_task(self) -> bool:
         """Whether the Distiller is to add the teacher's own loss on `masked` features, which trains the masks."""
+        return False
+
+    @property
+    def masks_minimize(self) -> bool:
+        """Whether its masks learn to make this loss itself small, so that without labels they collapse."""
         return False
 
     @property

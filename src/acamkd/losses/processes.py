@@ -8,9 +8,14 @@ import torch
 from torch import Tensor, distributed
 
 
+def is_distributed() -> bool:
+    """Whether this process is one of a group that trains together."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def mean_over_processes(figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Scalars by name, averaged over the processes that train together; all of them are to ask, with the same names."""
-    if not (figures and distributed.is_available() and distributed.is_initialized()):
+    if not (figures and is_distributed()):
         return dict(figures)
     values = torch.stack([figure.detach().float() for figure in figures.values()])
     distributed.all_reduce(values)

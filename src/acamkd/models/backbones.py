@@ -33,7 +33,28 @@ Norm: TypeAlias = Callable[[int], nn.Module]
 """Builds the normalization behind each convolution of a pyramid, from its channels."""
 
 
-class TimmWithFPN(nn.Module):
+class TimmMaps(nn.Module):
+    """A timm backbone of which some feature maps are used.
+
+    Args:
+        body: Made by `timm.create_model(..., features_only=True)`.
+        picks: Indices of the maps among what it gives.
+    """
+
+    def __init__(self, body: Any, picks: list[int]) -> None:
+        super().__init__()
+        self.body = body
+        self.picks = picks
+        self.channels_last = getattr(body, "output_fmt", "NCHW") == "NHWC"
+
+    def maps(self, pixels: Tensor) -> list[Tensor]:
+        """(N, 3, H, W) -> the maps, each (N, C, h, w)."""
+        maps = self.body(pixels)
+        picked = [maps[pick] for pick in self.picks]
+        return [x.permute(0, 3, 1, 2) for x in picked] if self.channels_last else picked
+
+
+class TimmWithFPN(TimmMaps):
     """A timm backbone under a feature pyramid, laid out as torchvision's BackboneWithFPN: `body`, `fpn`.
 
     Args:
@@ -45,22 +66,15 @@ class TimmWithFPN(nn.Module):
     """
 
     def __init__(self, body: Any, strides: Sequence[int], channels: int, top: Top, norm: Norm | None = None) -> None:
-        super().__init__()
         reductions = body.feature_info.reduction()
-        self.picks = [reductions.index(stride) for stride in strides]
-        self.channels_last = getattr(body, "output_fmt", "NCHW") == "NHWC"
-        self.body = body
+        super().__init__(body, [reductions.index(stride) for stride in strides])
         widths = [body.feature_info.channels()[pick] for pick in self.picks]
         self.fpn = FeaturePyramidNetwork(widths, channels, top(widths[-1]), norm)
         self.out_channels = channels
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) -> levels "0", "1", ... from fine to coarse, then the top's, each (N, channels, h, w)."""
-        maps = self.body(pixels)
-        picked = [maps[pick] for pick in self.picks]
-        if self.channels_last:
-            picked = [x.permute(0, 3, 1, 2) for x in picked]
-        levels: dict[str, Tensor] = self.fpn({str(level): x for level, x in enumerate(picked)})
+        levels: dict[str, Tensor] = self.fpn({str(level): x for level, x in enumerate(self.maps(pixels))})
         return levels
 
 

@@ -230,8 +230,16 @@ class FeatureModel(nn.Module, ABC):
 
     @property
     def backbone(self) -> nn.Module:
-        """The part of the network that image-classification weights fit."""
-        raise NotImplementedError(f"{type(self).__name__} does not say which part of its network is the backbone")
+        """The part of the network that image-classification weights fit; the base class raises AcamkdError."""
+        raise AcamkdError(
+            f"{type(self).__name__} does not say which part of its network is the backbone: `backbone_weights` and "
+            "`acamkd pretrain` need a class that defines `backbone`"
+        )
+
+    @property
+    def net_name(self) -> str:
+        """Class name of the framework's own network."""
+        return type(self.net).__name__
 
     @property
     def takes_one_size(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
@@ -109,11 +110,17 @@ def call_factory(model: Model, num_classes: int) -> Any:
 
 def _from_factory(model: Model, task: Task, num_classes: int, resize: PixelSize | ShortLong | None) -> FeatureModel:
     net = call_factory(model, num_classes)
-    if isinstance(net, TaskModel):
-        if net.task != task:
-            raise AcamkdError(f"{model.arch} gives a network for {net.task}, but the recipe's task is {task}")
-        return net
+    if isinstance(net, TaskModel) and net.task != task:
+        raise AcamkdError(f"{model.arch} gives a network for {net.task}, but the recipe's task is {task}")
     if isinstance(net, FeatureModel):
+        for key, given, own in (("mean", model.mean, net.mean), ("std", model.std, net.std)):
+            if given is not None and not torch.equal(own.flatten(), own.new_tensor(given)):
+                raise AcamkdError(
+                    f"{key}: {model.arch} returns a {type(net).__name__}, which has its own {key}, "
+                    f"{own.flatten().tolist()}: leave {key} out, or hand it to the factory in `options`"
+                )
+        if isinstance(net, TaskModel) and resize is not None:
+            log.warning("data.resize has no effect on %s: its own `prepare` decides the size of its input", model.arch)
         return net
     if task == "segmentation" and isinstance(net, nn.Module):
         mean, std = model.mean or IMAGENET_DEFAULT_MEAN, model.std or IMAGENET_DEFAULT_STD

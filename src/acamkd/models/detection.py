@@ -259,10 +259,8 @@ def build_detector(model: Model, num_classes: int, resize: PixelSize | ShortLong
     """Build one of torchvision's detectors over a backbone with a pyramid of `model.fpn_channels`.
 
     `model.options` are numbers of torchvision's constructor (`score_thresh`, `box_detections_per_img`, ...). RetinaNet
-    and
-    Faster R-CNN also have `anchor_sizes`, the smallest anchor of each of the five levels in pixels. Their `convention`
-    is
-    `torchvision`, `mmdetection` or `detectron2`, whose detectors the network then reproduces exactly.
+    and Faster R-CNN also have `anchor_sizes`, the smallest anchor of each of the five levels in pixels. Their
+    `convention` is `torchvision`, `mmdetection` or `detectron2`, whose detectors the network then reproduces exactly.
 
     Raises:
         AcamkdError: Something named in the recipe does not exist.

@@ -182,7 +182,7 @@ def _take_over(net: nn.Module, trained: nn.Module, source: str) -> None:
     net.load_state_dict(shared, strict=False)
     if fresh := [key for key in own if key not in shared]:
         log.warning(
-            "%s: %d of %d tensors have another shape there and start at random: %s%s",
+            "%s: %d of %d tensors are not there in this shape and start at random: %s%s",
             source, len(fresh), len(own), ", ".join(fresh[:3]), ", ..." if len(fresh) > 3 else "",
         )  # fmt: skip
 

@@ -14,31 +14,17 @@ from torch import Tensor, nn
 
 from acamkd.config import Model
 from acamkd.errors import AcamkdError, nearest
-from acamkd.models.backbones import timm_options
+from acamkd.models.backbones import TimmMaps, timm_options
 from acamkd.models.base import Batch, FeatureModel, PixelSize
 from acamkd.models.weights import hub_errors
 
 
-class Levels(nn.Module):
-    """The feature maps of a timm backbone, from fine to coarse, each (N, C, h, w).
-
-    Args:
-        body: Made by `timm.create_model(..., features_only=True)`.
-        picks: Indices of the maps among what it gives.
-        channels_last: Whether it gives (N, h, w, C).
-    """
-
-    def __init__(self, body: nn.Module, picks: list[int], channels_last: bool) -> None:
-        super().__init__()
-        self.body = body
-        self.picks = picks
-        self.channels_last = channels_last
+class Levels(TimmMaps):
+    """The feature maps of a timm backbone, from fine to coarse; arguments as TimmMaps."""
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """(N, 3, H, W) -> the maps."""
-        maps = self.body(pixels)
-        picked = [maps[pick] for pick in self.picks]
-        return [x.permute(0, 3, 1, 2) for x in picked] if self.channels_last else picked
+        """(N, 3, H, W) -> the maps, each (N, C, h, w)."""
+        return self.maps(pixels)
 
 
 class TimmFeatures(FeatureModel):
@@ -66,6 +52,11 @@ class TimmFeatures(FeatureModel):
     def backbone(self) -> nn.Module:
         """The network of timm itself, whose names a file of its weights has."""
         return without_getter(self.net.get_submodule("levels.body"))
+
+    @property
+    def net_name(self) -> str:
+        """Class name of the network of timm itself."""
+        return type(self.backbone).__name__
 
     def comparable_layers(self) -> tuple[str, ...]:
         """Every level."""
@@ -146,11 +137,8 @@ def build_features(model: Model) -> TimmFeatures:
     chosen = "out_indices" in model.options
     picks = list(range(len(reductions)) if chosen else {stride: k for k, stride in enumerate(reductions)}.values())
     cfg: Any = timm.get_pretrained_cfg(name)
-    channels_last = getattr(body, "output_fmt", "NCHW") == "NHWC"
-    built = TimmFeatures(
-        Levels(body, picks, channels_last), name, model.resize, max(reductions), model.mean or cfg.mean,
-        model.std or cfg.std,
-    )  # fmt: skip
+    mean, std = model.mean or cfg.mean, model.std or cfg.std
+    built = TimmFeatures(Levels(body, picks), name, model.resize, max(reductions), mean, std)
     if model.backbone_weights is not None:
         built.license = license_of(name)
     return built

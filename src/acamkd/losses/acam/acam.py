@@ -213,6 +213,11 @@ class ACAM(FeatureLoss):
         return self.mask_grad == "task"
 
     @property
+    def masks_minimize(self) -> bool:
+        """With mask_grad="joint"."""
+        return self.mask_grad == "joint" and self.mask_source in LEARNING
+
+    @property
     def tokens(self) -> TokenModule | None:
         """The selection units, with mask_source="fixed"."""
         return self.selection if self.mask_source == "fixed" else None
