@@ -196,9 +196,7 @@ def test_the_generality_study_answers_from_whatever_trials_there_are(answers: An
     }
     found["cwd-seed0"] = _trial("cwd", 0, 41, 43)
     trials_csv.write(tmp_path / "trials.csv", {"generality_camvid_few": found})
-    failure = (
-        "comparison,trial,recipe,time,last line\ngenerality_camvid_few,cwd-seed1,0,now,step 3: the loss is not finite\n"
-    )
+    row = "generality_camvid_few,cwd-seed1,0,now,step 3: the loss is not finite\n"
     (tmp_path / "failed.csv").write_text(f"comparison,trial,recipe,time,last line\n{row}")
     answers.main()
     text = page.read_text()
