@@ -97,8 +97,13 @@ def _trials(name: str) -> tuple[Trials, Trials]:
 @cache
 def _comparisons() -> dict[str, dict[str, dict[str, Any]]]:
     """Comparison -> trial -> content, for all studies."""
-    files = sorted(STUDIES.glob(f"*/{trials_csv.FILE}"))
-    return {name: trials for file in files for name, trials in trials_csv.comparisons(file).items()}
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for file in sorted(STUDIES.glob(f"*/{trials_csv.FILE}")):
+        of_study = dict(trials_csv.comparisons(file))
+        if twice := found.keys() & of_study.keys():
+            raise SystemExit(f"{file}: another study has a comparison of the name {', '.join(sorted(twice))}, too")
+        found |= of_study
+    return found
 
 
 def _rows(trials: Trials, methods: str) -> list[Row]:

@@ -195,9 +195,9 @@ def test_the_generality_study_answers_from_whatever_trials_there_are(answers: An
         for seed in range(3)
     }
     found["cwd-seed0"] = _trial("cwd", 0, 41, 43)
-    trials_csv.write(tmp_path / "trials.csv", {"camvid_few": found})
-    failure = "comparison,trial,recipe,time,last line\ncamvid_few,cwd-seed1,0,now,step 3: the loss is not finite\n"
-    (tmp_path / "failed.csv").write_text(failure)
+    trials_csv.write(tmp_path / "trials.csv", {"generality_camvid_few": found})
+    row = "generality_camvid_few,cwd-seed1,0,now,step 3: the loss is not finite\n"
+    (tmp_path / "failed.csv").write_text(f"comparison,trial,recipe,time,last line\n{row}")
     answers.main()
     text = page.read_text()
     assert "| Does distillation help? | `acam` - `none` | 1 | 3 | +2.10 [" in text

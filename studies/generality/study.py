@@ -77,6 +77,11 @@ ALL_EPOCHS = {"camvid": 16, "facade11": 16, "animals7_boxes": 12, "voc07mini": 6
 log = logging.getLogger("acamkd.study")
 
 
+def comparison(task: str, regime: str) -> str:
+    """Name of the trials of a task under a regime, unlike those of other studies."""
+    return f"generality_{task}_{regime}"
+
+
 @dataclass(frozen=True)
 class Item:
     """Trials of one comparison.
@@ -96,7 +101,7 @@ class Item:
     @property
     def comparison(self) -> str:
         """Name in trials.csv."""
-        return f"{self.task}_{self.regime}"
+        return comparison(self.task, self.regime)
 
     @property
     def results(self) -> Path:
@@ -225,7 +230,7 @@ def searched(kind: str, method: str) -> dict[float, list[float]]:
     """Ratio -> scores of the search over the tasks of a kind."""
     scores: dict[float, list[float]] = {}
     for task in KINDS[kind]:
-        for trial in stored().get(f"{task}_search", {}).values():
+        for trial in stored().get(comparison(task, "search"), {}).values():
             if trial["method"] == method:
                 scores.setdefault(trial["setting"], []).append(trial["history"][-1])
     return scores
@@ -268,7 +273,7 @@ def best_other(kind: str) -> str | None:
 
 def first_seeds(task: str, method: str) -> list[dict[str, Any]]:
     """The trials in `few` that choose between combinations, or ideas."""
-    trials = stored().get(f"{task}_few", {})
+    trials = stored().get(comparison(task, "few"), {})
     return [trials[name] for seed in range(TRIED) if (name := f"{method}-seed{seed}") in trials]
 
 

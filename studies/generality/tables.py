@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import study
 from scipy import stats
-from study import COMBINATIONS, FOUR, IDEAS, KINDS, OTHERS, PRIMARY, RATIOS, TASKS
+from study import COMBINATIONS, FOUR, IDEAS, KINDS, OTHERS, PRIMARY, RATIOS, TASKS, comparison
 
 from acamkd.engine.runs import write_text
 from acamkd.jobs.compare.statistics import RESAMPLES, holm, on_test, scores_of
@@ -136,7 +136,7 @@ class Results:
         self, task: str, method: str, other: str, regime: str = "few", *, validation: bool = False
     ) -> np.ndarray | None:
         """Paired differences by seed, of methods by their names in the trials; None without a common seed."""
-        scores = (self.validation if validation else self.report).get(f"{task}_{regime}", {})
+        scores = (self.validation if validation else self.report).get(comparison(task, regime), {})
         ones, others = scores.get(method, {}), scores.get(other, {})
         shared = sorted(ones.keys() & others.keys())
         return np.array([ones[seed] - others[seed] for seed in shared]) if shared else None
@@ -313,7 +313,7 @@ def _methods(results: Results) -> str:
         minutes = [
             trial["cpu_time"] / 60
             for task in tasks
-            for trial in results.found.get(f"{task}_few", [])
+            for trial in results.found.get(comparison(task, "few"), [])
             if trial["method"] == results.name(task, method) and trial["cpu_time"]
         ]
         if gain and validation:
@@ -332,7 +332,7 @@ def _table(results: Results, regime: str) -> str:
     """Score and paired difference of every method and task, on both splits."""
     lines = []
     for task in TASKS:
-        name = f"{task}_{regime}"
+        name = comparison(task, regime)
         best = scores_of(on_test(results.found.get(name, []), best_epoch=True))
         primary = [results.name(task, method) for method in results.singles(study.kind_of(task))]
         known = {method: results.differences(task, method, NONE, regime) for method in primary}
@@ -385,7 +385,7 @@ def _search(found: Found) -> str:
         for method in (*PRIMARY, *OTHERS[kind]):
             whole = []
             for task in tasks:
-                trials = [trial for trial in found.get(f"{task}_search", []) if trial["method"] == method]
+                trials = [trial for trial in found.get(comparison(task, "search"), []) if trial["method"] == method]
                 scores = {trial["setting"]: trial["history"][-1] for trial in trials}
                 if set(RATIOS) <= set(scores):
                     whole.append([max(scores.values()) - scores[ratio] for ratio in RATIOS])
@@ -450,7 +450,7 @@ def _batches(found: Found) -> str:
     lines = []
     for batch, items in study.batches():
         planned = {(item.comparison, name) for item in items for name in item.names}
-        done = sum(name in known.get(comparison, ()) for comparison, name in planned)
+        done = sum(name in known.get(group, ()) for group, name in planned)
         lines.append([batch, str(len(planned)), str(done), str(len(planned) - done)])
     note = "Trials that batches share, such as those of `none`, count in each."
     if not study.is_searched(PRIMARY):

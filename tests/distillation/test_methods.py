@@ -75,7 +75,7 @@ def test_options_are_those_given_over_the_presets() -> None:
     assert options("fitnet", "fcos") == {"weight": 10.0, "align": True}
     assert options("fitnet", "fcos", {"weight": 2}) == {"weight": 2.0, "align": True}
     assert options("acam", "paper", {"num_masks": 3}) == {**ACAM.PRESETS["paper"], "num_masks": 3}
-    assert options("acam", None, {"masks": ["channel"]}) == {"masks": ["channel"]}
+    assert options("acam", None, {"masks": "channel"}) == {"masks": "channel"}
     assert options("maskd", None, {"tokens": "t.safetensors", "custom_mask_after": None}) == {
         "tokens": "t.safetensors",
         "custom_mask_after": None,

@@ -31,7 +31,7 @@ OPTIONS: list[Mapping[str, Any]] = [
     {"query": "student"},
     {"masks": "channel"},
     {"masks": "spatial"},
-    {"masks": ["spatial", "channel"], "diversity": "literal"},
+    {"masks": "both", "diversity": "literal"},
     {"mask_source": "teacher"},
     {"mask_source": "teacher", "query": "student"},
     {"mask_source": "random"},
