@@ -69,6 +69,23 @@ def test_a_teacher_of_other_classes_has_no_score(tmp_path: Path) -> None:
     assert '<h3>teacher</h3><div class="score number">\N{EN DASH} ' in page
 
 
+def test_a_method_with_a_teacher_of_its_own(tmp_path: Path) -> None:
+    recipe, results = config.load(write_recipe(tmp_path, "segmentation")), tmp_path / "results"
+    methods = ["none", "cosine", "acam"]
+    compared = config.Comparison(methods={"cosine": {"teacher.backbone": "resnet18"}, "acam": {}})
+    known = recipe.model_copy(update={"compare": compared})
+    teachers = {"none": None, "cosine": {"sha256": "e" * 64, "mIoU": None}, "acam": {"sha256": "d" * 64, "mIoU": 51.5}}
+    for trial in plan(known, methods, 2, results):
+        fake(trial, results, 40.0, teacher=teachers[trial.method])
+    tabulate(known, methods, 2, results)
+    tables = (results / "comparison.md").read_text()
+    assert "Teacher of `acam`: 51.50 (SHA-256 dddddddddddd)" in tables
+    assert "Teacher of `cosine`: without a score (SHA-256 eeeeeeeeeeee)" in tables
+    page = (results / "comparison.html").read_text(encoding="utf-8")
+    assert '<h3>teacher</h3><div class="score number">51.50 ' in page
+    assert "e" * 64 in page
+
+
 @pytest.mark.parametrize("source", ["uniform", "cooperative"])
 def test_masks_that_are_ones_by_design_have_not_collapsed(source: str, tmp_path: Path) -> None:
     overrides = ["losses.0.name=acam", f"losses.0.mask_source={source}"]
