@@ -64,8 +64,8 @@ def predict(
     Args:
         model: A run, its folder, or a file that `acamkd export` wrote.
         source: An image, a folder of images, or a video. Live are the number of a camera and an address such as
-            rtsp://HOST/PATH. Videos and live frames need `pip install '.[video]'`. A folder's subfolders are included,
-            and are created in the output.
+            rtsp://HOST/PATH. Videos and live frames need `pip install 'acamkd[video]'`. A folder's subfolders are
+            included, and are created in the output.
         out: Output folder; by default `predictions` beside the model.
         score: Detections with a lower score are left out.
         write: What to write: `overlays`, `masks` and `json`.
