@@ -95,7 +95,7 @@ def test_it_is_quantized_and_runs_in_openvino(name: str, tmp_path: Path, monkeyp
         pairs = [(OnnxModel(file).predict(array), found.predict(array)) for array in arrays]
         if model.task == "detection":
             return 100.0 * all(len(theirs["boxes"]) and np.isfinite(theirs["boxes"]).all() for _, theirs in pairs)
-        return 100 * float(np.mean([ours["mask"] == theirs["mask"] for ours, theirs in pairs]))
+        return 100 * float(np.mean([np.mean(ours["mask"] == theirs["mask"]) for ours, theirs in pairs]))
 
     found = quantize(file, small, arrays, lambda trial: agreement(OnnxModel(trial)), before=100.0, max_drop=2.0)
     assert found.float_nodes == ()
