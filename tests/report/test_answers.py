@@ -53,6 +53,11 @@ def test_the_first_screen_answers_four_questions(tmp_path: Path) -> None:
     )
 
 
+def test_a_teacher_of_the_same_size_costs_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "LARGE", SMALL)
+    assert _answers(tmp_path, None, 45.0, None)["What did it cost?"].text.endswith("The teacher's costs the same.")
+
+
 @pytest.mark.parametrize(
     ("after", "teacher", "word", "end"),
     [

@@ -132,13 +132,16 @@ def _cost(own: str, networks: Mapping[str, Network]) -> str:
         return " ".join(said)
     cost = network.cost
     speed = f"{digits(cost.milliseconds)} ms, {digits(1000 / cost.milliseconds)} images per second on {_threads()}"
+    size = (cost.parameters, cost.gflops)
     baseline = networks[BASELINE].cost if own == DISTILLED and BASELINE in networks else None
-    if baseline is not None and (baseline.parameters, baseline.gflops) == (cost.parameters, cost.gflops):
+    if baseline is not None and (baseline.parameters, baseline.gflops) == size:
         said.append(f"Inference costs what the baseline's does: {speed}, {digits(cost.megabytes)} MB.")
     else:
         said.append(f"Inference takes {speed}, and {digits(cost.megabytes)} MB.")
     teacher = networks[TEACHER].cost if own == DISTILLED else None
-    if teacher is not None:
+    if teacher is not None and (teacher.parameters, teacher.gflops) == size:
+        said.append("The teacher's costs the same.")
+    elif teacher is not None:
         said.append(
             f"The teacher takes {digits(teacher.milliseconds / cost.milliseconds)} times as long and has "
             f"{digits(teacher.parameters / cost.parameters)} times the parameters."
