@@ -6,7 +6,6 @@ import importlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from copy import copy
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -144,15 +143,12 @@ def _child(node: Any, name: str, key: str) -> Any:
     if isinstance(node, list):
         if not name.isdecimal() or int(name) >= len(node):
             raise AcamkdError(f"--set {key}: there is no entry {name}, the list has {len(node)} (counted from 0)")
-        place: str | int = int(name)
-    elif not isinstance(node, dict):
+        return node[int(name)]
+    if not isinstance(node, dict):
         raise AcamkdError(f"--set {key}: {name} would lie below a single value")
-    else:
-        place = name
-        node.setdefault(name, None)
-    # A copy: YAML's anchors let two sections share one mapping, and only one of them is named.
-    node[place] = {} if node[place] is None and place == name else copy(node[place])
-    return node[place]
+    if node.get(name) is None:
+        node[name] = {}
+    return node[name]
 
 
 def _explain(entry: Mapping[str, Any], texts: Sequence[tuple[Location, str]]) -> str:

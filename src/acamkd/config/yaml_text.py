@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -78,13 +79,14 @@ def read_yaml(text: str, what: str) -> Any:
     try:
         content = yaml.load(text, Loader=Loader)
         _check(content, (), [], text, what)
+        # A copy: what an anchor stands for several times is one object, and a change of one must leave the others.
+        return json.loads(json.dumps(content))
     except yaml.YAMLError as error:
         advice = "; indent with blanks, not with tabs" if r"'\t'" in str(error) else ""
         reason = str(error).replace('in "<unicode string>", ', "in ")
         raise AcamkdError(f"{what} is not valid YAML: {reason}{advice}") from error
     except RecursionError as error:
         raise AcamkdError(f"{what} is nested too deeply") from error
-    return content
 
 
 def write_yaml(content: Any, *, flow: bool | None = False) -> str:

@@ -64,9 +64,11 @@ def with_normalization(recipe: config.Recipe, section: config.Model, model: Task
 
 def with_normalization_of_run(recipe: config.Recipe, section: config.Model) -> config.Model:
     """Add the normalization statistics that a run has kept to a network's section, if its weights are from a run."""
-    given = section.weights or section.backbone_weights or "imagenet"
+    given = section.weights or section.backbone_weights
+    if given is None or given == "imagenet":
+        return section
     file = Path(given)
-    if given == "imagenet" or not Run(file.parent, recipe, "teacher").has_begun:
+    if not Run(file.parent, recipe, "teacher").has_begun:
         return section
     trained = config.load(file.parent / RECIPE)
     own = trained.teacher if file.stem == "teacher" else trained.student

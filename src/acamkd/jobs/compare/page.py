@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
@@ -19,6 +18,7 @@ from acamkd.jobs.compare.statistics import (
     final_means,
     mask_curves,
     scores_of,
+    teachers_of,
     tested,
     tuned,
 )
@@ -70,7 +70,7 @@ def write_page(file: Path, recipe: config.Recipe, rows: Sequence[Row], trials: T
         axis=axis,
         ticks=[tick for tick in MaxNLocator(5).tick_values(low, high) if low <= tick <= high],
         baseline=next((row for row in rows if row.method == NONE), None),
-        teachers=_teachers(trials),
+        teachers=[teacher for teacher, _ in teachers_of(trials)],
         hues=_hues(rows),
         metric_chart=_metric_chart(rows, trials),
         final=final_means(rows, trials),
@@ -81,13 +81,6 @@ def write_page(file: Path, recipe: config.Recipe, rows: Sequence[Row], trials: T
         minutes=sum(trial["wall_time"] for trial in trials) / 60,
     )  # fmt: skip
     write_text(file, page)
-
-
-def _teachers(trials: Trials) -> list[Mapping[str, Any]]:
-    """Every teacher once, those with a score first: a method may have one of its own, without a head."""
-    metric = trials[0]["metric"]
-    found = {trial["teacher"]["sha256"]: trial["teacher"] for trial in trials if trial["teacher"]}
-    return sorted(found.values(), key=lambda each: each[metric] is None)
 
 
 def _differences(rows: Sequence[Row], trials: Trials) -> list[Difference]:
@@ -119,7 +112,7 @@ def _metric_chart(rows: Sequence[Row], trials: Trials) -> Chart:
     for row in rows:
         histories = np.array([each["history"] for each in trials if each["method"] == row.method], dtype=float)
         curves[row.method] = _points(histories.mean(axis=0).tolist())
-    scores = [each[metric] for each in _teachers(trials)]  # None where its classes are others
+    scores = [teacher[metric] for teacher, _ in teachers_of(trials)]  # None where its classes are others
     level = ("teacher", scores[0]) if scores and scores[0] is not None else None
     return draw(f"{metric}, mean over the seeds", curves, level=level)
 

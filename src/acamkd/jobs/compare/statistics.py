@@ -132,6 +132,18 @@ def scores_of(trials: Trials) -> dict[str, dict[int, float]]:
     return scores
 
 
+def teachers_of(trials: Trials) -> list[tuple[Mapping[str, Any], list[str]]]:
+    """Every teacher with the methods that learn from it, those with a score first: one without a head has none."""
+    found: dict[str, Mapping[str, Any]] = {}
+    methods: dict[str, dict[str, None]] = {}
+    for trial in trials:
+        if teacher := trial["teacher"]:
+            found[teacher["sha256"]] = teacher
+            methods.setdefault(teacher["sha256"], {})[trial["method"]] = None
+    metric = trials[0]["metric"]
+    return [(found[key], list(methods[key])) for key in sorted(found, key=lambda key: found[key][metric] is None)]
+
+
 def summarize(trials: Trials) -> list[Row]:
     """The table of finished trials, the best method first."""
     scores = scores_of(trials)

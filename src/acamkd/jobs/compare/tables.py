@@ -12,7 +12,7 @@ import numpy as np
 from acamkd import config
 from acamkd.engine.runs import write_json, write_text
 from acamkd.jobs.compare.page import write_page
-from acamkd.jobs.compare.statistics import Paired, Row, Trials, final_means, mask_curves, tested, tuned
+from acamkd.jobs.compare.statistics import Paired, Row, Trials, final_means, mask_curves, teachers_of, tested, tuned
 from acamkd.jobs.compare.trials import NONE
 from acamkd.mask_health import MASK_STATISTICS
 
@@ -61,15 +61,14 @@ def markdown(rows: Sequence[Row], trials: Trials, tuning: Trials = ()) -> str:
 
 def _teachers(trials: Trials) -> str:
     """Every teacher's score, with the methods that learn from it where there are several."""
-    methods: dict[str, dict[str, None]] = {}
-    scores: dict[str, str] = {}
-    for trial in trials:
-        if teacher := trial["teacher"]:
-            digest, score = teacher["sha256"][:12], teacher[trial["metric"]]
-            methods.setdefault(digest, {})[f"`{trial['method']}`"] = None
-            scores[digest] = "without a score" if score is None else f"{score:.2f}"
-    of = {each: f" of {', '.join(names)}" if len(scores) > 1 else "" for each, names in methods.items()}
-    return "; ".join(f"Teacher{of[each]}: {score} (SHA-256 {each})" for each, score in scores.items())
+    found = teachers_of(trials)
+    lines = []
+    for teacher, methods in found:
+        of = f" of {', '.join(f'`{method}`' for method in methods)}" if len(found) > 1 else ""
+        score = teacher[trials[0]["metric"]]
+        told = "without a score" if score is None else f"{score:.2f}"
+        lines.append(f"Teacher{of}: {told} (SHA-256 {teacher['sha256'][:12]})")
+    return "; ".join(lines)
 
 
 def _line(row: Row) -> str:
