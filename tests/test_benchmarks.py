@@ -9,7 +9,6 @@ import re
 import runpy
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +131,7 @@ def test_a_report_split_shares_no_photo_and_no_neighbor_with_training() -> None:
 
 
 def test_the_generality_study_searches_every_method_alike() -> None:
-    module = runpy.run_path(str(ROOT / "studies/generality/study.py"))
+    module = runpy.run_path(str(ROOT / "studies/generality/plan.py"))
     item = module["Item"]
     search = item("voc07mini", "search", ("pkd", "acam-paper")).trials()
     assert [(trial.name, trial.recipe.losses[0].gradient_ratio) for trial in search] == [
@@ -147,7 +146,7 @@ def test_the_generality_study_searches_every_method_alike() -> None:
 
 
 def test_the_generality_study_combines_methods_and_prolongs_them() -> None:
-    module = runpy.run_path(str(ROOT / "studies/generality/study.py"))
+    module = runpy.run_path(str(ROOT / "studies/generality/plan.py"))
     item = module["Item"]("bccd", "few", ("pkd-8_with_crosskd", "acam-0.5_for_80"), 2)
     trials = item.trials()
     assert [trial.name for trial in trials] == item.names
@@ -163,15 +162,23 @@ def test_the_generality_study_combines_methods_and_prolongs_them() -> None:
 
 
 @pytest.fixture
-def answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    """The generality study's tables.py, with a table of trials of its own."""
-    monkeypatch.syspath_prepend(ROOT / "studies/generality")
-    module = importlib.import_module("tables")
+def committed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The generality study's tables.py."""
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("studies.generality.tables")
+
+
+@pytest.fixture
+def answers(committed: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The same with a table of trials of its own."""
     for name, path in {"HERE": tmp_path, "TABLE": tmp_path / "trials.csv", "FAILURES": tmp_path / "failed.csv"}.items():
-        monkeypatch.setattr(module.study, name, path)
-    yield module
-    for name in ("by_image", "tables", "study"):
-        sys.modules.pop(name, None)
+        monkeypatch.setattr(committed.plan, name, path)
+    return committed
+
+
+def test_the_generality_studys_page_is_that_of_its_trials(committed: Any) -> None:
+    page = (ROOT / "studies/generality/README.md").read_text(encoding="utf-8")
+    assert committed.page(committed.current()) == page, "write it anew: python -m studies.generality.tables"
 
 
 def _trial(method: str, seed: int, validation: float, report: float) -> dict[str, Any]:
@@ -182,10 +189,12 @@ def _trial(method: str, seed: int, validation: float, report: float) -> dict[str
     }  # fmt: skip
 
 
-def test_the_generality_study_answers_from_whatever_trials_there_are(answers: Any, tmp_path: Path) -> None:
+def test_the_generality_study_answers_from_whatever_trials_there_are(
+    answers: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = tmp_path / "README.md"
     page.write_text("# Study\n<!-- tables -->\nold\n<!-- end -->\n")
-    answers.main()
+    answers.write()
     assert "| Does distillation help? | `acam` - `none` | - | - | - | no trial yet |" in page.read_text()
     assert "old" not in page.read_text()
     scores = {"none": (40, 40), "acam": (44, 42), "fitnet": (43, 39), "pkd": (42, 41)}
@@ -198,7 +207,7 @@ def test_the_generality_study_answers_from_whatever_trials_there_are(answers: An
     trials_csv.write(tmp_path / "trials.csv", {"generality_camvid_few": found})
     row = "generality_camvid_few,cwd-seed1,0,now,step 3: the loss is not finite\n"
     (tmp_path / "failed.csv").write_text(f"comparison,trial,recipe,time,last line\n{row}")
-    answers.main()
+    answers.write()
     text = page.read_text()
     assert "| Does distillation help? | `acam` - `none` | 1 | 3 | +2.10 [" in text
     # FitNet validates best of the others, and is the worst on the report split.
@@ -206,24 +215,30 @@ def test_the_generality_study_answers_from_whatever_trials_there_are(answers: An
     assert "1 attempts failed, 1 of them by a loss that was not finite. 1 of these trials have not ended since." in text
     assert "| `cwd` | 1 | +3.00 | 1 of 1 | +1.00 | -1.00 | 1.0 |" in text
     assert "1 few, one strength | 108 | 13 | 95 |" in text
+    # On the report split; CWD is ahead, on one seed.
+    assert "| `camvid`, mIoU | 40.00 | 3 | -0.90 | +1.10 | **+3.00** | +2.10 | - |" in text
     assert "does distillation help?" in (tmp_path / "forest.svg").read_text().lower()
+    answers.show("does acam")
+    assert capsys.readouterr().out.splitlines()[1].split() == ["camvid", "+3.00", "=", "+3.00", "+3.00", "+3.00"]
+    with pytest.raises(SystemExit, match="Does ACAM lead"):
+        answers.show("Is it fast?")
 
 
 def test_an_estimate_over_tasks_is_as_wide_as_that_of_its_standard_error(answers: Any) -> None:
-    differences = [np.array([1.0, 3.0, 2.0]), np.array([-1.0, 0.0, 1.0, 2.0, 3.0])]
+    differences = {"camvid": np.array([1.0, 3.0, 2.0]), "bccd": np.array([-1.0, 0.0, 1.0, 2.0, 3.0])}
     found = answers.estimate(differences)
     assert (found.mean, found.tasks, found.pairs, found.ahead, found.answer) == (1.5, 2, 8, 2, "yes")
     error = (1 / 4 * (1 / 3 + 2.5 / 5)) ** 0.5
     assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
     against = answers.estimate(differences, [1, -1])
     assert (against.mean, against.answer) == (1, "not enough; about 54 seeds a task")
-    assert answers.estimate([np.array([-1.0, -1.2]), np.array([-0.5, -0.8])]).answer == "no"
-    assert answers.estimate([np.array([0.2, 0.3, 0.2])]).answer == "yes, but less than 0.5"
-    assert answers.estimate([np.array([2.0])]).answer == "not enough: one seed"
+    assert answers.estimate({"camvid": np.array([-1.0, -1.2]), "bccd": np.array([-0.5, -0.8])}).answer == "no"
+    assert answers.estimate({"camvid": np.array([0.2, 0.3, 0.2])}).answer == "yes, but less than 0.5"
+    assert answers.estimate({"camvid": np.array([2.0])}).answer == "not enough: one seed"
 
 
 def test_the_share_of_foreground_is_that_of_boxes_or_of_classes(answers: Any, tmp_path: Path) -> None:
-    module = importlib.import_module("by_image")
+    module = importlib.import_module("studies.generality.by_image")
     boxes = torch.tensor([[0.0, 0, 4, 4], [2, 2, 6, 6], [7, 7, 8, 8]])
     assert module.share_of_foreground({"boxes": boxes}, (8, 10), None) == pytest.approx((16 + 16 - 4 + 1) / 80)
     mask = torch.tensor([[0, 0, 1, 2], [VOID, VOID, 0, 2]])

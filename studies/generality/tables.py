@@ -1,282 +1,100 @@
 """Write the answers, tables and forest.svg of README.md from trials.csv; needs neither images nor weights.
 
-python studies/generality/tables.py
+    python -m studies.generality.tables
+    python -m studies.generality.tables --show "Does ACAM lead?"    # print each task's differences, seed by seed
+
+docs/generate_results.py puts some of these tables into the documentation.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import study
 from scipy import stats
-from study import COMBINATIONS, FOUR, IDEAS, KINDS, OTHERS, PRIMARY, RATIOS, TASKS, comparison
+from studies.generality import plan
+from studies.generality.answers import SMALLEST, Estimate, Found, Results, answers, estimate
+from studies.generality.plan import IDEAS, KINDS, OTHERS, PRIMARY, RATIOS, TASKS, comparison
 
 from acamkd.engine.runs import write_text
-from acamkd.jobs.compare.statistics import RESAMPLES, holm, on_test, scores_of
+from acamkd.jobs.compare.statistics import holm, on_test, scores_of
 from acamkd.jobs.compare.trials import NONE
 
 REGIMES = ("few", "own", "all", "gap")
-SMALLEST = 0.5
-"""Smallest effect of interest, in points."""
-SPARSE, DENSE = ("voc07mini", "animals7_boxes"), "bccd"
 BY_IMAGE = "by_image.csv"
 """Beside the trials; by_image.py writes it."""
 
-Found: TypeAlias = Mapping[str, Sequence[dict[str, Any]]]
-"""Comparison -> its trials."""
-Scores: TypeAlias = Mapping[str, Mapping[int, float]]
-"""Method -> seed -> score."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over tasks of their mean paired differences, in points.
-
-    Attributes:
-        tasks: Number of tasks.
-        pairs: Number of paired seeds.
-        mean: The estimate.
-        ahead: On how many tasks the difference is positive.
-        low: Lower end of the 95 % interval; None where a task has a single seed.
-        high: Its upper end.
-        answer: What the plan calls it.
-    """
-
-    tasks: int
-    pairs: int
-    mean: float
-    ahead: int
-    low: float | None
-    high: float | None
-    answer: str
-
-    @property
-    def text(self) -> str:
-        """Mean and interval."""
-        return f"{self.mean:+.2f}" + ("" if self.low is None else f" [{self.low:+.2f}, {self.high:+.2f}]")
-
-
-def estimate(differences: Sequence[np.ndarray], weights: Sequence[float] | None = None) -> Estimate | None:
-    """Combine tasks by a bootstrap that resamples the seeds of each task; None without any difference.
-
-    No mixed model: with six tasks its variance between tasks would rest on six figures, and the claim is about these
-    six. A resampled mean varies (n - 1) / n times as much as a mean of n seeds does, so that differences are stretched
-    about their mean by sqrt(n / (n - 1)).
-
-    Args:
-        differences: Of each task, one per seed.
-        weights: Of the tasks; by default all alike, with the sum 1.
-    """
-    if not differences:
-        return None
-    shares = np.array(weights or [1 / len(differences)] * len(differences))
-    means = np.array([each.mean() for each in differences])
-    mean, counts, ahead = float(shares @ means), [len(each) for each in differences], int((means > 0).sum())
-    if min(counts) < 2:
-        return Estimate(len(counts), sum(counts), mean, ahead, None, None, "not enough: one seed")
-    stretched = [each.mean() + (each - each.mean()) * (len(each) / (len(each) - 1)) ** 0.5 for each in differences]
-    interval = stats.bootstrap(
-        stretched, lambda *x, axis: sum(share * each.mean(axis=axis) for share, each in zip(shares, x, strict=True)),
-        method="percentile", n_resamples=RESAMPLES, rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    low, high = float(interval.low), float(interval.high)
-    if low > 0:
-        answer = "yes" if high >= SMALLEST else f"yes, but less than {SMALLEST}"
-    elif high < SMALLEST:
-        answer = "no"
-    else:
-        spread = sum(share**2 * each.var(ddof=1) for share, each in zip(shares, differences, strict=True))
-        needed = int(np.ceil(spread * (1.96 / SMALLEST) ** 2))
-        answer = f"not enough; about {max(needed, min(counts) + 1)} seeds a task"
-    return Estimate(len(counts), sum(counts), mean, ahead, low, high, answer)
-
-
-class Results:
-    """The trials' scores, with methods at one ratio or at that of their search.
-
-    Args:
-        found: The trials.
-        searched: Whether each method has the ratio of its search, or all have the common one.
-    """
-
-    def __init__(self, found: Found, *, searched: bool) -> None:
-        self.found, self.searched = found, searched
-        self._names: dict[tuple[str, str], str] = {}
-        self.report: dict[str, Scores] = {name: scores_of(on_test(trials)) for name, trials in found.items()}
-        self.validation: dict[str, Scores] = {name: scores_of(trials) for name, trials in found.items()}
-
-    def name(self, task: str, method: str) -> str:
-        """A method's name in the trials of a task."""
-        if not self.searched or method == NONE:
-            return method
-        if (task, method) not in self._names:
-            self._names[task, method] = study.at_ratios(task, method)
-        return self._names[task, method]
-
-    def singles(self, kind: str) -> tuple[str, ...]:
-        """Methods of the primary table."""
-        other = study.best_other(kind) if self.searched else None
-        return (*PRIMARY, other) if other else PRIMARY
-
-    def methods(self, kind: str) -> tuple[str, ...]:
-        """Single methods and combinations."""
-        return (*self.singles(kind), *COMBINATIONS[kind]) if self.searched_others(kind) else self.singles(kind)
-
-    def searched_others(self, kind: str) -> bool:
-        """Whether the methods of batch 7 have a ratio of their own."""
-        return self.searched and study.best_other(kind) is not None
-
-    def differences(
-        self, task: str, method: str, other: str, regime: str = "few", *, validation: bool = False
-    ) -> np.ndarray | None:
-        """Paired differences by seed, of methods by their names in the trials; None without a common seed."""
-        scores = (self.validation if validation else self.report).get(comparison(task, regime), {})
-        ones, others = scores.get(method, {}), scores.get(other, {})
-        shared = sorted(ones.keys() & others.keys())
-        return np.array([ones[seed] - others[seed] for seed in shared]) if shared else None
-
-    def over(
-        self, tasks: Sequence[str], method: str, other: str, regime: str = "few", *, validation: bool = False
-    ) -> Estimate | None:
-        """Of a method against another, each at its ratio."""
-        return self.over_named(
-            tasks, lambda task: (self.name(task, method), self.name(task, other)), regime, validation=validation
-        )
-
-    def over_named(
-        self,
-        tasks: Sequence[str],
-        pair: Callable[[str], tuple[str, str] | None],
-        regime: str = "few",
-        *,
-        validation: bool = False,
-    ) -> Estimate | None:
-        """Of the two names that each task has; tasks without them are left out."""
-        names = [(task, found) for task in tasks if (found := pair(task))]
-        known = [self.differences(task, *both, regime, validation=validation) for task, both in names]
-        return estimate([each for each in known if each is not None])
-
-    def best_other(self, task: str) -> str | None:
-        """Name of the single method other than ACAM that validates best on a task, on the seeds of ACAM."""
-        acam = self.name(task, "acam")
-        names = [self.name(task, method) for method in self.singles(study.kind_of(task)) if "acam" not in method]
-        gains = {name: self.differences(task, name, acam, validation=True) for name in names}
-        known = {name: each.mean() for name, each in gains.items() if each is not None}
-        return max(known, key=known.__getitem__) if known else None
-
-    def against_best_other(self, task: str) -> tuple[str, str] | None:
-        """ACAM and the best other method."""
-        other = self.best_other(task)
-        return (self.name(task, "acam"), other) if other else None
-
-    def best(self, tasks: Sequence[str], methods: Sequence[str]) -> str | None:
-        """The method that gains most over the baseline on the validation images of some tasks, in `few`.
-
-        One that lacks a task that another has is left out.
-        """
-        found = {method: self.over(tasks, method, NONE, validation=True) for method in methods}
-        known = {method: each for method, each in found.items() if each}
-        most = max((each.tasks for each in known.values()), default=0)
-        whole = {method: each.mean for method, each in known.items() if each.tasks == most}
-        return max(whole, key=whole.__getitem__) if whole else None
-
-
-def answers(results: Results) -> Iterator[tuple[str, str, Estimate | None]]:
-    """The questions of the plan, what is compared, and the estimate; None where no trial has ended."""
-
-    def against(method: str, other: str, tasks: Sequence[str] = TASKS) -> tuple[str, Estimate | None]:
-        return f"`{method}` - `{other}`", results.over(tasks, method, other)
-
-    yield "Does distillation help?", *against("acam", NONE)
-    others = {task: results.best_other(task) for task in TASKS}
-    named = ", ".join(f"`{other}` {task}" for task, other in others.items() if other)
-    yield (
-        "Does ACAM lead?", "`acam` - best other" + (f" ({named})" if named else ""),
-        results.over_named(TASKS, results.against_best_other),
-    )  # fmt: skip
-    yield "Do masks help?", *against("acam", "acam-uniform")
-    parts = [
-        results.differences(task, *(results.name(task, method) for method in ("acam", "acam-uniform")))
-        for task in (*SPARSE, DENSE)
-    ]
-    whole = [each for each in parts if each is not None]
-    yield (
-        "Do they help more where objects are few?", f"the same, {' and '.join(SPARSE)} - {DENSE}",
-        estimate(whole, [0.5, 0.5, -1]) if len(whole) == len(parts) else None,
-    )  # fmt: skip
-    for kind, tasks in KINDS.items():
-        yield f"Which distance? ({kind})", *against("acam", "acam-squared", tasks)
-    yield "Strength or place?", *against("acam-strength-normalized", "acam-uniform")
-    yield "Does the diversity term help?", *against("acam", "acam-no-diversity")
-    yield "Does the student's part matter?", *against("acam", "acam-teacher", FOUR[:2])
-    yield "Is the published form enough?", *against("acam", "acam-paper")
-    best = {kind: results.best(tasks, results.methods(kind)) for kind, tasks in KINDS.items()}
-    advised = ", ".join(f"`{method}` {kind}" for kind, method in best.items() if method)
-    for other in (NONE, "acam"):
-        yield (
-            f"What should a practitioner use? (against {other})", f"best by validation ({advised or '-'}) - `{other}`",
-            results.over_named(
-                [task for task in TASKS if best[study.kind_of(task)] not in (None, other)],
-                lambda task, other=other: tuple(
-                    results.name(task, each) for each in (best[study.kind_of(task)], other)
-                ),
-            ),
-        )  # fmt: skip
-    yield (
-        "... at equal time?", "best combination - best single method",
-        results.over_named(TASKS, _at_equal_time) if results.searched else None,
-    )  # fmt: skip
-    for regime, question in (("own", "Does a teacher of one's own help?"), ("all", "And with all labels?")):
-        method = results.best(FOUR, PRIMARY)
-        yield (
-            question, f"`{regime}`: `{method or '-'}`, best in `few` - `{NONE}`",
-            results.over(FOUR, method, NONE, regime) if method else None,
-        )  # fmt: skip
-    yield (
-        "And a student of a quarter of the cost?",
-        f"`gap`: `acam` - `{NONE}`",
-        results.over(["facade11"], "acam", NONE, "gap"),
-    )
-    idea = study.best_idea() if results.searched else None
-    tasks = [task for task in TASKS if idea in IDEAS[study.kind_of(task)]]
-    yield (
-        "Can it be better?", f"`{idea or 'best idea'}` - `acam`", results.over(tasks, idea, "acam") if idea else None,
-    )  # fmt: skip
-
-
-def _at_equal_time(task: str) -> tuple[str, str] | None:
-    kind = study.kind_of(task)
-    single = study.at_equal_time(task)
-    pair = study.best(KINDS[kind], COMBINATIONS[kind]) if single else None
-    return (study.at_ratios(task, pair), single) if single and pair else None
-
 
 def main() -> None:
-    """Replace what stands between the markers."""
-    found = {name: list(trials.values()) for name, trials in study.stored().items()}
-    page = study.HERE / "README.md"
-    ready = study.is_searched(PRIMARY) and all(study.standing(TASKS, method) is not None for method in PRIMARY)
-    results = Results(found, searched=ready)
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--show", metavar="QUESTION", help="a question of the plan, or its beginning")
+    question = parser.parse_args().show
+    if question is None:
+        write()
+    else:
+        show(question)
+
+
+def write() -> None:
+    """Write README.md and its figure."""
+    results = current()
     rows = list(answers(results))
-    parts = [_answers(rows, results)]
     if any(each for _, _, each in rows):
         forest(rows, results)
-        parts.append("![Differences with 95 % intervals](forest.svg)")
-    parts += [_methods(Results(found, searched=False))] + ([_methods(results)] if results.searched else [])
-    parts += [*(_table(results, regime) for regime in REGIMES), _ideas(results), _search(found), _by_image()]
-    parts += [_state(found), _batches(found)]
-    text = "\n\n".join(part for part in parts if part)
-    old = page.read_text(encoding="utf-8")
-    write_text(
-        page,
-        re.sub(r"(?<=<!-- tables -->\n).*?(?=<!-- end -->)", lambda _: f"\n{text}\n\n", old, flags=re.DOTALL),
-    )
+    write_text(plan.HERE / "README.md", page(results))
+
+
+def page(results: Results) -> str:
+    """README.md, with what stands between its markers made anew."""
+    text = "\n\n".join(part for part in sections(results).values() if part)
+    old = (plan.HERE / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"(?<=<!-- tables -->\n).*?(?=<!-- end -->)", lambda _: f"\n{text}\n\n", old, flags=re.DOTALL)
+
+
+def show(question: str) -> None:
+    """Print the differences behind an answer, seed by seed.
+
+    Raises:
+        SystemExit: The plan has no such question.
+    """
+    known = list(answers(current()))
+    found = [row for row in known if row[0].lower().startswith(question.lower())]
+    if not found:
+        raise SystemExit("\n".join([f"the plan does not ask {question!r}, but:", *(name for name, *_ in known)]))
+    for name, what, each in found:
+        print(f"{name} {what}: {f'{each.text}, {each.answer}' if each else 'no trial yet'}")
+        for task, differences in each.differences.items() if each else ():
+            print(f"  {task:15} {differences.mean():+.2f} =", *(f"{x:+.2f}" for x in differences))
+
+
+def current() -> Results:
+    """The committed trials, with each method at the ratio of its search once all that is primary has ended."""
+    found = {name: list(trials.values()) for name, trials in plan.stored().items()}
+    ready = plan.is_searched(PRIMARY) and all(plan.standing(TASKS, method) is not None for method in PRIMARY)
+    return Results(found, searched=ready)
+
+
+def sections(results: Results) -> dict[str, str]:
+    """Every table by its name, in the order of README.md; empty where there is no trial."""
+    common = Results(results.found, searched=False)
+    return {
+        "answers": _answers(list(answers(results)), results),
+        "gains": _gains(results),
+        "common": _methods(common) if results.searched else "",
+        "methods": _methods(results),
+        **{regime: _table(results, regime) for regime in REGIMES},
+        "ideas": _ideas(results),
+        "search": _search(results.found),
+        "by_image": _by_image(),
+        "trials": _state(results.found),
+        "batches": _batches(results.found),
+    }
 
 
 def _markdown(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> str:
@@ -303,11 +121,49 @@ def _answers(rows: Sequence[tuple[str, str, Estimate | None]], results: Results)
     )  # fmt: skip
 
 
+def _gains(results: Results) -> str:
+    """The primary table: what every method adds to the baseline, by task and over tasks."""
+    others = {kind: plan.best_other(kind) for kind in KINDS} if results.searched else {}
+    columns = {f"`{method}`": dict.fromkeys(KINDS, method) for method in PRIMARY}
+    if any(others.values()):
+        columns[" or ".join(f"`{other}`" for other in others.values() if other)] = others
+
+    def gain(tasks: Sequence[str], methods: Mapping[str, str | None]) -> Estimate | None:
+        def pair(task: str) -> tuple[str, str] | None:
+            method = methods[plan.kind_of(task)]
+            return (results.name(task, method), NONE) if method else None
+
+        return results.over_named(tasks, pair)
+
+    lines = []
+    for task in TASKS:
+        gains = [gain([task], each) for each in columns.values()]
+        if any(gains):
+            alone = results.report[comparison(task, "few")][NONE]
+            metric = results.found[comparison(task, "few")][0]["metric"]
+            most = max(each.mean for each in gains if each)
+            cells = [_points(each, most) for each in gains]
+            lines.append([f"`{task}`, {metric}", f"{_mean(alone):.2f}", str(len(alone)), *cells])
+    if lines:
+        over = [gain(TASKS, each) for each in columns.values()]
+        means = [each.text if each and each.tasks == len(lines) else "-" for each in over]
+        lines.append([f"mean of {len(lines)} tasks", "", "", *means])
+    note = f"Points over the baseline on the report split in `few`, {_ratio(results)}. Bold: the most of a task."
+    image = "![Differences with 95 % intervals](forest.svg)"
+    return _markdown("What each method adds", ("task", "`none`", "n", *columns), lines, note) + f"\n\n{image}"
+
+
+def _points(each: Estimate | None, most: float) -> str:
+    if each is None:
+        return "-"
+    return f"**{each.mean:+.2f}**" if each.mean == most else f"{each.mean:+.2f}"
+
+
 def _methods(results: Results) -> str:
     """Every method against the baseline, and ACAM against it."""
     lines = []
     for method in dict.fromkeys(method for kind in KINDS for method in results.methods(kind)):
-        tasks = [task for task in TASKS if method in results.methods(study.kind_of(task))]
+        tasks = [task for task in TASKS if method in results.methods(plan.kind_of(task))]
         gain, lead = results.over(tasks, method, NONE), results.over(tasks, "acam", method)
         validation = results.over(tasks, method, NONE, validation=True)
         minutes = [
@@ -334,14 +190,14 @@ def _table(results: Results, regime: str) -> str:
     for task in TASKS:
         name = comparison(task, regime)
         best = scores_of(on_test(results.found.get(name, []), best_epoch=True))
-        primary = [results.name(task, method) for method in results.singles(study.kind_of(task))]
+        primary = [results.name(task, method) for method in results.singles(plan.kind_of(task))]
         known = {method: results.differences(task, method, NONE, regime) for method in primary}
         tested = {method: each for method, each in known.items() if each is not None and len(each) > 1}
         p = dict(zip(tested, holm([float(stats.ttest_1samp(x, 0).pvalue) for x in tested.values()]), strict=True))
         report, validation = results.report.get(name, {}), results.validation.get(name, {})
         for method, scores in sorted(report.items(), key=lambda item: -_mean(item[1])):
             against = [results.differences(task, method, NONE, regime, validation=which) for which in (False, True)]
-            gain = estimate([against[0]]) if method != NONE and against[0] is not None else None
+            gain = estimate({task: against[0]}) if method != NONE and against[0] is not None else None
             lines.append([
                 f"`{task}`", f"`{method}`", str(len(scores)), _score(scores), gain.text if gain else "-",
                 f"{p[method]:.3f}" if method in p else "-", f"{_mean(best[method]):.2f}", _score(validation[method]),
@@ -369,7 +225,7 @@ def _score(scores: Mapping[int, float]) -> str:
 def _ideas(results: Results) -> str:
     """Each idea against ACAM on the cheap tasks."""
     lines = []
-    for kind, task in study.CHEAP.items():
+    for kind, task in plan.CHEAP.items():
         for idea in IDEAS[kind]:
             report, validation = (results.over([task], idea, "acam", validation=which) for which in (False, True))
             if report and validation:
@@ -405,7 +261,7 @@ def _regret(kind: str, name: str, regrets: Sequence[Sequence[float]]) -> list[li
 
 def _rows(name: str) -> list[dict[str, str]]:
     """Rows of a table beside the trials; none without it."""
-    file = study.HERE / name
+    file = plan.HERE / name
     return list(csv.DictReader(file.open(encoding="utf-8"))) if file.is_file() else []
 
 
@@ -421,7 +277,7 @@ def _by_image() -> str:
 
 def _state(found: Found) -> str:
     """Numbers and costs of trials, and of those that failed."""
-    failed = _rows(study.FAILURES.name)
+    failed = _rows(plan.FAILURES.name)
     names = sorted({*found, *(row["comparison"] for row in failed)})
     lines, totals = [], np.zeros(4)
     for name in names:
@@ -434,7 +290,7 @@ def _state(found: Found) -> str:
     if lines:
         lines.append(["all", *(f"{x:.0f}" for x in totals[:2]), *(f"{x:.0f} in sum" for x in totals[2:])])
     missing = {(row["comparison"], row["trial"]) for row in failed} - {
-        (name, trial) for name, trials in study.stored().items() for trial in trials
+        (name, trial) for name, trials in plan.stored().items() for trial in trials
     }
     diverged = sum("not finite" in row["last line"] for row in failed)
     note = (
@@ -446,14 +302,14 @@ def _state(found: Found) -> str:
 
 def _batches(found: Found) -> str:
     """How much of the plan is done."""
-    known = {name: set(trials) for name, trials in study.stored().items()}
+    known = {name: set(trials) for name, trials in plan.stored().items()}
     lines = []
-    for batch, items in study.batches():
+    for batch, items in plan.batches():
         planned = {(item.comparison, name) for item in items for name in item.names}
         done = sum(name in known.get(group, ()) for group, name in planned)
         lines.append([batch, str(len(planned)), str(done), str(len(planned) - done)])
     note = "Trials that batches share, such as those of `none`, count in each."
-    if not study.is_searched(PRIMARY):
+    if not plan.is_searched(PRIMARY):
         note += " Later batches are planned once batch 2 has ended."
     return _markdown("Batches", ("batch", "trials", "done", "left out so far"), lines, note) if found else ""
 
@@ -474,7 +330,7 @@ def forest(rows: Sequence[tuple[str, str, Estimate | None]], results: Results) -
         image, axes = plt.subplots(1, 2, figsize=(11, height), layout="constrained")
         _draw(axes[0], "over tasks", [(f"{name} ({each.pairs})", each, "black") for name, each in left])
         _draw(axes[1], "by task", right)
-        image.savefig(study.HERE / "forest.svg", metadata={"Date": None})
+        image.savefig(plan.HERE / "forest.svg", metadata={"Date": None})
         plt.close(image)
 
 
