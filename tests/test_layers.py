@@ -22,7 +22,7 @@ LAYERS = {
     "distillation": 3,
     "models": 2, "data": 2,
     "losses": 1,
-    "config": 0, "errors": 0, "mask_health": 0, "files": 0, "progress": 0, "stopwatch": 0,
+    "config": 0, "errors": 0, "mask_health": 0, "files": 0, "processes": 0, "progress": 0, "stopwatch": 0,
 }  # fmt: skip
 
 SAME_LAYER = {

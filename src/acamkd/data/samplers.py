@@ -9,7 +9,7 @@ from torch import Tensor, distributed
 from torch.utils.data import Sampler
 
 from acamkd.data.dataset import seed_of
-from acamkd.losses.processes import is_distributed
+from acamkd.processes import is_distributed
 
 TOGETHER = 4
 """Shards or row groups whose images are mixed with each other."""

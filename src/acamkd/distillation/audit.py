@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn
 
 from acamkd.distillation.split_backward import backward_scale, upstream_leaves
 from acamkd.errors import AcamkdError
-from acamkd.losses.processes import is_distributed
+from acamkd.processes import is_distributed
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from acamkd.config import Recipe
 from acamkd.data.samplers import rank_and_world_size
 from acamkd.distillation.distiller import Distiller
 from acamkd.errors import AcamkdError
-from acamkd.losses.processes import is_distributed
 from acamkd.models.base import VOID, Prediction, Target, Task, TaskModel, keeping_modes, to_device
+from acamkd.processes import is_distributed
 from acamkd.progress import progress
 
 T = TypeVar("T")

@@ -33,7 +33,7 @@ from acamkd.engine.unreached import Unreached
 from acamkd.errors import AcamkdError
 from acamkd.jobs.setup import Loaders, describe_lead
 from acamkd.jobs.shared import SharedWork
-from acamkd.losses.processes import is_distributed
+from acamkd.processes import is_distributed
 from acamkd.progress import is_first_process, shows_progress
 from acamkd.report.run import REPORT, write_report
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from acamkd.errors import AcamkdError
 from acamkd.losses.acam.masks import Masks
 from acamkd.losses.functional import dice_overlap, safe_divide
-from acamkd.losses.processes import mean_over_processes
 from acamkd.mask_health import collapse
+from acamkd.processes import mean_over_processes
 
 log = logging.getLogger(__name__)
 
