@@ -4,11 +4,14 @@ The text between `<!-- trials: NAME METHOD ... -->` and `<!-- end -->` is replac
 all methods if none is named. NAME is a comparison in one of studies/*/trials.csv; `cells` means the same as `trials`.
 `<!-- ablations: NAME NAME -->` puts the paper's ablations beside those of the comparisons. `controls` lists ACAM's
 controls, seed by seed, and `summary` the main result of each comparison. Figures lie beside their page.
+`<!-- generality: NAME -->` is a table of studies/generality/tables.py, which draws its figure.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -25,6 +28,8 @@ HERE = Path(__file__).parent
 STUDIES = HERE.parent / "studies"
 BLOCK = re.compile(r"(<!-- (?:trials|cells): (\w+)(.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 AGAINST_DEFAULT = re.compile(r"(<!-- (ablations|controls|summary): (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+GENERALITY = re.compile(r"(<!-- generality: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 COLORS = 64
 """Of a figure's palette."""
@@ -65,10 +70,13 @@ Trials: TypeAlias = list[Mapping[str, Any]]
 
 
 def pages() -> dict[str, str]:
-    """Text of every page with such blocks, by its path within this folder."""
-    found = {page: text for page, text in _texts() if BLOCK.search(text) or AGAINST_DEFAULT.search(text)}
+    """Text of every page with such blocks, by its path from this folder."""
+    kinds = BLOCK, AGAINST_DEFAULT, GENERALITY
+    found = {page: text for page, text in _texts() if any(kind.search(text) for kind in kinds)}
     return {
-        page.relative_to(HERE).as_posix(): AGAINST_DEFAULT.sub(_against, BLOCK.sub(_block(page), text))
+        Path(os.path.relpath(page, HERE)).as_posix(): GENERALITY.sub(
+            _of_generality, AGAINST_DEFAULT.sub(_against, BLOCK.sub(_block(page), text))
+        )
         for page, text in found.items()
     }
 
@@ -82,7 +90,8 @@ def figures() -> Iterator[tuple[Path, list[Row], Trials]]:
 
 
 def _texts() -> Iterator[tuple[Path, str]]:
-    return ((page, page.read_text(encoding="utf-8")) for page in sorted(HERE.rglob("*.md")))
+    pages = HERE.parent / "README.md", *sorted(HERE.rglob("*.md"))
+    return ((page, page.read_text(encoding="utf-8")) for page in pages)
 
 
 def _trials(name: str) -> tuple[Trials, Trials]:
@@ -134,6 +143,22 @@ def _block(page: Path) -> Callable[[re.Match[str]], str]:
         return f"{begin}\n{text}\n![Differences and curves]({_figure(page, match).name})\n\n{end}"
 
     return write
+
+
+def _of_generality(match: re.Match[str]) -> str:
+    """The table without its heading."""
+    begin, name, end = match.groups()
+    _, _, table = _generality()[name].partition("\n\n")
+    return f"{begin}\n{table}\n\n{end}"
+
+
+@cache
+def _generality() -> dict[str, str]:
+    """The tables of the generality study."""
+    sys.path.insert(0, str(HERE.parent))
+    from studies.generality import tables as of_generality
+
+    return of_generality.sections(of_generality.current())
 
 
 def _against(match: re.Match[str]) -> str:

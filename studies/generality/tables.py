@@ -1,4 +1,4 @@
-"""Write the answers, tables and forest.svg of README.md from trials.csv; needs neither images nor weights.
+"""Write the answers and tables of README.md, and their figure, from trials.csv; needs neither images nor weights.
 
     python -m studies.generality.tables
     python -m studies.generality.tables --show "Does ACAM lead?"    # print each task's differences, seed by seed
@@ -26,6 +26,8 @@ from acamkd.jobs.compare.statistics import holm, on_test, scores_of
 from acamkd.jobs.compare.trials import NONE
 
 REGIMES = ("few", "own", "all", "gap")
+FIGURE = plan.HERE.parents[1] / "docs/research/results-generality.svg"
+"""In the documentation, which cannot show a file outside."""
 BY_IMAGE = "by_image.csv"
 """Beside the trials; by_image.py writes it."""
 
@@ -84,8 +86,9 @@ def sections(results: Results) -> dict[str, str]:
     """Every table by its name, in the order of README.md; empty where there is no trial."""
     common = Results(results.found, searched=False)
     return {
-        "answers": _answers(list(answers(results)), results),
         "gains": _gains(results),
+        "answers": _answers(list(answers(results)), results),
+        "figure": f"![Differences with 95 % intervals](../../docs/research/{FIGURE.name})" if results.found else "",
         "common": _methods(common) if results.searched else "",
         "methods": _methods(results),
         **{regime: _table(results, regime) for regime in REGIMES},
@@ -112,13 +115,15 @@ def _ratio(results: Results) -> str:
 def _answers(rows: Sequence[tuple[str, str, Estimate | None]], results: Results) -> str:
     lines = [
         [question, what, str(each.tasks), str(each.pairs), each.text, each.answer]
-        if each else [question, what, "-", "-", "-", "no trial yet"]
         for question, what, each in rows
-    ]  # fmt: skip
-    return _markdown(
-        f"Answers, {_ratio(results)}", ("question", "difference", "tasks", "pairs", "mean, 95 %", "answer"), lines,
-        "Report split, after the last epoch, in `few` where no regime is named.",
-    )  # fmt: skip
+        if each
+    ]
+    open_ones = [question for question, _, each in rows if each is None]
+    note = "Report split, after the last epoch, in `few` where no regime is named."
+    if open_ones:
+        note += f" No trial yet of: {'; '.join(open_ones)}"
+    head = ("question", "difference", "tasks", "pairs", "mean, 95 %", "answer")
+    return _markdown(f"Answers, {_ratio(results)}", head, lines, note)
 
 
 def _gains(results: Results) -> str:
@@ -149,8 +154,7 @@ def _gains(results: Results) -> str:
         means = [each.text if each and each.tasks == len(lines) else "-" for each in over]
         lines.append([f"mean of {len(lines)} tasks", "", "", *means])
     note = f"Points over the baseline on the report split in `few`, {_ratio(results)}. Bold: the most of a task."
-    image = "![Differences with 95 % intervals](forest.svg)"
-    return _markdown("What each method adds", ("task", "`none`", "n", *columns), lines, note) + f"\n\n{image}"
+    return _markdown("What each method adds", ("task", "`none`", "n", *columns), lines, note)
 
 
 def _points(each: Estimate | None, most: float) -> str:
@@ -330,7 +334,7 @@ def forest(rows: Sequence[tuple[str, str, Estimate | None]], results: Results) -
         image, axes = plt.subplots(1, 2, figsize=(11, height), layout="constrained")
         _draw(axes[0], "over tasks", [(f"{name} ({each.pairs})", each, "black") for name, each in left])
         _draw(axes[1], "by task", right)
-        image.savefig(plan.HERE / "forest.svg", metadata={"Date": None})
+        image.savefig(FIGURE, metadata={"Date": None})
         plt.close(image)
 
 
