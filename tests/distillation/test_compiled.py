@@ -124,6 +124,31 @@ def test_networks_of_the_libraries_compute_the_same(name: str) -> None:
     assert not broken or name == "queries"
 
 
+@pytest.mark.parametrize("section", [tiny.RETINANET, tiny.RETINANET | {"arch": "reppoints", "fpn_channels": 64}])
+def test_a_detector_that_calls_its_parts_one_by_one_is_compiled(
+    section: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build(Model(**section | {"options": {}}), "detection", 3, (128, 128)).train()
+    network = CompiledNetwork(model.net, model.comparable_layers(), "teacher", "eager")
+    batch = model.prepare([torch.rand(3, 128, 128) for _ in range(2)])
+    with caplog.at_level(logging.INFO, "acamkd"), network.running():
+        with torch.no_grad():
+            model(batch)
+        model(batch)  # the second forward of a teacher whose own loss trains the masks
+    assert [network._titles[module] for module in network._parts] == ["backbone", "head"]
+    assert "activation checkpoints" not in caplog.text
+
+
+def test_a_forward_that_a_tap_ends_is_noted_as_any_other() -> None:
+    net = nn.Sequential(nn.Sequential(Part(3)), Part(4))
+    network, images = CompiledNetwork(net, ["0.0.inner"], "teacher", "eager"), torch.rand(1, 3, 8, 8)
+    with network.running():
+        with torch.no_grad(), FeatureTap(net, ["0.0.inner"]) as tap, tap.early_stop():
+            net(images)
+        net(images)
+    assert [network._titles[module] for module in network._parts] == ["0.0.inner", "1"]
+
+
 class Part(nn.Module):
     """Two convolutions, and what the compiler may stumble on."""
 

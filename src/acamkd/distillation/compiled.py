@@ -119,6 +119,7 @@ class CompiledNetwork:
         self._repeated: set[nn.Module] = set()
         self._parts: dict[nn.Module, _Part] = {}
         self._is_known = False
+        self._depth = 0  # of calls within calls, in the first forward
         self._has_gradients = False
 
     @contextmanager
@@ -128,6 +129,8 @@ class CompiledNetwork:
             with ExitStack() as stack:
                 for module in self._titles:
                     stack.callback(module.register_forward_pre_hook(self._note).remove)
+                    # A tap may end the forward by an exception.
+                    stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
                 yield
             self._parts, self._is_known = dict(self._parts_of([self._net])), True
             if self._repeated:
@@ -144,11 +147,15 @@ class CompiledNetwork:
                 del vars(module)["forward"]
 
     def _note(self, module: nn.Module, _: Any) -> None:
-        if module is self._net:
+        if not self._depth:  # the network, or one of the parts that a detector calls one by one
             self._has_gradients = torch.is_grad_enabled()
+        self._depth += 1
         # A reentrant checkpoint runs its forward without gradients.
         runs_again = _is_in_checkpoint() or torch.is_grad_enabled() != self._has_gradients
         (self._repeated if runs_again else self._called).add(module)
+
+    def _leave(self, _module: nn.Module, _inputs: Any, _output: Any) -> None:
+        self._depth -= 1
 
     def _install(self, parts: dict[nn.Module, _Part]) -> None:
         # An attribute hides the method. Hooks run around it, and neither names nor tensors of the state change.
