@@ -25,6 +25,7 @@ from acamkd import cli, config, data, models
 from acamkd.config.yaml_text import Loader
 from acamkd.data.scenes import write_scenes
 from acamkd.jobs.export.onnx_model import OnnxModel
+from acamkd.jobs.inspect_layers import RATIO_ALL_LABELED, RATIOS
 from acamkd.models.base import Task
 from tiny_onnx import write_segmenter
 from tiny_recipes import write_recipe
@@ -127,6 +128,12 @@ def test_recipes_and_their_parts_are_accepted(page: Path, tmp_path: Path) -> Non
         task = content.get("task", "segmentation")
         base = yaml.safe_load(write_recipe(tmp_path / task, task).read_text())
         config.parse({"name": "page", **base, **content}, source=str(page))
+
+
+def test_the_proposed_ratios_are_written_down() -> None:
+    text = (DOCS / "concepts/gradient-ratio.md").read_text(encoding="utf-8")
+    assert f"write {RATIOS['detection']} for detectors and {RATIOS['segmentation']} for segmenters" in text
+    assert re.search(rf"without unlabeled images\s+they write {RATIO_ALL_LABELED}", text)
 
 
 @pytest.fixture
