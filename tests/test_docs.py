@@ -136,6 +136,14 @@ def test_the_proposed_ratios_are_written_down() -> None:
     assert re.search(rf"without unlabeled images\s+they write {RATIO_ALL_LABELED}", text)
 
 
+def test_pairs_within_a_sentence_are_accepted() -> None:
+    text = (DOCS / "concepts/pairs.md").read_text(encoding="utf-8")
+    spans = re.findall(r"(?<!`)`(\[[^`]+|\{[^`]+|pairs:[^`]+)`(?!`)", text)
+    given = [yaml.load(span, Loader=Loader) for span in spans]
+    pairs = [each["pairs"] if isinstance(each, dict) and "pairs" in each else [each] for each in given]
+    assert [config.Loss(name="pkd", pairs=each).pairs for each in pairs] == [(("backbone:*", "backbone:*"),), "auto"]
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], None]:
     def call(words: list[str]) -> None:
