@@ -284,6 +284,15 @@ def test_a_loss_without_gradient_is_an_error(segmentation: Path) -> None:
         calibrated(student, teacher, [silent], batches.train)
 
 
+@pytest.mark.parametrize("options", [{"name": "pkd"}, {"name": "fitnet", "align": True}, {"name": "acam"}], ids=str)
+def test_a_loss_at_frozen_layers_is_an_error(segmentation: Path, options: dict[str, Any]) -> None:
+    student, teacher, batches = networks(config.load(segmentation))
+    student.backbone.requires_grad_(False)
+    entry = config.Loss(pairs=("encoder:5",), weight="auto", **options)
+    with pytest.raises(AcamkdError, match=r"no trainable student parameter lies below encoder:5: .*frozen ones"):
+        calibrated(student, teacher, [entry], batches.train)
+
+
 def test_a_loss_behind_a_layer_that_starts_at_zero_is_an_error() -> None:
     section = config.Model(arch="hf/d_fine", options=OPTIONS["d_fine"])  # the last layer of its edges starts at zero
     student, teacher = (build(section, "detection", 2, (64, 64)) for _ in range(2))

@@ -82,7 +82,8 @@ def calibrate(built: DryBuild, entries: Sequence[Loss], images: Images) -> tuple
         images: Batches, read from the beginning for each loss until 20 are full of images with objects.
 
     Raises:
-        AcamkdError: A gradient is zero, in most parameters or in all, or not finite; or no image has an object.
+        AcamkdError: A gradient is zero, in most parameters or in all, or not finite; all parameters below the layers
+            are frozen; or no image has an object.
     """
     for entry in entries:
         if entry.weight is None and entry.gradient_ratio != Loss.model_fields["gradient_ratio"].default:
@@ -100,8 +101,14 @@ def _calibrate(built: DryBuild, index: int, entry: Loss, images: Images) -> Loss
         batches = prepared(distiller.student, islice(with_objects(images), BATCHES))
         measured = progress(batches, f"measuring {entry.name}", total=BATCHES, unit=" batches")
         by_parameter = [gradient_norms(distiller, batch) for batch in measured]
+    layers = ", ".join(map(str, entry.pairs)) or "the heads"
+    if not any(by_parameter):
+        raise AcamkdError(
+            f"weight: auto of {entry.name}: no trainable student parameter lies below {layers}: nothing can be "
+            "distilled there; name layers behind the frozen ones"
+        )
     norms = [total_norms(found) for found in by_parameter]
-    where = f"at the student's parameters below {', '.join(map(str, entry.pairs)) or 'the heads'}"
+    where = f"at the student's parameters below {layers}"
     for which, values in zip(("distillation", "task"), zip(*norms, strict=True), strict=True):
         if bad := [value for value in values if not math.isfinite(value)]:
             raise AcamkdError(
@@ -192,15 +199,19 @@ def gradient_norms(distiller: Distiller, batch: Batch) -> dict[str, tuple[float,
         batch: From its student's `prepare`.
 
     Returns:
-        By name of each of the student's parameters below the tapped layers.
+        By name of each of the student's trainable parameters below the tapped layers; empty where all are frozen.
     """
     terms = distiller(batch)
     task = torch.stack([term for name, term in terms.items() if name.startswith("task/")]).sum()
     # What the teacher's own loss teaches the masks (`teacher/`) does not reach the student.
     distillation = torch.stack([term for name, term in terms.items() if not name.startswith(("task/", "teacher/"))])
     parameters = {name: p for name, p in distiller.student.net.named_parameters() if p.requires_grad}
+    if not distillation.requires_grad:
+        return {}
     found = torch.autograd.grad(distillation.sum(), list(parameters.values()), retain_graph=True, allow_unused=True)
     reached = {name: gradient for name, gradient in zip(parameters, found, strict=True) if gradient is not None}
+    if not reached:  # what the loss itself learns has a gradient
+        return {}
     own = torch.autograd.grad(task, [parameters[name] for name in reached], allow_unused=True)
     return {
         name: (distilled.norm().item(), 0.0 if gradient is None else gradient.norm().item())
