@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ from safetensors.torch import load_file
 
 import tiny
 from acamkd import config, models
+from acamkd.distillation.distiller import Distiller
 from acamkd.engine.runs import Run, load_student, open_run
 from acamkd.errors import AcamkdError
 from acamkd.jobs.evaluate import evaluate
 from acamkd.jobs.pretrain import pretrain
-from acamkd.jobs.train import train
+from acamkd.jobs.train import distill, train
 from acamkd.models.base import Task
 from acamkd.report.run import write_report
 from command import Command
@@ -45,6 +48,26 @@ def whole(root: Path) -> Run:
     with pytest.MonkeyPatch.context() as patch:  # as outside of the tests; it is to leave no report
         patch.setattr("acamkd.jobs.fit.write_report", write_report)
         return pretrain(config.parse(longer(root)), out=root / "whole")
+
+
+@pytest.mark.parametrize("job", [distill, pretrain], ids=["distill", "pretrain"])
+def test_losses_that_were_built_to_be_checked_are_gone_when_the_training_begins(
+    job: Callable[..., Run], root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    construct, made, gone = Distiller.__init__, [], []  # type: ignore[var-annotated]
+
+    def note(self: Distiller, *arguments: Any, **named: Any) -> None:
+        construct(self, *arguments, **named)
+        made.append(weakref.ref(self))
+
+    def fit(run: Run, *_: Any, **__: Any) -> Run:
+        gone.extend(each() is None for each in made)
+        return run
+
+    monkeypatch.setattr(Distiller, "__init__", note)
+    monkeypatch.setattr(f"{job.__module__}.fit", fit)
+    job(config.parse(raw(root) | {"losses": [COSINE | {"weight": "auto"}]}), out=tmp_path / "run")
+    assert gone == [True, False]
 
 
 def test_the_backbone_alone_is_trained_judged_and_written(whole: Run) -> None:

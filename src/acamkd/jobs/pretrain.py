@@ -106,6 +106,7 @@ def pretrain(
     built = dry_build(student, teacher, losses).distiller
     _check_losses(built, losses)
     _freeze(built)
+    del built
     images.check()
     distiller = build_distiller(student, teacher, losses, section.precision)
     used = {"teacher": section, "student": with_normalization(recipe, recipe.student, student), "losses": losses}

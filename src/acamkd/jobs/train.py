@@ -181,6 +181,7 @@ def distill(
         losses = reuse_weights(losses, config.load(folder / RECIPE).losses)
     with data.reading(batches.train), moved_to(device_of(recipe.train), student, teacher):
         losses = calibrate(built, losses, batches.train)
+    del built  # or its losses would take as much memory of the device as those that train
     distiller = build_distiller(student, teacher, losses, section.precision)
     used = {"teacher": section, "student": with_normalization(recipe, recipe.student, student), "losses": losses}
     run = Run(folder, batches.resolved.model_copy(update=used), "student")
