@@ -16,6 +16,7 @@ from acamkd.distillation.schedule import WeightSchedule
 from acamkd.errors import AcamkdError
 from acamkd.jobs.profile import step_of
 from acamkd.losses import ACAM, FGD, PKD, DistillationContext, FeatureLoss, FitNet, HeadLoss
+from acamkd.losses.acam.statistics import WATCH_EVERY
 from acamkd.models import Batch, Target, TaskModel, build
 
 
@@ -599,3 +600,20 @@ def test_look_ahead_masks_choose_on_unlabeled_images_what_labeled_ones_taught() 
         for parameter in acam.selection.parameters():
             parameter.mul_(-1)
     assert distiller(batch, labeled=False)["body/acam/spatial"] != terms["body/acam/spatial"]
+
+
+def test_messages_of_a_loss_name_its_level(
+    student: Tiny, teacher: Tiny, batch: Batch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def distiller(**options: Any) -> Distiller:
+        losses = [ACAM(4, 6, mask_grad="detached", **options) for _ in range(2)]
+        for loss in losses:
+            torch.nn.init.zeros_(loss.selection.spatial)  # type: ignore[arg-type]
+        return Distiller(student, teacher, [("stem", "stem"), ("body", "body")], losses).train()
+
+    distiller()(batch, WATCH_EVERY - 1)
+    assert [message.partition(" by ")[0] for message in caplog.messages] == [
+        "stem/acam: the spatial masks have collapsed", "body/acam: the spatial masks have collapsed",
+    ]  # fmt: skip
+    with pytest.raises(AcamkdError, match=r"^stem/acam: the spatial masks have collapsed by step 100: "):
+        distiller(on_mask_collapse="stop")(batch, WATCH_EVERY - 1)

@@ -268,7 +268,7 @@ def test_processes_judge_together_whether_masks_have_collapsed(means: tuple[floa
         figures = {"spatial_mask": torch.tensor(means[rank]), "spatial_mask_std": torch.tensor(0.3)}
         expected = pytest.raises(AcamkdError, match=r"their mean is 0\.06") if collapsed else nullcontext()
         with expected:
-            CollapseWatch(stop=True).look(masks, figures, WATCH_EVERY - 1)
+            CollapseWatch(stop=True).look(masks, figures, WATCH_EVERY - 1, "ACAM")
 
     assert _together(look) == [0, 0]
 

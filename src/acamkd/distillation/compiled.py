@@ -77,8 +77,8 @@ class _Part:
 class CompiledLoss(_Part):
     """The terms of a loss, compiled in one or several graphs."""
 
-    def __init__(self, loss: FeatureLoss, title: str, backend: str) -> None:
-        super().__init__(loss.terms, title, backend, whole=False)
+    def __init__(self, loss: FeatureLoss, backend: str) -> None:
+        super().__init__(loss.terms, loss.title, backend, whole=False)
         self._loss = loss
 
     @contextmanager

@@ -96,6 +96,8 @@ class Distiller(nn.Module):
         ]
         if twice := {key for key in self._keys if self._keys.count(key) > 1}:
             raise AcamkdError(f"the same method stands twice at one layer: {', '.join(sorted(twice))}")
+        for key, loss in zip(self._keys, losses, strict=True):
+            loss.title = key
         self._fast: FastTeacher | None = None
         if precision is not None and (asking := self._asking):
             log.warning("%s needs arguments of the teacher's modules, so that teacher.precision is not used", asking)
@@ -145,11 +147,7 @@ class Distiller(nn.Module):
         if self.losses and self.shared_maps is None:  # what is shared must not depend on what ran before
             teacher = self._fast.model if self._fast else self.teacher
             self._compiled.append(CompiledNetwork(teacher.net, self._tapped(1), "teacher", backend))
-        self._compiled += [
-            CompiledLoss(loss, key, backend)
-            for key, (_, loss) in zip(self._keys, self.levels, strict=True)
-            if isinstance(loss, FeatureLoss)
-        ]
+        self._compiled += [CompiledLoss(loss, backend) for _, loss in self.levels if isinstance(loss, FeatureLoss)]
 
     def forward(self, batch: Batch, step: int = 0, *, labeled: bool = True, check: bool = True) -> dict[str, Tensor]:
         """Run both networks on one batch.
@@ -218,7 +216,7 @@ class Distiller(nn.Module):
 
     def check_unlabeled(self) -> None:
         """Say which losses see labeled images only; raises AcamkdError if all of them do."""
-        blind = [key for key, (_, loss) in zip(self._keys, self.levels, strict=True) if loss.needs_targets]
+        blind = [loss.title for _, loss in self.levels if loss.needs_targets]
         if len(blind) == len(self.levels):
             raise AcamkdError(
                 f"no loss can learn from unlabeled images, since each needs targets: {', '.join(blind)}; leave "

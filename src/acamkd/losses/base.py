@@ -94,6 +94,8 @@ class DistillationLoss(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
+        self.title = type(self).__name__
+        """What the log calls it; in a Distiller LAYER/METHOD."""
         self.statistics: dict[str, Tensor] = {}
         """Scalars of the last forward worth logging beside the terms, without gradient (the mean of the masks)."""
 
@@ -228,7 +230,7 @@ class FeatureLoss(DistillationLoss):
             if not self._resampling_logged:
                 log.info(
                     "%s: the student's feature map %s is resampled to the teacher's %s",
-                    type(self).__name__, tuple(student.shape[-2:]), tuple(teacher.shape[-2:]),
+                    self.title, tuple(student.shape[-2:]), tuple(teacher.shape[-2:]),
                 )  # fmt: skip
                 self._resampling_logged = True
             student = resample(student, teacher.shape[-2:])

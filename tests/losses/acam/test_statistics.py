@@ -53,7 +53,7 @@ def test_a_collapse_is_said_once_or_stops(numbered: bool, caplog: pytest.LogCapt
 
     said = "the spatial masks have collapsed by step 200: they vary by 0.000 only, less than 0.02: they choose nothing"
     train()
-    assert caplog.messages == [said]
+    assert caplog.messages == [f"ACAM: {said}"]
     with pytest.raises(AcamkdError) as stopped:
         train(on_mask_collapse="stop")
     assert str(stopped.value) == f"{said} (on_mask_collapse: stop)"

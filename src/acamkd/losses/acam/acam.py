@@ -181,7 +181,7 @@ class ACAM(FeatureLoss):
         if self.mask_source != "uniform":
             terms["diversity"] = self.diversity_weight * mask_overlap(masks, self.diversity)
         if self.training and self.mask_source in LEARNING:
-            self.watch.look(masks, self.statistics, context.step)
+            self.watch.look(masks, self.statistics, context.step, self.title)
         return terms
 
     def _masks(self, student: Tensor, teacher: Tensor) -> Masks:

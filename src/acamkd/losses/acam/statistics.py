@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -66,21 +67,21 @@ class CollapseWatch:
         self._looks = 0
         self._said: set[str] = set()
 
-    def look(self, masks: Masks, statistics: Mapping[str, Tensor], step: int) -> None:
-        """Judge the masks in use by their statistics, `KIND_mask` and `KIND_mask_std`."""
+    def look(self, masks: Masks, statistics: Mapping[str, Tensor], step: int, title: str) -> None:
+        """Judge the masks in use by their statistics, `KIND_mask` and `KIND_mask_std`; `title` is the level's."""
         if not step:  # a number that changes with every step would be compiled anew
             self._looks += 1
         steps = step + 1 if step else self._looks  # a loop of one's own need not number its steps
         if steps % WATCH_EVERY:
             return
-        statistics = mean_over_processes(statistics)  # or one process would stop alone, and leave the others waiting
+        figures = mean_over_processes(statistics)  # or one process would stop alone, and leave the others waiting
+        values = dict(zip(figures, torch.stack([*figures.values()]).tolist(), strict=True))  # waits for a GPU once
         for kind, mask in masks.in_use().items():
             if kind in self._said or mask.flatten(2).shape[2] == 1:  # a single location cannot vary
                 continue
-            mean, spread = (statistics[f"{kind}_{name}"].item() for name in ("mask", "mask_std"))
-            if why := collapse(mean, spread):
+            if why := collapse(values[f"{kind}_mask"], values[f"{kind}_mask_std"]):
                 message = f"the {kind} masks have collapsed by step {steps}: {why}"
                 if self.stop:
-                    raise AcamkdError(f"{message} (on_mask_collapse: stop)")
-                log.warning(message)
+                    raise AcamkdError(f"{message} (on_mask_collapse: stop)")  # a Distiller adds the title
+                log.warning("%s: %s", title, message)
                 self._said.add(kind)
