@@ -117,6 +117,15 @@ def test_constant_with_warm_up(tmp_path: Path) -> None:
     assert found == pytest.approx([0.5 * (1e-3 + (1 - 1e-3) * min(step / 4, 1)) for step in range(8)])
 
 
+@pytest.mark.parametrize(("warmup_steps", "said"), [(2, False), (3, True)])
+def test_a_warm_up_that_outlasts_the_training_is_said(
+    warmup_steps: int, said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _rates(tmp_path, 1, 3, config.Schedule(name="constant", warmup_steps=warmup_steps))
+    message = "warmup_steps 3, and the training has 3 steps: it never reaches lr; lower warmup_steps"
+    assert (message in caplog.text) == said
+
+
 def test_step_falls_at_the_end_of_its_epochs(tmp_path: Path) -> None:
     schedule = config.Schedule(name="step", milestones=(1, 3), gamma=0.1, warmup_steps=1)
     found = _rates(tmp_path, 4, 2, schedule)

@@ -182,7 +182,7 @@ class Schedule(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Linear warm-up; one_cycle has one of its own (`pct_start`)."""
     milestones: tuple[Positive, ...] = ()
-    """step: epochs at whose end the rate is multiplied by `gamma`."""
+    """step: epochs, before the last one, at whose end the rate is multiplied by `gamma`."""
     gamma: Fraction = 0.1
     power: Annotated[float, Field(gt=0)] = 0.9
     """polynomial: exponent."""
@@ -317,6 +317,8 @@ class Train(Section):
     def _check(self) -> Train:
         if self.epochs % self.eval_every:
             raise ValueError(f"eval_every {self.eval_every} does not divide epochs {self.epochs}")
+        if late := [epoch for epoch in self.schedule.milestones if epoch >= self.epochs]:
+            raise ValueError(f"schedule.milestones must be below epochs {self.epochs}, where all ends, not {late}")
         if self.multiscale is not None and self.multiscale[0] > self.multiscale[1]:
             raise ValueError(f"multiscale must be a range of factors, such as [0.75, 1.25], not {[*self.multiscale]}")
         return self

@@ -232,6 +232,11 @@ class TrainingModule(L.LightningModule):
                 optimizer, max_lr=peaks, total_steps=total_steps, pct_start=pct_start,
                 cycle_momentum=self.config.optimizer.name != "sgd",  # with sgd the recipe sets the momentum
             )  # fmt: skip
+        if config.warmup_steps >= total_steps:
+            log.warning(
+                "train.schedule: the rate rises for warmup_steps %d, and the training has %d steps: it never reaches "
+                "lr; lower warmup_steps", config.warmup_steps, total_steps,
+            )  # fmt: skip
         parts: list[lr_scheduler.LRScheduler] = []
         if config.warmup_steps:
             parts.append(lr_scheduler.LinearLR(optimizer, start_factor=1e-3, total_iters=config.warmup_steps))
