@@ -34,7 +34,6 @@ OPTIONS: list[Mapping[str, Any]] = [
     {"masks": "spatial"},
     {"masks": "both", "diversity": "literal"},
     {"mask_source": "teacher"},
-    {"mask_source": "teacher", "query": "student"},
     {"mask_source": "random"},
     {"mask_source": "random", "mask_grad": "detached"},
     {"mask_source": "uniform"},

@@ -85,6 +85,19 @@ def test_the_paper_preset_is_the_literal_method() -> None:
             {"normalize": True, "mask_source": "uniform"},
             "normalize acts on the fusion, and mask_source='uniform' has none",
         ),
+        (
+            {"kv_stride": "auto", "mask_source": "fixed"},
+            "kv_stride acts on the fusion, and mask_source='fixed' has none",
+        ),
+        *(
+            (
+                {"query": "student", "mask_source": source},
+                f"query='student' needs masks of both networks, not those of mask_source='{source}'",
+            )
+            for source in ("teacher", "fixed", "uniform")
+        ),
+        ({"temperature": 4.0}, "temperature acts on 'softmax' and 'correlation', not on imitation='standardized'"),
+        ({"temperature": 4.0, "imitation": "squared"}, "temperature acts on .*, not on imitation='squared'"),
         ({"tokens": {}}, "tokens belong to mask_source='fixed', not to 'cooperative'"),
         (
             {"mask_source": "fixed", "masks": "channel", "tokens": {"channel": torch.zeros(3, 1)}},

@@ -126,8 +126,13 @@ class ACAM(FeatureLoss):
         if kv_stride != "auto" and not (isinstance(kv_stride, int) and kv_stride >= 1):
             raise ValueError(f"kv_stride must be a whole number from 1, or 'auto', not {kv_stride!r}")
         fuses = mask_source not in ("fixed", "uniform")
-        if normalize and not fuses:
-            raise ValueError(f"normalize acts on the fusion, and mask_source={mask_source!r} has none")
+        for name, is_given in (("normalize", normalize), ("kv_stride", kv_stride != 1)):
+            if is_given and not fuses:
+                raise ValueError(f"{name} acts on the fusion, and mask_source={mask_source!r} has none")
+        if query != "teacher" and mask_source not in ("cooperative", "random"):
+            raise ValueError(f"query={query!r} needs masks of both networks, not those of mask_source={mask_source!r}")
+        if temperature != 1 and imitation in ("squared", "standardized"):
+            raise ValueError(f"temperature acts on 'softmax' and 'correlation', not on imitation={imitation!r}")
         if mask_grad == "task" and mask_source not in LEARNING:
             raise ValueError(f"mask_grad='task' needs masks that learn, and mask_source={mask_source!r} has none")
         if mask_grad == "look_ahead" and mask_source in LEARNING:
