@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 class DistillationContext:
     """All that a method may need beside the two feature maps.
 
-    The Distiller fills in only what a loss declares in `needs`.
+    The Distiller fills in `boxes` and `task_gradient` only where a loss declares them in `needs`.
 
     Attributes:
         step: Optimization step, from 0.

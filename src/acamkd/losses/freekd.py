@@ -113,11 +113,11 @@ class FreeKD(FeatureLoss):
     L = weight * (frequency_weight * frequency + feature_weight * mean_{n,c,p} (f(S) - T)^2).
     The low-pass band is not distilled.
 
-    Tokens are learned in a stage of their own (`acamkd tokens RECIPE`) and frozen here. Defaults are the one released
-    configuration, RetinaNet with a ResNet-101 teacher, whose numbers are the preset `retinanet`. The weights of the
-    other presets stand in configurations whose loss was not released.
+    Tokens are learned in a stage of their own (`acamkd tokens RECIPE`) and frozen here. But for `align`, the defaults
+    are the one released configuration, RetinaNet with a ResNet-101 teacher, which is the preset `retinanet`. The
+    weights of the other presets stand in configurations whose loss was not released.
 
-    Deviations: none from the official code by default. The paper gives each orientation a token set. The code takes
+    Deviations: none from the official code with a preset. The paper gives each orientation a token set. The code takes
     the three levels for the three orientations, so that its sets belong to levels. The orientations of a level share
     the masks that the sum of their bands gives. `token_axis: level` is that code. `orientation` is the paper:
     set o masks orientation o at every level, M_{j,o,t} = sigmoid(<E_{o,t}, B_{j,o}(T)>). The released configuration
