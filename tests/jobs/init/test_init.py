@@ -89,10 +89,20 @@ def test_a_segmenters_recipe_with_a_drawn_validation_split(tmp_path: Path) -> No
 
 def test_one_name_less_than_values_makes_the_last_one_void(tmp_path: Path) -> None:
     root = tiny.write_data(tmp_path / "data")
-    recipe = config.load(init(root, classes=NAMES[:-1]).file)
+    recipe = config.load(init(root, classes=NAMES[:-1], unlabeled="data/images/val").file)
     assert recipe.data.ignore_index == len(NAMES) - 1
+    assert recipe.data.unlabeled == root / "images/val"  # as a shell completes it
     with pytest.raises(AcamkdError, match=r"values up to 5, but there are only 2 names"):
         init(root, classes=NAMES[:2], overwrite=True)
+
+
+def test_unlabeled_images_that_are_not_there_are_told(tmp_path: Path) -> None:
+    root = tiny.write_data(tmp_path / "data")
+    with pytest.raises(AcamkdError, match=r"--unlabeled more: there is no such folder, neither in .*data nor in the"):
+        init(root, classes=NAMES, unlabeled="more")
+    (root / "more").mkdir()
+    with pytest.raises(AcamkdError, match=r"data/more: the folder holds no images"):
+        init(root, classes=NAMES, unlabeled="more")
 
 
 def test_what_is_missing_is_asked_or_an_error(tmp_path: Path, acamkd: Command, monkeypatch: pytest.MonkeyPatch) -> None:

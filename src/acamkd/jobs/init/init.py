@@ -101,7 +101,8 @@ def init(
         classes: Names, needed where masks or text files come without.
         teacher: A checkpoint of the teacher; where not given, the recipe trains one.
         teacher_network: What it is, ARCH/BACKBONE, where its tensors do not tell.
-        unlabeled: Folder of further images, relative to the folder or absolute; found by its name where not given.
+        unlabeled: Folder of further images, relative to the folder or to the current one, or absolute; found by its
+            name where not given.
         out: The recipe; NAME.yaml in the current folder where not given, with the folder's name.
         overwrite: Replace it.
         ask: Puts a question where something is missing; without it that is an error.
@@ -116,7 +117,7 @@ def init(
     layout = _chosen(find_layouts(root), task, ask)
     task, machine = layout.task, this_machine()
     names, ignored = _classes(layout, classes, ask)
-    more = str(unlabeled) if unlabeled else find_unlabeled(root)
+    more = _unlabeled(root, Path(unlabeled).expanduser()) if unlabeled else find_unlabeled(root)
     source: dict[str, Any] = {"format": layout.format, "root": str(root), **layout.splits}
     if "val" not in source:
         source["val"] = {"share": SHARE}
@@ -236,9 +237,20 @@ def _range(values: Sequence[int]) -> str:
     return f"0 to {values[-1]}" if numbered and values else ", ".join(map(str, values))
 
 
+def _unlabeled(root: Path, given: Path) -> str:
+    """A folder as the recipe writes it: relative to the root, or absolute; raises AcamkdError if it is not there."""
+    if (root / given).is_dir():
+        return str(given)
+    if given.is_dir():
+        return str(given.resolve())
+    raise AcamkdError(f"--unlabeled {given}: there is no such folder, neither in {root} nor in the current folder")
+
+
 def _count(source: dict[str, Any], task: Task) -> tuple[dict[str, Statistics], tuple[str, ...]]:
     """What the splits hold, and the classes."""
     parsed = config.Data.model_validate({**source, "test": None})
+    if parsed.unlabeled is not None:
+        data.refuse(data.build_unlabeled(parsed, task, seed=0).problems)
     datasets = {split: data.build(parsed, task, split, seed=0, augment=False) for split in ("train", "val")}
     counted = {split: count(dataset, decode=False) for split, dataset in datasets.items()}
     return counted, datasets["train"].classes
