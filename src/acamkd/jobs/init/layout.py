@@ -19,7 +19,7 @@ from acamkd.data.formats.coco import BACKGROUNDS
 from acamkd.data.formats.coco_file import CocoFile
 from acamkd.data.formats.voc import CLASSES as VOC_CLASSES
 from acamkd.data.formats.voc import class_names
-from acamkd.data.image_io import opened
+from acamkd.data.image_io import lines_of, opened
 from acamkd.data.packed import parquet_file
 from acamkd.errors import AcamkdError
 from acamkd.files import IMAGE_SUFFIXES
@@ -350,22 +350,22 @@ def _values(folders: Iterable[Sequence[Path]]) -> tuple[int, ...]:
 
 
 def _names(root: Path) -> tuple[tuple[str, ...], str] | None:
-    """Class names, and the file that they stand in."""
+    """Class names, and the file that they stand in; raises AcamkdError if it is not in UTF-8."""
     for name in NAME_FILES:
         file = root / name
         if not file.is_file():
             continue
-        text = file.read_text(encoding="utf-8")
+        lines = lines_of(file)
         if file.suffix == ".json":
             with suppress(ValueError):
-                content = json.loads(text)
+                content = json.loads("\n".join(lines))
                 listed = content.get("classes", content.get("names")) if isinstance(content, dict) else content
                 if isinstance(content, dict) and set(content) == {str(number) for number in range(len(content))}:
                     listed = [content[str(number)] for number in range(len(content))]
                 if isinstance(listed, list) and listed and all(isinstance(each, str) for each in listed):
                     return tuple(listed), name
-        elif lines := [line.strip() for line in text.splitlines() if line.strip() not in ("", IGNORED)]:
-            return tuple(lines), name
+        elif listed := [line.strip() for line in lines if line.strip() not in ("", IGNORED)]:
+            return tuple(listed), name
     return None
 
 
