@@ -74,7 +74,7 @@ def test_a_segmenters_recipe_with_a_drawn_validation_split(tmp_path: Path) -> No
     (root / "unlabeled").mkdir()
     shutil.copy(next((root / "images/train").iterdir()), root / "unlabeled")
     before = sorted(root.rglob("*"))
-    proposal = init(root, classes=NAMES, out="drawn.yaml")
+    proposal = init(root, classes=NAMES, out="recipes/drawn.yaml")
     assert sorted(root.rglob("*")) == before
     recipe = config.load(proposal.file)
     assert recipe.data.val.share == 0.2
@@ -94,6 +94,13 @@ def test_one_name_less_than_values_makes_the_last_one_void(tmp_path: Path) -> No
     assert recipe.data.unlabeled == root / "images/val"  # as a shell completes it
     with pytest.raises(AcamkdError, match=r"values up to 5, but there are only 2 names"):
         init(root, classes=NAMES[:2], overwrite=True)
+
+
+def test_a_recipe_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
+    with pytest.raises(AcamkdError, match=f"{tmp_path} is a folder: --out takes the name of a file"):
+        init(tmp_path / "nowhere", out=tmp_path)
+    with pytest.raises(AcamkdError, match=r"cannot write .*test_init\.py: File exists; --out writes elsewhere"):
+        init(tmp_path / "nowhere", out=Path(__file__, "cells.yaml"))
 
 
 def test_unlabeled_images_that_are_not_there_are_told(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from acamkd.distillation.pairs import propose
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import write_text
 from acamkd.errors import AcamkdError
+from acamkd.files import check_writable_file
 from acamkd.jobs.init.choices import (
     DENSE,
     LEARNING_RATES,
@@ -108,10 +109,12 @@ def init(
         ask: Puts a question where something is missing; without it that is an error.
 
     Raises:
-        AcamkdError: The folder is none that is known, something is missing, or the recipe is there already.
+        AcamkdError: The folder is none that is known, something is missing, or the recipe is there already or cannot be
+            written.
     """
     root = Path(folder).expanduser().resolve()
     file = Path(out) if out else Path(f"{_file_name(root.name)}.yaml")
+    check_writable_file(file)
     if file.exists() and not overwrite:
         raise AcamkdError(f"{file} is there already: --overwrite replaces it, --out FILE writes elsewhere")
     layout = _chosen(find_layouts(root), task, ask)
