@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 import acamkd as package
 import tiny
@@ -101,6 +102,16 @@ def test_a_recipe_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
         init(tmp_path / "nowhere", out=tmp_path)
     with pytest.raises(AcamkdError, match=r"cannot write .*test_init\.py: File exists; --out writes elsewhere"):
         init(tmp_path / "nowhere", out=Path(__file__, "cells.yaml"))
+
+
+def test_masks_in_color_need_mask_values(tmp_path: Path) -> None:
+    root = tiny.write_data(tmp_path / "data")
+    for file in (root / "masks").rglob("*.png"):
+        Image.new("RGB", (8, 8)).save(file)
+    with pytest.raises(
+        AcamkdError, match=r"the masks hold colors, .* --classes sky,road,\.\.\.; .* data\.mask_values: "
+    ):
+        init(root)
 
 
 def test_unlabeled_images_that_are_not_there_are_told(tmp_path: Path) -> None:

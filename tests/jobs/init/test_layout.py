@@ -119,6 +119,18 @@ def test_class_names_of_masks_come_from_files_beside_them(tmp_path: Path) -> Non
     assert find_layouts(tmp_path)[1].classes == ("sky", "road")
 
 
+@pytest.mark.parametrize(("suffix", "mode"), [(".TIF", "L"), (".bmp", "P"), (".png", "1")])
+def test_masks_of_every_type_that_is_read_are_found(tmp_path: Path, suffix: str, mode: str) -> None:
+    _images(tmp_path / "images")
+    (tmp_path / "masks").mkdir()
+    for number in range(3):
+        mask = Image.new(mode, (40, 20))
+        mask.putpixel((0, 0), number % 2)
+        mask.save(tmp_path / f"masks/{number}{suffix}")
+    (found,) = find_layouts(tmp_path)
+    assert (found.format, found.values) == ("masks", (0, 1))
+
+
 def test_files_of_names_as_windows_writes_them(tmp_path: Path) -> None:
     for folder in ("images", "masks"):
         _images(tmp_path / folder, 0)

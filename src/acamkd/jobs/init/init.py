@@ -221,13 +221,21 @@ def _classes(layout: Layout, given: Sequence[str] | None, ask: Ask | None) -> tu
             )
         return names, None
     values = [value for value in layout.values if value != VOID]
+    held = (
+        f"the values {_range(values or layout.values)}" if layout.values else "colors, or 16 bits, which are not read"
+    )
     if names is None and ask is not None:
-        answer = ask(f"The masks hold the values {_range(values)}. Names of the classes from 0 on, with commas?")
+        answer = ask(f"The masks hold {held}. Names of the classes from 0 on, with commas?")
         names = tuple(name.strip() for name in answer.split(",") if name.strip())
     if not names:
+        more = (
+            "one name less than there are values makes the last value void"
+            if layout.values
+            else "then say in the recipe which color is which class, data.mask_values: {'#ff0000': road, ...}"
+        )
         raise AcamkdError(
-            f"the masks hold the values {_range(values)}, and nothing says what they mean: give the names from 0 on, "
-            "--classes sky,road,...; one name less than there are values makes the last value void"
+            f"the masks hold {held}, and nothing says what they mean: give the names from 0 on, --classes "
+            f"sky,road,...; {more}"
         )
     last = max(values, default=0)
     if last > len(names):
