@@ -21,7 +21,7 @@ from acamkd.data.formats.coco_file import CocoFile
 from acamkd.data.formats.masks import MASK_SUFFIXES
 from acamkd.data.formats.voc import CLASSES as VOC_CLASSES
 from acamkd.data.formats.voc import class_names
-from acamkd.data.image_io import lines_of, opened
+from acamkd.data.image_io import lines_of, opened, stored_values
 from acamkd.data.packed import parquet_file
 from acamkd.errors import AcamkdError
 from acamkd.files import IMAGE_SUFFIXES
@@ -340,14 +340,14 @@ def _packed(root: Path) -> Iterator[Layout]:
 
 
 def _values(folders: Iterable[Sequence[Path]]) -> tuple[int, ...]:
-    """Which values 1-bit and 8-bit masks hold, of an even sample of them; of other masks none."""
+    """Which values gray masks and those with a palette hold, of an even sample of them; of other masks none."""
     found: set[int] = set()
     for files in folders:
         for file in files[:: max(1, len(files) // SAMPLED)]:
             with opened(file, "mask") as image:
                 if image.mode not in ("1", "L", "P"):
                     return ()
-                found.update(np.unique(np.array(image, dtype=np.uint8)).tolist())
+                found.update(np.unique(stored_values(image)).tolist())
     return tuple(sorted(found))
 
 
