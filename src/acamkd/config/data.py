@@ -179,8 +179,9 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Data:
-        if self.train.share is not None:
-            raise ValueError("train.share: only `val` can be a share, of the training images")
+        for name, split in (("train", self.train), ("test", self.test)):
+            if split is not None and split.share is not None:
+                raise ValueError(f"{name}.share: only `val` can be a share, of the training images")
         if self.decode == "reduced" and (self.resize is None or self.augment.crop is not None):
             raise ValueError(
                 "decode: reduced needs `resize`, and no `augment.crop`, whose size is in the images' own pixels"
