@@ -124,6 +124,12 @@ def test_typos_are_told_before_the_teacher_is_trained(
     assert not Path("runs").exists()
 
 
+def test_a_wrong_test_split_is_told_before_anything_is_trained(recipe: config.Recipe) -> None:
+    with pytest.raises(AcamkdError, match=r"the test images cannot be used, problems: 1, such as cannot read .*tset"):
+        run(recipe, overrides=["data.test.images=images/tset"])
+    assert not Path("runs").exists()
+
+
 def test_a_teacher_behind_the_baseline_is_not_distilled_from(
     recipe: config.Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -156,6 +156,12 @@ class Data(Section):
     check: Literal["full", "headers"] = "full"
     """Before training, decode every image (full) or only read its header (headers)."""
 
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits that it names, by their keys."""
+        named = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: split for name, split in named.items() if split is not None}
+
     @field_validator("val", mode="before")
     @classmethod
     def _share(cls, given: Any) -> Any:
@@ -179,8 +185,8 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Data:
-        for name, split in (("train", self.train), ("test", self.test)):
-            if split is not None and split.share is not None:
+        for name, split in self.splits.items():
+            if name != "val" and split.share is not None:
                 raise ValueError(f"{name}.share: only `val` can be a share, of the training images")
         if self.decode == "reduced" and (self.resize is None or self.augment.crop is not None):
             raise ValueError(

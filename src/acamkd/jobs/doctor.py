@@ -137,6 +137,13 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
         more = None if source.unlabeled is None else data.build_unlabeled(source, recipe.task, seed=recipe.train.seed)
         for warning in data.compare_splits(train, val, source, more):
             yield Finding(stage, "warn", warning)
+        if source.test is not None:
+            seen = source.model_copy(update={"classes": train.classes})
+            test = data.build(seen, recipe.task, "test", seed=recipe.train.seed, augment=False)
+            data.check_same_classes(train, test, "test")
+            data.refuse(test.problems)
+            for warning in data.compare_test(test, train, val, more):
+                yield Finding(stage, "warn", warning)
         if more is None:
             yield Finding(stage, "pass", ALL_LABELED)
         stage = "teacher's weights"

@@ -150,6 +150,8 @@ def _check_data(recipe: config.Recipe) -> None:
                 f"the {name} images cannot be used, problems: {len(split.problems)}, such as {split.problems[0]}; "
                 "acamkd doctor RECIPE --data lists them"
             )
+    for warning in found.splits["test"].warnings if "test" in found.splits else ():  # trainings say those of the others
+        log.warning("test data: %s", warning)
 
 
 def _check_networks(recipe: config.Recipe) -> None:

@@ -317,7 +317,7 @@ def _check_data(recipe: config.Recipe) -> None:
     from acamkd.jobs.setup import Batches
 
     check_installed(recipe)
-    Batches(recipe, with_unlabeled=recipe.data.unlabeled is not None).check()
+    Batches(recipe, with_unlabeled=recipe.data.unlabeled is not None, with_test=True).check()
 
 
 def _train_teacher(recipe: config.Recipe) -> None:
