@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -255,7 +256,7 @@ def _is_blank(layer: Any) -> bool:
 
 
 def _score(teacher: FeatureModel, val: ImageDataset, recipe: config.Recipe) -> Finding:
-    """Score the teacher on the first images, and compare with a constant prediction."""
+    """Score the teacher on images drawn with a fixed seed, and compare with a constant prediction."""
     metric = METRICS[recipe.task]
     if not isinstance(teacher, TaskModel):
         return Finding("teacher's score", "pass", "not scored: it has no head")
@@ -264,11 +265,14 @@ def _score(teacher: FeatureModel, val: ImageDataset, recipe: config.Recipe) -> F
         return Finding("teacher's score", "pass", text)
     seen: list[Target] = []
     deadline = time.monotonic() + SECONDS
+    # Not the first ones, which may all show the same, and in an order that a slow teacher may break off.
+    drawn = random.Random(0).sample(range(len(val)), min(SLICE, len(val)))
 
     def images() -> Iterator[tuple[Sequence[Tensor], Sequence[Target]]]:
-        for image, target in val:
-            if len(seen) == SLICE or time.monotonic() > deadline:
+        for index in drawn:
+            if time.monotonic() > deadline:
                 return
+            image, target = val[index]
             seen.append(target)
             yield [image], [target]
 
@@ -278,6 +282,9 @@ def _score(teacher: FeatureModel, val: ImageDataset, recipe: config.Recipe) -> F
     teacher.to(device)  # the student's device, whose batches both networks get
     chance = ignorance(seen, len(val.classes)) if recipe.task == "segmentation" else 0.0
     text = f"{metric} {reached:.2f} on {len(seen)} validation images; a constant prediction has {chance:.2f}"
+    if math.isnan(reached) or chance + MARGIN > 100:
+        text = f"{text}: they show too little to judge it by"
+        return Finding("teacher's score", "warn", text, "look at its score on all validation images")
     if not reached >= chance + MARGIN:
         advice = (
             "its weights were not trained on these classes in this order, or hardly trained, or its mean, std or "
