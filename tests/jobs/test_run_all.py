@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,17 @@ def test_everything_is_trained_once_and_resumed_where_it_stopped(
     monkeypatch.chdir(recipe.data.root.parent)
     with pytest.raises(AcamkdError, match=r"train.seed was 0, is 1.*--set name=OTHER"):
         run(recipe, overrides=["train.seed=1"], anyway=True)
+
+    weights = runs / "baseline/student.safetensors"
+    shutil.copy(runs / "distilled/student.safetensors", weights)  # as another training may
+    changed = run(recipe, anyway=True)
+    assert changed.test["baseline"] == result.test["distilled"] == changed.test["distilled"]
+    assert changed.interval == ImageInterval(0, 0, 4)
+    monkeypatch.setattr(run_all, "evaluate", lambda *_given, **_more: {"mIoU": math.nan})
+    weights.touch()
+    for _ in range(2):
+        with pytest.raises(AcamkdError, match=r"mIoU of baseline has no basis: check data\.test"):
+            run(recipe, anyway=True)
 
 
 def test_what_cannot_be_distilled_is_said_before_anything_is_trained(
