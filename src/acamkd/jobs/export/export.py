@@ -339,5 +339,7 @@ def _appearing(out: Path) -> Iterator[Path]:
             if out.exists():
                 os.replace(out, Path(unfinished, "replaced"))
             os.replace(folder, out)
+    except AcamkdError:  # such as of an image that cannot be read, which is an OSError too
+        raise
     except OSError as error:
         raise AcamkdError(f"cannot write {out}: {error.strerror or error}") from error
