@@ -103,7 +103,8 @@ def compare(
             processes.
     """
     recipe = config.as_recipe(recipe, overrides)
-    methods, results = methods_of(recipe, methods), Path(results or default_folder(recipe, "compare"))
+    methods = methods_of(recipe, methods)
+    results = Path(results).expanduser() if results else default_folder(recipe, "compare")
     trials = plan(recipe, methods, seeds, results)  # raises errors before anything is written
     check_writable(results, advice="--results DIR writes elsewhere")
     results.mkdir(parents=True, exist_ok=True)
