@@ -323,9 +323,11 @@ def check_options(model: Model, kind: type[nn.Module], *further: str) -> None:
         for name, parameter in inspect.signature(kind).parameters.items()
         if isinstance(parameter.default, (int, float)) and name not in ("min_size", "max_size")
     } | set(further)
-    for name in model.options:
+    for name, value in model.options.items():
         if name not in allowed:
             raise AcamkdError(f"{model.arch} has no option {name}; {nearest(name, allowed)}")
+        if name not in further and not isinstance(value, (int, float)):
+            raise AcamkdError(f"{model.arch}: options.{name} must be a number, not {value!r}")
 
 
 def check_group_norm(model: Model) -> None:
@@ -348,7 +350,7 @@ def _constructor_options(model: Model, kind: type[nn.Module]) -> tuple[dict[str,
     if not anchors or (convention == "torchvision" and "anchor_sizes" not in options):
         return options, convention
     sizes = options.pop("anchor_sizes", (32, 64, 128, 256, 512))
-    if not isinstance(sizes, Sequence) or len(sizes) != 5:
+    if not isinstance(sizes, Sequence) or [isinstance(size, (int, float)) for size in sizes] != [True] * 5:
         raise AcamkdError(f"anchor_sizes must be five numbers, one per level of the pyramid, not {sizes}")
     levels = [[size * factor for factor in (OCTAVE if kind is RetinaNet else (1.0,))] for size in sizes]
     if convention == "torchvision":

@@ -84,6 +84,8 @@ def _loading(name: str) -> Iterator[None]:
     if Path(name).is_dir():
         try:
             yield
+        except AcamkdError:
+            raise
         except (OSError, ValueError) as error:
             raise AcamkdError(f"transformers cannot read {name}: {error}") from error
     else:

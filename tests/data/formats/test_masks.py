@@ -273,9 +273,10 @@ def test_what_is_no_value(values: dict[str, Any], message: str) -> None:
 def test_formats_that_say_themselves_what_values_mean(tmp_path: Path) -> None:
     for name in ("leftImg8bit", "gtFine"):
         (tmp_path / name).mkdir()
-    options = config.Data(root=tmp_path, mask_values={"0": "road"})
-    with pytest.raises(AcamkdError, match=r"data\.mask_values: data\.format cityscapes does not read it for segm"):
-        data.build(options, "segmentation", "train", seed=0, augment=False)
+    for key, value in {"mask_values": {"0": "road"}, "ignore_index": 0}.items():
+        options = config.Data(root=tmp_path).model_copy(update={key: value})
+        with pytest.raises(AcamkdError, match=rf"data\.{key}: data\.format cityscapes does not read it for segm"):
+            data.build(options, "segmentation", "train", seed=0, augment=False)
 
 
 def _palette(ids: list[list[int]], colors: list[tuple[int, int, int]]) -> Image.Image:

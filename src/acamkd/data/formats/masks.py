@@ -249,7 +249,7 @@ class MaskFolder(MaskDataset):
     SPLIT_KEYS = frozenset({"images", "masks"})
     BESIDE_IMAGES = "masks"
     NEEDS_CLASSES = True
-    DATA_KEYS = frozenset({"mask_values"})
+    DATA_KEYS = frozenset({"ignore_index", "mask_values"})
 
     @classmethod
     def open_split(cls, data: Data, split: SplitName, *, transform: Transform | None, seed: int) -> MaskFolder:

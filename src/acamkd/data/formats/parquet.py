@@ -142,7 +142,7 @@ class ParquetSegmentation(MaskDataset):
     """Semantic segmentation: a column of images and one of masks, whose values are class ids."""
 
     SPARE_LAYOUT = ("*.parquet or data/*.parquet",)
-    DATA_KEYS = frozenset({"mask_values", "columns"})
+    DATA_KEYS = frozenset({"ignore_index", "mask_values", "columns"})
     NEEDS_CLASSES = True
 
     @classmethod

@@ -106,7 +106,7 @@ class ShardSegmentation(MaskDataset):
     """Semantic segmentation: KEY.jpg and KEY.png, KEY.mask.png or KEY.seg.png, a mask of class ids."""
 
     SPARE_LAYOUT = (PATTERN,)
-    DATA_KEYS = frozenset({"mask_values"})
+    DATA_KEYS = frozenset({"ignore_index", "mask_values"})
     NEEDS_CLASSES = True
 
     @classmethod

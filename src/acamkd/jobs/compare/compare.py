@@ -103,7 +103,8 @@ def compare(
             processes.
     """
     recipe = config.as_recipe(recipe, overrides)
-    methods, results = methods_of(recipe, methods), Path(results or default_folder(recipe, "compare"))
+    methods = methods_of(recipe, methods)
+    results = Path(results).expanduser() if results else default_folder(recipe, "compare")
     trials = plan(recipe, methods, seeds, results)  # raises errors before anything is written
     check_writable(results, advice="--results DIR writes elsewhere")
     write_text(results / RESOLVED, config.dump(recipe))
@@ -315,7 +316,7 @@ def _check_data(recipe: config.Recipe) -> None:
     from acamkd.jobs.setup import Batches
 
     check_installed(recipe)
-    Batches(recipe, with_unlabeled=recipe.data.unlabeled is not None).check()
+    Batches(recipe, with_unlabeled=recipe.data.unlabeled is not None, with_test=True).check()
 
 
 def _train_teacher(recipe: config.Recipe) -> None:
