@@ -19,7 +19,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from torchvision.transforms.v2.functional import to_dtype
 
 from acamkd.config import Model, ShortLong
-from acamkd.errors import AcamkdError, nearest
+from acamkd.errors import AcamkdError, refuse_unknown
 from acamkd.models.backbones import build_backbone
 from acamkd.models.base import Batch, Family, Outputs, PixelSize, Prediction, Target, TaskModel
 from acamkd.models.conventions import (
@@ -323,9 +323,8 @@ def check_options(model: Model, kind: type[nn.Module], *further: str) -> None:
         for name, parameter in inspect.signature(kind).parameters.items()
         if isinstance(parameter.default, (int, float)) and name not in ("min_size", "max_size")
     } | set(further)
+    refuse_unknown(model.arch, model.options, allowed)
     for name, value in model.options.items():
-        if name not in allowed:
-            raise AcamkdError(f"{model.arch} has no option {name}; {nearest(name, allowed)}")
         if name not in further and not isinstance(value, (int, float)):
             raise AcamkdError(f"{model.arch}: options.{name} must be a number, not {value!r}")
 
