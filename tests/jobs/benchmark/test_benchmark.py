@@ -59,7 +59,10 @@ def test_a_file_is_measured_on_the_images_of_its_run(acamkd: Command, exported: 
     assert row["on_front"]
 
 
-def test_what_cannot_be_measured_is_said(acamkd: Command, exported: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_measured_is_said(
+    acamkd: Command, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     lone = write_segmenter(tmp_path / "lone.onnx")
     with pytest.raises(AcamkdError, match=r"lone\.onnx does not lie in a run's export: name a recipe"):
         benchmark(lone)
@@ -68,7 +71,7 @@ def test_what_cannot_be_measured_is_said(acamkd: Command, exported: Path, tmp_pa
     with pytest.raises(AcamkdError, match="there is no runtime 'onnx'; did you mean onnxruntime"):
         benchmark(exported, runtimes=["onnx"])
     with pytest.raises(AcamkdError, match=f"{tmp_path} is a folder: --out takes the name of a file"):
-        benchmark(exported, out=tmp_path)
+        benchmark(exported, out="~")
     assert "--threads 1,x: write whole numbers" in acamkd("benchmark", exported, "--threads", "1,x").error
 
 

@@ -97,9 +97,10 @@ def test_one_name_less_than_values_makes_the_last_one_void(tmp_path: Path) -> No
         init(root, classes=NAMES[:2], overwrite=True)
 
 
-def test_a_recipe_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
+def test_a_recipe_that_cannot_be_written_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(AcamkdError, match=f"{tmp_path} is a folder: --out takes the name of a file"):
-        init(tmp_path / "nowhere", out=tmp_path)
+        init(tmp_path / "nowhere", out="~")
     with pytest.raises(AcamkdError, match=r"cannot write .*test_init\.py: File exists; --out writes elsewhere"):
         init(tmp_path / "nowhere", out=Path(__file__, "cells.yaml"))
 

@@ -92,10 +92,10 @@ def benchmark(
     else:
         if baseline is not None:
             raise AcamkdError("--baseline is for a run: give its folder instead of a file")
-        file = Path(model)
+        file = Path(model).expanduser()
         read, default = _recipe_of(file, recipe, overrides), file.with_suffix(".benchmark.json")
         networks = [Network(file.name.partition(".")[0], file, None, (file,))]
-    out = Path(out) if out else default
+    out = Path(out).expanduser() if out else default
     check_writable_file(out)
     shown = data.build(read.data, read.task, "val", seed=read.train.seed, augment=False)
     for warning in data.check(shown, "headers"):

@@ -113,7 +113,7 @@ def init(
             written.
     """
     root = Path(folder).expanduser().resolve()
-    file = Path(out) if out else Path(f"{_file_name(root.name)}.yaml")
+    file = Path(out).expanduser() if out else Path(f"{_file_name(root.name)}.yaml")
     check_writable_file(file)
     if file.exists() and not overwrite:
         raise AcamkdError(f"{file} is there already: --overwrite replaces it, --out FILE writes elsewhere")
