@@ -1,7 +1,7 @@
 """The exceptions that users are meant to see."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class AcamkdError(ValueError):
@@ -13,6 +13,13 @@ class AcamkdError(ValueError):
 
 class ImageError(AcamkdError, OSError):
     """An image is not there or cannot be decoded. An OSError, too: a training says how to go on."""
+
+
+def refuse_unknown(owner: str, options: Iterable[str], known: Collection[str]) -> None:
+    """Raise AcamkdError if an option's name is not known; torchvision, smp and transformers ignore such options."""
+    for name in options:
+        if name not in known:
+            raise AcamkdError(f"{owner} has no option {name}; {nearest(name, known)}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

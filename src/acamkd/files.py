@@ -71,6 +71,13 @@ def check_writable(folder: Path, what: str = "", advice: str = "--out writes els
         raise AcamkdError(f"cannot write {named}: {error.strerror or error}; {advice}") from error
 
 
+def check_writable_file(file: Path) -> None:
+    """Find out whether a file that --out names can be written; raises AcamkdError as `check_writable` does."""
+    if file.is_dir():
+        raise AcamkdError(f"{file} is a folder: --out takes the name of a file")
+    check_writable(file.parent)
+
+
 def unfinished_name(name: str) -> str:
     """Under which a file is written first; its suffix stays, since Pillow takes the format from it."""
     return f".unfinished-{name}"

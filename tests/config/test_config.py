@@ -122,6 +122,16 @@ def test_words_that_look_like_numbers_are_words(path: Path, text: str) -> None:
             r"train: schedule.milestones must be below epochs 16, where all ends, not \[16, 22\]$",
         ),
         ({"train": {"epochs": 1, "schedule": {"warmup_steps": 9}}}, "train.schedule: one_cycle brings its own warm-up"),
+        (
+            {"train": {"epochs": 1, "schedule": {"milestones": [16, 22]}}},
+            "train.schedule: one_cycle has no milestones: leave it out, or set name: step, which reads it",
+        ),
+        ({"train": {"epochs": 1, "schedule": {"name": "constant", "power": 1}}}, "constant has no power: .*polynomial"),
+        ({"train": {"epochs": 1, "optimizer": {"momentum": 0.8}}}, "train.optimizer: adamw has no momentum: .*sgd"),
+        (
+            {"data": {"mask_values": {"#ff0000": "a"}, "ignore_index": 0}},
+            "data: ignore_index is no color: say in mask_values which color is `void`",
+        ),
         ({"losses": [{"pairs": ["a"]}]}, "losses.0.name: missing"),
         ({"losses": {"name": "acam"}}, "losses: "),
         ({"losses": [{"name": "acam", "pairs": [["a", "b", "c"]]}]}, "does not fit:\n  losses.0.pairs.0"),

@@ -83,7 +83,14 @@ def test_a_renamed_copy_and_one_of_another_size_are_told(tmp_path: Path) -> None
     assert alike.startswith("1 of 2 validation images look like training images")
     _, unlabeled, _ = data.compare_splits(val, val, recipe.data, train)
     assert unlabeled.startswith("1 of 2 validation images are unlabeled images too")
-    assert examine_data(recipe).splits["val"].warnings == [same, alike]
+    tested = recipe.model_copy(update={"data": recipe.data.model_copy(update={"test": config.Split(name="train")})})
+    found = examine_data(tested).splits
+    assert found["val"].warnings == [same, alike]
+    assert [warning.partition(" (")[0] for warning in found["test"].warnings] == [
+        "2 of 2 test images are training images too: scores on them say nothing of others",
+        "1 of 2 test images are validation images too",
+        "1 of 2 test images look like validation images",
+    ]
 
 
 def _coco(root: Path, images: list[str], boxes: list[dict[str, Any]]) -> data.CocoDetection:

@@ -150,6 +150,7 @@ def test_the_drawing_depends_on_names_and_seed_alone(tmp_path: Path) -> None:
     ("section", "message"),
     [
         ({"train": {"share": 0.2}}, "train.share: only `val` can be a share"),
+        ({"test": {"share": 0.1}}, "test.share: only `val` can be a share"),
         ({"val": {"share": 1.0}}, "less than 1"),
         ({"val": 0}, r"data\.val\.share: .*greater than 0"),
         ({"val": "photos"}, r"data.val: must hold keys \(given: 'photos'\); known: name, images, masks"),

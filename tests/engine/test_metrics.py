@@ -156,6 +156,9 @@ def test_more_objects_than_count_are_said_and_can_be_made_to_count(caplog: pytes
     assert len(caplog.messages) == 1
     student["options"] = {"detections_per_img": 20}
     assert scorer_of(config.parse(content), CLASSES).max_detections == 100
+    student["options"] = {"detections_per_img": "300"}
+    with pytest.raises(AcamkdError, match=r"student\.options\.detections_per_img must be a whole number, not '300'"):
+        scorer_of(config.parse(content), CLASSES)
 
 
 def test_sizes_are_those_of_the_outlines_where_they_are_known() -> None:

@@ -236,7 +236,8 @@ def test_where_nothing_can_be_written_the_last_checkpoint_stays(
 
 @pytest.mark.parametrize("name", ["constant", "step", "polynomial", "one_cycle"])
 def test_every_schedule_can_be_read_back_without_code(name: str, root: Path, tmp_path: Path) -> None:
-    schedule = {"name": name, "milestones": [1]} | ({} if name == "one_cycle" else {"warmup_steps": 2})
+    own = {"step": {"milestones": [1]}}.get(name, {})
+    schedule = {"name": name, **own} | ({} if name == "one_cycle" else {"warmup_steps": 2})
     optimizer = {"name": "sgd" if name == "step" else "adamw"}
     raw = tiny.raw_recipe(root, epochs=2, schedule=schedule, optimizer=optimizer)
     train(config.parse(raw), out=tmp_path / "run")

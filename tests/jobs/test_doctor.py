@@ -202,8 +202,29 @@ def test_the_score_ends_in_time(segmentation: Path, monkeypatch: pytest.MonkeyPa
     started = time.monotonic()
     (finding,) = found(segmentation)["teacher's score"]
     assert "on 0 validation images" in finding.text
-    assert finding.status == "fail"
+    assert finding.status == "warn"
     assert time.monotonic() - started < 20
+
+
+def test_the_teacher_is_judged_on_images_from_all_over(
+    segmentation: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = config.load(segmentation)
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+        for number in range(80):
+            pixels = np.zeros((8, 8), np.uint8)
+            pixels[:, 4:] = number >= 70
+            Image.fromarray(pixels).save(tmp_path / kind / f"{number:02d}.png")
+    val = data.MaskFolder(tmp_path / "images", tmp_path / "masks", recipe.data.classes or ())
+    assert recipe.teacher is not None
+    teacher = build_teacher(recipe, recipe.teacher, val.classes)
+    monkeypatch.setattr(doctor, "score", lambda _net, images, _scorer: {"mIoU": 100.0 * bool(list(images))})
+    assert doctor._score(teacher, val, recipe).status == "pass"
+    val.files, val.annotation_files = val.files[:70], val.annotation_files[:70]
+    finding = doctor._score(teacher, val, recipe)
+    assert finding.status == "warn"
+    assert finding.text.endswith("a constant prediction has 100.00: they show too little to judge it by")
 
 
 def test_the_command_says_it_in_lines_and_in_its_exit_code(segmentation: Path, trained: str) -> None:

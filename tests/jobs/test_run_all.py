@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,17 @@ def test_everything_is_trained_once_and_resumed_where_it_stopped(
     with pytest.raises(AcamkdError, match=r"train.seed was 0, is 1.*--set name=OTHER"):
         run(recipe, overrides=["train.seed=1"], anyway=True)
 
+    weights = runs / "baseline/student.safetensors"
+    shutil.copy(runs / "distilled/student.safetensors", weights)  # as another training may
+    changed = run(recipe, anyway=True)
+    assert changed.test["baseline"] == result.test["distilled"] == changed.test["distilled"]
+    assert changed.interval == ImageInterval(0, 0, 4)
+    monkeypatch.setattr(run_all, "evaluate", lambda *_given, **_more: {"mIoU": math.nan})
+    weights.touch()
+    for _ in range(2):
+        with pytest.raises(AcamkdError, match=r"mIoU of baseline has no basis: check data\.test"):
+            run(recipe, anyway=True)
+
 
 def test_what_cannot_be_distilled_is_said_before_anything_is_trained(
     recipe: config.Recipe, monkeypatch: pytest.MonkeyPatch
@@ -121,6 +134,12 @@ def test_typos_are_told_before_the_teacher_is_trained(
     raw = recipe.model_dump(mode="json") | changes
     with pytest.raises(AcamkdError, match=message):
         run(config.parse(raw))
+    assert not Path("runs").exists()
+
+
+def test_a_wrong_test_split_is_told_before_anything_is_trained(recipe: config.Recipe) -> None:
+    with pytest.raises(AcamkdError, match=r"the test images cannot be used, problems: 1, such as cannot read .*tset"):
+        run(recipe, overrides=["data.test.images=images/tset"])
     assert not Path("runs").exists()
 
 

@@ -305,6 +305,8 @@ def test_what_does_not_fit_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixt
     model.write_config(tmp_path / "w.safetensors", CLASSES)
     with caplog.at_level(logging.WARNING):
         make("detr", classes=2, arch=f"hf/{tmp_path}", options={})
+    with pytest.raises(AcamkdError, match=rf"^hf/{tmp_path} has no option num_querys; did you mean num_queries"):
+        make("detr", arch=f"hf/{tmp_path}", options={"num_querys": 3})
     assert "2 of" in caplog.text
     assert "start at random: class_labels_classifier.weight" in caplog.text
 

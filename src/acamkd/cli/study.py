@@ -52,7 +52,9 @@ def init(
     teacher_network: Annotated[
         str | None, typer.Option(metavar="ARCH/BACKBONE", help="What that is, where its tensors do not tell.")
     ] = None,
-    unlabeled: Annotated[Path | None, typer.Option(help="Folder of images that have no labels.")] = None,
+    unlabeled: Annotated[
+        Path | None, typer.Option(help="Folder of images that have no labels, in FOLDER or the current folder.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The recipe, instead of FOLDER's name .yaml.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the recipe that is there.")] = False,
 ) -> None:

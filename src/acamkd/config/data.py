@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -49,6 +50,17 @@ class Section(BaseModel):
     """A mapping in a recipe; unknown keys and infinite numbers are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    READ_BY: ClassVar[Mapping[str, str]] = {}
+    """Keys that are read under one `name` alone, and which."""
+
+    @model_validator(mode="after")
+    def _check_read(self) -> Section:
+        given, fields = dict(self), type(self).model_fields
+        for key, name in self.READ_BY.items():
+            if name != given["name"] and given[key] != fields[key].default:
+                raise ValueError(f"{given['name']} has no {key}: leave it out, or set name: {name}, which reads it")
+        return self
 
 
 class Split(Section):
@@ -127,7 +139,7 @@ class Data(Section):
     classes: tuple[str, ...] | None = None
     """Class names in the order of their ids. Needed for masks and shards; the other formats bring their own."""
     ignore_index: Annotated[int, Field(ge=0, le=255)] = 255
-    """Formats masks, parquet and shards: mask value that is ignored in training and evaluation."""
+    """Formats masks, voc, parquet and shards: mask value that is ignored in training and evaluation."""
     mask_values: dict[str, str | int | None] | None = None
     """Formats masks, voc, parquet and shards: class, by name or number, of each value of the masks, where value k is
     not class k: `{0: background, 255: crack}`. Or of each color: `{"#ff0000": road, "0, 0, 255": car}`. `void` is
@@ -156,6 +168,12 @@ class Data(Section):
     check: Literal["full", "headers"] = "full"
     """Before training, decode every image (full) or only read its header (headers)."""
 
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits that it names, by their keys."""
+        named = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: split for name, split in named.items() if split is not None}
+
     @field_validator("val", mode="before")
     @classmethod
     def _share(cls, given: Any) -> Any:
@@ -179,10 +197,14 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Data:
-        if self.train.share is not None:
-            raise ValueError("train.share: only `val` can be a share, of the training images")
+        for name, split in self.splits.items():
+            if name != "val" and split.share is not None:
+                raise ValueError(f"{name}.share: only `val` can be a share, of the training images")
         if self.decode == "reduced" and (self.resize is None or self.augment.crop is not None):
             raise ValueError(
                 "decode: reduced needs `resize`, and no `augment.crop`, whose size is in the images' own pixels"
             )
+        colors = [value for value in self.mask_values or () if isinstance(parse_mask_value(value), tuple)]
+        if colors and self.ignore_index != type(self).model_fields["ignore_index"].default:
+            raise ValueError("ignore_index is no color: say in mask_values which color is `void`")
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
@@ -161,6 +161,8 @@ class Loss(BaseModel):
 class Optimizer(Section):
     """The optimizer; the losses' own parameters form a separate group."""
 
+    READ_BY: ClassVar = {"momentum": "sgd"}
+
     name: Literal["sgd", "adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
     """Learning rate of the network; the peak where the schedule has one."""
@@ -177,6 +179,8 @@ class Optimizer(Section):
 
 class Schedule(Section):
     """Schedule of the learning rate, per optimization step."""
+
+    READ_BY: ClassVar = {"milestones": "step", "gamma": "step", "power": "polynomial", "pct_start": "one_cycle"}
 
     name: Literal["constant", "step", "polynomial", "one_cycle"] = "one_cycle"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -201,6 +205,10 @@ class Schedule(Section):
 class Logger(Section):
     """What a training's values are logged to. The name alone says the same as `{name: NAME}`."""
 
+    READ_BY: ClassVar = {
+        "project": "wandb", "entity": "wandb", "mode": "wandb", "tracking_uri": "mlflow", "experiment": "mlflow",
+    }  # fmt: skip
+
     name: Literal["csv", "tensorboard", "wandb", "mlflow"]
     """`csv`: `logs/metrics.csv` in the run folder. `tensorboard`: event files in `logs/tensorboard` there. `wandb`:
     Weights & Biases. `mlflow`: an MLflow server or database. All but csv need `pip install 'acamkd[NAME]'`."""
@@ -214,15 +222,6 @@ class Logger(Section):
     """mlflow: nothing = MLFLOW_TRACKING_URI, or MLflow's local database."""
     experiment: str | None = None
     """mlflow: nothing = MLFLOW_EXPERIMENT_NAME, or the recipe's name."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Logger:
-        own = {"wandb": {"project", "entity", "mode"}, "mlflow": {"tracking_uri", "experiment"}}.get(self.name, set())
-        given = {key for key, value in self if key != "name" and value is not None}
-        if given - own:
-            known = f"takes {', '.join(sorted(own))}" if own else "takes no other keys"
-            raise ValueError(f"{self.name} has no {', '.join(sorted(given - own))}: it {known}")
-        return self
 
     @model_serializer
     def _shortest(self) -> str | dict[str, str]:

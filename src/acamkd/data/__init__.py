@@ -1,7 +1,7 @@
 """Images and targets: one data set class per format, and the loader of both networks' batches."""
 
 from acamkd.data.build import build, build_unlabeled, loader, resolve
-from acamkd.data.checks import check, check_same_classes, compare_splits, refuse
+from acamkd.data.checks import check, check_same_classes, compare_splits, compare_test, refuse
 from acamkd.data.dataset import ImageDataset
 from acamkd.data.formats import FORMATS
 from acamkd.data.formats.cityscapes import Cityscapes
@@ -40,6 +40,7 @@ __all__ = [
     "check",
     "check_same_classes",
     "compare_splits",
+    "compare_test",
     "loader",
     "reading",
     "refuse",

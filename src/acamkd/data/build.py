@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -27,13 +28,15 @@ log = logging.getLogger(__name__)
 AUTO = "auto"
 
 
-def build(data: config.Data, task: Task, split: SplitName, *, seed: int, augment: bool) -> ImageDataset:
+def build(
+    data: config.Data, task: Task, split: SplitName | Literal["test"], *, seed: int, augment: bool
+) -> ImageDataset:
     """Open one split of a recipe's data.
 
     Args:
         data: The recipe's `data`.
         task: The recipe's task.
-        split: `train` or `val`.
+        split: `train`, `val`, or `test` of a recipe that has one.
         seed: Seed of the augmentation.
         augment: Whether `data.augment` is applied.
 
@@ -41,6 +44,8 @@ def build(data: config.Data, task: Task, split: SplitName, *, seed: int, augment
         AcamkdError: A file or folder cannot be read; `check` finds everything else.
     """
     data = resolve(data, task)
+    if split == "test":  # which formats read as they read validation images
+        data, split = data.model_copy(update={"val": data.test}), "val"
     transform = augmentation(data.augment, task) if augment else None
     reader, drawn = reader_of(data.format, task), data.val
     if drawn.share is None:
@@ -92,7 +97,7 @@ def _spelled(data: config.Data) -> config.Data:
 
     splits = {
         name: split.model_copy(update={key: found(getattr(split, key)) for key in ("images", "masks", "annotations")})
-        for name, split in (("train", data.train), ("val", data.val))
+        for name, split in data.splits.items()
     }
     return data.model_copy(update={"root": root, "unlabeled": found(data.unlabeled), **splits})
 
@@ -153,8 +158,7 @@ def _found(data: config.Data, root: Path, task: Task) -> dict[str, str]:
 
 def _check_keys(data: config.Data, reader: type[ImageDataset]) -> None:
     """Raise AcamkdError if a split has paths that its format does not read, or lacks one that it needs."""
-    for name in ("train", "val"):
-        split: config.Split = getattr(data, name)
+    for name, split in data.splits.items():
         for key in ("masks", "annotations"):
             if getattr(split, key) is not None and key not in reader.SPLIT_KEYS:
                 raise AcamkdError(f"data.{name}.{key}: data.format {data.format} does not read it")

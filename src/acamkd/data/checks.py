@@ -153,14 +153,15 @@ def _turned(dataset: ImageDataset, looks: Sequence[Look]) -> list[str]:
     ]
 
 
-def check_same_classes(train: ImageDataset, val: ImageDataset) -> None:
+def check_same_classes(train: ImageDataset, other: ImageDataset, split: str = "val") -> None:
     """Raise AcamkdError unless label k means the same class in both splits, and there are classes."""
     if not train.classes:
         raise AcamkdError("data.format images has no labels to learn from: only `acamkd pretrain` does without")
-    if train.classes != val.classes:
+    if train.classes != other.classes:
         raise AcamkdError(
-            f"train and val must list the same classes in the same order, but train has {', '.join(train.classes)} "
-            f"and val has {', '.join(val.classes)}: give both annotation files the same categories"
+            f"train and {split} must list the same classes in the same order, but train has "
+            f"{', '.join(train.classes)} and {split} has {', '.join(other.classes)}: give both annotation files the "
+            "same categories"
         )
 
 
@@ -179,7 +180,7 @@ def compare_splits(
     warnings = _absent_classes(train, val)
     for kind, others in (("training", train), ("unlabeled", unlabeled)):
         if others is not None:
-            warnings += _shared_images(val, others, kind)
+            warnings += _shared_images(val, "validation", others, kind)
     crop = options.augment.crop
     if crop is not None and isinstance(options.resize, tuple) and val.files:
         size = read_size(val.files[0])
@@ -195,27 +196,49 @@ def compare_splits(
     return warnings
 
 
+def compare_test(
+    test: ImageDataset, train: ImageDataset, val: ImageDataset, unlabeled: ImageDataset | None = None
+) -> list[str]:
+    """Warnings about test images beside all others, as of `compare_splits`.
+
+    Raises:
+        AcamkdError: A mask value has other palette colors than in the training images.
+    """
+    refuse(test.contradictions(train))
+    warnings = _unscored_classes(test, "test", train)
+    for kind, others in (("training", train), ("validation", val), ("unlabeled", unlabeled)):
+        if others is not None:
+            warnings += _shared_images(test, "test", others, kind)
+    return warnings
+
+
 def _absent_classes(train: ImageDataset, val: ImageDataset) -> list[str]:
     """Warnings about classes that no image of a split contains."""
     warnings = []
-    absent = {
-        split: [name for name, count in zip(dataset.classes, dataset.counts.tolist(), strict=False) if not count]
-        for split, dataset in (("training", train), ("validation", val))
-        if dataset.counts is not None
-    }
-    unit = UNIT[val.TASK]
-    if missing := absent.get("training"):
+    if missing := _absent(train):
         reason = train.why_absent(train.counts) if train.counts is not None else ""
         warnings.append(
-            f"no training image has a {unit} of {_some(missing, len(train.classes))}: the networks cannot learn "
-            f"{'it' if len(missing) == 1 else 'them'}{reason and f'; {reason}'}"
+            f"no training image has a {UNIT[train.TASK]} of {_some(missing, len(train.classes))}: the networks cannot "
+            f"learn {'it' if len(missing) == 1 else 'them'}{reason and f'; {reason}'}"
         )
-    if missing := [name for name in absent.get("validation", []) if name not in absent.get("training", [])]:
-        warnings.append(
-            f"no validation image has a {unit} of {_some(missing, len(val.classes))}: the score says nothing of "
-            f"{'it' if len(missing) == 1 else 'them'}"
-        )
-    return warnings
+    return warnings + _unscored_classes(val, "validation", train)
+
+
+def _unscored_classes(scored: ImageDataset, kind: str, train: ImageDataset) -> list[str]:
+    untrained = _absent(train)
+    missing = [name for name in _absent(scored) if name not in untrained]
+    if not missing:
+        return []
+    return [
+        f"no {kind} image has a {UNIT[scored.TASK]} of {_some(missing, len(scored.classes))}: the score says nothing "
+        f"of {'it' if len(missing) == 1 else 'them'}"
+    ]
+
+
+def _absent(dataset: ImageDataset) -> list[str]:
+    """Classes that no image contains, as far as the targets have been read."""
+    counts = [] if dataset.counts is None else dataset.counts.tolist()
+    return [name for name, count in zip(dataset.classes, counts, strict=False) if not count]
 
 
 def _some(names: Sequence[str], of: int) -> str:
@@ -224,25 +247,25 @@ def _some(names: Sequence[str], of: int) -> str:
     return f"{len(names)} of the {of} classes ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
 
-def _shared_images(val: ImageDataset, others: ImageDataset, kind: str) -> list[str]:
-    """Validation images that also occur among the others: as the same file, the same bytes, or a near-duplicate."""
+def _shared_images(scored: ImageDataset, own_kind: str, others: ImageDataset, kind: str) -> list[str]:
+    """Scored images that also occur among the others: as the same file, the same bytes, or a near-duplicate."""
     warnings = []
-    own, other = ([file.resolve() for file in dataset.files] for dataset in (val, others))
+    own, other = ([file.resolve() for file in dataset.files] for dataset in (scored, others))
     same = set(own) & set(other)
     copies = identical([file for file in own if file not in same], [file for file in other if file not in same])
     if same or copies:
         example = f" ({copies[0][0]} is {copies[0][1]})" if copies else ""
         warnings.append(
-            f"{len(same) + len(copies)} of {len(val)} validation images are {kind} images too{example}: scores on them "
-            "say nothing of others"
+            f"{len(same) + len(copies)} of {len(scored)} {own_kind} images are {kind} images too{example}: scores on "
+            "them say nothing of others"
         )
-    if val.hashes is not None and others.hashes is not None:
+    if scored.hashes is not None and others.hashes is not None:
         known = same | {file for file, _ in copies}
-        alike = [pair for pair in near_copies(val.hashes, others.hashes) if own[pair[0]] not in known]
+        alike = [pair for pair in near_copies(scored.hashes, others.hashes) if own[pair[0]] not in known]
         if alike:
-            first, second = val.files[alike[0][0]], others.files[alike[0][1]]
+            first, second = scored.files[alike[0][0]], others.files[alike[0][1]]
             warnings.append(
-                f"{len(alike)} of {len(val)} validation images look like {kind} images ({first} like {second}): are "
+                f"{len(alike)} of {len(scored)} {own_kind} images look like {kind} images ({first} like {second}): are "
                 "they copies in another size or quality, or frames of one video?"
             )
     return warnings

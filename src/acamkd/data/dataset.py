@@ -29,7 +29,7 @@ from acamkd.stopwatch import timed
 Sample: TypeAlias = tuple[Tensor, Target]
 """An image, (3, H, W) uint8 RGB, and its target."""
 
-OPTIONAL_KEYS = ("mask_values", "uncovered", "columns", "box_format")
+OPTIONAL_KEYS = ("ignore_index", "mask_values", "uncovered", "columns", "box_format")
 """Keys of a recipe's `data` that only formats read which declare them."""
 
 SplitName: TypeAlias = Literal["train", "val"]

@@ -8,8 +8,9 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 from torch import Tensor
 
 from acamkd.data.packed import read_packed
@@ -26,6 +27,9 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """EXIF orientation -> transposition that makes the image upright."""
+
+GRAY_STEPS = {"L;2": 85, "L;4": 17}
+"""Factors by which Pillow spreads gray of 2 and 4 bits over 0 to 255."""
 
 
 def read_image(file: Path) -> Tensor:
@@ -63,6 +67,16 @@ def read_reduced(file: Path, least: Callable[[PixelSize], PixelSize]) -> tuple[T
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), size
 
 
+def stored_values(image: ImageFile.ImageFile) -> npt.NDArray[np.uint8]:
+    """(H, W): gray levels or palette indices as the file holds them, also those of fewer than 8 bits."""
+    coding = str(image.tile[:1])  # which Pillow forgets once it has decoded the pixels
+    values = np.array(image, dtype=np.uint8)
+    for mode, step in GRAY_STEPS.items():
+        if mode in coding:
+            values //= step
+    return values
+
+
 def read_size(file: Path) -> PixelSize:
     """(height, width) after EXIF rotation, from the file's header; raises as `read_image`."""
     return read_header(file)[0]
@@ -88,7 +102,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 @contextmanager
-def opened(file: Path, what: str = "image") -> Iterator[Image.Image]:
+def opened(file: Path, what: str = "image") -> Iterator[ImageFile.ImageFile]:
     """Open an image; any error within the context becomes an ImageError that names the file."""
     try:
         packed = read_packed(file)

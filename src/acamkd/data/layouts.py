@@ -9,6 +9,7 @@ from pathlib import Path
 
 from acamkd.config import Data
 from acamkd.data.formats import FORMATS
+from acamkd.data.formats.masks import MASK_SUFFIXES
 from acamkd.data.formats.yolo import NAMES
 from acamkd.data.image_io import lines_of
 from acamkd.models.base import Task
@@ -50,7 +51,8 @@ def hint(data: Data, task: Task) -> str:
 def _files(folder: Path, task: Task) -> str:
     """Hint at known files in a folder of an unknown layout."""
     if task == "segmentation":
-        if any(folder.glob("*.png")) and any(word in folder.name.casefold() for word in ("mask", "label", "annot")):
+        named = any(word in folder.name.casefold() for word in ("mask", "label", "annot"))
+        if named and any(file.suffix.lower() in MASK_SUFFIXES for file in folder.iterdir()):
             return f"Are there masks in {folder}? data.train: {{images: ..., masks: {folder.name}}} names them"
         return ""
     if file := next(folder.glob("*.json"), None):

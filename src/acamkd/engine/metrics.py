@@ -164,10 +164,20 @@ class Scorer(Validator):
 
 
 def scorer_of(recipe: Recipe, classes: Sequence[str]) -> Scorer:
-    """Build a recipe's scorer; it counts 100 detections of a class per image, or as many as a network may give."""
-    sections = [section for section in (recipe.student, recipe.teacher) if section is not None]
-    asked = [section.options[name] for section in sections for name in _LIMITS if name in section.options]
-    return Scorer(recipe.task, classes, max([MAX_DETECTIONS, *asked]))
+    """Build a recipe's scorer; it counts 100 detections of a class per image, or as many as a network may give.
+
+    Raises:
+        AcamkdError: A network's number of detections is none.
+    """
+    asked = {
+        f"{key}.options.{name}": section.options[name]
+        for key, section in (("student", recipe.student), ("teacher", recipe.teacher)) if section is not None
+        for name in _LIMITS if name in section.options
+    }  # fmt: skip
+    for key, number in asked.items():
+        if not isinstance(number, int):
+            raise AcamkdError(f"{key} must be a whole number, not {number!r}")
+    return Scorer(recipe.task, classes, max([MAX_DETECTIONS, *asked.values()]))
 
 
 @torch.no_grad()

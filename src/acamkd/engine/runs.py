@@ -320,7 +320,8 @@ def load_student(run: Run | Path | str) -> TaskModel:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file completely or not at all."""
+    """Write a text file completely or not at all, in a folder that is created if needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,6 +138,13 @@ def examine(recipe: config.Recipe) -> Iterator[Finding]:
         more = None if source.unlabeled is None else data.build_unlabeled(source, recipe.task, seed=recipe.train.seed)
         for warning in data.compare_splits(train, val, source, more):
             yield Finding(stage, "warn", warning)
+        if source.test is not None:
+            seen = source.model_copy(update={"classes": train.classes})
+            test = data.build(seen, recipe.task, "test", seed=recipe.train.seed, augment=False)
+            data.check_same_classes(train, test, "test")
+            data.refuse(test.problems)
+            for warning in data.compare_test(test, train, val, more):
+                yield Finding(stage, "warn", warning)
         if more is None:
             yield Finding(stage, "pass", ALL_LABELED)
         stage = "teacher's weights"
@@ -248,7 +256,7 @@ def _is_blank(layer: Any) -> bool:
 
 
 def _score(teacher: FeatureModel, val: ImageDataset, recipe: config.Recipe) -> Finding:
-    """Score the teacher on the first images, and compare with a constant prediction."""
+    """Score the teacher on images drawn with a fixed seed, and compare with a constant prediction."""
     metric = METRICS[recipe.task]
     if not isinstance(teacher, TaskModel):
         return Finding("teacher's score", "pass", "not scored: it has no head")
@@ -257,11 +265,14 @@ def _score(teacher: FeatureModel, val: ImageDataset, recipe: config.Recipe) -> F
         return Finding("teacher's score", "pass", text)
     seen: list[Target] = []
     deadline = time.monotonic() + SECONDS
+    # Not the first ones, which may all show the same, and in an order that a slow teacher may break off.
+    drawn = random.Random(0).sample(range(len(val)), min(SLICE, len(val)))
 
     def images() -> Iterator[tuple[Sequence[Tensor], Sequence[Target]]]:
-        for image, target in val:
-            if len(seen) == SLICE or time.monotonic() > deadline:
+        for index in drawn:
+            if time.monotonic() > deadline:
                 return
+            image, target = val[index]
             seen.append(target)
             yield [image], [target]
 
@@ -271,6 +282,9 @@ def _score(teacher: FeatureModel, val: ImageDataset, recipe: config.Recipe) -> F
     teacher.to(device)  # the student's device, whose batches both networks get
     chance = ignorance(seen, len(val.classes)) if recipe.task == "segmentation" else 0.0
     text = f"{metric} {reached:.2f} on {len(seen)} validation images; a constant prediction has {chance:.2f}"
+    if math.isnan(reached) or chance + MARGIN > 100:
+        text = f"{text}: they show too little to judge it by"
+        return Finding("teacher's score", "warn", text, "look at its score on all validation images")
     if not reached >= chance + MARGIN:
         advice = (
             "its weights were not trained on these classes in this order, or hardly trained, or its mean, std or "

@@ -50,12 +50,9 @@ def evaluate(
     """
     run = as_run(run, overrides)
     recipe = run.recipe
-    source = recipe.data
-    if split == "test":
-        if source.test is None:
-            raise AcamkdError(f"the recipe {recipe.name} has no `data.test`: name its images there, as those of val")
-        source = source.model_copy(update={"val": source.test})
-    images = data.build(source, recipe.task, "val", seed=recipe.train.seed, augment=False)
+    if split not in recipe.data.splits:
+        raise AcamkdError(f"the recipe {recipe.name} has no `data.test`: name images there that no training has seen")
+    images = data.build(recipe.data, recipe.task, split, seed=recipe.train.seed, augment=False)
     for warning in data.check(images, recipe.data.check):
         log.warning("%s", warning)
     model = (run.load() if epoch == "best" else run.load_last()).to(device_of(recipe.train))

@@ -55,32 +55,48 @@ def examine_data(recipe: config.Recipe) -> DataReport:
         AcamkdError: The data format is unknown.
     """
     source = data.resolve(recipe.data, recipe.task)
+    found: dict[str, Statistics] = {}
+    datasets: dict[str, ImageDataset] = {}
+
+    def open_test() -> ImageDataset:
+        classes = datasets["train"].classes if "train" in datasets else source.classes
+        return data.build(
+            source.model_copy(update={"classes": classes or None}), recipe.task, "test", seed=0, augment=False
+        )
+
     splits: tuple[SplitName, ...] = ("train", "val")
     opening: dict[str, Callable[[], ImageDataset]] = {
         split: partial(data.build, source, recipe.task, split, seed=0, augment=False) for split in splits
     }
+    if source.test is not None:
+        opening["test"] = open_test
     if source.unlabeled is not None:
         opening["unlabeled"] = partial(data.build_unlabeled, source, recipe.task, seed=0)
-    found: dict[str, Statistics] = {}
-    datasets: dict[str, ImageDataset] = {}
     for name, open_it in opening.items():
         try:
             datasets[name] = open_it()
             found[name] = count(datasets[name], decode=recipe.data.check == "full")
         except AcamkdError as error:
             found[name] = Statistics(problems=[str(error)])
-    train, val = found["train"], found["val"]
-    if "train" in datasets and "val" in datasets:
-        if contradictions := datasets["val"].contradictions(datasets["train"]):
-            val.problems += contradictions
-        else:
-            with suppress(ImageError):  # an unreadable image is reported already
-                val.warnings += data.compare_splits(
-                    datasets["train"], datasets["val"], source, datasets.get("unlabeled")
-                )
-    if train.classes and val.classes and list(train.classes) != list(val.classes):
-        val.problems.append(f"the classes are {', '.join(val.classes)}, but those of train {', '.join(train.classes)}")
+    train, val, test, unlabeled = (datasets.get(name) for name in ("train", "val", "test", "unlabeled"))
+    if train is not None and val is not None:
+        _compare(found["val"], val, train, partial(data.compare_splits, train, val, source, unlabeled))
+        if test is not None:
+            _compare(found["test"], test, train, partial(data.compare_test, test, train, val, unlabeled))
     return DataReport(found, recipe.task)
+
+
+def _compare(found: Statistics, scored: ImageDataset, train: ImageDataset, warnings: Callable[[], list[str]]) -> None:
+    """Add what a split shows beside the training images."""
+    if contradictions := scored.contradictions(train):
+        found.problems += contradictions
+    else:
+        with suppress(ImageError):  # an unreadable image is reported already
+            found.warnings += warnings()
+    if scored.classes != train.classes:
+        found.problems.append(
+            f"the classes are {', '.join(scored.classes)}, but those of train {', '.join(train.classes)}"
+        )
 
 
 def _table(splits: Mapping[str, Statistics], task: Task) -> Table:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from acamkd import config, data
+from acamkd.data.packed import stamp_of
 from acamkd.distillation.auto_weight import dry_build
 from acamkd.engine.evidence import ImageInterval, compare_command, signed
 from acamkd.engine.image_statistics import collect, image_interval
@@ -135,10 +137,15 @@ def run(recipe: config.Recipe | Path | str, *, overrides: Sequence[str] = (), an
     report = distilled.folder / REPORT
     if not report.is_file() or report.stat().st_mtime < baseline.weights.stat().st_mtime:
         report = write_report(distilled, baseline)
-    known = {name: float(score) for name, score in scores.items() if score is not None}
-    if missing := {"baseline", "distilled"} - known.keys():
-        raise AcamkdError(f"{metric} of {' and '.join(sorted(missing))} has no basis: check data.val")
-    return RunAll(distilled, metric, known, test, report, notes.interval(baseline, distilled))
+    known, tested = _defined(scores), _defined(test)
+    for split, missing in (("val", {"baseline", "distilled"} - known.keys()), ("test", test.keys() - tested.keys())):
+        if missing:
+            raise AcamkdError(f"{metric} of {' and '.join(sorted(missing))} has no basis: check data.{split}")
+    return RunAll(distilled, metric, known, tested, report, notes.interval(baseline, distilled))
+
+
+def _defined(scores: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: float(score) for name, score in scores.items() if score is not None and not math.isnan(score)}
 
 
 def _check_data(recipe: config.Recipe) -> None:
@@ -150,6 +157,8 @@ def _check_data(recipe: config.Recipe) -> None:
                 f"the {name} images cannot be used, problems: {len(split.problems)}, such as {split.problems[0]}; "
                 "acamkd doctor RECIPE --data lists them"
             )
+    for warning in found.splits["test"].warnings if "test" in found.splits else ():  # trainings say those of the others
+        log.warning("test data: %s", warning)
 
 
 def _check_networks(recipe: config.Recipe) -> None:
@@ -219,41 +228,43 @@ class _Notes:
         except OtherRunError as error:
             raise AcamkdError(f"{error.what}: --set name=OTHER runs everything in a folder of its own") from error
         self._ended[name] = self._recipe
-        self._test.pop(name, None)
-        self._interval = {}
         self._write()
         return done
 
-    def test_scores(self, runs: dict[str, Run], metric: str) -> dict[str, float]:
-        """Scores on the test split, each measured once."""
+    def test_scores(self, runs: dict[str, Run], metric: str) -> dict[str, float | None]:
+        """Scores on the test split, each measured once; None or NaN where it is undefined."""
         assert self.recipe.data.test is not None
-        split = json.loads(self.recipe.data.test.model_dump_json())
         for name, each in runs.items():
-            noted = self._test.get(name)
-            if noted is None or noted["split"] != split:
+            noted, of = self._test.get(name, {}), _basis(self.recipe.data.test, each)
+            if noted.get("of") != of or noted["score"] is None:
                 log.info("%s: scoring on the test images", each.folder)
                 tested = each.recipe.data.model_copy(update={"test": self.recipe.data.test})
                 seen = Run(each.folder, each.recipe.model_copy(update={"data": tested}), each.role)
-                self._test[name] = {"split": split, "score": evaluate(seen, split="test")[metric]}
+                self._test[name] = {"of": of, "score": evaluate(seen, split="test")[metric]}
                 self._write()
         return {name: self._test[name]["score"] for name in runs}
 
     def interval(self, baseline: Run, distilled: Run) -> ImageInterval | None:
         """Interval of the gain from the test images, or from the validation images without them; measured once."""
         source = self.recipe.data.test or self.recipe.data.val
-        split = json.loads(source.model_dump_json())
-        if self._interval.get("split") != split:
+        of = _basis(source, baseline, distilled)
+        if self._interval.get("of") != of:
             seen = distilled.recipe.data.model_copy(update={"val": source})
             images = data.build(seen, self.recipe.task, "val", seed=0, augment=False)
             log.info("%s: comparing with the baseline, image by image", distilled.folder)
             found = image_interval(*collect([baseline.load(), distilled.load()], images, self.recipe))
-            self._interval = {"split": split, "found": found and asdict(found)}
+            self._interval = {"of": of, "found": found and asdict(found)}
             self._write()
         noted = self._interval["found"]
         return ImageInterval(**noted) if noted else None
 
     def _write(self) -> None:
         write_json(self._file, {"ended": self._ended, "test": self._test, "interval": self._interval})
+
+
+def _basis(split: config.Split, *runs: Run) -> dict[str, Any]:
+    """What a score depends on: the images, and each network's weights by their file's size and time."""
+    return {"split": split.model_dump(mode="json"), "weights": [list(stamp_of(run.weights)) for run in runs]}
 
 
 def _has_ended(folder: Path, recipe: config.Recipe, name: str) -> bool:

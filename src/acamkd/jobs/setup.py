@@ -171,7 +171,10 @@ class Loaders:
         for name, images in every.items():
             for warning in data.check(images, source.check):
                 log.warning("%s data: %s", name, warning)
-        for warning in data.compare_splits(self.splits["train"], self.splits["val"], source, self.unlabeled):
+        train, val, test = self.splits["train"], self.splits["val"], self.splits.get("test")
+        for warning in data.compare_splits(train, val, source, self.unlabeled):
+            log.warning("%s", warning)
+        for warning in [] if test is None else data.compare_test(test, train, val, self.unlabeled):
             log.warning("%s", warning)
         self.fingerprint = {name: images.fingerprint() for name, images in every.items()}
         if source.cache is not None:
@@ -193,15 +196,22 @@ class Loaders:
 
 
 class Batches(Loaders):
-    """Data loaders of a recipe; `mixed` is `train` with unlabeled images, if there are any and they are asked for."""
+    """Data loaders of a recipe; `mixed` is `train` with unlabeled images, if there are any and they are asked for.
 
-    def __init__(self, recipe: config.Recipe, *, with_unlabeled: bool = False) -> None:
+    With `with_test`, the test images are opened and checked, too.
+    """
+
+    def __init__(self, recipe: config.Recipe, *, with_unlabeled: bool = False, with_test: bool = False) -> None:
         seed, source = recipe.train.seed, data.resolve(recipe.data, recipe.task)
         train = data.build(source, recipe.task, "train", seed=seed, augment=True)
         is_mixed, self.distills = with_unlabeled and source.unlabeled is not None, with_unlabeled
         unlabeled = data.build_unlabeled(source, recipe.task, seed=seed) if is_mixed else None
         super().__init__(recipe, source, train, unlabeled)
         data.check_same_classes(train, self.splits["val"])
+        if with_test and source.test is not None:
+            test = data.build(self.resolved.data, recipe.task, "test", seed=seed, augment=False)
+            data.check_same_classes(train, test, "test")
+            self.splits["test"] = test
         # Beside `mixed` it serves only the calibration; loading processes of its own would idle afterwards.
         self.train = self.mixed if unlabeled is None else self._shuffled(train, workers=0)
         self.validator = self.scorer = scorer_of(recipe, self.classes)

@@ -25,7 +25,7 @@ from acamkd.engine.devices import device_of
 from acamkd.engine.metrics import METRICS, score
 from acamkd.engine.runs import default_folder
 from acamkd.errors import AcamkdError
-from acamkd.files import check_writable
+from acamkd.files import check_writable_file
 from acamkd.jobs.setup import Batches, build_network, build_teacher, teacher_section
 from acamkd.losses.base import TokenModule
 from acamkd.models.base import TaskModel, head_of, to_device
@@ -114,7 +114,7 @@ def _check_file(path: Path, overwrite: bool) -> None:
         raise AcamkdError(f"tokens are written as safetensors: name a file .safetensors, not {path}")
     if path.exists() and not overwrite:
         raise AcamkdError(f"{path} exists: --overwrite replaces it, --out FILE writes elsewhere")
-    check_writable(path.parent)
+    check_writable_file(path)
 
 
 def _token_modules(distiller: Distiller, name: str) -> dict[str, TokenModule]:

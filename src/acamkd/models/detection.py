@@ -19,7 +19,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 from torchvision.transforms.v2.functional import to_dtype
 
 from acamkd.config import Model, ShortLong
-from acamkd.errors import AcamkdError, nearest
+from acamkd.errors import AcamkdError, refuse_unknown
 from acamkd.models.backbones import build_backbone
 from acamkd.models.base import Batch, Family, Outputs, PixelSize, Prediction, Target, TaskModel
 from acamkd.models.conventions import (
@@ -323,9 +323,10 @@ def check_options(model: Model, kind: type[nn.Module], *further: str) -> None:
         for name, parameter in inspect.signature(kind).parameters.items()
         if isinstance(parameter.default, (int, float)) and name not in ("min_size", "max_size")
     } | set(further)
-    for name in model.options:
-        if name not in allowed:
-            raise AcamkdError(f"{model.arch} has no option {name}; {nearest(name, allowed)}")
+    refuse_unknown(model.arch, model.options, allowed)
+    for name, value in model.options.items():
+        if name not in further and not isinstance(value, (int, float)):
+            raise AcamkdError(f"{model.arch}: options.{name} must be a number, not {value!r}")
 
 
 def check_group_norm(model: Model) -> None:
@@ -348,7 +349,7 @@ def _constructor_options(model: Model, kind: type[nn.Module]) -> tuple[dict[str,
     if not anchors or (convention == "torchvision" and "anchor_sizes" not in options):
         return options, convention
     sizes = options.pop("anchor_sizes", (32, 64, 128, 256, 512))
-    if not isinstance(sizes, Sequence) or len(sizes) != 5:
+    if not isinstance(sizes, Sequence) or [isinstance(size, (int, float)) for size in sizes] != [True] * 5:
         raise AcamkdError(f"anchor_sizes must be five numbers, one per level of the pyramid, not {sizes}")
     levels = [[size * factor for factor in (OCTAVE if kind is RetinaNet else (1.0,))] for size in sizes]
     if convention == "torchvision":

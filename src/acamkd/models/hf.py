@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from acamkd.config import Model, ShortLong
-from acamkd.errors import AcamkdError, nearest
+from acamkd.errors import AcamkdError, nearest, refuse_unknown
 from acamkd.models.base import Family, PixelSize, Task
 from acamkd.models.hf_base import HFModel, read_processor
 from acamkd.models.hf_detection import HFDetector
@@ -84,6 +84,8 @@ def _loading(name: str) -> Iterator[None]:
     if Path(name).is_dir():
         try:
             yield
+        except AcamkdError:
+            raise
         except (OSError, ValueError) as error:
             raise AcamkdError(f"transformers cannot read {name}: {error}") from error
     else:
@@ -110,14 +112,14 @@ def build_hf(model: Model, num_classes: int, resize: PixelSize | ShortLong | Non
     kind = _kind(_type_of(source))
     options = dict(model.options)
     if name in KINDS:
-        _check_options(model, package.AutoConfig.for_model(name))
+        refuse_unknown(model.arch, model.options, package.AutoConfig.for_model(name).to_dict())
         if kind.is_fixed and isinstance(resize, tuple) and resize[0] == resize[1]:
             options = {"image_size": resize[0], **options}
         with _fitting(model):
             config = package.AutoConfig.for_model(name, **options)
     else:
         with _loading(source):
-            _check_options(model, package.AutoConfig.from_pretrained(source))
+            refuse_unknown(model.arch, model.options, package.AutoConfig.from_pretrained(source).to_dict())
             with _fitting(model):
                 config = package.AutoConfig.from_pretrained(source, **options)
     if config.num_labels != num_classes:
@@ -144,14 +146,6 @@ def _fitting(model: Model) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise AcamkdError(f"{model.arch} cannot be built: {reason}; its options are {model.options}") from error
-
-
-def _check_options(model: Model, config: Any) -> None:
-    """Transformers keeps a misspelt option, and does nothing with it."""
-    known = config.to_dict()
-    for name in model.options:
-        if name not in known:
-            raise AcamkdError(f"{model.arch} has no option {name}; {nearest(name, known)}")
 
 
 def _fixed_size(model: Model, side: int | list[int], resize: PixelSize | ShortLong | None) -> PixelSize:

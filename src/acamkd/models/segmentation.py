@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_dtype
 
 from acamkd.config import Model, ShortLong
-from acamkd.errors import AcamkdError, nearest
+from acamkd.errors import AcamkdError, nearest, refuse_unknown
 from acamkd.models.backbones import TORCHVISION
 from acamkd.models.base import VOID, Batch, Family, Outputs, PixelSize, Prediction, Target, TaskModel
 from acamkd.models.resize import frame_size
@@ -129,7 +129,7 @@ def _smp(model: Model, num_classes: int) -> tuple[nn.Module, Any, Any]:
     if not (timm.is_model(encoder.removeprefix("tu-")) if from_timm else encoder in names):
         raise AcamkdError(f"unknown encoder {encoder}; {nearest(encoder, names)}")
     if not from_timm:
-        _check_options(model, set(inspect.signature(known[model.arch]).parameters) - _NOT_OPTIONS)
+        refuse_unknown(model.arch, model.options, set(inspect.signature(known[model.arch]).parameters) - _NOT_OPTIONS)
     mean: Any = IMAGENET_DEFAULT_MEAN
     std: Any = IMAGENET_DEFAULT_STD
     if from_timm:
@@ -161,7 +161,7 @@ def _torchvision(model: Model, num_classes: int) -> tuple[nn.Module, Any, Any]:
     known = torchvision.models.list_models(module=torchvision.models.segmentation)
     if name not in known:
         raise AcamkdError(f"torchvision has no segmenter {name}; {nearest(name, known)}")
-    _check_options(model, {"aux_loss"})
+    refuse_unknown(model.arch, model.options, {"aux_loss"})
     pretrained = model.backbone_weights == "imagenet"
     with hub_errors(name) if pretrained else nullcontext():
         net = torchvision.models.get_model(
@@ -172,13 +172,6 @@ def _torchvision(model: Model, num_classes: int) -> tuple[nn.Module, Any, Any]:
             **model.options,
         )
     return net, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
-
-def _check_options(model: Model, allowed: set[str]) -> None:
-    """Refuse unknown options, since both frameworks ignore them."""
-    for name in model.options:
-        if name not in allowed:
-            raise AcamkdError(f"{model.arch} has no option {name}; {nearest(name, allowed)}")
 
 
 def fit_mask(mask: Tensor, size: PixelSize, frame: PixelSize) -> Tensor:

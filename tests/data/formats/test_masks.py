@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,18 @@ def test_black_and_white_masks_are_ids(tmp_path: Path) -> None:
     _, masks = _folders(tmp_path, ("a.png",))
     Image.fromarray(np.array([[0, 255, 0], [255, 0, 0]], np.uint8)).convert("1").save(masks / "a.png")
     assert _dataset(tmp_path)[0][1]["mask"].tolist() == [[0, 1, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize(("depth", "row"), [(2, b"\x1b"), (4, b"\x01\x23")])
+def test_gray_masks_of_few_bits_are_ids(tmp_path: Path, depth: int, row: bytes) -> None:
+    """The values 0, 1, 2 and 3, as Pillow cannot write them; it reads 3 of 2 bits as 255."""
+    _, masks = _folders(tmp_path, ("a.png",))
+    header = struct.pack(">IIBBBBB", 4, 1, depth, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b""))
+    parts = [struct.pack(">I", len(c)) + kind + c + struct.pack(">I", zlib.crc32(kind + c)) for kind, c in chunks]
+    (masks / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    dataset = MaskFolder(tmp_path / "images", masks, ("a", "b", "c", "d"))
+    assert dataset.target(0, (1, 4))["mask"].tolist() == [[0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize("mode", ["full", "headers"])
@@ -259,9 +273,10 @@ def test_what_is_no_value(values: dict[str, Any], message: str) -> None:
 def test_formats_that_say_themselves_what_values_mean(tmp_path: Path) -> None:
     for name in ("leftImg8bit", "gtFine"):
         (tmp_path / name).mkdir()
-    options = config.Data(root=tmp_path, mask_values={"0": "road"})
-    with pytest.raises(AcamkdError, match=r"data\.mask_values: data\.format cityscapes does not read it for segm"):
-        data.build(options, "segmentation", "train", seed=0, augment=False)
+    for key, value in {"mask_values": {"0": "road"}, "ignore_index": 0}.items():
+        options = config.Data(root=tmp_path).model_copy(update={key: value})
+        with pytest.raises(AcamkdError, match=rf"data\.{key}: data\.format cityscapes does not read it for segm"):
+            data.build(options, "segmentation", "train", seed=0, augment=False)
 
 
 def _palette(ids: list[list[int]], colors: list[tuple[int, int, int]]) -> Image.Image:

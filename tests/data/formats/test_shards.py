@@ -117,6 +117,17 @@ def test_objects_of_other_conventions(tmp_path: Path) -> None:
     assert target["labels"].tolist() == [2]
 
 
+@pytest.mark.parametrize(("size", "said"), [({}, 1), ({"width": HEIGHT, "height": WIDTH}, 0)])
+def test_a_turned_image_is_told_where_no_size_is_beside_it(tmp_path: Path, size: dict[str, int], said: int) -> None:
+    exif, stream = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # a quarter
+    Image.new("RGB", (WIDTH, HEIGHT)).save(stream, "JPEG", exif=exif)
+    content = json.dumps({"objects": [BOX], **size}).encode()
+    _pack(tmp_path / "train.tar", {"a.jpg": stream.getvalue(), "a.json": content})
+    split = data.build(_options(tmp_path, format="shards"), "detection", "train", seed=0, augment=False)
+    assert sum("turned as their EXIF entry says" in each for each in data.check(split, "headers")) == said
+
+
 @pytest.mark.parametrize(
     ("objects", "said"),
     [

@@ -311,3 +311,15 @@ def test_masks_of_colors(tmp_path: Path) -> None:
     options = config.Data(format="voc", root=tmp_path, classes=("background", "crack"), mask_values=values)
     dataset = data.build(options, "segmentation", "train", seed=0, augment=False)
     assert set(dataset[0][1]["mask"].flatten().tolist()) == {1}
+
+
+def test_another_void(tmp_path: Path) -> None:
+    _write(tmp_path, {"a": []})
+    Image.fromarray(np.eye(10, 20, dtype=np.uint8)).save(tmp_path / "SegmentationClass/a.png")
+    (tmp_path / "ImageSets/Segmentation/train.txt").write_text("a\n")
+    options = config.Data(format="voc", root=tmp_path, classes=("background", "crack"), ignore_index=0)
+    dataset = data.build(options, "segmentation", "train", seed=0, augment=False)
+    assert set(dataset[0][1]["mask"].flatten().tolist()) == {1, 255}
+    (tmp_path / "labelmap.txt").write_text("background:0,0,0::\ncrack:0,128,0::\n")
+    with pytest.raises(AcamkdError, match=r"data\.ignore_index: .*labelmap.txt says which color is void"):
+        data.build(options, "segmentation", "train", seed=0, augment=False)

@@ -238,6 +238,20 @@ def _named(root: Path, content: str, split: str = "train", **options: Any) -> da
     return data.build(recipe, "detection", split, seed=0, augment=False)  # type: ignore[arg-type]
 
 
+def test_boxes_before_keypoints_are_read(tmp_path: Path) -> None:
+    """Such a line has as many numbers as one of a polygon."""
+    pose, polygon = b"0 .5 .5 .2 .2 .45 .45 .55 .45 .55 .55 .45 .55", b"0 .1 .4 .5 .2 .3 .6"
+    root = _write(tmp_path, {"a": pose + b"\n1 .1 .2 .1 .2"})
+    dataset = _named(root, "kpt_shape: [4, 2]\n")
+    assert torch.allclose(dataset[0][1]["boxes"], torch.tensor([[8.0, 4, 12, 6], [1, 1, 3, 3]]))
+    assert torch.allclose(_named(root, "")[0][1]["boxes"][0], torch.tensor([4, 2, 11, 5.5]))
+    (root / "labels/train/a.txt").write_bytes(polygon)
+    [problem] = _named(root, "kpt_shape: [4, 2]\n").problems
+    assert problem.endswith("; as kpt_shape of data.yaml says, 8 numbers of keypoints follow it")
+    with pytest.raises(AcamkdError, match=r"data\.yaml: kpt_shape must be .* such as \[17, 3\], not 17"):
+        _named(root, "kpt_shape: 17\n")
+
+
 def test_path_is_the_folder_that_the_splits_lie_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -5,6 +5,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import acamkd as package
 from acamkd import config, data
 from acamkd.engine.metrics import Scorer
 from acamkd.errors import AcamkdError
+from acamkd.jobs.benchmark import benchmark as module
 from acamkd.jobs.benchmark.benchmark import RUNTIMES, benchmark, forms_of
 from acamkd.jobs.benchmark.networks import Network
 from acamkd.jobs.export.onnx_model import OnnxModel
@@ -37,10 +39,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_file_is_measured_on_the_images_of_its_run(acamkd: Command, exported: Path, tmp_path: Path) -> None:
     done = acamkd("benchmark", exported, "--threads", "1", "--batches", "1,2", "--seconds", "0.1", "--runtimes",
-                  "onnxruntime", "--out", tmp_path / "out.json", "--json")  # fmt: skip
+                  "onnxruntime", "--out", tmp_path / "new/out.json", "--json")  # fmt: skip
     assert done.code == 0, done.err
     content = json.loads(done.out)
-    assert content == json.loads((tmp_path / "out.json").read_text())
+    assert content == json.loads((tmp_path / "new/out.json").read_text())
     [row] = content["rows"]
     assert (row["network"], row["form"], row["threads"], row["rank"]) == ("student", "onnxruntime", 1, 1)
     assert set(row["images_per_second"]) == {"1", "2"}
@@ -57,7 +59,10 @@ def test_a_file_is_measured_on_the_images_of_its_run(acamkd: Command, exported: 
     assert row["on_front"]
 
 
-def test_what_cannot_be_measured_is_said(acamkd: Command, exported: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_measured_is_said(
+    acamkd: Command, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     lone = write_segmenter(tmp_path / "lone.onnx")
     with pytest.raises(AcamkdError, match=r"lone\.onnx does not lie in a run's export: name a recipe"):
         benchmark(lone)
@@ -65,6 +70,8 @@ def test_what_cannot_be_measured_is_said(acamkd: Command, exported: Path, tmp_pa
         benchmark(lone, recipe=exported.parent.parent / "recipe.yaml")
     with pytest.raises(AcamkdError, match="there is no runtime 'onnx'; did you mean onnxruntime"):
         benchmark(exported, runtimes=["onnx"])
+    with pytest.raises(AcamkdError, match=f"{tmp_path} is a folder: --out takes the name of a file"):
+        benchmark(exported, out="~")
     assert "--threads 1,x: write whole numbers" in acamkd("benchmark", exported, "--threads", "1,x").error
 
 
@@ -79,6 +86,20 @@ def test_every_network_has_every_form_of_this_machine(tmp_path: Path) -> None:
     assert len(forms) == 2 * len(names)
     assert ("OpenVINO int8" in names) != ("openvino: it is not installed" in left_out)
     assert [form.name for form in forms_of([network], ["bf16"], (1,), left_out)] == ["PyTorch bf16"]
+
+
+def test_a_version_is_that_of_the_package_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "onnxruntime":
+            raise PackageNotFoundError(name)
+        return f"the version of {name}"
+
+    monkeypatch.setattr(module, "version", version)
+    brought = {"onnxruntime": ["onnxruntime-gpu"]}
+    monkeypatch.setattr(module, "packages_distributions", lambda: brought)
+    assert module._machine()["versions"]["onnxruntime"] == "the version of onnxruntime-gpu"
+    brought.clear()
+    assert module._machine()["versions"]["onnxruntime"] is None
 
 
 @pytest.mark.slow

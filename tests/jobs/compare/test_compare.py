@@ -164,6 +164,13 @@ def test_a_stopped_trial_whose_images_have_moved_begins_anew(
     assert len(json.loads((results / "acam-seed0.json").read_text())["history"]) == 2
 
 
+def test_a_wrong_test_split_is_told_before_the_first_trial(recipe: Path, tmp_path: Path) -> None:
+    named = ["data.test.images=images/tset", "data.test.masks=masks/val"]
+    with pytest.raises(AcamkdError, match=r"cannot read the folder .*tset"):
+        compare.compare(recipe, ["acam"], seeds=1, results=tmp_path / "results", overrides=named)
+    assert [file.name for file in (tmp_path / "results").iterdir()] == ["comparison.yaml"]
+
+
 def test_a_trial_without_a_score_fails_and_can_be_run_again(recipe: Path, tmp_path: Path) -> None:
     results = tmp_path / "results"
     trial = plan(config.load(recipe, ["data.check=headers"]), ["acam"], 1, results)[0]  # which sees no pixels

@@ -42,7 +42,8 @@ def test_few_or_equal_differences_have_no_interval_to_speak_of() -> None:
     one = paired({0: 3.0}, {0: 1.0}, "none")
     assert (one.mean, one.low, one.p, one.n) == (2.0, None, None, 1)
     two = paired({0: 3.0, 1: 5.0}, {0: 1.0, 1: 2.0}, "none")
-    assert (two.mean, two.low, two.p) == (2.5, None, pytest.approx(stats.ttest_1samp([2, 3], 0).pvalue))
+    assert (two.mean, two.low) == (2.5, None)
+    assert two.p == pytest.approx(stats.ttest_1samp([2, 3], 0).pvalue)
     same = paired({0: 3.0, 1: 5.0, 2: 4.0}, {0: 1.0, 1: 3.0, 2: 2.0}, "none")
     assert (same.mean, same.low, same.high, same.p) == (2.0, 2.0, 2.0, 0.0)
     assert paired({0: 1.0, 1: 1.0}, {0: 1.0, 1: 1.0}, "none").p == 1.0

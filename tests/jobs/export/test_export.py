@@ -234,6 +234,19 @@ def test_a_file_that_computes_something_else_is_not_left_behind(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_image_that_cannot_be_decoded_is_named(
+    run: Run, exported: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(run.recipe.data.root, tmp_path / "data")
+    for file in (tmp_path / "data/images/val").iterdir():
+        file.write_bytes(file.read_bytes()[:-200])
+    ready = exported.folder / "student.onnx"
+    monkeypatch.setattr("acamkd.jobs.export.export.write_graph", lambda _, file, __: shutil.copy(ready, file))
+    with pytest.raises(AcamkdError, match=rf"^{tmp_path}/data/images/val/.*: the image cannot be read"):
+        export(run, overrides=[f"data.root={tmp_path / 'data'}"], out=tmp_path / "export")
+    assert [folder.name for folder in tmp_path.iterdir()] == ["data"]
+
+
 @pytest.mark.parametrize("run", ["detection"], indirect=True)
 def test_the_full_graph_suppresses_boxes_itself(
     run: Run, tmp_path: Path, image: Path, monkeypatch: pytest.MonkeyPatch

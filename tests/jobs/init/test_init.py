@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 import acamkd as package
 import tiny
@@ -74,7 +75,7 @@ def test_a_segmenters_recipe_with_a_drawn_validation_split(tmp_path: Path) -> No
     (root / "unlabeled").mkdir()
     shutil.copy(next((root / "images/train").iterdir()), root / "unlabeled")
     before = sorted(root.rglob("*"))
-    proposal = init(root, classes=NAMES, out="drawn.yaml")
+    proposal = init(root, classes=NAMES, out="recipes/drawn.yaml")
     assert sorted(root.rglob("*")) == before
     recipe = config.load(proposal.file)
     assert recipe.data.val.share == 0.2
@@ -89,10 +90,38 @@ def test_a_segmenters_recipe_with_a_drawn_validation_split(tmp_path: Path) -> No
 
 def test_one_name_less_than_values_makes_the_last_one_void(tmp_path: Path) -> None:
     root = tiny.write_data(tmp_path / "data")
-    recipe = config.load(init(root, classes=NAMES[:-1]).file)
+    recipe = config.load(init(root, classes=NAMES[:-1], unlabeled="data/images/val").file)
     assert recipe.data.ignore_index == len(NAMES) - 1
+    assert recipe.data.unlabeled == root / "images/val"  # as a shell completes it
     with pytest.raises(AcamkdError, match=r"values up to 5, but there are only 2 names"):
         init(root, classes=NAMES[:2], overwrite=True)
+
+
+def test_a_recipe_that_cannot_be_written_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(AcamkdError, match=f"{tmp_path} is a folder: --out takes the name of a file"):
+        init(tmp_path / "nowhere", out="~")
+    with pytest.raises(AcamkdError, match=r"cannot write .*test_init\.py: File exists; --out writes elsewhere"):
+        init(tmp_path / "nowhere", out=Path(__file__, "cells.yaml"))
+
+
+def test_masks_in_color_need_mask_values(tmp_path: Path) -> None:
+    root = tiny.write_data(tmp_path / "data")
+    for file in (root / "masks").rglob("*.png"):
+        Image.new("RGB", (8, 8)).save(file)
+    with pytest.raises(
+        AcamkdError, match=r"the masks hold colors, .* --classes sky,road,\.\.\.; .* data\.mask_values: "
+    ):
+        init(root)
+
+
+def test_unlabeled_images_that_are_not_there_are_told(tmp_path: Path) -> None:
+    root = tiny.write_data(tmp_path / "data")
+    with pytest.raises(AcamkdError, match=r"--unlabeled more: there is no such folder, neither in .*data nor in the"):
+        init(root, classes=NAMES, unlabeled="more")
+    (root / "more").mkdir()
+    with pytest.raises(AcamkdError, match=r"data/more: the folder holds no images"):
+        init(root, classes=NAMES, unlabeled="more")
 
 
 def test_what_is_missing_is_asked_or_an_error(tmp_path: Path, acamkd: Command, monkeypatch: pytest.MonkeyPatch) -> None:

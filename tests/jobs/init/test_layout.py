@@ -119,6 +119,32 @@ def test_class_names_of_masks_come_from_files_beside_them(tmp_path: Path) -> Non
     assert find_layouts(tmp_path)[1].classes == ("sky", "road")
 
 
+@pytest.mark.parametrize(("suffix", "mode"), [(".TIF", "L"), (".bmp", "P"), (".png", "1")])
+def test_masks_of_every_type_that_is_read_are_found(tmp_path: Path, suffix: str, mode: str) -> None:
+    _images(tmp_path / "images")
+    (tmp_path / "masks").mkdir()
+    for number in range(3):
+        mask = Image.new(mode, (40, 20))
+        mask.putpixel((0, 0), number % 2)
+        mask.save(tmp_path / f"masks/{number}{suffix}")
+    (found,) = find_layouts(tmp_path)
+    assert (found.format, found.values) == ("masks", (0, 1))
+
+
+def test_files_of_names_as_windows_writes_them(tmp_path: Path) -> None:
+    for folder in ("images", "masks"):
+        _images(tmp_path / folder, 0)
+    Image.new("RGB", (4, 2)).save(tmp_path / "images/0.jpg")
+    Image.new("L", (4, 2)).save(tmp_path / "masks/0.png")
+    (tmp_path / "classes.json").write_bytes(b'\xef\xbb\xbf["cat", "dog"]')
+    assert find_layouts(tmp_path)[0].classes == ("cat", "dog")
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfsky\r\nroad\r\n")
+    assert find_layouts(tmp_path)[0].classes == ("sky", "road")
+    (tmp_path / "classes.txt").write_bytes("Löwe\n".encode("latin-1"))
+    with pytest.raises(AcamkdError, match=r"classes\.txt is not a text file: .* byte 0xf6"):
+        find_layouts(tmp_path)
+
+
 def test_a_folder_without_labels_is_known_by_its_name(tmp_path: Path) -> None:
     _images(tmp_path / "images/train")
     assert find_unlabeled(tmp_path) is None

@@ -207,6 +207,16 @@ def test_two_images_of_one_name_are_for_a_detector_alone(red: Path, box: Path, t
     assert [entry["file_name"] for entry in json.loads((out / "predictions.json").read_text())] == ["a.jpg", "a.png"]
 
 
+def test_the_home_folder_is_written_with_a_tilde(box: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (32, 32)).save(tmp_path / "~1.png")
+    assert predict("~/box.onnx", "~/~1.png").folder == tmp_path / "predictions"
+    monkeypatch.chdir(tmp_path)
+    made = predict(f"~/{box.name}", "~1.png", out="~/out")
+    assert made.to_coco("~/found.json") == tmp_path / "found.json"
+    assert {file.name for file in tmp_path.iterdir()} == {"box.onnx", "found.json", "out", "predictions", "~1.png"}
+
+
 def test_what_is_written_can_be_chosen(red: Path, box: Path, tmp_path: Path) -> None:
     Image.new("RGB", (16, 8)).save(tmp_path / "a.png")
     for model, names, there in (

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from torch import Tensor
 from torchvision import tv_tensors
 
@@ -17,7 +17,7 @@ from acamkd.config import Data, Split, parse_mask_value
 from acamkd.data.checks import describe, describe_shown
 from acamkd.data.dataset import ImageDataset, SplitName, Transform
 from acamkd.data.folders import Folder, existing, no_images, twins
-from acamkd.data.image_io import opened
+from acamkd.data.image_io import opened, stored_values
 from acamkd.errors import AcamkdError, ImageError, nearest
 from acamkd.models.base import VOID, PixelSize, Target
 
@@ -142,10 +142,10 @@ class MaskDataset(ImageDataset):
             "otherwise"
         )
 
-    def _values(self, mask: Image.Image) -> Tensor:
+    def _values(self, mask: ImageFile.ImageFile) -> Tensor:
         """(H, W) int64: values as stored, or codes of the colors."""
         if not self.by_color:
-            return torch.from_numpy(np.array(mask, dtype=np.uint8)).long()
+            return torch.from_numpy(stored_values(mask)).long()
         red, green, blue = torch.from_numpy(np.array(mask.convert("RGB"), dtype=np.int64)).unbind(-1)
         return (red << 16) + (green << 8) + blue
 
@@ -174,7 +174,7 @@ class MaskDataset(ImageDataset):
         return f"#{code:06x}" if self.by_color else str(code)
 
     @contextmanager
-    def _opened(self, file: Path) -> Iterator[Image.Image]:
+    def _opened(self, file: Path) -> Iterator[ImageFile.ImageFile]:
         """Open a mask and check its mode; raises as `opened` does."""
         with opened(file, "mask") as image:
             allowed = ("1", "L", "P", "RGB", "RGBA", "LA", "PA") if self.by_color else ("1", "L", "P")
@@ -249,7 +249,7 @@ class MaskFolder(MaskDataset):
     SPLIT_KEYS = frozenset({"images", "masks"})
     BESIDE_IMAGES = "masks"
     NEEDS_CLASSES = True
-    DATA_KEYS = frozenset({"mask_values"})
+    DATA_KEYS = frozenset({"ignore_index", "mask_values"})
 
     @classmethod
     def open_split(cls, data: Data, split: SplitName, *, transform: Transform | None, seed: int) -> MaskFolder:

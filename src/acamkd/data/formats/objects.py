@@ -43,8 +43,9 @@ class ObjectDataset(BoxDataset):
         annotation_files: Where their objects come from.
         classes: Class names; class k of the objects is label k + 1.
         objects: Of each image.
+        sizes: (height, width) of each image, None where nothing beside it says them: then they are read from its file.
         box_format: Whether a box is left, top, width, height, or left, top, right, bottom.
-        options: As of BoxDataset.
+        options: Further ones of BoxDataset.
     """
 
     DATA_KEYS = frozenset({"box_format"})
@@ -56,10 +57,12 @@ class ObjectDataset(BoxDataset):
         classes: Sequence[str],
         objects: Iterable[Any],
         *,
+        sizes: Sequence[PixelSize | None],
         box_format: BoxFormat = "xywh",
         **options: Any,
     ) -> None:
-        super().__init__(files, annotation_files, classes, **options)
+        super().__init__(files, annotation_files, classes, sizes=_with_headers(files, sizes), **options)
+        self.KNOWS_SIZES = None not in sizes  # a header agrees with its own image in any case
         self.box_format = box_format
         entries: list[tuple[str, Any]] = []
         for index, given in enumerate(objects):
@@ -99,7 +102,7 @@ class ObjectDataset(BoxDataset):
         return given + 1
 
 
-def image_sizes(files: Sequence[Path], known: Sequence[PixelSize | None]) -> list[PixelSize | None]:
+def _with_headers(files: Sequence[Path], known: Sequence[PixelSize | None]) -> list[PixelSize | None]:
     """(height, width) of each image: as known, or else from its header; None where that cannot be read."""
     if unknown := sum(size is None for size in known):
         log.info("reading the sizes of %d images, since nothing beside them says their width and height", unknown)

@@ -11,7 +11,7 @@ from acamkd.config import Data
 from acamkd.data.checks import check_classes
 from acamkd.data.dataset import SplitName, Transform
 from acamkd.data.formats.masks import MaskDataset, mask_ids
-from acamkd.data.formats.objects import BOXES, CATEGORIES, ObjectDataset, image_sizes, size_in, split_files
+from acamkd.data.formats.objects import BOXES, CATEGORIES, ObjectDataset, size_in, split_files
 from acamkd.data.packed import cell_path, group_lengths, parquet_file
 from acamkd.errors import AcamkdError
 
@@ -131,8 +131,7 @@ class ParquetDetection(ObjectDataset):
         reader = cls(
             images, files.cells(objects), names or data.classes or (), [row[objects] for row in rows],
             box_format=data.box_format, source=files.paths[0].parent,
-            sizes=image_sizes(images, [size_in(row) for row in rows]), keep_crowd=split == "val",
-            transform=transform, seed=seed,
+            sizes=[size_in(row) for row in rows], keep_crowd=split == "val", transform=transform, seed=seed,
         )  # fmt: skip
         reader.groups = files.groups
         reader.warnings += files.warnings
@@ -143,7 +142,7 @@ class ParquetSegmentation(MaskDataset):
     """Semantic segmentation: a column of images and one of masks, whose values are class ids."""
 
     SPARE_LAYOUT = ("*.parquet or data/*.parquet",)
-    DATA_KEYS = frozenset({"mask_values", "columns"})
+    DATA_KEYS = frozenset({"ignore_index", "mask_values", "columns"})
     NEEDS_CLASSES = True
 
     @classmethod

@@ -14,7 +14,7 @@ from typing import Any
 from acamkd.config import Data
 from acamkd.data.dataset import SplitName, Transform
 from acamkd.data.formats.masks import MaskDataset, mask_ids
-from acamkd.data.formats.objects import ObjectDataset, image_sizes, size_in, split_files
+from acamkd.data.formats.objects import ObjectDataset, size_in, split_files
 from acamkd.data.packed import read_packed, tar_members
 from acamkd.errors import AcamkdError
 from acamkd.files import IMAGE_SUFFIXES
@@ -94,7 +94,7 @@ class ShardDetection(ObjectDataset):
         reader = cls(
             shards.images, shards.beside, data.classes or (),
             [row.get("objects", row.get("annotations")) for row in rows], box_format=data.box_format,
-            source=tars[0].parent, sizes=image_sizes(shards.images, [size_in(row) for row in rows]),
+            source=tars[0].parent, sizes=[size_in(row) for row in rows],
             keep_crowd=split == "val", transform=transform, seed=seed,
         )  # fmt: skip
         reader.groups = shards.groups
@@ -106,7 +106,7 @@ class ShardSegmentation(MaskDataset):
     """Semantic segmentation: KEY.jpg and KEY.png, KEY.mask.png or KEY.seg.png, a mask of class ids."""
 
     SPARE_LAYOUT = (PATTERN,)
-    DATA_KEYS = frozenset({"mask_values"})
+    DATA_KEYS = frozenset({"ignore_index", "mask_values"})
     NEEDS_CLASSES = True
 
     @classmethod

@@ -151,7 +151,7 @@ class VocDetection(BoxDataset):
 
 
 class VocSegmentation(MaskDataset):
-    """Semantic segmentation: `JPEGImages/NAME.jpg` by `SegmentationClass/NAME.png`, 255 = void.
+    """Semantic segmentation: `JPEGImages/NAME.jpg` by `SegmentationClass/NAME.png`, void = `ignore_index`.
 
     Where CVAT's labelmap.txt is beside them, it says the classes, and the colors of the masks.
 
@@ -159,6 +159,7 @@ class VocSegmentation(MaskDataset):
         root: Folder with `JPEGImages`, `SegmentationClass` and `ImageSets`.
         split: A list in `ImageSets/Segmentation`, such as `train` or `val`.
         classes: Names of the ids; None takes background and VOC's 20.
+        ignore_index: Value of pixels that are ignored in training and evaluation.
         ids: Meaning of the masks' values or colors, if it differs; see MaskDataset.
         all_masks: Take every mask, whatever the split.
         transform: Random changes.
@@ -171,7 +172,7 @@ class VocSegmentation(MaskDataset):
     LAYOUT = ("SegmentationClass", "ImageSets/Segmentation")
     SPARE_LAYOUT = ("SegmentationClass", "JPEGImages")
     FIXED_CLASSES = ("background", *CLASSES)
-    DATA_KEYS = frozenset({"mask_values"})
+    DATA_KEYS = frozenset({"ignore_index", "mask_values"})
 
     @classmethod
     def open_split(cls, data: Data, split: SplitName, *, transform: Transform | None, seed: int) -> VocSegmentation:
@@ -179,10 +180,12 @@ class VocSegmentation(MaskDataset):
         colors = _labelmap(data.root) if data.mask_values is None else {}
         if colors:
             check_classes(data.classes, tuple(colors), f"the labels of {data.root / LABELMAP}")
+            if data.ignore_index != VOID:
+                raise AcamkdError(f"data.ignore_index: {data.root / LABELMAP} says which color is void: leave it out")
         classes = tuple(colors) or data.classes
         ids = {VOID_COLOR: VOID, **{color: k for k, color in enumerate(colors.values())}} if colors else None
         return cls(
-            data.root, getattr(data, split).name, classes=classes,
+            data.root, getattr(data, split).name, classes=classes, ignore_index=data.ignore_index,
             ids=ids or mask_ids(data, classes or cls.FIXED_CLASSES),
             all_masks=_wants_all(data, "Segmentation"), transform=transform, seed=seed,
         )  # fmt: skip
@@ -193,6 +196,7 @@ class VocSegmentation(MaskDataset):
         split: str,
         *,
         classes: Sequence[str] | None = None,
+        ignore_index: int = VOID,
         ids: Mapping[int, int] | Mapping[Color, int] | None = None,
         all_masks: bool = False,
         transform: Transform | None = None,
@@ -208,6 +212,7 @@ class VocSegmentation(MaskDataset):
             [_image(folder, name) for name in names],
             [_beside(masks, _plain(folder, name)) for name in names],
             classes or ("background", *CLASSES),
+            ignore_index=ignore_index,
             ids=ids,
             same_palette=ids is None,
             transform=transform,

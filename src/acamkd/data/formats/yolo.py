@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,13 +36,14 @@ class YoloDetection(BoxDataset):
     """Object detection: images, and text files of the same names beside them or in a folder of their own.
 
     Class k of the files is label k + 1. An image whose file is missing or empty has no boxes. The box of a polygon,
-    three corners or more, is what encloses it.
+    three corners or more, is what encloses it. Keypoints behind a box are not read.
 
     Args:
         images: Folders of images, with all folders in them, or text files that list images, one per line.
         labels: Folder of the text files, at the same relative paths as their images. None: the images' folder with
             `labels` in place of the last `images` of its path, or else the images' folder itself.
         classes: Names in the order of their numbers.
+        keypoint_values: How many numbers of keypoints follow a box; no line is a polygon then.
         transform: Augmentation.
         seed: Seed of the augmentation.
 
@@ -60,7 +62,8 @@ class YoloDetection(BoxDataset):
         images = [data.root / given.images] if given.images else sources(data.root, given.name or split)
         labels = data.root / given.annotations if given.annotations else None
         log.info("%s images: %s", split, ", ".join(map(str, images)))
-        return cls(images, labels, class_names(data.root, data.classes), transform=transform, seed=seed)
+        classes, values = class_names(data.root, data.classes), keypoint_values(data.root)
+        return cls(images, labels, classes, keypoint_values=values, transform=transform, seed=seed)
 
     def __init__(
         self,
@@ -68,6 +71,7 @@ class YoloDetection(BoxDataset):
         labels: Path | None,
         classes: Sequence[str],
         *,
+        keypoint_values: int = 0,
         transform: Transform | None = None,
         seed: int = 0,
     ) -> None:
@@ -108,6 +112,7 @@ class YoloDetection(BoxDataset):
             problems.append(f"{given[0]}: the list is empty")
         self.problems += [*problems, *twins(pairs, "boxes")]
         self.warnings += warnings
+        self.keypoint_values = keypoint_values
         self.gather(
             (f"{text}:{number}", (index, line))
             for index, (_, text) in enumerate(pairs)
@@ -126,13 +131,16 @@ class YoloDetection(BoxDataset):
         words = line.split()
         try:
             number, *shares = map(float, words)
-            if len(shares) != 4 and (len(shares) < 6 or len(shares) % 2):
+            if len(shares) == 4 + self.keypoint_values:
+                del shares[4:]
+            if len(shares) != 4 and (self.keypoint_values or len(shares) < 6 or len(shares) % 2):
                 raise ValueError("neither a box nor a polygon")
         except ValueError as error:
             given = line.strip()[:80]
-            raise AcamkdError(
-                f"a box is `class cx cy w h`, not `{given}`; a polygon, `class x y x y x y ...`, has 3 corners or more"
-            ) from error
+            other = "a polygon, `class x y x y x y ...`, has 3 corners or more"
+            if self.keypoint_values:
+                other = f"as kpt_shape of {NAMES} says, {self.keypoint_values} numbers of keypoints follow it"
+            raise AcamkdError(f"a box is `class cx cy w h`, not `{given}`; {other}") from error
         if number not in range(len(self.classes)):
             hint = f"; {BEGIN}" if number == len(self.classes) else ""
             raise AcamkdError(
@@ -277,6 +285,20 @@ def class_names(root: Path, given: Sequence[str] | None) -> tuple[str, ...]:
         raise AcamkdError(f"{file}: nc is {number}, but there are {len(own)} names: correct either")
     check_classes(given, own, f"the names of {file}")
     return own
+
+
+def keypoint_values(root: Path) -> int:
+    """How many numbers of keypoints follow a box, as `kpt_shape` of data.yaml says; 0 without it.
+
+    Raises:
+        AcamkdError: It is not two whole numbers.
+    """
+    shape = _content(root).get("kpt_shape", [0, 0])
+    if not (isinstance(shape, list) and len(shape) == 2 and all(isinstance(each, int) for each in shape)):
+        raise AcamkdError(
+            f"{root / NAMES}: kpt_shape must be [KEYPOINTS, VALUES OF EACH], such as [17, 3], not {shape}"
+        )
+    return math.prod(shape)
 
 
 def _content(root: Path, loader: type[yaml.SafeLoader] | type[yaml.BaseLoader] = yaml.SafeLoader) -> dict[str, Any]:

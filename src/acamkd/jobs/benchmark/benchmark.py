@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
-from importlib.metadata import version
+from contextlib import ExitStack, suppress
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,7 @@ from acamkd.engine.mask_history import spread
 from acamkd.engine.metrics import METRICS, Scorer, scorer_of
 from acamkd.engine.runs import RECIPE, Run, as_run, write_json
 from acamkd.errors import AcamkdError, nearest
-from acamkd.files import check_writable
+from acamkd.files import check_writable_file
 from acamkd.jobs.benchmark.networks import Network, files_of_run, networks_of, write_file
 from acamkd.jobs.benchmark.openvino_form import OpenVinoForm
 from acamkd.jobs.benchmark.result import Benchmark, Row, front
@@ -92,11 +92,11 @@ def benchmark(
     else:
         if baseline is not None:
             raise AcamkdError("--baseline is for a run: give its folder instead of a file")
-        file = Path(model)
+        file = Path(model).expanduser()
         read, default = _recipe_of(file, recipe, overrides), file.with_suffix(".benchmark.json")
         networks = [Network(file.name.partition(".")[0], file, None, (file,))]
-    out = Path(out) if out else default
-    check_writable(out.parent)
+    out = Path(out).expanduser() if out else default
+    check_writable_file(out)
     shown = data.build(read.data, read.task, "val", seed=read.train.seed, augment=False)
     for warning in data.check(shown, "headers"):
         log.warning("%s", warning)
@@ -109,16 +109,14 @@ def benchmark(
             networks = [_with_files(each, run, runtimes, Path(folder), left_out) for each in networks]
         timed = [_pixels(shown, index) for index in spread(len(shown), TIMED_IMAGES)]
         workers = [stack.enter_context(Worker(form, timed)) for form in forms_of(networks, runtimes, counts, left_out)]
-        load = machine.load()
+        described = _machine()  # its load is that before the measurement
         timings, failed = measure(workers, seconds=seconds, batches=batches, note=log.info)
         if not timings:
             raise AcamkdError(f"no form can be run on this machine: {'; '.join([*left_out, *failed])}")
         indices = spread(len(shown), images or len(shown))
         scores = [_score(worker, shown, indices, scorer_of(read, shown.classes)) for worker in timings]
         rows = _rows([worker.form for worker in timings], list(timings.values()), scores)
-    found = Benchmark(
-        METRICS[read.task], tuple(rows), (*left_out, *failed), len(indices), len(timed), _machine(load), out
-    )
+    found = Benchmark(METRICS[read.task], tuple(rows), (*left_out, *failed), len(indices), len(timed), described, out)
     write_json(out, found.as_dict())
     return found
 
@@ -199,9 +197,16 @@ def _rows(forms: Sequence[Form], timings: Sequence[Timing], scores: Sequence[flo
     return rows
 
 
-def _machine(load: float | None) -> dict[str, Any]:
+def _machine() -> dict[str, Any]:
     packages = ("torch", *(name for name in EXPORTED if find_spec(name)))
     return {
-        "processor": machine.processor(), "cores": machine.cores(), "int8": machine.int8_instructions(), "load": load,
-        "versions": {name: version(name) for name in packages},
+        "processor": machine.processor(), "cores": machine.cores(), "int8": machine.int8_instructions(),
+        "load": machine.load(), "versions": {name: _version(name) for name in packages},
     }  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    """Of the distribution that brings a package, since onnxruntime may come with onnxruntime-gpu."""
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return next(map(version, packages_distributions().get(package, ())), None)

@@ -103,10 +103,10 @@ def compare(
             processes.
     """
     recipe = config.as_recipe(recipe, overrides)
-    methods, results = methods_of(recipe, methods), Path(results or default_folder(recipe, "compare"))
+    methods = methods_of(recipe, methods)
+    results = Path(results).expanduser() if results else default_folder(recipe, "compare")
     trials = plan(recipe, methods, seeds, results)  # raises errors before anything is written
     check_writable(results, advice="--results DIR writes elsewhere")
-    results.mkdir(parents=True, exist_ok=True)
     write_text(results / RESOLVED, config.dump(recipe))
     command = partial(_command, methods, seeds, results)
     if any(trial.read(results) is None for trial in trials):
@@ -292,7 +292,6 @@ def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results:
             odd = [trial.name for (trial, _), value in zip(done, values, strict=True) if value not in (usual, None)]
             raise AcamkdError(f"the trials in {results} do not share their {what}: remove {', '.join(odd)}")
     rows = summarize(found)
-    results.mkdir(parents=True, exist_ok=True)  # the trials may be in the parent folder's table
     tables.write(results, recipe, rows, found, tuning)
     return ComparisonResult(results, found[0]["metric"], rows)
 
@@ -317,7 +316,7 @@ def _check_data(recipe: config.Recipe) -> None:
     from acamkd.jobs.setup import Batches
 
     check_installed(recipe)
-    Batches(recipe, with_unlabeled=recipe.data.unlabeled is not None).check()
+    Batches(recipe, with_unlabeled=recipe.data.unlabeled is not None, with_test=True).check()
 
 
 def _train_teacher(recipe: config.Recipe) -> None:

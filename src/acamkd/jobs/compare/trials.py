@@ -167,7 +167,6 @@ class Trial:
         }  # fmt: skip
         has_score = columns[name][-1] == columns[name][-1]  # not NaN
         if has_score:
-            results.mkdir(parents=True, exist_ok=True)
             write_json(results / f"{self.name}.json", content)
         for file in (CHECKPOINT, PREVIOUS):
             (folder / file).unlink(missing_ok=True)  # the largest files, no longer needed

@@ -82,7 +82,7 @@ def demo(
     Raises:
         AcamkdError: The folder cannot be used, or `keep` found trainings of another seed.
     """
-    started, out = time.monotonic(), Path(out)
+    started, out = time.monotonic(), Path(out).expanduser()
     check_writable(out)
     if task == "both":
         with ThreadPoolExecutor(min(len(TASKS), cores())) as pool:

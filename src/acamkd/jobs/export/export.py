@@ -135,7 +135,7 @@ def export(
     if openvino:
         require("openvino", extra="openvino")
     run = as_run(run, overrides)
-    out = Path(out) if out else run.folder / "export"
+    out = Path(out).expanduser() if out else run.folder / "export"
     model, recipe = run.load(), run.recipe
     graph = build_graph(model, recipe.data.resize, with_nms=with_nms, openvino=openvino)
     _check_free(out, overwrite)
@@ -339,5 +339,7 @@ def _appearing(out: Path) -> Iterator[Path]:
             if out.exists():
                 os.replace(out, Path(unfinished, "replaced"))
             os.replace(folder, out)
+    except AcamkdError:  # such as of an image that cannot be read, which is an OSError too
+        raise
     except OSError as error:
         raise AcamkdError(f"cannot write {out}: {error.strerror or error}") from error

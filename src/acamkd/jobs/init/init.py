@@ -19,6 +19,7 @@ from acamkd.distillation.pairs import propose
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import write_text
 from acamkd.errors import AcamkdError
+from acamkd.files import check_writable_file
 from acamkd.jobs.init.choices import (
     DENSE,
     LEARNING_RATES,
@@ -101,22 +102,25 @@ def init(
         classes: Names, needed where masks or text files come without.
         teacher: A checkpoint of the teacher; where not given, the recipe trains one.
         teacher_network: What it is, ARCH/BACKBONE, where its tensors do not tell.
-        unlabeled: Folder of further images, relative to the folder or absolute; found by its name where not given.
+        unlabeled: Folder of further images, relative to the folder or to the current one, or absolute; found by its
+            name where not given.
         out: The recipe; NAME.yaml in the current folder where not given, with the folder's name.
         overwrite: Replace it.
         ask: Puts a question where something is missing; without it that is an error.
 
     Raises:
-        AcamkdError: The folder is none that is known, something is missing, or the recipe is there already.
+        AcamkdError: The folder is none that is known, something is missing, or the recipe is there already or cannot be
+            written.
     """
     root = Path(folder).expanduser().resolve()
-    file = Path(out) if out else Path(f"{_file_name(root.name)}.yaml")
+    file = Path(out).expanduser() if out else Path(f"{_file_name(root.name)}.yaml")
+    check_writable_file(file)
     if file.exists() and not overwrite:
         raise AcamkdError(f"{file} is there already: --overwrite replaces it, --out FILE writes elsewhere")
     layout = _chosen(find_layouts(root), task, ask)
     task, machine = layout.task, this_machine()
     names, ignored = _classes(layout, classes, ask)
-    more = str(unlabeled) if unlabeled else find_unlabeled(root)
+    more = _unlabeled(root, Path(unlabeled).expanduser()) if unlabeled else find_unlabeled(root)
     source: dict[str, Any] = {"format": layout.format, "root": str(root), **layout.splits}
     if "val" not in source:
         source["val"] = {"share": SHARE}
@@ -217,13 +221,21 @@ def _classes(layout: Layout, given: Sequence[str] | None, ask: Ask | None) -> tu
             )
         return names, None
     values = [value for value in layout.values if value != VOID]
+    held = (
+        f"the values {_range(values or layout.values)}" if layout.values else "colors, or 16 bits, which are not read"
+    )
     if names is None and ask is not None:
-        answer = ask(f"The masks hold the values {_range(values)}. Names of the classes from 0 on, with commas?")
+        answer = ask(f"The masks hold {held}. Names of the classes from 0 on, with commas?")
         names = tuple(name.strip() for name in answer.split(",") if name.strip())
     if not names:
+        more = (
+            "one name less than there are values makes the last value void"
+            if layout.values
+            else "then say in the recipe which color is which class, data.mask_values: {'#ff0000': road, ...}"
+        )
         raise AcamkdError(
-            f"the masks hold the values {_range(values)}, and nothing says what they mean: give the names from 0 on, "
-            "--classes sky,road,...; one name less than there are values makes the last value void"
+            f"the masks hold {held}, and nothing says what they mean: give the names from 0 on, --classes "
+            f"sky,road,...; {more}"
         )
     last = max(values, default=0)
     if last > len(names):
@@ -236,9 +248,20 @@ def _range(values: Sequence[int]) -> str:
     return f"0 to {values[-1]}" if numbered and values else ", ".join(map(str, values))
 
 
+def _unlabeled(root: Path, given: Path) -> str:
+    """A folder as the recipe writes it: relative to the root, or absolute; raises AcamkdError if it is not there."""
+    if (root / given).is_dir():
+        return str(given)
+    if given.is_dir():
+        return str(given.resolve())
+    raise AcamkdError(f"--unlabeled {given}: there is no such folder, neither in {root} nor in the current folder")
+
+
 def _count(source: dict[str, Any], task: Task) -> tuple[dict[str, Statistics], tuple[str, ...]]:
     """What the splits hold, and the classes."""
     parsed = config.Data.model_validate({**source, "test": None})
+    if parsed.unlabeled is not None:
+        data.refuse(data.build_unlabeled(parsed, task, seed=0).problems)
     datasets = {split: data.build(parsed, task, split, seed=0, augment=False) for split in ("train", "val")}
     counted = {split: count(dataset, decode=False) for split, dataset in datasets.items()}
     return counted, datasets["train"].classes

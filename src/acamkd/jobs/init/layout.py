@@ -14,12 +14,14 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from acamkd import config, data
+from acamkd.data.folders import Folder
 from acamkd.data.formats import FORMATS
 from acamkd.data.formats.coco import BACKGROUNDS
 from acamkd.data.formats.coco_file import CocoFile
+from acamkd.data.formats.masks import MASK_SUFFIXES
 from acamkd.data.formats.voc import CLASSES as VOC_CLASSES
 from acamkd.data.formats.voc import class_names
-from acamkd.data.image_io import opened
+from acamkd.data.image_io import lines_of, opened, stored_values
 from acamkd.data.packed import parquet_file
 from acamkd.errors import AcamkdError
 from acamkd.files import IMAGE_SUFFIXES
@@ -76,7 +78,7 @@ class Layout:
         reason: How the format was recognized, in words.
         classes: Names, where the recipe has to give them and the folder says them.
         names_from: Where they stand.
-        values: Formats with masks whose classes the recipe names: the values that the masks hold.
+        values: Formats with masks whose classes the recipe names: the values that the masks hold; of colors none.
         needs_names: Whether the recipe has to give the class names.
         on_request: Whether it is meant only where its task is asked for.
     """
@@ -144,8 +146,8 @@ def split_of(name: str) -> str | None:
     return next((split for split, known in WORDS.items() if words & known), None)
 
 
-def _has_images(folder: Path) -> bool:
-    return folder.is_dir() and any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.iterdir())
+def _has_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> bool:
+    return folder.is_dir() and any(file.suffix.lower() in suffixes for file in folder.iterdir())
 
 
 def _images_below(root: Path) -> list[Path]:
@@ -295,15 +297,15 @@ def _masks(root: Path) -> Iterator[Layout]:
             if word not in relative.parts:
                 continue
             images = root.joinpath(*("images" if part == word else part for part in relative.parts))
-            if images.is_dir() and any(masks.glob("*.png")):
+            if images.is_dir() and _has_images(masks, MASK_SUFFIXES):
                 candidates.append((str(relative), {"images": str(images.relative_to(root)), "masks": str(relative)}))
     if not candidates and (root / JPEG_IMAGES).is_dir() and not (root / "ImageSets").is_dir():
-        beside = [name for name in MASKS_BESIDE if any((root / name).glob("*.png"))]
+        beside = [name for name in MASKS_BESIDE if _has_images(root / name, MASK_SUFFIXES)]
         candidates = [(name, {"images": JPEG_IMAGES, "masks": name}) for name in beside[:1]]
     splits = _opened(root, "segmentation", "masks", _by_split(candidates), classes=EVERY_VALUE)
     if not splits:
         return
-    values = _values(sorted((root / keys["masks"]).glob("*.png")) for keys in splits.values())
+    values = _values(Folder(root / keys["masks"], MASK_SUFFIXES).files for keys in splits.values())
     names = _names(root) or _beside_background(root, values)
     classes, source = names or (None, "")
     reason = f"{splits['train']['masks']} holds masks"
@@ -338,34 +340,34 @@ def _packed(root: Path) -> Iterator[Layout]:
 
 
 def _values(folders: Iterable[Sequence[Path]]) -> tuple[int, ...]:
-    """Which values 8-bit masks hold, of an even sample of them; of other masks none."""
+    """Which values gray masks and those with a palette hold, of an even sample of them; of other masks none."""
     found: set[int] = set()
     for files in folders:
         for file in files[:: max(1, len(files) // SAMPLED)]:
             with opened(file, "mask") as image:
-                if image.mode not in ("L", "P"):
+                if image.mode not in ("1", "L", "P"):
                     return ()
-                found.update(np.unique(np.asarray(image)).tolist())
+                found.update(np.unique(stored_values(image)).tolist())
     return tuple(sorted(found))
 
 
 def _names(root: Path) -> tuple[tuple[str, ...], str] | None:
-    """Class names, and the file that they stand in."""
+    """Class names, and the file that they stand in; raises AcamkdError if it is not in UTF-8."""
     for name in NAME_FILES:
         file = root / name
         if not file.is_file():
             continue
-        text = file.read_text(encoding="utf-8")
+        lines = lines_of(file)
         if file.suffix == ".json":
             with suppress(ValueError):
-                content = json.loads(text)
+                content = json.loads("\n".join(lines))
                 listed = content.get("classes", content.get("names")) if isinstance(content, dict) else content
                 if isinstance(content, dict) and set(content) == {str(number) for number in range(len(content))}:
                     listed = [content[str(number)] for number in range(len(content))]
                 if isinstance(listed, list) and listed and all(isinstance(each, str) for each in listed):
                     return tuple(listed), name
-        elif lines := [line.strip() for line in text.splitlines() if line.strip() not in ("", IGNORED)]:
-            return tuple(lines), name
+        elif listed := [line.strip() for line in lines if line.strip() not in ("", IGNORED)]:
+            return tuple(listed), name
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import threading
 import time
@@ -79,7 +80,8 @@ def predict(
     for name in write:
         if name not in WRITTEN:
             raise AcamkdError(f"predict cannot write {name!r}; {nearest(name, WRITTEN)}")
-    folder = Path(out) if out else _beside(model) / "predictions"
+    model = model if isinstance(model, Run) else Path(model).expanduser()
+    folder = Path(out).expanduser() if out else _beside(model) / "predictions"
     stop = Event()
     ours = [folder, folder / OVERLAYS, folder / MASKS]
     given = open_source(source, without=ours, live=live, watch=watch, stop=stop)
@@ -137,7 +139,8 @@ def open_source(source: Path | str | int, *, without: Sequence[Path], live: bool
     Raises:
         AcamkdError: There is none, or it has no images.
     """
-    text, path = str(source), Path(str(source))
+    text = str(source)
+    path = Path(os.path.expanduser(text))  # which leaves a name such as ~1.png as it is
     shown = without_password(text)
     if watch:
         if not path.is_dir():
@@ -185,20 +188,16 @@ class _Network:
     limit: int | None
 
 
-def _is_file(model: Run | Path | str) -> bool:
-    return not isinstance(model, Run) and Path(model).suffix in EXPORTED
-
-
-def _beside(model: Run | Path | str) -> Path:
+def _beside(model: Run | Path) -> Path:
     """The folder that holds the model."""
     if isinstance(model, Run):
         return model.folder
-    return Path(model).parent if _is_file(model) else Path(model)
+    return model.parent if model.suffix in EXPORTED else model
 
 
-def _open(model: Run | Path | str) -> _Network:
-    if not isinstance(model, Run) and _is_file(model):
-        exported: ExportedModel = EXPORTED[Path(model).suffix](Path(model))
+def _open(model: Run | Path) -> _Network:
+    if not isinstance(model, Run) and model.suffix in EXPORTED:
+        exported: ExportedModel = EXPORTED[model.suffix](model)
         suppression = exported.metadata["nms"] or {}
         return _Network(exported.task, exported.classes, exported.predict, suppression.get("detections"))
     import torch  # an exported file needs none

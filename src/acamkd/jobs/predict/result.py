@@ -98,7 +98,7 @@ class Predictions(Printable):
         Raises:
             AcamkdError: The predictions are masks, or the annotations lack an image or a class.
         """
-        categories, images = (None, None) if annotations is None else _ids(Path(annotations))
+        categories, images = (None, None) if annotations is None else _ids(Path(annotations).expanduser())
         entries = []
         for line in self.lines():
             if "objects" not in line:
@@ -113,9 +113,10 @@ class Predictions(Printable):
                 entries.append(
                     {"image_id": image, "category_id": category, "bbox": each["bbox"], "score": each["score"]}
                 )
-        with whole(Path(out)) as unfinished:
+        out = Path(out).expanduser()
+        with whole(out) as unfinished:
             unfinished.write_text(json.dumps(entries), encoding="utf-8")
-        return Path(out)
+        return out
 
     def _of_objects(self, objects: list[dict[str, Any]]) -> dict[str, Any]:
         boxes = np.array([each["bbox"] for each in objects], np.float32).reshape(-1, 4)
