@@ -59,7 +59,7 @@ CONTROLS = (
     ("learned masks, shifted by half the image's height", "acam-shifted"),
     ("learned masks whose strength stays constant as they saturate", "acam-strength-normalized"),
     ("learned masks, each applied to another image", "acam-shuffled"),
-    ("masks that learn from the teacher alone", "acam-teacher"),
+    ("masks that see the teacher alone; the student's task loss still trains them", "acam-teacher"),
     ("learned masks without the diversity term", "acam-no-diversity"),
     ("learned masks with the difference to the teacher as input", "acam-difference"),
     ("masks trained as published, by the distillation loss itself", "acam-joint"),

@@ -9,14 +9,15 @@ from typing import Any, TypeAlias
 import numpy as np
 from scipy import stats
 from studies.generality import plan
-from studies.generality.plan import COMBINATIONS, FOUR, IDEAS, KINDS, PRIMARY, TASKS, comparison
+from studies.generality.plan import CHEAP, COMBINATIONS, FOUR, IDEAS, KINDS, PRIMARY, TASKS, UNMASKED, comparison
 
-from acamkd.jobs.compare.statistics import RESAMPLES, on_test, scores_of
+from acamkd.jobs.compare.statistics import on_test, scores_of
 from acamkd.jobs.compare.trials import NONE
 
 SMALLEST = 0.5
 """Smallest effect of interest, in points."""
 SPARSE, DENSE = ("voc07mini", "animals7_boxes"), "bccd"
+ANIMALS = ("animals7_masks", "animals7_boxes")
 
 Found: TypeAlias = Mapping[str, Sequence[dict[str, Any]]]
 """Comparison -> its trials."""
@@ -64,11 +65,10 @@ class Estimate:
 
 
 def estimate(differences: Mapping[str, np.ndarray], weights: Sequence[float] | None = None) -> Estimate | None:
-    """Combine tasks by a bootstrap that resamples the seeds of each task; None without any difference.
+    """Combine tasks, each with a mean and a variance of its own; None without any difference.
 
-    No mixed model: with six tasks its variance between tasks would rest on six figures, and the claim is about these
-    six. A resampled mean varies (n - 1) / n times as much as a mean of n seeds does, so that differences are stretched
-    about their mean by sqrt(n / (n - 1)).
+    The interval is Welch's: Student's t with the degrees of freedom of Satterthwaite. There is no mixed model: with six
+    tasks its variance between tasks would rest on six figures, and the claim is about these six.
 
     Args:
         differences: Of each task, one per seed.
@@ -78,23 +78,21 @@ def estimate(differences: Mapping[str, np.ndarray], weights: Sequence[float] | N
         return None
     known = list(differences.values())
     shares = np.array(weights or [1 / len(known)] * len(known))
-    mean, fewest = float(shares @ [each.mean() for each in known]), min(map(len, known))
-    if fewest < 2:
+    mean, counts = float(shares @ [each.mean() for each in known]), np.array([len(each) for each in known])
+    if counts.min() < 2:
         return Estimate(differences, mean, None, None, "not enough: one seed")
-    stretched = [each.mean() + (each - each.mean()) * (len(each) / (len(each) - 1)) ** 0.5 for each in known]
-    interval = stats.bootstrap(
-        stretched, lambda *x, axis: sum(share * each.mean(axis=axis) for share, each in zip(shares, x, strict=True)),
-        method="percentile", n_resamples=RESAMPLES, rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    low, high = float(interval.low), float(interval.high)
+    spreads = shares**2 * [each.var(ddof=1) for each in known]
+    parts = spreads / counts
+    freedom = parts.sum() ** 2 / (parts**2 / (counts - 1)).sum() if parts.any() else 1.0
+    half = float(stats.t.ppf(0.975, freedom) * parts.sum() ** 0.5)
+    low, high = mean - half, mean + half
     if low > 0:
         answer = "yes" if high >= SMALLEST else f"yes, but less than {SMALLEST}"
     elif high < SMALLEST:
-        answer = "no"
+        answer = "no" if high >= 0 else "no, the opposite"
     else:
-        spread = sum(share**2 * each.var(ddof=1) for share, each in zip(shares, known, strict=True))
-        needed = int(np.ceil(spread * (1.96 / SMALLEST) ** 2))
-        answer = f"not enough; about {max(needed, fewest + 1)} seeds a task"
+        needed = int(np.ceil(spreads.sum() * (1.96 / SMALLEST) ** 2))
+        answer = f"not enough; about {max(needed, counts.min() + 1)} seeds a task"
     return Estimate(differences, mean, low, high, answer)
 
 
@@ -188,67 +186,113 @@ class Results:
         return max(whole, key=whole.__getitem__) if whole else None
 
 
-def answers(results: Results) -> Iterator[tuple[str, str, Estimate | None]]:
-    """The questions of the plan, what is compared, and the estimate; None where no trial has ended."""
+@dataclass(frozen=True)
+class Answer:
+    """What the trials say to a question of the plan.
 
-    def against(method: str, other: str, tasks: Sequence[str] = TASKS) -> tuple[str, Estimate | None]:
-        return f"`{method}` - `{other}`", results.over(tasks, method, other)
+    Attributes:
+        question: The question.
+        compared: The difference that answers it.
+        planned: On how many tasks.
+        estimate: The estimate; None where no trial has ended.
+    """
 
-    yield "Does distillation help?", *against("acam", NONE)
+    question: str
+    compared: str
+    planned: int
+    estimate: Estimate | None
+
+    @property
+    def text(self) -> str:
+        """The answer, with the number of tasks if there are fewer than planned."""
+        if self.estimate is None:
+            return "no trial yet"
+        few = f" (so far {self.estimate.tasks} of {self.planned} tasks)" if self.estimate.tasks < self.planned else ""
+        return self.estimate.answer + few
+
+
+def answers(results: Results) -> Iterator[Answer]:
+    """The questions of the plan, each with its primary comparison.
+
+    Those about parts of ACAM compare at the common ratio; all others have each method at the ratio of `results`.
+    """
+    common = Results(results.found, searched=False)
+
+    def against(question: str, method: str, other: str, tasks: Sequence[str] = TASKS, at: Results = results) -> Answer:
+        return Answer(question, f"`{method}` - `{other}`", len(tasks), at.over(tasks, method, other))
+
+    yield against("Does distillation help?", "acam", NONE)
     others = {task: results.best_other(task) for task in TASKS}
     named = ", ".join(f"`{other}` {task}" for task, other in others.items() if other)
-    yield (
-        "Does ACAM lead?", "`acam` - best other" + (f" ({named})" if named else ""),
+    yield Answer(
+        "Does ACAM lead?", "`acam` - best other" + (f" ({named})" if named else ""), len(TASKS),
         results.over_named(TASKS, results.against_best_other),
     )  # fmt: skip
-    yield "Do masks help?", *against("acam", "acam-uniform")
-    masks = results.over((*SPARSE, DENSE), "acam", "acam-uniform")
-    yield (
-        "Do they help more where objects are few?", f"the same, {' and '.join(SPARSE)} - {DENSE}",
-        estimate(masks.differences, [0.5, 0.5, -1]) if masks and masks.tasks == 3 else None,
+    yield against("Do masks help?", "acam", UNMASKED, at=common)
+    masks = common.over(TASKS, "acam", UNMASKED)
+    by_task = masks.differences if masks else {}
+    sparse = {task: by_task[task] for task in (*SPARSE, DENSE) if task in by_task}
+    yield Answer(
+        "Do they help more where objects are few?", f"the same, mean of {' and '.join(SPARSE)} - {DENSE}", 3,
+        estimate(sparse, [0.5, 0.5, -1]) if len(sparse) == 3 else None,
+    )  # fmt: skip
+    animals = {task: by_task[task] for task in ANIMALS if task in by_task}
+    yield Answer(
+        "Do they help more with 28 % foreground than with 50 % of the same images?",
+        f"the same, {' - '.join(ANIMALS)}", 2, estimate(animals, [1, -1]) if len(animals) == 2 else None,
     )  # fmt: skip
     for kind, tasks in KINDS.items():
-        yield f"Which distance? ({kind})", *against("acam", "acam-squared", tasks)
-    yield "Strength or place?", *against("acam-strength-normalized", "acam-uniform")
-    yield "Does the diversity term help?", *against("acam", "acam-no-diversity")
-    yield "Does the student's part matter?", *against("acam", "acam-teacher", FOUR[:2])
-    yield "Is the published form enough?", *against("acam", "acam-paper")
+        question = f"Is the standardized distance better than the squared one? ({kind})"
+        yield against(question, "acam", "acam-squared", tasks, at=common)
+    yield against("Do the masks' places help, at equal strength?", "acam-strength-normalized", UNMASKED, at=common)
+    yield against("Does the diversity term help?", "acam", "acam-no-diversity", at=common)
+    helped = plan.where_masks_help()
+    yield Answer(
+        "Does the student's part in the masks' input help?", "`acam` - `acam-teacher`", 2,
+        common.over(helped, "acam", "acam-teacher"),
+    )  # fmt: skip
+    yield against("Is the default better than the published form?", "acam", "acam-paper")
     best = {kind: results.best(tasks, results.methods(kind)) for kind, tasks in KINDS.items()}
     advised = ", ".join(f"`{method}` {kind}" for kind, method in best.items() if method)
     for other in (NONE, "acam"):
-        yield (
+        yield Answer(
             f"What should a practitioner use? (against {other})", f"best by validation ({advised or '-'}) - `{other}`",
-            results.over_named(
-                [task for task in TASKS if best[plan.kind_of(task)] not in (None, other)],
-                lambda task, other=other: tuple(
-                    results.name(task, each) for each in (best[plan.kind_of(task)], other)
-                ),
-            ),
+            len(TASKS), results.over_named(TASKS, _advised(results, best, other)),
         )  # fmt: skip
-    yield (
-        "... at equal time?", "best combination - best single method",
+    yield Answer(
+        "... at equal time?", "best combination - best single method", len(TASKS),
         results.over_named(TASKS, _at_equal_time) if results.searched else None,
     )  # fmt: skip
     for regime, question in (("own", "Does a teacher of one's own help?"), ("all", "And with all labels?")):
         method = results.best(FOUR, PRIMARY)
-        yield (
-            question, f"`{regime}`: `{method or '-'}`, best in `few` - `{NONE}`",
+        yield Answer(
+            question, f"`{regime}`: `{method or '-'}`, best in `few` - `{NONE}`", len(FOUR),
             results.over(FOUR, method, NONE, regime) if method else None,
         )  # fmt: skip
-    yield (
-        "And a student of a quarter of the cost?",
-        f"`gap`: `acam` - `{NONE}`",
+    yield Answer(
+        "And a student of a quarter of the cost?", f"`gap`: `acam` - `{NONE}`", 1,
         results.over(["facade11"], "acam", NONE, "gap"),
-    )
-    idea = plan.best_idea() if results.searched else None
-    tasks = [task for task in TASKS if idea in IDEAS[plan.kind_of(task)]]
-    yield (
-        "Can it be better?", f"`{idea or 'best idea'}` - `acam`", results.over(tasks, idea, "acam") if idea else None,
     )  # fmt: skip
+    idea = plan.best_idea()
+    unseen = [task for kind, tasks in KINDS.items() for task in tasks if idea in IDEAS[kind] and task != CHEAP[kind]]
+    yield Answer(
+        "Can it be better?", f"`{idea or 'best idea'}` - `acam`, on tasks that did not choose it", len(unseen),
+        common.over(unseen, idea, "acam") if idea else None,
+    )  # fmt: skip
+
+
+def _advised(results: Results, best: Mapping[str, str | None], other: str) -> Callable[[str], tuple[str, str] | None]:
+    """The pair of the best method of a task's kind and another one; the same method twice is no difference."""
+
+    def pair(task: str) -> tuple[str, str] | None:
+        method = best[plan.kind_of(task)]
+        return (results.name(task, method), results.name(task, other)) if method else None
+
+    return pair
 
 
 def _at_equal_time(task: str) -> tuple[str, str] | None:
     kind = plan.kind_of(task)
     single = plan.at_equal_time(task)
-    pair = plan.best(KINDS[kind], COMBINATIONS[kind]) if single else None
+    pair = plan.best(kind, COMBINATIONS[kind]) if single else None
     return (plan.at_ratios(task, pair), single) if single and pair else None

@@ -1,6 +1,6 @@
 """Relate what a method brings on each image of the report split to the image's share of foreground.
 
-    python -m studies.generality.by_image RUNS voc07mini acam acam-uniform    # or none, fitnet-8, ...
+    python -m studies.generality.by_image RUNS voc07mini acam pkd    # or none, fitnet-8, ...
 
 It pairs the finished trials of both methods in `few` by seed, and adds a row to by_image.csv, which tables.py shows.
 A trial's run folder is RUNS/runs/generality-TASK/compare/METHOD-seedN-KEY. It keeps the weights of the epoch that
@@ -17,8 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy import stats
-from studies.generality.plan import HERE, TASKS, Item
-from studies.generality.tables import BY_IMAGE
+from studies.generality.plan import BY_IMAGE, TASKS, Item
 
 from acamkd import data
 from acamkd.engine.metrics import METRICS, score, scorer_of
@@ -99,7 +98,7 @@ def main() -> None:
         arguments.task, arguments.method, arguments.other, len(seeds), int(known.sum()), f"{found.statistic:+.2f}",
         f"{found.pvalue:.3f}", *(f"{third.mean():+.2f}" for third in thirds),
     ]  # fmt: skip
-    add(HERE / BY_IMAGE, [str(cell) for cell in row])
+    add(BY_IMAGE, [str(cell) for cell in row])
 
 
 def add(file: Path, row: list[str]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 from acamkd import config
@@ -18,6 +20,9 @@ from acamkd.jobs.compare.trials import NONE, TUNING_SEED, Trial, plan
 HERE = Path(__file__).resolve().parent
 TABLE = HERE / trials_csv.FILE
 FAILURES = HERE / "failed.csv"
+COSTS = HERE / "costs.csv"
+TEACHERS = HERE / "teachers.csv"
+BY_IMAGE = HERE / "by_image.csv"
 
 KINDS = {
     "segmentation": ("camvid", "facade11", "animals7_masks"),
@@ -29,7 +34,9 @@ FOUR = ("camvid", "voc07mini", "facade11", "animals7_boxes")
 """Those of the regimes `own` and `all`."""
 
 PRIMARY = ("fitnet", "pkd", "cwd", "acam", "acam-paper")
-CONTROLS = ("acam-uniform", "acam-strength-normalized", "acam-no-diversity", "acam-squared")
+UNMASKED = "pkd"
+"""ACAM's distance without masks, but for a factor that `weight: auto` takes out."""
+CONTROLS = ("acam-strength-normalized", "acam-no-diversity", "acam-squared")
 OTHERS = {"segmentation": ("mgd", "dist"), "detection": ("mgd", "crosskd")}
 WITH, FOR = "_with_", "_for_"
 """In a method's name: the losses of both, and so many epochs."""
@@ -46,8 +53,13 @@ CHEAP = {"segmentation": "camvid", "detection": "bccd"}
 TRIED = 3
 """Seeds, from 0, by which a combination and an idea are chosen."""
 COMMON_RATIO = 2.0
-RATIOS = (0.5, 2.0, 8.0)
-"""Gradient-norm ratios of the search, the same for every method."""
+"""Gradient-norm ratio of the batches before the search."""
+RATIOS = (0.5, 2.0, 4.0, 8.0)
+"""Those of the search, the same for every method."""
+TEACHER = "teacher"
+"""In failed.csv, in the place of a trial's name."""
+ATTEMPTS = 2
+"""Failures after which a trial is given up. Seeds repeat to the bit, so that another attempt would end alike."""
 
 VALIDATIONS = 4
 """Of a training."""
@@ -113,35 +125,39 @@ class Item:
 
 
 def batches() -> Iterator[tuple[str, list[Item]]]:
-    """The batches in their order, as README.md lists them; what a search decides is read from trials.csv."""
-    yield "1 few, one strength", [Item(task, "few", PRIMARY, seeds) for seeds in (1, 2, 3) for task in TASKS]
-    yield "2 search", [Item(task, "search", PRIMARY) for task in TASKS]
-    if not is_searched(PRIMARY):
-        return
-    yield "3 few, searched", [Item(task, "few", chosen(task, PRIMARY), seeds) for seeds in (3, 5) for task in TASKS]
-    yield "4 controls", [Item(task, "few", chosen(task, CONTROLS), 3) for task in TASKS]
-    yield "5 own", [Item(task, "own", chosen(task, PRIMARY), 3) for task in FOUR]
-    yield "6 all", [Item(task, "all", chosen(task, PRIMARY), 3) for task in FOUR]
-    yield "7 other methods", [Item(task, "search", OTHERS[kind]) for kind, tasks in KINDS.items() for task in tasks]
-    yield "7 other methods, the best", [
-        Item(task, "few", chosen(task, [other]), seeds)
-        for seeds in (3, 5) for task in TASKS if (other := best_other(kind_of(task)))
-    ]  # fmt: skip
-    yield "8 wide gap", [Item("facade11", "gap", chosen("facade11", PRIMARY), 3)]
-    yield "9 the student's part", [Item(task, "few", chosen(task, ["acam-teacher"]), 5) for task in FOUR[:2]]
-    yield "10 combinations", [
-        Item(task, "few", tuple(at_ratios(task, method) for method in COMBINATIONS[kind_of(task)]), TRIED)
-        for task in TASKS if best_other(kind_of(task))
-    ]  # fmt: skip
-    yield (
-        "10 combinations, equal time",
-        [Item(task, "few", (single,), TRIED) for task in TASKS if (single := at_equal_time(task))],
-    )
-    yield "11 improvements", [Item(task, "few", chosen(task, IDEAS[kind]), TRIED) for kind, task in CHEAP.items()]
+    """The batches in their order, as README.md lists them; what earlier ones decide is read from trials.csv."""
+    yield "1 few, one ratio", [Item(task, "few", PRIMARY, seeds) for seeds in (1, 2, 3) for task in TASKS]
+    yield "2 controls", [Item(task, "few", CONTROLS, TRIED) for task in TASKS]
+    yield "3 the student's part", [Item(task, "few", ("acam", "acam-teacher"), 5) for task in where_masks_help()]
+    yield "4 improvements", [Item(task, "few", IDEAS[kind], TRIED) for kind, task in CHEAP.items()]
     idea = best_idea()
     yield (
-        "11 improvements, the best",
-        [Item(task, "few", chosen(task, [idea]), TRIED) for task in TASKS if idea in IDEAS[kind_of(task)]],
+        "4 improvements, the best",
+        [Item(task, "few", (idea,), TRIED) for task in TASKS if idea and idea in IDEAS[kind_of(task)]],
+    )
+    yield "5 search", [Item(task, "search", PRIMARY) for task in TASKS]
+    ready = [task for task in TASKS if is_searched(PRIMARY, kind_of(task))]
+    yield "6 few, searched", [Item(task, "few", chosen(task, PRIMARY), seeds) for seeds in (3, 5) for task in ready]
+    four = [task for task in FOUR if task in ready]
+    yield "7 own", [Item(task, "own", chosen(task, PRIMARY), 3) for task in four]
+    yield "8 all", [Item(task, "all", chosen(task, PRIMARY), 3) for task in four]
+    yield "9 other methods", [Item(task, "search", OTHERS[kind_of(task)]) for task in ready]
+    others = {task: other for task in ready if (other := best_other(kind_of(task)))}
+    yield (
+        "9 other methods, the best",
+        [Item(task, "few", chosen(task, [other]), seeds) for seeds in (3, 5) for task, other in others.items()],
+    )
+    yield "10 wide gap", [Item("facade11", "gap", chosen("facade11", PRIMARY), 3)] if "facade11" in ready else []
+    yield (
+        "11 combinations",
+        [
+            Item(task, "few", tuple(at_ratios(task, each) for each in COMBINATIONS[kind_of(task)]), TRIED)
+            for task in others
+        ],
+    )
+    yield (
+        "11 combinations, equal time",
+        [Item(task, "few", (single,), TRIED) for task in others if (single := at_equal_time(task))],
     )
 
 
@@ -212,34 +228,39 @@ def stored() -> dict[str, dict[str, Any]]:
     return dict(trials_csv.comparisons(TABLE)) if TABLE.is_file() else {}
 
 
+def given_up() -> set[tuple[str, str]]:
+    """Comparison and name of the trials that failed too often, of failed.csv."""
+    rows = csv.DictReader(FAILURES.open(encoding="utf-8")) if FAILURES.is_file() else ()
+    failures = Counter((row["comparison"], row["trial"]) for row in rows)
+    return {trial for trial, count in failures.items() if count >= ATTEMPTS}
+
+
 def searched(kind: str, method: str) -> dict[float, list[float]]:
-    """Ratio -> scores of the search over the tasks of a kind."""
+    """Ratio -> scores of the search over the tasks of a kind. A trial that was given up has 0."""
     scores: dict[float, list[float]] = {}
+    lost = given_up()
     for task in KINDS[kind]:
-        for trial in stored().get(comparison(task, "search"), {}).values():
-            if trial["method"] == method:
-                scores.setdefault(trial["setting"], []).append(trial["history"][-1])
+        name = comparison(task, "search")
+        known = {trial["setting"]: trial for trial in stored().get(name, {}).values() if trial["method"] == method}
+        for ratio in RATIOS:
+            if ratio in known:
+                scores.setdefault(ratio, []).append(known[ratio]["history"][-1])
+            elif (name, f"{method}-{ratio:g}-seed{TUNING_SEED}") in lost:
+                scores.setdefault(ratio, []).append(0.0)
     return scores
 
 
-def is_searched(methods: Sequence[str], kinds: Sequence[str] = tuple(KINDS)) -> bool:
-    """Whether the search of these methods has ended on every task of some kinds."""
-    return all(
-        {ratio: len(x) for ratio, x in searched(kind, method).items()} == dict.fromkeys(RATIOS, len(KINDS[kind]))
-        for kind in kinds
-        for method in methods
-    )
+def is_searched(methods: Sequence[str], kind: str) -> bool:
+    """Whether the search of these methods has ended on every task of a kind."""
+    whole = dict.fromkeys(RATIOS, len(KINDS[kind]))
+    return all({ratio: len(x) for ratio, x in searched(kind, method).items()} == whole for method in methods)
 
 
 def chosen(task: str, methods: Sequence[str]) -> tuple[str, ...]:
-    """The methods at the ratio of the search that was best on the mean of their kind of task: `pkd`, or `pkd-8`.
-
-    Controls of ACAM, and ideas, have the ratio of ACAM.
-    """
-    kind = kind_of(task)
+    """The methods at the ratio of the search that was best on the mean of their kind of task: `pkd`, or `pkd-8`."""
     names = []
     for method in methods:
-        scores = searched(kind, method if method in PRIMARY + OTHERS[kind] else "acam")
+        scores = searched(kind_of(task), method)
         best = max(scores, key=lambda ratio: mean(scores[ratio]))
         names.append(method if best == COMMON_RATIO else f"{method}-{best:g}")
     return tuple(names)
@@ -251,52 +272,71 @@ def at_ratios(task: str, method: str) -> str:
 
 
 def best_other(kind: str) -> str | None:
-    """The method of batch 7 with the best validation score in its search; None until that has ended."""
-    if not is_searched((*PRIMARY, *OTHERS[kind]), [kind]):
+    """The method of batch 9 with the best validation score in its search; None until that has ended."""
+    if not is_searched((*PRIMARY, *OTHERS[kind]), kind):
         return None
     return max(OTHERS[kind], key=lambda method: max(map(mean, searched(kind, method).values())))
 
 
-def first_seeds(task: str, method: str) -> list[dict[str, Any]]:
-    """The trials in `few` that choose between combinations, or ideas."""
-    trials = stored().get(comparison(task, "few"), {})
-    return [trials[name] for seed in range(TRIED) if (name := f"{method}-seed{seed}") in trials]
+def standing(task: str, name: str) -> float | None:
+    """Mean validation score of a method, named as in the trials, over the first seeds in `few`.
 
-
-def standing(tasks: Sequence[str], method: str) -> float | None:
-    """Mean validation score over some tasks and the first seeds in `few`; None until all have ended."""
-    found = [first_seeds(task, at_ratios(task, method)) for task in tasks]
-    if any(len(trials) < TRIED for trials in found):
+    None until all have ended; minus infinity where one was given up, so that nothing chooses the method.
+    """
+    group = comparison(task, "few")
+    trials, names = stored().get(group, {}), [f"{name}-seed{seed}" for seed in range(TRIED)]
+    if any((group, each) in given_up() for each in names):
+        return -inf
+    if any(each not in trials for each in names):
         return None
-    return mean(trial["history"][-1] for trials in found for trial in trials)
+    return float(mean(trials[each]["history"][-1] for each in names))
 
 
-def best(tasks: Sequence[str], methods: Sequence[str]) -> str | None:
-    """The method that validates best over some tasks; None until all have ended."""
-    scores = {method: standing(tasks, method) for method in methods}
-    known = {method: score for method, score in scores.items() if score is not None}
-    return max(known, key=known.__getitem__) if len(known) == len(scores) else None
+def where_masks_help() -> list[str]:
+    """The two tasks on which masks gain most on validation images; none until batch 1 has ended."""
+    gains = {}
+    for task in TASKS:
+        ours, without = standing(task, "acam"), standing(task, UNMASKED)
+        if ours is None or without is None:
+            return []
+        gains[task] = ours - without
+    return sorted(gains, key=gains.__getitem__, reverse=True)[:2]
+
+
+def best(kind: str, methods: Sequence[str]) -> str | None:
+    """The method that validates best over the tasks of a kind, each at its ratio; None until all have ended."""
+    scores = {}
+    for method in methods:
+        known = [score for task in KINDS[kind] if (score := standing(task, at_ratios(task, method))) is not None]
+        if len(known) < len(KINDS[kind]):
+            return None
+        scores[method] = mean(known)
+    return max(scores, key=scores.__getitem__)
 
 
 def at_equal_time(task: str) -> str | None:
-    """The best single method, trained for as many epochs as take the processor time of the best combination.
+    """The best single method, trained for as many epochs as take the time of the best combination.
 
-    None until both are known. The number of epochs is a multiple of VALIDATIONS.
+    None until both are known, and what they cost. The number of epochs is a multiple of VALIDATIONS.
     """
     kind = kind_of(task)
     other = best_other(kind)
     if other is None:
         return None
-    pair, single = (best(KINDS[kind], methods) for methods in (COMBINATIONS[kind], (*PRIMARY, other)))
-    if pair is None or single is None:
+    pair, single = best(kind, COMBINATIONS[kind]), best(kind, (*PRIMARY, other))
+    seconds = costs()
+    if pair is None or single is None or not {(task, pair), (task, single)} <= seconds.keys():
         return None
     name = at_ratios(task, single)
-    cost, own = (
-        median(trial["cpu_time"] for trial in first_seeds(task, each)) for each in (at_ratios(task, pair), name)
-    )
     usual = recipe_of(task).train.epochs
-    epochs = VALIDATIONS * ceil(usual * cost / own / VALIDATIONS)
-    return name if epochs <= usual else f"{name}{FOR}{epochs}"
+    number = VALIDATIONS * ceil(usual * seconds[task, pair] / seconds[task, single] / VALIDATIONS)
+    return name if number <= usual else f"{name}{FOR}{number}"
+
+
+def costs() -> dict[tuple[str, str], float]:
+    """(task, method) -> seconds of a training step, of costs.csv."""
+    rows = csv.DictReader(COSTS.open(encoding="utf-8")) if COSTS.is_file() else ()
+    return {(row["task"], row["method"]): float(row["seconds"]) for row in rows}
 
 
 def best_idea() -> str | None:
@@ -307,9 +347,9 @@ def best_idea() -> str | None:
     """
     gains: dict[str, float] = {}
     for kind, task in CHEAP.items():
-        control = standing([task], "acam")
+        control = standing(task, "acam")
         for idea in IDEAS[kind]:
-            score = standing([task], idea)
+            score = standing(task, idea)
             if score is None or control is None:
                 return None
             gains[idea] = gains.get(idea, 0.0) + (score - control) / len(CHEAP)

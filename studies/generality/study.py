@@ -2,6 +2,8 @@
 
     python -m studies.generality.study run RUNS     # RUNS holds data/, weights/ and the run folders
     python -m studies.generality.study plan         # the batches, and what is done
+    python -m studies.generality.study teachers RUNS    # score the teachers on the report splits
+    python -m studies.generality.study costs RUNS       # time a step of every method
 
 tables.py writes the tables.
 
@@ -18,18 +20,28 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
+from typing import Literal
 
+from filelock import FileLock
 from studies.generality import plan
 from studies.generality.plan import TASKS, Item, all_labels, batches, is_searched, recipe_of
 
 from acamkd import config
+from acamkd.engine.metrics import METRICS
 from acamkd.engine.runs import TERMINATED, Run, default_folder, read_json, write_text
 from acamkd.jobs.compare import trials_csv
 from acamkd.jobs.compare.compare import run_trials
-from acamkd.jobs.compare.trials import Trial
+from acamkd.jobs.evaluate import evaluate
+from acamkd.jobs.profile import estimate
+
+REPETITIONS = 3
+"""Of a measurement, of which the median counts."""
+
+SPLITS: tuple[Literal["val"], Literal["test"]] = ("val", "test")
 
 log = logging.getLogger("acamkd.study")
 
@@ -44,12 +56,23 @@ def run(runs: Path, jobs: int, tasks: Sequence[str], seconds: float | None) -> N
         for item in (item for item in items if item.task in tasks):
             if end is not None and time.monotonic() > end:
                 return
-            due = [trial for trial in item.trials() if trial.read(item.results) is None]
-            if not due:
+            gather(item)  # what a process that was killed has left
+            if not (due := _due(item)):
                 continue
             log.info("batch %s: %s, %d trials to do", name, item.comparison, len(due))
             if train_teacher(item):
                 _run(item, jobs, end)
+    log.info("nothing is left of %s, until others have ended or a cost was measured", ", ".join(tasks))
+
+
+def _due(item: Item) -> list[int]:
+    """Indices of the trials that have neither ended nor been given up."""
+    lost = plan.given_up()
+    return [
+        index
+        for index, trial in enumerate(item.trials())
+        if trial.read(item.results) is None and (item.comparison, trial.name) not in lost
+    ]
 
 
 def _run(item: Item, jobs: int, end: float | None) -> None:
@@ -64,34 +87,39 @@ def _run(item: Item, jobs: int, end: float | None) -> None:
             str(item.seeds), "--results", str(item.results), "--trial", str(numbers[trials[number].name]),
         ]  # fmt: skip
 
-    due = [number for number, trial in enumerate(trials) if trial.read(item.results) is None]
     try:
-        failed = run_trials(trials, due, item.results, command, end=end, jobs=jobs)
+        failed = run_trials(trials, _due(item), item.results, command, end=end, jobs=jobs)
     finally:
         gather(item)
     for trial in failed:
-        _note_failure(item, trial)
+        lines = (item.results / "logs" / f"{trial.name}.txt").read_text(encoding="utf-8").strip().splitlines()
+        why = [line for line in lines if "not finite" in line] or lines or [""]
+        _note_failure(item, trial.name, trial.key, why[-1])
 
 
 def gather(item: Item) -> None:
-    """Add an item's finished trials to trials.csv."""
-    files = item.results.glob("*-seed*.json")
-    fresh = {file.stem: read_json(file) for file in files}
-    if fresh:
+    """Add an item's finished trials to trials.csv; several processes may do so at once."""
+    fresh = {file.stem: read_json(file) for file in item.results.glob("*-seed*.json")}
+    with FileLock(f"{plan.TABLE}.lock"):
         known = plan.stored()
-        trials_csv.write(plan.TABLE, {**known, item.comparison: {**known.get(item.comparison, {}), **fresh}})
+        there = known.get(item.comparison, {})
+        if any(name not in there or there[name]["recipe"] != trial["recipe"] for name, trial in fresh.items()):
+            trials_csv.write(plan.TABLE, {**known, item.comparison: {**there, **fresh}})
 
 
-def _note_failure(item: Item, trial: Trial) -> None:
-    """A row of failed.csv; the trial is tried again by the next run."""
-    lines = (item.results / "logs" / f"{trial.name}.txt").read_text(encoding="utf-8").strip().splitlines()
-    is_new = not plan.FAILURES.is_file()
-    with plan.FAILURES.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
+def _note_failure(item: Item, name: str, key: str, why: str) -> None:
+    """A row of failed.csv."""
+    now = datetime.now(timezone.utc).isoformat(timespec="minutes")
+    _add_row(plan.FAILURES, {"comparison": item.comparison, "trial": name, "recipe": key, "time": now, "why": why})
+
+
+def _add_row(file: Path, row: Mapping[str, object]) -> None:
+    is_new = not file.is_file()
+    with file.open("a", newline="", encoding="utf-8") as lines:
+        writer = csv.DictWriter(lines, list(row), lineterminator="\n")
         if is_new:
-            writer.writerow(["comparison", "trial", "recipe", "time", "last line"])
-        now = datetime.now(timezone.utc).isoformat(timespec="minutes")
-        writer.writerow([item.comparison, trial.name, trial.key, now, lines[-1] if lines else ""])
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def train_teacher(item: Item) -> bool:
@@ -112,7 +140,39 @@ def train_teacher(item: Item) -> bool:
     code = subprocess.run([*command, *arguments, *more], check=False).returncode
     if code:
         log.error("the teacher of %s failed (exit code %d); its trials are left out", item.comparison, code)
+        _note_failure(item, plan.TEACHER, "", f"exit code {code}")
     return not code
+
+
+def score_teachers(runs: Path) -> None:
+    """Score every teacher that has ended on its report split: teachers.csv."""
+    os.chdir(runs)
+    found = []
+    for regime, tasks in (("few", TASKS), ("own", plan.FOUR)):
+        for task in tasks:
+            recipe = config.load(plan.HERE / f"{task}.yaml", plan.overrides(task, regime))
+            teacher = Run(default_folder(recipe, "teacher"), recipe, "teacher")
+            if teacher.has_ended:
+                metric = METRICS[recipe.task]
+                scores = (evaluate(teacher.folder, split=split)[metric] for split in ("val", "test"))
+                found.append(
+                    {"task": task, "regime": regime, **dict(zip(("validation", "report"), scores, strict=True))}
+                )
+    plan.TEACHERS.unlink(missing_ok=True)
+    for row in found:
+        _add_row(plan.TEACHERS, {key: f"{x:.2f}" if isinstance(x, float) else x for key, x in row.items()})
+
+
+def measure_costs(runs: Path) -> None:
+    """Time a training step of every method and combination, alone on the machine and without a cache: costs.csv."""
+    os.chdir(runs)
+    plan.COSTS.unlink(missing_ok=True)
+    for task in TASKS:
+        kind = plan.kind_of(task)
+        for method in (*plan.PRIMARY, *plan.OTHERS[kind], *plan.COMBINATIONS[kind]):
+            _, trial = Item(task, "few", (method,)).trials()
+            seconds = median(estimate(trial.recipe).seconds for _ in range(REPETITIONS))
+            _add_row(plan.COSTS, {"task": task, "method": method, "seconds": f"{seconds:.3f}"})
 
 
 def show_plan() -> None:
@@ -123,7 +183,11 @@ def show_plan() -> None:
         finished = sum(trial.read(item.results) is not None for item, trial in trials.values())
         total, done = total + len(trials), done + finished
         print(f"{name}: {finished} of {len(trials)} trials")
-    print(f"{done} of {total}" + ("" if is_searched(plan.PRIMARY) else "; later batches begin once batch 2 has ended"))
+    searched = all(is_searched(plan.PRIMARY, kind) for kind in plan.KINDS)
+    print(f"{done} of {total}" + ("" if searched else "; later batches begin once batch 5 has ended"))
+
+
+JOBS = {"teachers": score_teachers, "costs": measure_costs}
 
 
 def main() -> None:
@@ -136,14 +200,18 @@ def main() -> None:
     runs.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     runs.add_argument("--minutes", type=float, help="begin no trial that would end later")
     jobs.add_parser("plan")
+    for name, job in JOBS.items():
+        jobs.add_parser(name, help=job.__doc__).add_argument("runs", type=Path)
     arguments = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that no teacher's training outlives this one
     if arguments.job == "run":
         seconds = None if arguments.minutes is None else 60 * arguments.minutes
         run(arguments.runs.resolve(), arguments.jobs, arguments.tasks, seconds)
-    else:
+    elif arguments.job == "plan":
         show_plan()
+    else:
+        JOBS[arguments.job](arguments.runs)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,15 @@ import argparse
 import csv
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 from studies.generality import plan
-from studies.generality.answers import SMALLEST, Estimate, Found, Results, answers, estimate
-from studies.generality.plan import IDEAS, KINDS, OTHERS, PRIMARY, RATIOS, TASKS, comparison
+from studies.generality.answers import SMALLEST, Answer, Estimate, Found, Results, answers, estimate
+from studies.generality.plan import IDEAS, KINDS, OTHERS, PRIMARY, RATIOS, TASKS, TEACHER, comparison
 
 from acamkd.engine.runs import write_text
 from acamkd.jobs.compare.statistics import holm, on_test, scores_of
@@ -28,8 +29,6 @@ from acamkd.jobs.compare.trials import NONE
 REGIMES = ("few", "own", "all", "gap")
 FIGURE = plan.HERE.parents[1] / "docs/research/results-generality.svg"
 """In the documentation, which cannot show a file outside."""
-BY_IMAGE = "by_image.csv"
-"""Beside the trials; by_image.py writes it."""
 
 
 def main() -> None:
@@ -47,7 +46,7 @@ def write() -> None:
     """Write README.md and its figure."""
     results = current()
     rows = list(answers(results))
-    if any(each for _, _, each in rows):
+    if any(row.estimate for row in rows):
         forest(rows, results)
     write_text(plan.HERE / "README.md", page(results))
 
@@ -66,11 +65,12 @@ def show(question: str) -> None:
         SystemExit: The plan has no such question.
     """
     known = list(answers(current()))
-    found = [row for row in known if row[0].lower().startswith(question.lower())]
+    found = [row for row in known if row.question.lower().startswith(question.lower())]
     if not found:
-        raise SystemExit("\n".join([f"the plan does not ask {question!r}, but:", *(name for name, *_ in known)]))
-    for name, what, each in found:
-        print(f"{name} {what}: {f'{each.text}, {each.answer}' if each else 'no trial yet'}")
+        raise SystemExit("\n".join([f"the plan does not ask {question!r}, but:", *(row.question for row in known)]))
+    for row in found:
+        each = row.estimate
+        print(f"{row.question} {row.compared}: {f'{each.text}, ' if each else ''}{row.text}")
         for task, differences in each.differences.items() if each else ():
             print(f"  {task:15} {differences.mean():+.2f} =", *(f"{x:+.2f}" for x in differences))
 
@@ -78,7 +78,8 @@ def show(question: str) -> None:
 def current() -> Results:
     """The committed trials, with each method at the ratio of its search once all that is primary has ended."""
     found = {name: list(trials.values()) for name, trials in plan.stored().items()}
-    ready = plan.is_searched(PRIMARY) and all(plan.standing(TASKS, method) is not None for method in PRIMARY)
+    searched = all(plan.is_searched(PRIMARY, kind) for kind in KINDS)
+    ready = searched and all(plan.standing(task, name) for task in TASKS for name in plan.chosen(task, PRIMARY))
     return Results(found, searched=ready)
 
 
@@ -112,17 +113,17 @@ def _ratio(results: Results) -> str:
     return "each at the ratio of its search" if results.searched else "all at the ratio 2"
 
 
-def _answers(rows: Sequence[tuple[str, str, Estimate | None]], results: Results) -> str:
+def _answers(rows: Sequence[Answer], results: Results) -> str:
     lines = [
-        [question, what, str(each.tasks), str(each.pairs), each.text, each.answer]
-        for question, what, each in rows
-        if each
+        [row.question, row.compared, str(row.estimate.pairs), row.estimate.text, row.text]
+        for row in rows
+        if row.estimate
     ]
-    open_ones = [question for question, _, each in rows if each is None]
+    open_ones = [row.question for row in rows if row.estimate is None]
     note = "Report split, after the last epoch, in `few` where no regime is named."
     if open_ones:
         note += f" No trial yet of: {'; '.join(open_ones)}"
-    head = ("question", "difference", "tasks", "pairs", "mean, 95 %", "answer")
+    head = ("question", "difference", "pairs", "mean over tasks, 95 %", "answer")
     return _markdown(f"Answers, {_ratio(results)}", head, lines, note)
 
 
@@ -140,6 +141,7 @@ def _gains(results: Results) -> str:
 
         return results.over_named(tasks, pair)
 
+    teachers = {row["task"]: row["report"] for row in _rows(plan.TEACHERS) if row["regime"] == "few"}
     lines = []
     for task in TASKS:
         gains = [gain([task], each) for each in columns.values()]
@@ -148,13 +150,15 @@ def _gains(results: Results) -> str:
             metric = results.found[comparison(task, "few")][0]["metric"]
             most = max(each.mean for each in gains if each)
             cells = [_points(each, most) for each in gains]
-            lines.append([f"`{task}`, {metric}", f"{_mean(alone):.2f}", str(len(alone)), *cells])
+            lines.append(
+                [f"`{task}`, {metric}", teachers.get(task, "-"), f"{_mean(alone):.2f}", str(len(alone)), *cells]
+            )
     if lines:
         over = [gain(TASKS, each) for each in columns.values()]
         means = [each.text if each and each.tasks == len(lines) else "-" for each in over]
-        lines.append([f"mean of {len(lines)} tasks", "", "", *means])
+        lines.append([f"mean of {len(lines)} tasks", "", "", "", *means])
     note = f"Points over the baseline on the report split in `few`, {_ratio(results)}. Bold: the most of a task."
-    return _markdown("What each method adds", ("task", "`none`", "n", *columns), lines, note)
+    return _markdown("What each method adds", ("task", "teacher", "`none`", "n", *columns), lines, note)
 
 
 def _points(each: Estimate | None, most: float) -> str:
@@ -165,25 +169,20 @@ def _points(each: Estimate | None, most: float) -> str:
 
 def _methods(results: Results) -> str:
     """Every method against the baseline, and ACAM against it."""
-    lines = []
+    lines, costs = [], plan.costs()
     for method in dict.fromkeys(method for kind in KINDS for method in results.methods(kind)):
         tasks = [task for task in TASKS if method in results.methods(plan.kind_of(task))]
         gain, lead = results.over(tasks, method, NONE), results.over(tasks, "acam", method)
         validation = results.over(tasks, method, NONE, validation=True)
-        minutes = [
-            trial["cpu_time"] / 60
-            for task in tasks
-            for trial in results.found.get(comparison(task, "few"), [])
-            if trial["method"] == results.name(task, method) and trial["cpu_time"]
-        ]
+        steps = [costs[task, method] / costs[task, "fitnet"] for task in tasks if (task, method) in costs]
         if gain and validation:
             ahead = f"{gain.ahead} of {gain.tasks}"
             acam = lead.text if lead and method != "acam" else "-"
-            cost = f"{np.median(minutes):.1f}" if minutes else "-"
+            cost = f"{np.mean(steps):.2f}" if steps else "-"
             lines.append([f"`{method}`", str(gain.pairs), gain.text, ahead, f"{validation.mean:+.2f}", acam, cost])
     head = (
         "method", "pairs", "against `none`, 95 %", "ahead in", "on validation", "`acam` against it",
-        "processor minutes",
+        "time of a step, `fitnet` = 1",
     )  # fmt: skip
     return _markdown(f"Methods over tasks in `few`, {_ratio(results)}", head, lines)
 
@@ -263,14 +262,13 @@ def _regret(kind: str, name: str, regrets: Sequence[Sequence[float]]) -> list[li
     return [[kind, name, str(len(regrets)), *(f"{x:.2f}" for x in means), f"{RATIOS[int(means.argmin())]:g}"]]
 
 
-def _rows(name: str) -> list[dict[str, str]]:
-    """Rows of a table beside the trials; none without it."""
-    file = plan.HERE / name
+def _rows(file: Path) -> list[dict[str, str]]:
+    """Rows of a table; none without it."""
     return list(csv.DictReader(file.open(encoding="utf-8"))) if file.is_file() else []
 
 
 def _by_image() -> str:
-    rows = _rows(BY_IMAGE)
+    rows = _rows(plan.BY_IMAGE)
     note = (
         "Differences of each image's own score, averaged over seeds, with the weights that validated best. "
         "rho is Spearman's. Thirds are those of the images with the smallest to the largest share of foreground."
@@ -281,7 +279,7 @@ def _by_image() -> str:
 
 def _state(found: Found) -> str:
     """Numbers and costs of trials, and of those that failed."""
-    failed = _rows(plan.FAILURES.name)
+    failed = _rows(plan.FAILURES)
     names = sorted({*found, *(row["comparison"] for row in failed)})
     lines, totals = [], np.zeros(4)
     for name in names:
@@ -293,10 +291,10 @@ def _state(found: Found) -> str:
         lines.append([f"`{name}`", str(len(trials)), str(failures), *medians])
     if lines:
         lines.append(["all", *(f"{x:.0f}" for x in totals[:2]), *(f"{x:.0f} in sum" for x in totals[2:])])
-    missing = {(row["comparison"], row["trial"]) for row in failed} - {
+    missing = {(row["comparison"], row["trial"]) for row in failed if row["trial"] != TEACHER} - {
         (name, trial) for name, trials in plan.stored().items() for trial in trials
     }
-    diverged = sum("not finite" in row["last line"] for row in failed)
+    diverged = sum("not finite" in row["why"] for row in failed)
     note = (
         f"Minutes are the median of a trial. {len(failed)} attempts failed, {diverged} of them by a loss that was not "
         f"finite. {len(missing)} of these trials have not ended since."
@@ -313,14 +311,14 @@ def _batches(found: Found) -> str:
         done = sum(name in known.get(group, ()) for group, name in planned)
         lines.append([batch, str(len(planned)), str(done), str(len(planned) - done)])
     note = "Trials that batches share, such as those of `none`, count in each."
-    if not plan.is_searched(PRIMARY):
-        note += " Later batches are planned once batch 2 has ended."
+    if not all(plan.is_searched(PRIMARY, kind) for kind in KINDS):
+        note += " Batches with 0 trials are planned once earlier ones have ended."
     return _markdown("Batches", ("batch", "trials", "done", "left out so far"), lines, note) if found else ""
 
 
-def forest(rows: Sequence[tuple[str, str, Estimate | None]], results: Results) -> None:
+def forest(rows: Sequence[Answer], results: Results) -> None:
     """Draw the answers, and each task's difference of ACAM to the baseline and to the best other method."""
-    left = [(question, each) for question, _, each in rows if each]
+    left = [(row.question, row.estimate) for row in rows if row.estimate]
     right: list[tuple[str, Estimate, str]] = []
     for task in TASKS:
         pairs = ((results.name(task, "acam"), NONE), "C0"), (results.against_best_other(task), "C1")

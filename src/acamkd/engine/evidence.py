@@ -22,7 +22,7 @@ def verdict_over_seeds(seeds: int, p: float | None, low: float | None, high: flo
     Args:
         seeds: Number of seeds.
         p: Two-sided p, corrected for the number of methods; None with one seed.
-        low: Lower end of its 95 % interval over the seeds, in points; None with one seed.
+        low: Lower end of its 95 % interval over the seeds, in points; None with too few of them.
         high: Its upper end.
     """
     if seeds < SEEDS_NEEDED or p is None or low is None or high is None:

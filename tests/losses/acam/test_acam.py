@@ -18,6 +18,7 @@ from acamkd.losses.acam.fusion import layer_norm
 from acamkd.losses.acam.masks import ASCM, Masks, apply_masks
 from acamkd.losses.base import DistillationContext
 from acamkd.losses.functional import dice_overlap, standardize
+from acamkd.losses.pkd import PKD
 from tiny_maps import gradients_of, joint, maps, vanishing_terms
 
 SHAPES = [(1, 3, 3, 5, 7), (3, 4, 6, 5, 3), (3, 1, 1, 4, 3), (2, 2, 1, 1, 5)]
@@ -189,6 +190,14 @@ def test_the_student_is_resampled_to_the_teachers_size(
     said = [record.getMessage() for record in caplog.records]
     assert said == [f"ACAM: the student's feature map {student_size} is resampled to the teacher's {teacher_size}"]
     assert [x.shape[2:] for x in loss.masks(student, teacher).values()] == [(4,), teacher_size]
+
+
+def test_without_masks_it_is_twice_pkd() -> None:
+    student, teacher = maps(2, 6, 6, 5, 4)
+    terms = ACAM(6, 6, mask_source="uniform", mask_grad="detached", weight=1.0).double()(student, teacher)
+    expected = 2 * PKD(6, 6, weight=1.0).double()(student, teacher)["correlation"]
+    assert list(terms) == ["spatial"]
+    torch.testing.assert_close(terms["spatial"], expected, rtol=1e-12, atol=0)
 
 
 def test_uniform_masks_are_two_mean_squared_errors() -> None:

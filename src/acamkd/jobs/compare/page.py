@@ -97,6 +97,8 @@ def _differences(rows: Sequence[Row], trials: Trials) -> list[Difference]:
 def _axis(differences: Sequence[Difference]) -> tuple[float, float]:
     """Lowest and highest difference of the axis, with 0 between them."""
     values = [0.0, *(value for each in differences for value in each.seeds.values())]
+    gains = [each.row.gain for each in differences if each.row.gain]
+    values += [end for gain in gains for end in (gain.low, gain.high) if end is not None]
     margin = 0.06 * (max(values) - min(values)) or 1.0
     return min(values) - margin, max(values) + margin
 

@@ -16,8 +16,6 @@ from acamkd.mask_health import mask_statistic
 Trials: TypeAlias = Sequence[Mapping[str, Any]]
 """Contents of finished trials."""
 
-RESAMPLES = 9999
-
 
 @dataclass(frozen=True)
 class Paired:
@@ -26,7 +24,7 @@ class Paired:
     Attributes:
         other: Method that is subtracted.
         mean: Mean difference, in points.
-        low: Lower end of the bootstrap's 95 % interval (percentiles of the resampled mean); None with one seed.
+        low: Lower end of Student's 95 % interval; None with fewer than three seeds, of which it would say nothing.
         high: Its upper end.
         p: Two-sided p of the paired t test, before the correction for the number of methods; None with one seed.
         n: Number of seeds.
@@ -83,14 +81,12 @@ def paired(scores: Mapping[int, float], others: Mapping[int, float], other: str)
     n, mean = len(differences), float(differences.mean()) if len(differences) else float("nan")
     if n < 2:
         return Paired(other, mean, None, None, None, n)
-    if not differences.std():  # all differences are equal: resampling is pointless
-        return Paired(other, mean, mean, mean, float(mean == 0), n)
-    interval = stats.bootstrap(
-        (differences,), np.mean, method="percentile", n_resamples=RESAMPLES, rng=np.random.default_rng(0)
-    ).confidence_interval
-    return Paired(
-        other, mean, float(interval.low), float(interval.high), float(stats.ttest_1samp(differences, 0).pvalue), n
-    )
+    if not differences.std():  # all differences are equal: the test would divide by 0
+        low, high, p = mean, mean, float(mean == 0)
+    else:
+        test = stats.ttest_1samp(differences, 0)
+        (low, high), p = map(float, test.confidence_interval()), float(test.pvalue)
+    return Paired(other, mean, low, high, p, n) if n >= SEEDS_NEEDED else Paired(other, mean, None, None, p, n)
 
 
 def holm(values: Sequence[float]) -> list[float]:

@@ -41,8 +41,8 @@ def markdown(rows: Sequence[Row], trials: Trials, tuning: Trials = ()) -> str:
     lines = [
         f"{metric} in percent on the validation images after the last epoch, mean and standard deviation over n seeds. "
         "A seed gives every method the same initial student, images and augmentation, so differences are paired. "
-        "They are given as mean and bootstrap 95 % interval. "
-        "p is that of the paired t test with Holm's correction for the number of methods.",
+        "They are given as mean and 95 % interval. Interval and p are of the paired t test; p has Holm's correction "
+        "for the number of methods.",
         "",
         _teachers(trials),
         "",
