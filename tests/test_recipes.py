@@ -128,7 +128,7 @@ def miniature(file: Path, roots: dict[str, Path]) -> config.Recipe:
     root = roots[str(recipe.data.root)] if file.parent.name == "paper" else roots[recipe.task]
     small = {
         "data.root": root, "data.workers": 0, "train.devices": 1, "train.accelerator": "cpu", "train.batch_size": 2,
-        "train.epochs": 1, "train.steps_per_epoch": 2, "train.eval_every": 1, "train.schedule": "{name: constant}",
+        "train.epochs": 1, "train.steps_per_epoch": 2, "train.eval_every": 1, "train.schedule.warmup_steps": 0,
         "data.resize": "{short: 64, long: 107}" if recipe.task == "detection" else "null",
         "data.augment.crop": "[64, 128]" if recipe.task == "segmentation" else "null",
         "teacher.backbone_weights": "null", "student.backbone_weights": "null", "losses.0.weight": 1.0,

@@ -117,13 +117,16 @@ def test_constant_with_warm_up(tmp_path: Path) -> None:
     assert found == pytest.approx([0.5 * (1e-3 + (1 - 1e-3) * min(step / 4, 1)) for step in range(8)])
 
 
-@pytest.mark.parametrize(("warmup_steps", "said"), [(2, False), (3, True)])
-def test_a_warm_up_that_outlasts_the_training_is_said(
-    warmup_steps: int, said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("warmup_steps", "milestone", "said"), [(2, 1, False), (6, 2, True)])
+def test_a_schedule_that_outlasts_the_training_is_said(
+    warmup_steps: int, milestone: int, said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _rates(tmp_path, 1, 3, config.Schedule(name="constant", warmup_steps=warmup_steps))
-    message = "warmup_steps 3, and the training has 3 steps: it never reaches lr; lower warmup_steps"
-    assert (message in caplog.text) == said
+    _rates(tmp_path, 2, 3, config.Schedule(name="step", warmup_steps=warmup_steps, milestones=(1, milestone)))
+    messages = (
+        "warmup_steps 6, and the training has 6 steps: it never reaches lr; lower warmup_steps",
+        "the training ends with epoch 2, so that [2] change nothing",
+    )
+    assert [message in caplog.text for message in messages] == [said, said]
 
 
 def test_step_falls_at_the_end_of_its_epochs(tmp_path: Path) -> None:

@@ -316,8 +316,6 @@ class Train(Section):
     def _check(self) -> Train:
         if self.epochs % self.eval_every:
             raise ValueError(f"eval_every {self.eval_every} does not divide epochs {self.epochs}")
-        if late := [epoch for epoch in self.schedule.milestones if epoch >= self.epochs]:
-            raise ValueError(f"schedule.milestones must be below epochs {self.epochs}, where all ends, not {late}")
         if self.multiscale is not None and self.multiscale[0] > self.multiscale[1]:
             raise ValueError(f"multiscale must be a range of factors, such as [0.75, 1.25], not {[*self.multiscale]}")
         return self

@@ -237,6 +237,12 @@ class TrainingModule(L.LightningModule):
                 "train.schedule: the rate rises for warmup_steps %d, and the training has %d steps: it never reaches "
                 "lr; lower warmup_steps", config.warmup_steps, total_steps,
             )  # fmt: skip
+        # No error: a recipe's first trial is often of one epoch.
+        if late := [epoch for epoch in config.milestones if epoch >= self.config.epochs]:
+            log.warning(
+                "train.schedule.milestones: the training ends with epoch %d, so that %s change nothing",
+                self.config.epochs, late,
+            )  # fmt: skip
         parts: list[lr_scheduler.LRScheduler] = []
         if config.warmup_steps:
             parts.append(lr_scheduler.LinearLR(optimizer, start_factor=1e-3, total_iters=config.warmup_steps))
