@@ -53,7 +53,7 @@ def write() -> None:
 
 def page(results: Results) -> str:
     """README.md, with what stands between its markers made anew."""
-    text = "\n\n".join(part for part in sections(results).values() if part)
+    text = "\n\n".join(part for name, part in sections(results).items() if part and name != "summary")
     old = (plan.HERE / "README.md").read_text(encoding="utf-8")
     return re.sub(r"(?<=<!-- tables -->\n).*?(?=<!-- end -->)", lambda _: f"\n{text}\n\n", old, flags=re.DOTALL)
 
@@ -84,9 +84,10 @@ def current() -> Results:
 
 
 def sections(results: Results) -> dict[str, str]:
-    """Every table by its name, in the order of README.md; empty where there is no trial."""
+    """Every table by its name, in the order of README.md, which needs no summary; empty where there is no trial."""
     common = Results(results.found, searched=False)
     return {
+        "summary": _summary(results),
         "gains": _gains(results),
         "answers": _answers(list(answers(results)), results),
         "figure": f"![Differences with 95 % intervals](../../docs/research/{FIGURE.name})" if results.found else "",
@@ -159,6 +160,21 @@ def _gains(results: Results) -> str:
         lines.append([f"mean of {len(lines)} tasks", "", "", "", *means])
     note = f"Points over the baseline on the report split in `few`, {_ratio(results)}. Bold: the most of a task."
     return _markdown("What each method adds", ("task", "teacher", "`none`", "n", *columns), lines, note)
+
+
+def _summary(results: Results) -> str:
+    """ACAM, and the best other method by validation, on every task."""
+    lines = []
+    for task in TASKS:
+        ours, other = results.over([task], "acam", NONE), results.best_other(task)
+        if ours and other:
+            theirs = results.over_named([task], lambda _, other=other: (other, NONE))
+            trials = results.found[comparison(task, "few")]
+            alone = _mean(results.report[comparison(task, "few")][NONE])
+            best = f"`{other}` {theirs.mean:+.1f}" if theirs else "-"
+            metric = f"`{task}`, {trials[0]['metric']}"
+            lines.append([metric, f"{alone:.1f}", f"{ours.mean:+.1f}", best, str(ours.pairs)])
+    return _markdown("Summary", ("task", "baseline", "ACAM-KD", "best other method", "seeds"), lines)
 
 
 def _points(each: Estimate | None, most: float) -> str:
