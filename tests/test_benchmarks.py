@@ -226,7 +226,7 @@ def test_the_generality_study_answers_from_whatever_trials_there_are(
     assert "| `cwd` | 1 | +3.00 | 1 of 1 | +1.00 | -1.00 | - |" in text
     assert "1 few, one ratio | 108 | 13 | 95 |" in text
     # On the report split; CWD is ahead, on one seed.
-    assert "| `camvid`, mIoU | - | 40.00 | 3 | -0.90 | +1.10 | **+3.00** | +2.10 | - |" in text
+    assert "| `camvid`, mIoU | - | 40.00 | 3 | -0.90 | +1.10 | **+3.00** (n 1) | +2.10 | - |" in text
     assert "does distillation help?" in (tmp_path / "figure.svg").read_text().lower()
     answers.show("does acam")
     assert capsys.readouterr().out.splitlines()[1].split() == ["camvid", "+3.00", "=", "+3.00", "+3.00", "+3.00"]

@@ -150,7 +150,7 @@ def _gains(results: Results) -> str:
             alone = results.report[comparison(task, "few")][NONE]
             metric = results.found[comparison(task, "few")][0]["metric"]
             most = max(each.mean for each in gains if each)
-            cells = [_points(each, most) for each in gains]
+            cells = [_points(each, most, len(alone)) for each in gains]
             lines.append(
                 [f"`{task}`, {metric}", teachers.get(task, "-"), f"{_mean(alone):.2f}", str(len(alone)), *cells]
             )
@@ -174,13 +174,14 @@ def _summary(results: Results) -> str:
             best = f"`{other}` {theirs.mean:+.1f}" if theirs else "-"
             metric = f"`{task}`, {trials[0]['metric']}"
             lines.append([metric, f"{alone:.1f}", f"{ours.mean:+.1f}", best, str(ours.pairs)])
-    return _markdown("Summary", ("task", "baseline", "ACAM-KD", "best other method", "seeds"), lines)
+    return _markdown("Summary", ("task", "baseline", "ACAM-KD", "best other", "seeds"), lines)
 
 
-def _points(each: Estimate | None, most: float) -> str:
+def _points(each: Estimate | None, most: float, seeds: int) -> str:
     if each is None:
         return "-"
-    return f"**{each.mean:+.2f}**" if each.mean == most else f"{each.mean:+.2f}"
+    fewer = f" (n {each.pairs})" if each.pairs < seeds else ""
+    return (f"**{each.mean:+.2f}**" if each.mean == most else f"{each.mean:+.2f}") + fewer
 
 
 def _methods(results: Results) -> str:
