@@ -362,7 +362,7 @@ def _draw(axis: Any, title: str, lines: Sequence[tuple[str, Estimate, str]]) -> 
         axis.plot(each.mean, place, "s", color=color, markersize=4)
     axis.set_yticks(range(len(lines)), [name for name, _, _ in reversed(lines)])
     axis.set_title(title)
-    axis.set_xlabel(f"points, 95 % interval (gray: less than {SMALLEST})")
+    axis.set_xlabel(f"points (gray: below {SMALLEST})")
 
 
 if __name__ == "__main__":
