@@ -161,6 +161,15 @@ class Results:
         known = {task: self.differences(task, *both, regime, validation=validation) for task, both in names}
         return estimate({task: each for task, each in known.items() if each is not None})
 
+    def over_kinds(self, tasks: Sequence[str], methods: Mapping[str, str | None], other: str) -> Estimate | None:
+        """Of the method that each kind of task has against another one; kinds without a method are left out."""
+
+        def pair(task: str) -> tuple[str, str] | None:
+            method = methods[plan.kind_of(task)]
+            return (self.name(task, method), self.name(task, other)) if method else None
+
+        return self.over_named(tasks, pair)
+
     def best_other(self, task: str) -> str | None:
         """Name of the single method other than ACAM that validates best on a task, on the seeds of ACAM."""
         acam = self.name(task, "acam")
@@ -228,9 +237,9 @@ def answers(results: Results) -> Iterator[Answer]:
         "Does ACAM lead?", "`acam` - best other" + (f" ({named})" if named else ""), len(TASKS),
         results.over_named(TASKS, results.against_best_other),
     )  # fmt: skip
-    yield against("Do masks help?", "acam", UNMASKED, at=common)
-    masks = common.over(TASKS, "acam", UNMASKED)
-    by_task = masks.differences if masks else {}
+    masks = against("Do masks help?", "acam", UNMASKED, at=common)
+    yield masks
+    by_task = masks.estimate.differences if masks.estimate else {}
     sparse = {task: by_task[task] for task in (*SPARSE, DENSE) if task in by_task}
     yield Answer(
         "Do they help more where objects are few?", f"the same, mean of {' and '.join(SPARSE)} - {DENSE}", 3,
@@ -257,7 +266,7 @@ def answers(results: Results) -> Iterator[Answer]:
     for other in (NONE, "acam"):
         yield Answer(
             f"What should a practitioner use? (against {other})", f"best by validation ({advised or '-'}) - `{other}`",
-            len(TASKS), results.over_named(TASKS, _advised(results, best, other)),
+            len(TASKS), results.over_kinds(TASKS, best, other),
         )  # fmt: skip
     yield Answer(
         "... at equal time?", "best combination - best single method", len(TASKS),
@@ -279,16 +288,6 @@ def answers(results: Results) -> Iterator[Answer]:
         "Can it be better?", f"`{idea or 'best idea'}` - `acam`, on tasks that did not choose it", len(unseen),
         common.over(unseen, idea, "acam") if idea else None,
     )  # fmt: skip
-
-
-def _advised(results: Results, best: Mapping[str, str | None], other: str) -> Callable[[str], tuple[str, str] | None]:
-    """The pair of the best method of a task's kind and another one; the same method twice is no difference."""
-
-    def pair(task: str) -> tuple[str, str] | None:
-        method = best[plan.kind_of(task)]
-        return (results.name(task, method), results.name(task, other)) if method else None
-
-    return pair
 
 
 def _at_equal_time(task: str) -> tuple[str, str] | None:

@@ -228,10 +228,14 @@ def stored() -> dict[str, dict[str, Any]]:
     return dict(trials_csv.comparisons(TABLE)) if TABLE.is_file() else {}
 
 
+def rows_of(file: Path) -> list[dict[str, str]]:
+    """Rows of a table; none without it."""
+    return list(csv.DictReader(file.open(encoding="utf-8"))) if file.is_file() else []
+
+
 def given_up() -> set[tuple[str, str]]:
     """Comparison and name of the trials that failed too often, of failed.csv."""
-    rows = csv.DictReader(FAILURES.open(encoding="utf-8")) if FAILURES.is_file() else ()
-    failures = Counter((row["comparison"], row["trial"]) for row in rows)
+    failures = Counter((row["comparison"], row["trial"]) for row in rows_of(FAILURES))
     return {trial for trial, count in failures.items() if count >= ATTEMPTS}
 
 
@@ -285,7 +289,7 @@ def standing(task: str, name: str) -> float | None:
     """
     group = comparison(task, "few")
     trials, names = stored().get(group, {}), [f"{name}-seed{seed}" for seed in range(TRIED)]
-    if any((group, each) in given_up() for each in names):
+    if not given_up().isdisjoint((group, each) for each in names):
         return -inf
     if any(each not in trials for each in names):
         return None
@@ -335,8 +339,7 @@ def at_equal_time(task: str) -> str | None:
 
 def costs() -> dict[tuple[str, str], float]:
     """(task, method) -> seconds of a training step, of costs.csv."""
-    rows = csv.DictReader(COSTS.open(encoding="utf-8")) if COSTS.is_file() else ()
-    return {(row["task"], row["method"]): float(row["seconds"]) for row in rows}
+    return {(row["task"], row["method"]): float(row["seconds"]) for row in rows_of(COSTS)}
 
 
 def best_idea() -> str | None:

@@ -9,10 +9,8 @@ docs/generate_results.py puts some of these tables into the documentation.
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -135,17 +133,10 @@ def _gains(results: Results) -> str:
     if any(others.values()):
         columns[" or ".join(f"`{other}`" for other in others.values() if other)] = others
 
-    def gain(tasks: Sequence[str], methods: Mapping[str, str | None]) -> Estimate | None:
-        def pair(task: str) -> tuple[str, str] | None:
-            method = methods[plan.kind_of(task)]
-            return (results.name(task, method), NONE) if method else None
-
-        return results.over_named(tasks, pair)
-
-    teachers = {row["task"]: row["report"] for row in _rows(plan.TEACHERS) if row["regime"] == "few"}
+    teachers = {row["task"]: row["report"] for row in plan.rows_of(plan.TEACHERS) if row["regime"] == "few"}
     lines = []
     for task in TASKS:
-        gains = [gain([task], each) for each in columns.values()]
+        gains = [results.over_kinds([task], each, NONE) for each in columns.values()]
         if any(gains):
             alone = results.report[comparison(task, "few")][NONE]
             metric = results.found[comparison(task, "few")][0]["metric"]
@@ -155,7 +146,7 @@ def _gains(results: Results) -> str:
                 [f"`{task}`, {metric}", teachers.get(task, "-"), f"{_mean(alone):.2f}", str(len(alone)), *cells]
             )
     if lines:
-        over = [gain(TASKS, each) for each in columns.values()]
+        over = [results.over_kinds(TASKS, each, NONE) for each in columns.values()]
         means = [each.text if each and each.tasks == len(lines) else "-" for each in over]
         lines.append([f"mean of {len(lines)} tasks", "", "", "", *means])
     note = f"Points over the baseline on the report split in `few`, {_ratio(results)}. Bold: the most of a task."
@@ -279,13 +270,8 @@ def _regret(kind: str, name: str, regrets: Sequence[Sequence[float]]) -> list[li
     return [[kind, name, str(len(regrets)), *(f"{x:.2f}" for x in means), f"{RATIOS[int(means.argmin())]:g}"]]
 
 
-def _rows(file: Path) -> list[dict[str, str]]:
-    """Rows of a table; none without it."""
-    return list(csv.DictReader(file.open(encoding="utf-8"))) if file.is_file() else []
-
-
 def _by_image() -> str:
-    rows = _rows(plan.BY_IMAGE)
+    rows = plan.rows_of(plan.BY_IMAGE)
     note = (
         "Differences of each image's own score, averaged over seeds, with the weights that validated best. "
         "rho is Spearman's. Thirds are those of the images with the smallest to the largest share of foreground."
@@ -296,7 +282,7 @@ def _by_image() -> str:
 
 def _state(found: Found) -> str:
     """Numbers and costs of trials, and of those that failed."""
-    failed = _rows(plan.FAILURES)
+    failed = plan.rows_of(plan.FAILURES)
     names = sorted({*found, *(row["comparison"] for row in failed)})
     lines, totals = [], np.zeros(4)
     for name in names:
