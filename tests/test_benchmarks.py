@@ -247,7 +247,7 @@ def test_an_estimate_over_tasks_is_that_of_welch(answers: Any) -> None:
     assert (alone.low, alone.high) == pytest.approx((one.low, one.high))
     answer = {
         "no, the opposite": [-1.0, -1.1, -1.2], "no": [0.1, -0.1, 0.0], "yes, but less than 0.5": [0.2, 0.22, 0.21],
-        "not enough: one seed": [2.0],
+        "not enough: a task has one seed": [2.0],
     }  # fmt: skip
     assert {answers.estimate({"camvid": np.array(each)}).answer: each for each in answer.values()} == answer
 

@@ -80,7 +80,7 @@ def estimate(differences: Mapping[str, np.ndarray], weights: Sequence[float] | N
     shares = np.array(weights or [1 / len(known)] * len(known))
     mean, counts = float(shares @ [each.mean() for each in known]), np.array([len(each) for each in known])
     if counts.min() < 2:
-        return Estimate(differences, mean, None, None, "not enough: one seed")
+        return Estimate(differences, mean, None, None, "not enough: a task has one seed")
     spreads = shares**2 * [each.var(ddof=1) for each in known]
     parts = spreads / counts
     freedom = parts.sum() ** 2 / (parts**2 / (counts - 1)).sum() if parts.any() else 1.0

@@ -165,7 +165,7 @@ def _summary(results: Results) -> str:
             best = f"`{other}` {theirs.mean:+.1f}" if theirs else "-"
             metric = f"`{task}`, {trials[0]['metric']}"
             lines.append([metric, f"{alone:.1f}", f"{ours.mean:+.1f}", best, str(ours.pairs)])
-    return _markdown("Summary", ("task", "baseline", "ACAM-KD", "best other", "seeds"), lines)
+    return _markdown("Summary", ("task", "baseline", "ACAM-KD", "best other by validation", "seeds"), lines)
 
 
 def _points(each: Estimate | None, most: float, seeds: int) -> str:

@@ -331,7 +331,7 @@ def _written(
         "test": "seen by no training and no choice: acamkd run scores on it at the end",
         "classes": f"names from {layout.names_from}" if layout.names_from else "names as they were given",
         "ignore_index": "a value more in the masks than there are names: void",
-        "unlabeled": "only the distillation sees these: all published gains had such images",
+        "unlabeled": "only the distillation sees these: our clearest gains had such images",
         "resize": why.size,
         "augment": why.augment,
     }
