@@ -35,13 +35,17 @@ def files_below(folder: Path, *, without: Sequence[Path] = ()) -> list[Path]:
     seen: set[str] = set()
     left_out = {os.path.realpath(each) for each in without}
     for path, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        seen.add(os.path.realpath(path))
+        real = os.path.realpath(path)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = [
             name
             for name in sorted(folders)
             if name[0] != "."
             and name != ARCHIVE_LEFTOVERS
-            and os.path.realpath(os.path.join(path, name)) not in seen | left_out
+            and os.path.realpath(os.path.join(path, name)) not in left_out
         ]
         found += [Path(path, name) for name in names if name[0] != "."]
     return sorted(found, key=lambda file: (str(file.parent), file.stem, file.suffix))

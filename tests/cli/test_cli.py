@@ -201,3 +201,16 @@ def test_words_that_make_no_command(words: list[str], message: str, acamkd: Comm
     result = acamkd(*words)
     assert result.code == 2
     assert message in " ".join(result.err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--plan", "--trial", "3"], "--plan and --trial: give one of them"),
+        (["--trial", "3", "--tables", "--csv"], "--trial and --tables: give one of them"),
+        (["--plan", "--csv"], "--csv gathers the finished trials of a comparison or of --tables, not of --plan"),
+    ],
+)
+def test_what_excludes_each_other_is_refused(flags: list[str], message: str, acamkd: Command) -> None:
+    result = acamkd("compare", "recipe.yaml", *flags)
+    assert (result.code, result.error) == (1, f"{message}\n")

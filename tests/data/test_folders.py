@@ -62,6 +62,12 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
     assert Folder(tmp_path).files == [tmp_path / "sub/a.png"]
 
 
+def test_a_folder_and_a_link_to_it_are_read_once(tmp_path: Path) -> None:
+    _image(tmp_path / "a/x.png")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert Folder(tmp_path).files == [tmp_path / "a/x.png"]
+
+
 def _masks(root: Path) -> dict[str, Any]:
     for number, place in enumerate(PLACES):
         _image(root / "images/train" / place, number)

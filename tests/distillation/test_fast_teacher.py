@@ -97,17 +97,18 @@ def test_what_is_alone_before_a_norm_is_folded(tapped: list[str], kept: set[str]
     assert all(torch.equal(x, state[name]) for name, x in teacher.state_dict().items())
 
 
+@pytest.mark.parametrize("factor", [1.1, torch.nan])
 def test_what_would_change_more_than_rounding_is_not_folded(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    factor: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def spoil(model: Any, *_: Any) -> int:
-        model.net.plain[0].weight.data *= 1.1
+        model.net.act[0].weight.data *= factor
         return 1
 
     monkeypatch.setattr("acamkd.distillation.fast_teacher.fold_batch_norms", spoil)
     teacher = _teacher()
-    fast = FastTeacher(teacher, ["plain"], "32", probe_batch(teacher))
-    assert "batch norms are not folded: that would change plain by" in caplog.text
+    fast = FastTeacher(teacher, ["plain", "act"], "32", probe_batch(teacher))
+    assert "batch norms are not folded: that would change act by" in caplog.text
     assert fast.folded == []
     batch = teacher.prepare([torch.rand(3, 32, 32)])
     assert torch.equal(probe(fast.model, ["plain"], batch)["plain"], probe(teacher, ["plain"], batch)["plain"])

@@ -7,6 +7,7 @@ import torch
 
 from acamkd import config
 from acamkd.distillation.build import build_distiller
+from acamkd.engine.mask_history import compared_pairs
 from acamkd.errors import AcamkdError
 from tiny_hf import TWO_STAGE, batch_of, detector
 
@@ -31,6 +32,8 @@ def test_a_step_reaches_everything_below_the_decoder(of_student: str, of_teacher
     torch.stack(list(distilled.values())).sum().backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is not None for p in student.backbone.parameters() if p.requires_grad and p.ndim == 4)
     assert all(p.grad is None for p in teacher.parameters())
+    compared = {name for name, _, _ in compared_pairs(distiller)}
+    assert compared == ({"model.encoder.pan_blocks.1"} if of_student == "deimv2" else set())  # queries have no maps
     unlabeled = build_distiller(student, teacher, [config.Loss(name="kddetr")]).train()
     unlabeled.check_unlabeled()
     found = unlabeled(batch_of(student, labeled=False), labeled=False)

@@ -50,6 +50,13 @@ def test_the_recipe_chooses_the_device(
     assert device_of(config.Train(epochs=1, accelerator=accelerator)) == torch.device(device)
 
 
+@pytest.mark.parametrize("accelerator", ["auto", "gpu", "mps"])
+def test_a_mac_computes_where_lightning_does(accelerator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert device_of(config.Train(epochs=1, accelerator=accelerator)) == torch.device("mps")
+
+
 def test_a_run_of_a_gpu_is_opened_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)

@@ -13,7 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 
 from acamkd import config
-from acamkd.engine.metrics import Scorer, score, scorer_of
+from acamkd.engine.metrics import Scorer, score, scorer_of, why_unscored
 from acamkd.errors import AcamkdError
 from acamkd.models.base import VOID, Prediction, Target
 from acamkd.models.segmentation import Segmenter
@@ -135,6 +135,24 @@ def _grid(count: int) -> tuple[Prediction, Target]:
     boxes = torch.cat([corners, corners + 10], dim=1)
     found = {"boxes": boxes, "labels": torch.ones(count).long(), "scores": torch.linspace(0.9, 0.5, count)}
     return found, {"boxes": boxes, "labels": torch.ones(count).long(), "iscrowd": torch.zeros(count).long()}
+
+
+def test_the_images_of_every_process_are_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = _grid(120)
+    monkeypatch.setattr("acamkd.engine.metrics.gathered", lambda own: [own, [other]])
+    scorer = Scorer("detection", CLASSES)
+    scorer.update(*([side] for side in _grid(5)))
+    scorer.compute()
+    [said] = caplog.messages
+    assert said.startswith("1 images have more than 100 objects (up to 120)")
+
+
+def test_why_a_teacher_has_no_score() -> None:
+    segmenter = Segmenter(nn.Conv2d(3, 3, 1), 3)
+    assert why_unscored(segmenter, 3) is None
+    assert why_unscored(segmenter, 6) == "it has 3 classes of its own, the data 6"
 
 
 def test_more_objects_than_count_are_said_and_can_be_made_to_count(caplog: pytest.LogCaptureFixture) -> None:

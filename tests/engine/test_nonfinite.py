@@ -178,6 +178,10 @@ def test_the_scaler_of_float16_gets_its_chance_and_no_more(tmp_path: Path) -> No
     for value in (*[torch.inf] * HALVINGS, 1.0, *[torch.inf] * HALVINGS):
         net.weight.grad = torch.full_like(net.weight, value)
         callback.on_before_optimizer_step(trainer, module, torch.optim.SGD(net.parameters()))
+    resumed = NonFinite(tmp_path, skip=False)
+    resumed.load_state_dict(callback.state_dict())
+    with pytest.raises(AcamkdError, match="step 7: the gradient is not finite"):
+        resumed.on_before_optimizer_step(trainer, module, torch.optim.SGD(net.parameters()))
     with pytest.raises(AcamkdError, match=r"step 7: the gradient is not finite at 1 parameter \(net\.weight\), though"):
         callback.on_before_optimizer_step(trainer, module, torch.optim.SGD(net.parameters()))
     net.weight.grad = torch.ones_like(net.weight)

@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from acamkd.engine.pretraining import NearestNeighbors, regions
+from acamkd.distillation.distiller import Distiller
+from acamkd.engine.pretraining import HeldOutLoss, NearestNeighbors, regions
+from acamkd.losses import FitNet
 from acamkd.models.base import VOID, Batch, Target
+from acamkd.models.segmentation import Segmenter
 
 
 def boxes(*found: tuple[int, list[float]], crowds: int = 0) -> Target:
@@ -69,6 +72,19 @@ def test_a_mean_over_classes_that_can_be_found() -> None:
 
 def test_nothing_to_compare() -> None:
     assert math.isnan(NearestNeighbors(["a"]).compute()["kNN"])
+
+
+def test_a_loss_that_is_not_finite_is_a_score_without_a_basis() -> None:
+    student, teacher = (
+        Segmenter(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)), 2).eval() for _ in range(2)
+    )
+    distiller = Distiller(student, teacher, [("1", "1")], [FitNet(4, 4)])
+    validator, images = HeldOutLoss(), [torch.rand(3, 32, 32)]
+    validator.see(distiller, images, [{}])
+    assert validator.compute()["alignment"] < 0
+    torch.nn.init.constant_(next(student.parameters()), torch.nan)
+    validator.see(distiller, images, [{}])
+    assert math.isnan(validator.compute()["alignment"])
 
 
 def test_it_starts_anew() -> None:

@@ -251,6 +251,18 @@ def test_a_run_may_resume_with_other_loggers(tmp_path: Path) -> None:
     assert Run(tmp_path, one, "student")._content(one) == Run(tmp_path, one, "student")._content(other)
 
 
+def test_a_tracker_that_a_resumed_run_begins_with_gets_the_recipe(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="pip install 'acamkd[tensorboard]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for step in (5, 9):  # the second time its events are there
+        (tracker,) = build_trackers(_recipe(loggers=["tensorboard"]), tmp_path)
+        tracker.begin(step)
+        tracker.finalize("success")
+        events = EventAccumulator(str(tmp_path / "logs/tensorboard")).Reload()
+        assert len(events.Tensors("recipe/text_summary")) == 1
+
+
 def test_statistics_and_drawing_of_masks() -> None:
     spatial = np.zeros((2, 3, 4, 5), np.uint8)
     spatial[:, 0, :2] = 255  # the first mask is half open, the others are closed

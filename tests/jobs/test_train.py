@@ -426,7 +426,7 @@ def test_a_teacher_of_other_classes(root: Path, tmp_path: Path, caplog: pytest.L
     raw["losses"] = [{"name": "fitnet", "pairs": ["decoder"]}]
     run = distill(config.parse(raw), out=tmp_path / "run")
     assert (
-        "the teacher has 9 classes of its own, the data 6: it is not scored, and only features are compared"
+        "the teacher is not scored, and only features are compared: it has 9 classes of its own, the data 6"
     ) in caplog.messages
     assert run.metrics["teacher"] == {"mIoU": None}
     assert "teacher -" in repr(run)

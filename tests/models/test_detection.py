@@ -285,6 +285,7 @@ def test_anchor_sizes(arch: str, expected: list[tuple[int, ...]]) -> None:
     [
         ({"arch": "retinnet"}, "unknown detector retinnet; did you mean retinanet?"),
         ({"backbone": "resnett18"}, "timm has no backbone resnett18; did you mean resnet18"),
+        ({"backbone": "resnet18.a1_in1kk"}, r"timm's resnet18\.a1_in1kk: .*; did you mean resnet18\.a1_in1k"),
         ({"backbone": "vit_tiny_patch16_224"}, r"strides \[16, 16, 16\], but retinanet needs \[8, 16, 32\]"),
         ({"backbone": "torchvision/resnet19"}, "did you mean resnet1"),
         (

@@ -185,6 +185,7 @@ def test_logits_of_another_shape_are_an_error() -> None:
         ({"arch": "torchvision/deeplabv3_resnet51"}, "did you mean deeplabv3_resnet50"),
         ({"backbone": "resnett18"}, "unknown encoder resnett18; did you mean resnet18"),
         ({"backbone": "mobilenetv3_small_050"}, "did you mean tu-mobilenetv3_small_050"),
+        ({"backbone": "tu-resnet18.a1_in1kk"}, r"timm's resnet18\.a1_in1kk: .*; did you mean resnet18\.a1_in1k"),
         ({"arch": "unet", "backbone": "tu-vit_tiny_patch16_224"}, "unet cannot be built over tu-vit_tiny_patch16_224"),
         ({"backbone": "resnet18", "options": {"decoder_chanels": 8}}, "did you mean decoder_channels"),
         ({"options": {"decoder_chanels": 8}}, "deeplabv3plus cannot be built over tu-mobilenetv3_small_050"),

@@ -111,13 +111,19 @@ def compare(
     ] = False,
 ) -> None:
     """Compare methods on one recipe over several seeds: gains over the baseline, with their significance."""
+    asked = {"--plan": plan, "--trial": trial is not None, "--tables": tables}
+    given = [name for name, is_given in asked.items() if is_given]
+    if len(given) > 1:
+        raise AcamkdError(f"{' and '.join(given)}: give one of them")
+    if as_csv and given in (["--plan"], ["--trial"]):
+        raise AcamkdError(f"--csv gathers the finished trials of a comparison or of --tables, not of {given[0]}")
     loaded = recipe_of(recipe, set_)
     from acamkd.engine.runs import default_folder
     from acamkd.jobs.compare import compare as comparison
     from acamkd.jobs.compare import trials_csv
 
-    names = comparison.methods_of(loaded, methods.split(",") if methods else None)
-    folder = results or default_folder(loaded, "compare")
+    names = comparison.methods_of(loaded, [name.strip() for name in methods.split(",")] if methods else None)
+    folder = results.expanduser() if results else default_folder(loaded, "compare")
     trials = comparison.plan(loaded, names, seeds, folder)
     if plan:
         Console().print(_plan_table(trials, folder))

@@ -125,10 +125,10 @@ def run(
     ] = False,
 ) -> None:
     """Train teacher, baseline and distilled student, and compare: one command, which goes on where it was stopped."""
-    recipe_of(recipe, set_)
+    loaded = recipe_of(recipe, set_)
     from acamkd.jobs.run_all import run as job
 
-    show(job(recipe, overrides=set_ or (), anyway=anyway))
+    show(job(loaded, anyway=anyway))
 
 
 @app.command(

@@ -99,13 +99,17 @@ class Model(Section):
     def brings_weights(self) -> bool:
         """Whether the architecture itself may come trained: from a factory, a folder or the Hub."""
         name = self.arch.removeprefix("hf/")
-        is_place = "/" in name or (Path(name) / "config.json").is_file()
-        return ":" in self.arch or (name != self.arch and is_place)
+        return ":" in self.arch or (name != self.arch and is_place(name))
 
     @property
     def convention(self) -> Any:
         """Conventions that a detector follows: the option of that name, by default torchvision's; RepPoints has one."""
         return self.options.get("convention", "mmdetection" if self.arch == "reppoints" else "torchvision")
+
+
+def is_place(name: str) -> bool:
+    """Whether what follows `hf/` is a folder or a name on the Hub, rather than a model type."""
+    return "/" in name or (Path(name) / "config.json").is_file()
 
 
 class Loss(BaseModel):

@@ -78,7 +78,10 @@ def resolve(data: config.Data, task: Task) -> config.Data:
             f"data.root {data.root}: only folders that this machine sees are read: mount the storage, or copy the data "
             "to a disk first"
         )
-    data = _spelled(data)
+    try:
+        data = _spelled(data)
+    except OSError as error:
+        raise AcamkdError(f"data.root {data.root}: {error.filename} cannot be read: {error.strerror}") from error
     if not data.root.is_dir() and ":" not in data.format:
         where = "" if data.root.is_absolute() else f" in {Path.cwd()}, where relative paths start"
         raise AcamkdError(f"data.root {data.root}: there is no such folder{where}")
@@ -194,8 +197,7 @@ def loader(
     """Batches as (list of images, list of targets), and a list of unlabeled images where there are some.
 
     A shuffled loader drops an incomplete last batch, since batch norm may not accept it; every epoch drops other
-    images.
-    Without shuffling, every image comes once, in order.
+    images. Without shuffling, every image comes once, in order.
 
     Args:
         dataset: Images and targets.

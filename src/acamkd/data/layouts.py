@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from acamkd.data.formats import FORMATS
 from acamkd.data.formats.masks import MASK_SUFFIXES
 from acamkd.data.formats.yolo import NAMES
 from acamkd.data.image_io import lines_of
+from acamkd.errors import AcamkdError
 from acamkd.models.base import Task
 
 LOOKED_AT = 200
@@ -63,8 +65,9 @@ def _files(folder: Path, task: Task) -> str:
             "annotations: ...}, and data.val: {share: 0.2} if no images are for validation"
         )
     for file in sorted(folder.glob("*.y*ml")):
-        if re.search(r"^names:", "\n".join(lines_of(file)), re.MULTILINE):
-            return f"Is {file} for format yolo? It is read under the name {NAMES}"
+        with suppress(AcamkdError):  # of a file that is no text
+            if re.search(r"^names:", "\n".join(lines_of(file)), re.MULTILINE):
+                return f"Is {file} for format yolo? It is read under the name {NAMES}"
     if any(folder.glob("*.txt")):
         return (
             f"There are text files in {folder}: data.format yolo reads them, with data.classes and data.train: "
@@ -76,8 +79,10 @@ def _files(folder: Path, task: Task) -> str:
 def _folders(root: Path) -> Iterator[Path]:
     """Visible folders of a folder, and those one level below."""
 
-    def below(folder: Path) -> Iterator[Path]:
-        return (each for each in sorted(folder.iterdir()) if each.is_dir() and each.name[0] != ".")
+    def below(folder: Path) -> list[Path]:
+        with suppress(PermissionError):  # of a folder that is none of ours, such as lost+found
+            return [each for each in sorted(folder.iterdir()) if each.is_dir() and each.name[0] != "."]
+        return []
 
     both = [each for child in islice(below(root), LOOKED_AT) for each in (child, *islice(below(child), LOOKED_AT))]
     return islice(iter(both), LOOKED_AT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -90,14 +91,10 @@ class Distiller(nn.Module):
         """Each loss with its pair, in order."""
         self.schedules = list(schedules) if schedules is not None else [WeightSchedule()] * len(losses)
         self._teacher = () if teacher is None else (teacher.eval().requires_grad_(False),)  # a tuple hides the module
-        self._keys = [
-            f"{'head' if pair is None else pair[0]}/{type(loss).__name__.lower()}"
-            for pair, loss in zip(self.pairs, losses, strict=True)
-        ]
-        if twice := {key for key in self._keys if self._keys.count(key) > 1}:
+        for pair, loss in self.levels:
+            loss.title = f"{'head' if pair is None else pair[0]}/{type(loss).__name__.lower()}"
+        if twice := [title for title, count in Counter(loss.title for loss in losses).items() if count > 1]:
             raise AcamkdError(f"the same method stands twice at one layer: {', '.join(sorted(twice))}")
-        for key, loss in zip(self._keys, losses, strict=True):
-            loss.title = key
         self._fast: FastTeacher | None = None
         if precision is not None and (asking := self._asking):
             log.warning("%s needs arguments of the teacher's modules, so that teacher.precision is not used", asking)
@@ -132,7 +129,7 @@ class Distiller(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def compile_parts(self, backend: str = "inductor") -> None:
-        """Run student, teacher and losses by torch.compile, in parts between the taps, from the second step on.
+        """Run networks and losses by torch.compile, in parts between the taps; the networks from the second step on.
 
         Task losses stay as they are: their work depends on the number of objects. So do evaluations, whose images may
         have any size, the state, and its names.
@@ -202,7 +199,7 @@ class Distiller(nn.Module):
             compared: dict[str, dict[str, Tensor]] = {}  # by loss, whatever the schedules
             context = DistillationContext(step, batch.input_size, None, None, labeled, student_calls, teacher_calls)
             for index in active:
-                key, at_maps = self._keys[index], replace(context, task_gradient=gradients.get(index))
+                key, at_maps = self.levels[index][1].title, replace(context, task_gradient=gradients.get(index))
                 compared[key] = self._compare(index, student_tap, teacher_maps, batch, at_maps)
                 terms |= {f"{key}/{name}": factors[index] * term for name, term in compared[key].items()}
             terms |= self._teacher_task(active, student_tap, batch)
@@ -229,15 +226,15 @@ class Distiller(nn.Module):
     def statistics(self) -> dict[str, Tensor]:
         """What the losses want logged of the last forward, `LAYER/METHOD/NAME`."""
         return {
-            f"{self._keys[index]}/{name}": value
-            for index in self._active
-            for name, value in self.levels[index][1].statistics.items()
+            f"{loss.title}/{name}": value
+            for loss in (self.levels[index][1] for index in self._active)
+            for name, value in loss.statistics.items()
         }
 
     def weights(self, step: int) -> dict[str, float]:
         """Factors of the losses' terms at a step, schedules included: `LAYER/METHOD/OPTION`."""
         return {
-            f"{self._keys[index]}/{name}": self.schedules[index](step) * value
+            f"{loss.title}/{name}": self.schedules[index](step) * value
             for index, (_, loss) in enumerate(self.levels)
             for name, value in loss.factors.items()
         }
@@ -257,7 +254,7 @@ class Distiller(nn.Module):
     @property
     def _asking(self) -> str | None:
         """A loss that needs arguments of modules."""
-        return next((key for index, key in enumerate(self._keys) if any(self._called(index))), None)
+        return next((loss.title for index, (_, loss) in enumerate(self.levels) if any(self._called(index))), None)
 
     def _called(self, index: int) -> tuple[list[str], list[str]]:
         """Modules of student and teacher whose arguments one loss needs."""
@@ -371,7 +368,7 @@ class Distiller(nn.Module):
             assert pair is not None
             return loss(student_tap[pair[0]], teacher_maps[pair[1]], context)  # type: ignore[no-any-return]
         except ValueError as error:
-            raise AcamkdError(f"{self._keys[index]}: {error}") from error
+            raise AcamkdError(f"{loss.title}: {error}") from error
 
 
 def _flat(names: Iterable[Sequence[str]]) -> list[str]:

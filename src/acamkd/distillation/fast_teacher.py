@@ -52,8 +52,7 @@ class FastTeacher:
         """Names of the batch norms that are folded."""
         with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
             differences = relative_differences(*(probe(model, layers, example) for model in (teacher, self.model)))
-        if not max(differences.values(), default=0.0) <= ROUNDING:
-            name = max(differences, key=differences.__getitem__)
+        if name := next((each for each, value in differences.items() if not value <= ROUNDING), None):  # or NaN
             log.warning(
                 "the teacher's batch norms are not folded: that would change %s by %.2g of its largest value",
                 name, differences[name],

@@ -21,7 +21,7 @@ def device_of(settings: Train) -> torch.device:
     if settings.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
         return torch.device("cuda", local % torch.cuda.device_count())
-    if settings.accelerator in ("gpu", "mps") and torch.backends.mps.is_available():
+    if settings.accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
 

@@ -54,7 +54,7 @@ class MaskHistory(Callback):
         LAYER/METHOD/student        (E, K, 1, h, w) uint8: mean magnitude over the channels, 255 = its largest
         LAYER/METHOD/teacher        likewise
         LAYER/METHOD/MASK           (E, K, M, h, w) or (E, K, M, C) uint8, 255 = 1, for each of the method's masks
-        LAYER/METHOD/MASK/figures   (E, 3): mean, standard deviation over locations, Dice overlap
+        LAYER/METHOD/MASK/figures   (E, 3): mean, standard deviation over locations or channels, Dice overlap
 
     Args:
         folder: The run folder.
@@ -180,7 +180,7 @@ def spread(count: int, wanted: int) -> list[int]:
 @torch.no_grad()
 def look(distiller: Distiller, batch: Batch, teacher_maps: Mapping[str, Tensor]) -> Arrays:
     """Compute a batch's feature maps and masks in the form that `MaskHistory` saves; expects eval mode."""
-    pairs = list(_pairs(distiller))
+    pairs = list(compared_pairs(distiller))
     context = DistillationContext(input_size=batch.input_size, boxes=batch.boxes)
     shares = [(h / batch.input_size[0], w / batch.input_size[1]) for h, w in batch.sizes]
     found: Arrays = {}
@@ -203,8 +203,8 @@ def look(distiller: Distiller, batch: Batch, teacher_maps: Mapping[str, Tensor])
     return found
 
 
-def _pairs(distiller: Distiller) -> Iterator[tuple[str, str, DistillationLoss]]:
-    """Student layer, teacher layer and loss of every compared pair."""
+def compared_pairs(distiller: Distiller) -> Iterator[tuple[str, str, DistillationLoss]]:
+    """Student layer, teacher layer and loss of every compared pair of feature maps; losses of queries have none."""
     for pair, loss in distiller.levels:
         if isinstance(loss, HeadLoss):
             layers = loss.layers(distiller.student, head_of(distiller.teacher))

@@ -18,7 +18,7 @@ from acamkd.config import Recipe
 from acamkd.data.samplers import rank_and_world_size
 from acamkd.distillation.distiller import Distiller
 from acamkd.errors import AcamkdError
-from acamkd.models.base import VOID, Prediction, Target, Task, TaskModel, keeping_modes, to_device
+from acamkd.models.base import VOID, FeatureModel, Prediction, Target, Task, TaskModel, keeping_modes, to_device
 from acamkd.processes import is_distributed
 from acamkd.progress import progress
 
@@ -93,7 +93,6 @@ class Scorer(Validator):
         self.task: Task = task
         self.metric = METRICS[task]
         self.max_detections = max_detections
-        self._crowded: list[int] = []  # number of objects of each image that exceeds the limit
         self._has_warned = False
         self.classes = tuple(classes)
         self._images: list[tuple[dict[str, Tensor], ...]] = []
@@ -123,8 +122,6 @@ class Scorer(Validator):
         if self.task == "detection":
             pairs = zip(predictions, targets, strict=True)
             self._images += [tuple({name: x.cpu() for name, x in side.items()} for side in pair) for pair in pairs]
-            counts = [len(target["boxes"]) - int(target["iscrowd"].sum()) for target in targets if "iscrowd" in target]
-            self._crowded += [count for count in counts if count > self.max_detections]
             return
         for prediction, target in zip(predictions, targets, strict=True):
             self.counter.update(prediction["mask"].unsqueeze(0), target["mask"].unsqueeze(0))
@@ -132,10 +129,11 @@ class Scorer(Validator):
     def compute(self) -> dict[str, float]:
         """Return every metric by name, in percent, and reset."""
         if self.task == "detection":
-            for image in _interleaved(gathered(self._images)):
-                self.counter.update(*([side] for side in image))
+            images = _interleaved(gathered(self._images))
             self._images = []
-            self._warn()
+            for image in images:
+                self.counter.update(*([side] for side in image))
+            self._warn([target for _, target in images])
         result = self.counter.compute()
         self.counter.reset()
         if self.task == "segmentation":
@@ -150,17 +148,27 @@ class Scorer(Validator):
             scores[f"AP/{name}"] = _percent(found[label]) if label in found else math.nan
         return scores
 
-    def _warn(self) -> None:
+    def _warn(self, targets: Sequence[Mapping[str, Tensor]]) -> None:
         """Warn once that some images have more objects than detections count."""
-        if self._crowded and not self._has_warned:
+        counts = [int((target["iscrowd"] == 0).sum()) for target in targets if "iscrowd" in target]
+        full = [count for count in counts if count > self.max_detections]
+        if full and not self._has_warned:
             log.warning(
                 "%d images have more than %d objects (up to %d), and no more detections of a class count in an image: "
                 "options: {detections_per_img: N} of the networks (box_detections_per_img of faster_rcnn) raises what "
                 "they give and what the metric counts",
-                len(self._crowded), self.max_detections, max(self._crowded),
+                len(full), self.max_detections, max(full),
             )  # fmt: skip
             self._has_warned = True
-        self._crowded = []
+
+
+def why_unscored(model: FeatureModel, classes: int) -> str | None:
+    """Why a teacher has no score on images of so many classes; None where it has one."""
+    if not isinstance(model, TaskModel):
+        return "it has no head"
+    if model.num_classes != classes:
+        return f"it has {model.num_classes} classes of its own, the data {classes}"
+    return None
 
 
 def scorer_of(recipe: Recipe, classes: Sequence[str]) -> Scorer:

@@ -55,11 +55,12 @@ class NonFinite(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters that a resumed run continues from."""
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "halvings": self._halvings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the counters from a checkpoint."""
         self.skipped, self.in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+        self._halvings = state_dict.get("halvings", 0)  # older checkpoints have none
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Images, batch_idx: int

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from acamkd.distillation.audit import parameters_below
 from acamkd.distillation.distiller import Distiller
-from acamkd.distillation.taps import FeatureTap
+from acamkd.distillation.taps import FeatureTap, probe_batch
 from acamkd.engine.mask_history import spread
 from acamkd.engine.metrics import Validator, gathered
 from acamkd.engine.module import TrainingModule
@@ -122,7 +122,7 @@ class HeldOutLoss(Validator):
         batch = distiller.student.prepare(images)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(len(self._sums))  # random masks
-            terms = distiller(batch, BEYOND_RAMPS, labeled=False)
+            terms = distiller(batch, BEYOND_RAMPS, labeled=False, check=False)  # NaN is a score without a basis
         self._sums.append((float(torch.stack(list(terms.values())).sum()) * len(images), len(images)))
 
     def compute(self) -> dict[str, float]:
@@ -173,19 +173,18 @@ def student_maps(distiller: Distiller, batch: Batch) -> dict[str, Tensor]:
         return tap.features()
 
 
-def freeze_beyond(distiller: Distiller, size: PixelSize) -> list[str]:
+def freeze_beyond(distiller: Distiller) -> list[str]:
     """Freeze the student's parameters that no tapped layer depends on, such as its head's; the names of the others.
 
     Several processes would otherwise wait for gradients that never come.
 
     Args:
         distiller: Its losses compare feature maps.
-        size: (height, width) of the random image that is run to find them.
     """
     student = distiller.student
     with keeping_modes(student), torch.random.fork_rng(devices=[]):
         student.eval()
-        maps = student_maps(distiller, student.prepare([torch.rand(3, *size)]))
+        maps = student_maps(distiller, probe_batch(student))
     reached = parameters_below(student.net, maps)
     for name, parameter in student.net.named_parameters():
         parameter.requires_grad_(name in reached)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from acamkd.distillation.taps import PROBE_SIZE
+from acamkd.distillation.taps import probe_batch
 from acamkd.errors import AcamkdError
 from acamkd.models.base import TaskModel, keeping_modes
 
@@ -180,5 +180,5 @@ def _probe(model: TaskModel, modules: Mapping[str, nn.Module]) -> tuple[dict[str
         stack.enter_context(keeping_modes(model))
         stack.enter_context(torch.random.fork_rng(devices=[]))
         model.eval()
-        model(model.prepare([torch.rand(3, *PROBE_SIZE).to(model.mean.device)]))
+        model(probe_batch(model))
     return counts, merged

@@ -179,7 +179,6 @@ class Run(Printable):
         try:
             try:
                 self.check_free(resume=resume, overwrite=overwrite)  # again: it may have waited for another process
-                # Compared as JSON, in which neither the order of keys nor tuple or list matters.
                 if self.has_begun and resume:
                     self._check_same()
                 if self.has_begun and not resume:
@@ -219,7 +218,7 @@ class Run(Printable):
             )
 
     def _content(self, recipe: config.Recipe) -> dict[str, Any]:
-        """The keys that affect the outcome."""
+        """The keys that affect the outcome, as JSON: neither the order of keys nor tuple or list matters."""
         without = {**WITHOUT_EFFECT, "student": True} if self.role == "teacher" else WITHOUT_EFFECT
         return recipe.model_dump(mode="json", exclude=without)
 

@@ -174,12 +174,13 @@ class TensorBoard(Tracker[TensorBoardLogger]):
     """Event files in `logs/tensorboard` of the run folder."""
 
     def _open(self, step: int) -> tuple[TensorBoardLogger, bool]:
+        is_new = not (step and (self.folder / "logs" / self.name).is_dir())
         # Earlier events from this step on are marked as replaced.
         live = TensorBoardLogger(
             self.folder / "logs", name="", version=self.name, default_hp_metric=False, purge_step=step, flush_secs=20
         )
         _ = live.experiment
-        return live, not step
+        return live, is_new
 
     def _log_recipe(self, live: TensorBoardLogger) -> None:
         live.log_hyperparams(self.recipe.model_dump(mode="json"))

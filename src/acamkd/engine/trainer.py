@@ -143,7 +143,8 @@ class Recorder(Callback):
         if scores:
             self._log(trainer, {"epoch": trainer.current_epoch, **scores}, self.step - 1)
         self._log(trainer, {}, self.step - 1, more={f"{name}_epoch": value for name, value in losses.items()})
-        if scores and not scores[self.metric] <= self.best.get(self.metric, -math.inf):
+        best = self.best.get(self.metric, math.nan)
+        if scores and (math.isnan(best) or scores[self.metric] > best):
             self.best, self.best_epoch = scores, epoch
             if trainer.is_global_zero:
                 with self.ema.applied(pl_module.distiller.student.net) if self.ema else nullcontext():

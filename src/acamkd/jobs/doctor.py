@@ -20,7 +20,7 @@ from acamkd.data import ImageDataset
 from acamkd.distillation.auto_weight import gradient_norms, prepared, probe_distiller, total_norms, with_objects
 from acamkd.distillation.taps import probe
 from acamkd.engine.devices import device_of, moved_to
-from acamkd.engine.metrics import METRICS, score, scorer_of
+from acamkd.engine.metrics import METRICS, score, scorer_of, why_unscored
 from acamkd.engine.printing import Printable
 from acamkd.engine.quantization import require_torchao
 from acamkd.engine.runs import default_folder
@@ -255,14 +255,12 @@ def _is_blank(layer: Any) -> bool:
     return mean is not None and bool((mean == 0).all() and (variance == 1).all())
 
 
-def _score(teacher: FeatureModel, val: ImageDataset, recipe: config.Recipe) -> Finding:
+def _score(model: FeatureModel, val: ImageDataset, recipe: config.Recipe) -> Finding:
     """Score the teacher on images drawn with a fixed seed, and compare with a constant prediction."""
     metric = METRICS[recipe.task]
-    if not isinstance(teacher, TaskModel):
-        return Finding("teacher's score", "pass", "not scored: it has no head")
-    if teacher.num_classes != len(val.classes):
-        text = f"not scored: it has {teacher.num_classes} classes of its own, the data {len(val.classes)}"
-        return Finding("teacher's score", "pass", text)
+    if why := why_unscored(model, len(val.classes)):
+        return Finding("teacher's score", "pass", f"not scored: {why}")
+    teacher = head_of(model)
     seen: list[Target] = []
     deadline = time.monotonic() + SECONDS
     # Not the first ones, which may all show the same, and in an order that a slow teacher may break off.

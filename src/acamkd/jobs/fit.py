@@ -22,7 +22,7 @@ from acamkd.distillation.distiller import Distiller
 from acamkd.engine.averaging import EMA
 from acamkd.engine.checkpoint import find_checkpoint
 from acamkd.engine.devices import device_of
-from acamkd.engine.mask_history import MaskHistory
+from acamkd.engine.mask_history import MaskHistory, compared_pairs
 from acamkd.engine.module import TrainingModule
 from acamkd.engine.runs import LOG, TERMINATED, Run
 from acamkd.engine.step_profile import StepProfiler
@@ -80,7 +80,8 @@ def fit(
     predicts = run.role != "backbone"
     ema = None if recipe.train.ema is None else EMA(recipe.train.ema)
     recorder = Recorder(run.folder, run.weights.name, metric, patience=recipe.train.patience, ema=ema)
-    watching = [MaskHistory(run.folder, batches.splits["val"])] if distiller.losses and predicts else []
+    compares_maps = predicts and any(compared_pairs(distiller))
+    watching = [MaskHistory(run.folder, batches.splits["val"])] if compares_maps else []
     chosen = ThreadChoice()
     trackers = build_trackers(recipe, run.folder)
     profiler = StepProfiler(run.folder, device_of(recipe.train)) if profile and is_first_process() else None

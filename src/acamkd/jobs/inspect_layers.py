@@ -117,7 +117,7 @@ def of_recipe(recipe: config.Recipe) -> tuple[FeatureModel, TaskModel]:
 
 def of_names(teacher: str, student: str) -> tuple[FeatureModel, TaskModel]:
     """Two networks by name, `ARCH/BACKBONE` such as retinanet/resnet50, torchvision/NAME or timm/NAME."""
-    theirs, ours = (_parse(name) for name in (teacher, student))
+    theirs, ours = (model_of_name(name) for name in (teacher, student))
     task = family_of(ours.arch).task
     its_task = task if theirs.is_headless else family_of(theirs.arch).task
     if its_task != task:
@@ -125,7 +125,8 @@ def of_names(teacher: str, student: str) -> tuple[FeatureModel, TaskModel]:
     return _build_teacher(theirs, task, CLASSES), _build(ours, task, CLASSES)
 
 
-def _parse(name: str) -> config.Model:
+def model_of_name(name: str) -> config.Model:
+    """The section of a network's name: `ARCH/BACKBONE` such as retinanet/resnet50, torchvision/NAME or timm/NAME."""
     arch, _, backbone = name.partition("/")
     if arch in ("torchvision", "hf", "timm"):
         return config.Model(arch=name)

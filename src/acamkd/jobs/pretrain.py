@@ -15,7 +15,6 @@ from acamkd.distillation.auto_weight import dry_build, uncalibrated
 from acamkd.distillation.build import build_distiller
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.pairs import resolve_pairs
-from acamkd.distillation.taps import PROBE_SIZE
 from acamkd.engine.pretraining import HeldOutLoss, NearestNeighbors, PretrainingModule, freeze_beyond
 from acamkd.engine.runs import Run, default_folder
 from acamkd.engine.trackers import check_installed
@@ -145,7 +144,7 @@ def _freeze(distiller: Distiller) -> None:
     """Leave only what the losses reach to be trained, and say what of it the file will not hold."""
     student = distiller.student
     kept = {id(parameter) for parameter in student.backbone.parameters()}
-    trained = freeze_beyond(distiller, PROBE_SIZE)
+    trained = freeze_beyond(distiller)
     outside = [name for name in trained if id(student.net.get_parameter(name)) not in kept]
     if len(outside) == len(trained):
         raise AcamkdError(f"no loss reaches the student's backbone, only {outside[0]} and the like: tap other layers")

@@ -50,10 +50,9 @@ def learn_tokens(
     """Learn the tokens of a recipe's losses: maskd, freekd, and acam with mask_source: fixed.
 
     At every tapped layer, the teacher continues with its masked feature maps. The tokens minimize the teacher's own
-    loss,
-    which keeps the features that it needs, plus the Dice overlap of the masks, summed over the layers. The teacher is
-    frozen and in eval mode. The optimizer is Adam with weight decay 1e-3 and a cosine schedule to 1e-6, as in MasKD's
-    detection settings.
+    loss, which keeps the features that it needs, plus the Dice overlap of the masks, summed over the layers. The
+    teacher is frozen and in eval mode. The optimizer is Adam with weight decay 1e-3 and a cosine schedule to 1e-6, as
+    in MasKD's detection settings.
 
     Args:
         recipe: Its losses name the teacher's layers in `pairs`, and the number and kind of tokens in their options.
@@ -70,7 +69,7 @@ def learn_tokens(
         AcamkdError: An argument or a part of the recipe cannot be used, or the objective is not finite. Nothing is
             written.
     """
-    path = out or default_folder(recipe, "tokens.safetensors")
+    path = out.expanduser() if out else default_folder(recipe, "tokens.safetensors")
     _check_file(path, overwrite)
     if recipe.teacher is None:
         raise AcamkdError(f"the recipe {recipe.name} has no `teacher` section")

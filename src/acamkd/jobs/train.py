@@ -15,7 +15,7 @@ from acamkd.distillation.build import build_distiller
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.pairs import resolve_pairs
 from acamkd.engine.devices import device_of, moved_to
-from acamkd.engine.metrics import METRICS, score
+from acamkd.engine.metrics import METRICS, score, why_unscored
 from acamkd.engine.quantization import require_torchao
 from acamkd.engine.runs import RECIPE, Role, Run, default_folder
 from acamkd.engine.trackers import check_installed
@@ -30,7 +30,7 @@ from acamkd.jobs.setup import (
     with_normalization,
 )
 from acamkd.jobs.shared import SharedWork
-from acamkd.models.base import TaskModel
+from acamkd.models.base import head_of
 from acamkd.progress import is_first_process
 
 log = logging.getLogger(__name__)
@@ -195,17 +195,14 @@ def _score_teacher(
     distiller: Distiller, batches: Batches, teacher_sha256: str, shared: SharedWork | None
 ) -> dict[str, float]:
     """The teacher's scores on the validation images, or those that another training has found."""
-    metric, teacher = METRICS[batches.resolved.task], distiller.teacher
+    metric = METRICS[batches.resolved.task]
     if shared is not None and (known := shared.scores(distiller, batches, teacher_sha256)):
         log.info("teacher: %s %.2f, as another training has found", metric, known[metric])
         return known
-    if not isinstance(teacher, TaskModel):
-        log.info("the teacher has no head: it is not scored, and only features are compared")
+    if why := why_unscored(distiller.teacher, len(batches.classes)):
+        log.info("the teacher is not scored, and only features are compared: %s", why)
         return {metric: math.nan}
-    if teacher.num_classes != len(batches.classes):
-        log.info("the teacher has %d classes of its own, the data %d: it is not scored, and only features are compared",
-                 teacher.num_classes, len(batches.classes))  # fmt: skip
-        return {metric: math.nan}
+    teacher = head_of(distiller.teacher)
     log.info("scoring the teacher on the validation images")
     scores = score(teacher, batches.val, batches.scorer)
     log.info("teacher: %s %.2f", metric, scores[metric])

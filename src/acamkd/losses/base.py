@@ -205,7 +205,7 @@ class FeatureLoss(DistillationLoss):
         """Compare two feature maps.
 
         Args:
-            student: (N, C_s, H_s, W_s). Of another size than the teacher's it is resampled, which the log says once.
+            student: (N, C_s, H_s, W_s). Of another size than the teacher's it is resampled, which the log says.
             teacher: (N, C_t, H, W); never receives gradient.
             context: Needed only where `needs` says so.
 

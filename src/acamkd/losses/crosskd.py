@@ -24,19 +24,18 @@ CLASSES, BOXES = "head.classification_head", "head.regression_head"
 PREDICTORS = {CLASSES: "cls_logits", BOXES: "bbox_reg"}
 
 
-def align_scale(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
+def align_scale(student: Tensor, teacher: Tensor) -> Tensor:
     """Give each of the student's channels the teacher's mean and standard deviation over the batch and locations.
 
     Args:
         student: (N, C, H, W).
         teacher: (N, C, H, W).
-        eps: Added to the student's standard deviation.
     """
     (mean_s, std_s), (mean_t, std_t) = (
         (x.mean((0, 2, 3), keepdim=True), x.std((0, 2, 3), correction=min(1, x[:, 0].numel() - 1), keepdim=True))
         for x in (student, teacher)
     )
-    return (student - mean_s) / (std_s + eps) * std_t + mean_t
+    return (student - mean_s) / (std_s + 1e-6) * std_t + mean_t
 
 
 def classification_distance(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -138,7 +137,7 @@ class CrossKD(HeadLoss):
         student_taps: Mapping[str, Tensor],
         teacher_taps: Mapping[str, Tensor],
         batch: Batch,
-        context: DistillationContext | None = None,
+        context: DistillationContext,
     ) -> dict[str, Tensor]:
         """Return `classification` and `boxes`: see the class.
 

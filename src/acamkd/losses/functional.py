@@ -105,7 +105,7 @@ def distribution_error(student: Tensor, teacher: Tensor, temperature: float, dim
     return temperature**2 * divergence
 
 
-def pearson(x: Tensor, y: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
+def pearson(x: Tensor, y: Tensor, dim: int) -> Tensor:
     """Pearson correlation of two tensors of one shape along `dim`, which is reduced.
 
     Where one is constant it is 0 without gradient.
@@ -114,7 +114,7 @@ def pearson(x: Tensor, y: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
     x, y = x - means[0], y - means[1]
     norms = torch.linalg.vector_norm(x, dim=dim), torch.linalg.vector_norm(y, dim=dim)
     both = [varies(norm * x.shape[dim] ** -0.5, mean.squeeze(dim)) for norm, mean in zip(norms, means, strict=True)]
-    return torch.where(both[0] & both[1], (x * y).sum(dim) / (norms[0] * norms[1] + eps), 0)
+    return torch.where(both[0] & both[1], (x * y).sum(dim) / (norms[0] * norms[1] + 1e-8), 0)
 
 
 def masked_error(error: Tensor, mask: Tensor) -> Tensor:

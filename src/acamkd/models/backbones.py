@@ -105,6 +105,7 @@ def build_backbone(
     name = model.backbone
     if not timm.is_model(name):
         raise AcamkdError(f"timm has no backbone {name}; {nearest(name, timm.list_models())}")
+    cfg = timm_cfg(name)
     pretrained = model.backbone_weights == "imagenet"
     with hub_errors(name) if pretrained else nullcontext():
         try:
@@ -117,8 +118,22 @@ def build_backbone(
             f"timm's {name} gives maps of strides {reductions}, but {model.arch} needs {list(strides)}; "
             f"take another backbone"
         )
-    cfg: Any = timm.get_pretrained_cfg(name)
     return TimmWithFPN(body, strides, model.fpn_channels, top, norm), cfg.mean, cfg.std
+
+
+def timm_cfg(name: str) -> Any:
+    """What timm knows of a backbone's weights, such as their normalization.
+
+    Args:
+        name: A model of timm's, which may name its weights by a tag: resnet50.a1_in1k.
+
+    Raises:
+        AcamkdError: There are no such weights.
+    """
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise AcamkdError(f"timm's {name}: {error}; {nearest(name, timm.list_pretrained())}") from error
 
 
 def timm_options(name: str) -> dict[str, Any]:

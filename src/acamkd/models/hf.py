@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from acamkd.config import Model, ShortLong
+from acamkd.config.schema import is_place
 from acamkd.errors import AcamkdError, nearest, refuse_unknown
 from acamkd.models.base import Family, PixelSize, Task
 from acamkd.models.hf_base import HFModel, read_processor
@@ -61,15 +62,11 @@ def _type_of(name: str) -> str:
     """Model type of a folder or of a name on the Hub, or the type itself."""
     if name in KINDS:
         return name
-    if not _is_place(name):
+    if not is_place(name):
         raise AcamkdError(f"{PREFIX}{name} is no folder with a config.json and no model type; {nearest(name, KINDS)}")
     with _loading(name):
         model_type: str = transformers().AutoConfig.from_pretrained(name).model_type
     return model_type
-
-
-def _is_place(name: str) -> bool:
-    return "/" in name or (Path(name) / "config.json").is_file()
 
 
 def _kind(model_type: str) -> Kind:

@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import to_dtype
 
 from acamkd.config import Model, ShortLong
 from acamkd.errors import AcamkdError, nearest, refuse_unknown
-from acamkd.models.backbones import TORCHVISION
+from acamkd.models.backbones import TORCHVISION, timm_cfg
 from acamkd.models.base import VOID, Batch, Family, Outputs, PixelSize, Prediction, Target, TaskModel
 from acamkd.models.resize import frame_size
 from acamkd.models.weights import hub_errors
@@ -133,7 +133,7 @@ def _smp(model: Model, num_classes: int) -> tuple[nn.Module, Any, Any]:
     mean: Any = IMAGENET_DEFAULT_MEAN
     std: Any = IMAGENET_DEFAULT_STD
     if from_timm:
-        cfg: Any = timm.get_pretrained_cfg(encoder.removeprefix("tu-"))
+        cfg = timm_cfg(encoder.removeprefix("tu-"))
         mean, std = cfg.mean, cfg.std
     pretrained = model.backbone_weights == "imagenet"
     with hub_errors(encoder) if pretrained else nullcontext():

@@ -350,6 +350,12 @@ def test_a_void_of_0_is_no_foreground(tmp_path: Path) -> None:
     assert "if the masks' values begin with 1" in _absent(dataset)[0]
 
 
+def test_where_the_recipe_says_what_values_mean_no_advice_is_given(tmp_path: Path) -> None:
+    meant = {0: "sky", 1: "crack", 2: "void"}
+    dataset = _two(tmp_path, [[[0, 2, 2]] * 2], ("sky", "crack"), mask_values=meant)
+    assert _absent(dataset) == ["no training image has a pixel of the class crack: the networks cannot learn it"]
+
+
 def test_masks_that_are_all_void(tmp_path: Path) -> None:
     void, known = [[255] * 3] * 2, [[0, 1, 1]] * 2
     (warning,) = data.check(_two(tmp_path, [void, known, void], ("sky", "road")), "full")

@@ -174,6 +174,8 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
             )
 
     fails(r"no file train\.tar, train-\*\.tar or train/\*\.tar in .*: there is no \*\.tar; name the split")
+    fails(r"/train is no name of a split in data\.root .*, and no pattern of names", train={"name": "/train"})
+    fails(r"tr\*\* is no name of a split", train={"name": "tr**"})
     _boxes(tmp_path, "val", (1,))
     fails(r"there are val-000000\.tar; name the split")
     tar = tmp_path / "train-000000.tar"

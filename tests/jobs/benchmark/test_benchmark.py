@@ -70,6 +70,8 @@ def test_what_cannot_be_measured_is_said(
         benchmark(lone, recipe=exported.parent.parent / "recipe.yaml")
     with pytest.raises(AcamkdError, match="there is no runtime 'onnx'; did you mean onnxruntime"):
         benchmark(exported, runtimes=["onnx"])
+    with pytest.raises(AcamkdError, match="an ONNX file runs in onnxruntime and openvino, not in pytorch"):
+        benchmark(exported, runtimes=["pytorch"])
     with pytest.raises(AcamkdError, match=f"{tmp_path} is a folder: --out takes the name of a file"):
         benchmark(exported, out="~")
     assert "--threads 1,x: write whole numbers" in acamkd("benchmark", exported, "--threads", "1,x").error

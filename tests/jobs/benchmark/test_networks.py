@@ -44,6 +44,16 @@ def test_a_distilled_student_comes_with_its_teacher_and_its_baseline(trained: Pa
     assert baseline.build().resize == (96, 64)  # all see the same input
 
 
+def test_a_teacher_of_other_classes_has_no_score_and_is_left_out(
+    trained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = config.load(trained / "distilled/recipe.yaml", ["teacher.num_classes=9"])
+    run = Run(trained / "distilled", recipe, "student")
+    caplog.set_level("INFO")
+    assert [each.name for each in networks_of(run, None)] == ["baseline", "distilled"]
+    assert "the teacher has 9 classes of its own, has no score and is left out" in caplog.text
+
+
 def test_a_baseline_stands_alone(trained: Path) -> None:
     run = Run(trained / "baseline", config.load(trained / "baseline/recipe.yaml"), "student")
     assert [each.name for each in networks_of(run, None)] == ["baseline"]

@@ -86,6 +86,9 @@ def test_tuning_comes_first_and_decides(recipe: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     with pytest.raises(AcamkdError, match=r"acam-seed0 needs the tuning .* missing: acam-0\.5-seed1000, acam-0"):
         run_trial(trials, 5, results)
+    (tmp_path / "file").touch()
+    with pytest.raises(AcamkdError, match=r"cannot write .*file/results: .*; --results DIR writes elsewhere"):
+        run_trial(trials, 0, tmp_path / "file/results")  # before it trains
     for trial, score in zip(trials[:4], (40.0, 44.0, 41.0, 44.0), strict=True):
         fake(trial, results, score)
     final = plan(tuned, ["acam"], 1, results)[5]

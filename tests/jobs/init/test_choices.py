@@ -4,6 +4,7 @@ import pytest
 
 from acamkd import config
 from acamkd.data.statistics import Statistics
+from acamkd.errors import AcamkdError
 from acamkd.jobs.init.choices import CPU, GPU, choose_batch, choose_epochs, choose_frame, inherited
 
 
@@ -37,6 +38,12 @@ def test_images_of_many_sizes_keep_their_shape_and_have_no_crop() -> None:
     frame = choose_frame(_found(None, _320x240=5, _240x320=4, _320x320=1), "segmentation", CPU)
     assert frame.resize == {"short": 160, "long": 224}
     assert "crop" not in frame.augment
+
+
+def test_images_of_which_none_can_be_read_are_named() -> None:
+    found = Statistics(images=1, problems=["a.jpg: it is a pointer of Git LFS"])
+    with pytest.raises(AcamkdError, match=r"the data cannot be used, 1 problem:\n  a\.jpg: it is a pointer of Git LFS"):
+        choose_frame(found, "segmentation", CPU)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import tiny
+from acamkd import config, data
 from acamkd.data.scenes import CLASSES
 from acamkd.errors import AcamkdError
 from acamkd.jobs.init.layout import find_layouts, find_unlabeled, split_of
@@ -159,3 +161,20 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
         find_layouts(tmp_path / "nowhere")
     with pytest.raises(AcamkdError, match="no images with annotations that are known"):
         find_layouts(tmp_path)
+    _images(tmp_path / "train/images")
+    (tmp_path / "data.yaml").write_text("train: train/images\nval: train/images\nnc: 2\nnames: [a, b, c]\n")
+    with pytest.raises(AcamkdError, match=r"data\.yaml.*nc"):
+        find_layouts(tmp_path)
+
+
+def test_folders_of_somebody_else_hold_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> Any:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    (tmp_path / "lost+found").mkdir()
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(AcamkdError, match="no images with annotations that are known"):
+        find_layouts(tmp_path)
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(AcamkdError, match=r"data\.root /home/x: /home/x cannot be read: Permission denied"):
+        data.resolve(config.Data(root=Path("/home/x")), "detection")

@@ -235,6 +235,9 @@ def test_an_earlier_predictions_lists_are_not_taken_for_this_one(box: Path, red:
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     predict(box, tmp_path / "a.png", out=tmp_path / "out")
     assert (tmp_path / "out/predictions.json").is_file()
+    with pytest.raises(AcamkdError, match="a detector gives boxes, no masks: write overlays or json"):
+        predict(box, tmp_path / "a.png", out=tmp_path / "out", write=["masks"])
+    assert (tmp_path / "out/predictions.json").is_file()  # and nothing was lost
     predict(box, tmp_path / "a.png", out=tmp_path / "out", write=["overlays"])
     assert not list((tmp_path / "out").glob("predictions.json*"))
     made = predict(red, tmp_path, out=tmp_path / "lines", write=["json"])  # no mask is written, so names may repeat
@@ -247,6 +250,7 @@ def test_options_of_live_sources_are_for_them_alone(red: Path, tmp_path: Path) -
         ({"seconds": 1.0}, "a number of seconds is for a camera, an address, --live or --watch"),
         ({"live": True}, r"--live plays a video file .*a\.png is none"),
         ({"watch": True}, r"--watch waits for images in a folder, and .*a\.png is none"),
+        ({"watch": True, "live": True}, "--live plays a video file and --watch waits for images in a folder: give one"),
     ):
         with pytest.raises(AcamkdError, match=message):
             predict(red, tmp_path / "a.png", out=tmp_path / "out", **options)

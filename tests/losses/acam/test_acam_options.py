@@ -98,6 +98,7 @@ def test_the_paper_preset_is_the_literal_method() -> None:
         ),
         ({"temperature": 4.0}, "temperature acts on 'softmax' and 'correlation', not on imitation='standardized'"),
         ({"temperature": 4.0, "imitation": "squared"}, "temperature acts on .*, not on imitation='squared'"),
+        ({"mask_source": "random", "on_mask_collapse": "stop"}, "on_mask_collapse='stop' needs masks that learn"),
         ({"tokens": {}}, "tokens belong to mask_source='fixed', not to 'cooperative'"),
         (
             {"mask_source": "fixed", "masks": "channel", "tokens": {"channel": torch.zeros(3, 1)}},

@@ -61,6 +61,7 @@ class MaskDataset(ImageDataset):
     ) -> None:
         super().__init__(files, masks, classes, transform=transform, seed=seed)
         given = ids if ids is not None else {**{k: k for k in range(len(classes))}, ignore_index: VOID}
+        self.by_default = ids is None
         self.by_color = any(isinstance(value, tuple) for value in given)
         self.ids = {_code(value): label for value, label in given.items()}
         self.same_palette = same_palette
@@ -122,14 +123,14 @@ class MaskDataset(ImageDataset):
 
     def why_absent(self, counts: Tensor) -> str:
         """Advice on `data.mask_values` for classes without pixels."""
-        if "mask_values" not in self.DATA_KEYS:
+        if not self.by_default or "mask_values" not in self.DATA_KEYS:
             return ""
         present, void = counts[:-1] > 0, bool(counts[-1])
         voids = [code for code, label in self.ids.items() if label == VOID]
-        if void and voids[0] < len(self.classes) and not self.by_color:
+        if void and voids[0] < len(self.classes):
             name = self.classes[voids[0]]
             return f"the value {voids[0]} is void, as data.ignore_index says, and so no pixel is {name}"
-        if void and not present[1:].any() and not self.by_color:
+        if void and not present[1:].any():
             meant = "{0: " + self.classes[0] + f", {voids[0]}: {self.classes[-1]}" + "}"
             return (
                 f"the other pixels have the value {voids[0]}, which is void: if it is a class, say so with "

@@ -132,11 +132,14 @@ def split_files(root: Path, name: str, suffix: str) -> list[Path]:
     Raises:
         AcamkdError: There is none.
     """
-    for each in (name, *ALIASES.get(name, ())):
-        for folder in FOLDERS:
-            patterns = (f"{each}{suffix}", f"{each}-*{suffix}", f"{each}/*{suffix}")
-            if found := sorted({file for pattern in patterns for file in (root / folder).glob(pattern)}):
-                return found
+    try:
+        for each in (name, *ALIASES.get(name, ())):
+            for folder in FOLDERS:
+                patterns = (f"{each}{suffix}", f"{each}-*{suffix}", f"{each}/*{suffix}")
+                if found := sorted({file for pattern in patterns for file in (root / folder).glob(pattern)}):
+                    return found
+    except (NotImplementedError, ValueError) as error:  # of an absolute path, and of a pattern such as tr**
+        raise AcamkdError(f"{name} is no name of a split in data.root {root}, and no pattern of names") from error
     there = sorted(file.relative_to(root).as_posix() for file in root.glob(f"**/*{suffix}"))
     listed = (
         f"there are {', '.join(there[:4])}{', ...' if len(there) > 4 else ''}" if there else f"there is no *{suffix}"

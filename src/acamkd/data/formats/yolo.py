@@ -160,8 +160,7 @@ def sources(root: Path, split: str) -> list[Path]:
 
     Paths of data.yaml are resolved as the format's authors do, below its `path`. That is relative to data.yaml's own
     folder, or else to the current folder or its `datasets`. Some exports write ../train/images for the folder
-    train/images
-    beside their data.yaml; this is accepted.
+    train/images beside their data.yaml; this is accepted.
 
     Args:
         root: Folder of data.yaml.

@@ -92,6 +92,8 @@ def benchmark(
     else:
         if baseline is not None:
             raise AcamkdError("--baseline is for a run: give its folder instead of a file")
+        if not set(runtimes) & set(EXPORTED):
+            raise AcamkdError(f"an ONNX file runs in {' and '.join(EXPORTED)}, not in {', '.join(runtimes)}")
         file = Path(model).expanduser()
         read, default = _recipe_of(file, recipe, overrides), file.with_suffix(".benchmark.json")
         networks = [Network(file.name.partition(".")[0], file, None, (file,))]

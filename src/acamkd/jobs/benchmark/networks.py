@@ -63,6 +63,9 @@ def _teacher(run: Run) -> list[Network]:
     if section is not None and section.is_headless:
         log.info("the teacher has no head, predicts nothing and is left out")
         return []
+    if section is not None and section.num_classes not in (None, len(run.recipe.data.classes or ())):
+        log.info("the teacher has %d classes of its own, has no score and is left out", section.num_classes)
+        return []
     if section is None or section.weights is None or not Path(section.weights).is_file():
         log.warning("the teacher is left out: its weights are not there")
         return []

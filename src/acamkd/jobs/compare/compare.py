@@ -106,7 +106,7 @@ def compare(
     methods = methods_of(recipe, methods)
     results = Path(results).expanduser() if results else default_folder(recipe, "compare")
     trials = plan(recipe, methods, seeds, results)  # raises errors before anything is written
-    check_writable(results, advice="--results DIR writes elsewhere")
+    _check_results(results)
     write_text(results / RESOLVED, config.dump(recipe))
     command = partial(_command, methods, seeds, results)
     if any(trial.read(results) is None for trial in trials):
@@ -129,6 +129,10 @@ def compare(
         if failed:
             logs = ", ".join(str(_log_file(results, trial)) for trial in failed)
             raise AcamkdError(f"{len(failed)} trials failed; their logs: {logs}")
+
+
+def _check_results(results: Path) -> None:
+    check_writable(results, advice="--results DIR writes elsewhere")
 
 
 def _command(methods: Sequence[str], seeds: int, results: Path, number: int) -> list[str]:
@@ -156,6 +160,7 @@ def run_trial(trials: Sequence[Trial], number: int, results: Path) -> None:
     ]
     if untuned and not trial.tuning:
         raise AcamkdError(f"{trial.name} needs the tuning trials of its method; missing: {', '.join(untuned)}")
+    _check_results(results)
     trial.run(results)
 
 
@@ -277,6 +282,7 @@ def tabulate(recipe: config.Recipe, methods: Sequence[str], seeds: int, results:
     found, tuning = ([content for trial, content in done if trial.tuning is kind] for kind in (False, True))
     if not found:
         raise AcamkdError(f"{results} holds no trial of this comparison yet{_elsewhere(results)}")
+    _check_results(results)
     shared = {
         f"{split} images": [content["data"].get(split) for _, content in done]
         for split in ("train", "val", "unlabeled")  # the baseline has no unlabeled ones

@@ -115,38 +115,55 @@ class Trial:
 
     def run(self, results: Path) -> None:
         """Train or resume, and write the trial's JSON; the run folder stays."""
-        from acamkd.engine.metrics import METRICS
-        from acamkd.jobs.evaluate import evaluate
+        run = self._trained()
+        if not is_first_process():  # the other processes have no metrics
+            return
+        content = self._content(run)
+        last = content["history"][-1]
+        if last == last:  # not NaN
+            write_json(results / f"{self.name}.json", content)
+        for file in (CHECKPOINT, PREVIOUS):
+            (run.folder / file).unlink(missing_ok=True)  # the largest files, no longer needed
+        if last != last:
+            raise AcamkdError(
+                f"{self.name}: {content['metric']} is undefined, since in the validation images every pixel is void, "
+                "or every box a crowd: check data.val and data.ignore_index"
+            )
+
+    def _trained(self) -> Run:
+        """The trial's run, trained to its end."""
         from acamkd.jobs.shared import SharedWork
         from acamkd.jobs.train import distill, train
 
-        folder = self.folder
         asked, recipe = self.recipe.compare, self.recipe.model_copy(update={"compare": config.Comparison()})
         shared = None if asked.cache is None else SharedWork(
             default_folder(recipe, "cache"), asked.cache, half=asked.cache_precision == "float16"
         )  # fmt: skip
-        job = partial(distill if recipe.losses else train, recipe, out=folder, shared=shared)
+        job = partial(distill if recipe.losses else train, recipe, out=self.folder, shared=shared)
         # Without a checkpoint nothing of an earlier run is reused, such as calibrated loss weights.
-        resume = Run(folder, recipe, "student").has_checkpoint
+        resume = Run(self.folder, recipe, "student").has_checkpoint
         try:
-            run = job(resume=resume, overwrite=not resume)
+            return job(resume=resume, overwrite=not resume)
         except OtherRunError:  # the hash ignores the device and the paths of images and teacher
             log.warning("%s: its images, teacher or device have moved since it stopped: it starts anew", self.name)
-            run = job(overwrite=True)
-        if not is_first_process():  # the other processes have no metrics
-            return
-        metrics = run.metrics
-        name = METRICS[self.recipe.task]
-        columns = _columns(folder / "history.csv")
+            return job(overwrite=True)
+
+    def _content(self, run: Run) -> dict[str, Any]:
+        """What the trial's JSON holds of a run that has ended."""
+        from acamkd.engine.metrics import METRICS
+        from acamkd.jobs.evaluate import evaluate
+
+        metrics, name = run.metrics, METRICS[self.recipe.task]
+        columns = _columns(run.folder / "history.csv")
         masks = _of_masks(columns)
         tested = self.recipe.data.test is not None and not self.tuning  # a search never sees these images
-        content = {
+        return {
             "method": self.method,
             "setting": self.setting,
             "option": self.option,
             "seed": self.seed,
             "recipe": self.key,
-            "losses": [loss.model_dump(mode="json") for loss in config.load(folder / RECIPE).losses],
+            "losses": [loss.model_dump(mode="json") for loss in config.load(run.folder / RECIPE).losses],
             "data": metrics["data"],
             "teacher": {"sha256": metrics["teacher_sha256"], **metrics["teacher"]} if "teacher" in metrics else None,
             "inherited": metrics.get("inherited_sha256"),
@@ -165,16 +182,6 @@ class Trial:
             "processes": metrics["processes"],
             "machine": metrics["machine"],
         }  # fmt: skip
-        has_score = columns[name][-1] == columns[name][-1]  # not NaN
-        if has_score:
-            write_json(results / f"{self.name}.json", content)
-        for file in (CHECKPOINT, PREVIOUS):
-            (folder / file).unlink(missing_ok=True)  # the largest files, no longer needed
-        if not has_score:
-            raise AcamkdError(
-                f"{self.name}: {name} is undefined, since in the validation images every pixel is void, or every box "
-                "a crowd: check data.val and data.ignore_index"
-            )
 
 
 def plan(recipe: config.Recipe, methods: Sequence[str], seeds: int, results: Path) -> list[Trial]:

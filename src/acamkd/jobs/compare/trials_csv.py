@@ -114,7 +114,12 @@ def _read(file: Path, _changed: int) -> Mapping[str, dict[str, Content]]:
         for number, row in enumerate(reader, start=2):
             try:
                 content = _of_row(row)
-            except (ValueError, IndexError, yaml.YAMLError) as error:
+            except (
+                ValueError,
+                TypeError,
+                IndexError,
+                yaml.YAMLError,
+            ) as error:  # a row that is too short has None
                 raise AcamkdError(f"{file}, row {number} ({row[TRIAL]}) cannot be read: {error}") from error
             found.setdefault(row.get(COMPARISON) or file.parent.name, {})[row[TRIAL]] = content
     return found

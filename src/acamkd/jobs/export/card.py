@@ -42,6 +42,7 @@ def write_card(
         ended=run.has_ended,
         epochs=run.metrics.get("epochs", recipe.train.epochs) if run.has_ended else None,
         section=section,
+        origin=_origin(section),
         of_task_model=":" in section.arch and isinstance(call_factory(section, len(exported.classes)), TaskModel),
         distilled=run.role == "student" and bool(recipe.losses),
         losses=[_describe(loss) for loss in recipe.losses],
@@ -66,6 +67,19 @@ def license_of_teacher(recipe: config.Recipe) -> str | None:
     if teacher is None or not teacher.is_headless or teacher.backbone_weights is None:
         return None
     return license_of(teacher.arch.removeprefix("timm/"))
+
+
+def _origin(section: config.Model) -> str:
+    """What the training started from."""
+    if section.weights is not None:
+        return section.weights
+    if section.backbone_weights not in (None, "imagenet"):
+        return f"{section.backbone_weights}, which is the backbone alone"
+    if section.brings_weights:
+        return f"{section.arch}, as it is provided"
+    if section.backbone_weights is None or section.arch.startswith("hf/"):
+        return "random weights"
+    return f"{section.backbone} pretrained on ImageNet, all else from random weights"
 
 
 def _describe(loss: config.Loss) -> str:

@@ -22,7 +22,7 @@ from acamkd import __version__, config, data
 from acamkd.data import ImageDataset
 from acamkd.engine.cost import Cost, cost, median_milliseconds, threads
 from acamkd.engine.mask_history import spread
-from acamkd.engine.metrics import METRICS, score, scorer_of
+from acamkd.engine.metrics import METRICS, score, scorer_of, why_unscored
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import RECIPE, Run, as_run
 from acamkd.errors import AcamkdError
@@ -34,7 +34,7 @@ from acamkd.jobs.export.onnx_model import ExportedModel, OnnxModel, Pixels
 from acamkd.jobs.export.openvino_model import OpenVinoModel, write_openvino
 from acamkd.jobs.export.parity import compare_outputs, compare_scores
 from acamkd.jobs.export.quantize import CALIBRATION_IMAGES, Quantized, quantize
-from acamkd.models.base import TaskModel
+from acamkd.models.base import TaskModel, head_of
 from acamkd.progress import progress
 
 log = logging.getLogger(__name__)
@@ -226,11 +226,14 @@ def _measure_teacher(run: Run, images: ImageDataset) -> list[Measured]:
     if run.role == "teacher" or run.recipe.teacher is None:
         return []
     scores = run.metrics.get("teacher", {}) if run.has_ended else {}
+    if scores.get(METRICS[run.recipe.task]) is None:  # of a teacher that is not scored
+        scores = {}
     try:
-        teacher = run.load_teacher()
-        if not isinstance(teacher, TaskModel):
-            log.info("the teacher has no head, predicts nothing and is left out of the measurements")
+        loaded = run.load_teacher()
+        if why := why_unscored(loaded, len(images.classes)):
+            log.info("the teacher is left out of the measurements: %s", why)
             return []
+        teacher = head_of(loaded)
     except AcamkdError as error:
         log.warning("the teacher's cost is left out: %s", error)
         return [Measured("teacher", "PyTorch", scores, None)] if scores and _is_as_trained(run, images) else []

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from acamkd import config
+from acamkd.data.checks import refuse
 from acamkd.data.statistics import Statistics
 from acamkd.models.base import PixelSize, Task
 
@@ -113,6 +114,8 @@ class Frame:
 def choose_frame(found: Statistics, task: Task, machine: Machine) -> Frame:
     """Size and augmentation by the sizes of images and objects."""
     sizes = {_parse(text): number for text, number in found.sizes.items()}
+    if not sizes:
+        refuse(found.problems)  # of images that cannot be read, each of them
     own = max(sizes, key=sizes.__getitem__)
     largest = machine.longest[task]
     if median := found.sides.get("median"):

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from acamkd import config, data
+from acamkd.data import ImageDataset
 from acamkd.data.folders import Folder
 from acamkd.data.formats import FORMATS
 from acamkd.data.formats.coco import BACKGROUNDS
@@ -108,6 +109,8 @@ def find_layouts(root: Path) -> list[Layout]:
     if not found:
         for file in sorted(root.glob("**/*.parquet"))[:1]:
             parquet_file(file)  # which says that pyarrow is missing
+        if (root / "data.yaml").is_file():
+            _open(root, "detection", "yolo", {"name": "train"})  # which says what is wrong with it
         patterns = "; ".join(
             f"{name}: {' and '.join(reader.LAYOUT or reader.SPARE_LAYOUT)}"
             for name, readers in FORMATS.items()
@@ -147,7 +150,9 @@ def split_of(name: str) -> str | None:
 
 
 def _has_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> bool:
-    return folder.is_dir() and any(file.suffix.lower() in suffixes for file in folder.iterdir())
+    with suppress(PermissionError):  # of a folder that is none of ours, such as lost+found
+        return folder.is_dir() and any(file.suffix.lower() in suffixes for file in folder.iterdir())
+    return False
 
 
 def _images_below(root: Path) -> list[Path]:
@@ -159,13 +164,17 @@ def _images_below(root: Path) -> list[Path]:
     ]
 
 
+def _open(root: Path, task: Task, form: str, keys: Keys, **more: Any) -> ImageDataset:
+    raw = {"format": form, "root": str(root), "train": keys, "val": keys, **more}
+    return data.build(config.Data.model_validate(raw), task, "val", seed=0, augment=False)
+
+
 def _opened(root: Path, task: Task, form: str, splits: Mapping[str, Keys], **more: Any) -> dict[str, Keys]:
     """Those of the splits that can be opened and hold images; without a training split none."""
     opened = {}
     for split, keys in splits.items():
         with suppress(AcamkdError):
-            raw = {"format": form, "root": str(root), "train": keys, "val": keys, **more}
-            if len(data.build(config.Data.model_validate(raw), task, "val", seed=0, augment=False)):
+            if len(_open(root, task, form, keys, **more)):
                 opened[split] = keys
     return opened if "train" in opened else {}
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from acamkd import config, models
 from acamkd.engine.runs import RECIPE
 from acamkd.errors import AcamkdError
+from acamkd.jobs.inspect_layers import model_of_name
 from acamkd.models.base import Task
 from acamkd.models.convert import convention_of, to_torchvision
 from acamkd.models.weights import is_further_part, read_tensors
@@ -75,7 +76,7 @@ def identify(file: Path, task: Task, network: str | None = None) -> Teacher:
         tensors = to_torchvision(tensors, convention)
     shapes = _shapes(_without_prefix(tensors))
     count = _count_classes(shapes, task)
-    sections = [_named(network)] if network else _candidates(shapes, task)
+    sections = [model_of_name(network)] if network else _candidates(shapes, task)
     for section in sections if count else ():
         if convention not in ("torchvision", section.convention):
             section = section.model_copy(update={"options": {"convention": convention}})
@@ -108,13 +109,6 @@ def _of_run(file: Path, task: Task) -> Teacher | None:
 
 def _classes(count: int) -> str:
     return f"{count} class{'es' if count != 1 else ''}"
-
-
-def _named(network: str) -> config.Model:
-    arch, _, backbone = network.partition("/")
-    if arch == "torchvision":
-        return config.Model(arch=network)
-    return config.Model(arch=arch, **({"backbone": backbone} if backbone else {}))
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

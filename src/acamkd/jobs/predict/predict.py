@@ -89,6 +89,8 @@ def predict(
         raise AcamkdError("a number of seconds is for a camera, an address, --live or --watch")
     check_writable(folder)
     network = _open(model)
+    if network.task == "detection" and not set(write) - {"masks"}:
+        raise AcamkdError("a detector gives boxes, no masks: write overlays or json")
     if network.task == "segmentation" and "masks" in write:
         given.check_masks()
     for name in (LINES, LIST):  # an earlier prediction's would be taken for this one's
@@ -143,6 +145,8 @@ def open_source(source: Path | str | int, *, without: Sequence[Path], live: bool
     path = Path(os.path.expanduser(text))  # which leaves a name such as ~1.png as it is
     shown = without_password(text)
     if watch:
+        if live:
+            raise AcamkdError("--live plays a video file and --watch waits for images in a folder: give one of them")
         if not path.is_dir():
             raise AcamkdError(f"--watch waits for images in a folder, and {shown} is none")
         return GrowingFolder(path, without=without, stop=stop)

@@ -135,6 +135,8 @@ class ACAM(FeatureLoss):
             raise ValueError(f"temperature acts on 'softmax' and 'correlation', not on imitation={imitation!r}")
         if mask_grad == "task" and mask_source not in LEARNING:
             raise ValueError(f"mask_grad='task' needs masks that learn, and mask_source={mask_source!r} has none")
+        if on_mask_collapse == "stop" and mask_source not in LEARNING:
+            raise ValueError(f"on_mask_collapse='stop' needs masks that learn; mask_source={mask_source!r} has none")
         if mask_grad == "look_ahead" and mask_source in LEARNING:
             self.needs = self.needs | {"task_gradient"}
         self.num_masks = num_masks
