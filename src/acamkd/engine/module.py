@@ -222,27 +222,10 @@ class TrainingModule(L.LightningModule):
                 f"the training images do not make one batch of {self.config.batch_size} for each of "
                 f"{self.trainer.world_size} processes: lower train.batch_size or train.devices"
             )
-        steps_per_epoch = total_steps // self.config.epochs
         if config.name == "one_cycle":
-            peaks = [group["lr"] for group in optimizer.param_groups]
-            total_steps = max(total_steps, 2)
-            # torch divides by zero if the learning rate rises for exactly one step, or never falls.
-            pct_start = min(max(config.pct_start, 1.5 / total_steps), 1 - 0.5 / total_steps)
-            return lr_scheduler.OneCycleLR(
-                optimizer, max_lr=peaks, total_steps=total_steps, pct_start=pct_start,
-                cycle_momentum=self.config.optimizer.name != "sgd",  # with sgd the recipe sets the momentum
-            )  # fmt: skip
-        if config.warmup_steps >= total_steps:
-            log.warning(
-                "train.schedule: the rate rises for warmup_steps %d, and the training has %d steps: it never reaches "
-                "lr; lower warmup_steps", config.warmup_steps, total_steps,
-            )  # fmt: skip
-        # No error: a recipe's first trial is often of one epoch.
-        if late := [epoch for epoch in config.milestones if epoch >= self.config.epochs]:
-            log.warning(
-                "train.schedule.milestones: the training ends with epoch %d, so that %s change nothing",
-                self.config.epochs, late,
-            )  # fmt: skip
+            return self._one_cycle(optimizer, max(total_steps, 2))
+        self._warn_of_what_never_comes(total_steps)
+        steps_per_epoch = total_steps // self.config.epochs
         parts: list[lr_scheduler.LRScheduler] = []
         if config.warmup_steps:
             parts.append(lr_scheduler.LinearLR(optimizer, start_factor=1e-3, total_iters=config.warmup_steps))
@@ -252,6 +235,28 @@ class TrainingModule(L.LightningModule):
         elif config.name == "polynomial":
             parts.append(lr_scheduler.PolynomialLR(optimizer, total_iters=total_steps, power=config.power))
         return lr_scheduler.ChainedScheduler(parts or [lr_scheduler.ConstantLR(optimizer, factor=1.0)], optimizer)
+
+    def _one_cycle(self, optimizer: torch.optim.Optimizer, total_steps: int) -> lr_scheduler.LRScheduler:
+        # torch divides by zero if the learning rate rises for exactly one step, or never falls.
+        pct_start = min(max(self.config.schedule.pct_start, 1.5 / total_steps), 1 - 0.5 / total_steps)
+        return lr_scheduler.OneCycleLR(
+            optimizer, max_lr=[group["lr"] for group in optimizer.param_groups], total_steps=total_steps,
+            pct_start=pct_start,
+            cycle_momentum=self.config.optimizer.name != "sgd",  # with sgd the recipe sets the momentum
+        )  # fmt: skip
+
+    def _warn_of_what_never_comes(self, total_steps: int) -> None:
+        """No error: a recipe's first trial is often of one epoch."""
+        config, epochs = self.config.schedule, self.config.epochs
+        if config.warmup_steps >= total_steps:
+            log.warning(
+                "train.schedule: the rate rises for warmup_steps %d, and the training has %d steps: it never reaches "
+                "lr; lower warmup_steps", config.warmup_steps, total_steps,
+            )  # fmt: skip
+        if late := [epoch for epoch in config.milestones if epoch >= epochs]:
+            log.warning(
+                "train.schedule.milestones: the training ends with epoch %d, so that %s change nothing", epochs, late,
+            )  # fmt: skip
 
 
 def mend_convolutions(net: nn.Module) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from typing import Any
@@ -54,20 +55,7 @@ class FakeQuantization(nn.Module):
 
     def __init__(self, model: TaskModel) -> None:
         super().__init__()
-        require_torchao()
-        disabled = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # torch warns of how torchao registers its types
-        try:
-            from torchao.quantization.pt2e import (
-                FakeQuantize,
-                FusedMovingAvgObsFakeQuantize,
-                MovingAverageMinMaxObserver,
-                MovingAveragePerChannelMinMaxObserver,
-            )
-        except ImportError as error:
-            raise AcamkdError(f"train.quantize needs torchao 0.18 or newer: {error}") from error
-        finally:
-            logging.disable(disabled)
+        of_weight, of_map = _roundings()
         self.weights, self.maps = nn.ModuleDict(), nn.ModuleDict()
         self._calls: dict[str, int] = {}
         self._observing: bool | None = None
@@ -83,20 +71,11 @@ class FakeQuantization(nn.Module):
         rounding_at: dict[str, nn.Module] = {**layers, **smooth}
         counts, merged = _probe(model, rounding_at)
         for name, layer in layers.items():
-            # The range of a weight is that of its present values, whatever the mode. torchao's fused form scales
-            # positive and negative extremes differently, onnxruntime does not.
-            self.weights[_key(name)] = rounding = FakeQuantize(
-                MovingAveragePerChannelMinMaxObserver, -WEIGHT_LIMIT, WEIGHT_LIMIT, dtype=torch.int8,
-                qscheme=torch.per_channel_symmetric, averaging_constant=1.0,
-                ch_axis=int(isinstance(layer, nn.ConvTranspose2d)),
-            )  # fmt: skip
+            self.weights[_key(name)] = rounding = of_weight(ch_axis=int(isinstance(layer, nn.ConvTranspose2d)))
             rounding(layer.weight.detach().cpu())  # gives its buffers their size
         for name in rounding_at:
             for end in ["input", "output"] if name in layers and name not in merged else ["input"]:
-                self.maps[f"{_key(name)}:{end}"] = nn.ModuleList(
-                    FusedMovingAvgObsFakeQuantize(MovingAverageMinMaxObserver, 0, 255, dtype=torch.uint8)
-                    for _ in range(max(1, counts[name]))
-                )
+                self.maps[f"{_key(name)}:{end}"] = nn.ModuleList(of_map() for _ in range(max(1, counts[name])))
         model.register_forward_pre_hook(self._begin)
         for name, module in rounding_at.items():
             self._attach(name, module, has_weight=name in layers)
@@ -152,6 +131,33 @@ def _rounded(rounding: nn.Module, x: Any) -> Tensor:
 def _key(name: str) -> str:
     """A layer's name where none with dots is allowed."""
     return name.replace(".", "/") or "net"
+
+
+def _roundings() -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
+    """What makes torchao's rounding of a weight and of a feature map.
+
+    The range of a weight is that of its present values, whatever the mode. torchao's fused form scales positive and
+    negative extremes differently, onnxruntime does not.
+    """
+    require_torchao()
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # torch warns of how torchao registers its types
+    try:
+        from torchao.quantization.pt2e import (
+            FakeQuantize,
+            FusedMovingAvgObsFakeQuantize,
+            MovingAverageMinMaxObserver,
+            MovingAveragePerChannelMinMaxObserver,
+        )
+    except ImportError as error:
+        raise AcamkdError(f"train.quantize needs torchao 0.18 or newer: {error}") from error
+    finally:
+        logging.disable(disabled)
+    of_weight = partial(
+        FakeQuantize, MovingAveragePerChannelMinMaxObserver, -WEIGHT_LIMIT, WEIGHT_LIMIT, dtype=torch.int8,
+        qscheme=torch.per_channel_symmetric, averaging_constant=1.0,
+    )  # fmt: skip
+    return of_weight, partial(FusedMovingAvgObsFakeQuantize, MovingAverageMinMaxObserver, 0, 255, dtype=torch.uint8)
 
 
 @torch.no_grad()

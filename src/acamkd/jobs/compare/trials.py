@@ -156,7 +156,11 @@ class Trial:
         metrics, name = run.metrics, METRICS[self.recipe.task]
         columns = _columns(run.folder / "history.csv")
         masks = _of_masks(columns)
-        tested = self.recipe.data.test is not None and not self.tuning  # a search never sees these images
+        test, of_best = None, None
+        if self.recipe.data.test is not None and not self.tuning:  # a search never sees these images
+            test = evaluate(run, split="test", epoch="last")
+            is_best = metrics["best_epoch"] == metrics["epochs"]
+            of_best = (test if is_best else evaluate(run, split="test"))[name]
         return {
             "method": self.method,
             "setting": self.setting,
@@ -173,8 +177,8 @@ class Trial:
                 key: values[-1] for key, values in columns.items()
                 if key not in ("epoch", "step", "seconds", EMA_COLUMN, *masks) and not key.startswith("loss")
             },
-            "test": evaluate(run, split="test", epoch="last") if tested else None,
-            "test_of_best_epoch": evaluate(run, split="test")[name] if tested else None,
+            "test": test,
+            "test_of_best_epoch": of_best,
             "masks": {key: columns[key] for key in masks},
             "wall_time": metrics["seconds"],
             "cpu_time": metrics["cpu_seconds"],
