@@ -33,19 +33,11 @@ from typing import Any, NamedTuple
 
 if absent := [
     name
-    for name in [
-        "torch",
-        "torchvision",
-        "lightning",
-        "timm",
-        "torchmetrics",
-        "pydantic",
-        "matplotlib",
-        "docstring_parser",
-        "faster_coco_eval",
-        "segmentation_models_pytorch",
-        "acamkd",
-    ]
+    for name in (
+        *("torch", "torchvision", "lightning", "timm", "torchmetrics", "pydantic", "matplotlib", "docstring_parser"),
+        *("faster_coco_eval", "segmentation_models_pytorch", "rich", "typer", "yaml", "jinja2", "tqdm", "filelock"),
+        *("safetensors", "scipy", "acamkd"),
+    )
     if importlib.util.find_spec(name) is None
 ]:
     sys.exit(f"missing: {', '.join(absent)}. Install them: pip install -e . (or, for acamkd, PYTHONPATH=src)")
@@ -63,7 +55,7 @@ from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.methods import METHODS
 from acamkd.engine import metrics
 from acamkd.engine.module import mend_convolutions
-from acamkd.engine.runs import write_json, write_text
+from acamkd.files import write_json, write_text
 from acamkd.jobs.compare.trials import plan
 from acamkd.jobs.demo.layout import SIZE
 from acamkd.jobs.demo.one_task import FIRST_SEED, read_recipe

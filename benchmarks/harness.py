@@ -17,10 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from matplotlib.figure import Figure
 
-RESULTS = Path(__file__).parent / "results"
+from acamkd.jobs.compare.compare import KEPT_HEAP
 
-KEPT_HEAP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_ARENA_MAX": "1"}
-"""Settings of glibc: nothing is mapped for one tensor alone, and nothing given back."""
+RESULTS = Path(__file__).parent / "results"
 
 
 def arguments(parser: argparse.ArgumentParser, *, keep_heap: bool = False) -> argparse.Namespace:

@@ -32,7 +32,7 @@ from acamkd.distillation.build import build_distiller
 from acamkd.distillation.methods import find, options
 from acamkd.distillation.taps import FeatureTap
 from acamkd.engine.cost import flop_counter
-from acamkd.jobs.profile import step_of
+from acamkd.jobs.estimate import step_of
 from acamkd.losses.base import DistillationContext, FeatureLoss
 from acamkd.models.base import Task, TaskModel
 

@@ -35,7 +35,7 @@ from acamkd.config import Loss, Model
 from acamkd.distillation.build import build_distiller
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.fast_teacher import DTYPES, Precision, relative_differences
-from acamkd.jobs.profile import measured, step_of
+from acamkd.jobs.estimate import measured, step_of
 from acamkd.models.base import Batch, Target, Task, TaskModel
 
 ROUNDS = 3

@@ -20,11 +20,22 @@ SECTIONS = {"start": "Get started", "guides": "Guides", "concepts": "Concepts", 
             "reference": "Reference", "research": "Research"}  # fmt: skip
 """Folders of pages, in the order of the navigation."""
 
-EXTENDED = ("losses/base.py", "models/base.py", "data/dataset.py")
+EXTENDED = ("losses/base.py", "models/base.py", "data/dataset.py", "data/boxes.py", "data/formats/masks.py")
 """Files with what an extension of acamkd derives from."""
 
 PACKAGES = (acamkd.config, acamkd.data, acamkd.models)
 """Packages whose public names are part of the API, beside those of acamkd itself."""
+
+RESULTS = (
+    "engine.runs.Run", "engine.step_profile.StepProfile", "jobs.evaluate.Scores", "jobs.run_all.RunAll",
+    "jobs.compare.compare.ComparisonResult", "jobs.compare.statistics.Row", "jobs.compare.statistics.Paired",
+    "jobs.estimate.Estimate", "jobs.estimate.Part", "jobs.doctor.Diagnosis", "jobs.doctor.Finding",
+    "jobs.examine_data.DataReport", "data.statistics.Statistics", "jobs.inspect_layers.Inspection",
+    "jobs.init.init.Proposal", "jobs.export.export.Export", "jobs.export.export.Measured",
+    "jobs.benchmark.result.Benchmark", "jobs.benchmark.result.Row", "jobs.predict.result.Predictions",
+    "jobs.demo.demo.Demo",
+)  # fmt: skip
+"""What the package's functions return."""
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src/acamkd"
@@ -86,6 +97,10 @@ def _package() -> list[str]:
     return [f"::: acamkd.{name}" for name in sorted(set(dir(acamkd)) - set(vars(acamkd.losses)), key=str.lower)]
 
 
+def _results() -> list[str]:
+    return [f"::: acamkd.{name}\n    options: {{show_root_full_path: true}}" for name in RESULTS]
+
+
 def _bases() -> list[str]:
     return [_module(SOURCE / file) for file in EXTENDED]
 
@@ -104,7 +119,7 @@ def _packages() -> list[str]:
     return lines
 
 
-API = {"package": _package, "bases": _bases, "losses": _losses, "packages": _packages}
+API = {"package": _package, "results": _results, "bases": _bases, "losses": _losses, "packages": _packages}
 """What a page of the API asks for by this word -> its directives for mkdocstrings."""
 
 

@@ -35,7 +35,7 @@ def halve_coco(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def few_labels(root: Path, every: int) -> tuple[int, int]:
-    """Make `few` and `rest` of `train`, with hard links; returns their numbers of every_image."""
+    """Make `few` and `rest` of `train`, with hard links; returns how many images each has."""
     every_image = sorted((root / "images/train").iterdir())
     few = every_image[::every]
     for folder, files in {"few": few, "rest": [file for file in every_image if file not in few]}.items():

@@ -1,7 +1,8 @@
 """acamkd: knowledge distillation for object detectors and semantic segmenters.
 
-What the command line does, Python does by the same word: `acamkd.distill("recipe.yaml")`. Every function takes a recipe
-(its file or the object) or a run (its folder or the object), and returns an object that prints itself.
+What the command line does, Python does by the same word: `acamkd.distill("recipe.yaml")`. Only `methods`, `report` and
+`tokens` are words of the command line alone. Every function takes a recipe (its file or the object) or a run (its
+folder or the object), and returns an object that prints itself.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from acamkd.distillation.taps import FeatureTap as FeatureTap
     from acamkd.engine.runs import load_student as load_student
     from acamkd.engine.runs import open_run as open_run
+    from acamkd.errors import AcamkdError as AcamkdError
     from acamkd.jobs.benchmark.benchmark import benchmark as benchmark
     from acamkd.jobs.compare.compare import compare as compare
     from acamkd.jobs.demo.demo import demo as demo
@@ -33,11 +35,13 @@ if TYPE_CHECKING:
     from acamkd.models.base import FeatureModel as FeatureModel
     from acamkd.models.base import TaskModel as TaskModel
     from acamkd.models.detection import Detector as Detector
+    from acamkd.models.detection import wrap_detector as wrap_detector
     from acamkd.models.segmentation import Segmenter as Segmenter
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AcamkdError": "acamkd.errors",
     "METHODS": "acamkd.distillation.methods",
     "Detector": "acamkd.models.detection",
     "Distiller": "acamkd.distillation.distiller",
@@ -61,12 +65,19 @@ _HOMES = {
     "pretrain": "acamkd.jobs.pretrain",
     "run": "acamkd.jobs.run_all",
     "train": "acamkd.jobs.train",
+    "wrap_detector": "acamkd.models.detection",
 }
 """Where each name lives; the losses are names of `acamkd.losses`."""
 
 
+_PACKAGES = ("config", "data", "losses", "models")
+"""Packages with names for a script."""
+
+
 def __getattr__(name: str) -> Any:
     """Import on first use, so that neither the command line nor `acamkd.config` waits for torch."""
+    if name in _PACKAGES:
+        return importlib.import_module(f"acamkd.{name}")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name[:1].isupper() and name in _losses():  # other names may be modules that an import looks for

@@ -22,6 +22,12 @@ def refuse_unknown(owner: str, options: Iterable[str], known: Collection[str]) -
             raise AcamkdError(f"{owner} has no option {name}; {nearest(name, known)}")
 
 
+def check_word(what: str, given: str, known: Collection[str]) -> None:
+    """Raise AcamkdError unless a word is one of those that an argument may be."""
+    if given not in known:
+        raise AcamkdError(f"{what}: there is no {given!r}; {nearest(given, known)}")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Say which known words come closest, "did you mean a, b?"; list them where none is close, at most 20."""
     words = sorted(known)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 from acamkd.errors import AcamkdError
 
@@ -109,3 +111,28 @@ def written_whole(path: Path, *, previous: Path | None = None, durable: bool = T
         with suppress(OSError):  # the error above is the one to tell
             unfinished.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file completely or not at all, in a folder that is created if needed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Mapping[Any, Any]) -> None:
+    """Write a JSON file completely or not at all; see `as_json`."""
+    write_text(path, as_json(content) + "\n")
+
+
+def as_json(content: Any) -> str:
+    """Indented JSON, with null for NaN, which JSON lacks."""
+    return json.dumps(_without_nan(content), indent=2)
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and content != content else content

@@ -1,11 +1,13 @@
-"""Who speaks: progress bars of long jobs, in a terminal and in a notebook, by the first process alone."""
+"""Who speaks: progress bars of long jobs, by the first process alone; and which parts of the package are silent."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TextIO, TypeVar
 
 from rich.console import Console
@@ -42,3 +44,21 @@ def progress(items: Iterable[T], what: str, *, total: int | None = None, unit: s
         warnings.filterwarnings("ignore", message="IProgress not found")  # it then draws with letters
         from tqdm.auto import tqdm
     return tqdm(items, what, total=total, unit=unit, leave=False, delay=DELAY, mininterval=0.5)
+
+
+@contextmanager
+def muted(*parts: str) -> Iterator[None]:
+    """Within, some modules or packages say nothing below an error.
+
+    Args:
+        parts: Their full names, such as acamkd.models.
+    """
+    loggers = [logging.getLogger(part) for part in parts]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -32,11 +32,12 @@ from studies.generality.plan import TASKS, Item, all_labels, batches, is_searche
 
 from acamkd import config
 from acamkd.engine.metrics import METRICS
-from acamkd.engine.runs import TERMINATED, Run, default_folder, read_json, write_text
+from acamkd.engine.runs import TERMINATED, Run, default_folder, read_json
+from acamkd.files import write_text
 from acamkd.jobs.compare import trials_csv
 from acamkd.jobs.compare.compare import run_trials
+from acamkd.jobs.estimate import estimate
 from acamkd.jobs.evaluate import evaluate
-from acamkd.jobs.profile import estimate
 
 REPETITIONS = 3
 """Of a measurement, of which the median counts."""

@@ -20,7 +20,7 @@ from studies.generality import plan
 from studies.generality.answers import SMALLEST, Answer, Estimate, Found, Results, answers, estimate
 from studies.generality.plan import IDEAS, KINDS, OTHERS, PRIMARY, RATIOS, TASKS, TEACHER, comparison
 
-from acamkd.engine.runs import write_text
+from acamkd.files import write_text
 from acamkd.jobs.compare.statistics import holm, on_test, scores_of
 from acamkd.jobs.compare.trials import NONE
 

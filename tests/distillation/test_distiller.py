@@ -14,7 +14,7 @@ from acamkd.distillation.audit import AUDITED_STEPS, _anywhere
 from acamkd.distillation.distiller import Distiller, NonFiniteError
 from acamkd.distillation.schedule import WeightSchedule
 from acamkd.errors import AcamkdError
-from acamkd.jobs.profile import step_of
+from acamkd.jobs.estimate import step_of
 from acamkd.losses import ACAM, FGD, PKD, DistillationContext, FeatureLoss, FitNet, HeadLoss
 from acamkd.losses.acam.statistics import WATCH_EVERY
 from acamkd.models import Batch, Target, TaskModel, build

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 import tiny
 from acamkd import config, models
-from acamkd.engine.runs import LOCK, LOG, RECIPE, Role, Run, as_json, open_run, write_json
+from acamkd.engine.runs import LOCK, LOG, RECIPE, Role, Run, open_run
 from acamkd.errors import AcamkdError
-from acamkd.files import unfinished_name
+from acamkd.files import as_json, unfinished_name, write_json
 
 
 def _run(folder: Path, role: Role = "student", **train: Any) -> Run:

@@ -19,9 +19,9 @@ from acamkd.engine.pretraining import student_maps
 from acamkd.errors import AcamkdError
 from acamkd.jobs.benchmark.networks import networks_of
 from acamkd.jobs.doctor import doctor
+from acamkd.jobs.estimate import estimate
 from acamkd.jobs.export.card import license_of_teacher
 from acamkd.jobs.inspect_layers import as_losses, inspect, of_names
-from acamkd.jobs.profile import estimate
 from acamkd.jobs.run_all import run
 from acamkd.jobs.tokens import learn_tokens
 from acamkd.jobs.train import distill, train

@@ -11,8 +11,9 @@ import torch
 
 import tiny
 from acamkd import config, models
-from acamkd.engine.runs import Run, write_json
+from acamkd.engine.runs import Run
 from acamkd.errors import AcamkdError
+from acamkd.files import write_json
 from acamkd.jobs.compare.trials import plan
 from acamkd.jobs.doctor import examine
 from acamkd.jobs.examine_data import examine_data

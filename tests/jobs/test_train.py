@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import segmentation_models_pytorch as smp
@@ -24,7 +24,7 @@ from acamkd import cli, config, models
 from acamkd.data.scenes import CLASSES
 from acamkd.engine import runs
 from acamkd.engine.module import TrainingModule
-from acamkd.engine.runs import LOCK, Role
+from acamkd.engine.runs import LOCK
 from acamkd.errors import AcamkdError
 from acamkd.jobs.fit import hash_of
 from acamkd.jobs.setup import Batches, teacher_section
@@ -271,7 +271,7 @@ def test_only_the_same_recipe_and_command_resume(whole: Path, root: Path) -> Non
         distill(tiny.recipe(root, epochs=3), out=whole)
     with pytest.raises(AcamkdError, match="was made by another recipe or command"):
         distill(tiny.recipe(root, epochs=4), out=whole, resume=True)
-    roles: tuple[Role, ...] = ("student", "teacher")
+    roles: tuple[Literal["student", "teacher"], ...] = ("student", "teacher")
     for role in roles:
         with pytest.raises(AcamkdError, match="was made by another recipe or command"):
             train(tiny.recipe(root, epochs=3), role, out=whole, resume=True)

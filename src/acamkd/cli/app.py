@@ -91,7 +91,7 @@ def show(result: Any) -> None:
 
 def show_json(content: Any) -> None:
     """Print JSON."""
-    from acamkd.engine.runs import as_json
+    from acamkd.files import as_json
 
     typer.echo(as_json(content))
 

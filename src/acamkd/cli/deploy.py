@@ -25,13 +25,17 @@ def evaluate(
     split: Annotated[
         Literal["val", "test"], typer.Option(help="Which images of the recipe: data.val or data.test.")
     ] = "val",
+    epoch: Annotated[
+        Literal["best", "last"],
+        typer.Option(help="Weights: of the epoch with the best validation score, or of the last one (a checkpoint)."),
+    ] = "best",
     as_json: AsJson = False,
 ) -> None:
-    """Score a run's best network on its validation or test images."""
+    """Score a run's network on its validation or test images."""
     opened = run_of(run, set_)
     from acamkd.jobs.evaluate import evaluate as job
 
-    scores = job(opened, split=split)
+    scores = job(opened, split=split, epoch=epoch)
     if as_json:
         show_json(scores)
     else:

@@ -102,7 +102,19 @@ class ImageDataset(Dataset[Sample], ABC):
 
     @classmethod
     def open_split(cls, data: Data, split: SplitName, *, transform: Transform | None, seed: int) -> ImageDataset:
-        """Open one split of a recipe's `data`; raises AcamkdError if a file or folder cannot be read."""
+        """Open one split of a recipe's `data`.
+
+        Args:
+            data: The recipe's `data`, whose `train` and `val` may be others than the recipe's. Test images are opened
+                as `val`, and where `val` is a share of `train`, both are the same.
+            split: `train` or `val`: which of the two says where the images lie, `getattr(data, split)`, and whether
+                they are for training or for scores.
+            transform: Random changes.
+            seed: Of the random changes.
+
+        Raises:
+            AcamkdError: A file or folder cannot be read.
+        """
         raise NotImplementedError(f"{cls.__name__} must define open_split to be named in data.format")
 
     def __init__(

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from acamkd.config import Loss
 from acamkd.data.dataset import seed_of
-from acamkd.distillation.build import build_levels, suppress_logs
+from acamkd.distillation.build import SPEAKING, build_levels
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.methods import find, options, options_of
 from acamkd.distillation.schedule import WeightSchedule
 from acamkd.errors import AcamkdError
 from acamkd.models.base import VOID, Batch, FeatureModel, Target, TaskModel, to_device
-from acamkd.progress import progress
+from acamkd.progress import muted, progress
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def dry_build(student: TaskModel, teacher: FeatureModel, entries: Sequence[Loss]
     for entry, given in zip(plain, entries, strict=True):
         if given.is_auto:
             weights_of(entry)
-    with suppress_logs(), torch.random.fork_rng(devices=[]):
+    with muted(*SPEAKING), torch.random.fork_rng(devices=[]):
         levels = build_levels(student, teacher, plain)
     distiller = Distiller(student, teacher, [level.pair for level in levels], [level.loss for level in levels])
     return DryBuild(distiller, tuple(level.entry for level in levels))

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,19 +33,8 @@ class Level(NamedTuple):
     loss: FeatureLoss | HeadLoss
 
 
-@contextmanager
-def suppress_logs() -> Iterator[None]:
-    """Within, nothing is said of layers and untrained tokens, which is for the losses that are trained."""
-    speaking = ("acamkd.distillation.build", "acamkd.distillation.pairs", "acamkd.losses")
-    loggers = [logging.getLogger(name) for name in speaking]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+SPEAKING = ("acamkd.distillation.build", "acamkd.distillation.pairs", "acamkd.losses")
+"""What tells of layers and untrained tokens, which is said once: of the losses that are trained."""
 
 
 def build_distiller(

@@ -21,7 +21,7 @@ from rich.text import Text
 from acamkd import config
 from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
-from acamkd.files import check_writable, unfinished_name, written_whole
+from acamkd.files import check_writable, unfinished_name, write_json, write_text
 
 if TYPE_CHECKING:
     from acamkd.models.base import FeatureModel, TaskModel
@@ -318,26 +318,9 @@ def load_student(run: Run | Path | str) -> TaskModel:
     return as_run(run).load()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file completely or not at all, in a folder that is created if needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, content: Mapping[Any, Any]) -> None:
-    """Write a JSON file completely or not at all; see `as_json`."""
-    write_text(path, as_json(content) + "\n")
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read the metrics.json of a run or the JSON of a trial; the spelling of its keys is today's."""
     return dict(config.respelled(json.loads(path.read_text(encoding="utf-8"))))
-
-
-def as_json(content: Any) -> str:
-    """Indented JSON, with null for NaN, which JSON lacks."""
-    return json.dumps(_without_nan(content), indent=2)
 
 
 def _empty(folder: Path) -> None:
@@ -371,11 +354,3 @@ def _short(value: Any) -> str:
 
 def _percent(score: float | None) -> str:
     return "-" if score is None else f"{score:.2f}"
-
-
-def _without_nan(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        return {key: _without_nan(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and content != content else content

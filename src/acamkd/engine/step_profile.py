@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from acamkd.engine.printing import Printable
-from acamkd.engine.runs import write_json
 from acamkd.errors import AcamkdError
+from acamkd.files import write_json
 from acamkd.stopwatch import Stopwatch, running
 
 PROFILE = "profile.json"

@@ -108,6 +108,9 @@ def doctor(
         overrides: `key=value` assignments, as `--set` takes them.
         only_data: Examine only the images, and count what they hold.
 
+    Returns:
+        The findings, each with its advice; with `only_data` what the splits hold.
+
     Raises:
         AcamkdError: The recipe cannot be read. Every other problem is a finding.
     """

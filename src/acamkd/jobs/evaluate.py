@@ -15,7 +15,7 @@ from acamkd.engine.devices import device_of
 from acamkd.engine.metrics import score, scorer_of
 from acamkd.engine.printing import Printable
 from acamkd.engine.runs import Run, as_run
-from acamkd.errors import AcamkdError
+from acamkd.errors import AcamkdError, check_word
 
 log = logging.getLogger(__name__)
 
@@ -45,9 +45,14 @@ def evaluate(
         split: `val`, or the recipe's `data.test`.
         epoch: The epoch with the best score on the validation images, or the last one, from the run's checkpoint.
 
+    Returns:
+        A dictionary of every metric in percent: `mAP` or `mIoU` first, then those of sizes and classes.
+
     Raises:
         AcamkdError: The run's weights or images are missing or do not fit, or the recipe has no `data.test`.
     """
+    check_word("split", split, ("val", "test"))
+    check_word("epoch", epoch, ("best", "last"))
     run = as_run(run, overrides)
     recipe = run.recipe
     if split not in recipe.data.splits:

@@ -19,9 +19,9 @@ from acamkd.data.build import AUTO, reader_of
 from acamkd.distillation.pairs import SIDE, GivenPair, Layer, NoPairsError, blank_batch, layers, propose
 from acamkd.engine.printing import Printable
 from acamkd.errors import AcamkdError
-from acamkd.jobs.init.layout import quiet
 from acamkd.models.base import FeatureModel, PixelSize, Task, TaskModel
 from acamkd.models.build import family_of
+from acamkd.progress import muted
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +81,9 @@ def inspect(
         student: The student's name.
         overrides: `key=value` assignments that change the recipe.
 
+    Returns:
+        The layers of both networks, and the proposed `losses`.
+
     Raises:
         AcamkdError: A network cannot be built.
     """
@@ -134,12 +137,12 @@ def model_of_name(name: str) -> config.Model:
 
 
 def _build(section: config.Model, task: Task, classes: int, size: PixelSize = (SIDE, SIDE)) -> TaskModel:
-    with quiet("acamkd.models"):  # the size is not the recipe's
+    with muted("acamkd.models"):  # the size is not the recipe's
         return models.build(_blank(section), task, classes, size).eval()
 
 
 def _build_teacher(section: config.Model, task: Task, classes: int, size: PixelSize = (SIDE, SIDE)) -> FeatureModel:
-    with quiet("acamkd.models"):  # which would miss its weights
+    with muted("acamkd.models"):  # which would miss its weights
         return models.build_teacher(_blank(section), task, classes, size).eval()
 
 

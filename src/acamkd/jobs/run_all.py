@@ -21,16 +21,17 @@ from acamkd.engine.evidence import ImageInterval, compare_command, signed
 from acamkd.engine.image_statistics import collect, image_interval
 from acamkd.engine.metrics import METRICS
 from acamkd.engine.printing import Printable
-from acamkd.engine.runs import RECIPE, WITHOUT_EFFECT, OtherRunError, Run, default_folder, open_run, write_json
+from acamkd.engine.runs import RECIPE, WITHOUT_EFFECT, OtherRunError, Run, default_folder, open_run
 from acamkd.errors import AcamkdError
+from acamkd.files import write_json
 from acamkd.jobs.doctor import examine
 from acamkd.jobs.evaluate import evaluate
 from acamkd.jobs.examine_data import examine_data
-from acamkd.jobs.init.layout import quiet
 from acamkd.jobs.inspect_layers import of_recipe
 from acamkd.jobs.setup import describe_lead, score_of_run, teacher_section
 from acamkd.jobs.train import distill, train
 from acamkd.models.weights import TORCHVISION
+from acamkd.progress import muted
 from acamkd.report.run import REPORT, write_report
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,9 @@ def run(recipe: config.Recipe | Path | str, *, overrides: Sequence[str] = (), an
         overrides: `key=value` assignments, as `--set` takes them.
         anyway: Distill although the doctor finds that it would be worthless, or the teacher is behind the baseline.
 
+    Returns:
+        The runs with their scores, the report, and the verdict.
+
     Raises:
         AcamkdError: The recipe or its images cannot be used, or there is a reason not to distill.
     """
@@ -169,7 +173,7 @@ def _check_networks(recipe: config.Recipe) -> None:
                 continue
             if not Path(file).is_file():
                 raise AcamkdError(f"{section.title}: there is no file of weights {file}")
-    with quiet("acamkd.models"):
+    with muted("acamkd.models"):
         teacher, student = of_recipe(recipe)
         dry_build(student, teacher, recipe.losses)
 

@@ -18,7 +18,7 @@ from acamkd import config
 from acamkd.data import reading
 from acamkd.data.dataset import seed_of
 from acamkd.distillation.auto_weight import uncalibrated
-from acamkd.distillation.build import build_distiller, suppress_logs
+from acamkd.distillation.build import SPEAKING, build_distiller
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.taps import FeatureTap
 from acamkd.engine.devices import device_of
@@ -30,7 +30,7 @@ from acamkd.jobs.setup import Batches, build_network, build_teacher, teacher_sec
 from acamkd.losses.base import TokenModule
 from acamkd.models.base import TaskModel, head_of, to_device
 from acamkd.models.weights import save_tensors
-from acamkd.progress import progress
+from acamkd.progress import muted, progress
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def learn_tokens(
         for entry in map(uncalibrated, recipe.losses)
     ]
     torch.manual_seed(recipe.train.seed)
-    with suppress_logs():
+    with muted(*SPEAKING):
         distiller = build_distiller(student, teacher, entries)
     modules = _token_modules(distiller, recipe.name)
     batches.check()

@@ -17,11 +17,11 @@ from acamkd.distillation.pairs import resolve_pairs
 from acamkd.engine.devices import device_of, moved_to
 from acamkd.engine.metrics import METRICS, score, why_unscored
 from acamkd.engine.quantization import require_torchao
-from acamkd.engine.runs import RECIPE, Role, Run, default_folder
+from acamkd.engine.runs import RECIPE, Run, default_folder
 from acamkd.engine.trackers import check_installed
-from acamkd.errors import AcamkdError
+from acamkd.errors import AcamkdError, check_word
+from acamkd.jobs.estimate import Estimate, estimate
 from acamkd.jobs.fit import ScoredTeacher, fit, hash_of
-from acamkd.jobs.profile import Estimate, estimate
 from acamkd.jobs.setup import (
     Batches,
     build_network,
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 def train(
     recipe: config.Recipe | Path | str,
-    role: Role = "student",
+    role: Literal["student", "teacher"] = "student",
     *,
     overrides: Sequence[str] = (),
     out: Path | str | None = None,
@@ -65,6 +65,7 @@ def train(
     Raises:
         AcamkdError: Something that was given cannot be used; nothing is written then.
     """
+    check_word("role", role, ("student", "teacher"))
     recipe = config.as_recipe(recipe, overrides)
     check_installed(recipe)
     section = recipe.teacher if role == "teacher" else recipe.student

@@ -80,7 +80,8 @@ class DistillationLoss(nn.Module, ABC):
         statistics        scalars worth logging, filled by its forward
 
     What it learns (projections, generators, selection units) are its own sub-modules, so that an optimizer, a
-    checkpoint and DDP find them.
+    checkpoint and DDP find them. Its options are the keyword-only parameters of its constructor. A factor of its terms
+    is an attribute named `weight` or `..._weight` that each forward reads: logs show it, and `weight: auto` sets it.
     """
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
@@ -259,7 +260,8 @@ class FeatureLoss(DistillationLoss):
 class HeadLoss(DistillationLoss):
     """A distillation loss that needs the networks' heads rather than a pair of feature maps (CrossKD, KD-DETR).
 
-    A method is a subclass that implements `layers` and `forward`. It overrides `called` if it needs what goes into a
+    A method is a subclass that sets TERMS and implements `layers` and `forward`; all arguments of its constructor are
+    options with defaults. It overrides `called` if it needs what goes into a
     module, such as a decoder; DistillationLoss lists what else it may override.
     """
 

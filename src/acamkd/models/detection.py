@@ -299,14 +299,24 @@ def wrap_detector(
     Its transform is replaced, so that the net alone resizes and normalizes as in training.
 
     Args:
-        net: An instance of one of WRAPPERS.
+        net: A RetinaNet, FCOS or FasterRCNN of torchvision's, or a RepPoints of ours.
         num_classes: Without background.
         resize: (height, width) of the frame, or its short and long side; None = each image's own size.
         mean: Mean color; None = the net's own.
         std: Standard deviation; None = the net's own.
+
+    Raises:
+        AcamkdError: It is another network, or has another number of classes.
+
+    Example:
+        >>> net = torchvision.models.detection.fcos_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4)
+        >>> wrap_detector(net, 3).num_classes
+        3
     """
+    wrapper = next((wrapper for framework, wrapper in WRAPPERS.items() if isinstance(net, framework)), None)
+    if wrapper is None:
+        raise AcamkdError(f"{type(net).__name__} is none of {', '.join(each.__name__ for each in WRAPPERS)}")
     net.transform = DetectionTransform(resize, mean or net.transform.image_mean, std or net.transform.image_std)
-    wrapper = next(wrapper for framework, wrapper in WRAPPERS.items() if isinstance(net, framework))
     return wrapper(net, num_classes)
 
 

@@ -13,9 +13,9 @@ from acamkd.data import ImageDataset
 from acamkd.engine.cost import costs, threads
 from acamkd.engine.mask_history import REPLAY
 from acamkd.engine.metrics import METRICS
-from acamkd.engine.runs import RECIPE, Run, open_run, write_text
+from acamkd.engine.runs import RECIPE, Run, open_run
 from acamkd.errors import AcamkdError
-from acamkd.files import check_writable
+from acamkd.files import check_writable, write_text
 from acamkd.models.base import TaskModel
 from acamkd.report.answers import BASELINE, DISTILLED, TEACHER, Network, answers_of
 from acamkd.report.benchmark import read_benchmark

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from acamkd import config, models
-from acamkd.engine.runs import Run, write_text
+from acamkd.engine.runs import Run
 from acamkd.errors import AcamkdError
+from acamkd.files import write_text
 from acamkd.jobs.benchmark.networks import files_of_run, networks_of
 from tiny_onnx import write_segmenter
 from tiny_recipes import MODELS, write_recipe

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tiny
-from acamkd.engine.runs import as_json
+from acamkd.files import as_json
 from acamkd.jobs.benchmark.result import Benchmark, Row, front
 from acamkd.jobs.export.onnx_benchmark import Timing
 

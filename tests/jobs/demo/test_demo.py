@@ -21,7 +21,7 @@ from acamkd.errors import AcamkdError
 from acamkd.jobs.demo import demo, make_weights, one_task
 from acamkd.models.base import Task
 
-NETWORKS = {"teacher", "student", "distilled"}
+NETWORKS = {"teacher", "baseline", "distilled"}
 METRICS = {"detection": "mAP", "segmentation": "mIoU"}
 
 
@@ -51,7 +51,7 @@ def test_a_task_leaves_figures_images_and_runs(task: Task, tmp_path: Path) -> No
     assert result["teacher"] > 40  # it comes trained
     assert all(0 <= result[name] <= 100 for name in NETWORKS)
     assert set(result["costs"]) == NETWORKS
-    assert result["costs"]["teacher"]["parameters"] > result["costs"]["student"]["parameters"]
+    assert result["costs"]["teacher"]["parameters"] > result["costs"]["baseline"]["parameters"]
     assert "unlabeled" in (folder / "distilled/recipe.yaml").read_text()
     with Image.open(folder / "pictures.png") as sheet:
         assert sheet.width == 1200
@@ -71,8 +71,8 @@ if words["--seed"] == "9":
     sys.exit(1)
 folder = pathlib.Path(words["--out"], words["--task"])
 folder.mkdir(parents=True)
-costs = {name: {"parameters": 10, "milliseconds": 2.5} for name in ("teacher", "student", "distilled")}
-scores = {"metric": "mAP", "teacher": 60.0, "student": 20.0, "distilled": 40.0, "costs": costs, "report": "page.html"}
+costs = {name: {"parameters": 10, "milliseconds": 2.5} for name in ("teacher", "baseline", "distilled")}
+scores = {"metric": "mAP", "teacher": 60.0, "baseline": 20.0, "distilled": 40.0, "costs": costs, "report": "page.html"}
 (folder / "metrics.json").write_text(json.dumps(scores))
 """
 
@@ -195,6 +195,6 @@ def test_whole_demo_stays_within_its_time_and_memory(tmp_path: Path) -> None:
     seconds = time.monotonic() - started
     for task in METRICS:
         entry = json.loads((tmp_path / task / "metrics.json").read_text())
-        assert entry["teacher"] > entry["distilled"] > entry["student"] + 3, task
+        assert entry["teacher"] > entry["distilled"] > entry["baseline"] + 3, task
     assert seconds < 8 * 60
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 2 * 2**30

@@ -18,9 +18,9 @@ from acamkd.data import ImageDataset
 from acamkd.engine import machine
 from acamkd.engine.mask_history import spread
 from acamkd.engine.metrics import METRICS, Scorer, scorer_of
-from acamkd.engine.runs import RECIPE, Run, as_run, write_json
+from acamkd.engine.runs import RECIPE, Run, as_run
 from acamkd.errors import AcamkdError, nearest
-from acamkd.files import check_writable_file
+from acamkd.files import check_writable_file, write_json
 from acamkd.jobs.benchmark.networks import Network, files_of_run, networks_of, write_file
 from acamkd.jobs.benchmark.openvino_form import OpenVinoForm
 from acamkd.jobs.benchmark.result import Benchmark, Row, front
@@ -75,6 +75,9 @@ def benchmark(
         seconds: Timed seconds of each form.
         out: JSON file to write; by default `benchmark.json` in the run folder, or FILE with the ending
             `.benchmark.json`.
+
+    Returns:
+        A row for each form of a network: its score, size, latency and throughput.
 
     Raises:
         AcamkdError: The model or its images cannot be read, or no form can be run.

@@ -27,9 +27,9 @@ from rich.text import Text
 
 from acamkd import config
 from acamkd.engine.printing import Printable
-from acamkd.engine.runs import TERMINATED, default_folder, write_text
+from acamkd.engine.runs import TERMINATED, default_folder
 from acamkd.errors import AcamkdError
-from acamkd.files import check_writable
+from acamkd.files import check_writable, write_text
 from acamkd.jobs.compare import tables, trials_csv
 from acamkd.jobs.compare.statistics import Row, summarize
 from acamkd.jobs.compare.trials import NONE, Trial, methods_of, plan
@@ -97,6 +97,9 @@ def compare(
         seconds: Trials that are not expected to end within this time are not started.
         jobs: Trials that run at the same time.
         overrides: `key=value` assignments for the recipe, as `--set` takes them.
+
+    Returns:
+        A row for each method, with its paired differences to the baseline.
 
     Raises:
         AcamkdError: A method is unknown or none is given, trials failed, or they differ in images, teacher or number of

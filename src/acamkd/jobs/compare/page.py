@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from acamkd import config
-from acamkd.engine.runs import write_text
+from acamkd.files import write_text
 from acamkd.jobs.compare.statistics import (
     Row,
     Trials,

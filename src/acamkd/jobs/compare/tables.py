@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from acamkd import config
-from acamkd.engine.runs import write_json, write_text
+from acamkd.files import write_json, write_text
 from acamkd.jobs.compare.page import write_page
 from acamkd.jobs.compare.statistics import Paired, Row, Trials, final_means, mask_curves, teachers_of, tested, tuned
 from acamkd.jobs.compare.trials import NONE

@@ -23,9 +23,9 @@ from acamkd.engine.runs import (
     Run,
     default_folder,
     read_json,
-    write_json,
 )
 from acamkd.errors import AcamkdError, nearest
+from acamkd.files import write_json
 from acamkd.jobs.compare import trials_csv
 from acamkd.mask_health import mask_statistic
 from acamkd.progress import is_first_process

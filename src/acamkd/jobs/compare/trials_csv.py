@@ -17,8 +17,9 @@ from typing import Any, TypeAlias
 import yaml
 
 from acamkd import config
-from acamkd.engine.runs import read_json, write_text
+from acamkd.engine.runs import read_json
 from acamkd.errors import AcamkdError
+from acamkd.files import write_text
 
 Content: TypeAlias = dict[str, Any]
 """Content of a finished trial, as in its JSON."""

@@ -43,8 +43,8 @@ class Demo(Printable):
 
     Attributes:
         folder: Output folder. Its folder TASK has `metrics.json`, `pictures.png` and the run folders.
-        results: By task the content of metrics.json: the name of the metric, its percentage for `teacher`, `student`
-            (the baseline) and `distilled`; the networks' `costs`, the milliseconds of one forward over one image; and
+        results: By task the content of metrics.json: the name of the metric, its percentage for `teacher`,
+            `baseline` and `distilled`; the networks' `costs`, the milliseconds of one forward over one image; and
             the `report` of the distilled student, below `folder/TASK`.
     """
 
@@ -78,6 +78,9 @@ def demo(
         seed: Seed of the scenes and of the trainings.
         keep: Keep trainings that an earlier demo finished, and resume the one that it began; otherwise they are
             replaced.
+
+    Returns:
+        The scores and costs of teacher, baseline and distilled student, by task.
 
     Raises:
         AcamkdError: The folder cannot be used, or `keep` found trainings of another seed.

@@ -7,5 +7,5 @@ SIZE = (96, 96)
 
 NOTES, SHEET = "metrics.json", "pictures.png"
 
-TITLES = {"teacher": "teacher", "student": "baseline", "distilled": "distilled student"}
+TITLES = {"teacher": "teacher", "baseline": "baseline", "distilled": "distilled student"}
 """Network in metrics.json -> its name in table and sheet."""

@@ -13,13 +13,15 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
 from acamkd import config, data
 from acamkd.data.scenes import KINDS, OTHER_KINDS, write_scenes
 from acamkd.engine.metrics import METRICS, score, scorer_of
-from acamkd.engine.runs import Role, Run, write_json
+from acamkd.engine.runs import Run
+from acamkd.files import write_json
 from acamkd.jobs.demo.layout import SIZE
 from acamkd.jobs.demo.one_task import read_recipe
 from acamkd.jobs.train import train
@@ -60,7 +62,7 @@ def make_backbone(folder: Path) -> None:
     _note(run, file, run.metrics["student"], PRETRAINING)
 
 
-def _train(task: Task, folder: Path, role: Role, settings: tuple[str, ...]) -> Run:
+def _train(task: Task, folder: Path, role: Literal["teacher", "student"], settings: tuple[str, ...]) -> Run:
     recipe = config.override(read_recipe(task, folder, seed=0), settings)
     kinds = KINDS if role == "teacher" else OTHER_KINDS
     write_scenes(recipe.data.root, train=SCENES, val=VAL, size=SIZE, seed=SEED, task=task, kinds=kinds)

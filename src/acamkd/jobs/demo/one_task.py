@@ -18,8 +18,9 @@ from acamkd.distillation.build import build_distiller
 from acamkd.distillation.taps import probe
 from acamkd.engine.cost import median_milliseconds
 from acamkd.engine.metrics import METRICS
-from acamkd.engine.runs import OtherRunError, Run, write_json
+from acamkd.engine.runs import OtherRunError, Run
 from acamkd.errors import AcamkdError
+from acamkd.files import write_json
 from acamkd.jobs.demo.layout import NOTES, SHEET, SIZE, TITLES
 from acamkd.jobs.fit import count_parameters
 from acamkd.jobs.train import distill, train
@@ -60,11 +61,15 @@ def run_task(task: Task, out: Path, seed: int, keep: bool) -> None:
     baseline = _carry_out(train, recipe, out / task / "baseline", keep)
     log.info("training 2 of 2: the same student, distilled on these and %d unlabeled images", UNLABELED)
     distilled = _carry_out(distill, recipe, out / task / "distilled", keep)
-    networks = {"teacher": head_of(distilled.load_teacher()), "student": baseline.load(), "distilled": distilled.load()}
+    networks = {
+        "teacher": head_of(distilled.load_teacher()),
+        "baseline": baseline.load(),
+        "distilled": distilled.load(),
+    }
     result = {
         "metric": metric,
         "teacher": distilled.metrics["teacher"][metric],
-        "student": baseline.metrics["student"][metric],
+        "baseline": baseline.metrics["student"][metric],
         "distilled": distilled.metrics["student"][metric],
         "costs": {name: _cost(network) for name, network in networks.items()},
         "report": (distilled.folder / REPORT).relative_to(out / task).as_posix(),

@@ -127,6 +127,9 @@ def export(
         max_drop: Points of the metric that an INT8 file may lose.
         license: License of the weights for the model card, by the Hub's name (`apache-2.0`).
 
+    Returns:
+        The files, with the scores and the times that were measured.
+
     Raises:
         AcamkdError: A package or the data is missing, the network cannot be exported, a file gives other outputs or
             another score than PyTorch, or an INT8 file loses more than `max_drop`.

@@ -175,9 +175,10 @@ def build_graph(model: TaskModel, resize: Resize, *, with_nms: bool, openvino: b
     """
     if with_nms and model.task == "segmentation":
         raise AcamkdError("--with-nms: segmentation has no non-maximum suppression; leave the option out")
-    if isinstance(model, Segmenter):
+    is_ours = isinstance(model, Segmenter | Detector) and type(model).export_form is TaskModel.export_form
+    if is_ours and isinstance(model, Segmenter):
         return SegmentationGraph(model, resize)
-    if not isinstance(model, Detector):
+    if not (is_ours and isinstance(model, Detector)):
         if with_nms:
             raise AcamkdError(
                 f"--with-nms: {type(model.net).__name__} has no non-maximum suppression of ours; leave the option out"

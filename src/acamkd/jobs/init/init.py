@@ -17,9 +17,9 @@ from acamkd.config.yaml_text import Dumper
 from acamkd.data.statistics import Statistics, count
 from acamkd.distillation.pairs import propose
 from acamkd.engine.printing import Printable
-from acamkd.engine.runs import write_text
 from acamkd.errors import AcamkdError
-from acamkd.files import check_writable_file
+from acamkd.files import check_writable_file, write_text
+from acamkd.jobs.estimate import Estimate, estimate
 from acamkd.jobs.init.choices import (
     DENSE,
     LEARNING_RATES,
@@ -30,11 +30,11 @@ from acamkd.jobs.init.choices import (
     inherited,
     this_machine,
 )
-from acamkd.jobs.init.layout import Layout, find_layouts, find_unlabeled, quiet
+from acamkd.jobs.init.layout import Layout, find_layouts, find_unlabeled
 from acamkd.jobs.init.teacher import Teacher, identify
 from acamkd.jobs.inspect_layers import RATIOS, as_losses, of_recipe
-from acamkd.jobs.profile import Estimate, estimate
 from acamkd.models.base import VOID, Task
+from acamkd.progress import muted
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +93,7 @@ def init(
 ) -> Proposal:
     """Look at a folder of images, and write a commented recipe of at most forty lines that runs as it is.
 
-    Nothing in the folder is changed. Images for validation are drawn from the training images where there are none,
-    without moving a file.
+    Nothing in the folder is changed. Where there are no images for validation, some of the training images serve.
 
     Args:
         folder: Images and annotations, in a layout that is known.
@@ -108,9 +107,11 @@ def init(
         overwrite: Replace it.
         ask: Puts a question where something is missing; without it that is an error.
 
+    Returns:
+        The recipe's file, and what was found.
+
     Raises:
-        AcamkdError: The folder is none that is known, something is missing, or the recipe is there already or cannot be
-            written.
+        AcamkdError: The folder is not known, something is missing, or the recipe is there or cannot be written.
     """
     root = Path(folder).expanduser().resolve()
     file = Path(out).expanduser() if out else Path(f"{_file_name(root.name)}.yaml")
@@ -300,7 +301,7 @@ def _measured(recipe: config.Recipe) -> Estimate | None:
     """What a step takes; None where the system does not say how much memory is free."""
     if not (torch.cuda.is_available() or Path("/proc/meminfo").is_file()):
         return None
-    with quiet("acamkd.models"):  # which would miss the teacher's weights
+    with muted("acamkd.models"):  # which would miss the teacher's weights
         return estimate(recipe)
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,6 +26,7 @@ from acamkd.data.packed import parquet_file
 from acamkd.errors import AcamkdError
 from acamkd.files import IMAGE_SUFFIXES
 from acamkd.models.base import VOID, Task
+from acamkd.progress import muted
 
 Keys: TypeAlias = dict[str, str]
 """One split, as a recipe writes it."""
@@ -104,7 +104,7 @@ def find_layouts(root: Path) -> list[Layout]:
     if not root.is_dir():
         raise AcamkdError(f"{root}: there is no such folder")
     finders: Sequence[Callable[[Path], Iterator[Layout]]] = (_coco, _yolo, _voc, _masks, _cityscapes)
-    with quiet("acamkd.data"):  # of what is only tried
+    with muted("acamkd.data"):  # of what is only tried
         found = [layout for finder in finders for layout in finder(root)] or [*_packed(root)]
     if not found:
         for file in sorted(root.glob("**/*.parquet"))[:1]:
@@ -122,18 +122,6 @@ def find_layouts(root: Path) -> list[Layout]:
             f"{patterns}. Give the folder that holds these (docs/guides/data.md shows every layout)"
         )
     return sorted(found, key=lambda layout: layout.on_request)
-
-
-@contextmanager
-def quiet(part: str) -> Iterator[None]:
-    """Within, a part of the package says nothing below an error."""
-    logger = logging.getLogger(part)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def find_unlabeled(root: Path) -> str | None:

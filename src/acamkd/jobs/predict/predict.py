@@ -74,6 +74,9 @@ def predict(
         watch: Wait for more images in the folder.
         seconds: End of a live source.
 
+    Returns:
+        The folder, how many images or frames it holds, and how fast they came.
+
     Raises:
         AcamkdError: The model, the source or one of its images cannot be read.
     """

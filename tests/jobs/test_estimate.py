@@ -10,9 +10,9 @@ import tiny
 from acamkd import config
 from acamkd.distillation.build import build_distiller
 from acamkd.errors import AcamkdError
-from acamkd.jobs import profile as module
+from acamkd.jobs import estimate as module
+from acamkd.jobs.estimate import LiveMemory, estimate
 from acamkd.jobs.fit import count_parameters
-from acamkd.jobs.profile import LiveMemory, estimate
 from acamkd.jobs.setup import build_network, build_teacher
 
 
