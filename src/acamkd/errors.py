@@ -1,6 +1,7 @@
 """The exceptions that users are meant to see."""
 
 import difflib
+import re
 from collections.abc import Collection, Iterable
 
 
@@ -13,6 +14,12 @@ class AcamkdError(ValueError):
 
 class ImageError(AcamkdError, OSError):
     """An image is not there or cannot be decoded. An OSError, too: a training says how to go on."""
+
+
+def without_password(text: str) -> str:
+    """An address, or a message with addresses, without user names and passwords, which must not get into files."""
+    named = r"(?i)\b(user(?:name)?|usr|login|pass(?:word|wd)?|pwd|token|key|auth|sig)=[^&?/#\s]*"
+    return re.sub(named, r"\1=...", re.sub(r"(?<=://)[^/\s]*@", "", text))
 
 
 def refuse_unknown(owner: str, options: Iterable[str], known: Collection[str]) -> None:

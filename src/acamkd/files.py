@@ -117,7 +117,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file completely or not at all, in a folder that is created if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")  # of file names that are not UTF-8
 
 
 def write_json(path: Path, content: Mapping[Any, Any]) -> None:

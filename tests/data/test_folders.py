@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 from PIL import Image
 
 from acamkd import config, data
+from acamkd.data import MaskDataset
 from acamkd.data.folders import Folder, existing
 from acamkd.data.unlabeled import UnlabeledImages
 from acamkd.errors import AcamkdError
+from acamkd.files import write_text
 from acamkd.models.base import Task
 
 DECOMPOSED = unicodedata.normalize("NFD", "Käfer")
@@ -60,6 +63,15 @@ def test_links_in_a_circle_end(tmp_path: Path) -> None:
     _image(tmp_path / "sub/a.png")
     (tmp_path / "sub/up").symlink_to(tmp_path)
     assert Folder(tmp_path).files == [tmp_path / "sub/a.png"]
+
+
+def test_names_that_are_no_utf_8_have_a_hash(tmp_path: Path) -> None:
+    _image(tmp_path / "images/a.png")
+    (tmp_path / "images/a.png").rename(os.fsdecode(bytes(tmp_path / "images") + b"/caf\xe9.png"))
+    read = MaskDataset([*(tmp_path / "images").iterdir()], [], ["sky"])
+    assert len(read.fingerprint()) == 16
+    write_text(tmp_path / "report.html", read.files[0].name)
+    assert (tmp_path / "report.html").read_text() == "caf\\udce9.png"
 
 
 def test_a_folder_and_a_link_to_it_are_read_once(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 
 from acamkd import data
 from acamkd.data import MaskFolder
 from acamkd.data.image_io import read_header, read_image, read_reduced, read_size
-from acamkd.errors import AcamkdError
+from acamkd.errors import AcamkdError, ImageError
 from acamkd.jobs.export import onnx_model
 
 PIXELS = np.zeros((8, 24, 3), np.uint8)
@@ -68,6 +68,21 @@ def test_every_reader_turns_the_image_upright(tmp_path: Path, name: str, orienta
     assert torch.equal(pixels, torch.from_numpy(expected).permute(2, 0, 1))
     assert read_header(file)[0] == expected.shape[:2] == ((24, 8) if orientation > 4 else (8, 24))
     assert np.array_equal(onnx_model.read_image(file), expected)
+
+
+def test_a_tiff_of_photo_software_is_turned_once(tmp_path: Path) -> None:
+    file, tags = tmp_path / "a.tif", TiffImagePlugin.ImageFileDirectory_v2()
+    tags[274], tags[700] = 6, b"<x:xmpmeta/>"
+    Image.fromarray(PIXELS).save(file, tiffinfo=tags)
+    assert read_header(file)[0] == tuple(read_image(file).shape[1:]) == (24, 8)
+
+
+def test_postscript_is_no_image_whatever_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    with pytest.raises(ImageError, match=r"a\.jpg: the image cannot be read: cannot identify"):
+        read_size(tmp_path / "a.jpg")
+    with pytest.raises(AcamkdError, match=r"a\.jpg: the image cannot be read: cannot identify"):
+        onnx_model.read_image(tmp_path / "a.jpg")
 
 
 def test_half_turns_and_mirrors_are_told_since_sizes_do_not_tell_them(tmp_path: Path) -> None:

@@ -112,6 +112,15 @@ def test_what_is_not_a_run_is_left_alone(tmp_path: Path, overwrite: bool) -> Non
     assert (tmp_path / "recipe.yaml").read_text() == "the user's own"
 
 
+def test_a_folder_of_data_beside_a_run_is_never_removed(tmp_path: Path) -> None:
+    _enter(_run(tmp_path), resume=False, overwrite=False)
+    for name in ("logs", "export", "images"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(AcamkdError, match="also holds the folder images, which no run makes"):
+        _enter(_run(tmp_path), resume=False, overwrite=True)
+    assert (tmp_path / "images").is_dir()
+
+
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(AcamkdError, match=r"cannot write the run folder .*file/run: Not a directory"):

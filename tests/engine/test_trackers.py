@@ -240,6 +240,7 @@ def test_loggers_of_a_recipe(tmp_path: Path) -> None:
         ("csv", "train.loggers: must be a list"),
         ([{"name": "mlflow", "project": "a"}], "train.loggers.0: mlflow has no project: leave it out"),
         ([{"name": "csv", "mode": "offline"}], "train.loggers.0: csv has no mode: leave it out, or set"),
+        ([{"name": "mlflow", "tracking_uri": "postgresql://me:secret@host/db"}], "a password would get into every run"),
         ([{"name": "wandb", "projct": "a"}], "train.loggers.0.projct: unknown key; did you mean project"),
     ):
         with pytest.raises(AcamkdError, match=message):

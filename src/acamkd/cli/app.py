@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -132,6 +133,8 @@ class _Lines(logging.Handler):
 
 def main() -> None:
     """Run the command line; an AcamkdError becomes one message and exit code 1."""
+    if isinstance(sys.stdout, TextIOWrapper):  # to a file or pipe, it may know fewer letters than a name or a minus has
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except AcamkdError as error:

@@ -2,7 +2,8 @@
 
 from acamkd.config.data import Augmentation, Data, ShortLong, Size, Split, parse_mask_value
 from acamkd.config.loading import as_recipe, dump, imported, load, override, parse, read_text, respelled
-from acamkd.config.schema import Comparison, Logger, Loss, Model, Optimizer, Recipe, Schedule, Search, Train
+from acamkd.config.schema import Comparison, Loss, Model, Recipe, Search
+from acamkd.config.train import Logger, Optimizer, Schedule, Train
 from acamkd.config.yaml_text import read_yaml, write_yaml
 
 __all__ = [

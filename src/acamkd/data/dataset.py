@@ -251,7 +251,7 @@ class ImageDataset(Dataset[Sample], ABC):
         digest = hashlib.sha256(repr(self.classes).encode())
         try:
             for file in self.files:
-                digest.update(f"{file.name} {size_of(file)}\n".encode())
+                digest.update(f"{file.name} {size_of(file)}\n".encode("utf-8", "surrogateescape"))  # names of any bytes
             for file in self.annotation_files:
                 packed = read_packed(file)
                 digest.update(file.read_bytes() if packed is None else packed)

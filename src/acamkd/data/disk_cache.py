@@ -82,7 +82,7 @@ class DiskCache:
                 unfinished.unlink()
 
     def _file(self, key: str) -> Path:
-        name = hashlib.sha256(key.encode()).hexdigest()[:40]
+        name = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:40]
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def _has_room(self, size: int) -> bool:

@@ -88,7 +88,8 @@ def read_header(file: Path) -> tuple[PixelSize, int]:
         width, height = image.size
         # Without this test, Pillow would decode a whole PNG to look for an entry after its pixels.
         says = any(entry in image.info for entry in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"))
-        orientation = orientation_of(image) if says else 1
+        # Pillow turns the size of a TIFF by itself.
+        orientation = orientation_of(image) if says and image.format != "TIFF" else 1
     return ((width, height) if orientation >= 5 else (height, width)), orientation
 
 
@@ -101,12 +102,16 @@ def orientation_of(image: Image.Image) -> int:
         return 1
 
 
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
+"""What is decoded, whatever a file's name ends with: Pillow would run Ghostscript for PostScript."""
+
+
 @contextmanager
 def opened(file: Path, what: str = "image") -> Iterator[ImageFile.ImageFile]:
     """Open an image; any error within the context becomes an ImageError that names the file."""
     try:
         packed = read_packed(file)
-        with Image.open(file if packed is None else BytesIO(packed)) as image:
+        with Image.open(file if packed is None else BytesIO(packed), formats=FORMATS) as image:
             yield image
     except FileNotFoundError as error:
         raise ImageError(f"{file}: there is no such {what}") from error

@@ -19,6 +19,7 @@ from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import Any, BinaryIO, TypeAlias
+from urllib.parse import quote, unquote
 
 from acamkd.errors import AcamkdError
 from acamkd.files import written_whole
@@ -94,7 +95,7 @@ def parquet_file(file: Path) -> Any:
 
 def cell_path(parquet: Path, column: str, row: int) -> Path:
     """The path of one cell of a Parquet file: an image's bytes, or anything else as JSON."""
-    return parquet / column / f"{row:06d}"
+    return parquet / quote(column, safe="") / f"{row:06d}"
 
 
 def _container(file: Path) -> Path | None:
@@ -157,6 +158,7 @@ def _listed(tar: Path) -> Members:
 
 def _from_parquet(parquet: Path, file: Path) -> bytes:
     column, row = file.relative_to(parquet).parts
+    column = unquote(column)
     changed = parquet.stat().st_mtime_ns
     with _reading:  # threads would decode one group several times
         starts = _group_starts(parquet, changed)

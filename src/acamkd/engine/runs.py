@@ -50,6 +50,9 @@ TERMINATED = 128 + signal.SIGTERM
 _BEGINNING = {LOCK, LOG, unfinished_name(RECIPE)}
 """Files that a run may leave behind if it fails before its start."""
 
+_FOLDERS = {"logs", "nonfinite", "export", "predictions"}
+"""Folders within a run folder."""
+
 PATIENCE = 10.0
 """Seconds to wait for a locked run folder: the image loaders of a killed training hold the lock for a few more."""
 
@@ -200,6 +203,12 @@ class Run(Printable):
                 raise AcamkdError(
                     f"{self.folder} already holds a run: --resume continues it, --overwrite replaces it, "
                     "--out FOLDER writes elsewhere"
+                )
+            foreign = [each.name for each in self.folder.iterdir() if each.is_dir() and each.name not in _FOLDERS]
+            if overwrite and foreign:
+                raise AcamkdError(
+                    f"{self.folder} also holds the folder {foreign[0]}, which no run makes and --overwrite would "
+                    "remove: choose another folder with --out"
                 )
         elif self.folder.is_dir():
             names = {file.name for file in self.folder.iterdir()}

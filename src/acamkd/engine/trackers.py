@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
@@ -20,7 +21,7 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from lightning.pytorch.utilities import rank_zero_only
 
 from acamkd import config
-from acamkd.errors import AcamkdError
+from acamkd.errors import AcamkdError, without_password
 
 log = logging.getLogger(__name__)
 
@@ -260,11 +261,12 @@ class MLflow(Tracker[MLFlowLogger]):
         uri = self.settings.tracking_uri or mlflow.get_tracking_uri()
         experiment = self.settings.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME", self.recipe.name)
         file, before = self._id(), None
+        digest = hashlib.sha256(uri.encode()).hexdigest()[:16]  # the address may hold a password
         if step and file.is_file():
             before, where = file.read_text(encoding="utf-8").splitlines()
-            before = before if where == uri else None
+            before = before if where in (uri, digest) else None  # earlier versions wrote the address itself
         live = MLFlowLogger(experiment, run_name=self.folder.name, tracking_uri=uri, run_id=before)
-        file.write_text(f"{live.run_id}\n{uri}\n", encoding="utf-8")
+        file.write_text(f"{live.run_id}\n{digest}\n", encoding="utf-8")
         if before:
             live.experiment.update_run(before, status="RUNNING")
         return live, not before
@@ -295,8 +297,8 @@ class MLflow(Tracker[MLFlowLogger]):
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of what an error says, without passwords."""
+    return without_password((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def _flat(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -92,8 +92,20 @@ def _is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
+def _is_zip(path: Path) -> bool:
+    """Whether torch reads a file as an archive: by its first bytes, where zipfile looks at the last ones."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def _conversion(path: Path, first: str) -> str:
     """Advice for extracting the weights from a file with Python objects."""
+    if not _is_zip(path):  # the older format, whose outline takes several steps
+        return (
+            "Where you know the class to be harmless, convert it once: with torch.serialization.safe_globals("
+            f"[{first}]): torch.save({{key: x for key, x in torch.load({str(path)!r}, weights_only=True).items() if "
+            "isinstance(x, dict)}, 'NEW.pth')"
+        )
     content = _outline(path)
     names = [name for name in torch.serialization.get_unsafe_globals_in_checkpoint(path) or [first]
              if not name.startswith("numpy.")]  # fmt: skip
@@ -149,14 +161,15 @@ class _Outliner(pickle.Unpickler):
         return type(name, (_Stub,), {"name": f"{module}.{name}"})
 
 
+def _refuse(*_: Any, **__: Any) -> Any:
+    raise pickle.UnpicklingError("the outline alone is read")
+
+
 def _outline(path: Path) -> Any:
-    """Content of a file, with stubs for its Python objects; an empty mapping if it cannot be read."""
+    """Content of an archive, with stubs for its Python objects; an empty mapping if it cannot be read."""
     shim = types.SimpleNamespace(
-        Unpickler=_Outliner, load=pickle.load, loads=pickle.loads, UnpicklingError=pickle.UnpicklingError,
-        __name__="outline",
+        Unpickler=_Outliner, load=_refuse, loads=_refuse, UnpicklingError=pickle.UnpicklingError, __name__="outline",
     )  # fmt: skip
-    if not zipfile.is_zipfile(path):  # the older format is read in several steps
-        return {}
     try:
         content = torch.load(path, map_location="cpu", pickle_module=shim, weights_only=False)
     except Exception:  # the result only improves a message

@@ -120,6 +120,8 @@ def test_outlines_of_no_pixel_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("segmentation", "said"),
     [
+        ([[0, 0, 1e7, 0, 1e7, 1e7]], "a corner of its segmentation lies far outside the image: are the numbers pixels"),
+        ({"size": [6, 8], "counts": "T31S31O1O1O1O1O1O1O1OP"}, "whose runs fill the image"),
         ([], "a box alone is no mask"),
         (None, "a box alone is no mask"),
         ([[1, 1, 5, 1, 5]], "must be a list of polygons"),

@@ -141,3 +141,14 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     fails(r"cannot read .*train\.parquet")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     fails(r"Parquet files need pyarrow: pip install 'acamkd\[parquet\]'")
+
+
+def test_a_column_may_have_a_slash(tmp_path: Path) -> None:
+    columns = _columns(2)
+    renamed = {"image/encoded": columns["image"], "objects": columns["objects"]}
+    _write(tmp_path / "train.parquet", renamed, {"objects": OBJECTS["mapping"]})
+    read = data.build(
+        _options(tmp_path, columns={"image": "image/encoded"}), "detection", "train", seed=0, augment=False
+    )
+    assert read[1][0][0].max() == 1
+    assert len(read.fingerprint()) == 16

@@ -138,6 +138,13 @@ def test_bad_annotations(tmp_path: Path, objects: list[str], message: str) -> No
     assert "1 problem:" in str(caught.value)
 
 
+def test_an_unknown_encoding_is_named(tmp_path: Path) -> None:
+    root = _write(tmp_path, {"a": []})
+    (root / "Annotations/a.xml").write_text('<?xml version="1.0" encoding="utf8mb4"?><annotation/>')
+    with pytest.raises(AcamkdError, match=r"a\.xml: it is not valid XML: unknown encoding"):
+        data.check(VocDetection(root, "train", classes=CLASSES), "full")
+
+
 def test_files_that_are_missing_or_broken(tmp_path: Path) -> None:
     _write(tmp_path)
     (tmp_path / "Annotations/2007_000027.xml").write_bytes(b"\xff\xfe not xml")

@@ -43,6 +43,10 @@ def test_a_runs_teacher_is_what_its_recipe_says(tmp_path: Path) -> None:
     found = identify(tmp_path / "student.safetensors", "segmentation")
     assert found.section.options == options
     assert f"of the run {tmp_path}" in found.text
+    foreign = config.override(recipe, ["student.arch=torch.hub:load"])
+    (tmp_path / "recipe.yaml").write_text(config.dump(foreign))
+    with pytest.raises(AcamkdError, match=r"recipe\.yaml names code that would run, torch\.hub:load"):
+        identify(tmp_path / "student.safetensors", "segmentation")
 
 
 def test_what_is_not_known_is_asked_for(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 from acamkd.errors import AcamkdError
 from acamkd.jobs.predict import predict as predicting
 from acamkd.jobs.predict.predict import predict
+from acamkd.jobs.predict.sinks import MARK
 from acamkd.report.visualize import draw_predictions
 from tiny_video import frames_of, write_video
 
@@ -225,7 +226,7 @@ def test_what_is_written_can_be_chosen(red: Path, box: Path, tmp_path: Path) -> 
         (box, ["overlays", "masks"], {"overlays"}),
     ):
         folder = predict(model, tmp_path / "a.png", out=tmp_path / "-".join([model.stem, *names]), write=names).folder
-        assert {each.name for each in folder.iterdir()} == there
+        assert {each.name for each in folder.iterdir()} == {*there, MARK}
     with pytest.raises(AcamkdError, match=r"predict cannot write 'overlay'; .*overlays"):
         predict(red, tmp_path / "a.png", write=["overlay"])
 
@@ -254,3 +255,17 @@ def test_options_of_live_sources_are_for_them_alone(red: Path, tmp_path: Path) -
     ):
         with pytest.raises(AcamkdError, match=message):
             predict(red, tmp_path / "a.png", out=tmp_path / "out", **options)
+
+
+def test_masks_of_somebody_else_are_not_written_over(red: Path, tmp_path: Path) -> None:
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", (16, 8), 3).save(tmp_path / folder / "a.png")
+    before = (tmp_path / "masks/a.png").read_bytes()
+    with pytest.raises(
+        AcamkdError, match=r"masks is there, and of no earlier prediction: choose another folder with --o"
+    ):
+        predict(red, tmp_path / "images", out=tmp_path)
+    assert (tmp_path / "masks/a.png").read_bytes() == before
+    for _ in range(2):  # those of an earlier prediction are
+        predict(red, tmp_path / "images", out=tmp_path / "out", write=["masks"])

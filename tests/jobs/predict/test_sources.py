@@ -70,6 +70,25 @@ def test_an_image_is_read_when_it_has_stopped_growing(tmp_path: Path, monkeypatc
     assert found == [("a.png", 4)]
 
 
+def test_a_folder_that_goes_while_it_is_looked_at_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stop, looks = Event(), 0
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+
+    def look(*_: object, **__: object) -> list[Path]:
+        nonlocal looks
+        looks += 1
+        if looks < 3:
+            raise FileNotFoundError(2, "No such file or directory", "inbox/tmp123")
+        return [tmp_path / "a.png"]
+
+    monkeypatch.setattr(sources, "files_below", look)
+    monkeypatch.setattr(stop, "wait", lambda _: stop.set() if looks == 5 else False)
+    assert [frame.file_name for frame in GrowingFolder(tmp_path, without=[], stop=stop).frames()] == ["a.png"]
+    assert caplog.messages == ["cannot read the folder inbox/tmp123: No such file or directory; looking again"]
+
+
 def test_masks_of_one_name_end_the_watching(red: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "POLL", 0.01)
     (tmp_path / "inbox").mkdir()

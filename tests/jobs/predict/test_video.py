@@ -15,11 +15,11 @@ import av
 import numpy as np
 import pytest
 
-from acamkd.errors import AcamkdError
+from acamkd.errors import AcamkdError, without_password
 from acamkd.jobs.export.onnx_model import OnnxModel, Pixels, Prediction
 from acamkd.jobs.predict import video
 from acamkd.jobs.predict.predict import predict
-from acamkd.jobs.predict.video import LiveVideo, PacedVideo, Stream, VideoWriter, without_password
+from acamkd.jobs.predict.video import LiveVideo, PacedVideo, Stream, VideoWriter
 from tiny_video import frames_of, write_video
 
 
@@ -151,6 +151,13 @@ def test_an_address_that_does_not_answer_is_said_without_its_password(box: Path,
     assert not (tmp_path / "out").exists()
     assert without_password("rtsp://host/a@b") == "rtsp://host/a@b"
     assert without_password("rtsp://me:p@ss@host/a") == "rtsp://host/a"
+    assert (
+        without_password("http://10.0.0.5/a.cgi?user=me&pwd=x&size=2")
+        == "http://10.0.0.5/a.cgi?user=...&pwd=...&size=2"
+    )
+    assert (
+        without_password("rtsp://h:554/user=me&password=x&channel=1") == "rtsp://h:554/user=...&password=...&channel=1"
+    )
 
 
 def test_a_stopped_stream_ends(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ class CocoDetection(BoxDataset):
         try:
             x, y, width, height = (float(value) for value in entry["bbox"])
             area = float(entry.get("area") or 0)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise AcamkdError(asked) from error
         index, number, crowd = self._file.locate(entry, asked)
         return Box(index, number + 1, (x, y, x + width, y + height), crowd, area)
@@ -212,6 +212,10 @@ class CocoSegmentation(ImageDataset):
             self.warnings.append(f"{file.path}: {without} of {len(self)} images have no outlines")
 
 
+FAR = 10
+"""Sides of an image that an outline may reach beyond it; its drawing takes memory for them."""
+
+
 def _runs(given: Any, size: PixelSize) -> tuple[bytes, int]:
     """A `segmentation` as compressed runs, and the number of its pixels.
 
@@ -239,6 +243,8 @@ def _runs(given: Any, size: PixelSize) -> tuple[bytes, int]:
             polygons = [[float(value) for value in polygon] for polygon in given]
             if any(len(polygon) % 2 or not all(map(math.isfinite, polygon)) for polygon in polygons):
                 raise ValueError("half a corner")
+            if any(abs(value) > FAR * max(size) for polygon in polygons for value in polygon):
+                raise AcamkdError("a corner of its segmentation lies far outside the image: are the numbers pixels?")
             # Two corners would be read as a box.
             polygons = [polygon for polygon in polygons if len(polygon) >= 6]
             if not polygons:
@@ -247,7 +253,7 @@ def _runs(given: Any, size: PixelSize) -> tuple[bytes, int]:
         area = int(coco_mask.area(runs))
     except AcamkdError:
         raise
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise AcamkdError(
             "its segmentation must be a list of polygons [x, y, x, y, ...], or RLE {size: [height, width], counts: "
             "...} whose runs fill the image"

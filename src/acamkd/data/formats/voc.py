@@ -300,7 +300,7 @@ def _read(file: Path) -> Element | str:
         return ElementTree.parse(file).getroot()
     except OSError as error:
         return f"the annotation cannot be read: {error.strerror}"
-    except (ElementTree.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: of an encoding
         return f"it is not valid XML: {error}"
 
 

@@ -328,9 +328,19 @@ def _check_free(out: Path, overwrite: bool) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         if not (out / "onnx_model.py").is_file():  # files of other programs must never be replaced
             raise AcamkdError(f"{out} exists and is not an export: choose another folder with --out")
+        if foreign := [each.name for each in out.iterdir() if not _is_written(each)]:
+            raise AcamkdError(
+                f"{out} also holds {foreign[0]}, which no export writes: choose another folder with --out"
+            )
         if not overwrite:
             raise AcamkdError(f"{out} already holds an export: --overwrite replaces it, --out FOLDER writes elsewhere")
     check_writable(out.parent)
+
+
+def _is_written(file: Path) -> bool:
+    """Whether an export may have written a file."""
+    names = ("README.md", "onnx_model.py", "onnx_benchmark.py", "openvino_model.py")
+    return file.is_file() and (file.name in names or file.suffix in (".onnx", ".xml", ".bin", ".safetensors", ".json"))
 
 
 @contextmanager

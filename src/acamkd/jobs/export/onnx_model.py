@@ -318,7 +318,7 @@ def read_image(file: Path | str) -> Pixels:
     except ImportError as error:
         raise AcamkdError("files of images need Pillow: pip install pillow") from error
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")) as image:
             if image.mode[0] in "IF":  # Pillow would silently clip them to white
                 raise ValueError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
             image.load()

@@ -102,6 +102,11 @@ def _of_run(file: Path, task: Task) -> Teacher | None:
     section = recipe.teacher if file.stem == "teacher" else recipe.student
     if section is None or recipe.task != task or recipe.data.classes is None:
         return None
+    if ":" in section.arch:
+        raise AcamkdError(
+            f"{file.parent / RECIPE} names code that would run, {section.arch}: where you trust it, write the "
+            "teacher's section by hand"
+        )
     kept = section.model_copy(update={"weights": str(file.resolve()), "backbone_weights": None, "inherit": ()})
     count = len(recipe.data.classes)
     return Teacher(kept, count, f"{section.title} with {_classes(count)}, of the run {file.parent}")

@@ -18,14 +18,14 @@ from typing import Any
 from tqdm import tqdm
 
 from acamkd.engine.runs import Run, as_run
-from acamkd.errors import AcamkdError, nearest
+from acamkd.errors import AcamkdError, nearest, without_password
 from acamkd.files import IMAGE_SUFFIXES, check_writable
 from acamkd.jobs.export.onnx_model import ExportedModel, OnnxModel, Pixels, Prediction
 from acamkd.jobs.export.openvino_model import OpenVinoModel
 from acamkd.jobs.predict.result import Predictions
-from acamkd.jobs.predict.sinks import LINES, MASKS, OVERLAYS, WRITTEN, sinks_of, whole
+from acamkd.jobs.predict.sinks import LINES, MARK, MASKS, OVERLAYS, WRITTEN, sinks_of, whole
 from acamkd.jobs.predict.sources import GrowingFolder, Images, Source, images_below
-from acamkd.jobs.predict.video import VIDEOS, PacedVideo, Stream, VideoFile, camera, without_password
+from acamkd.jobs.predict.video import VIDEOS, PacedVideo, Stream, VideoFile, camera
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +96,7 @@ def predict(
         raise AcamkdError("a detector gives boxes, no masks: write overlays or json")
     if network.task == "segmentation" and "masks" in write:
         given.check_masks()
+    _check_ours(folder)
     for name in (LINES, LIST):  # an earlier prediction's would be taken for this one's
         (folder / name).unlink(missing_ok=True)
     full, busy, count = 0, 0.0, 0
@@ -112,6 +113,8 @@ def predict(
                     full += len(found["scores"]) == network.limit
                 for sink in sinks:
                     sink.write(frame, found)
+                if not count:
+                    (folder / MARK).touch()
                 count += 1
             if not count and given.unit == "frame":
                 raise AcamkdError(given.problem() or f"{without_password(str(source))}: no frame came")
@@ -129,6 +132,13 @@ def predict(
     if problem := given.problem():
         raise AcamkdError(problem)
     return made
+
+
+def _check_ours(folder: Path) -> None:
+    """Raise AcamkdError if masks or overlays in a folder are those of somebody else."""
+    theirs = [folder / name for name in (MASKS, OVERLAYS) if (folder / name).exists()]
+    if theirs and not any((folder / name).exists() for name in (MARK, LINES)):
+        raise AcamkdError(f"{theirs[0]} is there, and of no earlier prediction: choose another folder with --out")
 
 
 def open_source(source: Path | str | int, *, without: Sequence[Path], live: bool, watch: bool, stop: Event) -> Source:

@@ -22,6 +22,9 @@ from acamkd.report.visualize import draw_predictions, is_background, with_legend
 LINES = "predictions.jsonl"
 MASKS, OVERLAYS = "masks", "overlays"
 
+MARK = ".predictions"
+"""An empty file in a folder of predictions, whose masks and overlays the next one may replace."""
+
 WRITTEN = ("overlays", "masks", "json")
 """What can be written; masks by a segmenter alone."""
 

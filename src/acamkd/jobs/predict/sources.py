@@ -149,8 +149,16 @@ class GrowingFolder(Source):
         """See the base class."""
         done: dict[Path, tuple[int, int]] = {}  # with its state then: a copy may have paused
         before: dict[Path, tuple[int, int]] = {}
+        said = ""
         while not self._stop.is_set():
-            files = images_below(self._folder, self._without)
+            try:
+                files = images_below(self._folder, self._without)
+            except AcamkdError as error:  # a folder that has just gone, or a share that is away for a moment
+                if str(error) != said:
+                    log.warning("%s; looking again", error)
+                said = str(error)
+                self._stop.wait(POLL)
+                continue
             if self._checks_masks:
                 check_names(files, self._folder)
             states = {file: state for file in files if (state := _state(file)) is not None}

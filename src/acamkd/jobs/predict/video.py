@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from acamkd.errors import AcamkdError
+from acamkd.errors import AcamkdError, without_password
 from acamkd.jobs.export.onnx_model import Pixels
 from acamkd.jobs.predict.sources import Frame, Source, now
 
@@ -268,11 +268,6 @@ def camera(number: int, stop: Event) -> Stream:
         )
     address, form = CAMERAS[sys.platform]
     return Stream(address.format(number), stop, format=form)
-
-
-def without_password(address: str) -> str:
-    """An address without user name and password, which must not get into files."""
-    return re.sub(r"(?<=://)[^/]*@", "", address)
 
 
 class VideoWriter:
