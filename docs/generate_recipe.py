@@ -19,8 +19,8 @@ A recipe is a YAML file; an unknown key or a value that does not fit is an error
 `--set KEY=VALUE` overrides any of them: `--set train.epochs=24`, `--set losses.0.weight=3`, and a Python program calls
 `acamkd.config.override`. `null` is YAML for nothing. The folder `recipes` has some to start from.
 
-A recipe can name Python code (`package.module:NAME`), which acamkd imports and calls. So take recipes and run folders of
-others as you would take a script.
+A recipe can name Python code (`package.module:NAME`), which acamkd imports and calls. So take recipes and run folders
+of others as you would take a script.
 """
 
 Schema: TypeAlias = Mapping[str, Any]

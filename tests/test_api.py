@@ -65,7 +65,7 @@ def test_names_are_words_of_the_command_line_and_no_module_has_one() -> None:
 
 
 def test_the_import_does_not_wait_for_torch() -> None:
-    code = "import sys, acamkd, acamkd.config, acamkd.cli; print('torch' in sys.modules)"
+    code = "import sys, acamkd, acamkd.cli; acamkd.config.load; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
@@ -73,6 +73,11 @@ def test_the_import_does_not_wait_for_torch() -> None:
 def test_train_takes_overrides_and_a_role(recipe: Path, tmp_path: Path) -> None:
     trained = acamkd.train(recipe, "teacher", overrides=["train.seed=3", "teacher.weights=null"], out=tmp_path / "t")
     assert (trained.role, trained.metrics["seed"]) == ("teacher", 3)
+    word: Any = "Teacher"
+    with pytest.raises(AcamkdError, match="role: there is no 'Teacher'; did you mean teacher"):
+        acamkd.train(recipe, word)
+    with pytest.raises(AcamkdError, match="epoch: there is no 'lst'; did you mean last"):
+        acamkd.evaluate(trained, epoch="lst")  # type: ignore[arg-type]
     assert "mIoU" in html(trained)
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 import sys
-import time
 
 import pytest
 
@@ -26,12 +25,14 @@ def test_a_terminal_shows_rate_and_time_left_of_long_work_only(monkeypatch: pyte
     monkeypatch.setattr(sys, "stderr", terminal)
     assert list(progress(range(3), "counting")) == [0, 1, 2]
     assert "counting" not in terminal.getvalue()
-    monkeypatch.setattr(module, "DELAY", 0.05)
+    now = 100.0
+    monkeypatch.setattr(module, "DELAY", 0.1)
+    monkeypatch.setattr("tqdm.std.time", lambda: now)
     for _ in progress(iter(range(4)), "counting", total=4, unit=" parts"):
-        time.sleep(0.2)
+        now += 0.5
     written = terminal.getvalue()
     assert "counting:  75%" in written
-    assert "3/4 [00:00<00:00" in written
+    assert "3/4 [00:01<00:00" in written
     assert " parts/s]" in written
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from acamkd import data
-from acamkd.data.scenes import CLASSES, VISIBLE, draw_scene, write_scenes
+from acamkd.data.scenes import CLASSES, draw_scene, write_scenes
 from acamkd.errors import AcamkdError
 from acamkd.models.base import Task
 
@@ -35,12 +35,18 @@ def test_labels_are_those_of_the_owners() -> None:
             assert set(scene.labels[scene.owners == number]) == {label}
 
 
-def test_mostly_hidden_objects_have_no_box() -> None:
+def test_mostly_hidden_objects_have_no_box(monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = [draw_scene((64, 64), seed=0, split="train", index=index) for index in range(30)]
     dropped = [set(np.unique(scene.owners)) - {-1} - set(scene.objects) for scene in scenes]
     assert any(dropped)  # seen in the mask, yet not asked for
     assert sum(len(scene.objects) for scene in scenes) > 5 * sum(len(numbers) for numbers in dropped)
-    assert 0 < VISIBLE < 1
+    of_share = []
+    for share in (0.0, 0.99):
+        monkeypatch.setattr("acamkd.data.scenes.VISIBLE", share)
+        of_share.append([draw_scene((64, 64), seed=0, split="train", index=index) for index in range(30)])
+    assert all(np.array_equal(one.labels, other.labels) for one, other in zip(*of_share, strict=True))
+    least, most = (sum(len(scene.objects) for scene in drawn) for drawn in of_share)
+    assert most < sum(len(scene.objects) for scene in scenes) < least
 
 
 def test_every_class_and_many_sizes_occur() -> None:

@@ -16,7 +16,7 @@ from acamkd.config import Model
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.methods import METHODS
 from acamkd.distillation.taps import FeatureTap
-from acamkd.losses.base import FeatureLoss, HeadLoss
+from acamkd.losses.base import DistillationContext, FeatureLoss, HeadLoss
 from acamkd.losses.crosskd import CrossKD
 from acamkd.losses.queries import QueryLoss
 from acamkd.models import Batch, TaskModel, build
@@ -204,7 +204,7 @@ def crosskd(loss: CrossKD, student: TaskModel, teacher: TaskModel, batch: Batch)
         teacher_maps = tap.features()
     with FeatureTap(student.net, of_student) as tap:
         student(batch)
-        terms: dict[str, Tensor] = loss(student, teacher, tap.features(), teacher_maps, batch)
+        terms: dict[str, Tensor] = loss(student, teacher, tap.features(), teacher_maps, batch, DistillationContext())
     return terms
 
 

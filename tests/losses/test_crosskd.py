@@ -16,7 +16,8 @@ from torchvision.ops import box_iou
 from acamkd.config import Model
 from acamkd.distillation.distiller import Distiller
 from acamkd.distillation.taps import FeatureTap
-from acamkd.losses.crosskd import CrossKD, _assign, align_scale, classification_distance, iou_loss
+from acamkd.losses.base import DistillationContext
+from acamkd.losses.crosskd import BOXES, CLASSES, CrossKD, _assign, align_scale, classification_distance, iou_loss
 from acamkd.models import build
 from acamkd.models.base import Batch, Target, TaskModel
 
@@ -60,7 +61,8 @@ def taps(model: TaskModel, names: list[str], batch: Batch) -> dict[str, Tensor]:
 
 def crosskd(student: TaskModel, teacher: TaskModel, batch: Batch, loss: CrossKD) -> dict[str, Tensor]:
     of_student, of_teacher = loss.layers(student, teacher)
-    return loss(student, teacher, taps(student, of_student, batch), taps(teacher, of_teacher, batch), batch)  # type: ignore[no-any-return]
+    maps = taps(student, of_student, batch), taps(teacher, of_teacher, batch)
+    return loss(student, teacher, *maps, batch, DistillationContext())  # type: ignore[no-any-return]
 
 
 def test_targets_need_not_say_what_is_a_crowd() -> None:
@@ -118,6 +120,56 @@ def test_equal_networks_agree_and_others_do_not(arch: str) -> None:
         assert other[name].item() > 0.01
 
 
+def _box_distance_by_hand(net: Any, anchor: Tensor, ours: Tensor, theirs: Tensor) -> float:
+    """1 - GIoU, or -log IoU for FCOS, of the boxes that two codes at an anchor stand for."""
+    x1, y1, x2, y2 = anchor.tolist()
+    width, height = x2 - x1, y2 - y1
+    boxes = []
+    for code in (ours.tolist(), theirs.tolist()):
+        if "FCOS" in type(net).__name__:  # distances to the four sides, in sides of the anchor, none negative
+            left, top, right, bottom = (max(0.0, side) for side in code)
+            x, y = (x1 + x2) / 2, (y1 + y2) / 2
+            boxes.append((x - left * width, y - top * height, x + right * width, y + bottom * height))
+        else:  # the center's step in sides of the anchor, and the logarithms of the sides' ratios, none above 1000 / 16
+            x, y = code[0] * width + (x1 + x2) / 2, code[1] * height + (y1 + y2) / 2
+            sides = zip(code[2:], (width, height), strict=True)
+            half = [math.exp(min(c, math.log(1000 / 16))) * side / 2 for c, side in sides]
+            boxes.append((x - half[0], y - half[1], x + half[0], y + half[1]))
+    a, b = boxes
+    overlap: float = max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+    union = sum((box[2] - box[0]) * (box[3] - box[1]) for box in boxes) - overlap
+    if "FCOS" in type(net).__name__:
+        return float(-math.log(max(overlap / union if union else 0.0, 1e-6)))
+    hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+    return float(1 - (overlap / union - (hull - union) / hull))
+
+
+@pytest.mark.parametrize("with_objects", [True, False])
+@pytest.mark.parametrize("arch", ["retinanet", "fcos"])
+def test_the_terms_are_sums_over_anchors_by_hand(arch: str, with_objects: bool) -> None:
+    student, teacher = detector(arch, seed=1), detector(arch, seed=0)
+    batch = batch_of(student, crowd=int(not with_objects))  # crowds are no objects
+    loss, net = CrossKD(layer=LAYER[arch]), teacher.net
+    of_student, of_teacher = loss.layers(student, teacher)
+    maps = taps(student, of_student, batch), taps(teacher, of_teacher, batch)
+    (s, t, _), (s_code, t_code, of_levels) = (loss._predictions(net, branch, *maps) for branch in (CLASSES, BOXES))
+    anchors = net.anchor_generator(ImageList(batch.pixels, batch.sizes), of_levels)  # type: ignore[operator]
+    assert batch.boxes is not None
+    assigned = _assign(net, anchors, of_levels, batch.boxes)
+    classification, boxes, positives = 0.0, 0.0, 0
+    for n, r in assigned.ne(-2).nonzero().tolist():  # -2: between the thresholds, not asked
+        positives += int(assigned[n, r] >= 0)
+        ours, theirs = s[n, r].sigmoid().tolist(), t[n, r].sigmoid().tolist()
+        classification += sum(
+            abs(p - q) * -(q * math.log(p) + (1 - q) * math.log(1 - p)) for p, q in zip(ours, theirs, strict=True)
+        )
+        boxes += max(theirs) * _box_distance_by_hand(net, anchors[n][r], s_code[n, r], t_code[n, r])
+    assert (positives > 0) == with_objects
+    terms = crosskd(student, teacher, batch, loss)
+    assert terms["classification"].item() == pytest.approx(classification / max(1, positives), rel=1e-3)
+    assert terms["boxes"].item() == pytest.approx(boxes / max(1, positives), rel=1e-3)
+
+
 @pytest.mark.parametrize("arch", ["retinanet", "fcos"])
 def test_gradient_reaches_backbone_and_first_layers_only(arch: str) -> None:
     student, teacher = detector(arch, seed=1), detector(arch, seed=0)
@@ -138,8 +190,9 @@ def test_students_scale_and_shift_do_not_matter() -> None:
     batch, loss = batch_of(student), CrossKD(layer=2)
     of_student, of_teacher = loss.layers(student, teacher)
     student_maps, teacher_maps = taps(student, of_student, batch), taps(teacher, of_teacher, batch)
-    terms = loss(student, teacher, student_maps, teacher_maps, batch)
-    moved = loss(student, teacher, {name: 3 * x + 1 for name, x in student_maps.items()}, teacher_maps, batch)
+    terms = loss(student, teacher, student_maps, teacher_maps, batch, DistillationContext())
+    larger = {name: 3 * x + 1 for name, x in student_maps.items()}
+    moved = loss(student, teacher, larger, teacher_maps, batch, DistillationContext())
     for name, term in terms.items():
         assert moved[name].item() == pytest.approx(term.item(), rel=1e-4)
 

@@ -205,10 +205,8 @@ def random_state(golden: Golden) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("case_id", CASES)
+@pytest.mark.parametrize("case_id", [case_id for case_id in CASES if case_id not in DECLARED])
 def test_value_and_gradients(case_id: str) -> None:
-    if case_id in DECLARED:
-        pytest.skip(DECLARED[case_id])
     golden = CASES[case_id]
     students, teachers = draw(golden, "student"), draw(golden, "teacher")
     for tensor, expected in zip(students + teachers, golden["input_check"], strict=True):

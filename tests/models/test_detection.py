@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, fcos_resnet50_fpn, retinanet_resnet50_fpn
 from torchvision.transforms.v2.functional import to_dtype
@@ -323,3 +324,9 @@ def test_torchvisions_other_backbones_feed_the_pyramid_at_the_usual_strides(back
     levels = model.net.backbone(model.prepare([torch.rand(3, 64, 64)]).pixels)
     assert [tuple(x.shape[-2:]) for x in levels.values()] == [(8, 8), (4, 4), (2, 2), (1, 1), (1, 1)]
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_network_of_torchvisions_is_wrapped_and_no_other() -> None:
+    ssd = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+    with pytest.raises(AcamkdError, match="SSD is none of RetinaNet, FCOS, FasterRCNN"):
+        wrap_detector(ssd, 90)

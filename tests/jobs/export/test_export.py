@@ -31,7 +31,7 @@ from acamkd.jobs.export.onnx_model import OnnxModel
 from acamkd.jobs.export.quantize import quantize
 from acamkd.jobs.predict.predict import predict
 from acamkd.jobs.train import distill
-from acamkd.models.base import head_of
+from acamkd.models.base import ExportForm, head_of
 from acamkd.models.segmentation import Segmenter
 from tiny_recipes import write_recipe
 
@@ -267,6 +267,32 @@ def test_the_full_graph_suppresses_boxes_itself(
     alone = (gaps < 1e-5).sum(axis=1) == 1  # which of several boxes with one score is kept is a matter of rounding
     assert alone.sum() > 5
     np.testing.assert_allclose(found["boxes"][alone], expected["boxes"].numpy()[alone], atol=0.11)
+    np.testing.assert_array_equal(found["labels"][alone], expected["labels"].numpy()[alone])
+    assert len(set(found["labels"][alone])) > 1
+
+
+@pytest.mark.parametrize("run", ["detection"], indirect=True)
+def test_faster_rcnn_is_exported_with_its_suppression_alone(run: Run, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    section = config.Model(arch="faster_rcnn", backbone="mobilenetv3_small_050", backbone_weights=None, fpn_channels=16)
+    model: Any = models.build(section, "detection", 3, (64, 64)).eval()
+    model.net.roi_heads.score_thresh = 0.0
+    model.net.roi_heads.detections_per_img = 20
+    for parameter in model.net.roi_heads.box_predictor.parameters():  # or all scores are equal
+        torch.nn.init.normal_(parameter, std=0.5)
+    assert graph.needs_nms(model)
+    with pytest.raises(AcamkdError, match=r"FasterRCNN suppresses boxes .*: use --with-nms"):
+        graph.build_graph(model, (64, 64), with_nms=False)
+    with pytest.raises(AcamkdError, match="writes a graph for one image size"):
+        graph.build_graph(model, None, with_nms=True)
+    recipe = run.recipe.model_copy(update={"data": run.recipe.data.model_copy(update={"classes": ("a", "b", "c")})})
+    graph.write_graph(graph.build_graph(model, (64, 64), with_nms=True), tmp_path / "x.onnx", recipe)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    (expected,) = model.predict([torch.from_numpy(pixels).permute(2, 0, 1)])
+    found = OnnxModel(tmp_path / "x.onnx").predict(pixels)
+    assert len(found["scores"]) > 5
+    for name in ("scores", "labels", "boxes"):
+        np.testing.assert_allclose(found[name], expected[name].numpy(), atol=0.11 if name == "boxes" else 1e-5)
 
 
 @pytest.mark.slow
@@ -286,7 +312,8 @@ def test_a_graph_that_suppresses_boxes_is_quantized(run: Run, tmp_path: Path, th
     rounded = {n.output[0] for n in content.node if n.op_type == "DequantizeLinear" and n.input[0] in stored}
     assert all((n.op_type == "Conv") == (not rounded.isdisjoint(n.input)) for n in content.node)
     expected, boxes = (OnnxModel(each).predict(image)["boxes"] for each in (file, small))
-    assert len(boxes) == len(expected) == (0 if threshold == 1.0 else len(expected))
+    assert (len(expected) > 0) == (threshold < 1)
+    assert len(boxes) == len(expected)
     np.testing.assert_allclose(boxes, expected, atol=10)
 
 
@@ -443,3 +470,18 @@ def test_the_card_takes_the_network_out_of_a_task_model(tmp_path: Path) -> None:
     found = _run_card(tmp_path)
     pixels = torch.rand(1, 3, 8, 8)
     torch.testing.assert_close(found["net"](pixels), model.net(pixels))
+
+
+class _OfItsOwn(Segmenter):
+    """Says itself how it is exported."""
+
+    def export_form(self) -> ExportForm:
+        return ExportForm(lambda pixels: {"logits": self.net(pixels)}, resize=None, multiple=8)
+
+
+def test_a_segmenters_own_form_of_an_export_counts() -> None:
+    model = _OfItsOwn(torch.nn.Conv2d(3, 2, 1), 2).eval()
+    built = graph.build_graph(model, (64, 64), with_nms=False)
+    assert isinstance(built, graph.FormGraph)
+    assert (built.multiple, built.resize) == (8, None)
+    assert isinstance(graph.build_graph(Segmenter(model.net, 2), (64, 64), with_nms=False), graph.SegmentationGraph)

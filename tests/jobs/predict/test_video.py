@@ -166,9 +166,9 @@ def test_a_stopped_stream_ends(tmp_path: Path) -> None:
     with Stream("testsrc=size=64x48:rate=50,realtime", stop, format="lavfi") as source:
         for frame in source.frames():
             assert frame.pixels.shape == (48, 64, 3)
-            if frame.number == 3:
+            if (frame.number or 0) >= 3:  # a busy machine drops frames
                 stop.set()
-    assert frame.number == 3
+    assert (frame.number or 0) >= 3
     assert source.problem() is None
 
 

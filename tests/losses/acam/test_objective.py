@@ -11,6 +11,7 @@ from acamkd.losses.acam.distances import distillation_distances
 from acamkd.losses.acam.masks import Masks
 from acamkd.losses.acam.objective import look_ahead_reward, selection_loss
 from acamkd.losses.base import DistillationContext
+from acamkd.losses.functional import resample
 from tiny_maps import joint, maps
 
 
@@ -50,16 +51,22 @@ def test_the_selection_loss_is_the_reward_collected_within_a_budget() -> None:
     torch.testing.assert_close(selection_loss(mask, reward, budget=0.4), -collected.mean())
 
 
-def test_an_align_carries_the_task_gradient_to_the_teachers_channels() -> None:
-    student, teacher = maps(1, 2, 3, 2, 2)
+@pytest.mark.parametrize(
+    ("of_student", "of_teacher"), [((2, 2), (2, 2)), ((4, 4), (2, 2)), ((2, 2), (4, 4)), ((2, 6), (4, 3))]
+)
+def test_an_align_carries_the_task_gradient_to_the_teachers_channels(
+    of_student: tuple[int, int], of_teacher: tuple[int, int]
+) -> None:
+    """And resampling to the teacher's size, which is linear too."""
+    student, (_, teacher) = maps(1, 2, 3, *of_student)[0], maps(1, 2, 3, *of_teacher)
     loss = joint(2, 3, num_masks=1, mask_grad="look_ahead").double()
     gradient = torch.randn_like(student)
-    aligned = loss.align(student)
+    aligned = loss.align(resample(student, of_teacher))
     errors = distillation_distances(aligned, teacher, loss.kinds)
     rewards = loss._rewards(errors, aligned, DistillationContext(task_gradient=gradient))
     for kind, dims in (("channel", (2, 3)), ("spatial", 1)):
         reward = rewards[kind]
-        squared = (loss.align(student) - teacher).square().mean(dim=dims).flatten()
+        squared = (aligned - teacher).square().mean(dim=dims).flatten()
         felt = torch.stack([
             (torch.autograd.grad(error, student, retain_graph=True)[0] * gradient).sum() for error in squared
         ])  # fmt: skip
