@@ -5,9 +5,11 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import socket
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,3 +57,25 @@ def exit_code(child: int, patience: float = PATIENCE) -> int:
 def run(job: Callable[[], object], patience: float = PATIENCE) -> int:
     """Both: the exit code of a process that does a job."""
     return exit_code(begin(job), patience)
+
+
+def torchrun(rank: int, port: int) -> dict[str, Any]:
+    """What torchrun tells each of two processes."""
+    return {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}  # fmt: skip
+
+
+Launcher = Callable[[int, int], dict[str, Any]]
+
+
+def together(run: Callable[[int], object], launcher: Launcher = torchrun) -> list[int]:
+    """Exit codes of two processes that do this with their rank, in the environment that a launcher gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def job(rank: int) -> None:
+        os.environ.update({name: str(value) for name, value in launcher(rank, port).items()})
+        run(rank)
+
+    return [exit_code(child) for child in [begin(partial(job, rank)) for rank in (0, 1)]]

@@ -35,7 +35,7 @@ from acamkd.engine.metrics import METRICS
 from acamkd.engine.runs import TERMINATED, Run, default_folder, read_json
 from acamkd.files import write_text
 from acamkd.jobs.compare import trials_csv
-from acamkd.jobs.compare.compare import run_trials
+from acamkd.jobs.compare.compare import RESOLVED, run_trials, trial_command
 from acamkd.jobs.estimate import estimate
 from acamkd.jobs.evaluate import evaluate
 
@@ -78,15 +78,12 @@ def _due(item: Item) -> list[int]:
 
 def _run(item: Item, jobs: int, end: float | None) -> None:
     item.results.mkdir(exist_ok=True)
-    file, recipe, trials = item.results / "comparison.yaml", item.recipe, item.trials()
-    write_text(file, config.dump(recipe))
+    trials = item.trials()
+    write_text(item.results / RESOLVED, config.dump(item.recipe))
     numbers = {trial.name: number for number, trial in enumerate(item.planned())}
 
     def command(number: int) -> list[str]:
-        return [
-            sys.executable, "-m", "acamkd", "compare", str(file), "--methods", ",".join(item.methods), "--seeds",
-            str(item.seeds), "--results", str(item.results), "--trial", str(numbers[trials[number].name]),
-        ]  # fmt: skip
+        return trial_command(item.methods, item.seeds, item.results, numbers[trials[number].name])
 
     try:
         failed = run_trials(trials, _due(item), item.results, command, end=end, jobs=jobs)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,31 +73,10 @@ def raw(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     return raw
 
 
-def _torchrun(rank: int, port: int) -> dict[str, Any]:
-    return {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}  # fmt: skip
-
-
 def _slurm(rank: int, port: int) -> dict[str, Any]:
     return {"SLURM_NTASKS": 2, "SLURM_NTASKS_PER_NODE": 2, "SLURM_JOB_NAME": "test", "SLURM_JOB_ID": 1,
             "SLURM_PROCID": rank, "SLURM_NODEID": 0, "SLURM_LOCALID": rank, "SLURM_NODELIST": "localhost",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-
-
-Launcher = Callable[[int, int], dict[str, Any]]
-
-
-def _together(run: Callable[[int], object], launcher: Launcher = _torchrun) -> list[int]:
-    """Exit codes of two processes that do this with their rank, in the environment that a launcher gives them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-
-    def job(rank: int) -> None:
-        os.environ.update({name: str(value) for name, value in launcher(rank, port).items()})
-        run(rank)
-
-    return [leaving.exit_code(child) for child in [leaving.begin(partial(job, rank)) for rank in (0, 1)]]
 
 
 def _shared(raw: dict[str, Any], **train: Any) -> config.Recipe:
@@ -119,10 +96,10 @@ def test_two_processes_do_what_one_does(raw: dict[str, Any], tmp_path: Path, mon
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(TrainingModule, "training_step", ended)
-    assert _together(lambda rank: distill(recipe, out=tmp_path / "two")) == [TERMINATED, TERMINATED]
+    assert leaving.together(lambda rank: distill(recipe, out=tmp_path / "two")) == [TERMINATED, TERMINATED]
     assert torch.load(tmp_path / "two/last.ckpt", weights_only=True)["global_step"] == 3  # of 2 in each epoch
     monkeypatch.undo()
-    assert _together(lambda rank: distill(recipe, out=tmp_path / "two", resume=True)) == [0, 0]
+    assert leaving.together(lambda rank: distill(recipe, out=tmp_path / "two", resume=True)) == [0, 0]
     one, two = (load_file(tmp_path / name / "student.safetensors") for name in ("one", "two"))
     classes = config.load(tmp_path / "one/recipe.yaml").data.classes
     start = build_network(recipe, recipe.student, classes or ()).net.state_dict()
@@ -150,7 +127,7 @@ def test_two_processes_pretrain_as_one_does(raw: dict[str, Any], tmp_path: Path,
     cosine = {"name": "cosine", "pairs": [["backbone.body:3", "levels:0"]]}
     changed = {**raw, "teacher": tiny.VIT, "losses": [cosine], "data": raw["data"] if labeled else data}
     pretrain(config.parse(changed), out=tmp_path / "one")
-    assert _together(lambda rank: pretrain(_shared(changed), out=tmp_path / "two")) == [0, 0]
+    assert leaving.together(lambda rank: pretrain(_shared(changed), out=tmp_path / "two")) == [0, 0]
     one, two = (load_file(tmp_path / name / "backbone.safetensors") for name in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
@@ -175,7 +152,7 @@ def test_parameters_that_a_batch_does_not_reach_stop_no_process(raw: dict[str, A
     content["annotations"] = [each for each in content["annotations"] if each["image_id"] in kept]
     (tmp_path / "few.json").write_text(json.dumps(content))
     recipe = config.override(recipe, [f"data.train.annotations={tmp_path / 'few.json'}"])
-    assert _together(lambda rank: train(recipe, out=tmp_path / "run")) == [0, 0]
+    assert leaving.together(lambda rank: train(recipe, out=tmp_path / "run")) == [0, 0]
     assert open_run(tmp_path / "run").metrics["processes"] == 2
 
 
@@ -197,7 +174,7 @@ def test_processes_agree(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytes
         return loss
 
     monkeypatch.setattr(TrainingModule, "training_step", disturbed)
-    assert _together(lambda rank: distill(recipe, out=tmp_path / "run")) == [TERMINATED, TERMINATED]
+    assert leaving.together(lambda rank: distill(recipe, out=tmp_path / "run")) == [TERMINATED, TERMINATED]
     assert (tmp_path / "weight-0").read_text() == (tmp_path / "weight-1").read_text() != "1.0"
     checkpoint = torch.load(tmp_path / "run/last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 5
@@ -208,7 +185,7 @@ def test_processes_agree(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytes
     log = (tmp_path / "run/log.txt").read_text()
     assert log.count("the step is skipped, 1 so far") == log.count("terminated; --resume goes on at step 5") == 1
     monkeypatch.undo()
-    assert _together(lambda rank: distill(recipe, out=tmp_path / "run", resume=True)) == [0, 0]
+    assert leaving.together(lambda rank: distill(recipe, out=tmp_path / "run", resume=True)) == [0, 0]
     history = tiny.rows(tmp_path / "run/history.csv")
     assert [row["step"] for row in history] == ["2", "4", "6"]
     spatial = next(name for name in history[0] if name.endswith("/acam/spatial"))
@@ -229,7 +206,7 @@ def test_a_run_goes_on_with_as_many_processes_only(raw: dict[str, Any], tmp_path
             return original(self, batch, batch_idx)
 
         patch.setattr(TrainingModule, "training_step", ended)
-        assert _together(lambda rank: distill(recipe, out=tmp_path / "run")) == [TERMINATED, TERMINATED]
+        assert leaving.together(lambda rank: distill(recipe, out=tmp_path / "run")) == [TERMINATED, TERMINATED]
     with pytest.raises(AcamkdError, match=r"run was trained by 2 processes, and now there is 1, .* resume with 2 "):
         distill(recipe, out=tmp_path / "run", resume=True)
     assert torch.load(tmp_path / "run/last.ckpt", weights_only=True)["global_step"] == 2
@@ -255,7 +232,7 @@ def test_processes_take_the_weight_that_the_first_one_measured(
 
     monkeypatch.setattr("acamkd.jobs.train.calibrate", calibrate)
     monkeypatch.setattr(TrainingModule, "training_step", noting)
-    assert _together(lambda rank: distill(_shared(raw, epochs=1), out=tmp_path / "run")) == [0, 0]
+    assert leaving.together(lambda rank: distill(_shared(raw, epochs=1), out=tmp_path / "run")) == [0, 0]
     (loss,) = config.load(tmp_path / "run/recipe.yaml").losses
     assert {(tmp_path / f"weight-{rank}").read_text() for rank in (0, 1)} == {str(loss.model_dump()["weight"])}
 
@@ -270,7 +247,7 @@ def test_processes_judge_together_whether_masks_have_collapsed(means: tuple[floa
         with expected:
             CollapseWatch(stop=True).look(masks, figures, WATCH_EVERY - 1, "ACAM")
 
-    assert _together(look) == [0, 0]
+    assert leaving.together(look) == [0, 0]
 
 
 def test_fewer_validation_images_than_processes_are_one_message(raw: dict[str, Any], tmp_path: Path) -> None:
@@ -281,7 +258,7 @@ def test_fewer_validation_images_than_processes_are_one_message(raw: dict[str, A
         with pytest.raises(AcamkdError, match=r"validation images for 2 processes: 1; lower"):
             distill(recipe, out=tmp_path / "run")
 
-    assert _together(refused) == [0, 0]
+    assert leaving.together(refused) == [0, 0]
     assert not (tmp_path / "run").exists()
 
 
@@ -312,19 +289,19 @@ def test_too_few_images_for_so_many_processes_are_one_message(raw: dict[str, Any
         with pytest.raises(AcamkdError, match="do not make one batch of 5 for each of 2 processes: lower"):
             distill(recipe, out=tmp_path / "run")
 
-    assert _together(refused) == [0, 0]
+    assert leaving.together(refused) == [0, 0]
 
 
 def test_slurm_is_recognized(raw: dict[str, Any], tmp_path: Path) -> None:
     recipe = _shared(raw, epochs=1)
-    assert _together(lambda rank: distill(recipe, out=tmp_path / "run"), _slurm) == [0, 0]
+    assert leaving.together(lambda rank: distill(recipe, out=tmp_path / "run"), _slurm) == [0, 0]
     assert open_run(tmp_path / "run").metrics["processes"] == 2
 
 
 def test_a_cell_of_two_processes_is_one(raw: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     trials = plan(_shared(raw, epochs=1), ["acam"], 1, tmp_path / "results")
-    assert _together(lambda rank: run_trial(trials, 1, tmp_path / "results")) == [0, 0]
+    assert leaving.together(lambda rank: run_trial(trials, 1, tmp_path / "results")) == [0, 0]
     assert trials[1].read(tmp_path / "results") is not None
 
 

@@ -111,7 +111,7 @@ def compare(
     trials = plan(recipe, methods, seeds, results)  # raises errors before anything is written
     _check_results(results)
     write_text(results / RESOLVED, config.dump(recipe))
-    command = partial(_command, methods, seeds, results)
+    command = partial(trial_command, methods, seeds, results)
     if any(trial.read(results) is None for trial in trials):
         _check_data(recipe)
     end = None if seconds is None else time.monotonic() + seconds
@@ -138,8 +138,8 @@ def _check_results(results: Path) -> None:
     check_writable(results, advice="--results DIR writes elsewhere")
 
 
-def _command(methods: Sequence[str], seeds: int, results: Path, number: int) -> list[str]:
-    """The command line that runs one trial of a plan."""
+def trial_command(methods: Sequence[str], seeds: int, results: Path, number: int) -> list[str]:
+    """The command line that runs one trial of a plan, of the recipe that `results` holds as comparison.yaml."""
     return [
         sys.executable, "-m", "acamkd", "compare", str(results / RESOLVED), "--methods", ",".join(methods),
         "--seeds", str(seeds), "--results", str(results), "--trial", str(number),
