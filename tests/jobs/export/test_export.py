@@ -193,6 +193,10 @@ def test_an_export_is_not_replaced_unasked(run: Run, exported: Export, tmp_path:
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(AcamkdError, match="exists and is not an export: choose another folder"):
         export(run, out=tmp_path, overwrite=True)
+    shutil.copy(exported.folder / "onnx_model.py", tmp_path)
+    (tmp_path / "__pycache__").mkdir()  # as its programs leave it
+    with pytest.raises(AcamkdError, match=r"also holds thesis\.txt, which no export writes: choose another folder"):
+        export(run, out=tmp_path, overwrite=True)
 
 
 def test_a_folder_that_cannot_be_written_is_said_first(

@@ -39,6 +39,9 @@ from acamkd.progress import progress
 
 log = logging.getLogger(__name__)
 
+PROGRAMS = (onnx_model, onnx_forms, onnx_benchmark)
+"""What runs and measures an ONNX file without acamkd."""
+
 CARD = "README.md"
 """The model card, by the name under which the Hub shows it."""
 
@@ -167,7 +170,7 @@ def export(
         kept = folder / run.weights.name
         shutil.copyfile(run.weights, kept)
         model.write_config(kept, images.classes)
-        for module in (onnx_model, onnx_forms, onnx_benchmark):
+        for module in PROGRAMS:
             shutil.copy(str(module.__file__), folder)
         write_card(folder / CARD, run, model, exported, figures, license)
     log.info("%s holds %s", out, ", ".join(sorted(each.name for each in out.iterdir())))
@@ -339,8 +342,10 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 def _is_written(file: Path) -> bool:
     """Whether an export may have written a file."""
-    names = ("README.md", "onnx_model.py", "onnx_benchmark.py", "openvino_model.py")
-    return file.is_file() and (file.name in names or file.suffix in (".onnx", ".xml", ".bin", ".safetensors", ".json"))
+    programs = [Path(str(module.__file__)).name for module in (*PROGRAMS, openvino_model)]
+    if file.is_dir():
+        return file.name == "__pycache__"  # of these programs
+    return file.name in ("README.md", *programs) or file.suffix in (".onnx", ".xml", ".bin", ".safetensors", ".json")
 
 
 @contextmanager
