@@ -345,7 +345,7 @@ def _is_written(file: Path) -> bool:
     programs = [Path(str(module.__file__)).name for module in (*PROGRAMS, openvino_model)]
     if file.is_dir():
         return file.name == "__pycache__"  # of these programs
-    return file.name in ("README.md", *programs) or file.suffix in (".onnx", ".xml", ".bin", ".safetensors", ".json")
+    return file.name in (CARD, *programs) or file.suffix in (".onnx", ".xml", ".bin", ".safetensors", ".json")
 
 
 @contextmanager
