@@ -34,9 +34,25 @@ from typing import Any, NamedTuple
 if absent := [
     name
     for name in (
-        *("torch", "torchvision", "lightning", "timm", "torchmetrics", "pydantic", "matplotlib", "docstring_parser"),
-        *("faster_coco_eval", "segmentation_models_pytorch", "rich", "typer", "yaml", "jinja2", "tqdm", "filelock"),
-        *("safetensors", "scipy", "acamkd"),
+        "torch",
+        "torchvision",
+        "lightning",
+        "timm",
+        "torchmetrics",
+        "pydantic",
+        "matplotlib",
+        "docstring_parser",
+        "faster_coco_eval",
+        "segmentation_models_pytorch",
+        "rich",
+        "typer",
+        "yaml",
+        "jinja2",
+        "tqdm",
+        "filelock",
+        "safetensors",
+        "scipy",
+        "acamkd",
     )
     if importlib.util.find_spec(name) is None
 ]:

@@ -18,7 +18,7 @@ class ImageError(AcamkdError, OSError):
 
 def without_password(text: str) -> str:
     """An address, or a message with addresses, without user names and passwords, which must not get into files."""
-    named = r"(?i)\b(user(?:name)?|usr|login|pass(?:word|wd)?|pwd|token|key|auth|sig)=[^&?/#\s]*"
+    named = r"(?i)([\w-]*(?:user|usr|login|pass|pwd|token|key|auth|sig|secret)[\w-]*)=[^&#\s]*"
     return re.sub(named, r"\1=...", re.sub(r"(?<=://)[^/\s]*@", "", text))
 
 

@@ -29,27 +29,21 @@ def files_below(folder: Path, *, without: Sequence[Path] = ()) -> list[Path]:
     Raises:
         OSError: A folder cannot be read.
     """
-
-    def fail(error: OSError) -> None:
-        raise error
-
     found: list[Path] = []
-    seen: set[str] = set()
-    left_out = {os.path.realpath(each) for each in without}
-    for path, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        real = os.path.realpath(path)
-        if real in seen:
-            folders.clear()
+    left_out, seen = {os.path.realpath(each) for each in without}, set[str]()
+    real, links = [str(folder)], list[str]()
+    while real or links:  # what is reached by a link and without one is found without
+        path = real.pop() if real else links.pop(0)
+        if (place := os.path.realpath(path)) in seen:
             continue
-        seen.add(real)
-        folders[:] = [
-            name
-            for name in sorted(folders)
-            if name[0] != "."
-            and name != ARCHIVE_LEFTOVERS
-            and os.path.realpath(os.path.join(path, name)) not in left_out
-        ]
-        found += [Path(path, name) for name in names if name[0] != "."]
+        seen.add(place)
+        for entry in sorted(os.scandir(path), key=lambda each: each.name):
+            if entry.name[0] == ".":
+                continue
+            if not entry.is_dir():
+                found.append(Path(entry.path))
+            elif entry.name != ARCHIVE_LEFTOVERS and os.path.realpath(entry.path) not in left_out:
+                (links if entry.is_symlink() else real).append(entry.path)
     return sorted(found, key=lambda file: (str(file.parent), file.stem, file.suffix))
 
 

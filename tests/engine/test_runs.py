@@ -112,13 +112,19 @@ def test_what_is_not_a_run_is_left_alone(tmp_path: Path, overwrite: bool) -> Non
     assert (tmp_path / "recipe.yaml").read_text() == "the user's own"
 
 
-def test_a_folder_of_data_beside_a_run_is_never_removed(tmp_path: Path) -> None:
+def test_what_is_no_part_of_a_run_is_never_removed(tmp_path: Path) -> None:
     _enter(_run(tmp_path), resume=False, overwrite=False)
     for name in ("logs", "export", "images"):
         (tmp_path / name).mkdir()
-    with pytest.raises(AcamkdError, match="also holds the folder images, which no run makes"):
+    with pytest.raises(AcamkdError, match="also holds images, which no run makes"):
         _enter(_run(tmp_path), resume=False, overwrite=True)
     assert (tmp_path / "images").is_dir()
+    (tmp_path / "images").rename(tmp_path / ".export-x")  # as a killed export leaves it
+    (tmp_path / "thesis.md").touch()
+    with pytest.raises(AcamkdError, match=r"also holds thesis\.md, which no run makes"):
+        _enter(_run(tmp_path), resume=False, overwrite=True)
+    (tmp_path / "thesis.md").unlink()
+    _enter(_run(tmp_path), resume=False, overwrite=True)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ FOREIGN: dict[str, Callable[[nn.Module, Path], object]] = {
     "arguments, older format": lambda net, file: torch.save(
         {"weights": net.state_dict(), "args": argparse.Namespace(lr=1)}, file, _use_new_zipfile_serialization=False
     ),
+    "module, older format": lambda net, file: torch.save(net, file, _use_new_zipfile_serialization=False),
     "TorchScript": lambda net, file: torch.jit.save(trace(net, torch.rand(2, 3, 8, 8)), file),
 }
 
@@ -120,10 +121,12 @@ def test_the_advice_for_a_foreign_file_works(kind: str, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     source, target, file = small().eval(), small(), tmp_path / "x.pt"
     FOREIGN[kind](source, file)
-    with pytest.raises(AcamkdError) as error:
-        load_weights(target, str(file), strict=True, what="teacher")
-    advice = re.findall(r"(?:with torch\.\S+\(\[[^]]*\]\): )?torch\.save\(.*?, 'NEW\.pth'\)", str(error.value))
-    exec(advice[0], {"torch": torch, "argparse": argparse})
+    for _ in range(1 + ("older" in kind)):  # a file in the older format takes a step more
+        with pytest.raises(AcamkdError) as error:
+            load_weights(target, str(file), strict=True, what="teacher")
+        advice = re.findall(r"(?:with torch\.\S+\(\[[^]]*\]\): )?torch\.save\(torch.*?, 'NEW\.pth'\)", str(error.value))
+        exec(advice[0], {"torch": torch, "argparse": argparse})
+        file = Path("NEW.pth")
     load_weights(target, "NEW.pth", strict=True, what="teacher")
     assert torch.equal(target.state_dict()["0.weight"], source.state_dict()["0.weight"])
 

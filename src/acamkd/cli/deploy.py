@@ -27,7 +27,9 @@ def evaluate(
     ] = "val",
     epoch: Annotated[
         Literal["best", "last"],
-        typer.Option(help="Weights: of the epoch with the best validation score, or of the last one (a checkpoint)."),
+        typer.Option(
+            help="Weights: of the epoch with the best validation score, or of the last one, which needs last.ckpt."
+        ),
     ] = "best",
     as_json: AsJson = False,
 ) -> None:

@@ -115,7 +115,7 @@ def compare(
     given = [name for name, is_given in asked.items() if is_given]
     if len(given) > 1:
         raise AcamkdError(f"{' and '.join(given)}: give one of them")
-    if as_csv and given in (["--plan"], ["--trial"]):
+    if as_csv and (plan or trial is not None):
         raise AcamkdError(f"--csv gathers the finished trials of a comparison or of --tables, not of {given[0]}")
     loaded = recipe_of(recipe, set_)
     from acamkd.engine.runs import default_folder
@@ -125,6 +125,8 @@ def compare(
     names = comparison.methods_of(loaded, [name.strip() for name in methods.split(",")] if methods else None)
     folder = results.expanduser() if results else default_folder(loaded, "compare")
     trials = comparison.plan(loaded, names, seeds, folder)
+    if as_csv:
+        trials_csv.check_exportable(folder)
     if plan:
         Console().print(_plan_table(trials, folder))
     elif trial is not None:

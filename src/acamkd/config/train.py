@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_serializer, model_validator
@@ -74,14 +73,6 @@ class Logger(Section):
     """mlflow: nothing = MLFLOW_TRACKING_URI, or MLflow's local database."""
     experiment: str | None = None
     """mlflow: nothing = MLFLOW_EXPERIMENT_NAME, or the recipe's name."""
-
-    @field_validator("tracking_uri")
-    @classmethod
-    def _check_password(cls, uri: str | None) -> str | None:
-        if uri is not None and re.search(r"://[^/@]*:[^/]*@", uri):
-            raise ValueError("a password would get into every run folder and report: leave it out, and set "
-                             "MLFLOW_TRACKING_URI")  # fmt: skip
-        return uri
 
     @model_serializer
     def _shortest(self) -> str | dict[str, str]:

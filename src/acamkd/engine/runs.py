@@ -50,8 +50,9 @@ TERMINATED = 128 + signal.SIGTERM
 _BEGINNING = {LOCK, LOG, unfinished_name(RECIPE)}
 """Files that a run may leave behind if it fails before its start."""
 
-_FOLDERS = {"logs", "nonfinite", "export", "predictions"}
-"""Folders within a run folder."""
+_FOLDERS = ("logs", "nonfinite", "export", "predictions")
+_SUFFIXES = (".yaml", ".txt", ".json", ".csv", ".safetensors", ".ckpt", ".html", ".npz")
+"""What there is in a run folder, beside hidden files."""
 
 PATIENCE = 10.0
 """Seconds to wait for a locked run folder: the image loaders of a killed training hold the lock for a few more."""
@@ -204,11 +205,11 @@ class Run(Printable):
                     f"{self.folder} already holds a run: --resume continues it, --overwrite replaces it, "
                     "--out FOLDER writes elsewhere"
                 )
-            foreign = [each.name for each in self.folder.iterdir() if each.is_dir() and each.name not in _FOLDERS]
-            if overwrite and foreign:
+            foreign = [each.name for each in self.folder.iterdir() if not _is_of_run(each)] if overwrite else []
+            if foreign:
                 raise AcamkdError(
-                    f"{self.folder} also holds the folder {foreign[0]}, which no run makes and --overwrite would "
-                    "remove: choose another folder with --out"
+                    f"{self.folder} also holds {foreign[0]}, which no run makes and --overwrite would remove: choose "
+                    "another folder with --out"
                 )
         elif self.folder.is_dir():
             names = {file.name for file in self.folder.iterdir()}
@@ -330,6 +331,11 @@ def load_student(run: Run | Path | str) -> TaskModel:
 def read_json(path: Path) -> dict[str, Any]:
     """Read the metrics.json of a run or the JSON of a trial; the spelling of its keys is today's."""
     return dict(config.respelled(json.loads(path.read_text(encoding="utf-8"))))
+
+
+def _is_of_run(entry: Path) -> bool:
+    """Whether something in a run folder may be of a run."""
+    return entry.name[0] == "." or (entry.name in _FOLDERS if entry.is_dir() else entry.suffix in _SUFFIXES)
 
 
 def _empty(folder: Path) -> None:

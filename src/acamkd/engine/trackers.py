@@ -41,8 +41,13 @@ LARGEST = 1000
 
 
 def check_installed(recipe: config.Recipe) -> None:
-    """Raise AcamkdError if a tracker of the recipe is not installed; the message names the extra."""
+    """Raise AcamkdError if a tracker of the recipe is not installed, or a password would get into the run's files."""
     for logger in (logger for logger in recipe.train.loggers if logger.name in TRACKERS):
+        if logger.tracking_uri is not None and without_password(logger.tracking_uri) != logger.tracking_uri:
+            raise AcamkdError(
+                "train.loggers: the tracking_uri holds a user or password, which would get into every run folder and "
+                "report: leave it out, and set MLFLOW_TRACKING_URI"
+            )
         found = find_spec(logger.name)
         # A folder of that name, such as W&B makes, counts as a package without a file.
         if found is None or found.origin is None:

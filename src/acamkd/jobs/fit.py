@@ -177,7 +177,9 @@ def _metrics(
 @contextmanager
 def _log_file(file: Path, is_first: bool) -> Iterator[None]:
     """Write the package's log into a file too; of several processes only the first one logs."""
-    handler = logging.FileHandler(file, encoding="utf-8") if is_first else logging.NullHandler()
+    handler = (
+        logging.FileHandler(file, encoding="utf-8", errors="backslashreplace") if is_first else logging.NullHandler()
+    )
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     package = logging.getLogger("acamkd")
     level = package.level

@@ -99,12 +99,11 @@ def _is_zip(path: Path) -> bool:
 
 
 def _conversion(path: Path, first: str) -> str:
-    """Advice for extracting the weights from a file with Python objects."""
+    """Advice for extracting the weights from a file with Python objects, of which torch named the first."""
     if not _is_zip(path):  # the older format, whose outline takes several steps
         return (
-            "Where you know the class to be harmless, convert it once: with torch.serialization.safe_globals("
-            f"[{first}]): torch.save({{key: x for key, x in torch.load({str(path)!r}, weights_only=True).items() if "
-            "isinstance(x, dict)}, 'NEW.pth')"
+            "Where you trust it, write it in today's format, of which acamkd then says what to take: "
+            f"torch.save(torch.load({str(path)!r}, map_location='cpu', weights_only=False), 'NEW.pth')"
         )
     content = _outline(path)
     names = [name for name in torch.serialization.get_unsafe_globals_in_checkpoint(path) or [first]

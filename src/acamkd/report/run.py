@@ -102,7 +102,7 @@ def write_report(run: Run, baseline: Run | None = None) -> Path:
     )  # fmt: skip
     file = run.folder / REPORT
     write_text(file, page)
-    size = len(page.encode())
+    size = file.stat().st_size
     log.info("%s: the report, %s", file, f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB")
     return file
 

@@ -185,6 +185,8 @@ def test_a_table_can_hold_several_comparisons(recipe: config.Recipe, tmp_path: P
     ("a,b\n1,2\n", "is no table of trials: it lacks the columns epochs, history, .*`acamkd compare --csv` writes one"),
     ("trial,method,seed,recipe,metric,epochs,history\nx-seed0,x,0,k,mIoU,two,1:3\n", r"row 2 \(x-seed0\) cannot be"),
     ("trial,method,seed,recipe,metric,epochs,history\n<<<<<<< HEAD\n", r"row 2 \(<<<<<<< HEAD\) cannot be"),
+    ("trial,method,seed,recipe,metric,epochs,history\nx-seed0,x,0,k,mIoU,2\n", r"row 2 \(x-seed0\) cannot be"),
+    ("trial,method,seed,recipe,metric,epochs,history\nx-seed0,x,0,k,mIoU,1,1:3,4\n", r"row 2 \(x-seed0\) cannot be"),
     ("trial,method,seed,recipe,metric,epochs,history\nx-seed0,x,0,k,mIoU,2,3:3\n", r"row 2 \(x-seed0\) cannot be"),
 ])  # fmt: skip
 def test_a_bad_table_is_refused(text: str, message: str, tmp_path: Path) -> None:

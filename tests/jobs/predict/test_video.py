@@ -155,6 +155,8 @@ def test_an_address_that_does_not_answer_is_said_without_its_password(box: Path,
         without_password("http://10.0.0.5/a.cgi?user=me&pwd=x&size=2")
         == "http://10.0.0.5/a.cgi?user=...&pwd=...&size=2"
     )
+    assert without_password("http://h/v?loginuse=me&api_key=x") == "http://h/v?loginuse=...&api_key=..."
+    assert without_password("http://h/v?token=ab/cd==") == "http://h/v?token=..."
     assert (
         without_password("rtsp://h:554/user=me&password=x&channel=1") == "rtsp://h:554/user=...&password=...&channel=1"
     )

@@ -19,7 +19,7 @@ import yaml
 from acamkd import config
 from acamkd.engine.runs import read_json
 from acamkd.errors import AcamkdError
-from acamkd.files import write_text
+from acamkd.files import check_writable, write_text
 
 Content: TypeAlias = dict[str, Any]
 """Content of a finished trial, as in its JSON."""
@@ -60,6 +60,11 @@ def comparisons(file: Path) -> Mapping[str, dict[str, Content]]:
         AcamkdError: The file is not a table of trials.
     """
     return _read(file.resolve(), file.stat().st_mtime_ns)
+
+
+def check_exportable(results: Path) -> None:
+    """Raise AcamkdError if `export` could not write its table."""
+    check_writable(_file_of(results).parent, advice="--results DIR writes elsewhere")
 
 
 def export(results: Path) -> Path:
@@ -115,12 +120,8 @@ def _read(file: Path, _changed: int) -> Mapping[str, dict[str, Content]]:
         for number, row in enumerate(reader, start=2):
             try:
                 content = _of_row(row)
-            except (
-                ValueError,
-                TypeError,
-                IndexError,
-                yaml.YAMLError,
-            ) as error:  # a row that is too short has None
+            # A row that is too short has None in it, one that is too long under it.
+            except (ValueError, TypeError, AttributeError, IndexError, yaml.YAMLError) as error:
                 raise AcamkdError(f"{file}, row {number} ({row[TRIAL]}) cannot be read: {error}") from error
             found.setdefault(row.get(COMPARISON) or file.parent.name, {})[row[TRIAL]] = content
     return found

@@ -79,7 +79,8 @@ def _origin(section: config.Model) -> str:
         return f"{section.arch}, as it is provided"
     if section.backbone_weights is None or section.arch.startswith("hf/"):
         return "random weights"
-    return f"{section.backbone} pretrained on ImageNet, all else from random weights"
+    backbone = "its backbone" if section.arch.startswith("torchvision/") else section.backbone
+    return f"{backbone} pretrained on ImageNet, all else from random weights"
 
 
 def _describe(loss: config.Loss) -> str:

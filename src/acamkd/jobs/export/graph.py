@@ -158,7 +158,12 @@ class FormGraph(Graph):
 
 def needs_nms(model: TaskModel) -> bool:
     """Whether a network can be exported only with its non-maximum suppression, which lies between its two stages."""
-    return isinstance(model, Detector) and not isinstance(model, DenseDetector)
+    return isinstance(model, Detector) and not isinstance(model, DenseDetector) and not _has_form(model)
+
+
+def _has_form(model: TaskModel) -> bool:
+    """Whether a network says itself how it is exported."""
+    return type(model).export_form is not TaskModel.export_form
 
 
 def build_graph(model: TaskModel, resize: Resize, *, with_nms: bool, openvino: bool = False) -> Graph:
@@ -175,10 +180,9 @@ def build_graph(model: TaskModel, resize: Resize, *, with_nms: bool, openvino: b
     """
     if with_nms and model.task == "segmentation":
         raise AcamkdError("--with-nms: segmentation has no non-maximum suppression; leave the option out")
-    is_ours = isinstance(model, Segmenter | Detector) and type(model).export_form is TaskModel.export_form
-    if is_ours and isinstance(model, Segmenter):
+    if isinstance(model, Segmenter) and not _has_form(model):
         return SegmentationGraph(model, resize)
-    if not (is_ours and isinstance(model, Detector)):
+    if not isinstance(model, Detector) or _has_form(model):
         if with_nms:
             raise AcamkdError(
                 f"--with-nms: {type(model.net).__name__} has no non-maximum suppression of ours; leave the option out"

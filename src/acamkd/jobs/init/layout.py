@@ -21,6 +21,7 @@ from acamkd.data.formats.coco_file import CocoFile
 from acamkd.data.formats.masks import MASK_SUFFIXES
 from acamkd.data.formats.voc import CLASSES as VOC_CLASSES
 from acamkd.data.formats.voc import class_names
+from acamkd.data.formats.yolo import NAMES
 from acamkd.data.image_io import lines_of, opened, stored_values
 from acamkd.data.packed import parquet_file
 from acamkd.errors import AcamkdError
@@ -109,7 +110,7 @@ def find_layouts(root: Path) -> list[Layout]:
     if not found:
         for file in sorted(root.glob("**/*.parquet"))[:1]:
             parquet_file(file)  # which says that pyarrow is missing
-        if (root / "data.yaml").is_file():
+        if (root / NAMES).is_file():
             _open(root, "detection", "yolo", {"name": "train"})  # which says what is wrong with it
         patterns = "; ".join(
             f"{name}: {' and '.join(reader.LAYOUT or reader.SPARE_LAYOUT)}"
@@ -225,7 +226,7 @@ def _first_image(file: Path) -> str | None:
 
 
 def _yolo(root: Path) -> Iterator[Layout]:
-    if (root / "data.yaml").is_file():
+    if (root / NAMES).is_file():
         splits = _opened(root, "detection", "yolo", {split: {"name": split} for split in WORDS})
         if splits:
             yield Layout("detection", "yolo", splits, "there is a data.yaml")

@@ -96,7 +96,11 @@ def predict(
         raise AcamkdError("a detector gives boxes, no masks: write overlays or json")
     if network.task == "segmentation" and "masks" in write:
         given.check_masks()
-    _check_ours(folder)
+    if out:  # the folder by default is ours
+        kinds = (OVERLAYS, MASKS) if network.task == "segmentation" else (OVERLAYS,)
+        _check_ours(folder, set(kinds) & set(write))
+    if (folder / LINES).exists():
+        (folder / MARK).touch()
     for name in (LINES, LIST):  # an earlier prediction's would be taken for this one's
         (folder / name).unlink(missing_ok=True)
     full, busy, count = 0, 0.0, 0
@@ -134,11 +138,18 @@ def predict(
     return made
 
 
-def _check_ours(folder: Path) -> None:
-    """Raise AcamkdError if masks or overlays in a folder are those of somebody else."""
-    theirs = [folder / name for name in (MASKS, OVERLAYS) if (folder / name).exists()]
-    if theirs and not any((folder / name).exists() for name in (MARK, LINES)):
-        raise AcamkdError(f"{theirs[0]} is there, and of no earlier prediction: choose another folder with --out")
+def _check_ours(folder: Path, written: Collection[str]) -> None:
+    """Raise AcamkdError if what would be written over is of somebody else.
+
+    Args:
+        folder: Where predictions go.
+        written: Names of the folders in it that this prediction writes.
+    """
+    if (folder / MARK).exists() or (folder / LINES).exists():
+        return
+    for theirs in (folder / name for name in written):
+        if theirs.is_dir() and any(theirs.iterdir()):
+            raise AcamkdError(f"{theirs} is there, and of no earlier prediction: choose another folder with --out")
 
 
 def open_source(source: Path | str | int, *, without: Sequence[Path], live: bool, watch: bool, stop: Event) -> Source:

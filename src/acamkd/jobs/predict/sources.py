@@ -159,6 +159,7 @@ class GrowingFolder(Source):
                 said = str(error)
                 self._stop.wait(POLL)
                 continue
+            said = ""
             if self._checks_masks:
                 check_names(files, self._folder)
             states = {file: state for file in files if (state := _state(file)) is not None}
