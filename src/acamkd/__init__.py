@@ -69,7 +69,6 @@ _HOMES = {
 }
 """Where each name lives; the losses are names of `acamkd.losses`."""
 
-
 _PACKAGES = ("config", "data", "losses", "models")
 """Packages with names for a script."""
 

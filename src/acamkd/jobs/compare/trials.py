@@ -6,6 +6,7 @@ import csv
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -119,12 +120,12 @@ class Trial:
         if not is_first_process():  # the other processes have no metrics
             return
         content = self._content(run)
-        last = content["history"][-1]
-        if last == last:  # not NaN
+        has_score = not math.isnan(content["history"][-1])
+        if has_score:
             write_json(results / f"{self.name}.json", content)
         for file in (CHECKPOINT, PREVIOUS):
             (run.folder / file).unlink(missing_ok=True)  # the largest files, no longer needed
-        if last != last:
+        if not has_score:
             raise AcamkdError(
                 f"{self.name}: {content['metric']} is undefined, since in the validation images every pixel is void, "
                 "or every box a crowd: check data.val and data.ignore_index"

@@ -92,9 +92,9 @@ def predict(
         raise AcamkdError("a number of seconds is for a camera, an address, --live or --watch")
     check_writable(folder)
     network = _open(model)
-    if network.task == "detection" and not set(write) - {"masks"}:
+    if network.task == "detection" and not set(write) - {MASKS}:
         raise AcamkdError("a detector gives boxes, no masks: write overlays or json")
-    if network.task == "segmentation" and "masks" in write:
+    if network.task == "segmentation" and MASKS in write:
         given.check_masks()
     if out:  # the folder by default is ours
         kinds = (OVERLAYS, MASKS) if network.task == "segmentation" else (OVERLAYS,)
