@@ -138,7 +138,8 @@ def test_the_generality_study_searches_every_method_alike() -> None:
     assert [(trial.name, trial.recipe.losses[0].gradient_ratio) for trial in search] == [
         (f"{method}-{ratio:g}-seed1000", ratio) for method in ("pkd", "acam-paper") for ratio in (0.5, 2, 4, 8)
     ]
-    none, at_eight = item("voc07mini", "few", ("pkd-8",)).trials()
+    none, at_eight = item("voc07mini", "few", ("pkd-8",), [3]).trials()
+    assert none.seed == 3
     assert (none.recipe.losses, at_eight.recipe.losses[0].name, at_eight.key) == ((), "pkd", search[3].key)
     assert none.recipe.data.test is not None
     own, everything = (item("camvid", regime, ("acam",)).trials()[1].recipe for regime in ("own", "all"))
@@ -148,7 +149,7 @@ def test_the_generality_study_searches_every_method_alike() -> None:
 
 def test_the_generality_study_combines_methods_and_prolongs_them() -> None:
     module = runpy.run_path(str(ROOT / "studies/generality/plan.py"))
-    item = module["Item"]("bccd", "few", ("pkd-8_with_crosskd", "acam-0.5_for_80"), 2)
+    item = module["Item"]("bccd", "few", ("pkd-8_with_crosskd", "acam-0.5_for_80"), [0, 2])
     trials = item.trials()
     assert [trial.name for trial in trials] == item.names
     search = module["Item"]("bccd", "search", ("pkd",))
@@ -158,7 +159,7 @@ def test_the_generality_study_combines_methods_and_prolongs_them() -> None:
     assert both.data.unlabeled == none.data.unlabeled is not None  # PKD uses what CrossKD cannot
     assert (longer.train.epochs, longer.train.eval_every, longer.losses[0].gradient_ratio) == (80, 20, 0.5)
     for kind, task in module["CHEAP"].items():
-        ideas = module["Item"](task, "few", module["IDEAS"][kind]).trials()
+        ideas = module["Item"](task, "few", module["IDEAS"][kind], [3]).trials()
         assert {trial.recipe.losses[0].name.partition(":")[0] for trial in ideas[1:]} == {"studies.generality.ideas"}
 
 
@@ -194,7 +195,7 @@ def _trial(method: str, seed: int, validation: float, report: float) -> dict[str
     return {
         "method": method, "seed": seed, "recipe": "0" * 12, "metric": "mIoU", "history": [validation], "losses": [],
         "setting": None, "option": None, "final": {}, "test": {"mIoU": report}, "test_of_best_epoch": report,
-        "masks": {}, "wall_time": 60.0, "cpu_time": 60.0, "teacher": None,
+        "masks": {}, "wall_time": 60.0, "cpu_time": 60.0, "teacher": None, "inherited": None,
     }  # fmt: skip
 
 
@@ -232,6 +233,10 @@ def test_the_generality_study_answers_from_whatever_trials_there_are(
     assert capsys.readouterr().out.splitlines()[1].split() == ["camvid", "+3.00", "=", "+3.00", "+3.00", "+3.00"]
     with pytest.raises(SystemExit, match="Does ACAM lead"):
         answers.show("Is it fast?")
+    found["acam-seed1"]["teacher"], found["pkd-seed1"]["teacher"] = {"sha256": "a"}, {"sha256": "b"}
+    trials_csv.write(tmp_path / "trials.csv", {"generality_camvid_few": found})
+    with pytest.raises(ValueError, match=r"generality_camvid_few: trials of the seeds \[1\] have different teachers"):
+        answers.current()
 
 
 def test_an_estimate_over_tasks_is_that_of_welch(answers: Any) -> None:

@@ -109,6 +109,8 @@ class Results:
         self._names: dict[tuple[str, str], str] = {}
         self.report: dict[str, Scores] = {name: scores_of(on_test(trials)) for name, trials in found.items()}
         self.validation: dict[str, Scores] = {name: scores_of(trials) for name, trials in found.items()}
+        for name, trials in found.items():
+            _check_teachers(name, trials)
 
     def name(self, task: str, method: str) -> str:
         """A method's name in the trials of a task."""
@@ -193,6 +195,18 @@ class Results:
         most = max((each.tasks for each in known.values()), default=0)
         whole = {method: each.mean for method, each in known.items() if each.tasks == most}
         return max(whole, key=whole.__getitem__) if whole else None
+
+
+def _check_teachers(name: str, trials: Sequence[dict[str, Any]]) -> None:
+    """Raise ValueError if trials of one seed, which are compared with each other, have different teachers."""
+    teachers: dict[int, set[str]] = {}
+    for trial in trials:
+        if trial["teacher"]:
+            teachers.setdefault(trial["seed"], set()).add(trial["teacher"]["sha256"])
+        if trial["inherited"]:
+            teachers.setdefault(trial["seed"], set()).add(trial["inherited"])
+    if mixed := [seed for seed, known in teachers.items() if len(known) > 1]:
+        raise ValueError(f"{name}: trials of the seeds {mixed} have different teachers, so that no difference is fair")
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,33 @@ TASKS = ("camvid", "bccd", "facade11", "animals7_boxes", "animals7_masks", "voc0
 FOUR = ("camvid", "voc07mini", "facade11", "animals7_boxes")
 """Those of the regimes `own` and `all`."""
 
+FIRST, SECOND = range(3), range(3, 8)
+"""Seeds that learn from the first and from the second training of each teacher (README.md, deviation 13)."""
+TRIED = SECOND[:3]
+"""Seeds by which a combination and an idea are chosen."""
+FEWER_FIRST = (TRIED, SECOND)
+"""Seeds of the primary table, so that three seeds of all tasks come before the rest."""
+
 PRIMARY = ("fitnet", "pkd", "cwd", "acam", "acam-paper")
 UNMASKED = "pkd"
 """ACAM's distance without masks, but for a factor that `weight: auto` takes out."""
 CONTROLS = ("acam-strength-normalized", "acam-no-diversity", "acam-squared")
+CONTROLS_OF_FIRST = (
+    ("camvid", CONTROLS, FIRST),
+    ("bccd", CONTROLS, FIRST),
+    ("facade11", CONTROLS, FIRST[:2]),
+    ("animals7_boxes", ("acam-squared",), FIRST),
+    ("voc07mini", ("acam-squared",), FIRST),
+    ("voc07mini", ("acam-strength-normalized",), FIRST[:1]),
+)
+"""Task, methods and seeds that had ended when the first teachers were lost."""
+CONTROLS_OF_SECOND = {
+    "animals7_masks": (CONTROLS, 3),
+    "animals7_boxes": (CONTROLS[:2], 3),
+    "facade11": (CONTROLS, 1),
+    "voc07mini": (CONTROLS[:2], 3),
+}
+"""Of the other controls: task -> methods and number of seeds."""
 OTHERS = {"segmentation": ("mgd", "dist"), "detection": ("mgd", "crosskd")}
 WITH, FOR = "_with_", "_for_"
 """In a method's name: the losses of both, and so many epochs."""
@@ -50,8 +73,6 @@ IDEAS = {
 }
 CHEAP = {"segmentation": "camvid", "detection": "bccd"}
 """The tasks on which the ideas begin."""
-TRIED = 3
-"""Seeds, from 0, by which a combination and an idea are chosen."""
 COMMON_RATIO = 2.0
 """Gradient-norm ratio of the batches before the search."""
 RATIOS = (0.5, 2.0, 4.0, 8.0)
@@ -82,13 +103,13 @@ class Item:
         task: Name of the recipe.
         regime: `few`, `own`, `all`, `gap`, or `search`, which is `few` with the seeds and ratios of the search.
         methods: Names in the recipe's `compare.methods`; the baseline comes with them, except in a search.
-        seeds: Number of seeds.
+        seeds: Of the trainings; a search has its own.
     """
 
     task: str
     regime: str
     methods: tuple[str, ...]
-    seeds: int = 1
+    seeds: Sequence[int] = SECOND
 
     @property
     def comparison(self) -> str:
@@ -112,42 +133,60 @@ class Item:
         """Names of the trials, for which no recipe is read."""
         if self.regime == "search":
             return [f"{method}-{ratio:g}-seed{TUNING_SEED}" for method in self.methods for ratio in RATIOS]
-        return [f"{method}-seed{seed}" for seed in range(self.seeds) for method in (NONE, *self.methods)]
+        return [f"{method}-seed{seed}" for seed in self.seeds for method in (NONE, *self.methods)]
 
     def trials(self) -> list[Trial]:
         """The trials, those of the search or those of the tables."""
-        searches = self.regime == "search"
-        return [trial for trial in self.planned() if trial.tuning is searches]
+        if self.regime == "search":
+            return [trial for trial in self.planned() if trial.tuning]
+        return [trial for trial in self.planned() if not trial.tuning and trial.seed in self.seeds]
 
     def planned(self) -> list[Trial]:
         """All trials as `acamkd compare` numbers them, a search's first."""
-        return plan(self.recipe, self.methods, self.seeds, self.results)
+        return plan(self.recipe, self.methods, self.numbered, self.results)
+
+    @property
+    def numbered(self) -> int:
+        """Number of seeds, from 0, of `planned`."""
+        return max(self.seeds) + 1
 
 
 def batches() -> Iterator[tuple[str, list[Item]]]:
     """The batches in their order, as README.md lists them; what earlier ones decide is read from trials.csv."""
-    yield "1 few, one ratio", [Item(task, "few", PRIMARY, seeds) for seeds in (1, 2, 3) for task in TASKS]
-    yield "2 controls", [Item(task, "few", CONTROLS, TRIED) for task in TASKS]
-    yield "3 the student's part", [Item(task, "few", ("acam", "acam-teacher"), 5) for task in where_masks_help()]
-    yield "4 improvements", [Item(task, "few", IDEAS[kind], TRIED) for kind, task in CHEAP.items()]
+    yield "1 few, one ratio", [Item(task, "few", PRIMARY, [seed]) for seed in FIRST for task in TASKS]
+    yield "2 controls", [Item(task, "few", methods, seeds) for task, methods, seeds in CONTROLS_OF_FIRST]
+    yield (
+        "2 controls, second teachers",
+        [
+            Item(task, "few", (UNMASKED, "acam", *methods), [seed])
+            for place, seed in enumerate(SECOND)
+            for task, (methods, count) in CONTROLS_OF_SECOND.items()
+            if place < count
+        ],
+    )
+    yield "3 the student's part", [Item(task, "few", ("acam", "acam-teacher"), SECOND) for task in where_masks_help()]
+    yield "4 improvements", [Item(task, "few", ("acam", *IDEAS[kind]), TRIED) for kind, task in CHEAP.items()]
     idea = best_idea()
     yield (
         "4 improvements, the best",
-        [Item(task, "few", (idea,), TRIED) for task in TASKS if idea and idea in IDEAS[kind_of(task)]],
+        [Item(task, "few", ("acam", idea), TRIED) for task in TASKS if idea and idea in IDEAS[kind_of(task)]],
     )
     yield "5 search", [Item(task, "search", PRIMARY) for task in TASKS]
     ready = [task for task in TASKS if is_searched(PRIMARY, kind_of(task))]
-    yield "6 few, searched", [Item(task, "few", chosen(task, PRIMARY), seeds) for seeds in (3, 5) for task in ready]
+    yield (
+        "6 few, searched",
+        [Item(task, "few", chosen(task, PRIMARY), seeds) for seeds in FEWER_FIRST for task in ready],
+    )
     four = [task for task in FOUR if task in ready]
-    yield "7 own", [Item(task, "own", chosen(task, PRIMARY), 3) for task in four]
-    yield "8 all", [Item(task, "all", chosen(task, PRIMARY), 3) for task in four]
+    yield "7 own", [Item(task, "own", chosen(task, PRIMARY), TRIED) for task in four]
+    yield "8 all", [Item(task, "all", chosen(task, PRIMARY), TRIED) for task in four]
     yield "9 other methods", [Item(task, "search", OTHERS[kind_of(task)]) for task in ready]
     others = {task: other for task in ready if (other := best_other(kind_of(task)))}
     yield (
         "9 other methods, the best",
-        [Item(task, "few", chosen(task, [other]), seeds) for seeds in (3, 5) for task, other in others.items()],
+        [Item(task, "few", chosen(task, [other]), seeds) for seeds in FEWER_FIRST for task, other in others.items()],
     )
-    yield "10 wide gap", [Item("facade11", "gap", chosen("facade11", PRIMARY), 3)] if "facade11" in ready else []
+    yield "10 wide gap", [Item("facade11", "gap", chosen("facade11", PRIMARY), TRIED)] if "facade11" in ready else []
     yield (
         "11 combinations",
         [
@@ -282,13 +321,13 @@ def best_other(kind: str) -> str | None:
     return max(OTHERS[kind], key=lambda method: max(map(mean, searched(kind, method).values())))
 
 
-def standing(task: str, name: str) -> float | None:
-    """Mean validation score of a method, named as in the trials, over the first seeds in `few`.
+def standing(task: str, name: str, seeds: Sequence[int] = TRIED) -> float | None:
+    """Mean validation score of a method, named as in the trials, over some seeds in `few`.
 
     None until all have ended; minus infinity where one was given up, so that nothing chooses the method.
     """
     group = comparison(task, "few")
-    trials, names = stored().get(group, {}), [f"{name}-seed{seed}" for seed in range(TRIED)]
+    trials, names = stored().get(group, {}), [f"{name}-seed{seed}" for seed in seeds]
     if not given_up().isdisjoint((group, each) for each in names):
         return -inf
     if any(each not in trials for each in names):
@@ -300,7 +339,7 @@ def where_masks_help() -> list[str]:
     """The two tasks on which masks gain most on validation images; none until batch 1 has ended."""
     gains = {}
     for task in TASKS:
-        ours, without = standing(task, "acam"), standing(task, UNMASKED)
+        ours, without = standing(task, "acam", FIRST), standing(task, UNMASKED, FIRST)
         if ours is None or without is None:
             return []
         gains[task] = ours - without

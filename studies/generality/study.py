@@ -83,7 +83,7 @@ def _run(item: Item, jobs: int, end: float | None) -> None:
     numbers = {trial.name: number for number, trial in enumerate(item.planned())}
 
     def command(number: int) -> list[str]:
-        return trial_command(item.methods, item.seeds, item.results, numbers[trials[number].name])
+        return trial_command(item.methods, item.numbered, item.results, numbers[trials[number].name])
 
     try:
         failed = run_trials(trials, _due(item), item.results, command, end=end, jobs=jobs)
@@ -143,9 +143,10 @@ def train_teacher(item: Item) -> bool:
 
 
 def score_teachers(runs: Path) -> None:
-    """Score every teacher that has ended on its report split: teachers.csv."""
+    """Score every teacher of the second training that has ended on its report split: teachers.csv."""
     os.chdir(runs)
-    found = []
+    seeds = f"{plan.SECOND[0]}-{plan.SECOND[-1]}"
+    found: list[dict[str, object]] = [row for row in plan.rows_of(plan.TEACHERS) if row["seeds"] != seeds]
     for regime, tasks in (("few", TASKS), ("own", plan.FOUR)):
         for task in tasks:
             recipe = config.load(plan.HERE / f"{task}.yaml", plan.overrides(task, regime))
@@ -153,12 +154,12 @@ def score_teachers(runs: Path) -> None:
             if teacher.has_ended:
                 metric = METRICS[recipe.task]
                 scores = (evaluate(teacher.folder, split=split)[metric] for split in ("val", "test"))
-                found.append(
-                    {"task": task, "regime": regime, **dict(zip(("validation", "report"), scores, strict=True))}
-                )
+                validation, report = (f"{score:.2f}" for score in scores)
+                row = {"task": task, "regime": regime, "seeds": seeds, "validation": validation, "report": report}
+                found.append(row)
     plan.TEACHERS.unlink(missing_ok=True)
     for row in found:
-        _add_row(plan.TEACHERS, {key: f"{x:.2f}" if isinstance(x, float) else x for key, x in row.items()})
+        _add_row(plan.TEACHERS, row)
 
 
 def measure_costs(runs: Path) -> None:

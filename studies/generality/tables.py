@@ -133,7 +133,10 @@ def _gains(results: Results) -> str:
     if any(others.values()):
         columns[" or ".join(f"`{other}`" for other in others.values() if other)] = others
 
-    teachers = {row["task"]: row["report"] for row in plan.rows_of(plan.TEACHERS) if row["regime"] == "few"}
+    teachers: dict[str, list[str]] = {}
+    for row in plan.rows_of(plan.TEACHERS):
+        if row["regime"] == "few":
+            teachers.setdefault(row["task"], []).append(row["report"])
     lines = []
     for task in TASKS:
         gains = [results.over_kinds([task], each, NONE) for each in columns.values()]
@@ -142,9 +145,8 @@ def _gains(results: Results) -> str:
             metric = results.found[comparison(task, "few")][0]["metric"]
             most = max(each.mean for each in gains if each)
             cells = [_points(each, most, len(alone)) for each in gains]
-            lines.append(
-                [f"`{task}`, {metric}", teachers.get(task, "-"), f"{_mean(alone):.2f}", str(len(alone)), *cells]
-            )
+            taught = ", ".join(teachers.get(task, "-"))
+            lines.append([f"`{task}`, {metric}", taught, f"{_mean(alone):.2f}", str(len(alone)), *cells])
     if lines:
         over = [results.over_kinds(TASKS, each, NONE) for each in columns.values()]
         means = [each.text if each and each.tasks == len(lines) else "-" for each in over]
