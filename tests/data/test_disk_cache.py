@@ -88,6 +88,7 @@ def test_a_full_disk_ends_it_and_not_the_training(
     if how == "full":
         monkeypatch.setattr(Path, "write_bytes", fail)
     elif how == "small":
+        monkeypatch.setattr("acamkd.data.disk_cache.RESERVE", RESERVE)  # tests/conftest.py has another
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=RESERVE))
     else:
