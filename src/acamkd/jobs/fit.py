@@ -57,6 +57,7 @@ def fit(
     resume: bool,
     overwrite: bool,
     profile: bool = False,
+    report: bool = True,
     inherited: str | None = None,
     teacher: ScoredTeacher | None = None,
     module_of: type[TrainingModule] = TrainingModule,
@@ -71,6 +72,7 @@ def fit(
         resume: Continue the run that the folder holds.
         overwrite: Replace it.
         profile: Measure where the time of the steps goes.
+        report: Write the run's report at the end; a backbone has none.
         inherited: Hash of a teacher that only initializes the student.
         teacher: The teacher that the losses compare with.
         module_of: What trains it.
@@ -78,6 +80,7 @@ def fit(
     """
     recipe, metric = run.recipe, batches.validator.metric
     predicts = run.role != "backbone"
+    report = report and predicts
     ema = None if recipe.train.ema is None else EMA(recipe.train.ema)
     recorder = Recorder(run.folder, run.weights.name, metric, patience=recipe.train.patience, ema=ema)
     compares_maps = predicts and any(compared_pairs(distiller))
@@ -100,7 +103,7 @@ def fit(
     with entered as goes_on, _log_file(run.folder / LOG, is_first), _explaining(run.folder):
         if resume and run.has_ended and (goes_on or run.weights.is_file()):
             log.info("%s: all epochs are done already", run.folder)
-            if is_first and predicts and not (run.folder / REPORT).is_file():
+            if is_first and report and not (run.folder / REPORT).is_file():
                 write_report(run)
             return run
         if resume and not goes_on:
@@ -126,7 +129,7 @@ def fit(
         run.write_metrics(_metrics(run, distiller, batches, recorder, trainer, chosen.threads, taught_by))
         log.info("%s: best %s %.2f at epoch %d, in %s%s", run.folder, metric, recorder.best[metric],
                  recorder.best_epoch, run.weights.name, " (EMA of the weights)" if ema else "")  # fmt: skip
-        if predicts:
+        if report:
             write_report(run)
         return run
 

@@ -45,6 +45,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     profile: bool = False,
+    report: bool = True,
     shared: SharedWork | None = None,
 ) -> Run:
     """Train one network of a recipe without distillation.
@@ -57,6 +58,7 @@ def train(
         resume: Continue the run that the folder holds.
         overwrite: Replace it.
         profile: Measure where the time of the steps goes; `acamkd.engine.step_profile.StepProfile.read` gives it.
+        report: Write `report.html` at the end, which takes seconds on a CPU; `acamkd report` does so later.
         shared: What this training shares with others of a comparison.
 
     Returns:
@@ -101,7 +103,10 @@ def train(
     if shared is not None:
         shared.share_images(batches)
     run = Run(folder, batches.resolved.model_copy(update=used), role)
-    return fit(run, Distiller(model), batches, resume=resume, overwrite=overwrite, profile=profile, inherited=inherited)
+    return fit(
+        run, Distiller(model), batches, resume=resume, overwrite=overwrite, profile=profile, report=report,
+        inherited=inherited,
+    )  # fmt: skip
 
 
 @overload
@@ -114,6 +119,7 @@ def distill(
     overwrite: bool = False,
     dry_run: Literal[False] = False,
     profile: bool = False,
+    report: bool = True,
     shared: SharedWork | None = None,
 ) -> Run: ...
 @overload
@@ -129,6 +135,7 @@ def distill(
     overwrite: bool = False,
     dry_run: bool = False,
     profile: bool = False,
+    report: bool = True,
     shared: SharedWork | None = None,
 ) -> Run | Estimate:
     """Train a recipe's student with its losses against its teacher.
@@ -144,6 +151,7 @@ def distill(
         overwrite: Replace it.
         dry_run: Do not train; estimate parameters, operations, memory and the largest batch.
         profile: Measure where the time of the steps goes; `acamkd.engine.step_profile.StepProfile.read` gives it.
+        report: Write `report.html` at the end, which takes seconds on a CPU; `acamkd report` does so later.
         shared: What this training shares with others of a comparison.
 
     Returns:
@@ -187,7 +195,7 @@ def distill(
     used = {"teacher": section, "student": with_normalization(recipe, recipe.student, student), "losses": losses}
     run = Run(folder, batches.resolved.model_copy(update=used), "student")
     return fit(
-        run, distiller, batches, resume=resume, overwrite=overwrite, profile=profile, shared=shared,
+        run, distiller, batches, resume=resume, overwrite=overwrite, profile=profile, report=report, shared=shared,
         teacher=ScoredTeacher(teacher_sha256, partial(_score_teacher, distiller, batches, teacher_sha256, shared)),
     )  # fmt: skip
 

@@ -23,6 +23,7 @@ from acamkd.jobs.compare import compare
 from acamkd.jobs.compare.compare import run_trial, run_trials, tabulate
 from acamkd.jobs.compare.trials import Trial, plan
 from acamkd.jobs.setup import Batches
+from command import Command
 from tiny_recipes import fake, write_recipe
 
 METHODS = {"acam": {"losses.0.name": "acam", "losses.0.num_masks": 2}, "longer": {"losses": [], "train.epochs": 2}}
@@ -275,8 +276,9 @@ def test_a_trial_is_scored_on_test_images_too_but_not_in_a_search(recipe: Path, 
     assert json.loads((results / f"{tuning[0].name}.json").read_text())["test"] is None
 
 
+@pytest.mark.usefixtures("reports")
 def test_a_trial_is_one_small_file_and_is_not_run_again(
-    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, acamkd: Command
 ) -> None:
     caplog.set_level("INFO", logger="acamkd")
     results = tmp_path / "results"
@@ -294,6 +296,9 @@ def test_a_trial_is_one_small_file_and_is_not_run_again(
     folder = tmp_path / f"runs/recipe/compare/acam-seed0-{trials[1].key}"
     assert (folder / "student.safetensors").is_file()
     assert not (folder / "last.ckpt").exists()
+    assert not (folder / "report.html").exists()
+    assert acamkd("report", str(folder)).code == 0
+    assert (folder / "report.html").stat().st_size > 10_000
 
     before = file.stat().st_mtime_ns
     run_trial(trials, 1, results)

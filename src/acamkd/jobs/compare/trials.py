@@ -140,7 +140,7 @@ class Trial:
         shared = None if asked.cache is None else SharedWork(
             default_folder(recipe, "cache"), asked.cache, half=asked.cache_precision == "float16"
         )  # fmt: skip
-        job = partial(distill if recipe.losses else train, recipe, out=self.folder, shared=shared)
+        job = partial(distill if recipe.losses else train, recipe, out=self.folder, report=False, shared=shared)
         # Without a checkpoint nothing of an earlier run is reused, such as calibrated loss weights.
         resume = Run(self.folder, recipe, "student").has_checkpoint
         try:
