@@ -126,7 +126,7 @@ def test_train_distill_evaluate(acamkd: Command, drawn: Path, tmp_path: Path, mo
     raw["teacher"]["weights"] = None
     del raw["name"]  # the file's
     recipe = _write(tmp_path, raw)
-    assert acamkd("train", recipe, "--model", "teacher").code == 0
+    assert acamkd("train", recipe, "--role", "teacher").code == 0
     result = acamkd("distill", recipe, "--set", "train.seed=3", "--set", "losses.0.num_masks=2")
     assert result.code == 0
     assert result.out == ""
@@ -192,7 +192,7 @@ def test_evaluating_what_is_no_run(acamkd: Command, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["train"], "Missing argument 'RECIPE'"),
-        (["train", "r.yaml", "--model", "tutor"], "'tutor' is not one of 'teacher', 'student'"),
+        (["train", "r.yaml", "--role", "tutor"], "'tutor' is not one of 'teacher', 'student'"),
         (["distil"], "No such command 'distil'"),
         (["train", "r.yaml", "--resum"], "No such option: --resum"),
     ],

@@ -121,7 +121,7 @@ def export(
     openvino: Annotated[bool, typer.Option("--openvino", help="Also each file in OpenVINO's own form.")] = False,
     max_drop: Annotated[float, typer.Option(min=0, help="Points of the metric that INT8 may lose.")] = 1.0,
     license_: Annotated[
-        str | None, typer.Option("--license", "--licence", help="Of the weights, for the model card.")
+        str | None, typer.Option("--license", help="Of the weights, for the model card.")
     ] = None,
     push_to_hub: Annotated[
         str | None,
@@ -189,7 +189,7 @@ def report(
     run: RunFolder,
     baseline: Annotated[
         Path | None,
-        typer.Option("--baseline", "--alone", help="Run of the baseline, instead of the folder `baseline` beside RUN."),
+        typer.Option("--baseline", help="Run of the baseline, instead of the folder `baseline` beside RUN."),
     ] = None,
     set_: Overrides = None,
 ) -> None:

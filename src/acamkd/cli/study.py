@@ -93,7 +93,7 @@ def compare(
     results: Annotated[Path | None, typer.Option(help="Folder of the results, instead of runs/NAME/compare.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only print the trials and the hours that they take.")] = False,
     trial: Annotated[
-        int | None, typer.Option("--trial", "--cell", help="Run this trial of the plan alone, in this process.")
+        int | None, typer.Option("--trial", help="Run this trial of the plan alone, in this process.")
     ] = None,
     limit: Annotated[
         str | None,

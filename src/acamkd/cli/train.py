@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def train(
     recipe: RecipeFile,
     role: Annotated[
-        Literal["teacher", "student"], typer.Option("--role", "--model", help="Which of the recipe's networks.")
+        Literal["teacher", "student"], typer.Option("--role", help="Which of the recipe's networks.")
     ] = "student",
     set_: Overrides = None,
     out: Out = None,

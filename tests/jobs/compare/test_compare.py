@@ -190,7 +190,7 @@ def test_a_trial_without_a_score_fails_and_can_be_run_again(recipe: Path, tmp_pa
     assert json.loads((results / "none-seed0.json").read_text())["history"][-1] > 0
 
 
-def test_a_comparison_that_is_terminated_ends_its_cells(
+def test_a_comparison_that_is_terminated_ends_its_trials(
     recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     begun = tmp_path / "begun"
@@ -423,7 +423,6 @@ def test_the_flags_name_a_trial_and_write_the_table(
         return out + error
 
     assert "acam-seed0 is finished already" in run("--trial", "1")
-    assert "none-seed0 is finished already" in run("--cell", "0")  # as it was called
     assert not (results / "trials.csv").exists()
     assert "trials.csv: the finished trials" in run("--tables", "--csv")
     for file in results.glob("*-seed0.json"):
