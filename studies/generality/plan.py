@@ -71,6 +71,8 @@ IDEAS = {
     "segmentation": ("acam-late", "acam-smooth", "acam-agreeing", "acam-certain"),
     "detection": ("acam-late", "acam-smooth", "acam-agreeing", "acam-levels"),
 }
+REPEATED: tuple[tuple[str, str, int], ...] = ()
+"""Task, method and seed of the trials that somebody else chose to be repeated."""
 CHEAP = {"segmentation": "camvid", "detection": "bccd"}
 """The tasks on which the ideas begin."""
 COMMON_RATIO = 2.0
@@ -101,8 +103,9 @@ class Item:
 
     Attributes:
         task: Name of the recipe.
-        regime: `few`, `own`, `all`, `gap`, or `search`, which is `few` with the seeds and ratios of the search.
-        methods: Names in the recipe's `compare.methods`; the baseline comes with them, except in a search.
+        regime: `few`, `own`, `all`, `gap`, or `search`, which is `few` with the seeds and ratios of the search, or
+            `again`, which is `few` in folders of its own and without a cache.
+        methods: Names in the recipe's `compare.methods`; the baseline comes with them, except in `search` and `again`.
         seeds: Of the trainings; a search has its own.
     """
 
@@ -133,13 +136,13 @@ class Item:
         """Names of the trials, for which no recipe is read."""
         if self.regime == "search":
             return [f"{method}-{ratio:g}-seed{TUNING_SEED}" for method in self.methods for ratio in RATIOS]
-        return [f"{method}-seed{seed}" for seed in self.seeds for method in (NONE, *self.methods)]
+        methods = self.methods if self.regime == "again" else (NONE, *self.methods)
+        return [f"{method}-seed{seed}" for seed in self.seeds for method in methods]
 
     def trials(self) -> list[Trial]:
         """The trials, those of the search or those of the tables."""
-        if self.regime == "search":
-            return [trial for trial in self.planned() if trial.tuning]
-        return [trial for trial in self.planned() if not trial.tuning and trial.seed in self.seeds]
+        names = set(self.names)
+        return [trial for trial in self.planned() if trial.name in names]
 
     def planned(self) -> list[Trial]:
         """All trials as `acamkd compare` numbers them, a search's first."""
@@ -198,6 +201,7 @@ def batches() -> Iterator[tuple[str, list[Item]]]:
         "11 combinations, equal time",
         [Item(task, "few", (single,), TRIED) for task in others if (single := at_equal_time(task))],
     )
+    yield "12 repetitions", [Item(task, "again", (method,), [seed]) for task, method, seed in REPEATED]
 
 
 def kind_of(task: str) -> str:
@@ -234,6 +238,8 @@ def overrides(task: str, regime: str) -> list[str]:
         return [f"compare.tune={{option: gradient_ratio, values: {list(RATIOS)}}}"]
     named = f"name=generality-{task}-{regime}"
     with_teacher = f"teacher.weights={default_folder(recipe_of(task), 'teacher') / 'teacher.safetensors'}"
+    if regime == "again":
+        return [named, with_teacher, "compare.cache=null"]
     if regime == "own":  # a teacher of its own, from the same few labels
         return [named]
     if regime == "all":

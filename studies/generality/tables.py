@@ -95,6 +95,7 @@ def sections(results: Results) -> dict[str, str]:
         "ideas": _ideas(results),
         "search": _search(results.found),
         "by_image": _by_image(),
+        "repetitions": _repetitions(results),
         "trials": _state(results.found),
         "batches": _batches(results.found),
     }
@@ -280,6 +281,20 @@ def _by_image() -> str:
     )
     head = list(rows[0]) if rows else []
     return _markdown("By the share of foreground of an image", head, [list(row.values()) for row in rows], note)
+
+
+def _repetitions(results: Results) -> str:
+    """The report split's score of each repeated trial, twice."""
+    lines = []
+    for task, method, seed in plan.REPEATED:
+        scores = [results.report.get(comparison(task, regime), {}).get(method, {}) for regime in ("few", "again")]
+        if all(seed in each for each in scores):
+            first, second = (each[seed] for each in scores)
+            lines.append(
+                [f"`{task}`", f"`{method}`", str(seed), f"{first:.4f}", f"{second:.4f}", f"{second - first:+.4f}"]
+            )
+    note = "Trainings from the start, without the cache, with the same teacher on the same machine; report split."
+    return _markdown("Repetitions", ("task", "method", "seed", "first", "again", "difference"), lines, note)
 
 
 def _state(found: Found) -> str:
