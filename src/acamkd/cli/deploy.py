@@ -193,7 +193,7 @@ def report(
     ] = None,
     set_: Overrides = None,
 ) -> None:
-    """Write a run's report.html again: scores, masks over the epochs, and the sources of the gain."""
+    """Write a run's report.html, or write it again: scores, masks over the epochs, and the sources of the gain."""
     opened, alone = run_of(run, set_), run_of(baseline) if baseline else None
     from acamkd.report.run import write_report
 
