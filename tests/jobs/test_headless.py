@@ -100,6 +100,10 @@ def test_it_is_distilled_reported_and_left_out_where_it_has_no_part(
     with caplog.at_level(logging.INFO):
         distilled = distill(recipe, out=tmp_path / "run")
     assert "the report omits the teacher's score and cost" in caplog.text
+    page = (distilled.folder / "report.html").read_text(encoding="utf-8")
+    assert "Unknown: no baseline was scored on these images. The student reaches" in page
+    assert "the teacher \N{EN DASH}" not in page
+    assert "Where the two differ" not in page
     assert distilled.metrics["teacher"] == {"mIoU": None}
     assert distilled.metrics["teacher_license"] == "dinov3-license"
     assert "loss/encoder:4/cosine/cosine" in (distilled.folder / "history.csv").read_text().partition("\n")[0]

@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from acamkd.errors import AcamkdError
 from acamkd.jobs import run_all
 from acamkd.jobs.doctor import Finding
 from acamkd.jobs.run_all import RunAll, run
+from acamkd.jobs.train import distill, train
 
 
 @pytest.fixture
@@ -44,7 +46,21 @@ def test_everything_is_trained_once_and_resumed_where_it_stopped(
         tiny.interrupt_at(patch, 0, 1)
         with pytest.raises(KeyboardInterrupt):
             run(recipe, anyway=True)
+    names = recipe.data.root / "images/train"
+    with monkeypatch.context() as patch:
+        patch.setattr(run_all, "distill", lambda *_given, **_more: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, anyway=True)
+    added = shutil.copy(next(names.iterdir()), names / "added.png")
+    mask = shutil.copy(next((recipe.data.root / "masks/train").iterdir()), recipe.data.root / "masks/train/added.png")
+    with pytest.raises(
+        AcamkdError, match=r"the train images, .* have changed since runs.tiny.teacher was trained: --set"
+    ):
+        run(recipe, anyway=True)
+    Path(added).unlink()
+    Path(mask).unlink()
     result = run(recipe, anyway=True)
+    assert result.more_seeds == "acamkd compare RECIPE --methods pkd --seeds 3"
     assert (runs / "teacher/teacher.safetensors").stat().st_mtime_ns == trained
     assert result.scores["baseline"] == Run(runs / "baseline", recipe, "student").metrics["student"]["mIoU"]
     assert result.scores["distilled"] == Run(runs / "distilled", recipe, "student").metrics["student"]["mIoU"]
@@ -83,6 +99,32 @@ def test_everything_is_trained_once_and_resumed_where_it_stopped(
             run(recipe, anyway=True)
 
 
+@pytest.mark.usefixtures("reports")
+def test_on_several_devices_each_training_is_a_command_of_its_own(
+    recipe: config.Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = config.override(recipe, ["train.devices=2"])
+    given: list[list[str]] = []
+
+    def carry_out(words: list[str]) -> None:
+        given.append(words)
+        written = config.load(Path(words[1]))
+        assert written.train.devices == 2
+        role = "teacher" if "--role" in words else "student"
+        job = distill if words[0] == "distill" else partial(train, role=role)
+        done = job(config.override(written, ["train.devices=1"]), resume="--resume" in words)
+        (done.folder / "recipe.yaml").write_text(config.dump(config.override(done.recipe, ["train.devices=2"])))
+
+    monkeypatch.setattr(run_all, "carry_out", carry_out)
+    result = run(several, anyway=True)
+    file = str(Path("runs/tiny/run.yaml"))
+    assert given == [["train", file, "--role", "teacher"], ["train", file], ["distill", file]]
+    assert result.report.is_file()
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(AcamkdError, match="starts the processes of its trainings itself: start it once"):
+        run(several, anyway=True)
+
+
 def test_what_cannot_be_distilled_is_said_before_anything_is_trained(
     recipe: config.Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,11 +150,9 @@ def test_the_last_line_says_whether_to_believe_it(
 ) -> None:
     scores = {"baseline": 50.0, "distilled": 51.5}
     distilled = Run(Path("runs/tiny/distilled"), recipe, "student")
-    result = RunAll(distilled, "mIoU", scores, {}, Path("report.html"), interval)
+    result = RunAll(distilled, "mIoU", scores, {}, Path("report.html"), interval, "acamkd compare RECIPE --seeds 3")
     assert result.verdict.startswith(f"gain +1.50 mIoU on the validation images, one seed: {words}")
-    assert result.verdict.endswith(
-        "more seeds are needed: acamkd compare runs/tiny/distilled/recipe.yaml --methods pkd --seeds 3"
-    )
+    assert result.verdict.endswith("more seeds are needed: acamkd compare RECIPE --seeds 3")
     for teacher, is_behind in ((50.0, True), (50.1, False)):
         behind = replace(result, scores={**scores, "teacher": teacher})
         assert behind.verdict.endswith("needed first: 50.00 is not ahead of the baseline's 50.00") is is_behind

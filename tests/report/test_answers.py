@@ -48,7 +48,7 @@ def test_the_first_screen_answers_four_questions(tmp_path: Path) -> None:
         "parameters."
     )
     assert found["What next?"].commands == (
-        "acamkd compare 'runs/my cells/distilled/recipe.yaml' --methods pkd --seeds 3",
+        "acamkd compare RECIPE --methods pkd --seeds 3",
         "acamkd export 'runs/my cells/distilled'",
     )
 
@@ -64,6 +64,7 @@ def test_a_teacher_of_the_same_size_costs_the_same(tmp_path: Path, monkeypatch: 
         (38.0, 60.0, "No, on these", "\N{MINUS SIGN}2.00 points."),
         (40.0, 60.0, "Not to the hundredth, on these", "+0.00 points."),
         (41.0, 39.0, "Yes, on these", "The teacher, 39.00 %, is not ahead of the baseline."),
+        (41.0, 40.01, "Yes, on these", "+1.00 points."),
     ],
 )
 def test_what_is_no_success_is_said(tmp_path: Path, after: float, teacher: float, word: str, end: str) -> None:
@@ -81,6 +82,16 @@ def test_without_a_baseline_nothing_is_claimed(tmp_path: Path) -> None:
     assert not any(answer.verdict for answer in found.values())
     assert "acamkd train 'runs/my cells/distilled/recipe.yaml' --out 'runs/my cells/baseline'" in (
         found["What next?"].commands
+    )
+
+
+def test_a_baseline_that_does_not_fit_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("baseline", "baseline-2"):
+        Path("runs/my cells", name).mkdir(parents=True)
+    assert _answers(tmp_path, None, 45.0, None)["What next?"].commands == (
+        "acamkd train 'runs/my cells/distilled/recipe.yaml' --out 'runs/my cells/baseline-3'",
+        "acamkd report 'runs/my cells/distilled' --baseline 'runs/my cells/baseline-3'",
     )
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import copy
 import dataclasses
+import html
 import io
 import json
 import re
@@ -24,7 +25,7 @@ import tiny
 from acamkd import cli
 from acamkd.distillation.distiller import Distiller
 from acamkd.engine.mask_history import REPLAY, look
-from acamkd.engine.runs import open_run
+from acamkd.engine.runs import RECIPE, open_run
 from acamkd.errors import AcamkdError
 from acamkd.jobs.train import distill, train
 from acamkd.losses import FGD, MasKD
@@ -170,6 +171,22 @@ def test_what_cannot_be_reported_is_refused(runs: Path, tmp_path: Path) -> None:
         write_report(open_run(other))
 
 
+def test_a_gain_over_a_baseline_trained_otherwise_is_not_all_the_distillations(
+    runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert "was trained otherwise" not in _text(runs / "distilled")
+    other = shutil.copytree(runs / "baseline", tmp_path / "other")
+    (other / RECIPE).write_text((other / RECIPE).read_text().replace("epochs: 2", "epochs: 1"))
+    metrics = json.loads((other / "metrics.json").read_text())
+    metrics["data"]["train"] = "fewer"
+    (other / "metrics.json").write_text(json.dumps(metrics))
+    distilled = open_run(shutil.copytree(runs / "distilled", tmp_path / "run"))
+    write_report(distilled, open_run(other))
+    words = "otherwise (other training images; train.epochs was 1, is 2): not all of the difference is the distillation"
+    assert f"The baseline was trained {words}" in html.unescape(_text(distilled.folder))
+    assert "was trained otherwise than" in caplog.text
+
+
 # The canvas, what is read aloud of it, and the time beside the slider.
 SHOWN = """
 const mask = document.getElementById("mask"), when = document.getElementById("when");
@@ -224,6 +241,12 @@ def test_the_page_plays_the_epochs(runs: Path, browser: Browser) -> None:
     while play.get_attribute("aria-label") == "pause" and time.monotonic() < deadline:
         time.sleep(0.1)
     assert browser.run("return window.shown") == ["start", "epoch 1", "epoch 2"]
+    play.send_keys(Keys.ENTER)
+    browser.driver.find_element("id", "epoch").send_keys(Keys.END)  # past which the next tick would go
+    assert play.get_attribute("aria-label") == "play"
+    time.sleep(0.6)
+    assert browser.run("return window.shown.at(-1)") == "epoch 2"
+    assert browser.console() == []
 
 
 def test_masks_of_other_methods_are_shown_too(runs: Path, browser: Browser, tmp_path: Path) -> None:

@@ -120,9 +120,7 @@ def export(
     ] = False,
     openvino: Annotated[bool, typer.Option("--openvino", help="Also each file in OpenVINO's own form.")] = False,
     max_drop: Annotated[float, typer.Option(min=0, help="Points of the metric that INT8 may lose.")] = 1.0,
-    license_: Annotated[
-        str | None, typer.Option("--license", help="Of the weights, for the model card.")
-    ] = None,
+    license_: Annotated[str | None, typer.Option("--license", help="Of the weights, for the model card.")] = None,
     push_to_hub: Annotated[
         str | None,
         typer.Option(metavar="OWNER/NAME", help="Upload to the Hugging Face Hub, to a private repository if new."),

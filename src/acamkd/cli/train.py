@@ -125,10 +125,9 @@ def run(
     ] = False,
 ) -> None:
     """Train teacher, baseline and distilled student, and compare: one command, which goes on where it was stopped."""
-    loaded = recipe_of(recipe, set_)
     from acamkd.jobs.run_all import run as job
 
-    show(job(loaded, anyway=anyway))
+    show(job(recipe, overrides=set_ or (), anyway=anyway))
 
 
 @app.command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -59,10 +60,23 @@ class ImageInterval:
         return f"95 % interval from the {self.images} images alone: {signed(self.low)} to {signed(self.high)}"
 
 
-def compare_command(recipe: config.Recipe, file: Path | str) -> str:
-    """The command that compares the recipe's method with the baseline over as many seeds as a verdict needs."""
-    methods = "" if recipe.compare.methods else f" --methods {recipe.losses[0].name}"
-    return f"acamkd compare {shlex.quote(str(file))}{methods} --seeds {SEEDS_NEEDED}"
+def compare_command(recipe: config.Recipe, file: Path | str = "RECIPE", overrides: Sequence[str] = ()) -> str:
+    """The command that compares the recipe's method with the baseline over as many seeds as a verdict needs.
+
+    Args:
+        recipe: As its author wrote it, or as a run has it.
+        file: The author's file. A run's recipe has weights that were measured for one seed.
+        overrides: `key=value` assignments that were given with it.
+    """
+    name = recipe.losses[0].name
+    if recipe.compare.methods:
+        methods = []
+    elif ":" in name:  # a class: only compare.methods can give it a name
+        methods = ["--set", f"compare.methods={{{name.rpartition(':')[2].lower()}: {{}}}}"]
+    else:
+        methods = ["--methods", name]
+    given = [word for override in overrides for word in ("--set", override)]
+    return shlex.join(["acamkd", "compare", str(file), *methods, "--seeds", str(SEEDS_NEEDED), *given])
 
 
 def signed(points: float) -> str:

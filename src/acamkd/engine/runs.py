@@ -232,6 +232,16 @@ class Run(Printable):
         without = {**WITHOUT_EFFECT, "student": True} if self.role == "teacher" else WITHOUT_EFFECT
         return recipe.model_dump(mode="json", exclude=without)
 
+    def unlike(self, baseline: Run) -> list[str]:
+        """How a baseline was trained otherwise than this run's student, beside what a distillation adds."""
+        added: dict[str, Any] = {"name": True, "teacher": True, "losses": True}
+        without = {**WITHOUT_EFFECT, **added, "data": {*WITHOUT_EFFECT["data"], "unlabeled", "root"}}
+        contents = [
+            config.load(run.folder / RECIPE).model_dump(mode="json", exclude=without) for run in (baseline, self)
+        ]
+        trained_on = [run.metrics["data"]["train"] for run in (baseline, self)]
+        return [*(["other training images"] if len(set(trained_on)) > 1 else []), *_changes(*contents)]
+
     def _unwritable(self, error: OSError) -> AcamkdError:
         return AcamkdError(f"cannot write the run folder {self.folder}: {error.strerror or error}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from acamkd.engine.evidence import ImageInterval, compare_command, signed
 from acamkd.engine.image_statistics import collect, image_interval
 from acamkd.engine.metrics import METRICS
 from acamkd.engine.printing import Printable
-from acamkd.engine.runs import RECIPE, WITHOUT_EFFECT, OtherRunError, Run, default_folder, open_run
+from acamkd.engine.runs import WITHOUT_EFFECT, OtherRunError, Run, default_folder, open_run
 from acamkd.errors import AcamkdError
-from acamkd.files import write_json
+from acamkd.files import write_json, write_text
+from acamkd.jobs.apart import carry_out, device_count
 from acamkd.jobs.doctor import examine
 from acamkd.jobs.evaluate import evaluate
 from acamkd.jobs.examine_data import examine_data
@@ -31,7 +32,7 @@ from acamkd.jobs.inspect_layers import of_recipe
 from acamkd.jobs.setup import describe_lead, score_of_run, teacher_section
 from acamkd.jobs.train import distill, train
 from acamkd.models.weights import TORCHVISION
-from acamkd.progress import muted
+from acamkd.progress import is_first_process, muted
 from acamkd.report.run import REPORT, write_report
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,13 @@ NOTES = "run.json"
 
 NETWORKS = {"teacher": "teacher", "baseline": "baseline", "distilled": "distilled student"}
 """In words, by the name of their run's folder."""
+
+
+COMMANDS = {"teacher": ("train", "--role", "teacher"), "baseline": ("train",), "distilled": ("distill",)}
+"""What trains each of them alone: the command, and its options."""
+
+RESOLVED = "run.yaml"
+"""In runs/NAME: the recipe with its overrides, for trainings in a process of their own."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class RunAll(Printable):
         test: Likewise on the test split; empty where the recipe has none.
         report: The page.
         interval: Of the gain, from the images that it is measured on; None with a single image.
+        more_seeds: The command that trains both with more seeds.
     """
 
     distilled: Run
@@ -63,6 +72,7 @@ class RunAll(Printable):
     test: dict[str, float]
     report: Path
     interval: ImageInterval | None
+    more_seeds: str
 
     @property
     def gain(self) -> float:
@@ -79,7 +89,7 @@ class RunAll(Printable):
         more = (
             f"a better teacher is needed first: {teacher:.2f} is not ahead of the baseline's {baseline:.2f}"
             if teacher is not None and teacher <= baseline
-            else f"more seeds are needed: {compare_command(self.distilled.recipe, self.distilled.folder / RECIPE)}"
+            else f"more seeds are needed: {self.more_seeds}"
         )
         if self.interval is None:
             return f"{head}: too few seeds; {more}"
@@ -112,9 +122,12 @@ def run(recipe: config.Recipe | Path | str, *, overrides: Sequence[str] = (), an
     Raises:
         AcamkdError: The recipe or its images cannot be used, or there is a reason not to distill.
     """
+    file = "RECIPE" if isinstance(recipe, config.Recipe) else recipe
     recipe = config.as_recipe(recipe, overrides)
     if recipe.teacher is None or not recipe.losses:
         raise AcamkdError(f"the recipe {recipe.name} needs a `teacher` section and `losses` to distill")
+    if not is_first_process():
+        raise AcamkdError("`acamkd run` starts the processes of its trainings itself: start it once")
     notes = _Notes(recipe)
     if not all(notes.has_ended(name) for name in ("baseline", "distilled")):
         _check_data(recipe)
@@ -123,13 +136,13 @@ def run(recipe: config.Recipe | Path | str, *, overrides: Sequence[str] = (), an
     if recipe.teacher.is_headless:
         log.info("the teacher has no head: there is nothing to train of it and no score to compare with")
     if trains_teacher:
-        notes.carry_out("teacher", lambda resume: train(recipe, "teacher", resume=resume))
+        notes.carry_out("teacher")
     if not notes.has_ended("distilled"):
         _examine(recipe, anyway)
-    baseline = notes.carry_out("baseline", lambda resume: train(recipe, resume=resume))
+    baseline = notes.carry_out("baseline")
     if not (notes.has_ended("distilled") or anyway):
         _check_lead(recipe, baseline)
-    distilled = notes.carry_out("distilled", lambda resume: distill(recipe, resume=resume))
+    distilled = notes.carry_out("distilled")
     runs = {"baseline": baseline, "distilled": distilled}
     if trains_teacher:
         runs = {"teacher": open_run(notes.folder / "teacher"), **runs}
@@ -145,7 +158,8 @@ def run(recipe: config.Recipe | Path | str, *, overrides: Sequence[str] = (), an
     for split, missing in (("val", {"baseline", "distilled"} - known.keys()), ("test", test.keys() - tested.keys())):
         if missing:
             raise AcamkdError(f"{metric} of {' and '.join(sorted(missing))} has no basis: check data.{split}")
-    return RunAll(distilled, metric, known, tested, report, notes.interval(baseline, distilled))
+    more_seeds = compare_command(recipe, file, overrides)
+    return RunAll(distilled, metric, known, tested, report, notes.interval(baseline, distilled), more_seeds)
 
 
 def _defined(scores: Mapping[str, float | None]) -> dict[str, float]:
@@ -219,21 +233,50 @@ class _Notes:
         folder = self.folder / name
         return self._ended.get(name) == self._recipe and _has_ended(folder, self.recipe, name)
 
-    def carry_out(self, name: str, job: Callable[[bool], Run]) -> Run:
-        """Do a training, or go on with it; skip it where it has ended."""
+    def carry_out(self, name: str) -> Run:
+        """Do a training, or go on with it; skip it where it has ended.
+
+        Raises:
+            AcamkdError: The folder holds a run of another recipe, or one of other images that is still needed.
+        """
         folder = self.folder / name
         if self.has_ended(name):
+            found = open_run(folder)
+            if not all(map(self.has_ended, ("baseline", "distilled"))):
+                self._check_images(found)
             log.info("%s: it has ended, and is not repeated", folder)
-            return open_run(folder)
+            return found
         begun = Run(folder, self.recipe, "student").has_begun
         log.info("%s: %s", folder, "going on" if begun else f"training the {NETWORKS[name]}")
         try:
-            done = job(begun)
+            done = self._train(name, begun)
         except OtherRunError as error:
             raise AcamkdError(f"{error.what}: --set name=OTHER runs everything in a folder of its own") from error
         self._ended[name] = self._recipe
         self._write()
         return done
+
+    def _train(self, name: str, resume: bool) -> Run:
+        if device_count(self.recipe.train) > 1:
+            file = self.folder / RESOLVED
+            write_text(file, config.dump(self.recipe))
+            command, *options = COMMANDS[name]
+            carry_out([command, str(file), *options, *(["--resume"] if resume else [])])
+            return open_run(self.folder / name)
+        if name == "distilled":
+            return distill(self.recipe, resume=resume)
+        return train(self.recipe, "teacher" if name == "teacher" else "student", resume=resume)
+
+    def _check_images(self, run: Run) -> None:
+        """Raise AcamkdError if a run's images have changed, so that what is trained now could not be compared."""
+        source = data.resolve(self.recipe.data, self.recipe.task)
+        for split in ("train", "val"):
+            images = data.build(source, self.recipe.task, split, seed=0, augment=False)
+            if images.fingerprint() != run.metrics["data"][split]:
+                raise AcamkdError(
+                    f"the {split} images, or their annotations, have changed since {run.folder} was trained: "
+                    "--set name=OTHER trains everything on them, in a folder of its own"
+                )
 
     def test_scores(self, runs: dict[str, Run], metric: str) -> dict[str, float | None]:
         """Scores on the test split, each measured once; None or NaN where it is undefined."""

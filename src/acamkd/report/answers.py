@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,12 @@ class Answer:
 
 
 def answers_of(
-    run: Run, own: str, networks: Mapping[str, Network], interval: ImageInterval | None, images: int
+    run: Run,
+    own: str,
+    networks: Mapping[str, Network],
+    interval: ImageInterval | None,
+    images: int,
+    unlike: Sequence[str] = (),
 ) -> list[Answer]:
     """The first screen's answers.
 
@@ -68,8 +73,9 @@ def answers_of(
         networks: Teacher, baseline and the run's own network, as far as known.
         interval: Of the difference to the baseline.
         images: Number of validation images.
+        unlike: How the baseline was trained otherwise.
     """
-    metric, file = METRICS[run.recipe.task], run.folder / RECIPE
+    metric = METRICS[run.recipe.task]
     scores = {name: network.scores[metric] for name, network in networks.items()}
     what_it_cost = Answer("What did it cost?", _cost(own, networks))
     if own != DISTILLED:
@@ -79,21 +85,19 @@ def answers_of(
         return [Answer("How good is it?", best), what_it_cost, more]
     before, after = scores.get(BASELINE), scores[own]
     if before is None or after is None:
-        beside = run.folder.parent / BASELINE
+        teacher = scores[TEACHER]
+        reached = f"The student reaches {percent(after)} {metric}"
         return [
             Answer(
                 "Is the student better?",
-                f"Unknown: no baseline was scored on these images. The student reaches {percent(after)} {metric}, the "
-                f"teacher {percent(scores[TEACHER])}.",
+                f"Unknown: no baseline was scored on these images. {reached}"
+                f"{'' if teacher is None else f', the teacher {percent(teacher)}'}.",
             ),
             what_it_cost,
-            Answer(
-                "What next?", "Train the baseline, and write this page again:", None,
-                (f"acamkd train {_quoted(file)} --out {_quoted(beside)}", f"acamkd report {_quoted(run.folder)}"),
-            ),
-        ]  # fmt: skip
+            Answer("What next?", "Train the baseline, and write this page again:", None, _train_baseline(run)),
+        ]
     return [
-        Answer("Is the student better?", _better(metric, before, after, scores[TEACHER], images)),
+        Answer("Is the student better?", _better(metric, before, after, scores[TEACHER], images) + _otherwise(unlike)),
         Answer("Is it luck?", _luck(interval), interval.verdict if interval else "too few seeds"),
         what_it_cost,
         _next_step(run, after < before),
@@ -107,11 +111,32 @@ def _better(metric: str, before: float, after: float, teacher: float | None, ima
         f"{word}, on these {images} images: {percent(after)} {metric} against the baseline's {percent(before)}, "
         f"{signed(gained)} points."
     )
-    if teacher is not None and teacher > before and gained > 0:
+    if teacher is not None and teacher > before and 0 < gained <= teacher - before:
         return f"{text} That is {100 * gained / (teacher - before):.0f} % of the way to the teacher."
     if teacher is not None and teacher <= before:
         return f"{text} The teacher, {percent(teacher)}, is not ahead of the baseline."
     return text
+
+
+def _otherwise(unlike: Sequence[str]) -> str:
+    if not unlike:
+        return ""
+    more = f" and {len(unlike) - 3} more" if len(unlike) > 3 else ""
+    return (
+        f" The baseline was trained otherwise ({'; '.join(unlike[:3])}{more}): not all of the difference is the "
+        "distillation's."
+    )
+
+
+def _train_baseline(run: Run) -> tuple[str, ...]:
+    """The commands that train a missing baseline, and write the page with it."""
+    out, number = run.folder.parent / BASELINE, 1
+    while out.exists():  # it holds one that does not fit
+        number += 1
+        out = out.with_name(f"{BASELINE}-{number}")
+    named = [] if number == 1 else ["--baseline", str(out)]
+    train = ["acamkd", "train", str(run.folder / RECIPE), "--out", str(out)]
+    return shlex.join(train), shlex.join(["acamkd", "report", str(run.folder), *named])
 
 
 def _luck(interval: ImageInterval | None) -> str:
@@ -151,7 +176,7 @@ def _cost(own: str, networks: Mapping[str, Network]) -> str:
 
 def _next_step(run: Run, is_worse: bool) -> Answer:
     file = run.folder / RECIPE
-    compare = compare_command(run.recipe, file)
+    compare = compare_command(run.recipe)
     if is_worse:
         return Answer(
             "What next?", "Let the doctor look for reasons; seeds show whether it stays so:", None,

@@ -97,7 +97,9 @@ def draw(
     epochs = [epoch for points in curves.values() for epoch, _ in points] or [1.0]
     values = [value for points in curves.values() for _, value in points] + ([level[1]] if level else []) or [0.0]
     first, last = min(epochs), max(epochs)
-    marks = MaxNLocator(4, min_n_ticks=3).tick_values(*(limits or (min(values), max(values))))
+    lowest, highest = limits or (min(values), max(values))
+    margin = 0.0 if lowest < highest else abs(lowest) / 20 or 1.0  # around a single value, or the ticks are all its own
+    marks = MaxNLocator(4, min_n_ticks=3).tick_values(lowest - margin, highest + margin)
     low, high = limits or (marks[0], marks[-1])
 
     def x(epoch: float) -> float:

@@ -127,8 +127,15 @@
     choose(byId("kind"), data.levels[state.level].spatial, "mask");
     show();
   }
+  let playing = 0;
+  function stop() {
+    playing = clearInterval(playing) || 0;
+    byId("play").textContent = "▶";
+    byId("play").setAttribute("aria-label", "play");
+  }
   // #epoch=3&level=1&image=0&unit=2 opens the page there: a link to what was seen.
   function follow() {
+    stop();
     const wanted = new URLSearchParams(location.hash.slice(1));
     const bounded = (key, count) => Math.min(count - 1, Math.max(0, Number(wanted.get(key)) || 0));
     if (wanted.has("image")) state.image = bounded("image", data.images.length);
@@ -163,10 +170,8 @@
   });
   byId("stretch").addEventListener("change", show);
   byId("epoch").max = data.epochs.length - 1;
-  byId("epoch").addEventListener("input", (event) => { state.snapshot = Number(event.target.value); show(); });
-  let playing = 0;
+  byId("epoch").addEventListener("input", (event) => { stop(); state.snapshot = Number(event.target.value); show(); });
   byId("play").addEventListener("click", () => {
-    const stop = () => { playing = clearInterval(playing) || 0; byId("play").textContent = "▶"; byId("play").setAttribute("aria-label", "play"); };
     if (playing) return stop();
     if (state.snapshot === data.epochs.length - 1) state.snapshot = 0;
     show();

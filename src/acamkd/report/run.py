@@ -67,11 +67,17 @@ def write_report(run: Run, baseline: Run | None = None) -> Path:
     networks = _networks(run, baseline, images, own)
     after = networks[own]
     before = networks.get(BASELINE, networks.get(TEACHER)) if own == DISTILLED else None
+    if before and before.scores.get(metric) is None:  # a teacher without a head, or with classes of its own
+        before = None
     if before and before.name == BASELINE and (after.scores[metric] or 0) < (before.scores[metric] or 0):
         log.warning("the distilled student is below the baseline: %s %.2f against %.2f; acamkd doctor RECIPE looks "
                     "for reasons", metric, after.scores[metric] or 0, before.scores[metric])  # fmt: skip
     gain, examples, objects = _image_by_image(run, images, before, after)
     interval = gain.interval if gain and before and before.name == BASELINE else None
+    unlike = run.unlike(baseline) if baseline else []
+    if baseline and unlike:
+        log.warning("%s was trained otherwise than %s (%s): not all of the difference is the distillation's",
+                    baseline.folder, run.folder, "; ".join(unlike[:3]))  # fmt: skip
     history = read_history(run.folder / "history.csv")
     replay = load_replay(run.folder / REPLAY) if (run.folder / REPLAY).is_file() else None
     page = environment().get_template("report.html.jinja").render(
@@ -85,7 +91,7 @@ def write_report(run: Run, baseline: Run | None = None) -> Path:
         own=own,
         before=before,
         after=after,
-        answers=answers_of(run, own, networks, interval, len(images)),
+        answers=answers_of(run, own, networks, interval, len(images), unlike),
         interval=interval,
         threads=threads(),
         metric_chart=_metric_chart(metric, own, history, baseline, networks),

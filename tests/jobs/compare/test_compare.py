@@ -239,21 +239,29 @@ def test_a_class_may_be_called_like_a_mask(recipe: Path, tmp_path: Path) -> None
     assert "| IoU/with_mask |" in (results / "comparison.md").read_text()
 
 
-@pytest.mark.parametrize(("train", "devices", "refused"), [
+@pytest.mark.parametrize(("train", "devices", "apart"), [
     ({"devices": 2, "accelerator": "cpu"}, 0, True),
     ({"accelerator": "cpu"}, 2, False),
     ({"accelerator": "auto"}, 2, True),
     ({"accelerator": "auto", "devices": 1}, 2, False),
 ])  # fmt: skip
-def test_a_comparison_of_several_devices_does_not_train_its_teacher(
-    train: dict[str, Any], devices: int, refused: bool, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_teacher_on_several_devices_is_trained_by_a_command_of_its_own(
+    train: dict[str, Any], devices: int, apart: bool, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    given: list[list[str]] = []
+
+    def stop(words: Any, *_: Any, **__: Any) -> None:
+        given.append(words)
+        raise KeyboardInterrupt
+
     monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
-    monkeypatch.setattr("acamkd.jobs.train.train", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(compare, "carry_out", stop)
+    monkeypatch.setattr("acamkd.jobs.train.train", lambda *_, **__: stop("train"))
     loaded = config.load(recipe, ["teacher.weights=null", *(f"train.{name}={value}" for name, value in train.items())])
-    with pytest.raises(AcamkdError if refused else KeyboardInterrupt) as caught:
-        compare.compare(loaded, ["acam"], seeds=1, results=tmp_path / "results")
-    assert refused == ("with several devices a comparison cannot train it" in str(caught.value))
+    results = tmp_path / "results"
+    with pytest.raises(KeyboardInterrupt):
+        compare.compare(loaded, ["acam"], seeds=1, results=results)
+    assert given == [["train", str(results / "comparison.yaml"), "--role", "teacher"] if apart else "train"]
 
 
 def test_a_trial_is_scored_on_test_images_too_but_not_in_a_search(recipe: Path, tmp_path: Path) -> None:

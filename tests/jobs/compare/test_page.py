@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,23 @@ def test_the_page_says_what_the_table_says(page: Path) -> None:
     assert "acam, spatial masks: 2 of 3 sets collapsed at the end." in text
     assert "recipe: 3 methods compared" in text
     assert "c" * 64 in text
+
+
+def test_no_two_of_many_methods_look_alike(tmp_path: Path) -> None:
+    recipe, results = config.load(write_recipe(tmp_path, "segmentation")), tmp_path / "results"
+    methods = [f"m{number}" for number in range(18)]
+    recipe = config.override(recipe, [f"compare.methods={json.dumps({name: {} for name in methods})}"])
+    for trial in plan(recipe, methods, 1, results):
+        fake(trial, results, 40.0, history=[20.0, 40.0])
+    tabulate(recipe, methods, 1, results)
+    text = (results / "comparison.html").read_text(encoding="utf-8")
+    chart = text.partition('class="charts broad"')[2].partition("</figure>")[0]
+    curves = re.findall(r'class="curve (\S*)" d="[^"]+" stroke="var\((\S+)\)"><title>', chart)
+    swatches = re.findall(r'<i class="(\S*)" style="color: var\((\S+)\)"></i>', chart)
+    dots = re.findall(r'<i class="dot (\S*)" style="color: var\((\S+)\)"></i>', text)
+    assert len(curves) == len(set(curves)) == 19
+    assert swatches == curves
+    assert set(dots) == set(curves)
 
 
 def test_a_browser_opens_it_and_fetches_nothing(page: Path, browser: Browser) -> None:

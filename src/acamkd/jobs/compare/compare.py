@@ -10,9 +10,8 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -30,6 +29,7 @@ from acamkd.engine.printing import Printable
 from acamkd.engine.runs import TERMINATED, default_folder
 from acamkd.errors import AcamkdError
 from acamkd.files import check_writable, write_text
+from acamkd.jobs.apart import carry_out, device_count, ending_on_sigterm
 from acamkd.jobs.compare import tables, trials_csv
 from acamkd.jobs.compare.statistics import Row, summarize
 from acamkd.jobs.compare.trials import NONE, Trial, methods_of, plan
@@ -124,7 +124,7 @@ def compare(
             if trial.tuning is tuning and trial.method not in untuned and trial.read(results) is None
         ]  # fmt: skip
         if any(trials[number].recipe.losses or trials[number].recipe.student.inherit for number in due):
-            _train_teacher(recipe)
+            _train_teacher(recipe, results / RESOLVED)
         failed += run_trials(trials, due, results, command, end=end, jobs=jobs)
     try:
         return tabulate(recipe, methods, seeds, results)
@@ -234,7 +234,7 @@ def run_trials(
 
     running: set[subprocess.Popen[bytes]] = set()
     stopping = threading.Event()
-    with ThreadPoolExecutor(jobs) as pool, _ending_on_sigterm():
+    with ThreadPoolExecutor(jobs) as pool, ending_on_sigterm():
         try:
             list(progress(pool.map(run, due), "trials", total=len(due), unit=" trials"))
         except BaseException:  # otherwise they would outlive this process
@@ -243,23 +243,6 @@ def run_trials(
                 process.terminate()
             raise
     return failed
-
-
-@contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    """Let SIGTERM end the main thread like Ctrl-C within the context, rather than at once."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
-        yield
-        return
-
-    def end(*_: object) -> None:
-        raise SystemExit(TERMINATED)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def expected_seconds(trial: Trial, trials: Sequence[Trial], results: Path) -> float | None:
@@ -328,25 +311,20 @@ def _check_data(recipe: config.Recipe) -> None:
     Batches(recipe, with_unlabeled=recipe.data.unlabeled is not None, with_test=True).check()
 
 
-def _train_teacher(recipe: config.Recipe) -> None:
+def _train_teacher(recipe: config.Recipe, file: Path) -> None:
+    """Train the teacher, if it has no weights; `file` holds the recipe."""
     from acamkd.jobs.setup import teacher_section
     from acamkd.jobs.train import train
 
     try:
         teacher_section(recipe)
-    except AcamkdError as error:
-        if _devices(recipe.train) > 1:  # each process would start this comparison again
-            raise AcamkdError(f"{error}; with several devices a comparison cannot train it") from error
+    except AcamkdError:
         log.info("the teacher is trained first")
-        train(recipe, "teacher", resume=default_folder(recipe, "teacher").exists())
-
-
-def _devices(settings: config.Train) -> int:
-    if settings.devices != "auto":
-        return settings.devices
-    import torch  # imported only when a training needs it
-
-    return 1 if settings.accelerator == "cpu" else torch.cuda.device_count()
+        resume = default_folder(recipe, "teacher").exists()
+        if device_count(recipe.train) > 1:
+            carry_out(["train", str(file), "--role", "teacher", *(["--resume"] if resume else [])])
+        else:
+            train(recipe, "teacher", resume=resume)
 
 
 def _log_file(results: Path, trial: Trial) -> Path:

@@ -72,6 +72,7 @@ def write_page(file: Path, recipe: config.Recipe, rows: Sequence[Row], trials: T
         baseline=next((row for row in rows if row.method == NONE), None),
         teachers=[teacher for teacher, _ in teachers_of(trials)],
         hues=_hues(rows),
+        dashes={method: f"stroke-{k // 8}" for k, method in enumerate(_methods(rows))},
         metric_chart=_metric_chart(rows, trials),
         final=final_means(rows, trials),
         mask_charts=_mask_charts(rows, trials),
@@ -104,9 +105,13 @@ def _axis(differences: Sequence[Difference]) -> tuple[float, float]:
 
 
 def _hues(rows: Sequence[Row]) -> dict[str, str]:
-    """Color of each method, the same in every chart."""
-    methods = [row.method for row in rows if row.method != NONE]
-    return {NONE: "baseline", "teacher": "teacher", **{method: f"c{k % 8}" for k, method in enumerate(methods)}}
+    """Color of each line, the same in every chart."""
+    return {NONE: "baseline", "teacher": "teacher", **{method: f"c{k % 8}" for k, method in enumerate(_methods(rows))}}
+
+
+def _methods(rows: Sequence[Row]) -> list[str]:
+    """All but the baseline. The first eight have a color each; the next have the same in another stroke."""
+    return [row.method for row in rows if row.method != NONE]
 
 
 def _metric_chart(rows: Sequence[Row], trials: Trials) -> Chart:
