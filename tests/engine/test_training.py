@@ -8,9 +8,9 @@ from typing import Any
 
 import lightning as L
 import pytest
+import timm
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from acamkd.distillation.distiller import Distiller
 from acamkd.engine.averaging import EMA
 from acamkd.engine.metrics import Scorer
 from acamkd.engine.module import TrainingModule
-from acamkd.engine.trainer import Recorder, build_trainer
+from acamkd.engine.trainer import Recorder, SyncBatchNorm, build_trainer
 from acamkd.errors import AcamkdError
 from acamkd.models.base import Target
 from acamkd.models.segmentation import Segmenter
@@ -454,4 +454,13 @@ def test_batch_norm_over_all_processes(tmp_path: Path) -> None:
         section = config.Train(epochs=1, accelerator="cpu", devices=2, sync_batchnorm=wanted)
         trainer = build_trainer(section, Recorder(tmp_path, "student.safetensors", "mIoU"), progress=False)
         assert isinstance(trainer.strategy, DDPStrategy)
-        assert isinstance(trainer.strategy._layer_sync, TorchSyncBatchNorm) == wanted
+        assert isinstance(trainer.strategy._layer_sync, SyncBatchNorm) == wanted
+    net = timm.create_model("mobilenetv3_small_050", features_only=True).eval()
+    image = torch.rand(1, 3, 64, 64)
+    before, names = net(image)[-1], list(net.state_dict())
+    plugin = SyncBatchNorm()
+    synced = plugin.apply(net)
+    assert any(isinstance(layer, nn.SyncBatchNorm) for layer in synced.modules())
+    torch.testing.assert_close(synced(image)[-1], before, rtol=0, atol=0)  # the activations are there
+    torch.testing.assert_close(plugin.revert(synced)(image)[-1], before, rtol=0, atol=0)
+    assert list(synced.state_dict()) == names

@@ -15,7 +15,8 @@ import pytest
 import segmentation_models_pytorch as smp
 import torch
 import yaml
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torchvision.models.detection import RetinaNet
 
 import leaving
@@ -24,7 +25,7 @@ from acamkd import cli, config, models
 from acamkd.data.scenes import CLASSES
 from acamkd.engine import runs
 from acamkd.engine.module import TrainingModule
-from acamkd.engine.runs import LOCK
+from acamkd.engine.runs import LOCK, OtherRunError
 from acamkd.errors import AcamkdError
 from acamkd.jobs.fit import hash_of
 from acamkd.jobs.setup import Batches, teacher_section
@@ -219,6 +220,28 @@ def test_an_interrupted_run_resumes_to_the_same_end(
     tiny.assert_same(whole, folder)
     clocks = {"seconds": 0, "cpu_seconds": 0}
     assert metrics | clocks == json.loads((whole / "metrics.json").read_text()) | clocks
+
+
+def test_a_run_resumes_with_the_images_and_the_teacher_that_it_was_begun_with(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, folder = shutil.copytree(root, tmp_path / "data"), tmp_path / "run"
+    recipe, weights = tiny.recipe(own, epochs=2), own / "teacher.safetensors"
+    with monkeypatch.context() as patch:
+        tiny.interrupt_at(patch, epoch=1, batch=0)
+        with pytest.raises(KeyboardInterrupt):
+            distill(recipe, out=folder)
+    mask = next((own / "masks/val").iterdir())
+    labels, tensors = mask.read_bytes(), load_file(weights)
+    Image.open(mask).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(mask)
+    with pytest.raises(OtherRunError, match=r"begun with other contents of: the val images: put back .* --overwrite"):
+        distill(recipe, out=folder, resume=True)
+    mask.write_bytes(labels)
+    save_file({name: tensor + tensor.is_floating_point() for name, tensor in tensors.items()}, weights)
+    with pytest.raises(OtherRunError, match="begun with other contents of: the teacher's weights"):
+        distill(recipe, out=folder, resume=True)
+    save_file(tensors, weights)
+    assert distill(recipe, out=folder, resume=True).has_ended
 
 
 def test_resuming_a_finished_run_changes_nothing_and_writes_a_missing_report(

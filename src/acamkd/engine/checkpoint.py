@@ -6,6 +6,7 @@ import io
 import logging
 import signal
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -78,11 +79,13 @@ class Checkpoints(Checkpoint):
     Args:
         folder: The run folder.
         every: Optimization steps between two checkpoints within an epoch; None writes them only after epochs.
+        origin: Hashes of what the training learns from, by name. A resumed run must learn from the same.
     """
 
-    def __init__(self, folder: Path, every: int | None = None) -> None:
+    def __init__(self, folder: Path, every: int | None = None, origin: Mapping[str, str] | None = None) -> None:
         self.folder = folder
         self.every = every
+        self.origin = dict(origin or {})
         self.terminated = False
         self.position = (0, 0)
         """Epoch, and number of its completed batches; the order of the images depends on nothing else."""
@@ -95,10 +98,20 @@ class Checkpoints(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that a resumed run needs."""
-        return {"position": self.position, "processes": self.processes}
+        return {"position": self.position, "processes": self.processes, "origin": self.origin}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state from a checkpoint; raises OtherRunError if another number of processes wrote it."""
+        """Restore the state from a checkpoint.
+
+        Raises:
+            OtherRunError: Another number of processes wrote it, or it learned from other images or another teacher.
+        """
+        kept = state_dict.get("origin", {})  # older checkpoints have none
+        if changed := [name for name, content in kept.items() if content != self.origin.get(name)]:
+            raise OtherRunError(
+                f"{self.folder} was begun with other contents of: {', '.join(changed)}",
+                "put back what it was begun with, or start again with --overwrite",
+            )
         before = state_dict.get("processes", self.processes)
         if before != self.processes:
             raise OtherRunError(

@@ -78,7 +78,7 @@ class NonFinite(Callback):
     ) -> None:
         """Check the gradient, which is the same in every process by now."""
         assert isinstance(pl_module, TrainingModule)
-        norms = [p.grad.norm() for p in pl_module.parameters() if p.grad is not None]
+        norms = torch._foreach_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
         if pl_module.fetch(torch.stack(norms).isfinite().all()) and not pl_module.faults:
             self.in_a_row = self._halvings = 0
             return

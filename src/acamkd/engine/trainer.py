@@ -20,8 +20,11 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from timm.layers import convert_sync_batchnorm
+from torch import nn
 
 from acamkd.config import Train
 from acamkd.data.loading import Images
@@ -247,6 +250,22 @@ def _rows(file: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(line for line in lines if line.endswith("\n")))  # a killed run may leave part of a line
 
 
+class SyncBatchNorm(TorchSyncBatchNorm):
+    """Batch norm over all processes, for timm's layers too, which hold the activation that follows them.
+
+    torch's own conversion drops those activations.
+    """
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Let the layers compute their statistics over all processes."""
+        converted: nn.Module = convert_sync_batchnorm(model)
+        return converted
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        """Leave them: in eval mode they need no other process, and Lightning's way back drops the activations, too."""
+        return model
+
+
 def build_trainer(
     config: Train,
     recorder: Recorder,
@@ -256,6 +275,7 @@ def build_trainer(
     trackers: Sequence[Tracker[Any]] = (),
     skips_parameters: bool = False,
     profiler: Profiler | None = None,
+    origin: Mapping[str, str] | None = None,
 ) -> L.Trainer:
     """Build a Lightning trainer that writes into the recorder's run folder.
 
@@ -267,6 +287,7 @@ def build_trainer(
         trackers: Get what the recorder logs, beside `logs/metrics.csv`.
         skips_parameters: Whether the loss may leave parameters without a gradient, which processes must know.
         profiler: Measures the steps.
+        origin: Hashes of what is learned from, by name, which a resumed run must share.
 
     Raises:
         AcamkdError: The devices do not exist, a launcher has started another number of processes, or the processes
@@ -278,12 +299,19 @@ def build_trainer(
         *([recorder.ema] if recorder.ema else []),
         recorder,
         *callbacks,
-        Checkpoints(folder, config.checkpoint_every),
+        Checkpoints(folder, config.checkpoint_every, origin),
     ]
     all_callbacks.append(_Bar(recorder) if progress else Heartbeat())
     loggers: list[Logger] = list(trackers)
     if any(logger.name == "csv" for logger in config.loggers):
         loggers.insert(0, CSVLogger(folder, name=None, version="logs", flush_logs_every_n_steps=20))
+
+    plugins: list[Any] = [CheckpointFiles()]
+    if config.sync_batchnorm:
+        plugins.append(SyncBatchNorm())
+    if SLURMEnvironment.detect():
+        # Lightning's automatic SLURM resume would use a checkpoint folder that all runs share.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
 
     def construct(strategy: str) -> L.Trainer:
         return L.Trainer(
@@ -292,7 +320,6 @@ def build_trainer(
             devices=config.devices,
             num_nodes=config.num_nodes,
             strategy=strategy,
-            sync_batchnorm=config.sync_batchnorm,
             precision=config.precision,
             max_epochs=config.epochs,
             accumulate_grad_batches=config.accumulate,
@@ -303,8 +330,7 @@ def build_trainer(
             logger=loggers,
             callbacks=all_callbacks,
             profiler=profiler,
-            # Lightning's automatic SLURM resume would use a checkpoint folder that all runs share.
-            plugins=[CheckpointFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
+            plugins=plugins,
             enable_progress_bar=progress,
             enable_model_summary=False,
             use_distributed_sampler=False,  # acamkd's samplers divide the images themselves

@@ -87,10 +87,13 @@ def fit(
     watching = [MaskHistory(run.folder, batches.splits["val"])] if compares_maps else []
     chosen = ThreadChoice()
     trackers = build_trackers(recipe, run.folder)
+    origin = {f"the {name} images": content for name, content in batches.fingerprint.items()}
+    if teacher is not None:
+        origin["the teacher's weights"] = teacher.sha256
     profiler = StepProfiler(run.folder, device_of(recipe.train)) if profile and is_first_process() else None
     trainer = build_trainer(
         recipe.train, recorder, progress=shows_progress(sys.stdout), callbacks=[*watching, chosen, Unreached()],
-        trackers=trackers, skips_parameters=distiller.student.skips_parameters, profiler=profiler,
+        trackers=trackers, skips_parameters=distiller.student.skips_parameters, profiler=profiler, origin=origin,
     )  # fmt: skip
     if len(batches.splits["val"]) < trainer.world_size:
         raise AcamkdError(
@@ -203,7 +206,8 @@ def _explaining(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = str(error).rstrip().splitlines()[-1]  # a loading process sends a complete traceback
+        text = str(error).rstrip() or type(error).__name__
+        reason = text.splitlines()[-1]  # a loading process sends a complete traceback
         raise AcamkdError(
             f"{folder}: the training stopped: {reason}; once that is fixed, --resume continues from the last checkpoint"
         ) from error

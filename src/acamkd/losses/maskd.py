@@ -36,8 +36,11 @@ class TokenMasks(TokenModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Masks (N, T, H, W) of a feature map (N, C, H, W), and their weights (N, T), which sum to 1, or None."""
-        masks = torch.einsum("tc,nchw->nthw", self.tokens, x).sigmoid()
-        return masks, None if self.weighting is None else self.weighting(x)
+        return self.masks(x), None if self.weighting is None else self.weighting(x)
+
+    def masks(self, x: Tensor) -> Tensor:
+        """The masks alone, (N, T, H, W)."""
+        return torch.einsum("tc,nchw->nthw", self.tokens, x).sigmoid()
 
     def masked(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the tokens are learned from, stage 1 of the paper.
@@ -136,8 +139,7 @@ class MasKD(FeatureLoss):
         masks, weights = self.token_module(teacher)  # (N, T, H, W), (N, T)
         if self.custom_mask_after is not None and context.step >= self.custom_mask_after:
             with torch.no_grad():
-                own, _ = self.token_module(student)
-            masks = masks * own
+                masks = masks * self.token_module.masks(student)
         squared = (student - teacher).square().mean(dim=1)  # (N, H, W)
         error = masked_error(squared.flatten(1), masks.flatten(2))  # (N, T)
         mean = error.mean() if weights is None else (weights * error).sum(dim=1).mean()
@@ -151,4 +153,4 @@ class MasKD(FeatureLoss):
     @torch.no_grad()
     def masks(self, student: Tensor, teacher: Tensor, context: DistillationContext | None = None) -> dict[str, Tensor]:
         """The teacher's masks, `spatial` (N, T, H, W), which the student's multiply from `custom_mask_after` on."""
-        return {"spatial": self.token_module(teacher)[0]}
+        return {"spatial": self.token_module.masks(teacher)}
