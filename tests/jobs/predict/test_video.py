@@ -4,8 +4,10 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+import wave
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -181,6 +183,81 @@ def test_a_camera_that_is_not_there(box: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("sys.platform", "win32")
     with pytest.raises(AcamkdError, match="camera 71: cameras are read on Linux and macOS alone"):
         predict(box, "71", out=tmp_path / "out")
+
+
+def _silent(file: Path) -> None:
+    """Sound without a picture."""
+    with wave.open(str(file), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(1600))
+
+
+def _empty(file: Path) -> None:
+    with av.open(file, "w") as writer:
+        stream = writer.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        writer.start_encoding()
+
+
+def _cut(file: Path) -> None:
+    content = write_video(file, options={"movflags": "faststart"}).read_bytes()
+    file.write_bytes(content[: content.index(b"mdat") + 40])
+
+
+@pytest.mark.parametrize(
+    ("write", "name", "message", "live_message"),
+    [
+        (_silent, "film.mp4", "the video holds no video", "the stream holds no video"),
+        (_empty, "film.avi", "the video holds no frames", "no frame came"),
+        (_cut, "film.mp4", "the video cannot be read to its end: Invalid data found when processing input",
+         "the video cannot be read beyond frame 0: Invalid data found when processing input"),
+    ],
+)  # fmt: skip
+def test_a_video_that_shows_nothing_is_said(
+    write: Callable[[Path], None], name: str, message: str, live_message: str, box: Path, tmp_path: Path
+) -> None:
+    write(tmp_path / name)
+    for live, said in ((False, message), (True, live_message)):
+        with pytest.raises(AcamkdError, match=rf"{name}: {said}$"):
+            predict(box, tmp_path / name, out=tmp_path / "out", live=live)
+    assert not list(tmp_path.glob("out/overlays/*"))
+
+
+def test_an_address_of_no_video_is_said_without_its_password(box: Path, tmp_path: Path) -> None:
+    """A camera that asks to log in."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802 - the base class's name
+            content = b"<html>Log in" * 1000
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            """Be silent."""
+
+    with HTTPServer(("127.0.0.1", 0), Page) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(AcamkdError) as told:
+            predict(box, f"http://me:secret@127.0.0.1:{server.server_port}/live?token=secret", out=tmp_path / "out")
+        server.shutdown()
+    assert str(told.value) == (
+        f"http://127.0.0.1:{server.server_port}/live?token=...: the stream cannot be read: Invalid data found when "
+        "processing input"
+    )
+
+
+def test_a_disk_that_is_full_is_said(box: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="Windows has no limit of a file's size")
+    film, (soft, hard) = write_video(tmp_path / "film.mp4"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(AcamkdError, match=r"cannot write .*/overlays/film\.mp4: File too large"):
+            predict(box, film, out=tmp_path / "out", write=["overlays"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.rglob("*film.mp4"))[1:]
 
 
 def test_frames_of_odd_sizes_are_written(tmp_path: Path) -> None:

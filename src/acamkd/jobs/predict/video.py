@@ -89,7 +89,7 @@ class VideoFile(Source):
             for count, frame in enumerate(self._container.decode(video=0), 1):
                 yield Frame(_pixels(frame), self._file.name, _mask(self.stem, count - 1), count - 1, frame.time)
         except av.FFmpegError as error:
-            raise AcamkdError(f"{self._file}: the video cannot be read to its end: {error}") from error
+            raise AcamkdError(f"{self._file}: the video cannot be read to its end: {_why(error)}") from error
         if not count:
             raise AcamkdError(f"{self._file}: the video holds no frames")
 
@@ -205,7 +205,7 @@ class PacedVideo(LiveVideo):
                     return
                 yield frame, at
         except av.FFmpegError as error:
-            raise AcamkdError(f"{self._name}: the video cannot be read beyond frame {number}: {error}") from error
+            raise AcamkdError(f"{self._name}: the video cannot be read beyond frame {number}: {_why(error)}") from error
 
 
 class Stream(LiveVideo):
@@ -336,7 +336,8 @@ def _open(address: str, what: str, name: str = "", **options: Any) -> InputConta
 
 def _why(error: Exception) -> str:
     """An error's reason alone: the rest may hold the address with its password."""
-    return error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)
+    reason: str | None = getattr(error, "strerror", None)  # of FFmpeg's errors and those of the system
+    return reason or (type(error).__name__ if isinstance(error, OSError) else str(error))
 
 
 def _pixels(frame: VideoFrame) -> Pixels:
