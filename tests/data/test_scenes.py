@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -143,6 +144,16 @@ def test_folder_that_cannot_be_made_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(AcamkdError, match=r"cannot write the scenes .*file/data: File exists"):
         write_scenes(tmp_path / "file/data", train=1, val=1, size=(32, 32), seed=0, task="detection")
+
+
+def test_a_disk_that_fills_up_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("acamkd.data.scenes._write_masks", fail)
+    with pytest.raises(AcamkdError, match=rf"^cannot write the scenes {tmp_path}/a: No space left on device$"):
+        write_scenes(tmp_path / "a", train=1, val=1, size=(32, 32), seed=0, task="segmentation")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_interrupted_drawing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

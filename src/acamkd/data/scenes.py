@@ -188,9 +188,9 @@ def write_scenes(
         (draft / "scenes.json").write_text(json.dumps(asked), encoding="utf-8")
         draft.chmod(0o755)  # mkdtemp's folders are private
         draft.rename(root)
-    except OSError:
+    except OSError as error:
         if not _is_written(root, asked):  # unless another process was faster
-            raise
+            raise AcamkdError(f"cannot write the scenes {root}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

@@ -227,7 +227,7 @@ def test_an_address_of_no_video_is_said_without_its_password(box: Path, tmp_path
     """A camera that asks to log in."""
 
     class Page(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802 - the base class's name
+        def do_GET(self) -> None:
             content = b"<html>Log in" * 1000
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
