@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from acamkd.errors import AcamkdError
-from acamkd.files import check_writable, written_whole
+from acamkd.files import check_writable, check_writable_file, written_whole
 
 
 def test_a_file_takes_its_place_only_when_it_is_whole(tmp_path: Path) -> None:
@@ -62,3 +62,6 @@ def test_a_folder_that_cannot_be_written_is_found_before_it_is_needed(
     monkeypatch.setattr("acamkd.files.TemporaryFile", refuse)  # the administrator may write everywhere else
     with pytest.raises(AcamkdError, match=rf"cannot write the run {tmp_path}: Read-only file system; copy it"):
         check_writable(tmp_path, "the run", "copy it")
+    monkeypatch.setattr(Path, "is_dir", refuse)  # a folder that only others may enter
+    with pytest.raises(AcamkdError, match=rf"cannot write {tmp_path}: Read-only file system; --out"):
+        check_writable_file(tmp_path / "out.json")

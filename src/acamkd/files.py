@@ -73,9 +73,9 @@ def check_writable(folder: Path, what: str = "", advice: str = "--out writes els
 
 def check_writable_file(file: Path) -> None:
     """Find out whether a file that --out names can be written; raises AcamkdError as `check_writable` does."""
+    check_writable(file.parent)
     if file.is_dir():
         raise AcamkdError(f"{file} is a folder: --out takes the name of a file")
-    check_writable(file.parent)
 
 
 def unfinished_name(name: str) -> str:

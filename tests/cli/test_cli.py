@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
@@ -159,6 +160,27 @@ def test_a_folder_that_cannot_be_written(
     result = acamkd("train", _write(tmp_path, tiny.raw_recipe(tmp_path / "data")), "--out", out)
     assert result.code == 1
     assert result.error.startswith(f"cannot write the run folder {out}: {reason}")
+
+
+def test_a_folder_that_only_others_may_enter_is_one_message(
+    acamkd: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    result = acamkd("evaluate", tmp_path)
+    said = "Permission denied; let this user read and write it, or name another place"
+    assert (result.code, result.error) == (1, f"{tmp_path}/recipe.yaml: {said}\n")
+
+
+def test_what_is_forbidden_and_no_file_keeps_its_traceback(acamkd: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> bool:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(PermissionError):
+        acamkd("evaluate", "run")
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]])

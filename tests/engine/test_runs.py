@@ -84,6 +84,10 @@ def test_a_run_that_has_not_ended_says_so(tmp_path: Path, caplog: pytest.LogCapt
     assert caplog.messages == [
         f"{run.folder}: its training has not ended; its weights are those of the best epoch so far"
     ]
+    with pytest.raises(
+        AcamkdError, match=rf"^{run.folder} has no last\.ckpt, which holds the weights of the last epoch"
+    ):
+        run.load_last()
     run.write_metrics({})
     caplog.clear()
     open_run(run.folder)
@@ -133,6 +137,17 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         _enter(_run(tmp_path / "file" / "run"), resume=False, overwrite=False)
     with pytest.raises(AcamkdError, match=r"cannot write the run folder .*file: File exists"):
         _enter(_run(tmp_path / "file"), resume=False, overwrite=False)
+
+
+@pytest.mark.parametrize("refused", ["is_file", "iterdir"])
+def test_a_folder_that_only_others_may_enter(refused: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, refused, refuse)
+    monkeypatch.setattr("acamkd.files.TemporaryFile", refuse)
+    with pytest.raises(AcamkdError, match=rf"cannot write the run folder {tmp_path}: Permission denied; --out writes"):
+        _run(tmp_path).check_free(resume=False, overwrite=False)
 
 
 def test_only_one_process_is_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,20 @@ def test_each_bad_file_has_its_message(name: str, tmp_path: Path) -> None:
     write(tmp_path / name)
     with pytest.raises(AcamkdError, match=message):
         load_weights(small(), str(tmp_path / name), strict=False, what="student")
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    write = WRITERS["file.safetensors" if name == "x.safetensors" else "plain.pth"]
+    write(small().state_dict(), tmp_path / name)
+    monkeypatch.setattr(Path, "open", refuse)  # as nobody does to the administrator
+    with pytest.raises(AcamkdError, match=rf"^cannot read {tmp_path}/{name}: Permission denied$"):
+        load_weights(small(), str(tmp_path / name), strict=True, what="teacher")
 
 
 def test_a_truncated_file_is_damaged(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 import time
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -132,11 +132,19 @@ class _Lines(logging.Handler):
 
 
 def main() -> None:
-    """Run the command line; an AcamkdError becomes one message and exit code 1."""
+    """Run the command line; an AcamkdError becomes one message and exit code 1, as does a file that is not ours."""
     if isinstance(sys.stdout, TextIOWrapper):  # to a file or pipe, it may know fewer letters than a name or a minus has
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except AcamkdError as error:
-        Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
-        sys.exit(1)
+        _fail(str(error))
+    except PermissionError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}; let this user read and write it, or name another place")
+
+
+def _fail(message: str) -> NoReturn:
+    Console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {message}"), soft_wrap=True)
+    sys.exit(1)

@@ -199,6 +199,7 @@ class Run(Printable):
         """Raise AcamkdError if the folder cannot be written, or holds files that must not be changed."""
         if resume and overwrite:
             raise AcamkdError("--resume continues a run and --overwrite replaces it: give one of them")
+        check_writable(self.folder, "the run folder")
         if self.has_begun:
             if not (resume or overwrite):
                 raise AcamkdError(
@@ -215,7 +216,6 @@ class Run(Printable):
             names = {file.name for file in self.folder.iterdir()}
             if names and not (LOCK in names and names <= _BEGINNING):
                 raise AcamkdError(f"{self.folder} exists and is not a run: choose another folder with --out")
-        check_writable(self.folder, "the run folder")
 
     def _check_same(self) -> None:
         """Raise OtherRunError if the folder's recipe differs in a key that affects the outcome."""

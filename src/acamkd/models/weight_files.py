@@ -50,6 +50,7 @@ def read_tensors_file(path: Path, own: Shapes | None) -> dict[str, Tensor]:
     """The state dict in a .safetensors, .pth or .pt file that fits a network with tensors of these shapes best."""
     if path.suffix != ".safetensors":
         return choose(read_file(path), path, own)
+    _check_readable(path)
     try:
         return choose(load_file(path), path, own)
     except SafetensorError as error:
@@ -61,8 +62,9 @@ def read_file(path: Path) -> Any:
 
     Raises:
         DamagedFileError: It cannot be read.
-        AcamkdError: It holds more than tensors and plain values.
+        AcamkdError: It may not be read, or holds more than tensors and plain values.
     """
+    _check_readable(path)
     if _is_torchscript(path):
         raise AcamkdError(
             f"{path} is a TorchScript archive, whose code would run: where you trust it, take the weights out once: "
@@ -83,6 +85,14 @@ def read_file(path: Path) -> Any:
             f"{path}: the file holds Python objects beside tensors ({found[1]}), and reading those can run any code. "
             f"{_conversion(path, found[1])}"
         ) from error
+
+
+def _check_readable(path: Path) -> None:
+    """Raise AcamkdError if the file cannot be opened, which what reads it would take for something else."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise AcamkdError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _is_torchscript(path: Path) -> bool:
