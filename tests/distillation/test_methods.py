@@ -259,11 +259,22 @@ def test_entries_that_do_not_fit_are_named(
         build_distiller(*(detectors if task == "detection" else segmenters), [right, wrong])
 
 
-def test_head_losses_need_no_pairs(detectors: tuple[TaskModel, TaskModel]) -> None:
+def test_head_losses_need_no_pairs(detectors: tuple[TaskModel, TaskModel], caplog: pytest.LogCaptureFixture) -> None:
     student = detectors[0]
     distiller = build_distiller(student, student, [entry("crosskd", preset="retinanet", weight=2)])
     assert distiller.pairs == [None]
     assert distiller.losses[0].weight == 2
+    assert not caplog.messages
+    build_distiller(student, student, [entry("crosskd", "backbone:0")])
+    assert caplog.messages == ["crosskd works on the heads and names its layers itself: `pairs` is not used"]
+
+
+def test_a_weight_that_is_measured_needs_images(detectors: tuple[TaskModel, TaskModel]) -> None:
+    said = (
+        r"losses\.0 \(pkd\): `weight: auto` needs images: `acamkd\.distillation\.auto_weight\.calibrate` makes it a nu"
+    )
+    with pytest.raises(AcamkdError, match=said):
+        build_distiller(*detectors, [entry("pkd", "backbone:0", weight="auto")])
 
 
 def write_tokens(path: Path, layers: dict[str, dict[str, Tensor]]) -> str:

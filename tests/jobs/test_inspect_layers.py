@@ -127,3 +127,9 @@ def test_what_cannot_be_paired_is_said() -> None:
     assert "give one recipe, or a teacher and a student, not 3 names" in str(result.exception)
     result = CliRunner().invoke(cli.app, ["inspect", "retinanet", "fcos", "--set", "data.resize=64"])
     assert "--set data.resize=64 changes a recipe, and two networks have none" in str(result.exception)
+    result = CliRunner().invoke(cli.app, ["inspect", "retinanet"])
+    assert str(result.exception) == (
+        "there is no recipe retinanet; of networks name two: acamkd inspect TEACHER STUDENT"
+    )
+    with pytest.raises(AcamkdError, match="^the recipe tiny has no `teacher` section$"):
+        inspect(tiny.recipe(Path("data"), "detection"))

@@ -18,7 +18,8 @@ from acamkd import config
 from acamkd.distillation.build import build_distiller
 from acamkd.distillation.taps import probe
 from acamkd.errors import AcamkdError
-from acamkd.models import Target, TaskModel, build, save_weights
+from acamkd.models import Target, TaskModel, build, hf, save_weights
+from acamkd.models.base import Batch, PixelSize
 from acamkd.models.build import family_of
 from acamkd.models.hf_kinds import KINDS
 from tiny_hf import OPTIONS
@@ -309,6 +310,48 @@ def test_what_does_not_fit_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixt
         make("detr", arch=f"hf/{tmp_path}", options={"num_querys": 3})
     assert "2 of" in caplog.text
     assert "start at random: class_labels_classifier.weight" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("rt_detr", (100, 128), "RTDetrForObjectDetection needs images whose sides are multiples of 32, and got "
+         "100 x 128: set data.resize"),
+        ("eomt", (64, 96), r"EomtForUniversalSegmentation takes images of \(128, 128\) alone, and got 64 x 96: set "
+         "data.resize, or take networks of one size"),
+    ],
+)  # fmt: skip
+def test_a_batch_of_a_size_that_it_does_not_take_is_refused(name: str, size: PixelSize, message: str) -> None:
+    with pytest.raises(AcamkdError, match=f"^{message}$"):
+        make(name)(Batch(torch.zeros(1, 3, *size), [size], [size]))
+
+
+def test_a_processor_that_no_recipe_can_express_is_said(tmp_path: Path) -> None:
+    model: Any = make("rf_detr")
+    save_weights(model.net, tmp_path / "w.safetensors")
+    model.write_config(tmp_path / "w.safetensors", CLASSES)
+    file = tmp_path / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps({**settings, "resample": 3}))
+    bicubic: Any = make("rf_detr", arch=f"hf/{tmp_path}", options={})
+    with pytest.raises(AcamkdError, match="^RfDetrForObjectDetection resizes by bicubic interpolation, which exported"):
+        bicubic.export_form()
+    file.write_text(json.dumps({**settings, "size": {"max_height": 90, "max_width": 70}}))
+    with pytest.raises(
+        AcamkdError, match=r"the size \{'max_height': 90, .* is no rule .*: give data\.resize, \[height"
+    ):
+        make("rf_detr", size=None, arch=f"hf/{tmp_path}", options={})
+    (tmp_path / "config.json").write_text("no JSON")
+    with pytest.raises(AcamkdError, match=rf"^transformers cannot read {tmp_path}: .*config\.json"):
+        make("rf_detr", arch=f"hf/{tmp_path}")
+
+
+def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf.transformers(), "__version__", "5.9.0")
+    with pytest.raises(
+        AcamkdError, match=r"transformers 5\.9\.0 is too old, 5\.13 or newer is needed: pip install 'ac"
+    ):
+        make("detr")
 
 
 def test_without_transformers_the_rest_works() -> None:

@@ -144,6 +144,16 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(
         load_weights(small(), str(tmp_path / name), strict=True, what="teacher")
 
 
+def test_older_names_of_another_width_do_not_fit(tmp_path: Path) -> None:
+    """torchvision's heads rename such tensors while they load."""
+    state = detector().net.state_dict()
+    name = "head.classification_head.conv.0.0.weight"
+    state[name.replace("0.0", "0")] = torch.cat([state.pop(name)] * 2)
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(AcamkdError, match=rf"(?s)^{tmp_path}/x\.pth does not fit teacher: .*size mismatch for {name}"):
+        load_weights(detector().net, str(tmp_path / "x.pth"), strict=True, what="teacher")
+
+
 def test_a_truncated_file_is_damaged(tmp_path: Path) -> None:
     file = tmp_path / "x.pth"
     torch.save(small().state_dict(), file)

@@ -55,6 +55,29 @@ def test_a_teacher_of_other_classes_has_no_score_and_is_left_out(
     assert "the teacher has 9 classes of its own, has no score and is left out" in caplog.text
 
 
+def test_a_teacher_without_its_file_is_left_out(trained: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = config.load(trained / "distilled/recipe.yaml", ["teacher.weights=gone.safetensors"])
+    run = Run(trained / "distilled", recipe, "student")
+    assert [each.name for each in networks_of(run, None)] == ["baseline", "distilled"]
+    assert "the teacher is left out: its weights are not there" in caplog.messages
+
+
+def test_a_baseline_of_other_classes_is_left_out_and_refused_where_it_is_named(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("distilled", "baseline"):
+        shutil.copytree(trained / name, tmp_path / name)
+    recipe = config.load(tmp_path / "baseline/recipe.yaml", ["data.classes=[sky, road]"])
+    write_text(tmp_path / "baseline/recipe.yaml", config.dump(recipe))
+    run = Run(tmp_path / "distilled", config.load(tmp_path / "distilled/recipe.yaml"), "student")
+    caplog.set_level("WARNING")
+    assert [each.name for each in networks_of(run, None)] == ["teacher", "distilled"]
+    said = f"{tmp_path}/baseline and {tmp_path}/distilled have different classes"
+    assert f"the baseline is left out: {said}" in caplog.messages
+    with pytest.raises(AcamkdError, match=f"^{said}$"):
+        networks_of(run, tmp_path / "baseline")
+
+
 def test_a_baseline_stands_alone(trained: Path) -> None:
     run = Run(trained / "baseline", config.load(trained / "baseline/recipe.yaml"), "student")
     assert [each.name for each in networks_of(run, None)] == ["baseline"]

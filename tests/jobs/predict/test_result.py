@@ -94,6 +94,23 @@ def test_what_the_annotations_lack_is_said(box: Path, red: Path, images: Path, g
         predict(red, images, out=images / "out", write=["masks"]).to_supervision()
 
 
+def test_annotations_that_are_none_are_said(box: Path, images: Path, tmp_path: Path) -> None:
+    made = predict(box, images)
+    with pytest.raises(AcamkdError, match=rf"^cannot read the annotations {tmp_path}/no\.json: No such file or direct"):
+        made.to_coco(tmp_path / "results.json", tmp_path / "no.json")
+    (tmp_path / "val.json").write_text('{"images": []}')
+    with pytest.raises(
+        AcamkdError, match=rf"^{tmp_path}/val\.json is not a COCO file: it needs the lists images and c"
+    ):
+        made.to_coco(tmp_path / "results.json", tmp_path / "val.json")
+
+
+def test_masks_that_were_not_written_are_said(red: Path, images: Path) -> None:
+    pytest.importorskip("supervision")
+    with pytest.raises(AcamkdError, match="^the masks were not written: predict writes them unless `write` leaves out"):
+        predict(red, images, write=["json"]).to_supervision()
+
+
 def test_supervision_is_asked_for(box: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(AcamkdError, match=r"supervision is not installed: pip install 'acamkd\[supervision\]'"):
