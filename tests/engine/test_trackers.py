@@ -10,7 +10,8 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -299,3 +300,143 @@ def test_statistics_and_drawing_of_masks() -> None:
     assert first[: 2 * scale].min() == 255
     assert first[2 * scale :].max() == 0
     assert sheets["x/acam/channel"].shape == (2 * (3 * 13 + 2), 7 * 13 + 2, 3)
+
+
+class _Wandb:
+    """Stands for Lightning's logger of W&B, which needs the package."""
+
+    made: ClassVar[list[_Wandb]] = []
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self.experiment = SimpleNamespace(finish=lambda exit_code: setattr(self, "exit_code", exit_code))
+        self.made.append(self)
+
+    def log_hyperparams(self, params: dict[str, Any]) -> None:
+        self.params = params
+
+    def save(self) -> None:
+        """Hold nothing back."""
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """W&B with a key that its server takes."""
+    module = SimpleNamespace(login=lambda prompt: True, Settings=lambda **settings: settings)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.setattr(trackers, "WandbLogger", _Wandb)
+    monkeypatch.setattr(_Wandb, "made", [])
+    for name in ("WANDB_MODE", "WANDB_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    return module
+
+
+def _unreachable(prompt: bool) -> bool:
+    raise ConnectionError("no route to https://me:secret@wandb.example\nand more")
+
+
+@pytest.mark.parametrize(
+    ("login", "reason"),
+    [
+        (lambda prompt: False, "no API key is known (`wandb login` stores one)"),
+        (_unreachable, "no route to https://wandb.example"),
+    ],
+)
+def test_wandb_that_cannot_log_in_says_how_to_upload_later(
+    login: Any, reason: str, wandb: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wandb.login = login
+    WeightsAndBiases(config.Logger(name="wandb"), _recipe(), tmp_path).begin(0)
+    assert caplog.messages == [
+        f"wandb logs offline: {reason}; `wandb sync {tmp_path}/logs/wandb/offline-run-*` uploads the run"
+    ]
+    [live] = _Wandb.made
+    assert (live.options["mode"], live.options["resume"]) == ("offline", None)
+
+
+def test_a_resumed_training_goes_on_with_its_run_at_wandb(wandb: SimpleNamespace, tmp_path: Path) -> None:
+    tracker = WeightsAndBiases(config.Logger(name="wandb", project="cells", entity="lab"), _recipe(), tmp_path)
+    for step, status in ((0, "failed"), (7, "success"), (0, "success")):
+        tracker.begin(step)
+        tracker.finalize(status)
+    first, resumed, anew = _Wandb.made
+    assert first.options["id"] == resumed.options["id"] != anew.options["id"]
+    assert [live.exit_code for live in _Wandb.made] == [1, 0, 0]
+    assert [hasattr(live, "params") for live in _Wandb.made] == [True, False, True]  # a run gets its recipe once
+    wanted = {"mode": "online", "resume": "allow", "project": "cells", "entity": "lab", "name": tmp_path.name}
+    assert first.options | wanted == first.options
+
+
+def test_wandb_does_not_log_in_where_the_recipe_says_offline(wandb: SimpleNamespace, tmp_path: Path) -> None:
+    wandb.login = None
+    WeightsAndBiases(config.Logger(name="wandb", mode="offline"), _recipe(), tmp_path).begin(0)
+    assert [live.options["mode"] for live in _Wandb.made] == ["offline"]
+
+
+class _Mlflow:
+    """Stands for Lightning's logger of MLflow, which needs the package; its experiment notes every call."""
+
+    made: ClassVar[list[_Mlflow]] = []
+
+    def __init__(self, experiment: str, *, run_name: str, tracking_uri: str, run_id: str | None) -> None:
+        self.uri, self.run_id = tracking_uri, run_id or f"run-{len(self.made)}"
+        self.calls: list[tuple[Any, ...]] = []
+        self.experiment = SimpleNamespace(
+            log_batch=lambda run_id, metrics: self.calls.append(("batch", run_id, metrics)),
+            log_text=lambda run_id, text, name: self.calls.append(("text", run_id, name)),
+            update_run=lambda run_id, status: self.calls.append(("update", run_id, status)),
+        )
+        self.made.append(self)
+
+    def log_hyperparams(self, params: dict[str, Any]) -> None:
+        self.params = params
+
+    def finalize(self, status: str) -> None:
+        self.calls.append(("end", status))
+
+
+@pytest.fixture
+def mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow with a server whose address holds a password."""
+    module = SimpleNamespace(get_tracking_uri=lambda: "https://me:secret@host")
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    monkeypatch.setitem(sys.modules, "mlflow.entities", SimpleNamespace(Metric=lambda *values: values))
+    monkeypatch.setattr(trackers, "MLFlowLogger", _Mlflow)
+    monkeypatch.setattr(_Mlflow, "made", [])
+    for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.setenv(name, "1")
+
+
+@pytest.mark.usefixtures("mlflow")
+def test_a_resumed_training_goes_on_with_its_run_at_the_same_mlflow(tmp_path: Path) -> None:
+    for step, settings in ((0, {}), (5, {}), (9, {"tracking_uri": "http://other"})):
+        tracker = MLflow(config.Logger(name="mlflow", **settings), _recipe(), tmp_path)
+        tracker.begin(step)
+        tracker.finalize("success")
+    first, resumed, other = _Mlflow.made
+    assert [live.run_id for live in _Mlflow.made] == ["run-0", "run-0", "run-2"]
+    assert [live.uri for live in _Mlflow.made] == ["https://me:secret@host"] * 2 + ["http://other"]
+    assert resumed.calls == [("update", "run-0", "RUNNING"), ("end", "success")]
+    assert first.params["losses/0/name"] == "acam"
+    assert ("text", "run-2", "recipe.yaml") in other.calls
+    assert "secret" not in (tmp_path / "logs/mlflow-run.txt").read_text()
+
+
+@pytest.mark.usefixtures("mlflow")
+def test_mlflow_gets_the_values_of_many_steps_with_few_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(trackers, "time", SimpleNamespace(time=lambda: now, monotonic=lambda: now))
+    monkeypatch.setattr(trackers, "LARGEST", 4)
+    tracker = MLflow(config.Logger(name="mlflow"), _recipe(), tmp_path)
+    tracker.begin(0)
+    for step in range(8):
+        tracker.log_metrics({"loss@1": float(step)}, step)
+        now += 2.0
+    tracker.finalize("success")
+    [live] = _Mlflow.made
+    batches = [[(name, value, step) for name, value, _, step in each[2]] for each in live.calls if each[0] == "batch"]
+    assert [len(batch) for batch in batches] == [1, 4, 2, 1]  # at once, after more than 10 seconds in two, at the end
+    assert [value for batch in batches for value in batch] == [("loss_1", float(step), step) for step in range(8)]
+    assert live.calls[-1] == ("end", "success")
