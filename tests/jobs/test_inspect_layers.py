@@ -131,5 +131,5 @@ def test_what_cannot_be_paired_is_said() -> None:
     assert str(result.exception) == (
         "there is no recipe retinanet; of networks name two: acamkd inspect TEACHER STUDENT"
     )
-    with pytest.raises(AcamkdError, match="^the recipe tiny has no `teacher` section$"):
+    with pytest.raises(AcamkdError, match=r"^the recipe tiny has no `teacher` section$"):
         inspect(tiny.recipe(Path("data"), "detection"))

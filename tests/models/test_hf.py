@@ -334,7 +334,9 @@ def test_a_processor_that_no_recipe_can_express_is_said(tmp_path: Path) -> None:
     settings = json.loads(file.read_text())
     file.write_text(json.dumps({**settings, "resample": 3}))
     bicubic: Any = make("rf_detr", arch=f"hf/{tmp_path}", options={})
-    with pytest.raises(AcamkdError, match="^RfDetrForObjectDetection resizes by bicubic interpolation, which exported"):
+    with pytest.raises(
+        AcamkdError, match=r"^RfDetrForObjectDetection resizes by bicubic interpolation, which exported"
+    ):
         bicubic.export_form()
     file.write_text(json.dumps({**settings, "size": {"max_height": 90, "max_width": 70}}))
     with pytest.raises(

@@ -107,7 +107,9 @@ def test_annotations_that_are_none_are_said(box: Path, images: Path, tmp_path: P
 
 def test_masks_that_were_not_written_are_said(red: Path, images: Path) -> None:
     pytest.importorskip("supervision")
-    with pytest.raises(AcamkdError, match="^the masks were not written: predict writes them unless `write` leaves out"):
+    with pytest.raises(
+        AcamkdError, match=r"^the masks were not written: predict writes them unless `write` leaves out"
+    ):
         predict(red, images, write=["json"]).to_supervision()
 
 
