@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import tiny
 from acamkd import config, models
@@ -159,6 +160,14 @@ def test_a_detector_and_unlabeled_images(
             "acam: its masks learn to make the loss itself small, and without a task .* set mask_source to uniform",
         ),
         ({"losses": [{**COSINE, "stop_epoch": 1}]}, "stop_epoch: in pretraining nothing else is learned"),
+        (
+            {"student": {**tiny.FPN, "inherit": ["decoder"]}},
+            r"^student\.inherit and train\.quantize are for the training after it: set \[\] and null$",
+        ),
+        (
+            {"student": {"arch": f"{__name__}:stemmed"}, "losses": [{**COSINE, "pairs": [["stem", "levels:0"]]}]},
+            r"^no loss reaches the student's backbone, only stem\.weight and the like: tap other layers$",
+        ),
         ({"losses": [{"name": "cwd", "pairs": [["segmentation_head.0", "levels:0"]]}]}, None),
     ],
 )
@@ -172,6 +181,44 @@ def test_what_cannot_be_learned_without_labels(
         return
     with pytest.raises(AcamkdError, match=message):
         pretrain(recipe, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class Stemmed(nn.Module):
+    """A segmenter with a layer before what it calls its backbone."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        self.backbone = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.ConvTranspose2d(8, num_classes, 4, stride=4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.backbone(self.stem(x)))
+        return logits
+
+
+def stemmed(num_classes: int) -> Stemmed:
+    return Stemmed(num_classes)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "message"),
+    [
+        ("crosskd", {}, "^crosskd compares heads, and pretraining has none: take cosine, pkd, fitnet or another$"),
+        ("fgd", {"pairs": ["backbone:0"]}, "^fgd needs labels, and pretraining has none: take cosine, pkd, fitnet or"),
+    ],
+)
+def test_what_compares_heads_or_needs_boxes_is_refused(
+    name: str, loss: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    root = tiny.write_data(tmp_path / "data", "detection")
+    weights = root / "teacher.safetensors"
+    models.save_weights(models.build(config.Model(**tiny.RETINANET), "detection", 5).net, weights)
+    teacher = {**tiny.RETINANET, "weights": str(weights)}
+    recipe = {**tiny.raw_recipe(root, "detection"), "teacher": teacher, "losses": [{"name": name, **loss}]}
+    with pytest.raises(AcamkdError, match=message):
+        pretrain(config.parse(recipe), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from acamkd import cli, config
+from acamkd import cli, config, models
 from acamkd.distillation.build import build_distiller
 from acamkd.engine.metrics import METRICS
 from acamkd.errors import AcamkdError
@@ -20,7 +20,7 @@ from acamkd.jobs.tokens import learn_tokens
 from acamkd.jobs.train import distill
 from acamkd.losses.maskd import TokenMasks
 from acamkd.models.base import Task, TaskModel
-from tiny_recipes import PAIRS, write_recipe
+from tiny_recipes import MODELS, PAIRS, write_recipe
 
 MASKD = ["losses.0.name=maskd", "losses.0.weighted=false", "losses.0.num_tokens=4"]
 LEVELS = [f"backbone:{level}" for level in ("0", "1", "2", "p6", "p7")]
@@ -148,6 +148,23 @@ def test_what_cannot_learn_is_refused(
 ) -> None:
     with pytest.raises(AcamkdError, match=message):
         learn_tokens(config.load(recipes["segmentation"], overrides), out=tmp_path / "tokens.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_of_other_classes_learns_none(recipes: dict[Task, Path], tmp_path: Path) -> None:
+    weights = tmp_path / "teacher.safetensors"
+    models.save_weights(models.build(config.Model(**MODELS["segmentation"]), "segmentation", 9).net, weights)
+    recipe = config.load(recipes["segmentation"], [*MASKD, "teacher.num_classes=9", f"teacher.weights={weights}"])
+    with pytest.raises(
+        AcamkdError, match="^tokens learn from the teacher's own loss, which a teacher with other class"
+    ):
+        learn_tokens(recipe, out=tmp_path / "tokens.safetensors")
+
+
+def test_tokens_that_diverge_are_not_written(recipes: dict[Task, Path], tmp_path: Path) -> None:
+    recipe = config.load(recipes["segmentation"], MASKD)
+    with pytest.raises(AcamkdError, match=r"^iteration \d: the (task|dice) loss of the tokens is nan: lower --lr$"):
+        learn_tokens(recipe, out=tmp_path / "tokens.safetensors", iterations=9, lr=1e37)
     assert not list(tmp_path.iterdir())
 
 

@@ -187,6 +187,24 @@ def test_a_gain_over_a_baseline_trained_otherwise_is_not_all_the_distillations(
     assert "was trained otherwise than" in caplog.text
 
 
+def test_a_run_is_reported_at_its_own_size_alone(runs: Path) -> None:
+    folder = runs / "distilled"
+    message = rf"^data\.resize is \(32, 32\), but the scores in {folder} are of None: leave it as it is$"
+    with pytest.raises(AcamkdError, match=message):
+        write_report(open_run(folder, ["data.resize=[32, 32]"]))
+
+
+def test_what_the_report_has_to_leave_out_is_said(runs: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    baseline, folder = (shutil.copytree(runs / name, tmp_path / name) for name in ("baseline", "distilled"))
+    metrics = json.loads((baseline / "metrics.json").read_text())
+    (baseline / "metrics.json").write_text(json.dumps(metrics | {"data": {"train": "x", "val": "y"}}))
+    write_report(open_run(folder, ["teacher.weights=gone.safetensors"]))
+    assert caplog.messages == [
+        f"the report compares only with the teacher: {baseline} and {folder} were scored on different validation images",
+        "the report omits the teacher's cost: weights gone.safetensors: there is no such file",
+    ]
+
+
 # The canvas, what is read aloud of it, and the time beside the slider.
 SHOWN = """
 const mask = document.getElementById("mask"), when = document.getElementById("when");

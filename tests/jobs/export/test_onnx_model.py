@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from acamkd.jobs.export.onnx_model import (
     resize_smoothly,
 )
 from acamkd.models.resize import frame_size as segmentation_size
+from tiny_onnx import write_segmenter
 
 SIZES = [(7, 9), (20, 30), (13, 17), (26, 34), (40, 5)]
 
@@ -118,6 +120,27 @@ def test_what_is_no_export_is_refused(tmp_path: Path) -> None:
     (tmp_path / "foreign.onnx").write_bytes(content.getvalue())
     with pytest.raises(AcamkdError, match=r"foreign\.onnx was not written by acamkd export"):
         OnnxModel(tmp_path / "foreign.onnx")
+
+
+def test_a_provider_that_is_not_there_is_named(tmp_path: Path) -> None:
+    file = write_segmenter(tmp_path / "student.onnx")
+    with pytest.raises(AcamkdError, match="^onnxruntime has no CUDAExecutionProvider on this machine$"):
+        OnnxModel(file, provider="CUDAExecutionProvider")
+
+
+@pytest.mark.parametrize(
+    ("package", "use", "message"),
+    [
+        ("onnxruntime", OnnxModel, "ONNX files need onnxruntime: pip install onnxruntime"),
+        ("PIL", read_image, "files of images need Pillow: pip install pillow"),
+    ],
+)
+def test_a_package_that_is_missing_is_named(
+    package: str, use: Callable[[str], object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(AcamkdError, match=f"^{message}$"):
+        use("a.file")
 
 
 def test_it_needs_no_torch() -> None:

@@ -65,6 +65,10 @@ def test_what_is_no_network_is_said(tmp_path: Path) -> None:
     (tmp_path / "student.onnx").write_bytes(b"nothing")
     with pytest.raises(AcamkdError, match=r"student\.onnx: OpenVINO cannot read it"):
         write_openvino(tmp_path / "student.onnx", tmp_path / "student.xml")
+    (tmp_path / "taken").touch()
+    write_segmenter(tmp_path / "student.onnx")
+    with pytest.raises(AcamkdError, match=rf"student\.onnx: OpenVINO cannot write {tmp_path}/taken/a\.xml: "):
+        write_openvino(tmp_path / "student.onnx", tmp_path / "taken/a.xml")
 
 
 def test_a_file_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,12 @@ def test_a_file_that_onnxruntime_cannot_read_is_said(tmp_path: Path) -> None:
         quantize(broken, tmp_path / "out.onnx", IMAGES, lambda _: 0.0, before=0.0, max_drop=1.0)
 
 
+def test_what_onnxruntime_cannot_quantize_is_said(exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(AcamkdError, match="^onnxruntime cannot quantize the network: "):
+        quantize(exported, tmp_path / "out.onnx", [], lambda _: 0.0, before=0.0, max_drop=1.0)
+    assert not (tmp_path / "out.onnx").exists()
+
+
 @pytest.mark.parametrize("count", [1, 3, GROUPS, 100])
 def test_parts_hold_every_node_once(count: int) -> None:
     nodes = [str(index) for index in range(count)]

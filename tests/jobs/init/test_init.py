@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import sys
+import tarfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +153,32 @@ def test_a_folder_of_boxes_and_masks_needs_a_task(tmp_path: Path) -> None:
     tiny.write_data(tmp_path / "boxes", "detection")
     with pytest.raises(AcamkdError, match="nothing for segmentation, only for detection"):
         init(tmp_path / "boxes", task="segmentation")
+
+
+def test_numbers_of_classes_without_names_are_asked_for(tmp_path: Path) -> None:
+    root = tmp_path / "shards"
+    root.mkdir()
+    picture, label = BytesIO(), json.dumps({"objects": [{"bbox": [1, 2, 3, 4], "category": 1}]}).encode()
+    Image.new("RGB", (64, 64)).save(picture, "PNG")
+    for split in ("train", "val"):
+        with tarfile.open(root / f"{split}-000000.tar", "w") as tar:
+            for name, content in (("a.png", picture.getvalue()), ("a.json", label)):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, BytesIO(content))
+    message = r"^nothing says what the numbers of the classes mean: give the names, --classes cat,dog,\.\.\.$"
+    with pytest.raises(AcamkdError, match=message):
+        init(root)
+
+
+def test_a_segmenter_of_other_classes_is_no_teacher(tmp_path: Path) -> None:
+    root = tiny.write_data(tmp_path / "data")
+    file = root / "teacher.safetensors"
+    (root / "recipe.yaml").write_text(config.dump(config.override(tiny.recipe(root), ["data.classes=[sky, road]"])))
+    models.save_weights(models.build(config.Model(**tiny.FPN), "segmentation", 2).net, file)
+    message = rf"^the teacher, fpn on .* with 2 classes, of the run {root}, has other classes than the data, 6: its log"
+    with pytest.raises(AcamkdError, match=message):
+        init(root, classes=NAMES, teacher=file)
 
 
 def test_a_teachers_checkpoint_is_taken_over(tmp_path: Path) -> None:
