@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, TiffImagePlugin
 
 from acamkd import data
 from acamkd.data import MaskFolder
-from acamkd.data.image_io import read_header, read_image, read_reduced, read_size
+from acamkd.data.image_io import lines_of, read_header, read_image, read_reduced, read_size
 from acamkd.errors import AcamkdError, ImageError
 from acamkd.jobs.export import onnx_model
 
@@ -130,3 +130,8 @@ def test_a_jpeg_is_decoded_no_smaller_than_needed(tmp_path: Path) -> None:
     for file in (upright, turned, png):
         assert torch.equal(read_reduced(file, lambda size: size)[0], read_image(file))
     assert read_reduced(png, lambda _: (16, 24))[0].shape == (3, 64, 96)
+
+
+def test_a_text_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(AcamkdError, match=rf"^cannot read {tmp_path}: Is a directory$"):
+        lines_of(tmp_path)

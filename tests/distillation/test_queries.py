@@ -47,3 +47,12 @@ def test_detectors_without_such_queries_are_refused() -> None:
         build_distiller(detector("rt_detr"), detector("detr"), [config.Loss(name="kddetr")])
     with pytest.raises(AcamkdError, match=r"losses.0 \(ld\): LD needs distributions of edges, .* not RTDetrForObject"):
         build_distiller(detector("rt_detr"), detector("d_fine"), [config.Loss(name="ld")])
+
+
+def test_what_asks_the_decoders_does_without_precision_and_compilation(caplog: pytest.LogCaptureFixture) -> None:
+    entries = [config.Loss(name="kddetr")]
+    build_distiller(detector("rt_detr"), detector("rt_detr"), entries, "bf16").compile_parts()
+    assert [text for text in caplog.messages if "needs arguments" in text] == [
+        "head/kddetr needs arguments of the teacher's modules, so that teacher.precision is not used",
+        "train.compile: nothing is compiled, since head/kddetr needs arguments of the networks' modules",
+    ]

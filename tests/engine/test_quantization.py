@@ -224,12 +224,14 @@ def test_without_torchao_nothing_begins(root: Path, tmp_path: Path, monkeypatch:
     assert not (tmp_path / "run").exists()
 
 
+@needs_torchao
 def test_an_older_torchao_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.quantization.pt2e", None)
     with pytest.raises(AcamkdError, match=r"^train\.quantize needs torchao 0\.18 or newer: "):
         quantization.FakeQuantization(model())
 
 
+@needs_torchao
 def test_a_training_of_int8_is_not_compiled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fit(tmp_path, 1, quantize="int8", compile=True)
     assert "train.compile: the training is not compiled, since train.quantize acts by hooks" in caplog.messages

@@ -27,6 +27,7 @@ from acamkd.jobs.setup import (
     score_of_run,
     with_normalization,
 )
+from acamkd.jobs.train import train
 from acamkd.models.base import Task, TaskModel
 from acamkd.models.segmentation import Segmenter
 
@@ -80,6 +81,26 @@ def test_labeled_images_alone_are_told_once_where_one_distills(
     assert describe_data(train, val) == "8 training and 4 validation images, 6 classes"
     train.classes = ("cell",)
     assert describe_data(train, val).endswith("images, 1 class")
+
+
+def test_what_is_odd_about_the_data_is_said_with_its_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tiny.write_data(tmp_path)
+    (root / "images/val/more.ppm").touch()
+    recipe = config.override(tiny.recipe(root), ["data.test={images: images/val, masks: masks/val}"])
+    Batches(recipe, with_test=True).check()
+    left_out = "images/val: 1 images of other types are left out (more.ppm); those that are read end in"
+    for split in ("val", "test"):
+        assert any(text.startswith(f"{split} data: {root}/{left_out}") for text in caplog.messages)
+    assert "4 of 4 test images are validation images too: scores on them say nothing of others" in caplog.messages
+
+
+def test_a_student_inherits_from_no_teacher(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tiny.write_data(tmp_path / "data"))
+    alone = recipe.model_copy(
+        update={"teacher": None, "losses": (), "student": recipe.student.model_copy(update={"inherit": ("decoder",)})}
+    )
+    with pytest.raises(AcamkdError, match=r"^the recipe tiny needs a `teacher` section$"):
+        train(alone, out=tmp_path / "run")
 
 
 def test_a_detectors_table_has_no_row_of_masks(tmp_path: Path) -> None:

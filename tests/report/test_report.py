@@ -200,7 +200,8 @@ def test_what_the_report_has_to_leave_out_is_said(runs: Path, tmp_path: Path, ca
     (baseline / "metrics.json").write_text(json.dumps(metrics | {"data": {"train": "x", "val": "y"}}))
     write_report(open_run(folder, ["teacher.weights=gone.safetensors"]))
     assert caplog.messages == [
-        f"the report compares only with the teacher: {baseline} and {folder} were scored on different validation images",
+        f"the report compares only with the teacher: {baseline} and {folder} were scored on different validation "
+        "images",
         "the report omits the teacher's cost: weights gone.safetensors: there is no such file",
     ]
 

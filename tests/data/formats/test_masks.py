@@ -168,6 +168,13 @@ def test_no_folder(tmp_path: Path) -> None:
         _dataset(tmp_path)
 
 
+def test_a_split_whose_folder_is_missing_is_told_how_to_name_it(tmp_path: Path) -> None:
+    options = config.Data(format="masks", root=tmp_path, classes=("sky", "road"))
+    message = rf"^cannot read the folder {tmp_path}/images/train: data\.train and data\.val name a split's folders with"
+    with pytest.raises(AcamkdError, match=message):
+        data.build(options, "segmentation", "train", seed=0, augment=False)
+
+
 @pytest.mark.skipif(not (SHARED / "camvid").is_dir(), reason="the CamVid images are not beside the checkout")
 def test_real_road_scenes() -> None:
     root = SHARED / "camvid"

@@ -196,6 +196,9 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with tarfile.open(tar, "w:gz"):
         pass
     fails(r"is no whole tar file .*; copy it again, and pack a compressed one again without compression")
+    tar.unlink()
+    tar.mkdir()
+    fails(rf"^cannot read {tar}: Is a directory$")
 
 
 def test_links_and_dots_in_names_lose_no_image_silently(tmp_path: Path) -> None:

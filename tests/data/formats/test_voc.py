@@ -330,3 +330,6 @@ def test_another_void(tmp_path: Path) -> None:
     (tmp_path / "labelmap.txt").write_text("background:0,0,0::\ncrack:0,128,0::\n")
     with pytest.raises(AcamkdError, match=r"data\.ignore_index: .*labelmap.txt says which color is void"):
         data.build(options, "segmentation", "train", seed=0, augment=False)
+    (tmp_path / "labelmap.txt").write_text("# label:color_rgb:parts:actions\nbackground:0,0,0::\ncrack:green::\n")
+    with pytest.raises(AcamkdError, match=r"labelmap\.txt:3: a line is `name:red,green,blue:parts:actions`, not `cra"):
+        data.build(options, "segmentation", "train", seed=0, augment=False)

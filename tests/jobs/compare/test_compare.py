@@ -224,6 +224,15 @@ def test_a_trial_that_somebody_terminates_has_not_failed(recipe: Path, tmp_path:
     assert run_trials(trials, [0], tmp_path, lambda _: ["false"], end=None, jobs=1) == trials[:1]
 
 
+def test_trials_of_an_earlier_recipe_are_told_to_be_run_anew(
+    recipe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trials, results = plan(config.load(recipe), ["acam"], 1, tmp_path), tmp_path / "results"
+    fake(trials[1], results, 40.0, recipe="of another recipe")
+    run_trials(trials, [0, 1], results, lambda _: ["true"], end=None, jobs=1)
+    assert "the recipe of 1 trials has changed, they are run anew: acam-seed0" in caplog.messages
+
+
 def test_a_class_may_be_called_like_a_mask(recipe: Path, tmp_path: Path) -> None:
     names = ["with_mask", "without_mask", "c", "d", "e", "f"]
     results = tmp_path / "results"

@@ -124,7 +124,7 @@ def test_what_is_no_export_is_refused(tmp_path: Path) -> None:
 
 def test_a_provider_that_is_not_there_is_named(tmp_path: Path) -> None:
     file = write_segmenter(tmp_path / "student.onnx")
-    with pytest.raises(AcamkdError, match="^onnxruntime has no CUDAExecutionProvider on this machine$"):
+    with pytest.raises(AcamkdError, match=r"^onnxruntime has no CUDAExecutionProvider on this machine$"):
         OnnxModel(file, provider="CUDAExecutionProvider")
 
 

@@ -96,7 +96,7 @@ def test_a_file_that_onnxruntime_cannot_read_is_said(tmp_path: Path) -> None:
 
 
 def test_what_onnxruntime_cannot_quantize_is_said(exported: Path, tmp_path: Path) -> None:
-    with pytest.raises(AcamkdError, match="^onnxruntime cannot quantize the network: "):
+    with pytest.raises(AcamkdError, match=r"^onnxruntime cannot quantize the network: "):
         quantize(exported, tmp_path / "out.onnx", [], lambda _: 0.0, before=0.0, max_drop=1.0)
     assert not (tmp_path / "out.onnx").exists()
 
