@@ -306,6 +306,7 @@ class _Wandb:
     """Stands for Lightning's logger of W&B, which needs the package."""
 
     made: ClassVar[list[_Wandb]] = []
+    exit_code: int
 
     def __init__(self, **options: Any) -> None:
         self.options = options

@@ -5,7 +5,6 @@ import logging
 import math
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +109,9 @@ def test_on_several_devices_each_training_is_a_command_of_its_own(
         given.append(words)
         written = config.load(Path(words[1]))
         assert written.train.devices == 2
-        role = "teacher" if "--role" in words else "student"
-        job = distill if words[0] == "distill" else partial(train, role=role)
-        done = job(config.override(written, ["train.devices=1"]), resume="--resume" in words)
+        alone = config.override(written, ["train.devices=1"])
+        assert "--resume" not in words
+        done = distill(alone) if words[0] == "distill" else train(alone, "teacher" if "--role" in words else "student")
         (done.folder / "recipe.yaml").write_text(config.dump(config.override(done.recipe, ["train.devices=2"])))
 
     monkeypatch.setattr(run_all, "carry_out", carry_out)

@@ -236,11 +236,11 @@ class Run(Printable):
         """How a baseline was trained otherwise than this run's student, beside what a distillation adds."""
         added: dict[str, Any] = {"name": True, "teacher": True, "losses": True}
         without = {**WITHOUT_EFFECT, **added, "data": {*WITHOUT_EFFECT["data"], "unlabeled", "root"}}
-        contents = [
+        before, now = (
             config.load(run.folder / RECIPE).model_dump(mode="json", exclude=without) for run in (baseline, self)
-        ]
+        )
         trained_on = [run.metrics["data"]["train"] for run in (baseline, self)]
-        return [*(["other training images"] if len(set(trained_on)) > 1 else []), *_changes(*contents)]
+        return [*(["other training images"] if len(set(trained_on)) > 1 else []), *_changes(before, now)]
 
     def _unwritable(self, error: OSError) -> AcamkdError:
         return AcamkdError(f"cannot write the run folder {self.folder}: {error.strerror or error}")
