@@ -222,6 +222,22 @@ def test_an_interrupted_run_resumes_to_the_same_end(
     assert metrics | clocks == json.loads((whole / "metrics.json").read_text()) | clocks
 
 
+def test_a_ramp_and_a_stop_beyond_the_end_are_said(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("acamkd.jobs.train.fit", lambda run, *_, **__: run)
+    assigned = (
+        ["losses.0.ramp_epochs=1", "losses.0.stop_epoch=0.5"],
+        ["losses.0.ramp_epochs=3", "losses.0.stop_epoch=2"],
+    )
+    for number, overrides in enumerate(assigned):
+        distill(tiny.recipe(root, epochs=2), overrides=overrides, out=tmp_path / str(number))
+    assert [message for message in caplog.messages if "_epoch" in message] == [
+        "losses.0.ramp_epochs 3: the training ends with epoch 2, so that the loss never has its whole weight",
+        "losses.0.stop_epoch 2 changes nothing: the training ends with epoch 2",
+    ]
+
+
 def test_a_run_resumes_with_the_images_and_the_teacher_that_it_was_begun_with(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

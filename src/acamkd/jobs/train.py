@@ -171,6 +171,7 @@ def distill(
         Run(folder, recipe, "student").check_free(resume=resume, overwrite=overwrite)
     if recipe.train.quantize:
         require_torchao()
+    _warn_of_what_never_comes(recipe)
     batches = Batches(recipe, with_unlabeled=True)
     section = teacher_section(recipe)
     teacher = build_teacher(recipe, section, batches.classes)
@@ -198,6 +199,24 @@ def distill(
         run, distiller, batches, resume=resume, overwrite=overwrite, profile=profile, report=report, shared=shared,
         teacher=ScoredTeacher(teacher_sha256, partial(_score_teacher, distiller, batches, teacher_sha256, shared)),
     )  # fmt: skip
+
+
+def _warn_of_what_never_comes(recipe: config.Recipe) -> None:
+    """No error: a recipe's first trial is often of one epoch."""
+    epochs = recipe.train.epochs
+    for index, loss in enumerate(recipe.losses):
+        if loss.ramp_epochs > epochs:
+            log.warning(
+                "losses.%d.ramp_epochs %g: the training ends with epoch %d, so that the loss never has its whole "
+                "weight", index, loss.ramp_epochs, epochs,
+            )  # fmt: skip
+        if loss.stop_epoch is not None and loss.stop_epoch >= epochs:
+            log.warning(
+                "losses.%d.stop_epoch %g changes nothing: the training ends with epoch %d",
+                index,
+                loss.stop_epoch,
+                epochs,
+            )
 
 
 def _score_teacher(
