@@ -330,3 +330,10 @@ def test_a_network_of_torchvisions_is_wrapped_and_no_other() -> None:
     ssd = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
     with pytest.raises(AcamkdError, match="SSD is none of RetinaNet, FCOS, FasterRCNN"):
         wrap_detector(ssd, 90)
+
+
+def test_a_backbone_that_refuses_a_size_is_said() -> None:
+    section = Model(arch="fcos", backbone="maxvit_tiny_rw_224", backbone_weights=None)
+    model: Any = build(section, "detection", 2).eval()
+    with pytest.raises(AcamkdError, match=r"does not take images of 256 x 256 .*: set data\.resize to a size that it"):
+        model.predict([torch.zeros(3, 256, 256)])

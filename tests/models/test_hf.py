@@ -189,6 +189,41 @@ def from_pretrained(model: TaskModel, folder: Path) -> None:
     assert distances.min(dim=1)[0].max() < 0.01  # as sets: the order of equal scores may flip
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "said"),
+    [
+        ("segformer", (SIDE, SIDE), ""),
+        ("yolos", (SIDE, 96), ""),
+        ("yolos", config.ShortLong(short=64, long=160), "100 x 130 pixels become 64 x "),
+        ("eomt", (SIDE, SIDE), "100 x 130 pixels become 98 x 128, here 128 x 128"),
+        ("dpt", config.ShortLong(short=64, long=160), "AttributeError"),
+    ],
+)
+def test_what_transformers_would_prepare_otherwise_is_said_once(
+    name: str, size: Any, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make(name, size=size).eval()
+    for _ in range(2):
+        model.write_config(tmp_path / "student.safetensors", CLASSES)
+    found = [message for message in caplog.messages if "prepares images otherwise" in message]
+    assert len(found) == bool(said)
+    assert all(said in message for message in found)
+
+
+def test_a_size_of_ours_is_exact_whatever_the_processor_kept(tmp_path: Path) -> None:
+    model = make("dpt", size=(96, SIDE))
+    save_weights(model.net, tmp_path / "student.safetensors")
+    model.write_config(tmp_path / "student.safetensors", CLASSES)
+    file = tmp_path / "preprocessor_config.json"
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps({**kept, "keep_aspect_ratio": True, "ensure_multiple_of": 14}))
+    again = make("dpt", size=(96, SIDE), arch=f"hf/{tmp_path}", options={})
+    again.write_config(tmp_path / "student.safetensors", CLASSES)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    image = torch.zeros(3, 100, 200, dtype=torch.uint8)
+    assert processor(images=image, return_tensors="pt")["pixel_values"].shape == (1, 3, 96, SIDE)
+
+
 @pytest.mark.parametrize("name", ["detr", "deformable_detr", "rf_detr"])
 def test_a_mask_says_where_the_image_ends(name: str) -> None:
     model: Any = make(name, size=config.ShortLong(short=90, long=100)).eval()

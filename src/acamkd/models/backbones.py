@@ -49,7 +49,14 @@ class TimmMaps(nn.Module):
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """(N, 3, H, W) -> the maps, each (N, C, h, w)."""
-        maps = self.body(pixels)
+        try:
+            maps = self.body(pixels)
+        except AssertionError as error:  # timm's way to refuse a size
+            height, width = pixels.shape[-2:]
+            raise AcamkdError(
+                f"the backbone does not take images of {height} x {width} ({error}): set data.resize to a size that it "
+                "takes, or take another backbone"
+            ) from error
         picked = [maps[pick] for pick in self.picks]
         return [x.permute(0, 3, 1, 2) for x in picked] if self.channels_last else picked
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ from acamkd.models.base import Batch, ExportForm, Kernel, Outputs, PixelSize, Ta
 from acamkd.models.hf_kinds import Kind
 from acamkd.models.resize import frame_size
 from acamkd.models.timm_features import without_getter
+
+log = logging.getLogger(__name__)
 
 UNLIMITED = 2**31 - 1
 """Long side of a rule that names the short side alone."""
@@ -99,6 +102,8 @@ class HFModel(TaskModel):
         self.kind = kind
         self.processor = processor
         self.preprocessing = preprocessing
+        self._compared = False
+        """Whether it was said how transformers prepares images otherwise."""
         settings: dict[str, Any] = self.net.config.to_dict()
         self.multiple = kind.multiple(settings)
         modules = dict(self.net.named_modules())
@@ -232,12 +237,35 @@ class HFModel(TaskModel):
             **({} if resize is None else {"size": self._written_size(resize)}),
         }  # fmt: skip
         described = {name: value for name, value in processor.to_dict().items() if name not in settings}
+        if "keep_aspect_ratio" in described:  # a size of ours is exact
+            described |= {"keep_aspect_ratio": False, "ensure_multiple_of": 1}
         processor = type(processor)(**described, **settings)
+        if not self._compared and (difference := self._prepared_otherwise(processor)):
+            log.warning(
+                "%s: transformers prepares images otherwise than they were in training (%s); there, give its network "
+                "images that acamkd has prepared", weights.parent, difference,
+            )  # fmt: skip
+        self._compared = True
         for name, text in (
             ("config.json", config.to_json_string()), ("preprocessor_config.json", processor.to_json_string())
         ):  # fmt: skip
             with written_whole(weights.parent / name) as unfinished:
                 unfinished.write_text(text, encoding="utf-8")
+
+    @torch.no_grad()
+    def _prepared_otherwise(self, processor: Any) -> str:
+        """How an image processor's pixels differ from ours for an image that is no square; empty where they do not."""
+        ramp = torch.linspace(0, 255, 100 * 130).reshape(1, 100, 130).expand(3, -1, -1).to(torch.uint8)
+        own = self.normalize(self.prepare([ramp.to(self.mean.device)])).cpu()
+        try:
+            theirs: Tensor = processor(images=ramp, return_tensors="pt")["pixel_values"]
+        except Exception as error:  # whatever a rule of size that it does not have ends in
+            return f"{type(error).__name__}: {error}"
+        if theirs.shape != own.shape:
+            there, here = (" x ".join(map(str, x.shape[2:])) for x in (theirs, own))
+            return f"100 x 130 pixels become {there}, here {here}"
+        farthest = float((theirs - own).abs().max())
+        return "" if farthest < 0.1 else f"its pixels differ by up to {farthest:.2g}"
 
     def _written_size(self, resize: PixelSize | ShortLong) -> dict[str, int]:
         """A rule of size as an image processor's settings write it."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,23 @@ def test_ids_without_annotations(box: Path, images: Path, tmp_path: Path) -> Non
     made = predict(box, images, out=tmp_path / "out")
     entries = json.loads(made.to_coco(tmp_path / "results.json").read_text())
     assert [(each["image_id"], each["category_id"]) for each in entries] == [(7, 2), (8, 2), ("x9.png", 2)]
+
+
+def test_no_two_images_get_the_same_id(box: Path, images: Path, ground_truth: Path, tmp_path: Path) -> None:
+    file, root = next(images.glob("*.png")), tmp_path / "cameras"
+    for name in ("cam1/0001.png", "cam2/0001.png", "cam2/1.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, root / name)
+    made = predict(box, root, out=tmp_path / "out")
+    entries = json.loads(made.to_coco(tmp_path / "results.json").read_text())
+    assert {each["image_id"] for each in entries} == {"cam1/0001.png", "cam2/0001.png", "cam2/1.png"}
+    content = json.loads(ground_truth.read_text())
+    content["images"] = [{"id": 7, "file_name": "cam2/0001.png"}, {"id": 8, "file_name": "cam2/1.png"}]
+    ground_truth.write_text(json.dumps(content))
+    with pytest.raises(
+        AcamkdError, match=r"has one image for cam1/0001\.png and cam2/0001\.png \(id 7\): predict on its"
+    ):
+        made.to_coco(tmp_path / "results.json", ground_truth)
 
 
 def test_what_the_annotations_lack_is_said(box: Path, red: Path, images: Path, ground_truth: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -99,11 +100,20 @@ class Predictions(Printable):
             AcamkdError: The predictions are masks, or the annotations lack an image or a class.
         """
         categories, images = (None, None) if annotations is None else _ids(Path(annotations).expanduser())
-        entries = []
-        for line in self.lines():
-            if "objects" not in line:
-                raise AcamkdError("COCO's results are of boxes: a segmenter's are in the folder masks")
-            image = _own_id(line) if images is None else _image_id(line["file_name"], images, annotations)
+        entries, lines = [], list(self.lines())
+        if not all("objects" in line for line in lines):
+            raise AcamkdError("COCO's results are of boxes: a segmenter's are in the folder masks")
+        if images is None:
+            numbers = _own_ids(lines)
+        else:
+            numbers = [_image_id(line["file_name"], images, annotations) for line in lines]
+            number, count = next(iter(Counter(numbers).most_common(1)), (None, 0))
+            if count > 1:
+                both = " and ".join(
+                    line["file_name"] for line, other in zip(lines, numbers, strict=True) if other == number
+                )
+                raise AcamkdError(f"{annotations} has one image for {both} (id {number}): predict on its own images")
+        for line, image in zip(lines, numbers, strict=True):
             for each in line["objects"]:
                 name, category = each["category_name"], each["category_id"]
                 if categories is not None:
@@ -168,11 +178,11 @@ def _image_id(name: str, images: Mapping[str, Any], annotations: Path | str | No
     raise AcamkdError(f"{annotations} lists no image {name}: predict on its own images")
 
 
-def _own_id(line: Mapping[str, Any]) -> int | str:
-    """The id of an image without annotations."""
-    if "frame" in line:
-        number: int = line["frame"]
-        return number
-    name: str = line["file_name"]
-    stem = PurePosixPath(name).stem
-    return int(stem) if stem.isdecimal() else name
+def _own_ids(lines: Sequence[Mapping[str, Any]]) -> list[int | str]:
+    """Ids of images without annotations: a frame's number, or that in a file's name if no two have the same."""
+    if any("frame" in line for line in lines):
+        return [line["frame"] for line in lines]
+    names = [str(line["file_name"]) for line in lines]
+    stems = [PurePosixPath(name).stem for name in names]
+    own: list[int | str] = [int(stem) if stem.isdecimal() else name for stem, name in zip(stems, names, strict=True)]
+    return own if len(set(own)) == len(own) else list(names)
