@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import yaml
 from rich.text import Text
 
 from acamkd import config, data
-from acamkd.config.yaml_text import Dumper
 from acamkd.data.statistics import Statistics, count
 from acamkd.distillation.pairs import propose
 from acamkd.engine.printing import Printable
@@ -22,7 +20,6 @@ from acamkd.files import check_writable_file, write_text
 from acamkd.jobs.estimate import Estimate, estimate
 from acamkd.jobs.init.choices import (
     DENSE,
-    LEARNING_RATES,
     Machine,
     choose_batch,
     choose_epochs,
@@ -31,8 +28,9 @@ from acamkd.jobs.init.choices import (
     this_machine,
 )
 from acamkd.jobs.init.layout import Layout, find_layouts, find_unlabeled
+from acamkd.jobs.init.recipe_text import Reasons, file_name, recipe_text
 from acamkd.jobs.init.teacher import Teacher, identify
-from acamkd.jobs.inspect_layers import RATIOS, as_losses, of_recipe
+from acamkd.jobs.inspect_layers import as_losses, of_recipe
 from acamkd.models.base import VOID, Task
 from acamkd.progress import muted
 
@@ -114,7 +112,7 @@ def init(
         AcamkdError: The folder is not known, something is missing, or the recipe is there or cannot be written.
     """
     root = Path(folder).expanduser().resolve()
-    file = Path(out).expanduser() if out else Path(f"{_file_name(root.name)}.yaml")
+    file = Path(out).expanduser() if out else Path(f"{file_name(root.name)}.yaml")
     check_writable_file(file)
     if file.exists() and not overwrite:
         raise AcamkdError(f"{file} is there already: --overwrite replaces it, --out FILE writes elsewhere")
@@ -146,8 +144,8 @@ def init(
     batch = choose_batch(images, machine, measured.largest_batch if measured else None)
     epochs, every = choose_epochs(images, batch, machine)
     train = {"epochs": epochs, "eval_every": every, "batch_size": batch}
-    reasons = _Reasons(layout, counted, frame.reason, frame.augment_reason, machine, known, measured, len(own_classes))
-    text = _written(file, task, source, networks, losses, train, reasons)
+    reasons = Reasons(layout, counted, frame.reason, frame.augment_reason, machine, known, measured, len(own_classes))
+    text = recipe_text(file, task, source, networks, losses, train, reasons)
     _check(text, file)
     write_text(file, text)
     problems = [problem for each in counted.values() for problem in each.problems]
@@ -170,24 +168,6 @@ NOTHING_UNLABELED = (
     "no unlabeled images: our clearest gains had them, with few labels; with all labels such networks gained nothing "
     "(docs/research/results.md). A folder of them goes into data.unlabeled, or --unlabeled FOLDER"
 )
-
-
-@dataclass(frozen=True)
-class _Reasons:
-    """What the comments are made of."""
-
-    layout: Layout
-    counted: dict[str, Statistics]
-    size: str
-    augment: str
-    machine: Machine
-    teacher: Teacher | None
-    measured: Estimate | None
-    num_classes: int
-
-
-def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "_.-" else "_" for letter in name) or "recipe"
 
 
 def _chosen(layouts: Sequence[Layout], task: Task | None, ask: Ask | None) -> Layout:
@@ -293,7 +273,7 @@ def _parsed(
     file: Path, task: Task, source: dict[str, Any], networks: dict[str, dict[str, Any]], losses: list[dict[str, Any]],
     batch: int, epochs: int,
 ) -> config.Recipe:  # fmt: skip
-    raw = {"name": _file_name(file.stem), "task": task, "data": source, **networks, "losses": losses}
+    raw = {"name": file_name(file.stem), "task": task, "data": source, **networks, "losses": losses}
     return config.parse({**raw, "train": {"epochs": epochs, "batch_size": batch}}, source=str(file))
 
 
@@ -307,94 +287,4 @@ def _measured(recipe: config.Recipe) -> Estimate | None:
 
 def _check(text: str, file: Path) -> None:
     """Raise AcamkdError if the text is no recipe."""
-    config.parse({"name": _file_name(file.stem), **config.read_yaml(text, str(file))}, source=str(file))
-
-
-def _flow(value: Any) -> str:
-    """YAML on one line."""
-    text = yaml.dump(
-        value, Dumper=Dumper, default_flow_style=True, width=10**6, allow_unicode=True, sort_keys=False
-    )  # fmt: skip
-    return text.removesuffix("...\n").strip()
-
-
-def _written(
-    file: Path, task: Task, source: dict[str, Any], networks: dict[str, dict[str, Any]], losses: list[dict[str, Any]],
-    train: dict[str, Any], why: _Reasons,
-) -> str:  # fmt: skip
-    """The recipe, a comment behind every choice."""
-    layout, counted, machine = why.layout, why.counted, why.machine
-    drawn = "" if "share" not in source["val"] else ", drawn from train by a seed; no file is moved"
-    comments = {
-        "format": layout.reason,
-        "train": f"{counted['train'].images} images",
-        "val": f"{counted['val'].images} images, which everything is judged by{drawn}",
-        "test": "seen by no training and no choice: acamkd run scores on it at the end",
-        "classes": f"names from {layout.names_from}" if layout.names_from else "names as they were given",
-        "ignore_index": "a value more in the masks than there are names: void",
-        "unlabeled": "only the distillation sees these: our clearest gains had such images",
-        "resize": why.size,
-        "augment": why.augment,
-    }
-    lines = [
-        f"# acamkd run {file} trains teacher, baseline and distilled student, and compares them.",
-        f"task: {task}",
-        "data:",
-        *(_line(2, key, value, comments.get(key, "")) for key, value in source.items()),
-    ]
-    if "unlabeled" not in source:
-        lines.append("  # unlabeled: FOLDER  # images without labels; without them such networks gained nothing")
-    of_teacher = why.teacher.text if why.teacher else f"no checkpoint: it is trained first; {machine.networks_reason}"
-    lines += [
-        _line(0, "teacher", networks["teacher"], of_teacher),
-        _line(0, "student", networks["student"],
-              "same heads and pyramid as the teacher's, and starting from them" if "inherit" in networks["student"]
-              else machine.networks_reason),
-    ]  # fmt: skip
-    (loss,) = losses
-    of_loss = {
-        "name": "the method; acamkd methods lists the others",
-        "pairs": "every level of the feature pyramid" if task == "detection" else "the logits before they are enlarged",
-        "num_masks": "one for each class, as in the paper",
-        "weight": "measured on the first batches",
-        "gradient_ratio": "distillation's gradient over the task's: "
-        + (
-            "docs/research/results.md gained with it"
-            if "unlabeled" in source
-            else f"{RATIOS[task]} with unlabeled images, less without, where that harmed"
-        ),
-        "diversity_weight": "as there",
-    }
-    lines.append("losses:")
-    for number, (key, value) in enumerate(loss.items()):
-        lines.append(_line(4, key, value, of_loss.get(key, "")).replace("    ", "  - " if number == 0 else "    ", 1))
-    steps = train["epochs"] * max(1, counted["train"].images // train["batch_size"])
-    measured = why.measured
-    seconds = measured.seconds * train["batch_size"] / measured.batch_size if measured else 0.0
-    time_taken = f"; on this machine about {seconds:.2g} s each, {steps * seconds / 3600:.1f} h to distill"
-    of_train = {
-        "epochs": f"about {steps:,} steps{time_taken if measured else ''}",
-        "eval_every": "eight evaluations; the best weights are kept",
-        "batch_size": f"{machine.name}; about {measured.largest_batch} would fit into memory" if measured
-        else machine.name,
-    }  # fmt: skip
-    lines.append("train:")
-    lines += [_line(2, key, value, of_train.get(key, "")) for key, value in train.items()]
-    lines += [
-        _line(
-            2,
-            "optimizer",
-            {"name": "adamw", "lr": LEARNING_RATES[task], "weight_decay": 1e-4},
-            "as in docs/research/results.md",
-        ),
-        _line(2, "schedule", {"name": "one_cycle"}, "warms up, and ends near 0"),
-    ]
-    if task == "detection":
-        lines.append(_line(2, "clip", 35, "detectors' first gradients can be huge"))
-    methods: dict[str, Any] = {loss["name"]: {}}
-    lines += ["compare:", _line(2, "methods", methods, "acamkd compare RECIPE --seeds 3: is a gain more than luck?")]
-    return "\n".join(lines) + "\n"
-
-
-def _line(indent: int, key: str, value: Any, comment: str) -> str:
-    return f"{' ' * indent}{key}: {_flow(value)}" + (f"  # {comment}" if comment else "")
+    config.parse({"name": file_name(file.stem), **config.read_yaml(text, str(file))}, source=str(file))
