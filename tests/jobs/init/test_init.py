@@ -108,6 +108,21 @@ def test_a_recipe_that_cannot_be_written_is_told_first(tmp_path: Path, monkeypat
         init(tmp_path / "nowhere", out=Path(__file__, "cells.yaml"))
 
 
+def test_a_file_whose_name_has_blanks_loads_and_its_commands_are_quoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_measured", lambda recipe: None)  # which takes seconds
+    root = tiny.write_data(tmp_path / "cells", "detection")
+    proposal = init(root, out="my cells.yaml")
+    assert proposal.file.name == "my cells.yaml"
+    assert config.load(proposal.file).name == "my_cells"
+    assert proposal.commands[1] == "acamkd train 'my cells.yaml'"
+    assert "acamkd run 'my cells.yaml'   #" in str(proposal)
+    assert "# acamkd run 'my cells.yaml' trains" in proposal.file.read_text()
+    assert "name:" not in init(root, out="cells.yaml").file.read_text().split("losses:")[0]
+    assert config.load(init(root, out="...yaml").file).name == "recipe"  # `..` would name the parent
+
+
 def test_masks_in_color_need_mask_values(tmp_path: Path) -> None:
     root = tiny.write_data(tmp_path / "data")
     for file in (root / "masks").rglob("*.png"):

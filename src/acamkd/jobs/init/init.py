@@ -28,7 +28,7 @@ from acamkd.jobs.init.choices import (
     this_machine,
 )
 from acamkd.jobs.init.layout import Layout, find_layouts, find_unlabeled
-from acamkd.jobs.init.recipe_text import Reasons, file_name, recipe_text
+from acamkd.jobs.init.recipe_text import Reasons, file_name, quoted, recipe_text
 from acamkd.jobs.init.teacher import Teacher, identify
 from acamkd.jobs.inspect_layers import as_losses, of_recipe
 from acamkd.models.base import VOID, Task
@@ -62,14 +62,15 @@ class Proposal(Printable):
     @property
     def commands(self) -> tuple[str, str, str]:
         """The three trainings, in their order."""
-        return (f"acamkd train {self.file} --role teacher", f"acamkd train {self.file}", f"acamkd distill {self.file}")
+        file = quoted(self.file)
+        return (f"acamkd train {file} --role teacher", f"acamkd train {file}", f"acamkd distill {file}")
 
     def __rich__(self) -> Text:
         text = Text(f"{self.found}\n")
         for warning in self.warnings:
             text.append("warn", "yellow").append(f"  {warning}\n")
         text.append(f"{self.file} is written; every choice has its reason there. Next, all in one:\n")
-        text.append(f"  acamkd run {self.file}", "bold").append(
+        text.append(f"  acamkd run {quoted(self.file)}", "bold").append(
             "   # checks before, and compares after\nor one by one:"
         )
         for command, why in zip(self.commands, ("the teacher", "the baseline", "the distilled student"), strict=True):
@@ -152,7 +153,7 @@ def init(
     warnings = [warning for each in counted.values() for warning in each.warnings]
     if problems:
         warnings.append(
-            f"{len(problems)} problems to be mended first, such as {problems[0]}: acamkd doctor {file} --data"
+            f"{len(problems)} problems to be mended first, such as {problems[0]}: acamkd doctor {quoted(file)} --data"
         )
     if not more:
         warnings.append(NOTHING_UNLABELED)
@@ -287,4 +288,4 @@ def _measured(recipe: config.Recipe) -> Estimate | None:
 
 def _check(text: str, file: Path) -> None:
     """Raise AcamkdError if the text is no recipe."""
-    config.parse({"name": file_name(file.stem), **config.read_yaml(text, str(file))}, source=str(file))
+    config.parse({"name": file.stem, **config.read_yaml(text, str(file))}, source=str(file))  # as it is loaded

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,13 @@ class Reasons:
 
 def file_name(name: str) -> str:
     """A name as a recipe's `name` may be: other letters become `_`."""
-    return "".join(letter if letter.isalnum() or letter in "_.-" else "_" for letter in name) or "recipe"
+    fitting = re.sub(r"[^\w.-]", "_", name)
+    return fitting if fitting.strip(".") else "recipe"
+
+
+def quoted(path: Path) -> str:
+    """A path as a shell takes it."""
+    return shlex.quote(str(path))
 
 
 def recipe_text(
@@ -43,6 +51,7 @@ def recipe_text(
 ) -> str:  # fmt: skip
     """The recipe, a comment behind every choice."""
     layout, counted, machine = why.layout, why.counted, why.machine
+    name = file_name(file.stem)
     drawn = "" if "share" not in source["val"] else ", drawn from train by a seed; no file is moved"
     comments = {
         "format": layout.reason,
@@ -56,7 +65,8 @@ def recipe_text(
         "augment": why.augment,
     }
     lines = [
-        f"# acamkd run {file} trains teacher, baseline and distilled student, and compares them.",
+        f"# acamkd run {quoted(file)} trains teacher, baseline and distilled student, and compares them.",
+        *([] if name == file.stem else [_line(0, "name", name, "of the run's folder; the file's own cannot be one")]),
         f"task: {task}",
         "data:",
         *(_line(2, key, value, comments.get(key, "")) for key, value in source.items()),
