@@ -133,6 +133,20 @@ def test_masks_in_color_need_mask_values(tmp_path: Path) -> None:
         init(root)
 
 
+def test_masks_with_problems_are_not_measured_and_the_recipe_names_them(tmp_path: Path) -> None:
+    root = tiny.write_data(tmp_path / "data")
+    for file in (root / "masks").rglob("*.png"):
+        with Image.open(file) as mask:
+            colored = mask.convert("RGB")
+        colored.save(file)
+    proposal = init(root, classes=NAMES)
+    assert proposal.estimate is None
+    (problem,) = [warning for warning in proposal.warnings if "problems to be mended first" in warning]
+    assert "it is of mode RGB" in problem
+    assert "say which color is which class with data.mask_values" in problem
+    assert config.load(proposal.file).data.classes == tuple(NAMES)
+
+
 def test_unlabeled_images_that_are_not_there_are_told(tmp_path: Path) -> None:
     root = tiny.write_data(tmp_path / "data")
     with pytest.raises(AcamkdError, match=r"--unlabeled more: there is no such folder, neither in .*data nor in the"):

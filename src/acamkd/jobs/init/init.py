@@ -51,7 +51,8 @@ class Proposal(Printable):
         file: The recipe.
         found: What lies in the folder, in words.
         warnings: What is worth a thought before the training.
-        estimate: What a step of the distillation takes here; None where the system does not say.
+        estimate: What a step of the distillation takes here; None where the system does not say, or where
+            the images have problems.
     """
 
     file: Path
@@ -141,7 +142,11 @@ def init(
     }
     built = of_recipe(blank.model_copy(update={"data": blank.data.model_copy(update={"classes": own_classes})}))
     losses = as_losses(propose(*built), built[1], all_labeled=not more)
-    measured = _measured(_parsed(file, task, source, unfilled, losses, blank.train.batch_size, 16))
+    problems = [problem for each in counted.values() for problem in each.problems]
+    # A step would stop at the first of them, and no recipe would be there to mend it in.
+    measured = (
+        None if problems else _measured(_parsed(file, task, source, unfilled, losses, blank.train.batch_size, 16))
+    )
     batch = choose_batch(images, machine, measured.largest_batch if measured else None)
     epochs, every = choose_epochs(images, batch, machine)
     train = {"epochs": epochs, "eval_every": every, "batch_size": batch}
@@ -149,7 +154,6 @@ def init(
     text = recipe_text(file, task, source, networks, losses, train, reasons)
     _check(text, file)
     write_text(file, text)
-    problems = [problem for each in counted.values() for problem in each.problems]
     warnings = [warning for each in counted.values() for warning in each.warnings]
     if problems:
         warnings.append(
