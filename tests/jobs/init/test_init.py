@@ -15,8 +15,9 @@ from PIL import Image
 
 import acamkd as package
 import tiny
-from acamkd import config, models
+from acamkd import config, data, models
 from acamkd.data.scenes import CLASSES
+from acamkd.data.statistics import count
 from acamkd.errors import AcamkdError
 from acamkd.jobs.init import init as module
 from acamkd.jobs.init.choices import CPU
@@ -96,7 +97,7 @@ def test_one_name_less_than_values_makes_the_last_one_void(tmp_path: Path) -> No
     recipe = config.load(init(root, classes=NAMES[:-1], unlabeled="data/images/val").file)
     assert recipe.data.ignore_index == len(NAMES) - 1
     assert recipe.data.unlabeled == root / "images/val"  # as a shell completes it
-    with pytest.raises(AcamkdError, match=r"values up to 5, but there are only 2 names"):
+    with pytest.raises(AcamkdError, match=r"the values 0 to 5, but there are 2 names .*: give --classes"):
         init(root, classes=NAMES[:2], overwrite=True)
 
 
@@ -121,6 +122,32 @@ def test_a_file_whose_name_has_blanks_loads_and_its_commands_are_quoted(
     assert "# acamkd run 'my cells.yaml' trains" in proposal.file.read_text()
     assert "name:" not in init(root, out="cells.yaml").file.read_text().split("losses:")[0]
     assert config.load(init(root, out="...yaml").file).name == "recipe"  # `..` would name the parent
+
+
+def test_masks_of_0_and_255_get_their_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_measured", lambda recipe: None)  # which takes seconds
+    root = tiny.write_data(tmp_path / "data")
+    for file in (root / "masks").rglob("*.png"):
+        with Image.open(file) as mask:
+            binary = mask.point(lambda value: 255 * (value > 0))
+        binary.save(file)
+    proposal = init(root, classes=["background", "thing"])
+    recipe = config.load(proposal.file)
+    assert recipe.data.mask_values == {"0": "background", "255": "thing"}
+    assert "# the masks hold no 0, 1, 2, ...: a name for each value" in proposal.file.read_text()
+    dataset = data.build(recipe.data, "segmentation", "train", seed=0, augment=False)
+    assert all(count(dataset, decode=False).classes.values())
+    # VOC's masks, which bring names of their own, are read in the same way where others are given.
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    for split in ("train", "val"):
+        names = [file.stem for file in (root / "masks" / split).iterdir()]
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(names))
+        for kind, folder in (("masks", "SegmentationClass"), ("images", "JPEGImages")):
+            shutil.copytree(root / kind / split, root / folder, dirs_exist_ok=True)
+            shutil.rmtree(root / kind / split)
+    recipe = config.load(init(root, classes=["background", "thing"], overwrite=True).file)
+    assert recipe.data.format == "voc"
+    assert recipe.data.mask_values == {"0": "background", "255": "thing"}
 
 
 def test_masks_in_color_need_mask_values(tmp_path: Path) -> None:

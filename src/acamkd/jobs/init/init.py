@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from rich.text import Text
@@ -28,19 +28,17 @@ from acamkd.jobs.init.choices import (
     this_machine,
 )
 from acamkd.jobs.init.layout import Layout, find_layouts, find_unlabeled
+from acamkd.jobs.init.names import Ask, name_classes
 from acamkd.jobs.init.recipe_text import Reasons, file_name, quoted, recipe_text
 from acamkd.jobs.init.teacher import Teacher, identify
 from acamkd.jobs.inspect_layers import as_losses, of_recipe
-from acamkd.models.base import VOID, Task
+from acamkd.models.base import Task
 from acamkd.progress import muted
 
 log = logging.getLogger(__name__)
 
 SHARE = 0.2
 """Of the training images, for validation, where a folder has no images for it."""
-
-Ask: TypeAlias = Callable[[str], str]
-"""Puts a question and gives the answer."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +118,12 @@ def init(
         raise AcamkdError(f"{file} is there already: --overwrite replaces it, --out FILE writes elsewhere")
     layout = _chosen(find_layouts(root), task, ask)
     task, machine = layout.task, this_machine()
-    names, ignored = _classes(layout, classes, ask)
+    named = name_classes(layout, classes, ask)
     more = _unlabeled(root, Path(unlabeled).expanduser()) if unlabeled else find_unlabeled(root)
     source: dict[str, Any] = {"format": layout.format, "root": str(root), **layout.splits}
     if "val" not in source:
         source["val"] = {"share": SHARE}
-    source |= {"classes": list(names)} if names else {}
-    source |= {"ignore_index": ignored} if ignored is not None else {}
+    source |= named.keys
     source |= {"unlabeled": more} if more else {}
     counted, own_classes = _count(source, task)
     frame = choose_frame(counted["train"], task, machine)
@@ -150,11 +147,13 @@ def init(
     batch = choose_batch(images, machine, measured.largest_batch if measured else None)
     epochs, every = choose_epochs(images, batch, machine)
     train = {"epochs": epochs, "eval_every": every, "batch_size": batch}
-    reasons = Reasons(layout, counted, frame.reason, frame.augment_reason, machine, known, measured, len(own_classes))
+    reasons = Reasons(
+        layout, named, counted, frame.reason, frame.augment_reason, machine, known, measured, len(own_classes)
+    )
     text = recipe_text(file, task, source, networks, losses, train, reasons)
     _check(text, file)
     write_text(file, text)
-    warnings = [warning for each in counted.values() for warning in each.warnings]
+    warnings = [*named.warnings, *(warning for each in counted.values() for warning in each.warnings)]
     if problems:
         warnings.append(
             f"{len(problems)} problems to be mended first, such as {problems[0]}: acamkd doctor {quoted(file)} --data"
@@ -193,45 +192,6 @@ def _chosen(layouts: Sequence[Layout], task: Task | None, ask: Ask | None) -> La
     if len(fitting) > 1:
         log.info("%s, since %s; it could be read as %s, too", fitting[0].format, fitting[0].reason, fitting[1].format)
     return fitting[0]
-
-
-def _classes(layout: Layout, given: Sequence[str] | None, ask: Ask | None) -> tuple[tuple[str, ...] | None, int | None]:
-    """Names of the classes, where the recipe needs them, and the masks' void value, where it is not 255."""
-    names = tuple(given) if given else layout.classes
-    if not layout.needs_names:
-        return names, None
-    if layout.task == "detection":
-        if not names:
-            raise AcamkdError(
-                "nothing says what the numbers of the classes mean: give the names, --classes cat,dog,..."
-            )
-        return names, None
-    values = [value for value in layout.values if value != VOID]
-    held = (
-        f"the values {_range(values or layout.values)}" if layout.values else "colors, or 16 bits, which are not read"
-    )
-    if names is None and ask is not None:
-        answer = ask(f"The masks hold {held}. Names of the classes from 0 on, with commas?")
-        names = tuple(name.strip() for name in answer.split(",") if name.strip())
-    if not names:
-        more = (
-            "one name less than there are values makes the last value void"
-            if layout.values
-            else "then say in the recipe which color is which class, data.mask_values: {'#ff0000': road, ...}"
-        )
-        raise AcamkdError(
-            f"the masks hold {held}, and nothing says what they mean: give the names from 0 on, --classes "
-            f"sky,road,...; {more}"
-        )
-    last = max(values, default=0)
-    if last > len(names):
-        raise AcamkdError(f"the masks hold values up to {last}, but there are only {len(names)} names: one for each")
-    return names, last if last == len(names) else None
-
-
-def _range(values: Sequence[int]) -> str:
-    numbered = list(values) == list(range(len(values)))
-    return f"0 to {values[-1]}" if numbered and values else ", ".join(map(str, values))
 
 
 def _unlabeled(root: Path, given: Path) -> str:

@@ -20,7 +20,7 @@ from acamkd.data.formats.coco import BACKGROUNDS
 from acamkd.data.formats.coco_file import CocoFile
 from acamkd.data.formats.masks import MASK_SUFFIXES
 from acamkd.data.formats.voc import CLASSES as VOC_CLASSES
-from acamkd.data.formats.voc import class_names
+from acamkd.data.formats.voc import LABELMAP, class_names
 from acamkd.data.formats.yolo import NAMES
 from acamkd.data.image_io import lines_of, opened, stored_values
 from acamkd.data.packed import parquet_file
@@ -264,6 +264,8 @@ def _voc(root: Path) -> Iterator[Layout]:
         if splits := _opened(root, task, "voc", candidates):
             reason = f"{labels} and ImageSets/{lists} are there"
             own = _xml_classes([root / labels]) if task == "detection" else {}
+            if task == "segmentation" and not (root / LABELMAP).is_file():
+                own = {"values": _values([Folder(root / labels, MASK_SUFFIXES).files])}
             yield Layout(task, "voc", splits, reason, on_request=found, **own)
             found = True
     if found:

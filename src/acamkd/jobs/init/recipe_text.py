@@ -15,6 +15,7 @@ from acamkd.data.statistics import Statistics
 from acamkd.jobs.estimate import Estimate
 from acamkd.jobs.init.choices import LEARNING_RATES, Machine
 from acamkd.jobs.init.layout import Layout
+from acamkd.jobs.init.names import Classes
 from acamkd.jobs.init.teacher import Teacher
 from acamkd.jobs.inspect_layers import RATIOS
 from acamkd.models.base import Task
@@ -25,6 +26,7 @@ class Reasons:
     """What the comments are made of."""
 
     layout: Layout
+    named: Classes
     counted: dict[str, Statistics]
     size: str
     augment: str
@@ -58,8 +60,7 @@ def recipe_text(
         "train": f"{counted['train'].images} images",
         "val": f"{counted['val'].images} images, which everything is judged by{drawn}",
         "test": "seen by no training and no choice: acamkd run scores on it at the end",
-        "classes": f"names from {layout.names_from}" if layout.names_from else "names as they were given",
-        "ignore_index": "a value more in the masks than there are names: void",
+        **why.named.reasons,
         "unlabeled": "only the distillation sees these: our clearest gains had such images",
         "resize": why.size,
         "augment": why.augment,
