@@ -174,6 +174,33 @@ def test_masks_with_problems_are_not_measured_and_the_recipe_names_them(tmp_path
     assert config.load(proposal.file).data.classes == tuple(NAMES)
 
 
+def test_unlabeled_or_scored_images_among_the_labeled_ones_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_measured", lambda recipe: None)  # which takes seconds
+    root = tmp_path / "flat"
+    files = sorted((tiny.write_data(tmp_path / "data", "detection") / "images/train").iterdir())
+    for folder in ("images", "images/unlabeled", "labels"):
+        (root / folder).mkdir(parents=True)
+    for number, file in enumerate(files):
+        shutil.copy(file, root / "images" / ("unlabeled" if number > 5 else ""))
+        if number < 6:
+            (root / f"labels/{file.stem}.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    (root / "classes.txt").write_text("cell\n")
+    with pytest.raises(AcamkdError, match=r"images/unlabeled \(unlabeled\) lies in .*/images \(train\)"):
+        init(root, classes=["cell"])
+    (root / "images/unlabeled").rename(root / "unlabeled")
+    recipe = config.load(init(root, classes=["cell"]).file)
+    assert (recipe.data.classes, recipe.data.unlabeled) == (("cell",), Path("unlabeled"))
+    for kind in ("images", "labels"):
+        (root / kind / "val").mkdir()
+        for file in files[:2]:
+            name = file.name if kind == "images" else f"{file.stem}.txt"
+            (root / kind / name).rename(root / kind / "val" / name)
+    with pytest.raises(AcamkdError, match=r"images/val \(val\) lies in .*/images \(train\), .*: move it beside"):
+        init(root, classes=["cell"], overwrite=True)
+
+
 def test_unlabeled_images_that_are_not_there_are_told(tmp_path: Path) -> None:
     root = tiny.write_data(tmp_path / "data")
     with pytest.raises(AcamkdError, match=r"--unlabeled more: there is no such folder, neither in .*data nor in the"):

@@ -13,7 +13,7 @@ import tiny
 from acamkd import config, data
 from acamkd.data.scenes import CLASSES
 from acamkd.errors import AcamkdError
-from acamkd.jobs.init.layout import find_layouts, find_unlabeled, split_of
+from acamkd.jobs.init.layout import find_layouts
 
 
 def _images(folder: Path, count: int = 3) -> None:
@@ -30,15 +30,6 @@ def _coco(file: Path, count: int = 3) -> None:
         "categories": [{"id": 1, "name": "cell"}],
     }
     file.write_text(json.dumps(content))
-
-
-@pytest.mark.parametrize(
-    ("name", "split"),
-    [("annotations/instances_val2017", "val"), ("valid", "val"), ("train/_annotations.coco", "train"),
-     ("test", "test"), ("result", None), ("restraining", None)],
-)  # fmt: skip
-def test_names_say_their_split(name: str, split: str | None) -> None:
-    assert split_of(name) == split
 
 
 def test_the_layouts_of_scenes_are_found(tmp_path: Path) -> None:
@@ -61,6 +52,16 @@ def test_a_coco_export_with_images_beside_the_json(tmp_path: Path) -> None:
     assert found.splits == {
         name: {"images": folder, "annotations": f"{folder}/_annotations.coco.json"}
         for name, folder in (("train", "train"), ("val", "valid"), ("test", "test"))
+    }
+
+
+def test_a_files_name_says_more_than_its_folders(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        _images(tmp_path / "images" / split)
+        _coco(tmp_path / f"training_data/{split}.json")
+    (found,) = find_layouts(tmp_path)
+    assert {name: keys["annotations"] for name, keys in found.splits.items()} == {
+        split: f"training_data/{split}.json" for split in ("train", "val", "test")
     }
 
 
@@ -107,6 +108,48 @@ def test_pascal_xml_with_lists_and_without(tmp_path: Path) -> None:
     assert found.splits == {"train": {"images": "JPEGImages", "annotations": "Annotations"}}
 
 
+@pytest.mark.parametrize("labels", ["Annotations", "SegmentationClass"])
+@pytest.mark.parametrize(
+    ("lists", "splits"),
+    [
+        (["Train", "Validation", "Test"], ["Train", "Validation", "Test"]),  # of CVAT's subsets
+        (["train", "valid", "test"], ["train", "valid", "test"]),
+        (["train", "val", "trainval", "cat_train", "cat_val"], ["train", "val"]),
+        (["trainval", "val", "cat_trainval", "cat_val"], ["trainval"]),  # which holds the images of val, too
+        (["default", "set_test"], ["default", None, "set_test"]),
+    ],
+)
+def test_lists_say_their_split_as_folders_do(
+    tmp_path: Path, labels: str, lists: list[str], splits: list[str | None]
+) -> None:
+    _images(tmp_path / "JPEGImages")
+    (tmp_path / labels).mkdir()
+    for number in range(3):
+        (tmp_path / f"{labels}/{number}.xml").write_text("<annotation/>")
+        Image.new("L", (40, 20)).save(tmp_path / f"{labels}/{number}.png")
+    folder = tmp_path / "ImageSets" / ("Main" if labels == "Annotations" else "Segmentation")
+    folder.mkdir(parents=True)
+    for number, name in enumerate(lists):
+        (folder / f"{name}.txt").write_text(f"{number % 3}\n")
+    (found,) = find_layouts(tmp_path)
+    assert found.splits == {
+        split: {"name": name} for split, name in zip(("train", "val", "test"), splits, strict=False) if name
+    }
+
+
+def test_lists_that_name_no_split_are_refused(tmp_path: Path) -> None:
+    _images(tmp_path / "JPEGImages")
+    for folder in ("Annotations", "ImageSets/Main"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "Annotations/0.xml").write_text("<annotation/>")
+    for name in ("night", "day", "val"):
+        (tmp_path / f"ImageSets/Main/{name}.txt").write_text("0\n")
+    with pytest.raises(
+        AcamkdError, match=r"ImageSets/Main: none of the lists \(day, val, night\) .* call them train\.txt"
+    ):
+        find_layouts(tmp_path)
+
+
 def test_class_names_of_masks_come_from_files_beside_them(tmp_path: Path) -> None:
     _images(tmp_path / "images/train")
     (tmp_path / "masks/train").mkdir(parents=True)
@@ -145,15 +188,6 @@ def test_files_of_names_as_windows_writes_them(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_bytes("Löwe\n".encode("latin-1"))
     with pytest.raises(AcamkdError, match=r"classes\.txt is not a text file: .* byte 0xf6"):
         find_layouts(tmp_path)
-
-
-def test_a_folder_without_labels_is_known_by_its_name(tmp_path: Path) -> None:
-    _images(tmp_path / "images/train")
-    assert find_unlabeled(tmp_path) is None
-    (tmp_path / "images/unlabeled").mkdir()
-    assert find_unlabeled(tmp_path) is None  # no image in it
-    _images(tmp_path / "Extra", 1)
-    assert find_unlabeled(tmp_path) == "Extra"
 
 
 def test_what_is_not_known_is_said(tmp_path: Path) -> None:

@@ -27,9 +27,10 @@ from acamkd.jobs.init.choices import (
     inherited,
     this_machine,
 )
-from acamkd.jobs.init.layout import Layout, find_layouts, find_unlabeled
+from acamkd.jobs.init.layout import Layout, find_layouts
 from acamkd.jobs.init.names import Ask, name_classes
 from acamkd.jobs.init.recipe_text import Reasons, file_name, quoted, recipe_text
+from acamkd.jobs.init.splits import check_apart, find_unlabeled
 from acamkd.jobs.init.teacher import Teacher, identify
 from acamkd.jobs.inspect_layers import as_losses, of_recipe
 from acamkd.models.base import Task
@@ -119,7 +120,11 @@ def init(
     layout = _chosen(find_layouts(root), task, ask)
     task, machine = layout.task, this_machine()
     named = name_classes(layout, classes, ask)
-    more = _unlabeled(root, Path(unlabeled).expanduser()) if unlabeled else find_unlabeled(root)
+    labeled = [folder for folders in layout.folders.values() for folder in folders]
+    found = find_unlabeled(root, labeled)
+    more = _unlabeled(root, Path(unlabeled).expanduser()) if unlabeled else next(iter(found), None)
+    without = [] if layout.leaves_out else [root / each for each in dict.fromkeys([*found, *([more] if more else [])])]
+    check_apart({**layout.folders, "unlabeled": without})
     source: dict[str, Any] = {"format": layout.format, "root": str(root), **layout.splits}
     if "val" not in source:
         source["val"] = {"share": SHARE}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -21,26 +20,13 @@ from acamkd.data.formats.coco_file import CocoFile
 from acamkd.data.formats.masks import MASK_SUFFIXES
 from acamkd.data.formats.voc import CLASSES as VOC_CLASSES
 from acamkd.data.formats.voc import LABELMAP, class_names
-from acamkd.data.formats.yolo import NAMES
+from acamkd.data.formats.yolo import NAMES, sources
 from acamkd.data.image_io import lines_of, opened, stored_values
 from acamkd.data.packed import parquet_file
 from acamkd.errors import AcamkdError
-from acamkd.files import IMAGE_SUFFIXES
+from acamkd.jobs.init.splits import BOTH, WORDS, Keys, by_split, has_images, images_below, split_of
 from acamkd.models.base import VOID, Task
 from acamkd.progress import muted
-
-Keys: TypeAlias = dict[str, str]
-"""One split, as a recipe writes it."""
-
-WORDS: Mapping[str, frozenset[str]] = {
-    "train": frozenset({"train", "training", "train2017"}),
-    "val": frozenset({"val", "valid", "validation", "val2017"}),
-    "test": frozenset({"test", "testing"}),
-}
-"""Split -> what exports of annotation tools call it."""
-
-UNLABELED = frozenset({"unlabeled", "unlabelled", "rest", "extra", "unannotated"})
-"""What folders of images without labels are called."""
 
 NAME_FILES = (
     "class_names.txt",
@@ -55,9 +41,6 @@ NAME_FILES = (
 
 IGNORED = "__ignore__"
 """A line in LabelMe's lists that is no class."""
-
-VISUALIZATION = "Visualization"
-"""End of the names of folders in LabelMe's exports with images that annotations are drawn on."""
 
 JPEG_IMAGES, MASKS_BESIDE = "JPEGImages", ("SegmentationClassPNG", "SegmentationClass")
 """Folders of images and masks in LabelMe's exports."""
@@ -83,6 +66,8 @@ class Layout:
         values: Formats with masks whose classes the recipe names: the values that the masks hold; of colors none.
         needs_names: Whether the recipe has to give the class names.
         on_request: Whether it is meant only where its task is asked for.
+        folders: Those that are read with all folders below them, by split; none where images are listed.
+        leaves_out: Whether images without annotations are left out of these.
     """
 
     task: Task
@@ -94,6 +79,8 @@ class Layout:
     values: tuple[int, ...] = ()
     needs_names: bool = False
     on_request: bool = False
+    folders: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+    leaves_out: bool = False
 
 
 def find_layouts(root: Path) -> list[Layout]:
@@ -112,6 +99,12 @@ def find_layouts(root: Path) -> list[Layout]:
             parquet_file(file)  # which says that pyarrow is missing
         if (root / NAMES).is_file():
             _open(root, "detection", "yolo", {"name": "train"})  # which says what is wrong with it
+        for kind in LISTS.values():
+            if lists := _lists(root, kind):
+                raise AcamkdError(
+                    f"{root / 'ImageSets' / kind}: none of the lists ({', '.join(lists)}) is for training and names "
+                    "images: call them train.txt, val.txt and test.txt"
+                )
         patterns = "; ".join(
             f"{name}: {' and '.join(reader.LAYOUT or reader.SPARE_LAYOUT)}"
             for name, readers in FORMATS.items()
@@ -123,34 +116,6 @@ def find_layouts(root: Path) -> list[Layout]:
             f"{patterns}. Give the folder that holds these (docs/guides/data.md shows every layout)"
         )
     return sorted(found, key=lambda layout: layout.on_request)
-
-
-def find_unlabeled(root: Path) -> str | None:
-    """A folder of images that is named as one without labels, relative to the root."""
-    folders = [folder for parent in (root, root / "images") if parent.is_dir() for folder in sorted(parent.iterdir())]
-    found = (folder for folder in folders if folder.is_dir() and folder.name.lower() in UNLABELED)
-    return next((str(folder.relative_to(root)) for folder in found if _has_images(folder)), None)
-
-
-def split_of(name: str) -> str | None:
-    """`train`, `val` or `test`, where a word of a file's or folder's name says so."""
-    words = set(re.split(r"[^a-z0-9]+", name.lower()))
-    return next((split for split, known in WORDS.items() if words & known), None)
-
-
-def _has_images(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> bool:
-    with suppress(PermissionError):  # of a folder that is none of ours, such as lost+found
-        return folder.is_dir() and any(file.suffix.lower() in suffixes for file in folder.iterdir())
-    return False
-
-
-def _images_below(root: Path) -> list[Path]:
-    """Folders that hold images, at most two levels down, the root first."""
-    return [
-        folder
-        for folder in [root, *sorted(root.glob("*/")), *sorted(root.glob("*/*/"))]
-        if folder.name[:1] != "." and not folder.name.endswith(VISUALIZATION) and _has_images(folder)
-    ]
 
 
 def _open(root: Path, task: Task, form: str, keys: Keys, **more: Any) -> ImageDataset:
@@ -166,20 +131,6 @@ def _opened(root: Path, task: Task, form: str, splits: Mapping[str, Keys], **mor
             if len(_open(root, task, form, keys, **more)):
                 opened[split] = keys
     return opened if "train" in opened else {}
-
-
-def _by_split(candidates: Iterable[tuple[str, Keys]]) -> dict[str, Keys]:
-    """The first candidate of each split by its name; a single one without such a name is for training."""
-    listed = list(candidates)
-    named: dict[str, Keys] = {}
-    for name, keys in listed:
-        if split := split_of(name):
-            named.setdefault(split, keys)
-    if "train" not in named and (others := [keys for name, keys in listed if split_of(name) is None]):
-        if len(others) > 1:
-            return {}
-        named["train"] = others[0]
-    return {split: named[split] for split in WORDS if split in named}
 
 
 def _coco(root: Path) -> Iterator[Layout]:
@@ -202,7 +153,7 @@ def _coco(root: Path) -> Iterator[Layout]:
         if images is not None:
             keys = {"images": str(images.relative_to(root)), "annotations": str(file.relative_to(root))}
             candidates.append((relative, keys))
-    if splits := _opened(root, "detection", "coco", _by_split(candidates)):
+    if splits := _opened(root, "detection", "coco", by_split(candidates)):
         images, file = (root / splits["train"][key] for key in ("images", "annotations"))
         listed = CocoFile(images, file, None)
         reason = f"{splits['train']['annotations']} is a COCO file"
@@ -229,58 +180,76 @@ def _yolo(root: Path) -> Iterator[Layout]:
     if (root / NAMES).is_file():
         splits = _opened(root, "detection", "yolo", {split: {"name": split} for split in WORDS})
         if splits:
-            yield Layout("detection", "yolo", splits, "there is a data.yaml")
+            folders = {split: [place for place in sources(root, split) if place.is_dir()] for split in splits}
+            yield Layout("detection", "yolo", splits, "there is a data.yaml", folders=folders)
         return
-    names = _names(root)
     candidates = []
-    for images in _images_below(root):
+    for images in images_below(root):
         relative = images.relative_to(root)
         parts = [("labels" if part == "images" else part) for part in relative.parts]
         labels = root.joinpath(*parts)
         if any(file.stem not in ("classes", "labels") for file in labels.glob("*.txt")):
             beside = {} if labels == images else {"annotations": str(labels.relative_to(root))}
             candidates.append((str(relative), {"images": str(relative), **beside}))
+    names = _names(root)
     if not candidates or names is None:
         return
-    splits = _opened(root, "detection", "yolo", _by_split(candidates), classes=names[0])
+    splits = _opened(root, "detection", "yolo", by_split(candidates), classes=names[0])
     if splits:
         reason = f"{splits['train'].get('annotations', splits['train']['images'])} holds text files"
-        yield Layout("detection", "yolo", splits, reason, classes=names[0], names_from=names[1])
+        yield Layout(
+            "detection", "yolo", splits, reason, classes=names[0], names_from=names[1], folders=_folders(root, splits)
+        )  # fmt: skip
+
+
+def _folders(root: Path, splits: Mapping[str, Keys]) -> dict[str, list[Path]]:
+    return {split: [root / keys["images"]] for split, keys in splits.items()}
 
 
 def _voc(root: Path) -> Iterator[Layout]:
-    kinds: Sequence[tuple[Task, str, str]] = (
-        ("detection", "Annotations", "Main"), ("segmentation", "SegmentationClass", "Segmentation"),
-    )  # fmt: skip
+    kinds: Sequence[tuple[Task, str]] = (("detection", "Annotations"), ("segmentation", "SegmentationClass"))
     found = False
-    for task, labels, lists in kinds:
+    for task, labels in kinds:
         if not (root / labels).is_dir():
             continue
-        names = {file.stem for file in (root / "ImageSets" / lists).glob("*.txt")}
-        candidates = {split: {"name": split} for split in WORDS if split in names}
-        others = names & {"trainval"} or {name for name in names if split_of(name) is None}
-        if "train" not in candidates and len(others) == 1:
-            candidates["train"] = {"name": next(iter(others))}
-        if splits := _opened(root, task, "voc", candidates):
-            reason = f"{labels} and ImageSets/{lists} are there"
+        listed = by_split((name, {"name": name}) for name in _lists(root, LISTS[task]))
+        if splits := _opened(root, task, "voc", listed):
+            reason = f"{labels} and ImageSets/{LISTS[task]} are there"
             own = _xml_classes([root / labels]) if task == "detection" else {}
             if task == "segmentation" and not (root / LABELMAP).is_file():
                 own = {"values": _values([Folder(root / labels, MASK_SUFFIXES).files])}
             yield Layout(task, "voc", splits, reason, on_request=found, **own)
             found = True
-    if found:
+    if found or _lists(root, LISTS["detection"]):  # which also keep images out of the training
         return
     # Without lists: XML files beside the images, or in a folder beside theirs.
     beside = []
-    for images in _images_below(root):
+    for images in images_below(root):
         for folder in (images, images.parent / "Annotations", images.parent / "annotations"):
             if any(folder.glob("*.xml")):
                 keys = {} if folder == images else {"annotations": str(folder.relative_to(root))}
                 beside.append((str(images.relative_to(root)), {"images": str(images.relative_to(root)), **keys}))
                 break
-    if splits := _opened(root, "detection", "voc", _by_split(beside)):
+    if splits := _opened(root, "detection", "voc", by_split(beside)):
         own = _xml_classes(root / keys.get("annotations", keys["images"]) for keys in splits.values())
-        yield Layout("detection", "voc", splits, f"XML files belong to {splits['train']['images']}", **own)
+        reason, folders = f"XML files belong to {splits['train']['images']}", _folders(root, splits)
+        yield Layout("detection", "voc", splits, reason, folders=folders, leaves_out=True, **own)
+
+
+LISTS: Mapping[Task, str] = {"detection": "Main", "segmentation": "Segmentation"}
+"""Where VOC's lists of names lie, in `ImageSets`."""
+
+
+def _lists(root: Path, kind: str) -> list[str]:
+    """Names of VOC's lists, the shortest first: `train` before another one of that split.
+
+    Lists of single classes, such as `cat_train`, are left out: they hold images without a cat, too.
+    """
+    names = {file.stem for file in (root / "ImageSets" / kind).glob("*.txt")}
+    ends = {name: name.rpartition("_") for name in names}
+    splits = {name for name in names if split_of(name) or name == BOTH}
+    kept = (name for name, (one, _, end) in ends.items() if not one or (end not in splits and one not in VOC_CLASSES))
+    return sorted(kept, key=lambda name: (len(name), name))
 
 
 def _xml_classes(folders: Iterable[Path]) -> dict[str, Any]:
@@ -291,25 +260,28 @@ def _xml_classes(folders: Iterable[Path]) -> dict[str, Any]:
 
 def _masks(root: Path) -> Iterator[Layout]:
     candidates = []
-    for masks in _images_below(root):
+    for masks in images_below(root):
         relative = masks.relative_to(root)
         for word in ("masks", "labels", "annotations"):
             if word not in relative.parts:
                 continue
             images = root.joinpath(*("images" if part == word else part for part in relative.parts))
-            if images.is_dir() and _has_images(masks, MASK_SUFFIXES):
+            if images.is_dir() and has_images(masks, MASK_SUFFIXES):
                 candidates.append((str(relative), {"images": str(images.relative_to(root)), "masks": str(relative)}))
     if not candidates and (root / JPEG_IMAGES).is_dir() and not (root / "ImageSets").is_dir():
-        beside = [name for name in MASKS_BESIDE if _has_images(root / name, MASK_SUFFIXES)]
+        beside = [name for name in MASKS_BESIDE if has_images(root / name, MASK_SUFFIXES)]
         candidates = [(name, {"images": JPEG_IMAGES, "masks": name}) for name in beside[:1]]
-    splits = _opened(root, "segmentation", "masks", _by_split(candidates), classes=EVERY_VALUE)
+    splits = _opened(root, "segmentation", "masks", by_split(candidates), classes=EVERY_VALUE)
     if not splits:
         return
     values = _values(Folder(root / keys["masks"], MASK_SUFFIXES).files for keys in splits.values())
     names = _names(root) or _beside_background(root, values)
     classes, source = names or (None, "")
     reason = f"{splits['train']['masks']} holds masks"
-    yield Layout("segmentation", "masks", splits, reason, classes, source, values, needs_names=True)
+    yield Layout(
+        "segmentation", "masks", splits, reason, classes, source, values, needs_names=True,
+        folders=_folders(root, splits),
+    )  # fmt: skip
 
 
 def _cityscapes(root: Path) -> Iterator[Layout]:
