@@ -186,7 +186,6 @@ def test_unlabeled_or_scored_images_among_the_labeled_ones_are_refused(
         shutil.copy(file, root / "images" / ("unlabeled" if number > 5 else ""))
         if number < 6:
             (root / f"labels/{file.stem}.txt").write_text("0 0.5 0.5 0.2 0.2\n")
-    (root / "classes.txt").write_text("cell\n")
     with pytest.raises(AcamkdError, match=r"images/unlabeled \(unlabeled\) lies in .*/images \(train\)"):
         init(root, classes=["cell"])
     (root / "images/unlabeled").rename(root / "unlabeled")

@@ -89,6 +89,34 @@ def test_yolo_exports_with_and_without_data_yaml(tmp_path: Path) -> None:
     assert (found.classes, found.names_from) == (("cell",), "classes.txt")
 
 
+def test_yolo_files_whose_classes_nothing_says(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        _images(tmp_path / "images" / split)
+        (tmp_path / "labels" / split).mkdir(parents=True)
+        (tmp_path / f"labels/{split}/0.txt").write_text("a cell, seen from above\n")
+    with pytest.raises(AcamkdError, match="no images with annotations that are known"):
+        find_layouts(tmp_path)  # captions
+    for split in ("train", "val"):
+        (tmp_path / f"labels/{split}/1.txt").write_text("0 0.5 0.5 0.2 0.2\n")
+    (found,) = find_layouts(tmp_path)
+    assert (found.format, found.classes, found.needs_names) == ("yolo", None, True)
+    assert found.splits["val"] == {"images": "images/val", "annotations": "labels/val"}
+    (tmp_path / "labels/train/classes.txt").write_text("cell\nnucleus\n")  # as LabelImg writes it
+    (found,) = find_layouts(tmp_path)
+    assert (found.classes, found.names_from) == (("cell", "nucleus"), "labels/train/classes.txt")
+    (tmp_path / "labels/val/classes.txt").write_text("nucleus\ncell\n")
+    with pytest.raises(AcamkdError, match=r"train/classes\.txt and .*val/classes\.txt must list the same classes"):
+        find_layouts(tmp_path)
+
+
+def test_what_says_its_classes_comes_before_what_does_not(tmp_path: Path) -> None:
+    _images(tmp_path / "images")
+    for folder, text in (("labels", "0 0.5 0.5 0.2 0.2\n"), ("Annotations", "<annotation/>")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"0.{'txt' if folder == 'labels' else 'xml'}").write_text(text)
+    assert [layout.format for layout in find_layouts(tmp_path)] == ["voc", "yolo"]
+
+
 def test_pascal_xml_with_lists_and_without(tmp_path: Path) -> None:
     box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
     xml = (

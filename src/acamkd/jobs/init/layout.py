@@ -115,7 +115,8 @@ def find_layouts(root: Path) -> list[Layout]:
             f"{root}: no images with annotations that are known; looked for a COCO JSON, YOLO's text files, and "
             f"{patterns}. Give the folder that holds these (docs/guides/data.md shows every layout)"
         )
-    return sorted(found, key=lambda layout: layout.on_request)
+    # What says its classes itself comes before what has to be told.
+    return sorted(found, key=lambda layout: (layout.on_request, layout.needs_names and not layout.classes))
 
 
 def _open(root: Path, task: Task, form: str, keys: Keys, **more: Any) -> ImageDataset:
@@ -191,15 +192,28 @@ def _yolo(root: Path) -> Iterator[Layout]:
         if any(file.stem not in ("classes", "labels") for file in labels.glob("*.txt")):
             beside = {} if labels == images else {"annotations": str(labels.relative_to(root))}
             candidates.append((str(relative), {"images": str(relative), **beside}))
-    names = _names(root)
-    if not candidates or names is None:
+    given = by_split(candidates)
+    texts = [root / keys.get("annotations", keys["images"]) for keys in given.values()]
+    names = _names(root, texts)
+    if names is None and not any(map(_holds_boxes, texts)):
         return
-    splits = _opened(root, "detection", "yolo", by_split(candidates), classes=names[0])
+    classes, source = names or (None, "")
+    splits = _opened(root, "detection", "yolo", given, classes=classes or EVERY_VALUE)
     if splits:
         reason = f"{splits['train'].get('annotations', splits['train']['images'])} holds text files"
         yield Layout(
-            "detection", "yolo", splits, reason, classes=names[0], names_from=names[1], folders=_folders(root, splits)
+            "detection", "yolo", splits, reason, classes, source, needs_names=True, folders=_folders(root, splits)
         )  # fmt: skip
+
+
+def _holds_boxes(folder: Path) -> bool:
+    """Whether a text file has YOLO's lines, since notes and captions may lie beside images, too."""
+    for file in sorted(folder.glob("*.txt"))[:SAMPLED]:
+        with suppress(AcamkdError, ValueError):
+            lines = [[float(word) for word in line.split()] for line in lines_of(file) if line.strip()]
+            if lines and all(len(line) > 4 and line[0].is_integer() for line in lines):
+                return True
+    return False
 
 
 def _folders(root: Path, splits: Mapping[str, Keys]) -> dict[str, list[Path]]:
@@ -323,8 +337,16 @@ def _values(folders: Iterable[Sequence[Path]]) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _names(root: Path) -> tuple[tuple[str, ...], str] | None:
-    """Class names, and the file that they stand in; raises AcamkdError if it is not in UTF-8."""
+def _names(root: Path, texts: Iterable[Path] = ()) -> tuple[tuple[str, ...], str] | None:
+    """Class names, and the file that they stand in.
+
+    Args:
+        root: Where it may lie.
+        texts: Folders of YOLO's text files, where LabelImg writes it.
+
+    Raises:
+        AcamkdError: It is not in UTF-8, or the folders' files differ.
+    """
     for name in NAME_FILES:
         file = root / name
         if not file.is_file():
@@ -338,9 +360,18 @@ def _names(root: Path) -> tuple[tuple[str, ...], str] | None:
                     listed = [content[str(number)] for number in range(len(content))]
                 if isinstance(listed, list) and listed and all(isinstance(each, str) for each in listed):
                     return tuple(listed), name
-        elif listed := [line.strip() for line in lines if line.strip() not in ("", IGNORED)]:
+        elif listed := _without_blanks(lines):
             return tuple(listed), name
-    return None
+    files = [file for folder in texts if (file := folder / "classes.txt").is_file()]
+    found = {tuple(listed): file for file in reversed(files) if (listed := _without_blanks(lines_of(file)))}
+    if len(found) > 1:
+        one, other = sorted(found.values())[:2]
+        raise AcamkdError(f"{one} and {other} must list the same classes in the same order: class 0 is the first")
+    return next(((names, str(file.relative_to(root))) for names, file in found.items()), None)
+
+
+def _without_blanks(lines: Iterable[str]) -> list[str]:
+    return [line.strip() for line in lines if line.strip() not in ("", IGNORED)]
 
 
 def _beside_background(root: Path, values: Sequence[int]) -> tuple[tuple[str, ...], str] | None:
