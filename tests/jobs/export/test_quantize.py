@@ -10,7 +10,7 @@ import pytest
 
 from acamkd.errors import AcamkdError
 from acamkd.jobs.export.onnx_model import OnnxModel
-from acamkd.jobs.export.quantize import CALIBRATIONS, GROUPS, _groups, quantize
+from acamkd.jobs.export.quantize import CALIBRATIONS, GROUPS, _groups, _Quantizer, quantize
 from tiny_onnx import write_segmenter
 
 IMAGES = list(np.random.default_rng(0).integers(0, 256, (6, 32, 32, 3), np.uint8))
@@ -58,6 +58,20 @@ def test_weights_have_eight_bits_and_predictions_stay(exported: Path, tmp_path: 
     assert [list(value.dims) for value in scales] == [[8]]  # one per output channel
     assert f"100.00 before, {found.after:.2f} after; {found.method} (MinMax of " in str(found)
     assert "none of 3 nodes left in float" in str(found)
+
+
+def test_images_of_several_sizes_are_calibrated_on(tmp_path: Path) -> None:
+    """Each range is of all images: the first two have no value above 0.5, the color of the padding."""
+    file = write_segmenter(tmp_path / "student.onnx", classes=("a", "b", "c"))
+    sizes = [(32, 32), (40, 70), (64, 32), (32, 96)]
+    images = [np.full((*size, 3), level, np.uint8) for level, size in zip((9, 99, 199, 255), sizes, strict=True)]
+    found = quantize(file, tmp_path / "student.int8.onnx", images, agreement(file), before=100.0, max_drop=5.0)
+    assert {name.split()[0] for name in found.tried} == set(CALIBRATIONS)
+    assert found.after >= 95
+    quantizer = _Quantizer(file, tmp_path, images)
+    assert {each["pixels"].shape[2:] for each in quantizer._inputs} == {(32, 32), (64, 96), (64, 32), (32, 96)}
+    for method in CALIBRATIONS:
+        assert 0.6 < quantizer._calibrate(method).data["pixels"].range_value[1] < 1.01
 
 
 def test_what_costs_most_stays_in_float(exported: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -23,9 +23,6 @@ log = logging.getLogger(__name__)
 
 CALIBRATION_IMAGES = 100
 
-CHUNK = 4
-"""Images whose activations are held at once; onnxruntime's histograms would hold those of all."""
-
 CALIBRATIONS = ("MinMax", "Entropy", "Percentile")
 """Names in onnxruntime's CalibrationMethod."""
 
@@ -232,9 +229,9 @@ class _Quantizer:
             calibrate_method=CalibrationMethod[method], extra_options={"symmetric": False},
         )  # fmt: skip
         with redirect_stdout(StringIO()):  # onnxruntime prints what it does
-            starts = range(0, len(self._inputs), CHUNK)
-            for start in progress(starts, f"calibrating, {method}", unit=" chunks"):
-                calibrator.collect_data(_Reader(self._inputs[start : start + CHUNK]))
+            # One by one: onnxruntime's histograms hold all that they are given at once, as one array of one shape.
+            for image in progress(self._inputs, f"calibrating, {method}", unit=" images"):
+                calibrator.collect_data(_Reader([image]))
             return calibrator.compute_data()
 
 
