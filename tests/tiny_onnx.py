@@ -19,11 +19,12 @@ def write_onnx(
     outputs: dict[str, list[Any]],
     classes: Sequence[str] = ("a", "b"),
     resize: Sequence[int] | None = None,
+    shape: Sequence[int | str] = ("n", 3, "h", "w"),
 ) -> Path:
-    """Write a graph with the metadata of an export."""
+    """Write a graph with the metadata of an export; `shape` is that of its pixels."""
     kinds = {"labels": onnx.TensorProto.INT64}
     values = [onnx.helper.make_tensor_value_info(name, kinds.get(name, 1), shape) for name, shape in outputs.items()]
-    pixels = onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.FLOAT, ["n", 3, "h", "w"])
+    pixels = onnx.helper.make_tensor_value_info("pixels", onnx.TensorProto.FLOAT, shape)
     graph = onnx.helper.make_graph(nodes, "g", [pixels], values, weights)
     model = onnx.helper.make_model(graph, ir_version=10, opset_imports=[onnx.helper.make_opsetid("", 18)])
     metadata = {"acamkd_version": "0", "task": task, "classes": list(classes), "resize": resize, "mean": [0.5] * 3,
@@ -34,7 +35,12 @@ def write_onnx(
 
 
 def write_segmenter(
-    file: Path, classes: Sequence[str] = ("a", "b"), resize: Sequence[int] | None = None, hidden: int = 8, seed: int = 0
+    file: Path,
+    classes: Sequence[str] = ("a", "b"),
+    resize: Sequence[int] | None = None,
+    hidden: int = 8,
+    seed: int = 0,
+    shape: Sequence[int | str] = ("n", 3, "h", "w"),
 ) -> Path:
     """Two convolutions with a ReLU between them, with random weights."""
     draw = np.random.default_rng(seed)
@@ -47,4 +53,5 @@ def write_segmenter(
         onnx.helper.make_node("Relu", ["x"], ["y"], "relu"),
         onnx.helper.make_node("Conv", ["y", "w2"], ["logits"], "second"),
     ]
-    return write_onnx(file, "segmentation", nodes, weights, {"logits": ["n", len(classes), "h", "w"]}, classes, resize)
+    outputs: dict[str, list[Any]] = {"logits": [shape[0], len(classes), *shape[2:]]}
+    return write_onnx(file, "segmentation", nodes, weights, outputs, classes, resize, shape)

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from acamkd.errors import AcamkdError
 from acamkd.jobs.benchmark import benchmark as module
 from acamkd.jobs.benchmark.benchmark import RUNTIMES, benchmark, forms_of
 from acamkd.jobs.benchmark.networks import Network
-from acamkd.jobs.export.onnx_model import OnnxModel
+from acamkd.jobs.export.onnx_forms import Form, predict_one
+from acamkd.jobs.export.onnx_model import OnnxModel, Pixels, Prediction
 from command import Command
 from tiny_onnx import write_segmenter
 from tiny_recipes import write_recipe
@@ -57,6 +59,28 @@ def test_a_file_is_measured_on_the_images_of_its_run(acamkd: Command, exported: 
         scorer.update([{"mask": torch.from_numpy(mask)}], [target])
     assert row["score"] == pytest.approx(scorer.compute()["mIoU"])
     assert row["on_front"]
+
+
+def end_with_two_threads(form: Form, images: Sequence[Pixels], image: Pixels) -> Prediction:
+    """As the system ends a process."""
+    if form.threads == 2:
+        os._exit(3)
+    return predict_one(form, images, image)
+
+
+def test_a_form_that_fails_on_an_image_of_the_metric_is_left_out_alone(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "predict_one", end_with_two_threads)
+    found = benchmark(exported, runtimes=["onnxruntime"], threads=[2, 1], batches=[1], seconds=0.1,
+                      out=tmp_path / "out.json")  # fmt: skip
+    [row] = found.rows
+    assert (row.threads, row.against) == (1, None)
+    assert row.score == row.score
+    assert found.left_out == ("student, onnxruntime: its process ended (-)",)
+    with pytest.raises(AcamkdError, match=r"^no form can be run on this machine: student, onnxruntime: its process"):
+        benchmark(exported, runtimes=["onnxruntime"], threads=[2], batches=[1], seconds=0.1, out=tmp_path / "none.json")
+    assert not (tmp_path / "none.json").exists()
 
 
 def test_what_cannot_be_measured_is_said(

@@ -3,17 +3,52 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from acamkd.jobs.export import onnx_benchmark, onnx_forms, onnx_model
-from acamkd.jobs.export.onnx_benchmark import FLOOR, Timing, median_interval, ranks
+from acamkd.jobs.export.onnx_benchmark import FLOOR, Timing, measure, median_interval, ranks
+from acamkd.jobs.export.onnx_forms import Form, Worker, predict_one
+from acamkd.jobs.export.onnx_model import Pixels, Prediction
 from tiny_onnx import write_segmenter
+
+IMAGE = np.zeros((32, 32, 3), np.uint8)
+
+
+class Failing(Form):
+    """Predicts nothing, and fails at a size of the batch or from a call on, or ends its process."""
+
+    runtime = "failing"
+
+    def __init__(self, batch: float = math.inf, calls: float = math.inf, *, ends: bool = False) -> None:
+        super().__init__("student", Path("none"), 1)
+        self.batch, self.calls, self.ends = batch, calls, ends
+
+    def load(self) -> None:
+        """Nothing to load."""
+
+    def prepare(self, images: Sequence[Pixels]) -> int:
+        """The size of the batch."""
+        return len(images)
+
+    def run(self, inputs: int) -> None:
+        """Fail, if it is time."""
+        self.calls -= 1
+        if inputs >= self.batch or self.calls < 0:
+            if self.ends:
+                os._exit(3)
+            raise RuntimeError("out of memory")
+
+    def decode(self, outputs: None, inputs: int) -> list[Prediction]:
+        """No box."""
+        return [{}] * inputs
 
 
 def timing(milliseconds: float, *, noise: float = 0.0, rounds: int = 20, calls: int = 3, seed: int = 0) -> Timing:
@@ -87,6 +122,40 @@ def test_the_slowest_of_a_hundred_needs_a_hundred_calls() -> None:
     assert many.median < ninety < top
 
 
+@pytest.mark.parametrize(("ends", "said"), [(False, "out of memory"), (True, "its process ended (-)")])
+def test_a_form_that_fails_at_a_batch_size_keeps_its_other_figures(ends: bool, said: str) -> None:
+    notes: list[str] = []
+    with Worker(Failing(), [IMAGE]) as good, Worker(Failing(4, ends=ends), [IMAGE]) as other:
+        found, left_out = measure([good, other], seconds=0.01, batches=(1, 8, 4, 2), rounds=2, note=notes.append)
+        assert other(predict_one, IMAGE) == {}  # for its metric
+    assert left_out == []
+    assert all(found[good].rates.values())
+    assert {batch: rate is not None for batch, rate in found[other].rates.items()} == {1: 1, 8: 0, 4: 0, 2: 1}
+    assert f"student, failing: {said} (at batch size 8)" in notes
+
+
+@pytest.mark.parametrize(("calls", "where"), [(3, "loading"), (6, "rounds"), (9, "batch size 1")])
+def test_a_form_that_fails_later_is_left_out_alone(calls: int, where: str) -> None:
+    """One call when it is loaded, four to learn how long it takes, two in each round, and then the batches."""
+    with Worker(Failing(), [IMAGE]) as good, Worker(Failing(calls=calls), [IMAGE]) as other:
+        found, left_out = measure([other, good], seconds=0.0, batches=(1, 2), rounds=2)
+    assert list(found) == [good], where
+    assert (len(found[good].rounds), set(found[good].rates)) == (2, {1, 2})
+    assert left_out == ["student, failing: out of memory"]
+
+
+def test_a_form_that_cannot_be_loaded_again_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Worker(Failing(2, ends=True), [IMAGE]) as worker:
+        end = worker.end
+
+        def ends_for_good() -> None:
+            end()
+            worker.form = Failing(1)
+
+        monkeypatch.setattr(worker, "end", ends_for_good)
+        assert measure([worker], seconds=0.0, batches=(1, 2), rounds=2) == ({}, ["student, failing: out of memory"])
+
+
 def test_the_program_runs_beside_a_file_with_onnxruntime_and_numpy_alone(tmp_path: Path) -> None:
     blocked = tmp_path / "blocked"
     blocked.mkdir()
@@ -95,14 +164,18 @@ def test_the_program_runs_beside_a_file_with_onnxruntime_and_numpy_alone(tmp_pat
     for module in (onnx_benchmark, onnx_forms, onnx_model):
         shutil.copy(str(module.__file__), tmp_path)
     write_segmenter(tmp_path / "student.onnx", resize=(64, 96))
-    words = ["student.onnx", "missing.onnx", "--threads", "1", "--batches", "1", "2", "--seconds", "0.2", "--json",
-             "out.json"]  # fmt: skip
+    write_segmenter(tmp_path / "fixed.onnx", resize=(64, 96), shape=(1, 3, 64, 96))
+    words = ["student.onnx", "missing.onnx", "fixed.onnx", "--threads", "1", "--batches", "1", "2", "--seconds", "0.2",
+             "--json", "out.json"]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "onnx_benchmark.py", *words], cwd=tmp_path, capture_output=True, text=True, check=False,
         env={**os.environ, "PYTHONPATH": str(blocked)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    [row] = json.loads((tmp_path / "out.json").read_text())
+    row, fixed = json.loads((tmp_path / "out.json").read_text())
+    assert fixed["rates"]["1"] > 0
+    assert fixed["rates"]["2"] is None
+    assert re.search(r"^fixed.onnx .* 1: [\d.]+, 2: -$", done.stdout, re.MULTILINE)
     assert (row["file"], row["form"], row["threads"]) == ("student.onnx", "onnxruntime", 1)
     assert set(row["rates"]) == {"1", "2"}
     assert len(row["rounds"]) == onnx_benchmark.ROUNDS

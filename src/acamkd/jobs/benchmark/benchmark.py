@@ -26,7 +26,7 @@ from acamkd.jobs.benchmark.openvino_form import OpenVinoForm
 from acamkd.jobs.benchmark.result import Benchmark, Row, front
 from acamkd.jobs.benchmark.torch_forms import Bfloat16Form, CompiledForm, TorchForm
 from acamkd.jobs.export.onnx_benchmark import BATCHES, SECONDS, Timing, measure, ranks
-from acamkd.jobs.export.onnx_forms import Form, OnnxForm, Worker, predict_one, providers
+from acamkd.jobs.export.onnx_forms import Form, FormError, OnnxForm, Worker, predict_one, providers
 from acamkd.jobs.export.onnx_model import OnnxModel, Pixels
 from acamkd.progress import progress
 from acamkd.report.benchmark import BENCHMARK
@@ -116,11 +116,16 @@ def benchmark(
         workers = [stack.enter_context(Worker(form, timed)) for form in forms_of(networks, runtimes, counts, left_out)]
         described = _machine()  # its load is that before the measurement
         timings, failed = measure(workers, seconds=seconds, batches=batches, note=log.info)
-        if not timings:
-            raise AcamkdError(f"no form can be run on this machine: {'; '.join([*left_out, *failed])}")
         indices = spread(len(shown), images or len(shown))
-        scores = [_score(worker, shown, indices, scorer_of(read, shown.classes)) for worker in timings]
-        rows = _rows([worker.form for worker in timings], list(timings.values()), scores)
+        scores: dict[Worker, float] = {}
+        for worker in timings:
+            try:
+                scores[worker] = _score(worker, shown, indices, scorer_of(read, shown.classes))
+            except FormError as error:  # the other forms keep their figures
+                failed.append(str(error))
+        if not scores:
+            raise AcamkdError(f"no form can be run on this machine: {'; '.join([*left_out, *failed])}")
+        rows = _rows([worker.form for worker in scores], [timings[worker] for worker in scores], list(scores.values()))
     found = Benchmark(METRICS[read.task], tuple(rows), (*left_out, *failed), len(indices), len(timed), described, out)
     write_json(out, found.as_dict())
     return found

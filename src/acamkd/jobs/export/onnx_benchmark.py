@@ -16,7 +16,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -85,7 +85,8 @@ class Timing:
         prepare: Median milliseconds of resizing and padding.
         run: Median milliseconds of the network.
         decode: Median milliseconds of decoding and suppression.
-        rates: Images per second by batch size, everything counted; None where the form takes single images alone.
+        rates: Images per second by batch size, everything counted; None where the form takes single images alone, or
+            fails at this size or a smaller one.
         memory: Peak MiB of a process that does nothing else, at batch size 1; None where the system does not tell.
     """
 
@@ -161,7 +162,7 @@ def measure(
         note: Gets a line before each stage.
 
     Returns:
-        The forms' timings, and a line for each form that this machine cannot run.
+        The forms' timings, and a line for each form that fails. One that fails at a batch size alone has no rate there.
     """
     begun: dict[onnx_forms.Worker, tuple[float, float]] = {}
     memory, counts, left_out = {}, {}, []
@@ -173,7 +174,7 @@ def measure(
             whole = time.perf_counter() - start
             once = statistics.median(sum(call) for call in worker(onnx_forms.time_calls, 3))
             memory[worker] = worker(onnx_forms.peak_mib)
-        except onnx_model.AcamkdError as error:
+        except onnx_forms.FormError as error:
             left_out.append(str(error))
             continue
         begun[worker] = whole - first, first
@@ -181,34 +182,69 @@ def measure(
     note(f"timing {len(begun)} forms in {rounds} rounds, about {len(begun) * seconds:.0f} s")
     times: dict[onnx_forms.Worker, list[list[tuple[float, float, float]]]] = {worker: [] for worker in begun}
     for turn in range(rounds):
-        for worker in list(begun)[:: -1 if turn % 2 else 1]:
-            times[worker].append(worker(onnx_forms.time_calls, counts[worker]))
-    share = seconds / 2 / THROUGHPUT_ROUNDS / max(1, len(batches))
-    rates: dict[onnx_forms.Worker, dict[int, list[float | None]]] = {each: {b: [] for b in batches} for each in begun}
+        for worker in list(times)[:: -1 if turn % 2 else 1]:
+            try:
+                times[worker].append(worker(onnx_forms.time_calls, counts[worker]))
+            except onnx_forms.FormError as error:
+                left_out.append(str(error))
+                del times[worker]
+    rates = _rates(times, batches, seconds / 2 / THROUGHPUT_ROUNDS / max(1, len(batches)), left_out, note)
+    return {worker: _timing(begun[worker], times[worker], rates[worker], memory[worker]) for worker in rates}, left_out
+
+
+def _rates(
+    workers: Iterable[onnx_forms.Worker],
+    batches: Sequence[int],
+    seconds: float,
+    left_out: list[str],
+    note: Callable[[str], None],
+) -> dict[onnx_forms.Worker, dict[int, list[float]]]:
+    """Images per second in each round, by batch size; none from the size on at which a form fails."""
+    rates: dict[onnx_forms.Worker, dict[int, list[float]]] = {each: {b: [] for b in batches} for each in workers}
+    limits = dict.fromkeys(rates, math.inf)
     for batch in batches:
         note(f"throughput at batch size {batch}")
         for _ in range(THROUGHPUT_ROUNDS):
-            for worker in begun:
-                rates[worker][batch].append(worker(onnx_forms.images_per_second, batch, share))
-    return {worker: _timing(begun[worker], times[worker], rates[worker], memory[worker]) for worker in begun}, left_out
+            for worker in [each for each in rates if batch < limits[each]]:
+                try:
+                    rate = worker(onnx_forms.images_per_second, batch, seconds)
+                    if rate is not None:
+                        rates[worker][batch].append(rate)
+                except onnx_forms.FormError as error:
+                    note(f"{error} (at batch size {batch})")
+                    limits[worker] = batch
+                    rates[worker][batch] = []
+                    if why := str(error) if batch == 1 else _begin_anew(worker):
+                        left_out.append(why)
+                        del rates[worker]
+    return rates
+
+
+def _begin_anew(worker: onnx_forms.Worker) -> str | None:
+    """Load a form in another process, since its own may have ended or be short of memory; says why that fails."""
+    worker.end()
+    try:
+        worker(onnx_forms.begin)
+    except onnx_forms.FormError as error:
+        return str(error)
+    return None
 
 
 def _timing(
     begun: tuple[float, float],
     times: Sequence[Sequence[tuple[float, float, float]]],
-    rates: Mapping[int, Sequence[float | None]],
+    rates: Mapping[int, Sequence[float]],
     memory: float | None,
 ) -> Timing:
     stages = zip(*(call for each in times for call in each), strict=True)
     prepare, run, decode = (1e3 * statistics.median(stage) for stage in stages)
-    known = {batch: [rate for rate in found if rate is not None] for batch, found in rates.items()}
     return Timing(
         *begun,
         rounds=tuple(tuple(1e3 * sum(call) for call in each) for each in times),
         prepare=prepare,
         run=run,
         decode=decode,
-        rates={batch: statistics.median(found) if found else None for batch, found in known.items()},
+        rates={batch: statistics.median(found) if found else None for batch, found in rates.items()},
         memory=memory,
     )
 
@@ -239,7 +275,7 @@ def main() -> None:
         figures = (timing.median, timing.percentile(90), timing.percentile(99), timing.prepare, timing.run,
                    timing.decode, timing.first, timing.memory)  # fmt: skip
         name = worker.form.name.replace("onnxruntime", worker.form.file.name, 1)
-        rates = ", ".join(f"{batch}: {rate:.1f}" for batch, rate in timing.rates.items() if rate is not None)
+        rates = ", ".join(f"{batch}: {'-' if rate is None else f'{rate:.1f}'}" for batch, rate in timing.rates.items())
         print(columns(name, worker.form.threads, rank,
                       *("-" if figure is None else f"{figure:.2f}" for figure in figures), rates))  # fmt: skip
     for line in left_out:

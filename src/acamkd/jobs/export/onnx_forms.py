@@ -25,6 +25,10 @@ else:  # beside an exported network
     import onnx_model  # type: ignore[import-not-found,no-redef]
 
 
+class FormError(onnx_model.AcamkdError):
+    """A form fails on this machine."""
+
+
 class Form(ABC):
     """One network in one runtime; each subclass is one runtime.
 
@@ -173,16 +177,21 @@ class Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+        self._errors.close()
+
+    def end(self) -> None:
+        """End the process; the next call starts another, in which the form is not loaded."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()  # closes the pipes, too
-        self._errors.close()
+            self._process = None
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """What `function(form, images, *arguments)` returns in the process.
 
         Raises:
-            AcamkdError: It fails, or the process ends.
+            FormError: It fails, or the process ends.
         """
         try:
             if self._process is None:
@@ -191,12 +200,12 @@ class Worker:
             self._send((function, arguments))
             assert self._process.stdout is not None
             is_answer, content = pickle.load(self._process.stdout)
-        except (EOFError, OSError):
+        except (EOFError, OSError, pickle.UnpicklingError):  # the latter within an answer
             self._errors.seek(0)
             said = self._errors.read().decode(errors="replace").strip().splitlines()
-            raise onnx_model.AcamkdError(f"{self.title}: its process ended ({said[-1] if said else '-'})") from None
+            raise FormError(f"{self.title}: its process ended ({said[-1] if said else '-'})") from None
         if not is_answer:
-            raise onnx_model.AcamkdError(f"{self.title}: {content}")
+            raise FormError(f"{self.title}: {content}")
         return content
 
     def _start(self) -> subprocess.Popen[bytes]:
