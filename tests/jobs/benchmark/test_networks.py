@@ -102,6 +102,7 @@ def test_an_export_serves_if_it_is_of_the_same_weights_and_size(
     shutil.copy(run.weights, export)
     for name in ("student.int8.onnx", "student.onnx"):
         write_segmenter(export / name, resize=(64, 64))
+    (export / "fixed.onnx").write_bytes(b"made of the export, for another runtime")
     assert [file.name for file in files_of_run(run)] == ["student.onnx", "student.int8.onnx"]
     write_segmenter(export / "student.onnx", resize=(32, 64))
     assert files_of_run(run) == ()

@@ -97,9 +97,12 @@ def _baseline(run: Run, given: Run | Path | str | None) -> list[Network]:
 
 
 def files_of_run(run: Run) -> tuple[Path, ...]:
-    """The ONNX files of the run's own export; none if that was made of other weights or at another size."""
+    """The ONNX files of the run's own export; none if that was made of other weights or at another size.
+
+    Other files there are not of the export, such as one that was made of it for another runtime.
+    """
     folder = run.folder / "export"
-    files = tuple(sorted(folder.glob("*.onnx"), key=lambda file: (file.name.count("."), file.name)))
+    files = tuple(file for end in ("onnx", "int8.onnx") if (file := folder / f"{run.role}.{end}").is_file())
     if not files:
         return ()
     kept = folder / run.weights.name
