@@ -7,8 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
-from acamkd import config
+from acamkd import config, models
 from acamkd.distillation.build import build_distiller
+from acamkd.engine.cost import cost
 from acamkd.errors import AcamkdError
 from acamkd.jobs import estimate as module
 from acamkd.jobs.estimate import LiveMemory, estimate
@@ -77,6 +78,20 @@ def test_the_parts_of_a_recipe(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert found.largest_batch == (2**30 - 4 * 3 * trained) // (4 / 3 * found.image)
     monkeypatch.setattr(module, "free_memory", lambda device: 0)
     assert estimate(recipe).largest_batch == 0
+
+
+def test_a_prediction_of_two_stages_has_both() -> None:
+    section = config.Model(
+        arch="faster_rcnn", backbone="test_efficientnet", backbone_weights=None, fpn_channels=16,
+        options={"anchor_sizes": [8, 16, 32, 48, 64]},
+    )  # fmt: skip
+    model, image = models.build(section, "detection", 3, (64, 64)), torch.rand(3, 64, 64)
+    found = module._inference(model, model.prepare([image]))
+    assert model.net.training  # as it was
+    assert found == pytest.approx(cost(model.eval(), image).gflops)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(model.prepare([image]))
+    assert found > 1.2 * counter.get_total_flops() / 1e9
 
 
 def test_memory_is_by_image(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from acamkd.engine.printing import Printable
 from acamkd.engine.quantization import FakeQuantization
 from acamkd.errors import AcamkdError
 from acamkd.jobs.setup import build_network, build_teacher
-from acamkd.models.base import Batch, FeatureModel, keeping_modes
+from acamkd.models.base import Batch, FeatureModel, TaskModel, keeping_modes
 from acamkd.models.resize import rescale
 
 IMAGES = 2
@@ -190,7 +190,9 @@ def _inference(model: FeatureModel, batch: Batch) -> float:
     """GFLOPs of one image's prediction."""
     with keeping_modes(model.net), torch.no_grad(), flop_counter() as counter:
         model.eval()
-        model(batch)
+        outputs = model(batch)
+        if isinstance(model, TaskModel):  # the second stage of a detector runs there
+            model.decode(outputs, batch)
     return float(counter.get_total_flops()) / 1e9 / len(batch.sizes)
 
 
