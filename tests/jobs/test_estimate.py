@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,15 @@ def test_the_parts_of_a_recipe(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert found.largest_batch == (2**30 - 4 * 3 * trained) // (4 / 3 * found.image)
     monkeypatch.setattr(module, "free_memory", lambda device: 0)
     assert estimate(recipe).largest_batch == 0
+
+
+def test_a_step_has_the_images_of_all_its_batches(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "seconds_of", lambda *_, **__: 0.25)  # of two images
+    found = estimate(config.override(tiny.recipe(root), ["train.accumulate=2", "train.batch_size=4"]))
+    assert (found.batch_size, found.step_images, found.seconds) == (4, 8, 1.0)
+    words = " ".join(str(found).split())
+    assert "a step of 8 images takes about 1 s on this machine" in words
+    assert re.search(r"the largest batch is about \d+, the recipe's 4 ", words)
 
 
 def test_a_prediction_of_two_stages_has_both() -> None:

@@ -74,7 +74,8 @@ class Estimate(Printable):
         free: Free bytes of the device, with the weights loaded.
         batch_size: Batch size of the recipe.
         with_unlabeled: Whether the losses run on unlabeled images too.
-        seconds: Of a step of the recipe's batch on this machine, without reading images and without the optimizer.
+        step_images: Images of an optimization step: batch size times `train.accumulate`.
+        seconds: Of such a step on this machine, without reading images and without the optimizer.
         steps: Optimization steps of the recipe's training.
         largest_batch: Number of images that fit into `free`, with a margin of a third; 0 if not even one fits.
     """
@@ -87,6 +88,7 @@ class Estimate(Printable):
     batch_size: int
     with_unlabeled: bool
     largest_batch: int
+    step_images: int
     seconds: float
     steps: int
 
@@ -108,7 +110,7 @@ class Estimate(Printable):
             f"the largest batch is about {self.largest_batch}, the recipe's {self.batch_size}"
         )
         time_words = (
-            f"a step of {self.batch_size} images takes about {self.seconds:.2g} s on this machine, and the recipe's "
+            f"a step of {self.step_images} images takes about {self.seconds:.2g} s on this machine, and the recipe's "
             f"{self.steps:,} steps about {_duration(self.hours)}, without reading images and evaluations"
         )
         return Group(table, Text(words), Text(time_words))
@@ -165,6 +167,7 @@ def estimate(recipe: config.Recipe) -> Estimate:
     trained = 4 * (1 + STATES[recipe.train.optimizer.name]) * _size(distiller, trained=True)
     if recipe.train.ema is not None:
         trained += 4 * sizes[1]
+    step_images = recipe.train.batch_size * recipe.train.accumulate
     return Estimate(
         parts=tuple(
             Part(name, size, flops / count, bytes_ / count, predicted) for name, size, flops, bytes_, predicted in rows
@@ -176,7 +179,8 @@ def estimate(recipe: config.Recipe) -> Estimate:
         batch_size=recipe.train.batch_size,
         with_unlabeled=recipe.data.unlabeled is not None,
         largest_batch=max(0, int((free - trained) // (WORKSPACE * whole[1] / count))),
-        seconds=seconds * recipe.train.batch_size * recipe.train.accumulate / count,
+        step_images=step_images,
+        seconds=seconds * step_images / count,
         steps=recipe.train.epochs * _steps_per_epoch(recipe.train, len(images)),
     )
 
