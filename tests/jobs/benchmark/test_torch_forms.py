@@ -17,15 +17,16 @@ from tiny_recipes import MODELS
 IMAGES = list(np.random.default_rng(0).integers(0, 256, (2, 50, 60, 3), np.uint8))
 
 
-def build(task: Task) -> TaskModel:
+def build(task: Task, **more: Any) -> TaskModel:
     torch.manual_seed(0)
     options = {"options": {**MODELS[task]["options"], "score_thresh": 0.0}} if task == "detection" else {}
-    return models.build(config.Model(**{**MODELS[task], **options}), task, 3, (64, 64)).eval()
+    return models.build(config.Model(**{**MODELS[task], **options, **more}), task, 3, (64, 64)).eval()
 
 
-def form(kind: type[TorchForm], task: Task) -> TorchForm:
+def form(kind: type[TorchForm], task: Task, **more: Any) -> TorchForm:
     """As it comes out of the pickle."""
-    found: TorchForm = pickle.loads(pickle.dumps(kind("student", Path("s.safetensors"), 1, partial(build, task))))
+    made = kind("student", Path("s.safetensors"), 1, partial(build, task, **more))
+    found: TorchForm = pickle.loads(pickle.dumps(made))
     found.load()
     return found
 
@@ -49,6 +50,19 @@ def test_bfloat16_rounds_the_network_alone() -> None:
     assert ours.dtype == torch.float32  # as the metrics need it
     difference = (ours - theirs).abs().max() / theirs.abs().max()
     assert 1e-4 < difference < 0.1
+
+
+def test_a_second_stage_runs_within_decode_in_float32() -> None:
+    """As the guide says of Faster R-CNN."""
+    half = form(Bfloat16Form, "detection", arch="faster_rcnn", options={"anchor_sizes": [8, 16, 32, 48, 64]})
+    heads: Any = half.model.net.roi_heads
+    types: list[torch.dtype] = []
+    heads.box_head.register_forward_hook(lambda *call: types.append(call[-1].dtype))
+    inputs = half.prepare(IMAGES[:1])
+    outputs = half.run(inputs)
+    assert types == []
+    half.decode(outputs, inputs)
+    assert types == [torch.float32]
 
 
 @pytest.mark.slow

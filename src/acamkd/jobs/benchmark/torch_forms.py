@@ -1,4 +1,8 @@
-"""The forms of a network in PyTorch."""
+"""The forms of a network in PyTorch.
+
+A form changes the network's forward alone. That of Faster R-CNN ends with the proposals: its RoI pooling and box head
+run within `decode`, in float32 and uncompiled.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +78,7 @@ class TorchForm(Form):
 
 
 class Bfloat16Form(TorchForm):
-    """The same under autocast to bfloat16, as `train.precision: bf16-mixed` trains; decoding stays in float32."""
+    """The same under autocast to bfloat16, as `train.precision: bf16-mixed` trains, all but what `decode` runs."""
 
     runtime = "PyTorch bf16"
 
@@ -84,7 +88,7 @@ class Bfloat16Form(TorchForm):
 
 
 class CompiledForm(TorchForm):
-    """The same by `torch.compile`; its first call compiles."""
+    """The same by `torch.compile`, all but what `decode` runs; its first call compiles."""
 
     runtime = "PyTorch compiled"
 
