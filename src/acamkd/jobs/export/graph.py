@@ -228,7 +228,7 @@ def write_graph(graph: Graph, file: Path, recipe: config.Recipe) -> None:
                 axes = {} if single else {"pixels": free, **{name: {0: "batch"} for name in graph.output_names}}
                 torch.onnx.export(graph, example, file, dynamo=False, dynamic_axes=axes, **names)
             else:
-                with nullcontext() if fixed else constant_same_padding(graph):
+                with nullcontext() if fixed else constant_same_padding(graph, graph.multiple):
                     program = torch.onnx.export(
                         graph, example, dynamo=True, verbose=False, dynamic_shapes=(free,), **names
                     )

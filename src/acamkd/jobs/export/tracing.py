@@ -19,9 +19,6 @@ from acamkd.models.segmentation import STRIDE
 TIME_LIMIT = 900.0
 """Time limit of an export, in seconds."""
 
-ODD_FRAME = (7 * STRIDE, 9 * STRIDE)
-"""A number that divides these sides at every level divides those of every input."""
-
 
 class _TimeUpError(BaseException):
     """Not an Exception, since the exporter catches those and continues in another way."""
@@ -54,15 +51,19 @@ def time_limit(what: str, advice: str) -> Iterator[None]:
 
 
 @contextmanager
-def constant_same_padding(graph: nn.Module) -> Iterator[None]:
+def constant_same_padding(graph: nn.Module, multiple: int = STRIDE) -> Iterator[None]:
     """Make timm's `same` padding a constant within the context, where it is the same for every input size.
 
     Otherwise it depends on the layer's input size, and the exporter would carry that formula through all later layers.
-    Inputs are multiples of 32 pixels, and a layer whose stride divides its input size pads by kernel - stride in total.
+    A layer whose stride divides its input size pads by kernel - stride in total.
 
     Args:
         graph: Takes pixels (N, 3, H, W).
+        multiple: The number that H and W are multiples of.
     """
+    # No larger number divides both sides, so that strides that divide them at every level do so for every input.
+    count = (7 * STRIDE) // multiple | 1
+    frame = (count * multiple, (count + 2) * multiple)
     original = padding.get_same_padding
     divisible: list[bool] = []
 
@@ -76,7 +77,7 @@ def constant_same_padding(graph: nn.Module) -> Iterator[None]:
     try:
         padding.get_same_padding = observed
         with torch.no_grad():
-            graph(torch.rand(1, 3, *ODD_FRAME))
+            graph(torch.rand(1, 3, *frame))
         padding.get_same_padding = constant if all(divisible) else original
         yield
     finally:
