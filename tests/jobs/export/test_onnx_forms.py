@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,20 @@ def test_a_form_has_a_process_of_its_own(tmp_path: Path) -> None:
         assert worker(predict_one, IMAGES[0])["mask"].shape == (40, 50)  # it goes on
         with pytest.raises(AcamkdError, match=r"^student, onnxruntime: its process ended"):
             worker(leave)
+
+
+@pytest.mark.parametrize(("system", "mib"), [("linux", 300.0), ("darwin", 300 / 1024)])
+def test_memory_is_known_where_proc_does_not_tell(system: str, mib: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux counts KiB, macOS bytes."""
+    form = OnnxForm("student", Path("none"), 1)
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr("resource.getrusage", lambda _: SimpleNamespace(ru_maxrss=300 * 1024))
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "Name:\tpython\nVmRSS:\t1 kB\n")
+    assert peak_mib(form, []) == mib
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(FileNotFoundError()))
+    assert peak_mib(form, []) == mib
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_mib(form, []) is None
 
 
 def test_what_cannot_be_loaded_is_said_with_its_name(tmp_path: Path) -> None:

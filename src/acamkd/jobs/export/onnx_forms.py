@@ -289,14 +289,15 @@ def peak_mib(_: Form, __: Sequence[onnx_model.Pixels]) -> float | None:
     """Largest resident memory of this process so far, in MiB; None where the system does not tell."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) / 1024
     except OSError:
-        pass
+        lines = []
+    if said := next((line.split()[1] for line in lines if line.startswith("VmHWM")), None):  # not in every container
+        return int(said) / 1024
     try:
         import resource
     except ImportError:  # Windows
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["--worker"]:
