@@ -159,7 +159,9 @@ def predict(
             metavar="SOURCE", help="An image, a folder of them, a video, the number of a camera, or rtsp://HOST/PATH."
         ),
     ],
-    out: Annotated[Path | None, typer.Option(help="Output folder, instead of `predictions` beside the model.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Output folder, instead of RUN/predictions, or `predictions` beside a file.")
+    ] = None,
     score: Annotated[float, typer.Option(min=0, max=1, help="Detections below this score are left out.")] = 0.3,
     write: Annotated[
         str, typer.Option(help="What to write, separated by commas: overlays, masks, json.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
 from dataclasses import replace
 from fractions import Fraction
@@ -48,6 +49,24 @@ def test_a_video_of_masks(red: Path, tmp_path: Path, caplog: pytest.LogCaptureFi
     assert overlays[0][48:].max() > 240
     assert [file.name for file in (folder / "overlays").iterdir()] == ["film.mp4"]
     assert caplog.messages[-1].startswith("5 frames, ")
+
+
+def test_predictions_of_a_runs_export_lie_in_the_run(
+    red: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = tmp_path / "run/export"
+    export.mkdir(parents=True)
+    shutil.copy(red, export / "student.onnx")
+    image = tmp_path / "image.png"
+    Image.new("RGB", (40, 30)).save(image)
+    for name in ("recipe.yaml", "export/onnx_model.py"):
+        (tmp_path / "run" / name).touch()
+    assert predict(export / "student.onnx", image).folder == tmp_path / "run/predictions"
+    monkeypatch.chdir(export)
+    assert predict("student.onnx", image).folder == tmp_path / "run/predictions"
+    assert sorted(file.name for file in export.iterdir()) == ["onnx_model.py", "student.onnx"]
+    (export / "onnx_model.py").unlink()  # no export
+    assert predict(export / "student.onnx", image).folder == export / "predictions"
 
 
 def test_a_video_of_boxes(box: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from acamkd.engine.runs import Run, as_run
+from acamkd.engine.runs import RECIPE, Run, as_run
 from acamkd.errors import AcamkdError, nearest, without_password
 from acamkd.files import IMAGE_SUFFIXES, check_writable
 from acamkd.jobs.export.onnx_model import ExportedModel, OnnxModel, Pixels, Prediction
@@ -67,7 +67,7 @@ def predict(
         source: An image, a folder of images, or a video. Live are the number of a camera and an address such as
             rtsp://HOST/PATH. Videos and live frames need `pip install 'acamkd[video]'`. A folder's subfolders are
             included, and are created in the output.
-        out: Output folder; by default `predictions` beside the model.
+        out: Output folder; by default `predictions` in the run folder, or beside a file that lies in no run.
         score: Detections with a lower score are left out.
         write: What to write: `overlays`, `masks` and `json`.
         live: Play a video file at its own pace, as if it came from a camera.
@@ -217,10 +217,14 @@ class _Network:
 
 
 def _beside(model: Run | Path) -> Path:
-    """The folder that holds the model."""
+    """The folder that holds the model; for a run's export the run folder, since an export is replaced as a whole."""
     if isinstance(model, Run):
         return model.folder
-    return model.parent if model.suffix in EXPORTED else model
+    if model.suffix not in EXPORTED:
+        return model
+    run = model.absolute().parent.parent
+    is_of_run = (run / RECIPE).is_file() and (model.parent / "onnx_model.py").is_file()
+    return run if is_of_run else model.parent
 
 
 def _open(model: Run | Path) -> _Network:
