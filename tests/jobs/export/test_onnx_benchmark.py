@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from acamkd.jobs.export import onnx_benchmark, onnx_forms, onnx_model
 from acamkd.jobs.export.onnx_benchmark import FLOOR, Timing, measure, median_interval, ranks
@@ -181,3 +182,33 @@ def test_the_program_runs_beside_a_file_with_onnxruntime_and_numpy_alone(tmp_pat
     assert len(row["rounds"]) == onnx_benchmark.ROUNDS
     assert min(row["prepare"], row["run"], row["decode"]) > 0
     assert "left out: missing, onnxruntime: missing.onnx: there is no such file" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--json", "no/such.json"], "--json no/such.json: there is no such folder to write it into"),
+        (["--json", "."], "--json .: it is a folder"),
+        (["--batches", "1", "0"], "argument --batches: 0 is no whole number from 1 on"),
+        (["--threads", "two"], "argument --threads: two is no whole number from 1 on"),
+        (["--seconds", "0"], "--seconds 0: give more than 0"),
+    ],
+)
+def test_the_program_refuses_before_it_measures(
+    words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["onnx_benchmark.py", "student.onnx", *words])
+    monkeypatch.setattr(onnx_benchmark, "measure", None)
+    with pytest.raises(SystemExit) as ended:
+        onnx_benchmark.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: {said}\n")
+
+
+def test_the_program_says_that_onnxruntime_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "image.png")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(sys, "argv", ["onnx_benchmark.py", "student.onnx", "--images", str(tmp_path / "image.png")])
+    with pytest.raises(SystemExit, match=r"^error: ONNX files need onnxruntime: pip install onnxruntime$"):
+        onnx_benchmark.main()

@@ -254,11 +254,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure exported networks in onnxruntime, in turn.")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.onnx")
     parser.add_argument("--images", nargs="+", type=Path, help="images to predict on, which need Pillow; else noise")
-    parser.add_argument("--threads", nargs="+", type=int, default=[os.cpu_count() or 1])
-    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, help="batch sizes of the throughput")
+    parser.add_argument("--threads", nargs="+", type=_count, default=[os.cpu_count() or 1])
+    parser.add_argument("--batches", nargs="+", type=_count, default=BATCHES, help="batch sizes of the throughput")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="timed seconds of each form")
     parser.add_argument("--json", type=Path, help="file to write")
     read = parser.parse_args()
+    if read.seconds <= 0:
+        parser.error(f"--seconds {read.seconds:g}: give more than 0")
+    if read.json and (read.json.is_dir() or not read.json.absolute().parent.is_dir()):
+        why = "it is a folder" if read.json.is_dir() else "there is no such folder to write it into"
+        parser.error(f"--json {read.json}: {why}")
     try:
         images = [onnx_model.read_image(file) for file in read.images or ()] or [_noise(read.files[0])]
         with ExitStack() as stack:
@@ -287,6 +292,14 @@ def main() -> None:
             for worker, timing in timings.items()
         ]
         read.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def _count(text: str) -> int:
+    """A whole number from 1 on."""
+    count = int(text) if text.isdecimal() else 0
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
+    return count
 
 
 def _noise(file: Path) -> onnx_model.Pixels:

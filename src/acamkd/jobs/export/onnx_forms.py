@@ -150,9 +150,11 @@ class OnnxForm(ExportedForm):
 
 
 def providers() -> list[str]:
-    """Execution providers of onnxruntime on this machine."""
-    import onnxruntime
-
+    """Execution providers of onnxruntime on this machine; raises AcamkdError without it."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise onnx_model.AcamkdError(onnx_model.MISSING) from error
     return [name for name in onnxruntime.get_available_providers() if name != "AzureExecutionProvider"]  # runs remotely
 
 

@@ -41,6 +41,8 @@ STRIDE = 32
 METADATA = ("acamkd_version", "task", "classes", "resize", "mean", "nms")
 """Metadata entries that the export writes, each as JSON."""
 
+MISSING = "ONNX files need onnxruntime: pip install onnxruntime"
+
 PREPARATION = "preparation"
 """Metadata entry of networks that prepare their images in a way of their own: `resize`, `multiple` and `kernel`."""
 
@@ -150,7 +152,7 @@ class OnnxModel(ExportedModel):
         try:
             import onnxruntime
         except ImportError as error:
-            raise AcamkdError("ONNX files need onnxruntime: pip install onnxruntime") from error
+            raise AcamkdError(MISSING) from error
         if not Path(file).is_file():
             raise AcamkdError(f"{file}: there is no such file")
         options = onnxruntime.SessionOptions()
