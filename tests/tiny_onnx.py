@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ def write_onnx(
     weights: list[Any],
     outputs: dict[str, list[Any]],
     classes: Sequence[str] = ("a", "b"),
-    resize: Sequence[int] | None = None,
+    resize: Sequence[int] | Mapping[str, int] | None = None,
     shape: Sequence[int | str] = ("n", 3, "h", "w"),
 ) -> Path:
     """Write a graph with the metadata of an export; `shape` is that of its pixels."""
@@ -37,7 +37,7 @@ def write_onnx(
 def write_segmenter(
     file: Path,
     classes: Sequence[str] = ("a", "b"),
-    resize: Sequence[int] | None = None,
+    resize: Sequence[int] | Mapping[str, int] | None = None,
     hidden: int = 8,
     seed: int = 0,
     shape: Sequence[int | str] = ("n", 3, "h", "w"),

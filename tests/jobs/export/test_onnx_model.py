@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -120,6 +121,24 @@ def test_what_is_no_export_is_refused(tmp_path: Path) -> None:
     (tmp_path / "foreign.onnx").write_bytes(content.getvalue())
     with pytest.raises(AcamkdError, match=r"foreign\.onnx was not written by acamkd export"):
         OnnxModel(tmp_path / "foreign.onnx")
+
+
+def test_an_image_that_does_not_fit_a_graph_of_one_size_is_named_with_both_sizes(tmp_path: Path) -> None:
+    """As a graph of one size is that was made of a recipe with {short, long}."""
+    shape = (1, 3, 64, 96)
+    file = write_segmenter(tmp_path / "fixed.onnx", resize={"short": 64, "long": 96}, shape=shape)
+    model = OnnxModel(file)
+    assert model.input_size == (64, 96)
+    assert model.predict(np.zeros((60, 90, 3), np.uint8))["mask"].shape == (60, 90)
+    said = (
+        "the graph takes inputs of 64 x 96 pixels alone, and an image of 120 x 80 becomes one of 96 x 64: export with "
+        "--set data.resize='[64, 96]', which resizes all images to this size, or take a graph of free size"
+    )
+    with pytest.raises(AcamkdError, match=f"^{re.escape(said)}$"):
+        model.predict(np.zeros((120, 80, 3), np.uint8))
+    fitting = OnnxModel(write_segmenter(tmp_path / "fitting.onnx", resize=(60, 96), shape=shape))
+    assert fitting.predict(np.zeros((120, 80, 3), np.uint8))["mask"].shape == (120, 80)
+    assert OnnxModel(write_segmenter(tmp_path / "free.onnx")).input_size is None
 
 
 def test_a_provider_that_is_not_there_is_named(tmp_path: Path) -> None:

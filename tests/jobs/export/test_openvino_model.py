@@ -38,6 +38,14 @@ def test_its_own_file_computes_what_the_onnx_file_does(files: tuple[Path, Path])
     np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-4)
 
 
+def test_it_knows_the_size_of_a_graph(files: tuple[Path, Path], tmp_path: Path) -> None:
+    assert OpenVinoModel(files[1]).input_size is None
+    fixed = OpenVinoModel(write_segmenter(tmp_path / "fixed.onnx", shape=(1, 3, 64, 96)))
+    assert fixed.input_size == (64, 96)
+    with pytest.raises(AcamkdError, match="takes inputs of 64 x 96 pixels alone, and an image of 32 x 32 becomes"):
+        fixed.predict(np.zeros((32, 32, 3), np.uint8))
+
+
 def test_predict_takes_it(files: tuple[Path, Path], tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "a.png")

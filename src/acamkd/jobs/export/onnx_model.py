@@ -63,7 +63,10 @@ class ExportedModel(ABC):
         metadata: These entries.
         task: `detection` or `segmentation`.
         classes: Class names. A mask holds their indices; a box with label k has the class `classes[k - 1]`.
+        input_size: (height, width) of the only input that the graph takes; None where they are free, or not known.
     """
+
+    input_size: tuple[int, int] | None = None
 
     def __init__(self, metadata: Mapping[str, Any]) -> None:
         self.metadata = metadata
@@ -93,14 +96,25 @@ class ExportedModel(ABC):
 
         Returns:
             The graph's input (1, 3, H, W), and (height, width) of the image in it.
+
+        Raises:
+            AcamkdError: The graph takes inputs of another size alone.
         """
         rule, multiple, kernel = (self.preparation[name] for name in ("resize", "multiple", "kernel"))
         height, width = size = frame_size((image.shape[0], image.shape[1]), rule, self.task)
+        filled = (math.ceil(height / multiple) * multiple, math.ceil(width / multiple) * multiple)
+        if self.input_size is not None and self.input_size != filled:
+            taken, given = ("{} x {}".format(*each) for each in (self.input_size, filled))
+            raise AcamkdError(
+                f"the graph takes inputs of {taken} pixels alone, and an image of {image.shape[0]} x {image.shape[1]} "
+                f"becomes one of {given}: export with --set data.resize='{list(self.input_size)}', which resizes all "
+                "images to this size, or take a graph of free size"
+            )
         if kernel in ("bilinear", "bicubic"):
             image = resize_bytes(image, size, kernel)
         pixels: Floats = (image.transpose(2, 0, 1) / 255).astype(np.float32)
         pixels = resize_smoothly(pixels, size) if kernel == "smooth" else resize(pixels, size)
-        frame = np.empty((1, 3, *(math.ceil(side / multiple) * multiple for side in size)), np.float32)
+        frame = np.empty((1, 3, *filled), np.float32)
         frame[:] = np.reshape(self.metadata["mean"], (3, 1, 1))
         frame[0, :, :height, :width] = pixels
         return frame, size
@@ -164,6 +178,9 @@ class OnnxModel(ExportedModel):
         if provider not in self.session.get_providers():  # onnxruntime would silently use the processor
             raise AcamkdError(f"onnxruntime has no {provider} on this machine")
         super().__init__(read_metadata(self.session.get_modelmeta().custom_metadata_map, file))
+        sides = self.session.get_inputs()[0].shape[2:]
+        if all(isinstance(side, int) for side in sides):  # free ones have names
+            self.input_size = (sides[0], sides[1])
 
     def run(self, pixels: Floats) -> dict[str, npt.NDArray[Any]]:
         """The graph's outputs by name."""

@@ -45,6 +45,9 @@ class OpenVinoModel(onnx_model.ExportedModel):
         paths = {name: ["framework", name] for name in (*onnx_model.METADATA, onnx_model.PREPARATION)}
         found = {name: network.get_rt_info(path).value for name, path in paths.items() if network.has_rt_info(path)}
         super().__init__(onnx_model.read_metadata(found, file))
+        sides = list(network.inputs[0].partial_shape)[2:]
+        if all(side.is_static for side in sides):
+            self.input_size = (sides[0].get_length(), sides[1].get_length())
 
     def run(self, pixels: onnx_model.Floats) -> dict[str, npt.NDArray[Any]]:
         """See the base class."""
