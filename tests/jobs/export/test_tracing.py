@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from timm.layers import Conv2dSame, padding
+from timm.layers import padding
+from timm.layers.conv2d_same import Conv2dSame
 
 from acamkd import config, models
 from acamkd.errors import AcamkdError
