@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -37,7 +38,7 @@ def test_a_command_that_fails_is_named_and_one_that_is_terminated_ends_this_proc
 @pytest.mark.usefixtures("_a_program")
 def test_sigterm_ends_the_command_too() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    threading.Timer(1.0, signal.raise_signal, [signal.SIGTERM]).start()
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM]).start()
     with pytest.raises(SystemExit) as ended:
         apart.carry_out(["wait"])
     assert ended.value.code == TERMINATED

@@ -125,6 +125,7 @@ def run(
     ] = False,
 ) -> None:
     """Train teacher, baseline and distilled student, and compare: one command, which goes on where it was stopped."""
+    recipe_of(recipe, set_)  # what does not fit is said before torch is imported
     from acamkd.jobs.run_all import run as job
 
     show(job(recipe, overrides=set_ or (), anyway=anyway))

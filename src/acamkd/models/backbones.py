@@ -49,14 +49,7 @@ class TimmMaps(nn.Module):
 
     def maps(self, pixels: Tensor) -> list[Tensor]:
         """(N, 3, H, W) -> the maps, each (N, C, h, w)."""
-        try:
-            maps = self.body(pixels)
-        except AssertionError as error:  # timm's way to refuse a size
-            height, width = pixels.shape[-2:]
-            raise AcamkdError(
-                f"the backbone does not take images of {height} x {width} ({error}): set data.resize to a size that it "
-                "takes, or take another backbone"
-            ) from error
+        maps = self.body(pixels)
         picked = [maps[pick] for pick in self.picks]
         return [x.permute(0, 3, 1, 2) for x in picked] if self.channels_last else picked
 
@@ -81,7 +74,15 @@ class TimmWithFPN(TimmMaps):
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """(N, 3, H, W) -> levels "0", "1", ... from fine to coarse, then the top's, each (N, channels, h, w)."""
-        levels: dict[str, Tensor] = self.fpn({str(level): x for level, x in enumerate(self.maps(pixels))})
+        try:
+            maps = self.maps(pixels)
+        except AssertionError as error:  # timm's way to refuse a size
+            height, width = pixels.shape[-2:]
+            raise AcamkdError(
+                f"the backbone does not take images of {height} x {width} ({error}): set data.resize to a size that it "
+                "takes, or take another backbone"
+            ) from error
+        levels: dict[str, Tensor] = self.fpn({str(level): x for level, x in enumerate(maps)})
         return levels
 
 
