@@ -336,8 +336,11 @@ def _open(address: str, what: str, name: str = "", **options: Any) -> InputConta
 
 def _why(error: Exception) -> str:
     """An error's reason alone: the rest may hold the address with its password."""
-    reason: str | None = getattr(error, "strerror", None)  # of FFmpeg's errors and those of the system
-    return reason or (type(error).__name__ if isinstance(error, OSError) else str(error))
+    import av
+
+    if isinstance(error, OSError | av.FFmpegError):
+        return error.strerror or type(error).__name__
+    return str(error)
 
 
 def _pixels(frame: VideoFrame) -> Pixels:
