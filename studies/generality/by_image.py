@@ -24,7 +24,6 @@ from acamkd.engine.metrics import METRICS, score, scorer_of
 from acamkd.engine.runs import Run, open_run
 from acamkd.models.base import VOID, PixelSize, Target
 
-SEEDS = 5
 HEAD = ("task", "method", "against", "seeds", "images", "rho", "p", "first third", "second third", "last third")
 
 
@@ -72,16 +71,14 @@ def main() -> None:
     parser.add_argument("method")
     parser.add_argument("other")
     arguments = parser.parse_args()
-    item = Item(arguments.task, "few", (arguments.method, arguments.other), SEEDS)
+    item = Item(arguments.task, "few", (arguments.method, arguments.other))
     os.chdir(arguments.runs)
     ended = {
         (trial.method, trial.seed): trial.folder
         for trial in item.trials()
         if Run(trial.folder, trial.recipe, "student").has_ended
     }
-    seeds = [
-        seed for seed in range(SEEDS) if all((name, seed) in ended for name in (arguments.method, arguments.other))
-    ]
+    seeds = [seed for seed in item.seeds if all((name, seed) in ended for name in (arguments.method, arguments.other))]
     if not seeds:
         raise SystemExit(f"no seed of {arguments.method} and {arguments.other} has ended in {Path('runs').resolve()}")
     differences = []
@@ -95,16 +92,16 @@ def main() -> None:
     found = stats.spearmanr(shares[known], difference[known])
     thirds = np.array_split(difference[known][np.argsort(shares[known])], 3)
     row = [
-        arguments.task, arguments.method, arguments.other, len(seeds), int(known.sum()), f"{found.statistic:+.2f}",
-        f"{found.pvalue:.3f}", *(f"{third.mean():+.2f}" for third in thirds),
+        arguments.task, arguments.method, arguments.other, " ".join(map(str, seeds)), int(known.sum()),
+        f"{found.statistic:+.2f}", f"{found.pvalue:.3f}", *(f"{third.mean():+.2f}" for third in thirds),
     ]  # fmt: skip
     add(BY_IMAGE, [str(cell) for cell in row])
 
 
 def add(file: Path, row: list[str]) -> None:
-    """Add a row to the table, in the place of an earlier one of the same task and methods."""
+    """Add a row to the table, in the place of an earlier one of the same task, methods and seeds."""
     rows = list(csv.reader(file.open(encoding="utf-8")))[1:] if file.is_file() else []
-    rows = sorted([*(each for each in rows if each[:3] != row[:3]), row])
+    rows = sorted([*(each for each in rows if each[:4] != row[:4]), row])
     with file.open("w", newline="", encoding="utf-8") as lines:
         csv.writer(lines, lineterminator="\n").writerows([HEAD, *rows])
     print(dict(zip(HEAD, row, strict=True)))

@@ -214,7 +214,7 @@ def _table(results: Results, regime: str) -> str:
             gain = estimate({task: against[0]}) if method != NONE and against[0] is not None else None
             lines.append([
                 f"`{task}`", f"`{method}`", str(len(scores)), _score(scores), gain.text if gain else "-",
-                f"{p[method]:.3f}" if method in p else "-", f"{_mean(best[method]):.2f}", _score(validation[method]),
+                _p(p.get(method)), f"{_mean(best[method]):.2f}", _score(validation[method]),
                 f"{against[1].mean():+.2f}" if gain and against[1] is not None else "-",
             ])  # fmt: skip
     head = (
@@ -225,6 +225,10 @@ def _table(results: Results, regime: str) -> str:
         "correction over the methods of the primary table."
     )
     return _markdown(f"`{regime}`", head, lines, note)
+
+
+def _p(p: float | None) -> str:
+    return "-" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def _mean(scores: Mapping[int, float]) -> float:
