@@ -7,8 +7,9 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Group
 from rich.table import Table
@@ -267,12 +268,18 @@ class _Notes:
             return distill(self.recipe, resume=resume)
         return train(self.recipe, "teacher" if name == "teacher" else "student", resume=resume)
 
+    @cached_property
+    def _fingerprints(self) -> dict[str, str]:
+        """Of the training and validation images as they are now."""
+        source = data.resolve(self.recipe.data, self.recipe.task)
+        splits: tuple[Literal["train"], Literal["val"]] = ("train", "val")
+        images = {split: data.build(source, self.recipe.task, split, seed=0, augment=False) for split in splits}
+        return {split: each.fingerprint() for split, each in images.items()}
+
     def _check_images(self, run: Run) -> None:
         """Raise AcamkdError if a run's images have changed, so that what is trained now could not be compared."""
-        source = data.resolve(self.recipe.data, self.recipe.task)
-        for split in ("train", "val"):
-            images = data.build(source, self.recipe.task, split, seed=0, augment=False)
-            if images.fingerprint() != run.metrics["data"][split]:
+        for split, content in self._fingerprints.items():
+            if content != run.metrics["data"][split]:
                 raise AcamkdError(
                     f"the {split} images, or their annotations, have changed since {run.folder} was trained: "
                     "--set name=OTHER trains everything on them, in a folder of its own"

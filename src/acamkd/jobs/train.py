@@ -212,11 +212,9 @@ def _warn_of_what_never_comes(recipe: config.Recipe) -> None:
             )  # fmt: skip
         if loss.stop_epoch is not None and loss.stop_epoch >= epochs:
             log.warning(
-                "losses.%d.stop_epoch %g changes nothing: the training ends with epoch %d",
-                index,
-                loss.stop_epoch,
+                "losses.%d.stop_epoch %g changes nothing: the training ends with epoch %d", index, loss.stop_epoch,
                 epochs,
-            )
+            )  # fmt: skip
 
 
 def _score_teacher(
