@@ -221,9 +221,8 @@ class Run(Printable):
         """Raise OtherRunError if the folder's recipe differs in a key that affects the outcome."""
         changes = list(_changes(self._content(config.load(self.folder / RECIPE)), self._content(self.recipe)))
         if changes:
-            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
             raise OtherRunError(
-                f"{self.folder} was made by another recipe or command ({', '.join(changes[:3])}{more})",
+                f"{self.folder} was made by another recipe or command ({shortened(changes)})",
                 "resume with the same recipe and overrides, or write elsewhere with --out",
             )
 
@@ -293,6 +292,12 @@ class Run(Printable):
         data = self.recipe.data
         assert data.classes is not None
         return models.build(section, self.recipe.task, len(data.classes), data.resize, teacher=True).eval()
+
+
+def shortened(changes: Sequence[str], separator: str = ", ") -> str:
+    """The first three of a list, and how many more there are."""
+    more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+    return f"{separator.join(changes[:3])}{more}"
 
 
 def default_folder(recipe: config.Recipe, job: str) -> Path:

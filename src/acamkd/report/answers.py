@@ -10,7 +10,7 @@ from typing import Any
 from acamkd.engine.cost import Cost, threads
 from acamkd.engine.evidence import ImageInterval, Verdict, compare_command, signed
 from acamkd.engine.metrics import METRICS
-from acamkd.engine.runs import RECIPE, Run
+from acamkd.engine.runs import RECIPE, Run, shortened
 from acamkd.models.base import TaskModel
 from acamkd.report.units import digits, duration, percent
 
@@ -121,9 +121,8 @@ def _better(metric: str, before: float, after: float, teacher: float | None, ima
 def _otherwise(unlike: Sequence[str]) -> str:
     if not unlike:
         return ""
-    more = f" and {len(unlike) - 3} more" if len(unlike) > 3 else ""
     return (
-        f" The baseline was trained otherwise ({'; '.join(unlike[:3])}{more}): not all of the difference is the "
+        f" The baseline was trained otherwise ({shortened(unlike, '; ')}): not all of the difference is the "
         "distillation's."
     )
 

@@ -13,7 +13,7 @@ from acamkd.data import ImageDataset
 from acamkd.engine.cost import costs, threads
 from acamkd.engine.mask_history import REPLAY
 from acamkd.engine.metrics import METRICS
-from acamkd.engine.runs import RECIPE, Run, open_run
+from acamkd.engine.runs import RECIPE, Run, open_run, shortened
 from acamkd.errors import AcamkdError
 from acamkd.files import check_writable, write_text
 from acamkd.models.base import TaskModel
@@ -77,7 +77,7 @@ def write_report(run: Run, baseline: Run | None = None) -> Path:
     unlike = run.unlike(baseline) if baseline else []
     if baseline and unlike:
         log.warning("%s was trained otherwise than %s (%s): not all of the difference is the distillation's",
-                    baseline.folder, run.folder, "; ".join(unlike[:3]))  # fmt: skip
+                    baseline.folder, run.folder, shortened(unlike, "; "))  # fmt: skip
     history = read_history(run.folder / "history.csv")
     replay = load_replay(run.folder / REPLAY) if (run.folder / REPLAY).is_file() else None
     page = environment().get_template("report.html.jinja").render(
