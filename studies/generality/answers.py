@@ -297,7 +297,8 @@ def answers(results: Results) -> Iterator[Answer]:
         results.over(["facade11"], "acam", NONE, "gap"),
     )  # fmt: skip
     idea = plan.best_idea()
-    unseen = [task for kind, tasks in KINDS.items() for task in tasks if idea in IDEAS[kind] and task != CHEAP[kind]]
+    tried = [task for kind, task in CHEAP.items() if idea in IDEAS[kind]]
+    unseen = [task for task in plan.tasks_of(idea) if task not in tried]
     yield Answer(
         "Can it be better?", f"`{idea or 'best idea'}` - `acam`, on tasks that did not choose it", len(unseen),
         common.over(unseen, idea, "acam") if idea else None,

@@ -77,7 +77,8 @@ def current() -> Results:
     """The committed trials, with each method at the ratio of its search once all that is primary has ended."""
     found = {name: list(trials.values()) for name, trials in plan.stored().items()}
     searched = all(plan.is_searched(PRIMARY, kind) for kind in KINDS)
-    ready = searched and all(plan.standing(task, name) for task in TASKS for name in plan.chosen(task, PRIMARY))
+    seeds = plan.LAST_OF_FIVE
+    ready = searched and all(plan.standing(task, name, seeds) for task in TASKS for name in plan.chosen(task, PRIMARY))
     return Results(found, searched=ready)
 
 
@@ -92,7 +93,7 @@ def sections(results: Results) -> dict[str, str]:
         "common": _methods(common) if results.searched else "",
         "methods": _methods(results),
         **{regime: _table(results, regime) for regime in REGIMES},
-        "ideas": _ideas(results),
+        "ideas": _ideas(common),
         "search": _search(results.found),
         "by_image": _by_image(),
         "repetitions": _repetitions(results),
