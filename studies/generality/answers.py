@@ -9,7 +9,17 @@ from typing import Any, TypeAlias
 import numpy as np
 from scipy import stats
 from studies.generality import plan
-from studies.generality.plan import CHEAP, COMBINATIONS, FOUR, IDEAS, KINDS, PRIMARY, TASKS, UNMASKED, comparison
+from studies.generality.plan import (
+    CHEAP,
+    COMBINATIONS,
+    FOUR,
+    KINDS,
+    PRIMARY,
+    TASKS,
+    UNMASKED,
+    WITHOUT_MASKS,
+    comparison,
+)  # fmt: skip
 
 from acamkd.jobs.compare.statistics import on_test, scores_of
 from acamkd.jobs.compare.trials import NONE
@@ -296,13 +306,14 @@ def answers(results: Results) -> Iterator[Answer]:
         "And a student of a quarter of the cost?", f"`gap`: `acam` - `{NONE}`", 1,
         results.over(["facade11"], "acam", NONE, "gap"),
     )  # fmt: skip
-    idea = plan.best_idea()
-    tried = [task for kind, task in CHEAP.items() if idea in IDEAS[kind]]
-    unseen = [task for task in plan.tasks_of(idea) if task not in tried]
-    yield Answer(
-        "Can it be better?", f"`{idea or 'best idea'}` - `acam`, on tasks that did not choose it", len(unseen),
-        common.over(unseen, idea, "acam") if idea else None,
-    )  # fmt: skip
+    for kind, tasks in KINDS.items():
+        idea, unseen = plan.best_idea(kind), [task for task in tasks if task != CHEAP[kind]]
+        yield Answer(
+            f"Can it be better? ({kind})", f"`{idea or 'best idea'}` - `acam`, on tasks that did not choose it",
+            len(unseen), common.over(unseen, idea, "acam") if idea else None,
+        )  # fmt: skip
+        if idea in WITHOUT_MASKS:
+            yield against(f"Do masks help beside that? ({kind})", idea, WITHOUT_MASKS[idea], tasks, at=common)
 
 
 def _at_equal_time(task: str) -> tuple[str, str] | None:

@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import log, prod
 
+import torch
 import torch.nn.functional as F
 from studies.masks.variants import OtherTerm
 from torch import Tensor
 
 from acamkd.losses.acam.acam import ACAM
+from acamkd.losses.acam.fusion import layer_norm
+from acamkd.losses.acam.masks import Masks
 from acamkd.losses.base import DistillationContext
 from acamkd.losses.functional import safe_divide
+from acamkd.losses.pkd import PKD
 
 
 class LateMasks(OtherTerm):
@@ -92,6 +96,19 @@ class CertainTeacher(OtherTerm):
         return errors | {"spatial": (1 - entropy / log(teacher.shape[1])) * errors["spatial"]}
 
 
+class ResidualFusion(ACAM):
+    """The fused feature map is A V + T', with the query's own feature map added, as a Transformer's attention has it.
+
+    T' is the teacher's feature map with layer norm. A V alone varies over locations only as far as attention does. On
+    logits of small values attention is nearly uniform, and then so is every mask.
+    """
+
+    def _masks(self, student: Tensor, teacher: Tensor) -> Masks:
+        units = self.selection.spatial_units()
+        pooled, fused = self.fusion(teacher, student, units)
+        return self.selection.masks(pooled, fused + torch.einsum("mc,nchw->nmhw", units, layer_norm(teacher)))
+
+
 class EqualLevels(ACAM):
     """For pyramids: a level of P locations counts sqrt(P), relative to one of stride 8.
 
@@ -101,11 +118,28 @@ class EqualLevels(ACAM):
 
     needs = frozenset({"input_size"})
 
-    STRIDE = 8
-
     def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
         """As ACAM, with its level's factor on the distillation terms."""
-        assert context.input_size is not None  # `needs` names it
-        share = self.STRIDE**2 * prod(teacher.shape[2:]) / prod(context.input_size)
         terms = super().terms(student, teacher, context)
-        return terms | {kind: share**0.5 * terms[kind] for kind in self.kinds}
+        return terms | {kind: level_factor(teacher, context) * terms[kind] for kind in self.kinds}
+
+
+class EqualLevelsOfPKD(PKD):
+    """The same for PKD, to tell whether it is masks that gain by it."""
+
+    needs = frozenset({"input_size"})
+
+    def terms(self, student: Tensor, teacher: Tensor, context: DistillationContext) -> dict[str, Tensor]:
+        """As PKD, times its level's factor."""
+        return {
+            name: level_factor(teacher, context) * x for name, x in super().terms(student, teacher, context).items()
+        }
+
+
+STRIDE = 8
+
+
+def level_factor(teacher: Tensor, context: DistillationContext) -> float:
+    """sqrt(P / P_8) of a feature map of P locations, where one of stride 8 would have P_8."""
+    assert context.input_size is not None  # `needs` names it
+    return float((STRIDE**2 * prod(teacher.shape[2:]) / prod(context.input_size)) ** 0.5)

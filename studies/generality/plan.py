@@ -72,6 +72,8 @@ IDEAS = {
     "detection": ("acam-levels",),
 }
 """By the kind of task on whose cheap task they are tried."""
+WITHOUT_MASKS = {"acam-levels": "pkd-levels"}
+"""Of an idea that is not about masks: the method that has it and no masks."""
 REPEATED = (("camvid", "acam", 4), ("voc07mini", "pkd", 5))
 """Task, method and seed of the trials to be repeated; somebody else chose them, before they had run."""
 CHEAP = {"segmentation": "camvid", "detection": "animals7_boxes"}
@@ -174,9 +176,16 @@ def batches() -> Iterator[tuple[str, list[Item]]]:
     )
     yield "3 the student's part", [Item(task, "few", ("acam", "acam-teacher"), SECOND) for task in where_masks_help()]
     yield "4 improvements", [Item(task, "few", ("acam", *IDEAS[kind]), TRIED) for kind, task in CHEAP.items()]
+    yield (
+        "4 improvements, the best",
+        [
+            Item(task, "few", (UNMASKED, "acam", idea, *filter(None, [WITHOUT_MASKS.get(idea)])), TRIED)
+            for kind, tasks in KINDS.items()
+            if (idea := best_idea(kind))
+            for task in tasks
+        ],
+    )
     yield "5 search", [Item(task, "search", PRIMARY) for task in CHEAP.values()]
-    idea = best_idea()
-    yield "4 improvements, the best", [Item(task, "few", ("acam", idea), TRIED) for task in tasks_of(idea) if idea]
     ready = [task for task in TASKS if is_searched(PRIMARY, kind_of(task))]
     yield "6 few, searched", [Item(task, "few", chosen(task, PRIMARY), LAST_OF_FIVE) for task in ready]
     moved = {task: [name for name in chosen(task, PRIMARY) if name not in PRIMARY] for task in ready}
@@ -385,23 +394,14 @@ def costs() -> dict[tuple[str, str], float]:
     return {(row["task"], row["method"]): float(row["seconds"]) for row in rows_of(COSTS)}
 
 
-def best_idea() -> str | None:
-    """The idea that gains most over `acam` on its cheap task, on validation images.
+def best_idea(kind: str) -> str | None:
+    """The idea that gains most over `acam` on the cheap task of a kind, on validation images.
 
     None until all have ended, and if none gains.
     """
-    gains: dict[str, float] = {}
-    for kind, task in CHEAP.items():
-        control = standing(task, "acam")
-        for idea in IDEAS[kind]:
-            score = standing(task, idea)
-            if score is None or control is None:
-                return None
-            gains[idea] = score - control
-    idea = max(gains, key=gains.__getitem__)
-    return idea if gains[idea] > 0 else None
-
-
-def tasks_of(idea: str | None) -> list[str]:
-    """The tasks whose recipes have an idea."""
-    return [task for task in TASKS if idea in recipe_of(task).compare.methods] if idea else []
+    control = standing(CHEAP[kind], "acam")
+    scores = {idea: score for idea in IDEAS[kind] if (score := standing(CHEAP[kind], idea)) is not None}
+    if control is None or len(scores) < len(IDEAS[kind]):
+        return None
+    idea = max(scores, key=scores.__getitem__)
+    return idea if scores[idea] > control else None
