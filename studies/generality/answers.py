@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 from studies.generality import plan
 from studies.generality.plan import (
+    ALIKE,
     CHEAP,
     COMBINATIONS,
     FOUR,
@@ -17,7 +18,6 @@ from studies.generality.plan import (
     PRIMARY,
     TASKS,
     UNMASKED,
-    WITHOUT_MASKS,
     comparison,
 )  # fmt: skip
 
@@ -312,8 +312,9 @@ def answers(results: Results) -> Iterator[Answer]:
             f"Can it be better? ({kind})", f"`{idea or 'best idea'}` - `acam`, on tasks that did not choose it",
             len(unseen), common.over(unseen, idea, "acam") if idea else None,
         )  # fmt: skip
-        if idea in WITHOUT_MASKS:
-            yield against(f"Do masks help beside that? ({kind})", idea, WITHOUT_MASKS[idea], tasks, at=common)
+        for other in ALIKE.get(idea or "", ()):
+            question = f"{'Do masks help' if 'pkd' in other else 'Does ACAM lead'} beside that? ({kind})"
+            yield against(question, idea, other, tasks, at=common)
 
 
 def _at_equal_time(task: str) -> tuple[str, str] | None:

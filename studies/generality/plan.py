@@ -72,8 +72,8 @@ IDEAS = {
     "detection": ("acam-levels",),
 }
 """By the kind of task on whose cheap task they are tried."""
-WITHOUT_MASKS = {"acam-levels": "pkd-levels"}
-"""Of an idea that is not about masks: the method that has it and no masks."""
+ALIKE = {"acam-levels": ("pkd-levels", "fitnet-levels", "cwd-levels")}
+"""Of an idea that is not about masks: other methods with it, the one without masks first."""
 REPEATED = (("camvid", "acam", 4), ("voc07mini", "pkd", 5))
 """Task, method and seed of the trials to be repeated; somebody else chose them, before they had run."""
 CHEAP = {"segmentation": "camvid", "detection": "animals7_boxes"}
@@ -179,7 +179,7 @@ def batches() -> Iterator[tuple[str, list[Item]]]:
     yield (
         "4 improvements, the best",
         [
-            Item(task, "few", (UNMASKED, "acam", idea, *filter(None, [WITHOUT_MASKS.get(idea)])), TRIED)
+            Item(task, "few", (UNMASKED, "acam", idea, *ALIKE.get(idea, ())), TRIED)
             for kind, tasks in KINDS.items()
             if (idea := best_idea(kind))
             for task in tasks

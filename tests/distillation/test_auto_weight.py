@@ -346,10 +346,13 @@ class Weightless(FeatureLoss):
         return {"distance": (student - teacher).abs().pow(self.power).mean()}
 
 
-def test_a_method_without_a_weight_cannot_be_calibrated(segmentation: Path) -> None:
+def test_a_method_without_a_weight_cannot_be_scaled(segmentation: Path) -> None:
     name = f"{__name__}:Weightless"
     recipe = config.load(segmentation, [f"losses=[{{name: '{name}', pairs: [segmentation_head.0], weight: auto}}]"])
     student, teacher, batches = networks(recipe)
+    coarse = config.Loss.model_validate({"name": name, "pairs": ["segmentation_head.0"], "level_decay": 0.5})
+    with pytest.raises(AcamkdError, match=f"level_decay multiplies the option `weight`, and {name} has none"):
+        build_distiller(student, teacher, [coarse])
     with pytest.raises(AcamkdError, match=f"{name} has no option `weight` that `weight: auto` could set"):
         calibrated(student, teacher, recipe.losses, batches.train)
 

@@ -167,6 +167,20 @@ def test_a_star_stands_for_every_level(
     assert caplog.messages[0] == "fitnet: backbone:0 [8, 8, 8] <- backbone:0 [12, 8, 8]"
 
 
+def test_coarse_levels_may_count_less(detectors: tuple[TaskModel, TaskModel]) -> None:
+    pyramid = entry("pkd", "backbone:*", weight=2, level_decay=0.5)
+    # Sides of 8, 4, 2, 1 and 1 locations: the stride doubles three times.
+    assert [loss.weight for loss in build_distiller(*detectors, [pyramid]).losses] == [2, 1, 0.5, 0.25, 0.25]
+    acam = entry("acam", "backbone:0", "backbone:1", preset="paper", level_decay=0.25)
+    assert [loss.factors for loss in build_distiller(*detectors, [acam]).losses] == [
+        {"weight": 1.0, "diversity_weight": 1.0},
+        {"weight": 0.25, "diversity_weight": 0.25},  # its gradient reaches the student too, as the masks are `joint`
+    ]
+    heads = entry("crosskd", preset="fcos", level_decay=0.5)
+    with pytest.raises(AcamkdError, match="level_decay is for methods that compare pairs of layers: leave it out"):
+        build_distiller(*detectors, [heads])
+
+
 def test_layers_may_have_two_names(segmenters: tuple[TaskModel, TaskModel]) -> None:
     entries = [
         entry("pkd", ("encoder.model.conv_stem", "segmentation_head.0"), "decoder"),

@@ -135,6 +135,9 @@ class Loss(BaseModel):
     gradient_ratio: Annotated[float, Field(gt=0)] = 0.5
     """`weight: auto` sets the weight before the first step: the norm of this loss's gradient becomes this many times
     the norm of the task's gradient."""
+    level_decay: Annotated[float, Field(gt=0, le=1)] = 1
+    """Several pairs of different stride: the weight is multiplied by this for each doubling of the stride. 1: every
+    level counts once, as published. 0.5: every level pulls about equally. 0.25: every location counts once."""
 
     @field_validator("pairs")
     @classmethod

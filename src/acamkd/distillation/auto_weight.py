@@ -18,7 +18,7 @@ from acamkd.config import Loss
 from acamkd.data.dataset import seed_of
 from acamkd.distillation.build import SPEAKING, build_levels
 from acamkd.distillation.distiller import Distiller
-from acamkd.distillation.methods import find, options, options_of
+from acamkd.distillation.methods import all_options, find
 from acamkd.distillation.schedule import WeightSchedule
 from acamkd.errors import AcamkdError
 from acamkd.models.base import VOID, Batch, FeatureModel, Target, TaskModel, to_device
@@ -157,8 +157,7 @@ def reuse_weights(entries: Sequence[Loss], calibrated: Sequence[Loss]) -> tuple[
 def weights_of(entry: Loss) -> dict[str, float]:
     """The options that `weight: auto` multiplies, with the values that they have without it."""
     entry = uncalibrated(entry)
-    defaults = {name: field.default for name, field in options_of(entry.name).model_fields.items()}
-    values = defaults | options(entry.name, entry.preset, entry.options)
+    values = all_options(entry.name, entry.preset, entry.options)
     if "weight" not in values:
         raise AcamkdError(f"{entry.name} has no option `weight` that `weight: auto` could set: leave it out")
     return {name: values[name] for name in find(entry.name).scaled_options(values)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 from acamkd import config
 from acamkd.distillation.distiller import Distiller, Pair
 from acamkd.distillation.fast_teacher import Precision
-from acamkd.distillation.methods import find, options
+from acamkd.distillation.methods import all_options, find, options
 from acamkd.distillation.pairs import class_parts, resolve_pairs
 from acamkd.distillation.schedule import WeightSchedule
 from acamkd.distillation.taps import PROBE_SIZE, layer_of, probe
@@ -86,6 +87,8 @@ def _build(
     if issubclass(method, HeadLoss):
         if entry.pairs:
             log.warning("%s works on the heads and names its layers itself: `pairs` is not used", entry.name)
+        if entry.level_decay != 1:
+            raise AcamkdError("level_decay is for methods that compare pairs of layers: leave it out")
         loss = method(**checked)
         _require_same_classes("it compares heads", student, head_of(teacher))
         loss.layers(student, head_of(teacher))  # refuses networks that it cannot work on
@@ -97,6 +100,7 @@ def _build(
             "`pairs` is missing: set it to auto, or name the layers, such as [backbone:*] or [segmentation_head.0]"
         )
     built: list[tuple[Pair | None, FeatureLoss | HeadLoss]] = []
+    locations: list[int] = []
     for given in entry.pairs:
         student_name, teacher_name = (given, given) if isinstance(given, str) else given
         student_maps = _maps_of("student", student, student_name, batch)
@@ -119,7 +123,21 @@ def _build(
             if with_head and level.teacher_task:
                 _require_same_classes("its masks learn from the teacher's own loss", student, with_head)
             built.append(((s_name, t_name), level))
+            locations.append(s_map.shape[-2:].numel())
+    if entry.level_decay != 1:
+        _decay([level for _, level in built], locations, entry)
     return built
+
+
+def _decay(levels: Sequence[FeatureLoss | HeadLoss], locations: Sequence[int], entry: config.Loss) -> None:
+    """Multiply the weights of levels, of which each has so many locations, by the entry's `level_decay`."""
+    values = all_options(entry.name, entry.preset, entry.options)
+    if "weight" not in values:
+        raise AcamkdError(f"level_decay multiplies the option `weight`, and {entry.name} has none: leave it out")
+    for level, count in zip(levels, locations, strict=True):
+        doublings = math.log2(max(locations) / count) / 2  # of the stride
+        for name in level.scaled_options(values):
+            setattr(level, name, entry.level_decay**doublings * getattr(level, name))
 
 
 def _holds_classes(name: str, x: Tensor, model: TaskModel, batch: Batch) -> bool:

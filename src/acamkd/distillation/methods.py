@@ -74,6 +74,12 @@ def options(name: str, preset: str | None = None, given: Mapping[str, Any] | Non
     return {option: getattr(checked, option) for option in merged}
 
 
+def all_options(name: str, preset: str | None = None, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`options`, and the defaults of all others."""
+    defaults = {option: field.default for option, field in options_of(name).model_fields.items()}
+    return defaults | options(name, preset, given)
+
+
 def describe(name: str) -> dict[str, Any]:
     """What the documentation of a method says, read off its class.
 
