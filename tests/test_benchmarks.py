@@ -165,7 +165,7 @@ def test_the_generality_study_combines_methods_and_prolongs_them() -> None:
 
 FILES = {
     "HERE": "", "TABLE": "trials.csv", "FAILURES": "failed.csv", "COSTS": "costs.csv", "TEACHERS": "teachers.csv",
-    "BY_IMAGE": "by_image.csv",
+    "BY_IMAGE": "by_image.csv", "LEVELS": "levels.csv",
 }  # fmt: skip
 """Of the generality study."""
 

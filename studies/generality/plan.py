@@ -23,6 +23,7 @@ FAILURES = HERE / "failed.csv"
 COSTS = HERE / "costs.csv"
 TEACHERS = HERE / "teachers.csv"
 BY_IMAGE = HERE / "by_image.csv"
+LEVELS = HERE / "levels.csv"
 
 KINDS = {
     "segmentation": ("camvid", "facade11", "animals7_masks"),

@@ -4,6 +4,7 @@
     python -m studies.generality.study plan         # the batches, and what is done
     python -m studies.generality.study teachers RUNS    # score the teachers on the report splits
     python -m studies.generality.study costs RUNS       # time a step of every method
+    python -m studies.generality.study levels RUNS      # how hard each level of a pyramid pulls
 
 tables.py writes the tables.
 
@@ -22,6 +23,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Literal
@@ -30,7 +32,9 @@ from filelock import FileLock
 from studies.generality import plan
 from studies.generality.plan import TASKS, Item, all_labels, batches, is_searched, recipe_of
 
-from acamkd import config
+from acamkd import config, models
+from acamkd.distillation.auto_weight import gradient_norms, prepared, probe_distiller, total_norms, with_objects
+from acamkd.distillation.schedule import WeightSchedule
 from acamkd.engine.metrics import METRICS
 from acamkd.engine.runs import TERMINATED, Run, default_folder, read_json
 from acamkd.files import write_text
@@ -38,9 +42,13 @@ from acamkd.jobs.compare import trials_csv
 from acamkd.jobs.compare.compare import RESOLVED, run_trials, trial_command
 from acamkd.jobs.estimate import estimate
 from acamkd.jobs.evaluate import evaluate
+from acamkd.jobs.setup import Batches, build_network, build_teacher, teacher_section
+from acamkd.models.base import head_of
 
 REPETITIONS = 3
 """Of a measurement, of which the median counts."""
+BATCHES = 8
+"""Likewise of a gradient."""
 
 SPLITS: tuple[Literal["val"], Literal["test"]] = ("val", "test")
 
@@ -169,9 +177,36 @@ def measure_costs(runs: Path) -> None:
     for task in TASKS:
         kind = plan.kind_of(task)
         for method in (*plan.PRIMARY, *plan.OTHERS[kind], *plan.COMBINATIONS[kind]):
-            _, trial = Item(task, "few", (method,)).trials()
+            _, trial = Item(task, "few", (method,), plan.SECOND[:1]).trials()
             seconds = median(estimate(trial.recipe).seconds for _ in range(REPETITIONS))
             _add_row(plan.COSTS, {"task": task, "method": method, "seconds": f"{seconds:.3f}"})
+
+
+def measure_levels(runs: Path) -> None:
+    """Measure how hard each level of a detector's pyramid pulls at the student's start, at weight 1: levels.csv."""
+    os.chdir(runs)
+    plan.LEVELS.unlink(missing_ok=True)
+    for task in plan.KINDS["detection"]:
+        recipe = recipe_of(task)
+        if not Run(default_folder(recipe, "teacher"), recipe, "teacher").has_ended:
+            continue
+        batches = Batches(recipe)
+        teacher = head_of(build_teacher(recipe, teacher_section(recipe), batches.classes))
+        student = build_network(recipe, recipe.student, batches.classes)
+        models.inherit(student, teacher, recipe.student.inherit)
+        for method in plan.PRIMARY:
+            _, trial = Item(task, "few", (method,), plan.SECOND[:1]).trials()
+            with probe_distiller(student, teacher, trial.recipe.losses) as distiller:
+                images = list(prepared(student, islice(with_objects(batches.train), BATCHES)))
+                for index, (pair, loss) in enumerate(distiller.levels):
+                    assert pair is not None
+                    others = (
+                        WeightSchedule(stop_epoch=None if each == index else 0) for each in range(len(distiller.levels))
+                    )
+                    distiller.schedules = list(others)
+                    norms = [total_norms(gradient_norms(distiller, batch))[0] for batch in images]
+                    norm = f"{median(norms) / loss.factors['weight']:.3g}"
+                    _add_row(plan.LEVELS, {"task": task, "method": method, "level": pair[0], "norm": norm})
 
 
 def show_plan() -> None:
@@ -186,7 +221,7 @@ def show_plan() -> None:
     print(f"{done} of {total}" + ("" if searched else "; later batches begin once batch 5 has ended"))
 
 
-JOBS = {"teachers": score_teachers, "costs": measure_costs}
+JOBS = {"teachers": score_teachers, "costs": measure_costs, "levels": measure_levels}
 
 
 def main() -> None:

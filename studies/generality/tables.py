@@ -94,6 +94,7 @@ def sections(results: Results) -> dict[str, str]:
         "methods": _methods(results),
         **{regime: _table(results, regime) for regime in REGIMES},
         "ideas": _ideas(common),
+        "levels": _levels(),
         "search": _search(results.found),
         "by_image": _by_image(),
         "repetitions": _repetitions(results),
@@ -250,6 +251,22 @@ def _ideas(results: Results) -> str:
             if report and validation:
                 lines.append([f"`{idea}`", f"`{task}`", str(report.pairs), validation.text, report.text])
     return _markdown("Ideas against `acam`", ("idea", "task", "n", "validation, 95 %", "report, 95 %"), lines)
+
+
+def _levels() -> str:
+    """How hard each level of a pyramid pulls, in units of the finest one."""
+    norms: dict[tuple[str, str], list[float]] = {}
+    for row in plan.rows_of(plan.LEVELS):
+        norms.setdefault((row["task"], row["method"]), []).append(float(row["norm"]))
+    lines = [
+        [f"`{task}`", f"`{method}`", ", ".join(f"{norm / each[0]:.2g}" for norm in each)]
+        for (task, method), each in norms.items()
+    ]
+    note = (
+        "Norm of each level's gradient at the student's start, from the finest level to the coarsest, divided by that "
+        "of the finest. Every level has the weight 1."
+    )
+    return _markdown("How hard each level of a pyramid pulls", ("task", "method", "levels"), lines, note)
 
 
 def _search(found: Found) -> str:
