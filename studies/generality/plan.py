@@ -186,6 +186,7 @@ def batches() -> Iterator[tuple[str, list[Item]]]:
             for task in tasks
         ],
     )
+    yield "4 improvements, further", [Item("animals7_boxes", "few", ("acam", "acam-locations"), TRIED)]
     yield "5 search", [Item(task, "search", PRIMARY) for task in CHEAP.values()]
     ready = [task for task in TASKS if is_searched(PRIMARY, kind_of(task))]
     yield "6 few, searched", [Item(task, "few", chosen(task, PRIMARY), LAST_OF_FIVE) for task in ready]
