@@ -75,6 +75,8 @@ IDEAS = {
 """By the kind of task on whose cheap task they are tried."""
 ALIKE = {"acam-levels": ("pkd-levels", "fitnet-levels", "cwd-levels")}
 """Of an idea that is not about masks: other methods with it, the one without masks first."""
+FURTHER = ("acam-locations", "pkd-locations")
+"""What goes further than `acam-levels`, on its cheap task."""
 REPEATED = (("camvid", "acam", 4), ("voc07mini", "pkd", 5))
 """Task, method and seed of the trials to be repeated; somebody else chose them, before they had run."""
 CHEAP = {"segmentation": "camvid", "detection": "animals7_boxes"}
@@ -177,6 +179,7 @@ def batches() -> Iterator[tuple[str, list[Item]]]:
     )
     yield "3 the student's part", [Item(task, "few", ("acam", "acam-teacher"), SECOND) for task in where_masks_help()]
     yield "4 improvements", [Item(task, "few", ("acam", *IDEAS[kind]), TRIED) for kind, task in CHEAP.items()]
+    yield "4 improvements, further", [Item("animals7_boxes", "few", ("acam", *FURTHER), TRIED)]
     yield (
         "4 improvements, the best",
         [
@@ -186,7 +189,6 @@ def batches() -> Iterator[tuple[str, list[Item]]]:
             for task in tasks
         ],
     )
-    yield "4 improvements, further", [Item("animals7_boxes", "few", ("acam", "acam-locations"), TRIED)]
     yield "5 search", [Item(task, "search", PRIMARY) for task in CHEAP.values()]
     ready = [task for task in TASKS if is_searched(PRIMARY, kind_of(task))]
     yield "6 few, searched", [Item(task, "few", chosen(task, PRIMARY), LAST_OF_FIVE) for task in ready]
