@@ -165,7 +165,7 @@ def test_the_generality_study_combines_methods_and_prolongs_them() -> None:
 
 FILES = {
     "HERE": "", "TABLE": "trials.csv", "FAILURES": "failed.csv", "COSTS": "costs.csv", "TEACHERS": "teachers.csv",
-    "BY_IMAGE": "by_image.csv", "LEVELS": "levels.csv",
+    "BY_IMAGE": "by_image.csv", "PULLS": "levels.csv",
 }  # fmt: skip
 """Of the generality study."""
 
@@ -261,19 +261,22 @@ def test_the_generality_study_gives_up_what_fails_twice(answers: Any, tmp_path: 
     plan, file = answers.plan, tmp_path / "failed.csv"
     scores = {0.5: 40.0, 2: 42.0, 4: 44.0}
     found = {
-        f"{method}-{ratio:g}-seed1000": {**_trial(method, 1000, min(score, most), 0), "setting": ratio}
+        f"{method}-levels-{ratio:g}-seed1000": {
+            **_trial(f"{method}-levels", 1000, min(score, most), 0),
+            "setting": ratio,
+        }
         for method, most in (("pkd", 44.0), ("cwd", 42.9))
         for ratio, score in scores.items()
     }
-    found["cwd-8-seed1000"] = {**_trial("cwd", 1000, 41.0, 0), "setting": 8.0}
+    found["cwd-levels-8-seed1000"] = {**_trial("cwd-levels", 1000, 41.0, 0), "setting": 8.0}
     trials_csv.write(tmp_path / "trials.csv", {"generality_animals7_boxes_search": found})
-    row = "generality_animals7_boxes_search,pkd-8-seed1000,0,now,step 3: the loss is not finite\n"
+    row = "generality_animals7_boxes_search,pkd-levels-8-seed1000,0,now,step 3: the loss is not finite\n"
     file.write_text(f"comparison,trial,recipe,time,why\n{row}")
     assert not plan.is_searched(["pkd"], "detection")
     file.write_text(file.read_text() + row)
     assert plan.is_searched(["pkd"], "detection")
     # PKD is 2 points better at the ratio 4, CWD 0.9, which is within the noise.
-    assert plan.chosen("voc07mini", ["pkd", "cwd"]) == ("pkd-4", "cwd")
+    assert plan.chosen("voc07mini", ["pkd", "cwd"]) == ("pkd-levels-4", "cwd-levels")
 
 
 def test_the_share_of_foreground_is_that_of_boxes_or_of_classes(answers: Any, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ FAILURES = HERE / "failed.csv"
 COSTS = HERE / "costs.csv"
 TEACHERS = HERE / "teachers.csv"
 BY_IMAGE = HERE / "by_image.csv"
-LEVELS = HERE / "levels.csv"
+PULLS = HERE / "levels.csv"
 
 KINDS = {
     "segmentation": ("camvid", "facade11", "animals7_masks"),
@@ -75,6 +75,10 @@ IDEAS = {
 """By the kind of task on whose cheap task they are tried."""
 ALIKE = {"acam-levels": ("pkd-levels", "fitnet-levels", "cwd-levels")}
 """Of an idea that is not about masks: other methods with it, the one without masks first."""
+LEVELS = "-levels"
+"""Ending of a method's name: every level of a detector's pyramid pulls about equally."""
+OF_LEVELS = (*PRIMARY[:-1], "mgd")
+"""Methods that compare levels, and have that form; the published ACAM-KD stays as it is."""
 FURTHER = ("acam-locations", "pkd-locations")
 """What goes further than `acam-levels`, on its cheap task."""
 REPEATED = (("camvid", "acam", 4), ("voc07mini", "pkd", 5))
@@ -189,17 +193,20 @@ def batches() -> Iterator[tuple[str, list[Item]]]:
             for task in tasks
         ],
     )
-    yield "5 search", [Item(task, "search", PRIMARY) for task in CHEAP.values()]
+    yield "5 search", [Item(task, "search", forms(task, PRIMARY)) for task in CHEAP.values()]
     ready = [task for task in TASKS if is_searched(PRIMARY, kind_of(task))]
     yield "6 few, searched", [Item(task, "few", chosen(task, PRIMARY), LAST_OF_FIVE) for task in ready]
-    moved = {task: [name for name in chosen(task, PRIMARY) if name not in PRIMARY] for task in ready}
+    fresh = {task: [name for name in chosen(task, PRIMARY) if name not in PRIMARY] for task in ready}
     yield (
-        "6 few, searched, other ratios",
-        [Item(task, "few", (*chosen(task, ["acam"]), *names), SECOND) for task, names in moved.items() if names],
+        "6 few, searched, not in batch 1",
+        [Item(task, "few", (*chosen(task, ["acam"]), *names), SECOND) for task, names in fresh.items() if names],
     )
     yield "7 own", [Item(task, "own", chosen(task, BRIEF), TRIED) for task in ready if task in FOUR]
     yield "8 all", [Item(task, "all", chosen(task, BRIEF), TRIED) for task in ready if task in FOUR]
-    yield "9 other methods", [Item(task, "search", OTHERS[kind]) for kind, task in CHEAP.items() if task in ready]
+    yield (
+        "9 other methods",
+        [Item(task, "search", forms(task, OTHERS[kind])) for kind, task in CHEAP.items() if task in ready],
+    )
     others = {task: other for task in ready if (other := best_other(kind_of(task)))}
     yield "9 other methods, the best", [Item(task, "few", chosen(task, [x]), TRIED) for task, x in others.items()]
     yield "10 wide gap", [Item("facade11", "gap", chosen("facade11", BRIEF), TRIED)] if "facade11" in ready else []
@@ -297,9 +304,16 @@ def given_up() -> set[tuple[str, str]]:
     return {trial for trial, count in failures.items() if count >= ATTEMPTS}
 
 
+def forms(task: str, methods: Sequence[str]) -> tuple[str, ...]:
+    """The methods as the batches from the search on have them: on detectors with all levels alike."""
+    is_detection = kind_of(task) == "detection"
+    return tuple(method + LEVELS if is_detection and method in OF_LEVELS else method for method in methods)
+
+
 def searched(kind: str, method: str) -> dict[float, float]:
     """Ratio -> validation score of the search on the cheap task of a kind. A trial that was given up has 0."""
     name, lost = comparison(CHEAP[kind], "search"), given_up()
+    (method,) = forms(CHEAP[kind], [method])
     scores = {
         ratio: 0.0 for ratio in RATIOS if (name, f"{method}-{ratio:g}-seed{TUNING_SEED}") in lost
     }  # fmt: skip
@@ -313,15 +327,15 @@ def is_searched(methods: Sequence[str], kind: str) -> bool:
 
 
 def chosen(task: str, methods: Sequence[str]) -> tuple[str, ...]:
-    """The methods at their ratios, as the trials name them: `pkd`, or `pkd-8`.
+    """The methods in their forms and at their ratios, as the trials name them: `pkd`, or `pkd-levels-8`.
 
     A method keeps the common ratio unless another one is better by more than `NOISE` in the search of its kind of task.
     """
     names = []
-    for method in methods:
+    for method, form in zip(methods, forms(task, methods), strict=True):
         scores = searched(kind_of(task), method)
         best = max(scores, key=scores.__getitem__)
-        names.append(method if scores[best] - scores[COMMON_RATIO] <= NOISE else f"{method}-{best:g}")
+        names.append(form if scores[best] - scores[COMMON_RATIO] <= NOISE else f"{form}-{best:g}")
     return tuple(names)
 
 

@@ -185,7 +185,7 @@ def measure_costs(runs: Path) -> None:
 def measure_levels(runs: Path) -> None:
     """Measure how hard each level of a detector's pyramid pulls at the student's start, at weight 1: levels.csv."""
     os.chdir(runs)
-    plan.LEVELS.unlink(missing_ok=True)
+    plan.PULLS.unlink(missing_ok=True)
     for task in plan.KINDS["detection"]:
         recipe = recipe_of(task)
         if not Run(default_folder(recipe, "teacher"), recipe, "teacher").has_ended:
@@ -206,7 +206,7 @@ def measure_levels(runs: Path) -> None:
                     distiller.schedules = list(others)
                     norms = [total_norms(gradient_norms(distiller, batch))[0] for batch in images]
                     norm = f"{median(norms) / loss.factors['weight']:.3g}"
-                    _add_row(plan.LEVELS, {"task": task, "method": method, "level": pair[0], "norm": norm})
+                    _add_row(plan.PULLS, {"task": task, "method": method, "level": pair[0], "norm": norm})
 
 
 def show_plan() -> None:

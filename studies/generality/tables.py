@@ -256,7 +256,7 @@ def _ideas(results: Results) -> str:
 def _levels() -> str:
     """How hard each level of a pyramid pulls, in units of the finest one."""
     norms: dict[tuple[str, str], list[float]] = {}
-    for row in plan.rows_of(plan.LEVELS):
+    for row in plan.rows_of(plan.PULLS):
         norms.setdefault((row["task"], row["method"]), []).append(float(row["norm"]))
     lines = [
         [f"`{task}`", f"`{method}`", ", ".join(f"{norm / each[0]:.2g}" for norm in each)]
@@ -277,7 +277,8 @@ def _search(found: Found) -> str:
         for method in (*PRIMARY, *OTHERS[kind]):
             whole = []
             for task in tasks:
-                trials = [trial for trial in found.get(comparison(task, "search"), []) if trial["method"] == method]
+                (form,) = plan.forms(task, [method])
+                trials = [trial for trial in found.get(comparison(task, "search"), []) if trial["method"] == form]
                 scores = {trial["setting"]: trial["history"][-1] for trial in trials}
                 if set(RATIOS) <= set(scores):
                     whole.append([max(scores.values()) - scores[ratio] for ratio in RATIOS])
