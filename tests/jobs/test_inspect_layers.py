@@ -83,6 +83,7 @@ def test_pairs_are_of_one_stride_or_the_logits(teacher: str, student: str, pairs
     (loss,) = as_losses(pairs, networks[1], all_labeled=False)
     assert loss.get("num_masks") == (None if networks[1].task == "detection" else 19)
     assert loss["gradient_ratio"] == {"detection": 4, "segmentation": 8}[networks[1].task]
+    assert loss.get("level_decay") == (0.5 if pairs == ["backbone:*"] else None)
     assert as_losses(pairs, networks[1], all_labeled=True) == [{**loss, "gradient_ratio": 0.5}]
 
 

@@ -29,6 +29,10 @@ RATIOS: Mapping[Task, int] = {"detection": 4, "segmentation": 8}
 """`gradient_ratio` of the gains that docs/research/results.md reports. Guides and `init` recommend the same."""
 RATIO_ALL_LABELED = 0.5
 """Likewise where no image is unlabeled: stronger distillation harmed a short training (docs/research/log.md)."""
+PYRAMID = "backbone:*"
+"""All levels of a detector whose pyramid is torchvision's."""
+LEVEL_DECAY = 0.5
+"""`level_decay` there: without it the levels of one or two locations pull hardest (docs/research/results.md)."""
 CLASSES = 19
 """Number of classes if it is unknown, that of Cityscapes."""
 
@@ -161,8 +165,9 @@ def as_losses(
     if headless:
         return [{"name": "cosine", "pairs": named, "weight": "auto"}]
     masks = {"num_masks": model.num_classes} if model.task == "segmentation" else {}
+    levels = {"level_decay": LEVEL_DECAY} if PYRAMID in named else {}
     ratio = RATIO_ALL_LABELED if all_labeled else RATIOS[model.task]
     return [
-        {"name": "acam", "pairs": named, **masks, "weight": "auto", "gradient_ratio": ratio,
+        {"name": "acam", "pairs": named, **masks, "weight": "auto", "gradient_ratio": ratio, **levels,
          "diversity_weight": 0.5}
     ]  # fmt: skip

@@ -22,7 +22,7 @@ from acamkd.errors import AcamkdError
 from acamkd.jobs.init import init as module
 from acamkd.jobs.init.choices import CPU
 from acamkd.jobs.init.init import init
-from acamkd.jobs.inspect_layers import RATIOS
+from acamkd.jobs.inspect_layers import LEVEL_DECAY, RATIOS
 from acamkd.jobs.setup import Batches
 from acamkd.models.base import Task
 from command import Command
@@ -284,6 +284,7 @@ def test_the_guides_recommend_what_is_proposed() -> None:
         block = (guides / f"{guide}.md").read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
         (loss,) = yaml.safe_load(block)["losses"]
         assert (loss["gradient_ratio"], loss["diversity_weight"]) == (RATIOS[task], 0.5)  # type: ignore[index]
+        assert loss.get("level_decay") == (LEVEL_DECAY if task == "detection" else None)
 
 
 def test_it_is_the_commands_function() -> None:

@@ -93,6 +93,7 @@ def recipe_text(
             if "unlabeled" in source
             else f"{RATIOS[task]} with unlabeled images, less without, where that harmed"
         ),
+        "level_decay": "each coarser level counts half, or the coarsest would pull hardest: docs/research/results.md",
         "diversity_weight": "as there",
     }
     lines.append("losses:")
