@@ -94,6 +94,7 @@ def sections(results: Results) -> dict[str, str]:
         "methods": _methods(results),
         **{regime: _table(results, regime) for regime in REGIMES},
         "ideas": _ideas(common),
+        "alike": _alike(common),
         "levels": _levels(),
         "search": _search(results.found),
         "by_image": _by_image(),
@@ -156,6 +157,30 @@ def _gains(results: Results) -> str:
         lines.append([f"mean of {len(lines)} tasks", "", "", "", *means])
     note = f"Points over the baseline on the report split in `few`, {_ratio(results)}. Bold: the most of a task."
     return _markdown("What each method adds", ("task", "teacher", "`none`", "n", *columns), lines, note)
+
+
+def _alike(results: Results) -> str:
+    """What the methods of pyramids add with their levels as published, and with all levels alike."""
+    tasks = KINDS["detection"]
+    methods = [method for method in plan.OF_LEVELS if results.over(tasks, method + plan.LEVELS, NONE)]
+    lines = []
+    for place in ([task] for task in tasks):
+        for title, ending in (("as published", ""), ("alike", plan.LEVELS)):
+            gains = [results.over(place, method + ending, NONE) for method in methods]
+            if any(gains):
+                cells = [f"{each.mean:+.2f} (n {each.pairs})" if each else "-" for each in gains]
+                lines.append([f"`{place[0]}`, {title}", *cells])
+    for title, ending in (("as published", ""), ("alike", plan.LEVELS)):
+        over = [results.over(tasks, method + ending, NONE) for method in methods]
+        if any(over):
+            texts = [each.text if each and each.tasks == len(tasks) else "-" for each in over]
+            lines.append([f"mean of {len(tasks)} tasks, {title}", *texts])
+    note = (
+        "Points over the baseline on the report split in `few`, all at the ratio 2. As published, every level of the "
+        "pyramid has the same weight. Alike: the weight is halved with each coarser level."
+    )
+    head = ("task, levels", *(f"`{method}`" for method in methods))
+    return _markdown("Levels of a pyramid, as published and alike", head, lines if methods else [], note)
 
 
 def _summary(results: Results) -> str:
