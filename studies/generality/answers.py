@@ -313,8 +313,8 @@ def answers(results: Results) -> Iterator[Answer]:
             len(unseen), common.over(unseen, idea, "acam") if idea else None,
         )  # fmt: skip
         for other in ALIKE.get(idea or "", ()):
-            question = f"{'Do masks help' if 'pkd' in other else 'Does ACAM lead'} beside that? ({kind})"
-            yield against(question, idea, other, tasks, at=common)
+            question = "Do masks help" if other.startswith(UNMASKED) else f"Does it lead {other}"
+            yield against(f"{question} beside that? ({kind})", idea, other, tasks, at=common)
 
 
 def _at_equal_time(task: str) -> tuple[str, str] | None:
