@@ -137,7 +137,7 @@ class Loss(BaseModel):
     the norm of the task's gradient."""
     level_decay: Annotated[float, Field(gt=0, le=1)] = 1
     """Several pairs of different stride: the weight is multiplied by this for each doubling of the stride. 1: every
-    level counts once, as published. 0.5: every level pulls about equally. 0.25: every location counts once."""
+    level counts once, as published. 0.5: halved with each coarser level. 0.25: every location counts once."""
 
     @field_validator("pairs")
     @classmethod
