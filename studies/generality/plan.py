@@ -183,7 +183,7 @@ def batches() -> Iterator[tuple[str, list[Item]]]:
     )
     yield "3 the student's part", [Item(task, "few", ("acam", "acam-teacher"), SECOND) for task in where_masks_help()]
     yield "4 improvements", [Item(task, "few", ("acam", *IDEAS[kind]), TRIED) for kind, task in CHEAP.items()]
-    yield "4 improvements, further", [Item("animals7_boxes", "few", ("acam", *FURTHER), TRIED)]
+    yield "4 improvements, further", [Item(CHEAP["detection"], "few", ("acam", *FURTHER), TRIED)]
     yield (
         "4 improvements, the best",
         [
@@ -314,9 +314,7 @@ def searched(kind: str, method: str) -> dict[float, float]:
     """Ratio -> validation score of the search on the cheap task of a kind. A trial that was given up has 0."""
     name, lost = comparison(CHEAP[kind], "search"), given_up()
     (method,) = forms(CHEAP[kind], [method])
-    scores = {
-        ratio: 0.0 for ratio in RATIOS if (name, f"{method}-{ratio:g}-seed{TUNING_SEED}") in lost
-    }  # fmt: skip
+    scores = {ratio: 0.0 for ratio in RATIOS if (name, f"{method}-{ratio:g}-seed{TUNING_SEED}") in lost}
     trials = stored().get(name, {}).values()
     return scores | {trial["setting"]: trial["history"][-1] for trial in trials if trial["method"] == method}
 

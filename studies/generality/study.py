@@ -200,10 +200,8 @@ def measure_levels(runs: Path) -> None:
                 images = list(prepared(student, islice(with_objects(batches.train), BATCHES)))
                 for index, (pair, loss) in enumerate(distiller.levels):
                     assert pair is not None
-                    others = (
-                        WeightSchedule(stop_epoch=None if each == index else 0) for each in range(len(distiller.levels))
-                    )
-                    distiller.schedules = list(others)
+                    off = [WeightSchedule(stop_epoch=0)] * len(distiller.levels)
+                    distiller.schedules = [*off[:index], WeightSchedule(), *off[index + 1 :]]
                     norms = [total_norms(gradient_norms(distiller, batch))[0] for batch in images]
                     norm = f"{median(norms) / loss.factors['weight']:.3g}"
                     _add_row(plan.PULLS, {"task": task, "method": method, "level": pair[0], "norm": norm})

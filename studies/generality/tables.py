@@ -163,14 +163,15 @@ def _alike(results: Results) -> str:
     """What the methods of pyramids add with their levels as published, and with all levels alike."""
     tasks = KINDS["detection"]
     methods = [method for method in plan.OF_LEVELS if results.over(tasks, method + plan.LEVELS, NONE)]
+    endings = {"as published": "", "alike": plan.LEVELS}
     lines = []
     for place in ([task] for task in tasks):
-        for title, ending in (("as published", ""), ("alike", plan.LEVELS)):
+        for title, ending in endings.items():
             gains = [results.over(place, method + ending, NONE) for method in methods]
             if any(gains):
                 cells = [f"{each.mean:+.2f} (n {each.pairs})" if each else "-" for each in gains]
                 lines.append([f"`{place[0]}`, {title}", *cells])
-    for title, ending in (("as published", ""), ("alike", plan.LEVELS)):
+    for title, ending in endings.items():
         over = [results.over(tasks, method + ending, NONE) for method in methods]
         if any(over):
             texts = [each.text if each and each.tasks == len(tasks) else "-" for each in over]

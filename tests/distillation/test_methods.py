@@ -169,7 +169,7 @@ def test_a_star_stands_for_every_level(
 
 def test_coarse_levels_may_count_less(detectors: tuple[TaskModel, TaskModel]) -> None:
     pyramid = entry("pkd", "backbone:*", weight=2, level_decay=0.5)
-    # Sides of 8, 4, 2, 1 and 1 locations: the stride doubles three times.
+    # Sides of 8, 4, 2, 1 and 1 locations: the side halves three times.
     assert [loss.weight for loss in build_distiller(*detectors, [pyramid]).losses] == [2, 1, 0.5, 0.25, 0.25]
     acam = entry("acam", "backbone:0", "backbone:1", preset="paper", level_decay=0.25)
     assert [loss.factors for loss in build_distiller(*detectors, [acam]).losses] == [
